@@ -1,0 +1,12 @@
+"""Fused mixture-of-experts layers in Triton: grouped GEMMs with gather, gate and combine, forward and backward.
+
+``moe_experts`` is the whole expert MLP, ``moe_fused_linear`` one grouped linear layer, ``layers`` what ``kernels.kernelize``
+puts on a model, ``reference`` all of it in plain torch.
+"""
+
+from . import layers, reference
+from .experts import moe_experts
+from .linear import moe_fused_linear
+from .routing import Routing, route
+
+__all__ = ["Routing", "layers", "moe_experts", "moe_fused_linear", "reference", "route"]

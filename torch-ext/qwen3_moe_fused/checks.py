@@ -1,0 +1,68 @@
+"""Checks of arguments at the public functions' edge: every error names the argument, what it was and what it must be."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+# Checks that must look at values wait for the GPU, so they run only on request.
+CHECK_VALUES = os.environ.get("MOE_FUSED_CHECK", "0") not in ("", "0")
+
+INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def tensor(name: str, value: object, shape: tuple[int | str, ...]) -> Tensor:
+    """``value`` if it is a tensor of ``shape``, in which a string names a size that may be anything.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: another number of dimensions, or another size where ``shape`` has a number.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dim() != len(shape) or any(
+        isinstance(want, int) and have != want for have, want in zip(value.shape, shape, strict=True)
+    ):
+        want = ", ".join(map(str, shape))
+        raise ValueError(f"{name} must have shape ({want}), got {tuple(value.shape)}")
+    return value
+
+
+def dtype(name: str, value: Tensor, allowed: tuple[torch.dtype, ...], why: str = "") -> None:
+    """Raises TypeError unless ``value`` has one of the ``allowed`` dtypes."""
+    if value.dtype not in allowed:
+        names = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{name} must be {names}{why}, got {str(value.dtype).removeprefix('torch.')}")
+
+
+def device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raises ValueError unless ``value`` is on the device of ``other``."""
+    if value.device != other.device:
+        raise ValueError(f"{name} must be on {other.device} like {other_name}, got {value.device}")
+
+
+def sizes_sum(m_sizes: Tensor, num_rows: int) -> None:
+    """Raises ValueError unless the sizes are not negative and sum to ``num_rows``.
+
+    On CPU always; on an accelerator, where it waits for the device, only with ``MOE_FUSED_CHECK=1``.
+    """
+    if torch.compiler.is_compiling() or not (CHECK_VALUES or m_sizes.device.type == "cpu"):
+        return
+    if m_sizes.numel() and int(m_sizes.min()) < 0:
+        raise ValueError(f"m_sizes must not be negative, got {int(m_sizes.min())}")
+    total = int(m_sizes.sum(dtype=torch.int64))
+    if total != num_rows:
+        raise ValueError(f"m_sizes must sum to the {num_rows} rows of input, got a sum of {total}")
+
+
+def expert_ids(top_k_index: Tensor, num_experts: int) -> None:
+    """With ``MOE_FUSED_CHECK=1``: raises ValueError unless all ids are in [0, num_experts] (num_experts: not mine)."""
+    if not CHECK_VALUES or torch.compiler.is_compiling() or top_k_index.numel() == 0:
+        return
+    low, high = int(top_k_index.min()), int(top_k_index.max())
+    if low < 0 or high > num_experts:
+        bad = low if low < 0 else high
+        raise ValueError(f"top_k_index must hold expert ids from 0 to {num_experts} (= not mine), got {bad}")

@@ -1,0 +1,161 @@
+"""``moe_fused_linear``: one grouped linear layer over rows sorted by expert.
+
+Forward: one grouped GEMM. Backward: the same GEMM against the transposed weights for the input, a grouped Gram product for
+the weights (each tile written once, no atomics), a row sum for the bias; each only if its gradient was asked for.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks
+from ._ops import add_op_namespace_prefix
+from .autograd import differentiable
+from .backend import backend_for
+from .routing import Routing, route_sorted_op
+from .weights import DenseWeights
+
+
+@torch.library.custom_op(add_op_namespace_prefix("grouped_linear"), mutates_args=())
+def grouped_linear_op(
+    input: Tensor, weight: Tensor, bias: Tensor | None, routing: Tensor, sorted_rows: bool, top_k: int, fill: float
+) -> Tensor:
+    return _grouped_linear(input, weight, bias, routing, sorted_rows, top_k, fill)
+
+
+def _grouped_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, routing: Tensor, sorted_rows: bool, top_k: int, fill: float
+) -> Tensor:
+    """(S, out) = input (S, in) × weight (E, out, in)ᵀ + bias (E, out); rows of no expert hold ``fill``."""
+    num_rows = input.shape[0]
+    stages = backend_for(input, weight.dtype)
+    view = Routing.from_buffer(routing, num_rows, weight.shape[0], top_k, sorted_rows)
+    return stages.grouped_gemm(input, DenseWeights.of(weight).stack, view, num_rows, bias, gather=False, fill=fill)
+
+
+@grouped_linear_op.register_fake
+def _(
+    input: Tensor, weight: Tensor, bias: Tensor | None, routing: Tensor, sorted_rows: bool, top_k: int, fill: float
+) -> Tensor:
+    return input.new_empty((input.shape[0], weight.shape[1]))
+
+
+@torch.library.custom_op(add_op_namespace_prefix("grouped_linear_backward"), mutates_args=())
+def grouped_linear_backward_op(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    routing: Tensor,
+    sorted_rows: bool,
+    top_k: int,
+    fill: float,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows = input.shape[0]
+    stages = backend_for(input, weight.dtype)
+    view = Routing.from_buffer(routing, num_rows, weight.shape[0], top_k, sorted_rows)
+    weights = DenseWeights.of(weight)
+    grad_output = grad_output.contiguous()
+    none = input.new_empty(0)
+    grad_input = grad_weight = grad_bias = none
+    if need_input:
+        grad_input = stages.grouped_gemm(grad_output, weights.stack.mT, view, num_rows, None, gather=False, fill=fill)
+    if need_weight:
+        grad_weight = weights.empty_grad()
+        stages.grouped_gram(grad_output, input, view, gather_a=False, gather_b=False, out=grad_weight)
+    if need_bias:
+        grad_bias = stages.grouped_row_sum(grad_output, view, None, gather=False)
+    return grad_input, grad_weight, grad_bias
+
+
+@grouped_linear_backward_op.register_fake
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    routing: Tensor,
+    sorted_rows: bool,
+    top_k: int,
+    fill: float,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    none = input.new_empty(0)
+    return (
+        input.new_empty(input.shape) if need_input else none,
+        DenseWeights.of(weight).empty_grad() if need_weight else input.new_empty(0),
+        weight.new_empty(weight.shape[:2]) if need_bias else input.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    input, weight, _, routing, sorted_rows, top_k, fill = inputs
+    ctx.save_for_backward(input, weight, routing)
+    ctx.options = (sorted_rows, top_k, fill)
+
+
+def _backward(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def]
+    needs = ctx.needs_input_grad[:3]
+    grads = grouped_linear_backward_op(grad_output, *ctx.saved_tensors, *ctx.options, *needs)
+    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None, None)
+
+
+grouped_linear = differentiable(grouped_linear_op, _grouped_linear, _setup_context, _backward)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype matrix products compute in under autocast on ``device``, or None outside autocast."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def moe_fused_linear(input: Tensor, weight: Tensor, m_sizes: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Grouped linear layer: ``output[b, o] = Σ_i weight[expert(b), o, i] · input[b, i] + bias[expert(b), o]``.
+
+    Differentiable in input, weight and bias. Computes in the dtype of weight (of autocast, where it is on), accumulating in
+    fp32. Never waits for the GPU: there, sizes that do not sum to S are only checked with ``MOE_FUSED_CHECK=1``; otherwise
+    rows of no expert come back as NaN, all rows if the sizes sum to more than S.
+
+    Args:
+        input: (S, in), rows sorted by expert; any strides.
+        weight: (E, out, in); any strides.
+        m_sizes: (E,) any integer dtype; the number of rows of each expert.
+        bias: (E, out), optional.
+
+    Returns:
+        (S, out) in the dtype it computed in.
+
+    Raises:
+        TypeError: not a tensor, or of a dtype that does not fit.
+        ValueError: a shape or device that does not fit, or sizes that do not sum to S.
+        RuntimeError: a GPU or Triton version that is not supported.
+    """
+    checks.tensor("weight", weight, ("E", "out", "in"))
+    num_experts, out_features, in_features = weight.shape
+    checks.tensor("input", input, ("S", in_features))
+    checks.tensor("m_sizes", m_sizes, (num_experts,))
+    checks.dtype("weight", weight, checks.FLOAT_DTYPES)
+    checks.dtype("m_sizes", m_sizes, checks.INDEX_DTYPES)
+    checks.device("weight", weight, "input", input)
+    checks.device("m_sizes", m_sizes, "input", input)
+    if bias is not None:
+        checks.tensor("bias", bias, (num_experts, out_features))
+        checks.device("bias", bias, "input", input)
+    dtype = autocast_dtype(input.device)
+    if dtype is None:
+        checks.dtype("input", input, (weight.dtype,), " like weight")
+        if bias is not None:
+            checks.dtype("bias", bias, (weight.dtype,), " like weight")
+    else:
+        checks.dtype("input", input, checks.FLOAT_DTYPES)
+        input, weight = input.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    num_rows = input.shape[0]
+    checks.sizes_sum(m_sizes, num_rows)
+    routing = route_sorted_op(m_sizes, num_rows, weight.dtype)
+    return grouped_linear(input, weight, bias, routing, True, 1, float("nan"))

@@ -1,0 +1,107 @@
+"""Routing: which rows of the grouped GEMMs belong to which expert.
+
+Every token goes to ``top_k`` experts, so T tokens make S = T·top_k *slots*, numbered ``t * top_k + k``. The grouped GEMMs
+want the slots of one expert side by side, so a stable counting sort by expert gives each slot a *row*. Everything the
+kernels need to know about that lives in one int32 buffer, whose size depends on shapes alone: nothing here synchronises
+with the host, and a replay under activation checkpointing allocates exactly the same.
+
+An expert id outside [0, E) means "not mine" (expert parallelism sends E): such a slot gets no row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._ops import add_op_namespace_prefix
+from .backend import backend_for
+
+# The smallest tile height any launch configuration may use; it bounds the number of tiles, hence the buffer.
+MIN_BLOCK_M = 16
+
+
+def max_tiles(num_rows: int, num_experts: int, block_m: int = MIN_BLOCK_M) -> int:
+    """Upper bound of the number of row tiles: each expert, and the rows of none, end with a tile that is not full."""
+    return num_rows // block_m + num_experts + 1
+
+
+class Routing(NamedTuple):
+    """Views into a routing buffer. Rows are the S routed rows sorted by expert; slots are their token order.
+
+    Attributes:
+        offsets: (E+1,) int32; the rows of expert e are ``offsets[e]:offsets[e+1]``. Rows from ``offsets[E]`` on belong to
+            no expert.
+        row_to_slot: (S,) int32, or (0,) when rows are slots (the caller sorted them). Undefined from ``offsets[E]`` on.
+        slot_to_row: (S,) int32, -1 for a slot that belongs to no expert; (0,) when rows are slots.
+        tile_expert: (max_tiles,) int32; expert of each row tile, E for a tile of rows of no expert, -1 for an unused tile.
+        tile_row: (max_tiles,) int32; first row of each row tile.
+        top_k: slots per token.
+    """
+
+    offsets: Tensor
+    row_to_slot: Tensor
+    slot_to_row: Tensor
+    tile_expert: Tensor
+    tile_row: Tensor
+    top_k: int
+
+    @property
+    def num_experts(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    @staticmethod
+    def buffer_size(num_rows: int, num_experts: int, sorted_rows: bool = False) -> int:
+        """Number of int32 of a routing buffer; ``sorted_rows`` when the caller's rows are sorted by expert already."""
+        return num_experts + 1 + (0 if sorted_rows else 2 * num_rows) + 2 * max_tiles(num_rows, num_experts)
+
+    @classmethod
+    def from_buffer(cls, buffer: Tensor, num_rows: int, num_experts: int, top_k: int, sorted_rows: bool = False) -> Routing:
+        """Views into ``buffer`` (``buffer_size`` int32)."""
+        rows = 0 if sorted_rows else num_rows
+        tiles = max_tiles(num_rows, num_experts)
+        return cls(*buffer.split([num_experts + 1, rows, rows, tiles, tiles]), top_k)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("route"), mutates_args=())
+def route_op(top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
+    num_rows = top_k_index.numel()
+    buffer = top_k_index.new_empty(Routing.buffer_size(num_rows, num_experts), dtype=torch.int32)
+    routing = Routing.from_buffer(buffer, num_rows, num_experts, top_k_index.shape[-1])
+    backend_for(top_k_index, dtype).route(top_k_index, routing, dtype)
+    return buffer
+
+
+@route_op.register_fake
+def _(top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
+    return top_k_index.new_empty(Routing.buffer_size(top_k_index.numel(), num_experts), dtype=torch.int32)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("route_sorted"), mutates_args=())
+def route_sorted_op(m_sizes: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
+    num_experts = m_sizes.shape[0]
+    buffer = m_sizes.new_empty(Routing.buffer_size(num_rows, num_experts, sorted_rows=True), dtype=torch.int32)
+    routing = Routing.from_buffer(buffer, num_rows, num_experts, 1, sorted_rows=True)
+    backend_for(m_sizes, dtype).route_sorted(m_sizes, num_rows, routing, dtype)
+    return buffer
+
+
+@route_sorted_op.register_fake
+def _(m_sizes: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
+    return m_sizes.new_empty(Routing.buffer_size(num_rows, m_sizes.shape[0], sorted_rows=True), dtype=torch.int32)
+
+
+def route(top_k_index: Tensor, num_experts: int, dtype: torch.dtype = torch.bfloat16) -> Routing:
+    """Sorts the slots of ``top_k_index`` by expert, stably and without a host synchronisation.
+
+    Args:
+        top_k_index: (T, top_k) integer expert ids; ids outside [0, num_experts) belong to no expert.
+        num_experts: E.
+        dtype: of the grouped GEMMs that will use it; the height of the row tiles depends on it.
+
+    Returns:
+        The ``Routing`` of the T·top_k slots.
+    """
+    buffer = route_op(top_k_index, num_experts, dtype)
+    return Routing.from_buffer(buffer, top_k_index.numel(), num_experts, top_k_index.shape[-1])
