@@ -1,0 +1,1 @@
+"""Triton device code, one kernel family a file; launched from ``launch``."""

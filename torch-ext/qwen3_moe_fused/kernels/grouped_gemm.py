@@ -1,0 +1,214 @@
+"""Grouped GEMM: rows of one expert against that expert's weights, plain and with the gate in the epilogue.
+
+One program computes one tile of BLOCK_M rows, all of one expert, and BLOCK_N output features; the column tiles of a row tile
+are neighbours in the grid, so they share the rows of x through the L2. Which expert and row a tile has was written by the
+routing kernel. Rows past the end of the expert are computed on whatever is there (always valid memory) and not stored.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import apply_gate
+
+
+@triton.jit
+def load_weight(
+    w,  # WEIGHTS "pointer": element pointers of this tile; "rows"/"columns": a descriptor
+    first,  # descriptor: first row of this expert's matrix in the flattened stack
+    n,
+    k,
+    offs_n,
+    offs_k,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The weight provider's device half: the (BLOCK_K, BLOCK_N) tile at in-feature k, out-feature n."""
+    if WEIGHTS == "rows":  # (E·N, K), in features contiguous
+        tile = w.load([first + n, k]).T
+    elif WEIGHTS == "columns":  # (E·K, N), out features contiguous
+        tile = w.load([first + k, n])
+    elif K % BLOCK_K == 0 and N % BLOCK_N == 0:
+        tile = tl.load(w)
+    else:
+        tile = tl.load(w, mask=(offs_k[:, None] < K - k) & (offs_n[None, :] < N), other=0.0)
+    return tile
+
+
+@triton.jit
+def grouped_up_kernel(
+    x_ptr,  # (T, H)
+    w,  # (E, COLUMNS, H): element pointer, or descriptor of (E·COLUMNS, H) or (E·H, COLUMNS)
+    bias_ptr,  # (E, COLUMNS)
+    h_ptr,  # (S, I) out
+    gate_up_ptr,  # (S, COLUMNS) out
+    offsets_ptr,  # (E+1,)
+    row_to_slot_ptr,  # (S,)
+    tile_expert_ptr,  # (tiles,)
+    tile_row_ptr,  # (tiles,)
+    num_experts,
+    stride_xt,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    stride_be,
+    alpha,
+    limit,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    COLUMNS: tl.constexpr,  # 2·I when gated, else I
+    COLUMN_STRIDE: tl.constexpr,  # of the gate features in w, bias and gate_up
+    UP_OFFSET: tl.constexpr,  # from a gate feature to its up feature
+    TOP_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SAVE_GATE_UP: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # of h; the program multiplies twice as many columns when gated
+    BLOCK_K: tl.constexpr,
+):
+    """h = gate(x[token] · w[expert]ᵀ + bias[expert]). Grid: (tiles · ⌈I / BLOCK_N⌉,), column tiles fastest."""
+    N_TILES: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0) // N_TILES
+    n = (tl.program_id(0) % N_TILES) * BLOCK_N
+    expert = tl.load(tile_expert_ptr + tile)
+    if (expert < 0) | (expert >= num_experts):
+        return
+    row = tl.load(tile_row_ptr + tile)
+    end = tl.load(offsets_ptr + expert + 1)
+    rows = row + tl.arange(0, BLOCK_M)
+    live = rows < end
+    tokens = tl.load(row_to_slot_ptr + rows, mask=live, other=0) // TOP_K
+    offs_n = n + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    # int64: T·H and E·out·in pass 2³¹ in real models.
+    x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * stride_xt + offs_k[None, :]
+    if WEIGHTS == "pointer":
+        w_ptr = w + expert.to(tl.int64) * stride_we
+        gate_w = w_ptr + (offs_n[None, :] * COLUMN_STRIDE) * stride_wn + offs_k[:, None] * stride_wk
+        up_w = gate_w + UP_OFFSET * stride_wn
+        first = 0
+    else:
+        gate_w = w
+        up_w = w
+        first = expert * (COLUMNS if WEIGHTS == "rows" else H)
+
+    gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(0, H, BLOCK_K):
+        if H % BLOCK_K == 0:
+            x = tl.load(x_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=offs_k[None, :] < H - k, other=0.0)
+        wg = load_weight(gate_w, first, n, k, offs_n, offs_k, I, H, WEIGHTS, BLOCK_N, BLOCK_K)
+        gate = tl.dot(x, wg, gate, input_precision=PRECISION)
+        if GATED:
+            wu = load_weight(up_w, first, n + UP_OFFSET, k, offs_n, offs_k, I, H, WEIGHTS, BLOCK_N, BLOCK_K)
+            up = tl.dot(x, wu, up, input_precision=PRECISION)
+        x_ptrs += BLOCK_K
+        if WEIGHTS == "pointer":
+            gate_w += BLOCK_K * stride_wk
+            up_w += BLOCK_K * stride_wk
+
+    in_n = offs_n < I
+    columns = offs_n * COLUMN_STRIDE
+    if HAS_BIAS:
+        bias_ptrs = bias_ptr + expert * stride_be + columns
+        gate += tl.load(bias_ptrs, mask=in_n, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            up += tl.load(bias_ptrs + UP_OFFSET, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    mask = live[:, None] & in_n[None, :]
+    rows64 = rows.to(tl.int64)
+    if SAVE_GATE_UP:
+        out = gate_up_ptr + rows64[:, None] * COLUMNS + columns[None, :]
+        tl.store(out, gate.to(gate_up_ptr.dtype.element_ty), mask=mask)
+        if GATED:
+            tl.store(out + UP_OFFSET, up.to(gate_up_ptr.dtype.element_ty), mask=mask)
+    h = apply_gate(gate, up, alpha, limit, ACTIVATION, GATED)
+    tl.store(h_ptr + rows64[:, None] * I + offs_n[None, :], h.to(h_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def grouped_gemm_kernel(
+    a,  # (S, K), or (T, K) with GATHER; element pointer, or descriptor with A_DESCRIPTOR
+    w,  # (E, N, K): element pointer, or descriptor of (E·N, K) or (E·K, N)
+    bias_ptr,  # (E, N)
+    out_ptr,  # (S, N) out
+    offsets_ptr,  # (E+1,)
+    row_to_slot_ptr,  # (S,), read with GATHER
+    tile_expert_ptr,  # (tiles,)
+    tile_row_ptr,  # (tiles,)
+    num_experts,
+    num_rows,  # S
+    stride_am,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    stride_be,
+    fill,  # of rows that belong to no expert
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    GATHER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    A_DESCRIPTOR: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[row] = a[row or token] · w[expert]ᵀ + bias[expert]. Grid: (tiles · ⌈N / BLOCK_N⌉,), column tiles fastest."""
+    N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0) // N_TILES
+    n = (tl.program_id(0) % N_TILES) * BLOCK_N
+    expert = tl.load(tile_expert_ptr + tile)
+    if expert < 0:
+        return
+    row = tl.load(tile_row_ptr + tile)
+    rows = row + tl.arange(0, BLOCK_M)
+    offs_n = n + tl.arange(0, BLOCK_N)
+    in_n = offs_n < N
+    out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * N + offs_n[None, :]
+    if expert == num_experts:
+        value = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32) + fill
+        tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=(rows < num_rows)[:, None] & in_n[None, :])
+        return
+    end = tl.load(offsets_ptr + expert + 1)
+    live = rows < end
+    offs_k = tl.arange(0, BLOCK_K)
+    if not A_DESCRIPTOR:
+        if GATHER:
+            source = tl.load(row_to_slot_ptr + rows, mask=live, other=0) // TOP_K
+        else:
+            source = tl.where(live, rows, row)
+        a_ptrs = a + source.to(tl.int64)[:, None] * stride_am + offs_k[None, :]
+    if WEIGHTS == "pointer":
+        w_tile = w + expert.to(tl.int64) * stride_we + offs_n[None, :] * stride_wn + offs_k[:, None] * stride_wk
+        first = 0
+    else:
+        w_tile = w
+        first = expert * (N if WEIGHTS == "rows" else K)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        if A_DESCRIPTOR:
+            x = a.load([row, k])
+        elif K % BLOCK_K == 0:
+            x = tl.load(a_ptrs)
+        else:
+            x = tl.load(a_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
+        wt = load_weight(w_tile, first, n, k, offs_n, offs_k, N, K, WEIGHTS, BLOCK_N, BLOCK_K)
+        acc = tl.dot(x, wt, acc, input_precision=PRECISION)
+        if not A_DESCRIPTOR:
+            a_ptrs += BLOCK_K
+        if WEIGHTS == "pointer":
+            w_tile += BLOCK_K * stride_wk
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + expert * stride_be + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & in_n[None, :])

@@ -1,0 +1,116 @@
+"""Products over the rows of each expert: weight gradients and bias gradients. Every output tile is written once."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def grouped_gram_kernel(
+    a_ptr,  # (S, M), or (T, M) with GATHER_A
+    b_ptr,  # (S, N), or (T, N) with GATHER_B
+    out_ptr,  # (E, M, N) out
+    offsets_ptr,  # (E+1,)
+    row_to_slot_ptr,  # (S,), read with GATHER_*
+    stride_am,
+    stride_bm,
+    stride_oe,
+    stride_om,
+    stride_on,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    TOP_K: tl.constexpr,
+    GATHER_A: tl.constexpr,
+    GATHER_B: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # rows an iteration
+    GROUP_M: tl.constexpr,  # row tiles that share column tiles in the L2
+):
+    """out[expert] = Σ_rows a[row]ᵀ · b[row]. Grid: (E · ⌈M / BLOCK_M⌉ · ⌈N / BLOCK_N⌉,), an expert's tiles side by side."""
+    M_TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
+    N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    expert = tl.program_id(0) // (M_TILES * N_TILES)
+    tile = tl.program_id(0) % (M_TILES * N_TILES)
+    group = tile // (GROUP_M * N_TILES)
+    group_size = min(M_TILES - group * GROUP_M, GROUP_M)
+    m = (group * GROUP_M + (tile % (GROUP_M * N_TILES)) % group_size) * BLOCK_M
+    n = ((tile % (GROUP_M * N_TILES)) // group_size) * BLOCK_N
+    start = tl.load(offsets_ptr + expert)
+    end = tl.load(offsets_ptr + expert + 1)
+    offs_m = m + tl.arange(0, BLOCK_M)
+    offs_n = n + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    in_m = offs_m < M
+    in_n = offs_n < N
+    # Out of range features read feature 0 and are not stored: the loop needs no mask for them.
+    a_cols = tl.where(in_m, offs_m, 0)
+    b_cols = tl.where(in_n, offs_n, 0)
+    if M % BLOCK_M == 0:
+        a_cols = offs_m
+    if N % BLOCK_N == 0:
+        b_cols = offs_n
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    full = start + (end - start) // BLOCK_K * BLOCK_K
+    for k in range(start, full, BLOCK_K):
+        rows = k + offs_k
+        if GATHER_A or GATHER_B:
+            tokens = tl.load(row_to_slot_ptr + rows) // TOP_K
+        a_rows = tokens if GATHER_A else rows
+        b_rows = tokens if GATHER_B else rows
+        a = tl.load(a_ptr + a_rows.to(tl.int64)[:, None] * stride_am + a_cols[None, :])
+        b = tl.load(b_ptr + b_rows.to(tl.int64)[:, None] * stride_bm + b_cols[None, :])
+        acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
+    if full < end:
+        rows = full + offs_k
+        live = rows < end
+        if GATHER_A or GATHER_B:
+            tokens = tl.load(row_to_slot_ptr + rows, mask=live, other=0) // TOP_K
+        a_rows = tokens if GATHER_A else rows
+        b_rows = tokens if GATHER_B else rows
+        # Both sides are masked: a row of the next expert may hold Inf, and 0·Inf is NaN.
+        a = tl.load(a_ptr + a_rows.to(tl.int64)[:, None] * stride_am + a_cols[None, :], mask=live[:, None], other=0.0)
+        b = tl.load(b_ptr + b_rows.to(tl.int64)[:, None] * stride_bm + b_cols[None, :], mask=live[:, None], other=0.0)
+        acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
+    # int64: E·M·N passes 2³¹ in real models.
+    out = out_ptr + expert.to(tl.int64) * stride_oe + offs_m[:, None] * stride_om + offs_n[None, :] * stride_on
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+
+
+@triton.jit
+def grouped_row_sum_kernel(
+    a_ptr,  # (S, N), or (T, N) with GATHER
+    weights_ptr,  # (S,) by slot, read with WEIGHTED
+    out_ptr,  # (E, N) out
+    offsets_ptr,  # (E+1,)
+    row_to_slot_ptr,  # (S,), read with GATHER or WEIGHTED
+    stride_am,
+    N: tl.constexpr,
+    TOP_K: tl.constexpr,
+    GATHER: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[expert] = Σ_rows (weights[slot] ·) a[row or token]. Grid: (E, ⌈N / BLOCK_N⌉)."""
+    expert = tl.program_id(0)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = tl.load(offsets_ptr + expert)
+    end = tl.load(offsets_ptr + expert + 1)
+    acc = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
+    for k in range(start, end, BLOCK_K):
+        rows = k + tl.arange(0, BLOCK_K)
+        live = rows < end
+        source = rows
+        if GATHER or WEIGHTED:
+            slots = tl.load(row_to_slot_ptr + rows, mask=live, other=0)
+        if GATHER:
+            source = slots // TOP_K
+        mask = live[:, None] & (offs_n < N)[None, :]
+        a = tl.load(a_ptr + source.to(tl.int64)[:, None] * stride_am + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            a *= tl.load(weights_ptr + slots, mask=live, other=0.0).to(tl.float32)[:, None]
+        acc += a
+    total = tl.sum(acc, axis=0)
+    tl.store(out_ptr + expert * N + offs_n, total.to(out_ptr.dtype.element_ty), mask=offs_n < N)

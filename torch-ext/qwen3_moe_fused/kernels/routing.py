@@ -1,0 +1,162 @@
+"""The counting sort of slots by expert, stable and deterministic, and the map from row tiles to experts.
+
+Two launches for many slots (``count_kernel`` then ``route_kernel``), one for few: a single program counts for itself.
+Ranks inside a block of slots come from an inclusive sum over a one-hot (slots, experts) matrix; no atomics.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def block_counts(ids_ptr, first, num_slots, BLOCK_S: tl.constexpr, SUB_S: tl.constexpr, EXPERTS: tl.constexpr):
+    """(EXPERTS,) how many of the BLOCK_S slots from ``first`` go to each expert."""
+    experts = tl.arange(0, EXPERTS)
+    counts = tl.zeros((EXPERTS,), dtype=tl.int32)
+    for s in range(0, BLOCK_S, SUB_S):
+        slots = first + s + tl.arange(0, SUB_S)
+        ids = tl.load(ids_ptr + slots, mask=slots < num_slots, other=-1).to(tl.int32)
+        counts += tl.sum((ids[:, None] == experts[None, :]).to(tl.int32), axis=0)
+    return counts
+
+
+@triton.jit
+def count_kernel(
+    ids_ptr,  # (S,) expert ids, any integer dtype
+    counts_ptr,  # (blocks, EXPERTS) int32 out
+    num_experts,
+    num_slots,
+    BLOCK_S: tl.constexpr,
+    SUB_S: tl.constexpr,
+    EXPERTS: tl.constexpr,  # next power of two of E
+):
+    """Counts each block's slots by expert. Grid: (blocks,)."""
+    block = tl.program_id(0)
+    counts = block_counts(ids_ptr, block * BLOCK_S, num_slots, BLOCK_S, SUB_S, EXPERTS)
+    experts = tl.arange(0, EXPERTS)
+    tl.store(counts_ptr + block * EXPERTS + experts, tl.where(experts < num_experts, counts, 0))
+
+
+@triton.jit
+def write_tiles(
+    tile_expert_ptr,
+    tile_row_ptr,
+    starts,  # (EXPERTS,) first row of each expert
+    counts,  # (EXPERTS,)
+    num_rows,
+    num_experts,
+    first,
+    last,
+    max_tiles,
+    BLOCK_M: tl.constexpr,
+    SUB_T: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    """Writes tiles first…last: the experts' in order, then those of the rows of no expert, then unused ones."""
+    tiles = (counts + BLOCK_M - 1) // BLOCK_M
+    ends = tl.cumsum(tiles, axis=0)
+    used = tl.sum(tiles, axis=0)
+    assigned = tl.sum(counts, axis=0)
+    experts = tl.arange(0, EXPERTS)
+    for t in range(first, last, SUB_T):
+        tile = t + tl.arange(0, SUB_T)
+        expert = tl.sum((ends[None, :] <= tile[:, None]).to(tl.int32), axis=1)
+        mine = expert[:, None] == experts[None, :]
+        row = tl.sum(tl.where(mine, (starts - (ends - tiles) * BLOCK_M)[None, :], 0), axis=1) + tile * BLOCK_M
+        orphan_row = assigned + (tile - used) * BLOCK_M
+        orphan = (tile >= used) & (orphan_row < num_rows)
+        expert = tl.where(tile < used, expert, tl.where(orphan, num_experts, -1))
+        tl.store(tile_expert_ptr + tile, expert, mask=tile < max_tiles)
+        tl.store(tile_row_ptr + tile, tl.where(tile < used, row, orphan_row), mask=tile < max_tiles)
+
+
+@triton.jit
+def route_kernel(
+    ids_ptr,  # (S,) expert ids, any integer dtype
+    counts_ptr,  # (blocks, EXPERTS) int32, not read by a single block
+    offsets_ptr,  # (E+1,) out
+    row_to_slot_ptr,  # (S,) out
+    slot_to_row_ptr,  # (S,) out
+    tile_expert_ptr,  # (max_tiles,) out
+    tile_row_ptr,  # (max_tiles,) out
+    num_experts,
+    num_slots,
+    num_blocks,
+    max_tiles,
+    tiles_per_block,
+    BLOCK_S: tl.constexpr,
+    SUB_S: tl.constexpr,
+    SUB_B: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SINGLE: tl.constexpr,
+):
+    """Gives every slot its row and writes its share of the tiles. Grid: (blocks,)."""
+    block = tl.program_id(0)
+    experts = tl.arange(0, EXPERTS)
+    if SINGLE:
+        counts = block_counts(ids_ptr, 0, num_slots, BLOCK_S, SUB_S, EXPERTS)
+        counts = tl.where(experts < num_experts, counts, 0)
+        before = tl.zeros((EXPERTS,), dtype=tl.int32)
+    else:
+        counts = tl.zeros((EXPERTS,), dtype=tl.int32)
+        before = tl.zeros((EXPERTS,), dtype=tl.int32)
+        for b in range(0, num_blocks, SUB_B):
+            blocks = b + tl.arange(0, SUB_B)
+            part = tl.load(
+                counts_ptr + blocks[:, None] * EXPERTS + experts[None, :], mask=(blocks < num_blocks)[:, None], other=0
+            )
+            counts += tl.sum(part, axis=0)
+            before += tl.sum(tl.where((blocks < block)[:, None], part, 0), axis=0)
+    starts = tl.cumsum(counts, axis=0) - counts
+    if block == 0:
+        tl.store(offsets_ptr + experts, starts, mask=experts < num_experts)
+        tl.store(offsets_ptr + num_experts, tl.sum(counts, axis=0))
+    first = block * tiles_per_block
+    write_tiles(
+        tile_expert_ptr, tile_row_ptr, starts, counts, num_slots, num_experts, first, first + tiles_per_block,
+        max_tiles, BLOCK_M, SUB_S, EXPERTS,
+    )  # fmt: skip
+    next_row = starts + before
+    for s in range(0, BLOCK_S, SUB_S):
+        slots = block * BLOCK_S + s + tl.arange(0, SUB_S)
+        in_range = slots < num_slots
+        ids = tl.load(ids_ptr + slots, mask=in_range, other=-1).to(tl.int32)
+        mine = (ids >= 0) & (ids < num_experts)
+        one_hot = (ids[:, None] == experts[None, :]).to(tl.int32)
+        row = tl.sum(one_hot * (tl.cumsum(one_hot, axis=0) - 1 + next_row[None, :]), axis=1)
+        next_row += tl.sum(one_hot, axis=0)
+        tl.store(slot_to_row_ptr + slots, tl.where(mine, row, -1), mask=in_range)
+        tl.store(row_to_slot_ptr + row, slots, mask=in_range & mine)
+
+
+@triton.jit
+def route_sorted_kernel(
+    m_sizes_ptr,  # (E,) any integer dtype
+    offsets_ptr,  # (E+1,) out
+    tile_expert_ptr,  # (max_tiles,) out
+    tile_row_ptr,  # (max_tiles,) out
+    num_experts,
+    num_rows,
+    max_tiles,
+    tiles_per_block,
+    stride_m,
+    EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SUB_T: tl.constexpr,
+):
+    """Offsets and tiles of rows that are sorted already. Sizes that cannot be give every row to no expert. Grid: (blocks,)."""
+    block = tl.program_id(0)
+    experts = tl.arange(0, EXPERTS)
+    sizes = tl.load(m_sizes_ptr + experts * stride_m, mask=experts < num_experts, other=0).to(tl.int64)
+    fits = (tl.sum(sizes, axis=0) <= num_rows) & (tl.min(sizes, axis=0) >= 0)
+    counts = tl.where(fits, sizes, 0).to(tl.int32)
+    starts = tl.cumsum(counts, axis=0) - counts
+    if block == 0:
+        tl.store(offsets_ptr + experts, starts, mask=experts < num_experts)
+        tl.store(offsets_ptr + num_experts, tl.sum(counts, axis=0))
+    first = block * tiles_per_block
+    write_tiles(
+        tile_expert_ptr, tile_row_ptr, starts, counts, num_rows, num_experts, first, first + tiles_per_block,
+        max_tiles, BLOCK_M, SUB_T, EXPERTS,
+    )  # fmt: skip

@@ -1,0 +1,193 @@
+"""Launch configurations: data, one rule of validity, an analytic default for every target, measured overrides.
+
+A configuration is looked up by kernel family, target and *bucket*, the typical number of rows an expert gets: with the
+expected S/E rows, a tile taller than that is mostly empty, and below a few hundred rows the weights' bytes, not the tensor
+cores, set the pace. ``configs/*.json`` replaces the default where something measured better; nobody waits for autotuning.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Kernel families with a tile to choose. "up" multiplies two BLOCK_N-wide column tiles when the experts are gated.
+KERNELS = ("up", "gemm", "down_backward", "gram")
+
+# Rows per expert up to which each bucket's tile height serves; the last bucket has no end.
+BUCKETS = {16: 4, 32: 16, 64: 64, 128: None}
+
+_CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """One launch configuration.
+
+    Attributes:
+        block_m, block_n, block_k: tile sizes; for ``gram`` block_k counts rows and block_m, block_n the output features.
+        num_warps, num_stages: of Triton.
+        descriptor: load weights (and rows, where they are not gathered) through a tensor descriptor (TMA) if the layout
+            allows it.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    descriptor: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the choice depends on.
+
+    Attributes:
+        backend: "cuda", "hip" or "xpu".
+        arch: compute capability as 10·major + minor, or the gfx name.
+        shared_memory: bytes a program may use.
+    """
+
+    backend: str
+    arch: int | str
+    shared_memory: int
+
+
+KIB = 1024
+TARGETS = {
+    80: Target("cuda", 80, 163 * KIB),
+    86: Target("cuda", 86, 99 * KIB),
+    89: Target("cuda", 89, 99 * KIB),
+    90: Target("cuda", 90, 227 * KIB),
+    100: Target("cuda", 100, 227 * KIB),
+    120: Target("cuda", 120, 99 * KIB),
+    "gfx942": Target("hip", "gfx942", 64 * KIB),
+    "xpu": Target("xpu", "xpu", 128 * KIB),
+}
+
+
+def bucket(num_rows: int, num_experts: int) -> int:
+    """The tile height for S = num_rows routed rows over E = num_experts."""
+    rows_per_expert = num_rows / max(num_experts, 1)
+    for block_m, limit in BUCKETS.items():
+        if limit is None or rows_per_expert <= limit:
+            return block_m
+    raise AssertionError("the last bucket has no limit")
+
+
+def shared_memory(kernel: str, config: LaunchConfig, itemsize: int) -> int:
+    """Bytes of shared memory that the pipelined operand tiles of ``config`` take, without the compiler's own scratch."""
+    if kernel == "gram":
+        tile = config.block_k * (config.block_m + config.block_n)
+    else:
+        tile = config.block_k * (config.block_m + config.block_n * (2 if kernel == "up" else 1))
+    return tile * itemsize * config.num_stages
+
+
+def check(kernel: str, config: LaunchConfig, target: Target, itemsize: int) -> None:
+    """The one rule of validity.
+
+    Raises:
+        ValueError: ``config`` cannot be launched on ``target`` for elements of ``itemsize`` bytes; says why.
+    """
+    for field in ("block_m", "block_n", "block_k", "num_warps"):
+        value = getattr(config, field)
+        if value < 1 or value & (value - 1):
+            raise ValueError(f"{field} must be a power of two, got {value}")
+    if min(config.block_m, config.block_n, config.block_k) < 16:
+        raise ValueError(f"blocks must be at least 16 for tl.dot, got {config}")
+    if not 1 <= config.num_stages <= 8 or config.num_warps > 16:
+        raise ValueError(f"num_stages must be 1 to 8 and num_warps at most 16, got {config}")
+    if config.descriptor and (target.backend != "cuda" or not isinstance(target.arch, int) or target.arch < 90):
+        raise ValueError(f"descriptors need compute capability 9.0, got {target.arch}")
+    need = shared_memory(kernel, config, itemsize)
+    if need > target.shared_memory:
+        raise ValueError(f"{config} needs {need} bytes of shared memory, {target.arch} has {target.shared_memory}")
+
+
+def default_config(kernel: str, block_m: int, target: Target, itemsize: int) -> LaunchConfig:
+    """The analytic default: the tile of the bucket, cut down until it fits the target."""
+    hopper = target.backend == "cuda" and isinstance(target.arch, int) and target.arch in (90, 100)
+    if itemsize == 4:
+        # fp32 runs on the FMA units (or tf32 at half rate): small tiles, registers are what is short.
+        config = LaunchConfig(min(block_m, 64), 64 if kernel != "up" else 32, 32, 4, 3)
+        if kernel == "gram":
+            config = LaunchConfig(64, 64, 32, 4, 3)
+    elif kernel == "gram":
+        config = LaunchConfig(128, 128, 64 if block_m > 32 else 32, 8, 3)
+    elif block_m == 16:
+        config = LaunchConfig(16, 32 if kernel == "up" else 64, 128, 4, 4, descriptor=hopper)
+    elif block_m == 32:
+        config = LaunchConfig(32, 64 if kernel == "up" else 128, 128, 4, 3, descriptor=hopper)
+    elif block_m == 64:
+        config = LaunchConfig(64, 64 if kernel == "up" else 128, 128 if hopper else 64, 4, 4, descriptor=hopper)
+    else:
+        config = LaunchConfig(128, 128 if hopper or kernel != "up" else 64, 64, 8, 4 if hopper else 3, descriptor=hopper)
+    if target.backend == "hip":
+        config = replace(config, num_stages=2)
+    while config.num_stages > 2 and shared_memory(kernel, config, itemsize) > target.shared_memory:
+        config = replace(config, num_stages=config.num_stages - 1)
+    while config.block_k > 16 and shared_memory(kernel, config, itemsize) > target.shared_memory:
+        config = replace(config, block_k=config.block_k // 2)
+    return config
+
+
+@functools.cache
+def _overrides(arch: int | str) -> dict[str, Any]:
+    """The measured configurations for ``arch``: {kernel: {bytes per element: {block_m: LaunchConfig}}}."""
+    path = _CONFIGS / f"{f'sm_{arch}' if isinstance(arch, int) else arch}.json"
+    if not path.exists():
+        return {}
+    table = json.loads(path.read_text())
+    names = {field.name for field in fields(LaunchConfig)}
+    for kernel, by_size in table.items():
+        for size, by_bucket in by_size.items():
+            for block_m, values in by_bucket.items():
+                if kernel not in KERNELS or not set(values) <= names:
+                    raise ValueError(f"{path.name}: {kernel}/{size}/{block_m} does not describe a LaunchConfig: {values}")
+    return table
+
+
+@functools.cache
+def launch_config(kernel: str, block_m: int, target: Target, itemsize: int) -> LaunchConfig:
+    """The configuration of ``kernel`` in bucket ``block_m`` on ``target``, elements of ``itemsize`` bytes."""
+    config = default_config(kernel, block_m, target, itemsize)
+    values = _overrides(target.arch).get(kernel, {}).get(str(itemsize), {}).get(str(block_m))
+    if values is not None:
+        config = replace(config, **values)
+    if kernel != "gram" and config.block_m > block_m:
+        raise ValueError(f"{kernel}: block_m {config.block_m} is taller than its bucket's tiles of {block_m}")
+    check(kernel, config, target, itemsize)
+    return config
+
+
+def tile_height(block_m: int, target: Target, itemsize: int) -> int:
+    """The height of the row tiles that all row-tiled kernels of a bucket share."""
+    return launch_config("gemm", block_m, target, itemsize).block_m
+
+
+@functools.cache
+def target_of(device: torch.device) -> Target:
+    """The target that describes ``device``; a CPU (Triton's interpreter) counts as compute capability 8.0."""
+    if device.type == "xpu":
+        return TARGETS["xpu"]
+    if device.type == "cpu":
+        return TARGETS[80]
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return TARGETS["gfx942"]
+    arch = properties.major * 10 + properties.minor
+    if arch in TARGETS:
+        return TARGETS[arch]
+    # A relative of a known one: Orin is 8.7, Blackwell Ultra 10.3, Thor 11.0, GB10 12.1.
+    return replace(TARGETS[100 if arch in (103, 110) else 86], arch=arch, shared_memory=properties.shared_memory_per_block_optin)
+
+
+def as_dict(config: LaunchConfig) -> dict[str, Any]:
+    """``config`` as ``configs/*.json`` stores it."""
+    return asdict(config)
