@@ -166,21 +166,22 @@ def experts_backward_op(
         grad_gate_up, weighted_h, grad_weights = stages.down_backward(
             grad_y, down.stack, down_bias, gate_up, routing, top_k_weights, gate, need_down
         )
-        if need_down:
-            grad_down = down.empty_grad()
-            stages.grouped_gram(grad_y, weighted_h, routing, gather_a=True, gather_b=False, out=grad_down)
-        del weighted_h
-        if need_up:
-            grad_up = up.empty_grad()
-            stages.grouped_gram(grad_gate_up, hidden_states, routing, gather_a=False, gather_b=True, out=grad_up)
-        if need_up_bias:
-            grad_up_bias = stages.grouped_row_sum(grad_gate_up, routing, None, gather=False)
+        # The largest transient, the rows of grad_x, is gone before the weights' gradients take their memory.
         if need_x:
             grad_rows = stages.grouped_gemm(
                 grad_gate_up, up.stack.mT, routing, num_rows, None, gather=False, fill=0.0
             )
-            del grad_gate_up
             grad_x = stages.combine(grad_rows, routing, num_tokens, None)
+            del grad_rows
+        if need_down:
+            grad_down = down.empty_grad()
+            stages.grouped_gram(grad_y, weighted_h, routing, gather_a=True, gather_b=False, out=grad_down)
+        del weighted_h
+        if need_up_bias:
+            grad_up_bias = stages.grouped_row_sum(grad_gate_up, routing, None, gather=False)
+        if need_up:
+            grad_up = up.empty_grad()
+            stages.grouped_gram(grad_gate_up, hidden_states, routing, gather_a=False, gather_b=True, out=grad_up)
     if transposed:
         grad_up, grad_down = (g.mT if g.dim() == 3 else g for g in (grad_up, grad_down))
     return grad_x, grad_weights, grad_up, grad_down, grad_up_bias, grad_down_bias

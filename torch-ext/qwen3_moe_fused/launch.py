@@ -19,7 +19,7 @@ from .activations import Gate
 from .kernels import decode as decode_kernels
 from .kernels import permute as permute_kernels
 from .kernels import routing as routing_kernels
-from .kernels.down_backward import down_backward_kernel
+from .kernels.down_backward import bias_dots_kernel, down_backward_kernel
 from .kernels.grouped_gemm import grouped_gemm_kernel, grouped_up_kernel
 from .kernels.grouped_gram import grouped_gram_kernel, grouped_row_sum_kernel
 
@@ -83,11 +83,11 @@ def _weight_operand(stack: Tensor, config: tuning.LaunchConfig) -> tuple[Any, st
     return stack, "pointer"
 
 
-def _rows_operand(a: Tensor, config: tuning.LaunchConfig) -> tuple[Any, bool]:
-    """(kernel argument, whether it is a descriptor) of rows (S, K) that are not gathered."""
+def _rows_operand(a: Tensor, config: tuning.LaunchConfig, block: list[int]) -> tuple[Any, bool]:
+    """(kernel argument, whether it is a descriptor) of rows (S, K) that are not gathered, read in blocks of ``block``."""
     row_bytes = a.stride(0) * a.element_size()
-    if config.descriptor and a.shape[1] > 0 and row_bytes % 16 == 0 and a.data_ptr() % 16 == 0:
-        return TensorDescriptor(a, list(a.shape), [a.stride(0), 1], [config.block_m, config.block_k]), True
+    if config.descriptor and a.numel() > 0 and row_bytes % 16 == 0 and a.data_ptr() % 16 == 0:
+        return TensorDescriptor(a, list(a.shape), [a.stride(0), 1], block), True
     return a, False
 
 
@@ -185,7 +185,7 @@ def grouped_gemm(
         return out
     a = _rows(a)
     config = _config("gemm", num_rows, num_experts, a)
-    a_operand, a_descriptor = (a, False) if gather else _rows_operand(a, config)
+    a_operand, a_descriptor = (a, False) if gather else _rows_operand(a, config, [config.block_m, config.block_k])
     w_operand, weights = _weight_operand(weight, config)
     bias = bias if bias is None else bias.contiguous()
     grid = (_num_tiles(num_rows, num_experts, config.block_m) * triton.cdiv(n, config.block_n),)
@@ -304,10 +304,8 @@ def combine(z: Tensor, routing: Routing, num_tokens: int, weights: Tensor | None
 
 
 @_on_device
-def dispatch(x: Tensor, routing: Routing, num_rows: int, weights: Tensor | None) -> Tensor:
+def dispatch(x: Tensor, routing: Routing, num_rows: int) -> Tensor:
     """``reference.dispatch``."""
-    if weights is not None:
-        raise NotImplementedError("dispatch with weights is combine_backward")
     rows = x.new_empty((num_rows, x.shape[1]))
     _dispatch(_rows(x), rows, rows, rows, rows, routing, backward=False)
     return rows
@@ -370,13 +368,18 @@ def down_backward(
     column_stride, up_offset = gate.column_layout(intermediate)
     stack = weight.mT
     w_operand, weights = _weight_operand(stack, config)
-    bias = bias if bias is None else bias.contiguous()
+    rows_operand, rows_descriptor = (grad_y, False)
+    if config.gather_first and hidden * grad_y.element_size() % 16 == 0:
+        rows_operand, rows_descriptor = _rows_operand(
+            dispatch(grad_y, routing, num_rows), config, [config.block_m, config.block_k]
+        )
+    tiles = _num_tiles(num_rows, num_experts, config.block_m)
+    num_parts = n_tiles + (bias is not None)
     # Zeros, for the slots of no expert.
-    parts = torch.zeros((num_rows, n_tiles), dtype=torch.float32, device=grad_y.device)
-    down_backward_kernel[(_num_tiles(num_rows, num_experts, config.block_m) * n_tiles,)](
-        grad_y,
+    parts = torch.zeros((num_rows, num_parts), dtype=torch.float32, device=grad_y.device)
+    down_backward_kernel[(tiles * n_tiles,)](
+        rows_operand,
         w_operand,
-        grad_y if bias is None else bias,
         gate_up,
         top_k_weights.contiguous(),
         grad_gate_up,
@@ -389,7 +392,6 @@ def down_backward(
         num_experts,
         grad_y.stride(0),
         *stack.stride(),
-        hidden,
         gate.alpha,
         gate.limit,
         H=hidden,
@@ -398,18 +400,37 @@ def down_backward(
         COLUMN_STRIDE=column_stride,
         UP_OFFSET=up_offset,
         TOP_K=routing.top_k,
+        PARTS=num_parts,
         ACTIVATION=gate.activation,
         GATED=gate.gated,
-        HAS_BIAS=bias is not None,
         SAVE_WEIGHTED_H=need_weighted_h,
+        ROWS_DESCRIPTOR=rows_descriptor,
         WEIGHTS=weights,
         PRECISION=_precision(grad_y.dtype),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
+        SLICES=config.slices,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+    if bias is not None:
+        bias_dots_kernel[(tiles,)](
+            grad_y,
+            bias.contiguous(),
+            parts,
+            routing.offsets,
+            routing.row_to_slot,
+            routing.tile_expert,
+            routing.tile_row,
+            num_experts,
+            grad_y.stride(0),
+            H=hidden,
+            TOP_K=routing.top_k,
+            PARTS=num_parts,
+            BLOCK_M=config.block_m,
+            BLOCK_K=64,
+        )
     grad_weights = parts.sum(1).view(top_k_weights.shape).to(top_k_weights.dtype)
     return grad_gate_up, weighted_h, grad_weights
 
@@ -429,10 +450,18 @@ def grouped_gram(a: Tensor, b: Tensor, routing: Routing, gather_a: bool, gather_
     a, b = _rows(a), _rows(b)
     num_rows = a.shape[0] * (routing.top_k if gather_a else 1)
     config = _config("gram", num_rows, num_experts, a)
+    if config.gather_first:
+        a = dispatch(a, routing, num_rows) if gather_a else a
+        b = dispatch(b, routing, num_rows) if gather_b else b
+        gather_a = gather_b = False
+    a_operand, a_descriptor = (a, False) if gather_a else _rows_operand(a, config, [config.block_k, config.block_m])
+    b_operand, b_descriptor = (b, False) if gather_b else _rows_operand(b, config, [config.block_k, config.block_n])
     grid = (num_experts * triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
     grouped_gram_kernel[grid](
         a,
         b,
+        a_operand,
+        b_operand,
         out,
         routing.offsets,
         routing.row_to_slot,
@@ -444,6 +473,8 @@ def grouped_gram(a: Tensor, b: Tensor, routing: Routing, gather_a: bool, gather_
         TOP_K=routing.top_k,
         GATHER_A=gather_a,
         GATHER_B=gather_b,
+        A_DESCRIPTOR=a_descriptor,
+        B_DESCRIPTOR=b_descriptor,
         PRECISION=_precision(a.dtype),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

@@ -23,7 +23,7 @@ def _dispatch(x: Tensor, buffer: Tensor, num_experts: int, top_k: int) -> Tensor
     """(S, N) rows in expert order from x (T, N); rows of no expert are zero."""
     num_rows = x.shape[0] * top_k
     routing = Routing.from_buffer(buffer, num_rows, num_experts, top_k)
-    return backend_for(x, x.dtype).dispatch(x, routing, num_rows, None)
+    return backend_for(x, x.dtype).dispatch(x, routing, num_rows)
 
 
 @dispatch_op.register_fake

@@ -214,11 +214,9 @@ def grouped_row_sum(a: Tensor, routing: Routing, weights: Tensor | None, gather:
     return out.to(a.dtype)
 
 
-def dispatch(x: Tensor, routing: Routing, num_rows: int, weights: Tensor | None) -> Tensor:
-    """(S, N) rows in expert order from x (T, N), times weights (T, top_k) if given; rows of no expert are zero."""
+def dispatch(x: Tensor, routing: Routing, num_rows: int) -> Tensor:
+    """(S, N) rows in expert order from x (T, N); rows of no expert are zero."""
     rows = _gather(x, routing)
-    if weights is not None:
-        rows = rows * weights.reshape(-1)[_slots(routing)][:, None].to(x.dtype)
     rows[int(routing.offsets[-1]) :] = 0
     return rows
 

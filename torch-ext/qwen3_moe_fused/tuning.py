@@ -33,6 +33,9 @@ class LaunchConfig:
         num_warps, num_stages: of Triton.
         descriptor: load weights (and rows, where they are not gathered) through a tensor descriptor (TMA) if the layout
             allows it.
+        gather_first: copy gathered rows into expert order in a pass of their own and read them through a descriptor, which
+            pays for ``down_backward`` and ``gram`` when experts have many rows.
+        slices: of the tile the epilogue of ``down_backward`` works on one after the other, to save registers.
     """
 
     block_m: int
@@ -41,6 +44,8 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     descriptor: bool = False
+    gather_first: bool = False
+    slices: int = 1
 
 
 @dataclass(frozen=True)

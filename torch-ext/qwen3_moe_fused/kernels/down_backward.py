@@ -3,6 +3,8 @@
 With g = grad_y[token] · w_down[expert], a tile of g is all the epilogue needs next to the saved gate_up: the gradient of
 gate_up, the weighted h that the down projection's weight gradient reads, and this tile's share of the routing weight's
 gradient rowsum(g · h). Neither g nor the down projection's output ever reaches memory.
+
+The epilogue works on slices of the tile: all of it at once spills (1 KiB a thread at 128×128 and 8 warps).
 """
 
 import triton
@@ -13,15 +15,69 @@ from .grouped_gemm import load_weight
 
 
 @triton.jit
+def _epilogue(
+    g,  # (BLOCK_M, WIDTH) fp32 slice of the tile
+    n,  # its first column
+    gate_up_ptr,  # of the tile's first row, as are the other two
+    grad_gate_up_ptr,
+    weighted_h_ptr,
+    live,
+    weight,
+    alpha,
+    limit,
+    I: tl.constexpr,  # noqa: E741
+    COLUMNS: tl.constexpr,
+    COLUMN_STRIDE: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    SAVE_WEIGHTED_H: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SLICES: tl.constexpr,
+):
+    """Stores grad_gate_up and weighted h of (BLOCK_M, WIDTH) columns in SLICES slices; returns rowsum(g · h) of them."""
+    if SLICES > 1:
+        HALF: tl.constexpr = WIDTH // 2
+        left, right = tl.split(tl.permute(tl.reshape(g, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        return _epilogue(
+            left, n, gate_up_ptr, grad_gate_up_ptr, weighted_h_ptr, live, weight, alpha, limit, I, COLUMNS, COLUMN_STRIDE,
+            UP_OFFSET, ACTIVATION, GATED, SAVE_WEIGHTED_H, BLOCK_M, HALF, SLICES // 2,
+        ) + _epilogue(
+            right, n + HALF, gate_up_ptr, grad_gate_up_ptr, weighted_h_ptr, live, weight, alpha, limit, I, COLUMNS,
+            COLUMN_STRIDE, UP_OFFSET, ACTIVATION, GATED, SAVE_WEIGHTED_H, BLOCK_M, HALF, SLICES // 2,
+        )  # fmt: skip
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = n + tl.arange(0, WIDTH)
+    mask = live[:, None] & (offs_n < I)[None, :]
+    columns = offs_m[:, None] * COLUMNS + (offs_n * COLUMN_STRIDE)[None, :]
+    gate = tl.load(gate_up_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    if GATED:
+        up = tl.load(gate_up_ptr + columns + UP_OFFSET, mask=mask, other=0.0).to(tl.float32)
+    else:
+        up = gate
+    h = apply_gate(gate, up, alpha, limit, ACTIVATION, GATED)
+    # Beyond the last column g holds products with the next expert's weights.
+    dots = tl.sum(tl.where(mask, g * h, 0.0), axis=1)
+    if SAVE_WEIGHTED_H:
+        out = weighted_h_ptr + offs_m[:, None] * I + offs_n[None, :]
+        tl.store(out, (h * weight).to(weighted_h_ptr.dtype.element_ty), mask=mask)
+    grad_gate, grad_up = apply_gate_backward(gate, up, g * weight, alpha, limit, ACTIVATION, GATED)
+    tl.store(grad_gate_up_ptr + columns, grad_gate.to(grad_gate_up_ptr.dtype.element_ty), mask=mask)
+    if GATED:
+        tl.store(grad_gate_up_ptr + columns + UP_OFFSET, grad_up.to(grad_gate_up_ptr.dtype.element_ty), mask=mask)
+    return dots
+
+
+@triton.jit
 def down_backward_kernel(
-    grad_y_ptr,  # (T, H)
+    grad_y,  # (T, H), or (S, H) in row order with ROWS_DESCRIPTOR
     w,  # (E, I, H) view of the down projection: element pointer, or descriptor of (E·I, H) or (E·H, I)
-    bias_ptr,  # (E, H) of the down projection
     gate_up_ptr,  # (S, COLUMNS)
     weights_ptr,  # (S,) routing weights by slot
     grad_gate_up_ptr,  # (S, COLUMNS) out
     weighted_h_ptr,  # (S, I) out
-    grad_weights_ptr,  # (S, N_TILES) fp32 out, by slot: parts of the routing weights' gradient
+    grad_weights_ptr,  # (S, PARTS) fp32 out, by slot: parts of the routing weights' gradient
     offsets_ptr,  # (E+1,)
     row_to_slot_ptr,  # (S,)
     tile_expert_ptr,  # (tiles,)
@@ -31,7 +87,6 @@ def down_backward_kernel(
     stride_we,
     stride_wn,
     stride_wk,
-    stride_be,
     alpha,
     limit,
     H: tl.constexpr,
@@ -40,15 +95,17 @@ def down_backward_kernel(
     COLUMN_STRIDE: tl.constexpr,
     UP_OFFSET: tl.constexpr,
     TOP_K: tl.constexpr,
+    PARTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     SAVE_WEIGHTED_H: tl.constexpr,
+    ROWS_DESCRIPTOR: tl.constexpr,
     WEIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,  # 1, 2 or 4
 ):
     """Grid: (tiles · ⌈I / BLOCK_N⌉,), column tiles fastest."""
     N_TILES: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
@@ -63,10 +120,10 @@ def down_backward_kernel(
     rows = row + tl.arange(0, BLOCK_M)
     live = rows < end
     slots = tl.load(row_to_slot_ptr + rows, mask=live, other=0)
-    tokens = slots // TOP_K
     offs_n = n + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    y_ptrs = grad_y_ptr + tokens.to(tl.int64)[:, None] * stride_yt + offs_k[None, :]
+    if not ROWS_DESCRIPTOR:
+        y_ptrs = grad_y + (slots // TOP_K).to(tl.int64)[:, None] * stride_yt + offs_k[None, :]
     if WEIGHTS == "pointer":
         w_tile = w + expert.to(tl.int64) * stride_we + offs_n[None, :] * stride_wn + offs_k[:, None] * stride_wk
         first = 0
@@ -75,39 +132,64 @@ def down_backward_kernel(
         first = expert * (I if WEIGHTS == "rows" else H)
 
     g = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    dots = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for k in range(0, H, BLOCK_K):
-        if H % BLOCK_K == 0:
+        if ROWS_DESCRIPTOR:
+            y = grad_y.load([row, k])
+        elif H % BLOCK_K == 0:
             y = tl.load(y_ptrs)
         else:
             y = tl.load(y_ptrs, mask=offs_k[None, :] < H - k, other=0.0)
         wt = load_weight(w_tile, first, n, k, offs_n, offs_k, I, H, WEIGHTS, BLOCK_N, BLOCK_K)
         g = tl.dot(y, wt, g, input_precision=PRECISION)
-        if HAS_BIAS and n_tile == 0:
-            bias = tl.load(bias_ptr + expert * stride_be + k + offs_k, mask=offs_k < H - k, other=0.0)
-            dots += tl.sum(y.to(tl.float32) * bias.to(tl.float32)[None, :], axis=1)
-        y_ptrs += BLOCK_K
+        if not ROWS_DESCRIPTOR:
+            y_ptrs += BLOCK_K
         if WEIGHTS == "pointer":
             w_tile += BLOCK_K * stride_wk
 
-    in_n = offs_n < I
-    mask = live[:, None] & in_n[None, :]
-    rows64 = rows.to(tl.int64)
-    columns = rows64[:, None] * COLUMNS + (offs_n * COLUMN_STRIDE)[None, :]
-    gate = tl.load(gate_up_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    if GATED:
-        up = tl.load(gate_up_ptr + columns + UP_OFFSET, mask=mask, other=0.0).to(tl.float32)
-    else:
-        up = gate
-    h = apply_gate(gate, up, alpha, limit, ACTIVATION, GATED)
-    # Masked columns hold act(0)·0 = 0 but for swiglu_oai and products with g's leftovers, which must not count.
-    dots += tl.sum(tl.where(mask, g * h, 0.0), axis=1)
-    tl.store(grad_weights_ptr + slots * N_TILES + n_tile, dots, mask=live)
     weight = tl.load(weights_ptr + slots, mask=live, other=0.0).to(tl.float32)[:, None]
-    if SAVE_WEIGHTED_H:
-        out = weighted_h_ptr + rows64[:, None] * I + offs_n[None, :]
-        tl.store(out, (h * weight).to(weighted_h_ptr.dtype.element_ty), mask=mask)
-    grad_gate, grad_up = apply_gate_backward(gate, up, g * weight, alpha, limit, ACTIVATION, GATED)
-    tl.store(grad_gate_up_ptr + columns, grad_gate.to(grad_gate_up_ptr.dtype.element_ty), mask=mask)
-    if GATED:
-        tl.store(grad_gate_up_ptr + columns + UP_OFFSET, grad_up.to(grad_gate_up_ptr.dtype.element_ty), mask=mask)
+    # The tile's base in int64, offsets inside it in int32: half the registers.
+    row64 = row.to(tl.int64)
+    gate_up_ptr += row64 * COLUMNS
+    grad_gate_up_ptr += row64 * COLUMNS
+    weighted_h_ptr += row64 * I
+    dots = _epilogue(
+        g, n, gate_up_ptr, grad_gate_up_ptr, weighted_h_ptr, live, weight, alpha, limit, I, COLUMNS, COLUMN_STRIDE,
+        UP_OFFSET, ACTIVATION, GATED, SAVE_WEIGHTED_H, BLOCK_M, BLOCK_N, SLICES,
+    )  # fmt: skip
+    tl.store(grad_weights_ptr + slots.to(tl.int64) * PARTS + n_tile, dots, mask=live)
+
+
+@triton.jit
+def bias_dots_kernel(
+    grad_y_ptr,  # (T, H)
+    bias_ptr,  # (E, H) of the down projection
+    grad_weights_ptr,  # (S, PARTS) fp32 out, by slot: the last part
+    offsets_ptr,  # (E+1,)
+    row_to_slot_ptr,  # (S,)
+    tile_expert_ptr,  # (tiles,)
+    tile_row_ptr,  # (tiles,)
+    num_experts,
+    stride_yt,
+    H: tl.constexpr,
+    TOP_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A biased down projection's share of the routing weights' gradient, grad_y[token] · bias[expert]. Grid: (tiles,).
+
+    Not in the GEMM above: a branch on the column tile in its pipelined loop gave wrong sums (Triton 3.6, sm_90).
+    """
+    expert = tl.load(tile_expert_ptr + tl.program_id(0))
+    if (expert < 0) | (expert >= num_experts):
+        return
+    rows = tl.load(tile_row_ptr + tl.program_id(0)) + tl.arange(0, BLOCK_M)
+    live = rows < tl.load(offsets_ptr + expert + 1)
+    slots = tl.load(row_to_slot_ptr + rows, mask=live, other=0)
+    y_ptrs = grad_y_ptr + (slots // TOP_K).to(tl.int64)[:, None] * stride_yt
+    dots = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    for k in range(0, H, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        y = tl.load(y_ptrs + offs_k[None, :], mask=(offs_k < H)[None, :], other=0.0).to(tl.float32)
+        dots += y * tl.load(bias_ptr + expert * H + offs_k, mask=offs_k < H, other=0.0).to(tl.float32)[None, :]
+    tl.store(grad_weights_ptr + slots.to(tl.int64) * PARTS + PARTS - 1, tl.sum(dots, axis=1), mask=live)

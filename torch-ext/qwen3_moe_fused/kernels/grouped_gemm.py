@@ -123,14 +123,16 @@ def grouped_up_kernel(
         if GATED:
             up += tl.load(bias_ptrs + UP_OFFSET, mask=in_n, other=0.0).to(tl.float32)[None, :]
     mask = live[:, None] & in_n[None, :]
-    rows64 = rows.to(tl.int64)
+    # The tile's base in int64, offsets inside it in int32: half the registers.
+    row64 = row.to(tl.int64)
+    offs_m = tl.arange(0, BLOCK_M)
     if SAVE_GATE_UP:
-        out = gate_up_ptr + rows64[:, None] * COLUMNS + columns[None, :]
+        out = gate_up_ptr + row64 * COLUMNS + offs_m[:, None] * COLUMNS + columns[None, :]
         tl.store(out, gate.to(gate_up_ptr.dtype.element_ty), mask=mask)
         if GATED:
             tl.store(out + UP_OFFSET, up.to(gate_up_ptr.dtype.element_ty), mask=mask)
     h = apply_gate(gate, up, alpha, limit, ACTIVATION, GATED)
-    tl.store(h_ptr + rows64[:, None] * I + offs_n[None, :], h.to(h_ptr.dtype.element_ty), mask=mask)
+    tl.store(h_ptr + row64 * I + offs_m[:, None] * I + offs_n[None, :], h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -174,7 +176,7 @@ def grouped_gemm_kernel(
     rows = row + tl.arange(0, BLOCK_M)
     offs_n = n + tl.arange(0, BLOCK_N)
     in_n = offs_n < N
-    out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * N + offs_n[None, :]
+    out_ptrs = out_ptr + row.to(tl.int64) * N + tl.arange(0, BLOCK_M)[:, None] * N + offs_n[None, :]
     if expert == num_experts:
         value = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32) + fill
         tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=(rows < num_rows)[:, None] & in_n[None, :])

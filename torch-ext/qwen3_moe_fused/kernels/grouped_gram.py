@@ -8,6 +8,8 @@ import triton.language as tl
 def grouped_gram_kernel(
     a_ptr,  # (S, M), or (T, M) with GATHER_A
     b_ptr,  # (S, N), or (T, N) with GATHER_B
+    a,  # descriptor of a_ptr's matrix, read with A_DESCRIPTOR
+    b,  # descriptor of b_ptr's matrix, read with B_DESCRIPTOR
     out_ptr,  # (E, M, N) out
     offsets_ptr,  # (E+1,)
     row_to_slot_ptr,  # (S,), read with GATHER_*
@@ -21,6 +23,8 @@ def grouped_gram_kernel(
     TOP_K: tl.constexpr,
     GATHER_A: tl.constexpr,
     GATHER_B: tl.constexpr,
+    A_DESCRIPTOR: tl.constexpr,
+    B_DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -59,9 +63,15 @@ def grouped_gram_kernel(
             tokens = tl.load(row_to_slot_ptr + rows) // TOP_K
         a_rows = tokens if GATHER_A else rows
         b_rows = tokens if GATHER_B else rows
-        a = tl.load(a_ptr + a_rows.to(tl.int64)[:, None] * stride_am + a_cols[None, :])
-        b = tl.load(b_ptr + b_rows.to(tl.int64)[:, None] * stride_bm + b_cols[None, :])
-        acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
+        if A_DESCRIPTOR:
+            a_tile = a.load([k, m])
+        else:
+            a_tile = tl.load(a_ptr + a_rows.to(tl.int64)[:, None] * stride_am + a_cols[None, :])
+        if B_DESCRIPTOR:
+            b_tile = b.load([k, n])
+        else:
+            b_tile = tl.load(b_ptr + b_rows.to(tl.int64)[:, None] * stride_bm + b_cols[None, :])
+        acc = tl.dot(a_tile.T, b_tile, acc, input_precision=PRECISION)
     if full < end:
         rows = full + offs_k
         live = rows < end
@@ -70,9 +80,9 @@ def grouped_gram_kernel(
         a_rows = tokens if GATHER_A else rows
         b_rows = tokens if GATHER_B else rows
         # Both sides are masked: a row of the next expert may hold Inf, and 0·Inf is NaN.
-        a = tl.load(a_ptr + a_rows.to(tl.int64)[:, None] * stride_am + a_cols[None, :], mask=live[:, None], other=0.0)
-        b = tl.load(b_ptr + b_rows.to(tl.int64)[:, None] * stride_bm + b_cols[None, :], mask=live[:, None], other=0.0)
-        acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
+        a_tile = tl.load(a_ptr + a_rows.to(tl.int64)[:, None] * stride_am + a_cols[None, :], mask=live[:, None], other=0.0)
+        b_tile = tl.load(b_ptr + b_rows.to(tl.int64)[:, None] * stride_bm + b_cols[None, :], mask=live[:, None], other=0.0)
+        acc = tl.dot(a_tile.T, b_tile, acc, input_precision=PRECISION)
     # int64: E·M·N passes 2³¹ in real models.
     out = out_ptr + expert.to(tl.int64) * stride_oe + offs_m[:, None] * stride_om + offs_n[None, :] * stride_on
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])

@@ -1,0 +1,77 @@
+"""Compiles the kernels' real launches for any GPU, on a machine without one.
+
+A stage of ``launch`` is called on meta tensors while ``JITFunction.run`` compiles for the wanted target instead of
+launching, so what is checked is what a user's call would compile: same arguments, same specialisation, same configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled launch takes: bytes of shared memory, registers a thread, bytes of spills a thread."""
+
+    kernel: str
+    shared: int
+    registers: int
+    spills: int
+
+
+def gpu_target(arch: int | str) -> GPUTarget:
+    """The compiler's target for a compute capability (90) or a gfx name."""
+    return GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
+
+
+def _compile(function: JITFunction, args: tuple, kwargs: dict, target: GPUTarget) -> triton.compiler.CompiledKernel:
+    backend = make_backend(target)
+    kwargs = {"debug": False, "instrumentation_mode": "", **kwargs}
+    binder = create_function_from_signature(function.signature, function.params, backend)
+    bound, specialization, options = binder(*args, **kwargs)
+    options, signature, constants, attrs = function._pack_args(backend, kwargs, bound, specialization, options)
+    source = ASTSource(function, signature, constants, attrs)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def _resources(kernel: triton.compiler.CompiledKernel, name: str, target: GPUTarget) -> Resources:
+    shared = kernel.metadata.shared
+    if target.backend == "hip":
+        text = kernel.asm["amdgcn"]
+        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+        spills = 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
+        return Resources(name, shared, registers, spills)
+    cuobjdump = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    # The stack frame holds what did not fit into registers; these kernels have no arrays of their own.
+    return Resources(name, shared, registers, int(re.search(r"STACK:(\d+)", usage)[1]))
+
+
+@contextlib.contextmanager
+def compiling_for(arch: int | str) -> Iterator[list[Resources]]:
+    """Within it, launches compile for ``arch`` and append what they take to the list it gives."""
+    target = gpu_target(arch)
+    compiled: list[Resources] = []
+
+    def run(function: JITFunction, *args, grid, warmup, **kwargs) -> None:
+        kernel = _compile(function, args, kwargs, target)
+        compiled.append(_resources(kernel, function.fn.__name__, target))
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield compiled
