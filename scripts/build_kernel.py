@@ -100,13 +100,15 @@ def read_config(root: Path) -> KernelConfig:
         raise BuildError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BuildError(f"{path} is not valid TOML: {error}") from error
+    # Before the library's parser sees it: that one takes a missing edition for edition 4 and converts it.
+    edition = content.get("general", {}).get("edition")
+    if edition != 5:
+        raise BuildError(f"{path}: edition is {'missing' if edition is None else edition}, need 5")
     _parse_strictly(root)
 
     try:
         general = content["general"]
         noarch = content["torch-noarch"]
-        if general["edition"] != 5:
-            raise BuildError(f"{path}: edition is {general['edition']!r}, need 5")
         if "kernel-depends" in general:
             raise BuildError(f"{path}: kernel-depends is not supported by this script, build with kernel-builder")
         common = general.get("python-depends", [])

@@ -1,14 +1,13 @@
 """Builds the kernel and points ``LOCAL_KERNELS`` at it, before any test module is imported.
 
 The build goes to ``build/``, where ``moe_fused`` looks as well, so every test sees the sources as they are now. It is
-idempotent and locked: pytest-xdist's workers find it done. Where ``LOCAL_KERNELS`` names our kernel already (kernel-builder
-runs the tests that way, with nothing but build.toml, torch-ext/ and tests/ present), that kernel is tested.
+idempotent and locked: pytest-xdist's workers find it done. Where ``LOCAL_KERNELS`` names our kernel already, that kernel
+is tested: kernel-builder runs the tests that way, with nothing but build.toml, torch-ext/ and tests/ present.
 """
 
 from __future__ import annotations
 
 import os
-import runpy
 
 import pytest
 
@@ -23,8 +22,9 @@ def _provide_kernel() -> str:
     ours = [entry for entry in entries if entry.startswith(f"{repo_id()}=")]
     if ours:
         return ours[0]
-    builder = runpy.run_path(str(REPOSITORY / "scripts" / "build_kernel.py"), run_name="build_kernel")
-    builder["build"](REPOSITORY, REPOSITORY / "build")
+    from scripts.build_kernel import build
+
+    build(REPOSITORY, REPOSITORY / "build")
     os.environ["LOCAL_KERNELS"] = ":".join([*entries, f"{repo_id()}={REPOSITORY / 'build'}"])
     return os.environ["LOCAL_KERNELS"]
 

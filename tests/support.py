@@ -1,7 +1,7 @@
 """The kernel under test, loaded as any user loads it.
 
-``tests/conftest.py`` has set ``LOCAL_KERNELS`` before a test module can import this. Needs torch and kernels only: where
-kernel-builder runs the tests, neither ``moe_fused`` nor Transformers exists.
+``tests/conftest.py`` has set ``LOCAL_KERNELS`` before a test module can import this. Needs torch and kernels only:
+where kernel-builder runs the tests, neither ``moe_fused`` nor Transformers exists.
 """
 
 from __future__ import annotations

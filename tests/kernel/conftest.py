@@ -1,8 +1,8 @@
 """Decides, once per process, how tests/kernel runs the Triton kernels.
 
 With a GPU they run there. Without one they run in Triton's interpreter, which has to be switched on before anything
-imports triton: that is why ``make test`` gives this directory a process of its own. ``TRITON_INTERPRET`` in the environment
-wins. If triton is missing, the CPU variant is tested as its users get it, in plain torch.
+imports triton: that is why ``make test`` gives this directory a process of its own. ``TRITON_INTERPRET`` in the
+environment wins. If triton is missing, the CPU variant is tested as its users get it, in plain torch.
 """
 
 from __future__ import annotations

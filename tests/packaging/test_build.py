@@ -35,6 +35,16 @@ def run(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, check=False)
 
 
+def error_of(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one line on stderr with which the script refuses its arguments."""
+    assert build_kernel.main([str(argument) for argument in arguments]) == 1
+    output = capfd.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("build_kernel: error: ")
+    assert output.err.count("\n") == 1
+    return output.err
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("kernel") / "build"
@@ -173,7 +183,7 @@ def test_a_killed_build_is_cleaned_up_by_the_next(tmp_path: Path) -> None:
         ('license = "Apache-2.0"', "", "license"),
         ("edition = 5", "edition = 4", "edition"),
         ("edition = 5", "", "edition"),
-        ("version = 0", 'version = "zero"', "version"),
+        ("version = 0", 'version = "zero"', 'Invalid type string "zero"'),
         ('"xpu"]', '"abacus"]', "abacus"),
         ("[torch-noarch]", "[torch-noarch]\nsurprise = 1", "surprise"),
         ("[general]", "[general", "not valid TOML"),
@@ -183,16 +193,14 @@ def test_a_killed_build_is_cleaned_up_by_the_next(tmp_path: Path) -> None:
         ('"json", ', "", ".json"),
     ],
 )
-def test_a_broken_build_toml_ends_in_one_line(checkout: Path, tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_a_broken_build_toml_ends_in_one_line(
+    checkout: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], old: str, new: str, message: str
+) -> None:
     (checkout / "torch-ext" / MODULE / "data.json").write_text("{}")
     path = checkout / "build.toml"
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new, 1))
-    result = run(SCRIPT, "--root", checkout, "--output", tmp_path / "out")
-    assert result.returncode == 1
-    assert result.stderr.startswith("build_kernel: error: ")
-    assert result.stderr.count("\n") == 1
-    assert message in result.stderr
+    assert message in error_of(capfd, "--root", checkout, "--output", tmp_path / "out")
     assert not list((tmp_path / "out").glob("torch-*"))
 
 
@@ -204,11 +212,19 @@ def test_a_broken_build_toml_ends_in_one_line(checkout: Path, tmp_path: Path, ol
         (["--output", "/dev/null/out"], "cannot write"),
     ],
 )
-def test_wrong_arguments_end_in_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
-    result = run(SCRIPT, "--output", tmp_path, *arguments)
-    assert result.returncode == 1
-    assert result.stderr.count("\n") == 1
-    assert message in result.stderr
+def test_wrong_arguments_end_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert message in error_of(capfd, "--output", tmp_path, *arguments)
+
+
+def test_the_command_prints_what_it_built(tmp_path: Path) -> None:
+    result = run(SCRIPT, "--output", tmp_path, "--backend", "cpu", "--backend", "rocm")
+    assert result.returncode == 0, result.stderr
+    assert [line.split()[0] for line in result.stdout.splitlines()] == [
+        str(tmp_path / "torch-cpu"),
+        str(tmp_path / "torch-rocm"),
+    ]
 
 
 def test_kernels_info_accepts_the_build(built: Path) -> None:
