@@ -1,8 +1,8 @@
 """Builds the kernel and points ``LOCAL_KERNELS`` at it, before any test module is imported.
 
 The build goes to ``build/``, where ``moe_fused`` looks as well, so every test sees the sources as they are now. It is
-idempotent and locked: pytest-xdist's workers find it done. Where ``LOCAL_KERNELS`` names our kernel already, that kernel
-is tested: kernel-builder runs the tests that way, with nothing but build.toml, torch-ext/ and tests/ present.
+idempotent and locked: pytest-xdist's workers find it done. Where ``LOCAL_KERNELS`` names our kernel already, that is
+tested: kernel-builder runs the tests that way, with nothing but build.toml, torch-ext/ and tests/ present.
 """
 
 from __future__ import annotations
