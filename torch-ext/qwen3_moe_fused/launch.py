@@ -30,11 +30,12 @@ if TYPE_CHECKING:
 
 # Slots up to which ``decode`` serves a call without gradients.
 DECODE_SLOTS = 64
-# The one-hot matrices of the routing kernels have this many elements.
+# Elements of the routing kernels' (tiles or blocks, experts) matrices, slots they compare pairwise.
 ROUTING_TILE = 16384
+ROUTING_SUB_SLOTS = 128
 # Slots that a single program routes; beyond, blocks of slots are counted first, in at most so many blocks.
-ROUTING_SINGLE_SLOTS = 1024
-ROUTING_BLOCKS = 256
+ROUTING_SINGLE_SLOTS = 512
+ROUTING_BLOCKS = 128
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -119,20 +120,14 @@ def _experts_block(num_experts: int) -> int:
 
 
 def _routing_sub_block(experts: int) -> int:
-    """Slots, or tiles, a routing kernel handles at a time."""
+    """Tiles, or blocks' counts, a routing kernel handles at a time."""
     return max(16, min(128, ROUTING_TILE // experts))
 
 
 @functools.cache
 def _count_plan(num_experts: int, block: int) -> Plan:
-    experts = _experts_block(num_experts)
-    constants = {
-        "NUM_EXPERTS": num_experts,
-        "BLOCK_S": block,
-        "SUB_S": _routing_sub_block(experts),
-        "EXPERTS": experts,
-    }
-    return Plan(routing_kernels.count_kernel, constants, num_warps=8)
+    constants = {"NUM_EXPERTS": num_experts, "BLOCK_S": block, "EXPERTS": _experts_block(num_experts)}
+    return Plan(routing_kernels.count_kernel, constants)
 
 
 @functools.cache
@@ -141,13 +136,14 @@ def _route_plan(num_experts: int, block: int, sub_blocks: int, block_m: int, sin
     constants = {
         "NUM_EXPERTS": num_experts,
         "BLOCK_S": block,
-        "SUB_S": _routing_sub_block(experts),
+        "SUB_S": min(block, ROUTING_SUB_SLOTS),
         "SUB_B": sub_blocks,
+        "SUB_T": _routing_sub_block(experts) if single else 16,
         "EXPERTS": experts,
         "BLOCK_M": block_m,
         "SINGLE": single,
     }
-    return Plan(routing_kernels.route_kernel, constants, num_warps=8)
+    return Plan(routing_kernels.route_kernel, constants, num_warps=8 if single else 4)
 
 
 @_on_device
@@ -159,17 +155,17 @@ def route(top_k_index: Tensor, routing: Routing, dtype: torch.dtype) -> None:
         return
     ids = top_k_index.contiguous()
     device = _index(ids)
-    experts = _experts_block(num_experts)
-    sub = _routing_sub_block(experts)
+    # A power of two, so that few block sizes are ever compiled.
     single = num_slots <= ROUTING_SINGLE_SLOTS
     if single:
-        num_blocks, block, sub_blocks = 1, _power_of_2(max(num_slots, sub)), 1
+        num_blocks, sub_blocks = 1, 1
+        block = max(16, _power_of_2(num_slots))
         counts = routing.offsets  # not read
     else:
-        # A power of two, so that few block sizes are ever compiled.
-        block = sub * _power_of_2(_cdiv(num_slots, sub * ROUTING_BLOCKS))
+        experts = _experts_block(num_experts)
+        block = max(ROUTING_SUB_SLOTS, _power_of_2(_cdiv(num_slots, ROUTING_BLOCKS)))
         num_blocks = _cdiv(num_slots, block)
-        sub_blocks = max(1, min(ROUTING_TILE // experts, _power_of_2(num_blocks)))
+        sub_blocks = min(_routing_sub_block(experts), _power_of_2(num_blocks))
         counts = ids.new_empty((num_blocks, experts), dtype=torch.int32)
         _count_plan(num_experts, block)(device, (num_blocks, 1, 1), ids, counts, num_slots)
     block_m = _tile_height(num_slots, num_experts, ids.device, dtype)
@@ -201,7 +197,7 @@ def _route_sorted_plan(num_experts: int, stride: int, block_m: int) -> Plan:
         "BLOCK_M": block_m,
         "SUB_T": _routing_sub_block(experts),
     }
-    return Plan(routing_kernels.route_sorted_kernel, constants, num_warps=8)
+    return Plan(routing_kernels.route_sorted_kernel, constants)
 
 
 @_on_device
@@ -258,6 +254,7 @@ def _gemm_plan(
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
+        "HALF_TILES": config.half_tiles,
     }
     return Plan(grouped_gemm_kernel, constants, config.num_warps, config.num_stages)
 
@@ -274,6 +271,9 @@ def grouped_gemm(
     a = _rows(a)
     config = _config("gemm" if k > tuning.SHORT_K else "gemm_short", num_rows, num_experts, a)
     a_operand, a_descriptor = (a, False) if gather else _rows_operand(a, config, [config.block_m, config.block_k])
+    a_half = a_operand
+    if a_descriptor and config.half_tiles:
+        a_half, _ = _rows_operand(a, config, [config.block_m // 2, config.block_k])
     w_operand, weights = _weight_operand(weight, config)
     plan = _gemm_plan(
         config,
@@ -291,6 +291,7 @@ def grouped_gemm(
         _index(a),
         (_num_tiles(num_rows, num_experts, config.block_m) * _cdiv(n, config.block_n), 1, 1),
         a_operand,
+        a_half,
         w_operand,
         out if bias is None else bias.contiguous(),
         out,
@@ -343,6 +344,7 @@ def _up_plan(
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
+        "HALF_TILES": config.half_tiles,
     }
     return Plan(grouped_up_kernel, constants, config.num_warps, config.num_stages)
 
@@ -414,53 +416,51 @@ def combine(z: Tensor, routing: Routing, num_tokens: int, weights: Tensor | None
 
 
 @functools.cache
-def _dispatch_plan(num_experts: int, stride_xt: int, n: int, top_k: int, backward: bool) -> Plan:
+def _dispatch_plan(num_experts: int, stride_xt: int, n: int, top_k: int) -> tuple[Plan, int]:
     block, warps = _row_block(n)
-    constants = {
-        "NUM_EXPERTS": num_experts,
-        "STRIDE_XT": stride_xt,
-        "N": n,
-        "TOP_K": top_k,
-        "BACKWARD": backward,
-        "BLOCK_N": block,
-    }
-    return Plan(permute_kernels.dispatch_kernel, constants, num_warps=warps)
-
-
-def _dispatch(
-    x: Tensor, z: Tensor, weights: Tensor, rows: Tensor, grad_weights: Tensor, routing: Routing, backward: bool
-) -> None:
-    if rows.numel() == 0:
-        return
-    plan = _dispatch_plan(routing.num_experts, x.stride(0), rows.shape[1], routing.top_k, backward)
-    plan(
-        _index(x),
-        (rows.shape[0], 1, 1),
-        x,
-        z,
-        weights,
-        rows,
-        grad_weights,
-        routing.offsets,
-        routing.row_to_slot,
-    )
+    constants = {"NUM_EXPERTS": num_experts, "STRIDE_XT": stride_xt, "N": n, "TOP_K": top_k, "BLOCK_N": block}
+    return Plan(permute_kernels.dispatch_kernel, constants, num_warps=warps), _cdiv(n, block)
 
 
 @_on_device
 def dispatch(x: Tensor, routing: Routing, num_rows: int) -> Tensor:
     """``reference.dispatch``."""
     rows = x.new_empty((num_rows, x.shape[1]))
-    _dispatch(_rows(x), rows, rows, rows, rows, routing, backward=False)
+    if rows.numel() == 0:
+        return rows
+    x = _rows(x)
+    plan, blocks = _dispatch_plan(routing.num_experts, x.stride(0), x.shape[1], routing.top_k)
+    plan(_index(x), (x.shape[0], blocks, 1), x, rows, routing.offsets, routing.slot_to_row)
     return rows
+
+
+@functools.cache
+def _combine_backward_plan(num_experts: int, stride_yt: int, n: int, top_k: int) -> Plan:
+    block, warps = _row_block(n)
+    constants = {"NUM_EXPERTS": num_experts, "STRIDE_YT": stride_yt, "N": n, "TOP_K": top_k, "BLOCK_N": block}
+    return Plan(permute_kernels.combine_backward_kernel, constants, num_warps=warps)
 
 
 @_on_device
 def combine_backward(grad_y: Tensor, z: Tensor, routing: Routing, weights: Tensor) -> tuple[Tensor, Tensor]:
     """``reference.combine_backward``."""
-    grad_z = torch.empty_like(z)
-    grad_weights = torch.zeros(weights.numel(), dtype=torch.float32, device=z.device)
-    _dispatch(_rows(grad_y), z, weights.contiguous(), grad_z, grad_weights, routing, backward=True)
-    return grad_z, grad_weights.view(weights.shape).to(weights.dtype)
+    grad_z, grad_weights = torch.empty_like(z), weights.new_empty(weights.shape)
+    if z.numel() == 0:
+        return grad_z, grad_weights.zero_()
+    grad_y = _rows(grad_y)
+    plan = _combine_backward_plan(routing.num_experts, grad_y.stride(0), z.shape[1], routing.top_k)
+    plan(
+        _index(z),
+        (z.shape[0], 1, 1),
+        grad_y,
+        z,
+        weights.contiguous(),
+        grad_z,
+        grad_weights,
+        routing.offsets,
+        routing.slot_to_row,
+    )
+    return grad_z, grad_weights
 
 
 @functools.cache
@@ -473,7 +473,6 @@ def _down_backward_plan(
     gate: Gate,
     num_parts: int,
     save_weighted_h: bool,
-    rows_descriptor: bool,
     weights: str,
     precision: str,
 ) -> Plan:
@@ -497,13 +496,13 @@ def _down_backward_plan(
         "ALPHA": gate.alpha,
         "LIMIT": gate.limit,
         "SAVE_WEIGHTED_H": save_weighted_h,
-        "ROWS_DESCRIPTOR": rows_descriptor,
         "WEIGHTS": weights,
         "PRECISION": precision,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "SLICES": config.slices,
+        "HALF_TILES": config.half_tiles,
     }
     return Plan(down_backward_kernel, constants, config.num_warps, config.num_stages)
 
@@ -549,11 +548,6 @@ def down_backward(
     tiles = _num_tiles(num_rows, num_experts, config.block_m)
     stack = weight.mT
     w_operand, weights = _weight_operand(stack, config)
-    rows_operand, rows_descriptor = grad_y, False
-    if config.gather_first and hidden * grad_y.element_size() % 16 == 0:
-        rows_operand, rows_descriptor = _rows_operand(
-            dispatch(grad_y, routing, num_rows), config, [config.block_m, config.block_k]
-        )
     plan = _down_backward_plan(
         config,
         stack.shape,
@@ -563,7 +557,6 @@ def down_backward(
         gate,
         num_parts,
         need_weighted_h,
-        rows_descriptor,
         weights,
         _precision(grad_y.dtype),
     )
@@ -572,7 +565,7 @@ def down_backward(
     plan(
         _index(grad_y),
         (tiles * n_tiles, 1, 1),
-        rows_operand,
+        grad_y,
         w_operand,
         gate_up,
         top_k_weights.contiguous(),

@@ -38,8 +38,9 @@ class LaunchConfig:
         num_warps, num_stages: of Triton.
         descriptor: load weights (and rows, where they are not gathered) through a tensor descriptor (TMA) if the layout
             allows it.
-        gather_first: copy gathered rows into expert order in a pass of their own and read them through a descriptor, which
-            pays for ``down_backward`` and ``gram`` when experts have many rows.
+        gather_first: of ``gram``: copy gathered rows into expert order in a pass of their own and read them through a
+            descriptor, which pays when experts have many rows.
+        half_tiles: the last row tile of an expert is computed at half the height where its rows fit in that.
         slices: of the tile the epilogue of ``down_backward`` works on one after the other, to save registers.
     """
 
@@ -51,6 +52,7 @@ class LaunchConfig:
     descriptor: bool = False
     gather_first: bool = False
     slices: int = 1
+    half_tiles: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ def check(kernel: str, config: LaunchConfig, target: Target, itemsize: int) -> N
     need = shared_memory(kernel, config, itemsize)
     if need > target.shared_memory:
         raise ValueError(f"{config} needs {need} bytes of shared memory, {target.arch} has {target.shared_memory}")
+    if config.half_tiles and config.block_m < 32:
+        raise ValueError(f"half_tiles needs tiles of at least 32 rows, got {config}")
     if config.slices not in (1, 2, 4, 8) or config.block_n < 16 * config.slices:
         raise ValueError(f"slices must be 1, 2, 4 or 8 of at least 16 columns, got {config}")
 
