@@ -26,8 +26,8 @@ __version__ = "0.1.0"
 def get_kernel() -> ModuleType:
     """The kernel module: ``moe_experts``, ``moe_fused_linear``, ``layers`` and more, loaded once through ``kernels``.
 
-    Taken from the directory that ``LOCAL_KERNELS`` names, else from the build that ships with this package, else from the
-    Hub.
+    Taken from the directory that ``LOCAL_KERNELS`` names, else from the build that ships with this package, else from
+    the Hub.
 
     Raises:
         RuntimeError: torch, transformers or kernels is missing or does not fit.
@@ -55,7 +55,7 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Undoes ``enable``; a model still set to ``"moe_fused"`` raises Transformers' error for an unknown implementation."""
+    """Undoes ``enable``: a model still set to ``"moe_fused"`` raises Transformers' error for what is not registered."""
     import sys
 
     experts = sys.modules.get(f"{__name__}.experts")

@@ -1,9 +1,9 @@
 """``kernelize``: the kernel's pure layers on a model's modules, through ``kernels.kernelize``.
 
-``kernels.kernelize`` acts on every module whose class carries a ``kernel_layer_name``: it gives those without a kernel in
-the mapping their class's forward back, over whatever had replaced it, and Transformers' experts classes have no such
-name. So it is shown only the modules that we serve, under a mapping of ours alone, and their classes carry the name only
-meanwhile.
+``kernels.kernelize`` acts on every module whose class carries a ``kernel_layer_name``: it gives those without a kernel
+in the mapping their class's forward back, over whatever had replaced it, and Transformers' experts classes have no such
+name. So it is shown only the modules that we serve, under a mapping of ours alone, and their classes carry the name
+only meanwhile.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kernels import Mode
 from torch import nn
 from transformers.integrations.moe import _default_apply_gate
 
-from .experts import layout_refusal
+from .experts import Experts, layout_refusal
 from .hub import get_kernel
 
 _EXPERTS_LAYER = "Qwen3MoeExperts"
@@ -51,7 +51,7 @@ class _Selection(nn.Module):
         return ((str(index), module) for index, module in enumerate(self.__dict__["selected"]))
 
 
-def _is_experts(module: nn.Module) -> bool:
+def _is_experts(module: Experts) -> bool:
     """Whether ``module`` is an experts module of Transformers that computes what the ``Qwen3MoeExperts`` layer does."""
     own = getattr(module, "_apply_gate", None)
     return (
@@ -63,7 +63,7 @@ def _is_experts(module: nn.Module) -> bool:
     )
 
 
-def _serves(layer: str, module: nn.Module) -> bool:
+def _serves(layer: str, module: Any) -> bool:
     if layer == _EXPERTS_LAYER:
         return _is_experts(module)
     return (type(module).__module__, type(module).__qualname__) == _BLOCK_CLASS and _is_experts(module.experts)
