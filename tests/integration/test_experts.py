@@ -111,7 +111,12 @@ def load_class(name: str) -> type[nn.Module]:
 
 
 def test_finds_the_decorated_classes() -> None:
-    assert {"Qwen3MoeExperts", "GptOssExperts", "NemotronHExperts", "AriaExperts"} < decorated_classes().keys()
+    assert {
+        "Qwen3MoeExperts",
+        "GptOssExperts",
+        "NemotronHExperts",
+        "OpenAIPrivacyFilterExperts",
+    } < decorated_classes().keys()
     assert len(decorated_classes()) > 50
 
 
@@ -131,7 +136,6 @@ class GateCase:
     name: str
     activation: str | None
     reason: str
-    since: str = "5.17"
 
 
 GATES = (
@@ -399,7 +403,7 @@ COMPILED = (
     "NemotronHExperts",
     "Lfm2MoeExperts",
     "DeepseekV4Experts",
-    "AriaExperts",
+    "OpenAIPrivacyFilterExperts",
 )
 
 

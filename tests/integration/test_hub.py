@@ -174,7 +174,7 @@ class TestOrder:
 
     def test_then_the_hub(self, asked: list[Any], tmp_path: Path) -> None:
         hub.load(KernelSource("org/k", 3, tmp_path, False))
-        assert asked == [("org/k", {"version": 3, "trust_remote_code": ["org/k"]})]
+        assert asked == [("org/k", {"version": 3, "trust_remote_code": True})]
 
 
 def _install(site_packages: Path) -> None:
