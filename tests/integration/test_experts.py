@@ -433,6 +433,18 @@ def test_compiles_with_inductor(device: str, enabled: None) -> None:
         torch.testing.assert_close(mine, reference)
 
 
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_exports(strict: bool, device: str, enabled: None) -> None:
+    module = make(Qwen3MoeExperts, device)
+    module.config._experts_implementation = "moe_fused"
+    tokens = torch.export.Dim("tokens", min=2, max=64)
+    with torch.no_grad():
+        program = torch.export.export(module, inputs(device), dynamic_shapes=[{0: tokens}] * 3, strict=strict)
+        for count in (TOKENS, 5):
+            arguments = inputs(device, tokens=count)
+            torch.testing.assert_close(program.module()(*arguments), module(*arguments))
+
+
 def test_unservable_compiles_and_warns(device: str, enabled: None) -> None:
     if "MuseSparkExperts" not in decorated_classes():
         pytest.skip(f"transformers {transformers.__version__} has no experts with a norm")

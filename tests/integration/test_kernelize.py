@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import kernels
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from kernels import Mode
 from kernels.layer.globals import _KERNEL_MAPPING
 from peft import LoraConfig, get_peft_model
@@ -168,6 +169,24 @@ def test_compile(device: str, layer_calls: Calls) -> None:
     gradients = {name.removeprefix("_orig_mod."): gradient for name, gradient in ours.gradients.items()}
     assert_near(Pass(ours.logits, gradients), theirs, 1e-5)
     assert layer_calls.count > 0
+
+
+def test_twice(device: str, layer_calls: Calls) -> None:
+    model = moe_fused.kernelize(moe_fused.kernelize(QWEN3_MOE.build().to(device)))
+    model(tokens(device=device))
+    assert layer_calls.count == 2
+
+
+def test_does_not_undo_what_wraps_a_forward() -> None:
+    """Accelerate's hooks, which may be what brings the weights to the device."""
+    model = QWEN3_MOE.build()
+    last = experts_modules(model)[1]
+    add_hook_to_module(last, ModelHook())
+    hooked = last.forward
+    with pytest.raises(ValueError, match=r"a Qwen3MoeExperts whose forward is a partial of its own: use moe_fused\.en"):
+        moe_fused.kernelize(model)
+    assert last.forward is hooked
+    assert replaced(model) == ["model.layers.1.mlp.experts"]
 
 
 def test_errors() -> None:
