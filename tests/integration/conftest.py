@@ -31,15 +31,17 @@ class Calls:
 
     def __init__(self, moe_experts: Callable[..., torch.Tensor]) -> None:
         self._moe_experts = moe_experts
+        self.arguments: list[tuple[Any, ...]] = []
         self.options: list[dict[str, Any]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.arguments.append(args)
         self.options.append(kwargs)
         return self._moe_experts(*args, **kwargs)
 
     @property
     def count(self) -> int:
-        return len(self.options)
+        return len(self.arguments)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def test_bfloat16_equals_eager(case: ModelCase, device: str, calls: Calls) -> No
     theirs, ours = under(model, "eager", ids), under(model, "moe_fused", ids)
     assert calls.count == 1
     # 8 bits of mantissa and a handful of roundings on the way; eager even sums the experts in bfloat16.
-    assert_near(ours, theirs, 2e-2)
+    assert_near(ours, theirs, 4e-2)
 
 
 def test_detects_a_wrong_result(device: str, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:

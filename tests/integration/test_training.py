@@ -96,7 +96,7 @@ def test_autocast(case: ModelCase, device: str, calls: Calls) -> None:
     assert calls.count == 1
     assert ours.logits.dtype == theirs.logits.dtype
     assert all(gradient.dtype == torch.float32 for gradient in ours.gradients.values())
-    assert_near(ours, theirs, 2e-2)
+    assert_near(ours, theirs, 4e-2)
 
 
 def test_frozen_experts_get_no_gradient(device: str, enabled: None) -> None:
