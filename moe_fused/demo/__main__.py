@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import sys
 
-from .signals import Interrupted, raise_on_signals
+from .signals import Interrupted, check_interrupted, raise_on_signals
 
 
-def _one_line(error: Exception) -> str:
+def _run() -> None:
+    try:
+        # Imported late: importing torch takes seconds in which Ctrl-C must already be answered properly.
+        from .cli import app
+
+        app(standalone_mode=False)
+    except Exception:
+        check_interrupted()  # a library may have turned the interruption into an error of its own
+        raise
+
+
+def _describe(error: BaseException) -> str:
     """What went wrong, without line breaks: the system's own words for an OSError, a usage error's hint for an option."""
     if isinstance(error, OSError) and error.strerror:
         message = error.strerror + (f": {error.filename}" if error.filename else "")
@@ -21,17 +32,11 @@ def _one_line(error: Exception) -> str:
 def main() -> int:
     raise_on_signals()
     try:
-        # Imported late: importing torch takes seconds in which Ctrl-C must already be answered properly.
-        from .cli import app
-
-        app(standalone_mode=False)
-    except Interrupted as interruption:
-        print(f"error: interrupted by {interruption.name}, nothing was written", file=sys.stderr)
-        return interruption.exit_code
-    except Exception as error:
+        _run()
+    except (Interrupted, Exception) as error:
         if "--traceback" in sys.argv:
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {_describe(error)}", file=sys.stderr)
         return int(getattr(error, "exit_code", 1))
     return 0
 

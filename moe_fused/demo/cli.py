@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from . import compare, report
 from .data import Corpus, byte_tokenizer
 from .model import CPU_SIZE, GPU_SIZE, Size, choose_device, new_model
 from .output import staged_output, write_results
+from .signals import check_interrupted
 from .train import History, autocast, train
 
 _PROMPT = "The value of "
@@ -45,9 +47,10 @@ def _train_with_progress(
         task = progress.add_task("training", total=size.steps, loss=float("nan"))
 
         def show(step: int, history: History) -> None:
+            check_interrupted()
             progress.update(task, completed=step, loss=history.train[-1])
             if step in history.held_out:
-                console.print(f"step {step:4d}: held-out loss {history.held_out[step]:.3f}", highlight=False)
+                console.print(f"step {step:4d}: held-out loss {history.held_out[step]:.3f}")
 
         history = train(model, corpus, size, seed, show)
     return history, time.perf_counter() - start
@@ -68,7 +71,7 @@ def run(
     ),
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps  [default: by device]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu ...")] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Fixes the result on a CPU.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Fixes the result on a CPU.")] = 0,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
 ) -> None:
     """Train a small Qwen3-MoE on Python's own reference text through the fused experts, and compare it with Transformers."""
@@ -82,6 +85,8 @@ def run(
 
     transformers.set_seed(seed)
     moe_fused.enable()
+    # What is shown here must be the fused experts: falling back to Transformers' own is a failure, not a warning.
+    warnings.filterwarnings("error", message=".*keeps its own implementation")
     tokenizer = byte_tokenizer()
     model = new_model(size, tokenizer, chosen)
     corpus = Corpus.load(tokenizer, size.sequence_length, chosen)
@@ -90,7 +95,8 @@ def run(
     with staged_output(output, needed_bytes) as staging:
         console.print(
             f"Qwen3-MoE with {size.num_experts} experts, top {size.top_k}, {model.num_parameters() / 1e6:.1f} M parameters, "
-            f"on {chosen.type}; {len(corpus.train) / 1e3:.0f} kB of text, {corpus.held_out.numel() / 1e3:.0f} kB held out"
+            f"on {chosen.type}; {len(corpus.train) / 1e3:.0f} kB of text, {corpus.held_out.numel() / 1e3:.0f} kB held out",
+            soft_wrap=True,
         )
         history, seconds = _train_with_progress(model, corpus, size, seed, console)
         with console.status("sampling, comparing with Transformers' eager experts, saving"):

@@ -37,7 +37,9 @@ def largest_logit_difference(model: Qwen3MoeForCausalLM, batch: Tensor) -> float
         difference = (fused - _logits(model, batch)).abs().amax(-1)
     wrong = (~(difference <= _TOLERANCE)).float().mean().item()  # not <=: NaN counts as wrong
     if wrong > _ALLOWED_SHARE:
-        raise RuntimeError(f"logits of the fused experts differ from Transformers' eager experts at {wrong:.0%} of bytes")
+        raise RuntimeError(
+            f"logits of the fused experts differ from Transformers' eager experts at {wrong:.0%} of bytes"
+        )
     return difference.max().item()
 
 
@@ -57,14 +59,14 @@ def step_milliseconds(model: Qwen3MoeForCausalLM, corpus: Corpus, size: Size, ro
     times: dict[str, list[float]] = {"moe_fused": [], "eager": []}
     for turn in range(rounds + 3):
         batch = corpus.batch(size.batch_size, generator)
-        for implementation in times:
+        for implementation, samples in times.items():
             with experts(model, implementation):
                 _synchronize(batch.device)
                 start = time.perf_counter()
                 train_step(model, batch, optimizer)
                 _synchronize(batch.device)
             if turn >= 3:  # the first ones compile kernels and fill caches
-                times[implementation].append((time.perf_counter() - start) * 1e3)
+                samples.append((time.perf_counter() - start) * 1e3)
     return {implementation: statistics.median(samples) for implementation, samples in times.items()}
 
 

@@ -10,14 +10,15 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from .signals import signals_ignored
+from .signals import check_interrupted, signals_ignored
 
 RESULTS = "results.json"
 _WRITER = "moe_fused.demo"
 
 
 def _files(directory: Path) -> set[str]:
-    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
+    paths = directory.rglob("*")
+    return {path.relative_to(directory).as_posix() for path in paths if path.is_symlink() or not path.is_dir()}
 
 
 def _check_replaceable(target: Path) -> None:
@@ -26,8 +27,7 @@ def _check_replaceable(target: Path) -> None:
         return
     if not target.is_dir():
         raise FileExistsError(f"--output {target} exists and is not a directory: choose another path")
-    present = _files(target)
-    if not present and not any(target.iterdir()):
+    if not any(target.iterdir()):
         return
     try:
         results = json.loads((target / RESULTS).read_text(encoding="utf-8"))
@@ -36,7 +36,7 @@ def _check_replaceable(target: Path) -> None:
         written = set()
     if not written:
         raise FileExistsError(f"--output {target} exists and was not written by this demo: choose another path")
-    if foreign := sorted(present - written):
+    if foreign := sorted(_files(target) - written):
         raise FileExistsError(f"--output {target} holds a file this demo did not write ({foreign[0]}): move it away")
 
 
@@ -80,12 +80,13 @@ def staged_output(target: Path, needed_bytes: int) -> Iterator[Path]:
     try:
         staging.mkdir()
     except OSError as error:
-        raise type(error)(error.errno, f"cannot create --output: {error.strerror}", str(target)) from error
+        raise OSError(error.errno, f"cannot create --output: {error.strerror}", str(target)) from error
     try:
         free = shutil.disk_usage(staging).free
         if free < needed_bytes:
             raise OSError(f"{needed_bytes >> 20} MiB are needed at {target.parent}, only {free >> 20} MiB are free")
         yield staging
+        check_interrupted()
         with signals_ignored():
             _publish(staging, target)
     finally:

@@ -9,13 +9,13 @@ from typing import Any
 import matplotlib
 from rich.console import Console
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
+from .output import RESULTS
 from .train import History
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (the backend comes first: there may be no display)
+from matplotlib import pyplot  # after the choice of backend: there may be no display
 
 
 def bits_per_byte(loss: float) -> float:
@@ -36,20 +36,17 @@ def draw_loss_curve(history: History, path: Path) -> None:
 
 
 def print_summary(console: Console, results: dict[str, Any], output: Path) -> None:
-    before, after = results["held_out_loss"]["before"], results["held_out_loss"]["after"]
-    fused, eager = results["step_ms"]["moe_fused"], results["step_ms"]["eager"]
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    for label, loss in (("before", before), ("after", after)):
-        table.add_row(f"held-out loss {label}", f"{loss:.3f} nats ({bits_per_byte(loss):.3f} bits per byte)")
-    table.add_row(
-        "largest logit difference", f"{results['largest_logit_difference']:.1e} from Transformers' eager experts, float32"
-    )
-    table.add_row("training step", f"{fused:.1f} ms fused, {eager:.1f} ms eager: {eager / fused:.2f} times as fast")
-    table.add_row("reloaded", "by stock Transformers with eager experts: the same logits")
-    table.add_row("model", str(output / "model"))
-    table.add_row("loss curve", str(output / "loss.png"))
-    table.add_row("numbers", str(output / "results.json"))
+    """Prints what came of a run; ``results`` as in results.json."""
+    loss, step_ms = results["held_out_loss"], results["step_ms"]
+    speed = step_ms["eager"] / step_ms["moe_fused"]
+    rows = {
+        **{f"held-out loss {when}": f"{x:.3f} nats, {bits_per_byte(x):.3f} bits per byte" for when, x in loss.items()},
+        "largest logit difference": f"{results['largest_logit_difference']:.1e} from Transformers' eager experts (float32)",
+        "training step": f"{step_ms['moe_fused']:.1f} ms, eager experts {step_ms['eager']:.1f} ms: {speed:.2f} times as fast",
+        "saved model": f"{output / 'model'} (reloaded by stock Transformers: same logits)",
+        "loss curve": str(output / "loss.png"),
+        "numbers": str(output / RESULTS),
+    }
     console.print(Panel(Text(results["sample"]), title="sample", title_align="left"))
-    console.print(table, soft_wrap=True)
+    for label, value in rows.items():
+        console.print(f"{label:<26}{value}", soft_wrap=True, markup=False)

@@ -8,19 +8,26 @@ from collections.abc import Iterator
 from types import FrameType
 
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_received: list[int] = []
 
 
 class Interrupted(BaseException):
     """The run was asked to end. Not an Exception, so that no library on the way takes it for an error of its own."""
 
     def __init__(self, signum: int) -> None:
-        self.name = signal.Signals(signum).name
         self.exit_code = 128 + signum  # what shells report for a process that the signal ended
-        super().__init__(self.name)
+        super().__init__(f"interrupted by {signal.Signals(signum).name}")
 
 
-def _raise(signum: int, frame: FrameType | None) -> None:
+def _raise(signum: int, _frame: FrameType | None) -> None:
+    _received.append(signum)
     raise Interrupted(signum)
+
+
+def check_interrupted() -> None:
+    """Raises Interrupted if a signal came: what is raised within a destructor or a callback from C may get lost."""
+    if _received:
+        raise Interrupted(_received[0])
 
 
 def raise_on_signals() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -64,7 +65,7 @@ def train(
     optimizer = new_optimizer(model, size.learning_rate)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, size.steps // 10), size.steps)
     generator = torch.Generator().manual_seed(seed)
-    every = max(1, size.steps // 8)
+    every = math.ceil(size.steps / 8)
     history = History(held_out={0: held_out_loss(model, corpus.held_out, size.batch_size)})
     for step in range(1, size.steps + 1):
         loss = train_step(model, corpus.batch(size.batch_size, generator), optimizer)
