@@ -19,7 +19,7 @@ def _run() -> None:
 
 
 def _describe(error: BaseException) -> str:
-    """What went wrong, without line breaks: the system's own words for an OSError, a usage error's hint for an option."""
+    """What went wrong, without line breaks."""
     if isinstance(error, OSError) and error.strerror:
         message = error.strerror + (f": {error.filename}" if error.filename else "")
     elif callable(format_message := getattr(error, "format_message", None)):  # click's, whichever copy typer uses

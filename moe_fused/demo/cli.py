@@ -74,7 +74,7 @@ def run(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Fixes the result on a CPU.")] = 0,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
 ) -> None:
-    """Train a small Qwen3-MoE on Python's own reference text through the fused experts, and compare it with Transformers."""
+    """Train a small Qwen3-MoE on Python's reference text with fused experts and compare them with Transformers' own."""
     del traceback  # read by __main__, which prints errors
     console = Console(highlight=False)
     transformers.utils.logging.set_verbosity_error()
@@ -94,8 +94,8 @@ def run(
 
     with staged_output(output, needed_bytes) as staging:
         console.print(
-            f"Qwen3-MoE with {size.num_experts} experts, top {size.top_k}, {model.num_parameters() / 1e6:.1f} M parameters, "
-            f"on {chosen.type}; {len(corpus.train) / 1e3:.0f} kB of text, {corpus.held_out.numel() / 1e3:.0f} kB held out",
+            f"Qwen3-MoE, {model.num_parameters() / 1e6:.1f} M parameters, {size.num_experts} experts, top {size.top_k}, "
+            f"on {chosen.type}; {len(corpus.train) >> 10} KiB of text, {corpus.held_out.numel() >> 10} KiB held out",
             soft_wrap=True,
         )
         history, seconds = _train_with_progress(model, corpus, size, seed, console)

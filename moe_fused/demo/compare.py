@@ -45,7 +45,7 @@ def largest_logit_difference(model: Qwen3MoeForCausalLM, batch: Tensor) -> float
 
 def check_reload(model: Qwen3MoeForCausalLM, directory: Path, batch: Tensor) -> None:
     """Raises RuntimeError unless stock Transformers reads ``directory`` back as the model that was saved."""
-    reloaded = AutoModelForCausalLM.from_pretrained(directory, experts_implementation="eager").to(batch.device)
+    reloaded = AutoModelForCausalLM.from_pretrained(directory, experts_implementation="eager").to(batch.device)  # type: ignore[arg-type]
     with experts(model, "eager"):
         if not torch.equal(_logits(model, batch), _logits(reloaded, batch)):
             raise RuntimeError(f"the model saved in {directory.name}/ gives other logits when it is loaded again")
