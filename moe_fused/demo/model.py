@@ -28,7 +28,7 @@ class Size:
     learning_rate: float
 
 
-# Small steps: two CPU cores see half a million bytes in a minute, and many updates teach a new model more than large batches.
+# Small batches: a new model learns more from many updates than from large ones, and two cores have a minute.
 CPU_SIZE = Size(128, 128, 2, 8, 2, batch_size=8, sequence_length=128, steps=500, learning_rate=5e-3)
 # Seven passes over the text; more of them, or a larger model, and it learns the text by heart.
 GPU_SIZE = Size(256, 128, 4, 16, 4, batch_size=16, sequence_length=256, steps=600, learning_rate=3e-3)
@@ -57,22 +57,22 @@ def choose_device(name: str) -> torch.device:
 
 def new_model(size: Size, tokenizer: PreTrainedTokenizerFast, device: torch.device) -> Qwen3MoeForCausalLM:
     """A randomly initialised float32 model whose experts are the fused ones. ``moe_fused.enable()`` comes first."""
-    options: dict[str, Any] = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=size.hidden_size,
-        num_hidden_layers=size.num_layers,
-        num_attention_heads=size.hidden_size // _HEAD_DIM,
-        num_key_value_heads=size.hidden_size // _HEAD_DIM // 2,
-        head_dim=_HEAD_DIM,
-        num_experts=size.num_experts,
-        num_experts_per_tok=size.top_k,
-        moe_intermediate_size=size.intermediate_size,
-        norm_topk_prob=True,
-        router_aux_loss_coef=0.01,
-        tie_word_embeddings=True,
-        max_position_embeddings=1024,
-        experts_implementation="moe_fused",
-    )
+    options: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": size.hidden_size,
+        "num_hidden_layers": size.num_layers,
+        "num_attention_heads": size.hidden_size // _HEAD_DIM,
+        "num_key_value_heads": size.hidden_size // _HEAD_DIM // 2,
+        "head_dim": _HEAD_DIM,
+        "num_experts": size.num_experts,
+        "num_experts_per_tok": size.top_k,
+        "moe_intermediate_size": size.intermediate_size,
+        "norm_topk_prob": True,
+        "router_aux_loss_coef": 0.01,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 1024,
+        "experts_implementation": "moe_fused",
+    }
     config = Qwen3MoeConfig(**options)
     return Qwen3MoeForCausalLM(config).to(device)  # type: ignore[arg-type]
 

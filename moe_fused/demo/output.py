@@ -14,6 +14,7 @@ from .signals import check_interrupted, signals_ignored
 
 RESULTS = "results.json"
 _WRITER = "moe_fused.demo"
+_NEEDED_BYTES = 64 << 20  # twice the larger of the two models
 
 
 def _files(directory: Path) -> set[str]:
@@ -63,7 +64,7 @@ def _publish(staging: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def staged_output(target: Path, needed_bytes: int) -> Iterator[Path]:
+def staged_output(target: Path, needed_bytes: int = _NEEDED_BYTES) -> Iterator[Path]:
     """Gives a new empty directory beside ``target``, which becomes ``target`` if the block ends without an error.
 
     Fails before any work is done if the result could not be kept: nothing that the block may take minutes to make
