@@ -25,7 +25,7 @@ def demo(
     """Train a small Qwen3-MoE on Python's reference text with fused experts and compare them with Transformers' own."""
     del traceback  # read by __main__, which prints errors
     with staged_output(output) as staging:
-        from . import run  # takes torch and transformers
+        from . import report, run  # take torch and transformers
 
         console, results = run.run(staging, steps, device, seed)
-    run.report.print_summary(console, results, output)
+    report.print_summary(console, results, output)
