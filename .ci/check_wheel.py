@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import moe_fused
 import torch
+
+import moe_fused
 
 checkout = Path(sys.argv[1])
 package = Path(moe_fused.__file__).parent

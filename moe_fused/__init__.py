@@ -87,7 +87,8 @@ def kernelize(
         ``model``.
 
     Raises:
-        ValueError: nothing in the model that the layer could serve, or no such layer.
+        ValueError: nothing in the model that the layer could serve; something, such as Accelerate's hooks, that wraps
+            what it could serve; no such layer.
         RuntimeError, FileNotFoundError: as ``get_kernel``.
     """
     get_kernel()

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
@@ -29,6 +30,8 @@ ExpertsForward: TypeAlias = Callable[[Experts, Tensor, Tensor, Tensor], Tensor]
 _PARAMETERS = frozenset({"gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias"})
 # torch.nn.utils.parametrize moves the parameters that it computes into a module of that name.
 _MODULES = frozenset({"act_fn", "parametrizations"})
+# Other subclasses (quantized, distributed) need not mean what their shape says. torch.export traces with FakeTensor.
+_TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor})
 _DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
 
 # Gates that equal the kernel's "swiglu_oai", by the name of their function: the attributes that hold alpha and limit,
@@ -101,7 +104,7 @@ def layout_refusal(module: Experts) -> str | None:
 def weights_refusal(up: Tensor, down: Tensor) -> str | None:
     """Why ``moe_experts`` cannot multiply with these weights; None if it can."""
     for name, weight in (("up", up), ("down", down)):
-        if type(weight) is not Tensor and type(weight) is not nn.Parameter:
+        if type(weight) not in _TENSORS:
             return f"its {name} projection is a {type(weight).__name__}, not a plain tensor"
         if weight.dtype not in _DTYPES:
             return f"its {name} projection is of dtype {weight.dtype}"

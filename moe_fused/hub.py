@@ -74,7 +74,8 @@ def load(source: KernelSource) -> ModuleType:
     """Loads the kernel of ``source`` in the order of this module's docstring, through ``kernels``.
 
     Raises:
-        FileNotFoundError: no build for this machine: in the checkout, in the ``LOCAL_KERNELS`` directory or on the Hub.
+        FileNotFoundError: no build for this machine in the ``LOCAL_KERNELS`` directory or in the checkout.
+        Exception: what ``kernels`` raises if the Hub has none or cannot be reached.
     """
     import kernels
 
@@ -87,8 +88,8 @@ def load(source: KernelSource) -> ModuleType:
         raise FileNotFoundError(
             f"no kernel build in {source.builds}: run `make build` or `python scripts/build_kernel.py`"
         )
-    # Whoever installed this package trusts its publisher; other repositories need the Hub's mark of trust as usual.
-    return kernels.get_kernel(source.repo_id, version=source.version, trust_remote_code=[source.repo_id])
+    # Whoever installed this package trusts its publisher, and the kernel depends on no other.
+    return kernels.get_kernel(source.repo_id, version=source.version, trust_remote_code=True)
 
 
 @functools.cache

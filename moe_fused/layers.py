@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import kernels
@@ -92,6 +93,14 @@ def kernelize(model: nn.Module, mode: Mode | None, device: str | torch.device | 
     if not selected:
         looked_for = _BLOCK_LAYER if layer == _BLOCK_LAYER else "gated experts in the layout of Qwen3MoeExperts"
         raise ValueError(f"model must contain {looked_for}, got a {type(model).__name__} without")
+    for module in selected:
+        # A layer that kernels put there is a method of the module; Accelerate's hooks and expert parallelism are not.
+        forward = vars(module).get("forward")
+        if forward is not None and not isinstance(forward, MethodType):
+            raise ValueError(
+                f"model must have layers whose forward nothing wraps, got a {type(module).__name__} whose forward is a "
+                f"{type(forward).__name__} of its own: use moe_fused.enable() instead"
+            )
     if device is None:
         device = next(selected[0].parameters()).device
     mapping = {layer: dict.fromkeys(_DEVICES, KernelLayer(layer))}

@@ -1,4 +1,4 @@
-"""Tiny random models of the architectures that Transformers' experts interface serves, and what makes each one special."""
+"""Tiny random models of the architectures that the experts interface serves, and what makes each one special."""
 
 from __future__ import annotations
 
@@ -80,7 +80,13 @@ MODELS = (
         "Qwen2MoeConfig",
         {"shared_expert_intermediate_size": 20},
     ),
-    ModelCase("mixtral", "experts as wide as a dense layer", "MixtralForCausalLM", "MixtralConfig", {"num_local_experts": EXPERTS}),
+    ModelCase(
+        "mixtral",
+        "experts as wide as a dense layer",
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {"num_local_experts": EXPERTS},
+    ),
     ModelCase("olmoe", "routing weights that are not normalized", "OlmoeForCausalLM", "OlmoeConfig", {"head_dim": 10}),
     ModelCase(
         "deepseek_v3",
@@ -130,20 +136,36 @@ MODELS = (
         "Qwen3_5MoeTextConfig",
         {"shared_expert_intermediate_size": 20, "layer_types": ["full_attention", "full_attention"]},
     ),
-    ModelCase("granitemoe", "its own router, scaled residuals", "GraniteMoeForCausalLM", "GraniteMoeConfig", {"num_local_experts": EXPERTS}),
+    ModelCase(
+        "granitemoe",
+        "its own router, scaled residuals",
+        "GraniteMoeForCausalLM",
+        "GraniteMoeConfig",
+        {"num_local_experts": EXPERTS},
+    ),
     ModelCase(
         "granitemoehybrid",
         "a shared expert, attention layers among state-space ones",
         "GraniteMoeHybridForCausalLM",
         "GraniteMoeHybridConfig",
-        {"num_local_experts": EXPERTS, "layer_types": ["attention", "attention"], "shared_intermediate_size": 20, "mamba_n_heads": 8},
+        {
+            "num_local_experts": EXPERTS,
+            "layer_types": ["attention", "attention"],
+            "shared_intermediate_size": 20,
+            "mamba_n_heads": 8,
+        },
     ),
     ModelCase(
         "gpt_oss",
         "transposed, biased, interleaved experts with a clamped gate of their own",
         "GptOssForCausalLM",
         "GptOssConfig",
-        {"num_local_experts": EXPERTS, "intermediate_size": INTERMEDIATE, "sliding_window": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        {
+            "num_local_experts": EXPERTS,
+            "intermediate_size": INTERMEDIATE,
+            "sliding_window": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
     ),
 )
 GPT_OSS = MODELS[-1]

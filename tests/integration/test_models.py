@@ -75,7 +75,9 @@ def test_generates_the_same_tokens(case: ModelCase, device: str, calls: Calls) -
     texts = {}
     for implementation in ("eager", "moe_fused"):
         model.set_experts_implementation(implementation)
-        texts[implementation] = model.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=True)
+        texts[implementation] = model.generate(
+            prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=True
+        )
         assert model.config._experts_implementation == implementation
     assert calls.count == 6 * case.moe_layers
     assert texts["moe_fused"].shape == (2, 11)
@@ -122,7 +124,7 @@ def test_deepcopy(device: str, calls: Calls) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert_near(forward_backward(clone, ids), before, 0)
+    assert_near(forward_backward(clone, ids), before, 1e-5)
     assert calls.count == 4
 
 
