@@ -37,10 +37,11 @@ def print_summary(console: Console, results: dict[str, Any], output: Path) -> No
     loss, step_ms = results["held_out_loss"], results["step_ms"]
     fused, eager = step_ms["moe_fused"], step_ms["eager"]
     difference = results["largest_logit_difference"]
+    equal = "" if difference else " (bitwise equal)"
     plain = "; on a CPU both are plain torch" if results["device"] == "cpu" else ""
     rows = {
         **{f"held-out loss {when}": f"{x:.3f} nats, {bits_per_byte(x):.3f} bits per byte" for when, x in loss.items()},
-        "largest logit difference": f"{difference:.1e}{'' if difference else ' (bitwise equal)'} from Transformers' eager experts, float32",
+        "largest logit difference": f"{difference:.1e}{equal} from Transformers' eager experts, float32",
         "training step": f"{fused:.1f} ms, {eager:.1f} ms with eager experts: {eager / fused:.2f} times as fast{plain}",
         "saved model": f"{output / 'model'} (reloaded by stock Transformers: same logits)",
         "loss curve": str(output / "loss.png"),

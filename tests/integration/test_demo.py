@@ -102,7 +102,7 @@ def test_learns_and_says_so(finished: tuple[Ended, Path]) -> None:
     results = json.loads((output / "results.json").read_text())
     loss = results["held_out_loss"]
     assert abs(loss["before"] - math.log(256)) < 0.5  # knows nothing: every byte about equally likely
-    assert loss["after"] < 3.0  # knows at least which bytes are frequent
+    assert loss["after"] < 3.5  # knows at least which bytes are frequent
     assert len(results["history"]["train"]) == int(STEPS)
     assert results["largest_logit_difference"] < 1e-4
     assert all(ms > 0 for ms in results["step_ms"].values())
