@@ -464,8 +464,10 @@ def main(
     start = time.perf_counter()
     if "moe_fused" in names:
         register_kernel(load_kernel())
-    small = {"copy_bytes": 2**20, "matmul_size": 128} if chosen.type == "cpu" else {}
-    ceilings = harness.measure_ceilings(chosen, **small)
+    if chosen.type == "cpu":
+        ceilings = harness.measure_ceilings(chosen, copy_bytes=2**20, matmul_size=128, seconds=0.01)
+    else:
+        ceilings = harness.measure_ceilings(chosen)
     bench = Bench(chosen, ceilings, seconds or (0.1 if quick else 0.4))
     environment = bench.environment
     # A run of some implementations only would leave points in the shared file without their rivals.

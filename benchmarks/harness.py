@@ -323,7 +323,9 @@ def _matmul_call(size: int, device: torch.device) -> Call:
     return lambda _: torch.mm(a, b, out=out)
 
 
-def measure_ceilings(device: torch.device, *, copy_bytes: int = 2**30, matmul_size: int = 8192) -> Ceilings:
+def measure_ceilings(
+    device: torch.device, *, copy_bytes: int = 2**30, matmul_size: int = 8192, seconds: float = 0.3
+) -> Ceilings:
     """What a large copy (bytes read plus written) and a square bf16 product of random matrices reach, each a median.
 
     Raises:
@@ -332,7 +334,7 @@ def measure_ceilings(device: torch.device, *, copy_bytes: int = 2**30, matmul_si
     clock = clock_for(device)
 
     def ms(call: Call) -> float:
-        timing = time_interleaved({"ceiling": call}, clock, seconds=0.3)["ceiling"]
+        timing = time_interleaved({"ceiling": call}, clock, seconds=seconds)["ceiling"]
         if timing is None:
             raise torch.OutOfMemoryError(f"no memory to measure the ceilings of {device}")
         return timing.ms

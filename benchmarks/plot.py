@@ -14,7 +14,7 @@ import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from .rows import FLOOR, Row, read_rows, replace_file
 
@@ -23,6 +23,8 @@ OURS = "moe_fused"
 METRICS = ("speedup", "ms")
 # A phase of fewer sizes (CUDA graphs stand at the smallest only) has a place in the tables, not in a curve.
 LEAST_SIZES = 3
+# Where the speed-up axis ends: an implementation that is nowhere faster is named in the legend instead.
+LEAST_SPEEDUP = 0.25
 
 # Okabe and Ito's palette, which the colour-blind can tell apart; markers tell them apart in grey.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442")
@@ -60,17 +62,33 @@ def _count(tokens: float, _: object = None) -> str:
     return f"{whole // 1024}k" if whole >= 1024 and whole % 1024 == 0 else str(whole)
 
 
+def _speedups(rows: Sequence[Row], implementation: str) -> list[tuple[int, float]]:
+    """(tokens, baseline's time over the implementation's) where both have a time."""
+    baseline = {(row.layer, row.phase, row.tokens): row.ms for row in rows if row.implementation == BASELINE}
+    pairs = []
+    for row in rows:
+        base = baseline.get((row.layer, row.phase, row.tokens))
+        if row.implementation == implementation and row.ms and base:
+            pairs.append((row.tokens, base / row.ms))
+    return sorted(pairs)
+
+
+def _label(name: str, rows: Sequence[Row], metric: str) -> str:
+    if name == FLOOR:
+        return "floor (bytes and FLOPs at this GPU's ceilings)"
+    speedups = [speedup for _, speedup in _speedups(rows, name)]
+    if metric == "speedup" and all(speedup < LEAST_SPEEDUP for speedup in speedups):
+        return f"{name} (below {LEAST_SPEEDUP:g}×)" if speedups else f"{name} (not comparable)"
+    return name
+
+
 def _draw(axes: Axes, rows: Sequence[Row], styles: dict[str, dict[str, object]], metric: str) -> None:
-    baseline = {row.tokens: row.ms for row in rows if row.implementation == BASELINE}
     sizes = sorted({row.tokens for row in rows})
     for name, style in styles.items():
-        points = []
-        for row in sorted((row for row in rows if row.implementation == name), key=lambda row: row.tokens):
-            base = baseline.get(row.tokens)
-            if row.ms and metric == "ms":
-                points.append((row.tokens, row.ms))
-            elif row.ms and base:
-                points.append((row.tokens, base / row.ms))
+        if metric == "speedup":
+            points = _speedups(rows, name)
+        else:
+            points = sorted((row.tokens, row.ms) for row in rows if row.implementation == name and row.ms)
         if points:
             axes.plot(*zip(*points, strict=True), **style)  # type: ignore[arg-type]
     axes.set_xscale("log", base=2)
@@ -80,7 +98,8 @@ def _draw(axes: Axes, rows: Sequence[Row], styles: dict[str, dict[str, object]],
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_locator(NullLocator())
     if metric == "speedup":
-        axes.yaxis.set_major_locator(LogLocator(base=2))
+        axes.yaxis.set_major_locator(FixedLocator([2.0**power for power in range(-2, 10)]))
+        axes.set_ylim(bottom=LEAST_SPEEDUP)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     else:
         axes.yaxis.set_major_formatter(FuncFormatter(_compact))
@@ -124,7 +143,10 @@ def figure(rows: Sequence[Row], metric: str = "speedup") -> Figure:
                 axes.set_xlabel("tokens", fontsize=9)
             if j == 0:
                 axes.set_ylabel(f"times {BASELINE}'s speed" if metric == "speedup" else "ms", fontsize=9)
-    handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]  # type: ignore[arg-type]
+    handles = [
+        Line2D([], [], label=_label(name, rows, metric), **style)  # type: ignore[arg-type]
+        for name, style in styles.items()
+    ]
     drawing.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     newest = max(rows, key=lambda row: row.date)
     drawing.suptitle(

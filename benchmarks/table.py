@@ -31,6 +31,8 @@ _TITLES = {
     "forward_cuda_graph": "forward in a CUDA graph",
 }
 
+_LEGEND = f"In brackets: speed over {BASELINE}'s; –: out of memory or could not run."
+
 
 def _ordered(values: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(values))
@@ -76,7 +78,7 @@ def _phase_table(rows: Sequence[Row]) -> list[str]:
     ]
     if (OURS in names) and (FLOOR in names):
         shares = [_share(by_key.get((OURS, t)), by_key.get((FLOOR, t))) for t in sizes]
-        lines.append(_line([f"{OURS}, share of the floor", *shares]))
+        lines.append(_line([f"{OURS}, share of the floor reached", *shares]))
     for name in (OURS, BASELINE):
         peaks = [row.peak_mib if (row := by_key.get((name, t))) else None for t in sizes]
         if any(peak is not None for peak in peaks):
@@ -96,11 +98,9 @@ def render(rows: Sequence[Row]) -> str:
     groups = list(dict.fromkeys((row.gpu, row.layer, row.weights, row.lora_rank) for row in rows))
     for gpu, layer, weights, rank in groups:
         own = [row for row in rows if (row.gpu, row.layer, row.weights, row.lora_rank) == (gpu, layer, weights, rank)]
-        runs = _ordered(f"torch {row.torch}, Triton {row.triton}, {row.date}" for row in own)
+        runs = "; ".join(_ordered(f"torch {row.torch}, Triton {row.triton}, {row.date}" for row in own))
         lora = f", LoRA rank {rank}" if rank else ""
-        blocks.append(
-            f"**{layer}**, {weights}{lora} on {gpu} ({'; '.join(runs)}); in brackets: times faster than {BASELINE}"
-        )
+        blocks.append(f"**{layer}**, {weights}{lora} on {gpu} ({runs}). {_LEGEND}")
         phases = _ordered(row.phase for row in own)
         blocks += ["\n".join(_phase_table([row for row in own if row.phase == phase])) for phase in phases]
     return "\n\n".join(blocks)
