@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Build ``build/torch-<backend>/`` from ``torch-ext/`` in the format that the Kernels hub publishes.
 
-``kernel-builder`` (Rust and Nix) makes the published builds. This script makes the same layout with nothing but Python and
-the ``kernels`` library, so that a checkout, a wheel and the tests can load the kernel exactly as a hub user does::
+``kernel-builder`` (Rust and Nix) makes the published builds. This script makes the same layout with nothing but Python
+and the ``kernels`` library, so that a checkout, a wheel and the tests load the kernel exactly as a hub user does::
 
     build/torch-cpu/
         __init__.py, ...    every file of torch-ext/<module>/ whose extension is in [torch-noarch] pyext
@@ -45,8 +45,8 @@ KERNELS_MINVER = "0.14.0"
 DEFAULT_EXTENSIONS = ("py", "pyi")
 UID_LENGTH = 12
 
-# kernel-builder's template asks torch for the backend at import time. The backend of a variant is known here, and a fixed
-# name keeps the CPU variant apart from the CUDA variant when a CUDA build of torch loads both.
+# kernel-builder's template asks torch for the backend at import time. Here the backend of a variant is known, and the
+# fixed name keeps the CPU variant apart from the CUDA variant when a CUDA build of torch loads both.
 OPS_TEMPLATE = '''\
 import torch
 
@@ -100,13 +100,15 @@ def read_config(root: Path) -> KernelConfig:
         raise BuildError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BuildError(f"{path} is not valid TOML: {error}") from error
+    # Before the library's parser sees it: that one takes a missing edition for edition 4 and converts it.
+    edition = content.get("general", {}).get("edition")
+    if edition != 5:
+        raise BuildError(f"{path}: edition is {'missing' if edition is None else edition}, need 5")
     _parse_strictly(root)
 
     try:
         general = content["general"]
         noarch = content["torch-noarch"]
-        if general["edition"] != 5:
-            raise BuildError(f"{path}: edition is {general['edition']!r}, need 5")
         if "kernel-depends" in general:
             raise BuildError(f"{path}: kernel-depends is not supported by this script, build with kernel-builder")
         common = general.get("python-depends", [])
@@ -141,7 +143,7 @@ def _native() -> Any:
         try:
             import kernels_data
         except ImportError as error:
-            raise BuildError("the 'kernels' library is not installed, need kernels>=0.16: pip install kernels") from error
+            raise BuildError("the 'kernels' library is missing, need kernels>=0.16: pip install kernels") from error
         return kernels_data
     return _rust
 
@@ -174,7 +176,7 @@ def read_sources(root: Path, config: KernelConfig) -> dict[str, bytes]:
         if relative.as_posix() in ("_ops.py", "metadata.json"):
             continue  # generated; a stale one is left by `kernel-builder create-pyproject`
         if path.suffix.lstrip(".") not in config.extensions:
-            raise BuildError(f"{path}: extension {path.suffix!r} is not in [torch-noarch] pyext {list(config.extensions)}")
+            raise BuildError(f"{path}: {path.suffix!r} is not in [torch-noarch] pyext, {list(config.extensions)}")
         sources[relative.as_posix()] = path.read_bytes()
     return dict(sorted(sources.items()))
 
@@ -283,8 +285,8 @@ def build(root: Path, output: Path, backends: Sequence[str] | None = None) -> li
     A variant that is there already, and whole, is left untouched. Safe to run from several processes at once.
 
     Raises:
-        BuildError: A backend that build.toml does not name, a wrong build.toml or torch-ext, or a directory that cannot be
-            written. Variants that were in ``output`` before are then still there, whole.
+        BuildError: A backend that build.toml does not name, a wrong build.toml or torch-ext, or a directory that cannot
+            be written. Variants that were in ``output`` before are then still there, whole.
     """
     config = read_config(root)
     wanted = list(dict.fromkeys(backends or config.backends))
@@ -317,13 +319,15 @@ def _one_line(error: BaseException) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "build", help="directory of torch-* (default: build)")
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "build", help="directory of torch-* (build)")
     parser.add_argument("--backend", action="append", dest="backends", help="only this backend; may be repeated")
-    parser.add_argument("--root", type=Path, default=REPOSITORY, help="directory of build.toml (default: this checkout)")
+    parser.add_argument("--root", type=Path, default=REPOSITORY, help="directory of build.toml (this checkout)")
+    parser.add_argument("--quiet", action="store_true", help="print nothing unless it fails")
     arguments = parser.parse_args(argv)
     try:
         for directory in build(arguments.root, arguments.output, arguments.backends):
-            print(f"{directory}  {validate_variant(directory).id}")
+            if not arguments.quiet:
+                print(f"{directory}  {validate_variant(directory).id}")
     except BuildError as error:
         print(f"build_kernel: error: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,88 @@
+# Everything for users and developers. On a fresh machine with Python and a package index, `make demo` and `make test`
+# need nothing else.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Arguments of the demo and of the benchmark, and of pytest.
+ARGS ?=
+PYTEST_ARGS ?=
+PIP_FLAGS ?= --quiet
+
+TORCH := torch==2.13.0
+# Only where torch does not bring its own: the kernel tests run Triton's interpreter on CPU builds of torch.
+TRITON := triton==3.6.0
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS)
+# Two processes at most, one thread each: the tests are many and small.
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ $$n -gt 2 ] && n=2; echo $$n)
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+# $(1) pytest and its options. Two processes, because tests/kernel runs Triton's interpreter on a machine without a GPU and
+# the interpreter is chosen once per process; both always run, and either fails the target.
+define run_tests
+	@status=0; \
+	$(TEST_ENV) $(1) tests/kernel $(PYTEST_ARGS) || status=1; \
+	$(TEST_ENV) $(1) tests --ignore=tests/kernel $(PYTEST_ARGS) || status=1; \
+	exit $$status
+endef
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test test-gpu lint format bench wheel clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) ARGS=... PYTEST_ARGS=..."
+
+setup: $(READY) ## Create $(VENV) with everything in it
+
+$(READY): pyproject.toml
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: $(PYTHON) not found, need Python 3.10 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import platform, sys; sys.version_info >= (3, 10) or sys.exit("error: $(PYTHON) is Python " + platform.python_version() + ", need 3.10 or newer: make PYTHON=/path/to/python3")'
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) has no venv or ensurepip module: install them (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@echo "Setting up $(VENV): $(TORCH), then the rest"
+	@"$(PYTHON)" -m venv "$(VENV)"
+	@# torch first and alone, so that nothing else decides which torch it is.
+	@$(PIP) "$(TORCH)"
+	@$(PIP) "$(TORCH)" --editable '.[dev]'
+	@if [ "$$(uname -s)" = Linux ] && ! $(BIN)/python -c 'import triton' 2>/dev/null; then $(PIP) "$(TRITON)"; fi
+	@touch "$@"
+
+build: $(READY) ## Build the kernel into build/torch-*
+	@$(BIN)/python scripts/build_kernel.py --quiet
+
+demo: build ## Train a small Qwen3-MoE through the kernel (the main job); ARGS are passed on
+	@$(BIN)/python -m moe_fused.demo $(ARGS)
+
+test: build ## Run all tests
+	$(call run_tests,$(BIN)/python -m pytest -n $(JOBS) --timeout 300)
+
+# Installs nothing: PYTHON must have torch, triton, kernels, transformers and pytest.
+test-gpu: ## Run all tests on the GPU of this machine with PYTHON as it is
+	@"$(PYTHON)" -c 'import sys, torch; torch.accelerator.is_available() or sys.exit("error: torch " + torch.__version__ + " of $(PYTHON) finds no GPU; make test runs without one")'
+	@"$(PYTHON)" scripts/build_kernel.py --quiet
+	$(call run_tests,"$(PYTHON)" -m pytest)
+
+lint: $(READY) ## Run ruff and mypy
+	@status=0; \
+	$(BIN)/python -m ruff check . || status=1; \
+	$(BIN)/python -m ruff format --check . || status=1; \
+	$(BIN)/python -m mypy || status=1; \
+	exit $$status
+
+format: $(READY) ## Format the code and fix what ruff can fix
+	@$(BIN)/python -m ruff check --fix . ; $(BIN)/python -m ruff format .
+
+bench: ## Benchmark on the GPU with PYTHON as it is; ARGS are passed on
+	@"$(PYTHON)" scripts/build_kernel.py --quiet
+	@"$(PYTHON)" -m benchmarks.experts $(ARGS)
+
+wheel: $(READY) ## Build dist/*.tar.gz, and dist/*.whl from it
+	@$(BIN)/python -m build --outdir dist .
+
+clean: ## Remove what this Makefile made, except dist and the demo's output
+	@[ ! -f "$(VENV)/pyvenv.cfg" ] || rm -rf "$(VENV)"
+	@rm -rf build .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,39 @@
+"""The kernel under test, loaded as any user loads it.
+
+``tests/conftest.py`` has set ``LOCAL_KERNELS`` before a test module can import this. Needs torch and kernels only:
+where kernel-builder runs the tests, neither ``moe_fused`` nor Transformers exists.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def build_config() -> dict[str, Any]:
+    """The ``[general]`` table of build.toml."""
+    return tomllib.loads((REPOSITORY / "build.toml").read_text(encoding="utf-8"))["general"]
+
+
+def repo_id() -> str:
+    return build_config()["hub"]["repo-id"]
+
+
+@functools.cache
+def load_kernel() -> ModuleType:
+    """The kernel package, from ``LOCAL_KERNELS``."""
+    from kernels import get_kernel
+
+    assert repo_id() in os.environ.get("LOCAL_KERNELS", ""), "tests must not download a published kernel"
+    return get_kernel(repo_id(), version=build_config()["version"])
