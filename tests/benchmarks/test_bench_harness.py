@@ -158,14 +158,24 @@ class TestCompare:
             with pytest.raises(MismatchError, match="off by"):
                 compare("a", {"y": pair[0]}, {"y": pair[1]})
 
-    def test_row_that_should_be_zero(self):
-        want = torch.randn(8, 4)
-        want[5] = 0
-        compare("a", {"y": want.clone()}, {"y": want})
+    def test_all_off_by_a_little(self):
+        want = torch.randn(64, 32)
+        compare("a", {"y": want * 1.01}, {"y": want})
+        with pytest.raises(MismatchError, match=r"y of a is off by 0.05 of its norm"):
+            compare("a", {"y": want * 1.05}, {"y": want})
+
+    def test_rows_that_should_be_zero(self):
+        """Most are, as in the gradients of experts that nobody chose: they must not make the others look wrong."""
+        want = torch.zeros(512, 4)
+        want[5:9] = torch.tensor([1.0, 2.0, 3.0, 0.05])[:, None]
         got = want.clone()
-        got[5] = 1
+        got[8] += 0.05
+        compare("a", {"y": got}, {"y": want})
+        got[400] = 0.5
         with pytest.raises(MismatchError, match="off by"):
             compare("a", {"y": got}, {"y": want})
+        with pytest.raises(MismatchError, match="off by"):
+            compare("a", {"y": got}, {"y": torch.zeros(512, 4)})
 
     def test_all_zero_and_empty(self):
         compare("a", {"y": torch.zeros(3, 2)}, {"y": torch.zeros(3, 2)})
