@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # Slots up to which ``decode`` serves a call without gradients.
 DECODE_SLOTS = 64
 # Elements of the routing kernels' (tiles or blocks, experts) matrices, slots they compare pairwise.
-ROUTING_TILE = 16384
+ROUTING_TILE = 4096
 ROUTING_SUB_SLOTS = 128
 # Slots that a single program routes; beyond, blocks of slots are counted first, in at most so many blocks.
 ROUTING_SINGLE_SLOTS = 512

@@ -24,7 +24,7 @@ SHORT_K = 1024
 GATHER_FIRST_WIDTH = 1024
 
 # Rows per expert up to which each bucket's tile height serves; the last bucket has no end.
-BUCKETS = {16: 4, 32: 16, 64: 64, 128: None}
+BUCKETS = {16: 4, 32: 16, 64: 48, 128: None}
 
 _CONFIGS = Path(__file__).parent / "configs"
 

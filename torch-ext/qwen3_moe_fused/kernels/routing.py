@@ -92,8 +92,8 @@ def route_kernel(
     counts = tl.zeros((EXPERTS,), dtype=tl.int32)
     before = tl.zeros((EXPERTS,), dtype=tl.int32)
     if SINGLE:
-        ids, mine = load_ids(ids_ptr, tl.arange(0, BLOCK_S), num_slots, NUM_EXPERTS)
-        counts += tl.histogram(ids, EXPERTS, mask=mine)
+        all_ids, all_mine = load_ids(ids_ptr, tl.arange(0, BLOCK_S), num_slots, NUM_EXPERTS)
+        counts += tl.histogram(all_ids, EXPERTS, mask=all_mine)
     else:
         for b in range(0, num_blocks, SUB_B):
             blocks = b + tl.arange(0, SUB_B)
