@@ -17,6 +17,12 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 
+def _hooked() -> bool:
+    """Whether somebody, a profiler say, listens to Triton's launches."""
+    hook = knobs.runtime.launch_enter_hook
+    return bool(getattr(hook, "calls", hook))  # a chain of hooks, or in older Tritons a hook or None
+
+
 class Plan:
     """One kernel, its constants and launch options.
 
@@ -41,7 +47,7 @@ class Plan:
     def __call__(self, device: int, grid: tuple[int, int, int], *args: Any) -> None:
         """Launches on the current device, whose index is ``device``, with ``args`` before the constants."""
         compiled = self._compiled.get(device)
-        if compiled is None or knobs.runtime.launch_enter_hook is not None:
+        if compiled is None or _hooked():
             self._launch(device, grid, args)
             return
         # Addresses instead of tensors: the launcher asks a tensor for its address, and the driver about that.
@@ -56,7 +62,9 @@ class Plan:
             self._launch(device, grid, args)
             return
         stream = driver.active.get_current_stream(device)
-        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *self.constants)
+        compiled.run(
+            *grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *self.constants
+        )
 
     def _launch(self, device: int, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
         """Launches through Triton's front door, and keeps the kernel if it is the one for aligned pointers."""

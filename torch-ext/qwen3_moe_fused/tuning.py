@@ -143,7 +143,9 @@ def default_config(kernel: str, block_m: int, target: Target, itemsize: int) -> 
     elif block_m == 64:
         config = LaunchConfig(64, 64 if kernel == "up" else 128, 128 if hopper else 64, 4, 4, descriptor=hopper)
     else:
-        config = LaunchConfig(128, 128 if hopper or kernel != "up" else 64, 64, 8, 4 if hopper else 3, descriptor=hopper)
+        config = LaunchConfig(
+            128, 128 if hopper or kernel != "up" else 64, 64, 8, 4 if hopper else 3, descriptor=hopper
+        )
     if kernel == "down_backward":
         config = replace(config, slices=max(1, config.block_n // 64))
     if target.backend == "hip":
@@ -167,7 +169,9 @@ def _overrides(arch: int | str) -> dict[str, Any]:
         for size, by_bucket in by_size.items():
             for block_m, values in by_bucket.items():
                 if kernel not in KERNELS or not set(values) <= names:
-                    raise ValueError(f"{path.name}: {kernel}/{size}/{block_m} does not describe a LaunchConfig: {values}")
+                    raise ValueError(
+                        f"{path.name}: {kernel}/{size}/{block_m} does not describe a LaunchConfig: {values}"
+                    )
     return table
 
 
@@ -203,7 +207,9 @@ def target_of(device: torch.device) -> Target:
     if arch in TARGETS:
         return TARGETS[arch]
     # A relative of a known one: Orin is 8.7, Blackwell Ultra 10.3, Thor 11.0, GB10 12.1.
-    return replace(TARGETS[100 if arch in (103, 110) else 86], arch=arch, shared_memory=properties.shared_memory_per_block_optin)
+    return replace(
+        TARGETS[100 if arch in (103, 110) else 86], arch=arch, shared_memory=properties.shared_memory_per_block_optin
+    )
 
 
 def as_dict(config: LaunchConfig) -> dict[str, Any]:
