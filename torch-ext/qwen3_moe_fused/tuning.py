@@ -20,7 +20,7 @@ import torch
 KERNELS = ("up", "gemm", "gemm_short", "down_backward", "gram")
 SHORT_K = 1024
 
-# Width of the other operand from which gathering rows first pays in "gram" (gather_first): the copy is spread over more work.
+# Width of the other operand from which gathering rows first pays in "gram": the copy is spread over more work.
 GATHER_FIRST_WIDTH = 1024
 
 # Rows per expert up to which each bucket's tile height serves; the last bucket has no end.

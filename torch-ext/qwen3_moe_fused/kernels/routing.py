@@ -138,7 +138,7 @@ def route_sorted_kernel(
     BLOCK_M: tl.constexpr,
     SUB_T: tl.constexpr,
 ):
-    """Offsets and tiles of rows that are sorted already. Sizes that cannot be give every row to no expert. Grid: (blocks,)."""
+    """Offsets and tiles of sorted rows; sizes that cannot be give every row to no expert. Grid: (blocks,)."""
     block = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
     sizes = tl.load(m_sizes_ptr + experts * STRIDE_M, mask=experts < NUM_EXPERTS, other=0).to(tl.int64)
