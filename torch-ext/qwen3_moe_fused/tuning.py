@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -207,11 +207,6 @@ def target_of(device: torch.device) -> Target:
     if arch in TARGETS:
         return TARGETS[arch]
     # A relative of a known one: Orin is 8.7, Blackwell Ultra 10.3, Thor 11.0, GB10 12.1.
-    return replace(
-        TARGETS[100 if arch in (103, 110) else 86], arch=arch, shared_memory=properties.shared_memory_per_block_optin
-    )
-
-
-def as_dict(config: LaunchConfig) -> dict[str, Any]:
-    """``config`` as ``configs/*.json`` stores it."""
-    return asdict(config)
+    relative = TARGETS[100 if arch in (103, 110) else 86]
+    shared: int = getattr(properties, "shared_memory_per_block_optin", relative.shared_memory)
+    return replace(relative, arch=arch, shared_memory=shared)
