@@ -9,12 +9,33 @@ specialised, and a call with a pointer that is not 16-byte aligned takes the ord
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+class Descriptor(NamedTuple):
+    """The fields of a ``TensorDescriptor``, without the checks of each field, which take longer than a launch's share.
+
+    Attributes:
+        base: 16-byte aligned tensor.
+        shape, strides: of the matrix in it, in elements; rows 16-byte aligned, columns contiguous.
+        block_shape: of the tiles read through it.
+    """
+
+    base: Tensor
+    shape: tuple[int, int]
+    strides: tuple[int, int]
+    block_shape: tuple[int, int]
+    padding: str = "zero"
+
+    def checked(self) -> TensorDescriptor:
+        """What Triton compiles for."""
+        return TensorDescriptor(self.base, list(self.shape), list(self.strides), list(self.block_shape), self.padding)
 
 
 def _hooked() -> bool:
@@ -62,7 +83,8 @@ class Plan:
         if compiled is None or pointers & 15 or _hooked():
             # Triton's front door; what it compiled for aligned pointers is kept. The interpreter compiles nothing.
             options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-            compiled = self.kernel[grid](*args, *self.constants, **options)
+            checked = [arg.checked() if isinstance(arg, Descriptor) else arg for arg in args]
+            compiled = self.kernel[grid](*checked, *self.constants, **options)
             if pointers & 15 == 0 and compiled is not None:
                 self._compiled[tuple(key)] = compiled
             return

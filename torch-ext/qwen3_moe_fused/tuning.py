@@ -20,9 +20,6 @@ import torch
 KERNELS = ("up", "gemm", "gemm_short", "down_backward", "gram")
 SHORT_K = 1024
 
-# Width of the other operand from which gathering rows first pays in "gram": the copy is spread over more work.
-GATHER_FIRST_WIDTH = 1024
-
 # Rows per expert up to which each bucket's tile height serves; the last bucket has no end.
 BUCKETS = {16: 4, 32: 16, 64: 48, 128: None}
 
@@ -38,8 +35,6 @@ class LaunchConfig:
         num_warps, num_stages: of Triton.
         descriptor: load weights (and rows, where they are not gathered) through a tensor descriptor (TMA) if the layout
             allows it.
-        gather_first: of ``gram``: copy gathered rows into expert order in a pass of their own and read them through a
-            descriptor, which pays when experts have many rows.
         half_tiles: the last row tile of an expert is computed at half the height where its rows fit in that.
         slices: of the tile the epilogue of ``down_backward`` works on one after the other, to save registers.
     """
@@ -50,7 +45,6 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     descriptor: bool = False
-    gather_first: bool = False
     slices: int = 1
     half_tiles: bool = False
 
