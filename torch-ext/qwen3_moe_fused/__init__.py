@@ -7,6 +7,7 @@ puts on a model, ``reference`` all of it in plain torch.
 from . import layers, reference
 from .experts import moe_experts
 from .linear import moe_fused_linear
-from .routing import Routing, route
+from .permute import route
+from .routing import Routing
 
 __all__ = ["Routing", "layers", "moe_experts", "moe_fused_linear", "reference", "route"]

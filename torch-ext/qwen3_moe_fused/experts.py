@@ -27,8 +27,8 @@ from .activations import ACTIVATIONS, Gate
 from .autograd import differentiable, eager
 from .backend import backend_for
 from .linear import autocast_dtype, grouped_linear
-from .permute import combine, dispatch
-from .routing import Routing, routing_buffer
+from .permute import combine, dispatch, routing_buffer
+from .routing import Routing
 from .weights import DenseWeights
 
 

@@ -13,7 +13,8 @@ from . import checks
 from ._ops import add_op_namespace_prefix
 from .autograd import differentiable, eager
 from .backend import backend_for
-from .routing import Routing, route_sorted
+from .permute import route_sorted
+from .routing import Routing
 from .weights import DenseWeights
 
 
