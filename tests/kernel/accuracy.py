@@ -1,7 +1,7 @@
 """When a result counts as right.
 
 The truth is computed in float64. Plain torch, in the dtype of the kernels, misses it by its own rounding; ours may miss
-it by at most twice as much. Where torch happens to be exact, half a unit in the last place of the largest value is ours.
+it by at most twice as much. Where torch happens to be exact, half a unit in the last place of the largest is ours.
 """
 
 from __future__ import annotations
