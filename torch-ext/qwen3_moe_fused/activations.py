@@ -43,6 +43,14 @@ class Gate(NamedTuple):
     alpha: float = 1.702
     limit: float = 7.0
 
+    def columns(self, intermediate: int) -> int:
+        """Columns of gate_up for I = ``intermediate``."""
+        return 2 * intermediate if self.gated else intermediate
+
+    def intermediate(self, columns: int) -> int:
+        """I of a gate_up of ``columns`` columns."""
+        return columns // 2 if self.gated else columns
+
     def column_layout(self, intermediate: int) -> tuple[int, int]:
         """(column stride, offset of the up columns) of gate_up for I = ``intermediate``."""
         return (2, 1) if self.interleaved else (1, intermediate if self.gated else 0)

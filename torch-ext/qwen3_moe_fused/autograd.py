@@ -1,8 +1,8 @@
-"""One way from an operator to a differentiable function, eager or compiled.
+"""One way from an operator to a function, eager or compiled, differentiable or not.
 
-Every stage that needs gradients is a custom op (opaque to torch.compile, with fake and autograd registered). Its Python
-registration costs some 40 µs a call, more than a small layer takes on the GPU, so eager calls go straight to the same
-implementation through a ``torch.autograd.Function`` with the same formulas.
+Every stage that torch.compile or autograd must know is a custom op, opaque to the compiler, with fake and autograd
+registered. The Python registration costs some 40 µs a call, more than a small layer takes on the GPU, so eager calls go
+straight to the same implementation, through a ``torch.autograd.Function`` with the same formulas where gradients are wanted.
 """
 
 from __future__ import annotations
@@ -23,6 +23,15 @@ def _intercepted() -> bool:
     )
 
 
+def eager(op: Any, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The function to call in place of a custom op that needs no autograd formula: ``implementation`` where it may."""
+
+    def call(*args: Any) -> Any:
+        return op(*args) if _intercepted() else implementation(*args)
+
+    return call
+
+
 def differentiable(
     op: Any, implementation: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
@@ -36,12 +45,17 @@ def differentiable(
     """
     op.register_autograd(backward, setup_context=setup_context)
 
-    function = type(
+    def forward(ctx: Any, *args: Any) -> Any:
+        # Not a separate setup_context: torch would bind the arguments to the signature in every call, some 50 µs.
+        output = implementation(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    function: Any = type(
         op._name.split("::")[-1],
         (torch.autograd.Function,),
         {
-            "forward": staticmethod(implementation),
-            "setup_context": staticmethod(setup_context),
+            "forward": staticmethod(forward),
             "backward": staticmethod(torch.autograd.function.once_differentiable(backward)),
         },
     )

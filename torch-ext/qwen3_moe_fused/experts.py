@@ -16,6 +16,7 @@ A gate function of the caller's own runs between two grouped linear layers, each
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +24,11 @@ from torch import Tensor
 from . import checks
 from ._ops import add_op_namespace_prefix
 from .activations import ACTIVATIONS, Gate
-from .autograd import differentiable
+from .autograd import differentiable, eager
 from .backend import backend_for
 from .linear import autocast_dtype, grouped_linear
 from .permute import combine, dispatch
-from .routing import Routing, route_op
+from .routing import Routing, routing_buffer
 from .weights import DenseWeights
 
 
@@ -46,8 +47,12 @@ def _experts(
     limit: float,
     transposed: bool,
     save_for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y (T, H), gate_up and routing buffer; the last two have no elements unless ``save_for_backward``."""
+    zeroed: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y (T, H), gate_up and routing buffer; the last two None unless ``save_for_backward``.
+
+    The buffer has entries that nobody writes or reads: an operator's outputs must be ``zeroed`` to be reproducible.
+    """
     num_tokens, top_k = top_k_index.shape
     num_rows = num_tokens * top_k
     gate = Gate(activation, gated, interleaved, alpha, limit)
@@ -57,18 +62,21 @@ def _experts(
         y = stages.decode(
             hidden_states, top_k_index, top_k_weights, up.stack, down.stack, gate_up_bias, down_bias, gate
         )
-        return y, y.new_empty(0), top_k_index.new_empty(0, dtype=torch.int32)
+        return y, None, None
     num_experts = up.stack.shape[0]
-    buffer = top_k_index.new_empty(Routing.buffer_size(num_rows, num_experts), dtype=torch.int32)
+    buffer = Routing.new_buffer(top_k_index, num_rows, num_experts, zeroed=zeroed)
     routing = Routing.from_buffer(buffer, num_rows, num_experts, top_k)
     stages.route(top_k_index, routing, gate_up_proj.dtype)
     h, gate_up = stages.grouped_up(hidden_states, up.stack, routing, num_rows, gate_up_bias, gate, save_for_backward)
     z = stages.grouped_gemm(h, down.stack, routing, num_rows, down_bias, gather=False, fill=0.0)
     del h
     y = stages.combine(z, routing, num_tokens, top_k_weights)
-    if not save_for_backward:
-        return y, y.new_empty(0), top_k_index.new_empty(0, dtype=torch.int32)
-    return y, gate_up, buffer
+    return (y, gate_up, buffer) if save_for_backward else (y, None, None)
+
+
+def _tensors(results: tuple[Tensor | None, ...], like: Tensor) -> tuple[Any, ...]:
+    """``results`` with an empty tensor for every None, as the schema of an operator wants it."""
+    return tuple(like.new_empty(0) if result is None else result for result in results)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("experts"), mutates_args=())
@@ -88,7 +96,7 @@ def experts_op(
     transposed: bool,
     save_for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _experts(
+    results = _experts(
         hidden_states,
         top_k_index,
         top_k_weights,
@@ -103,7 +111,9 @@ def experts_op(
         limit,
         transposed,
         save_for_backward,
+        zeroed=True,
     )
+    return _tensors(results, hidden_states)
 
 
 @experts_op.register_fake
@@ -125,15 +135,14 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = hidden_states.new_empty(hidden_states.shape)
     if not save_for_backward:
-        return y, y.new_empty(0), top_k_index.new_empty(0, dtype=torch.int32)
+        return y, y.new_empty(0), y.new_empty(0)
     num_rows = top_k_index.numel()
     columns = gate_up_proj.shape[2 if transposed else 1]
     size = Routing.buffer_size(num_rows, gate_up_proj.shape[0])
     return y, y.new_empty((num_rows, columns)), top_k_index.new_empty(size, dtype=torch.int32)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("experts_backward"), mutates_args=())
-def experts_backward_op(
+def _experts_backward(
     grad_y: Tensor,
     hidden_states: Tensor,
     top_k_weights: Tensor,
@@ -149,7 +158,8 @@ def experts_backward_op(
     limit: float,
     transposed: bool,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden_states, top_k_weights, gate_up_proj, down_proj, gate_up_bias and down_bias, None unless in needs."""
     need_x, need_weights, need_up, need_down, need_up_bias, need_down_bias = needs
     num_tokens, top_k = top_k_weights.shape
     num_rows = num_tokens * top_k
@@ -158,7 +168,7 @@ def experts_backward_op(
     stages = backend_for(hidden_states, gate_up_proj.dtype)
     routing = Routing.from_buffer(buffer, num_rows, up.stack.shape[0], top_k)
     grad_y = grad_y.contiguous()
-    grad_x, grad_weights, grad_up, grad_down, grad_up_bias, grad_down_bias = (grad_y.new_empty(0) for _ in range(6))
+    grad_x = grad_weights = grad_up = grad_down = grad_up_bias = grad_down_bias = None
 
     if need_down_bias:
         grad_down_bias = stages.grouped_row_sum(grad_y, routing, top_k_weights, gather=True)
@@ -183,8 +193,46 @@ def experts_backward_op(
             grad_up = up.empty_grad()
             stages.grouped_gram(grad_gate_up, hidden_states, routing, gather_a=False, gather_b=True, out=grad_up)
     if transposed:
-        grad_up, grad_down = (g.mT if g.dim() == 3 else g for g in (grad_up, grad_down))
-    return grad_x, grad_weights, grad_up, grad_down, grad_up_bias, grad_down_bias
+        grad_up, grad_down = (None if grad is None else grad.mT for grad in (grad_up, grad_down))
+    return grad_x, grad_weights if need_weights else None, grad_up, grad_down, grad_up_bias, grad_down_bias
+
+
+@torch.library.custom_op(add_op_namespace_prefix("experts_backward"), mutates_args=())
+def experts_backward_op(
+    grad_y: Tensor,
+    hidden_states: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    down_bias: Tensor | None,
+    gate_up: Tensor,
+    buffer: Tensor,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    alpha: float,
+    limit: float,
+    transposed: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    results = _experts_backward(
+        grad_y,
+        hidden_states,
+        top_k_weights,
+        gate_up_proj,
+        down_proj,
+        down_bias,
+        gate_up,
+        buffer,
+        activation,
+        gated,
+        interleaved,
+        alpha,
+        limit,
+        transposed,
+        needs,
+    )
+    return _tensors(results, grad_y)
 
 
 @experts_backward_op.register_fake
@@ -217,7 +265,7 @@ def _(
 
     return (
         empty(need_x, hidden_states.new_empty(hidden_states.shape)),
-        empty(need_x or need_weights or need_up or need_down or need_up_bias, top_k_weights.new_empty(top_k_weights.shape)),
+        empty(need_weights, top_k_weights.new_empty(top_k_weights.shape)),
         empty(need_up, grad_up),
         empty(need_down, grad_down),
         empty(need_up_bias, gate_up.new_empty((num_experts, up.stack.shape[1]))),
@@ -230,13 +278,19 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     _, gate_up, buffer = output
     ctx.save_for_backward(x, top_k_weights, gate_up_proj, down_proj, down_bias, gate_up, buffer)
     ctx.mark_non_differentiable(gate_up, buffer)
+    ctx.set_materialize_grads(False)  # or autograd makes zeros the size of gate_up
     ctx.options = options
 
 
-def _backward(ctx, grad_y: Tensor, *_):  # type: ignore[no-untyped-def]
+_backward_of_experts = eager(experts_backward_op, _experts_backward)
+
+
+def _backward(ctx, grad_y: Tensor | None, *_):  # type: ignore[no-untyped-def]
     x, _, w, up, down, up_bias, down_bias, *rest = ctx.needs_input_grad
     needs = [x, w, up, down, up_bias, down_bias]
-    grads = experts_backward_op(grad_y, *ctx.saved_tensors, *ctx.options, needs)
+    if grad_y is None:
+        return (None,) * (7 + len(rest))
+    grads = _backward_of_experts(grad_y, *ctx.saved_tensors, *ctx.options, needs)
     gx, gw, gu, gd, gub, gdb = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return (gx, None, gw, gu, gd, gub, gdb, *(None for _ in rest))
 
@@ -260,7 +314,7 @@ def _composed_experts(
         gate_up_proj, down_proj = gate_up_proj.mT, down_proj.mT
     num_experts, top_k = gate_up_proj.shape[0], top_k_index.shape[1]
     intermediate = down_proj.shape[2]
-    buffer = route_op(top_k_index, num_experts, gate_up_proj.dtype)
+    buffer = routing_buffer(top_k_index, num_experts, gate_up_proj.dtype)
     rows = dispatch(hidden_states, buffer, num_experts, top_k)
     gate_up = grouped_linear(rows, gate_up_proj, gate_up_bias, buffer, False, top_k, 0.0)
     h = gate_fn(gate_up)

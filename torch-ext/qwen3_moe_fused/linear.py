@@ -11,9 +11,9 @@ from torch import Tensor
 
 from . import checks
 from ._ops import add_op_namespace_prefix
-from .autograd import differentiable
+from .autograd import differentiable, eager
 from .backend import backend_for
-from .routing import Routing, route_sorted_op
+from .routing import Routing, route_sorted
 from .weights import DenseWeights
 
 
@@ -41,8 +41,7 @@ def _(
     return input.new_empty((input.shape[0], weight.shape[1]))
 
 
-@torch.library.custom_op(add_op_namespace_prefix("grouped_linear_backward"), mutates_args=())
-def grouped_linear_backward_op(
+def _grouped_linear_backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -59,8 +58,7 @@ def grouped_linear_backward_op(
     view = Routing.from_buffer(routing, num_rows, weight.shape[0], top_k, sorted_rows)
     weights = DenseWeights.of(weight)
     grad_output = grad_output.contiguous()
-    none = input.new_empty(0)
-    grad_input = grad_weight = grad_bias = none
+    grad_input, grad_weight, grad_bias = input.new_empty(0), input.new_empty(0), input.new_empty(0)
     if need_input:
         grad_input = stages.grouped_gemm(grad_output, weights.stack.mT, view, num_rows, None, gather=False, fill=fill)
     if need_weight:
@@ -69,6 +67,24 @@ def grouped_linear_backward_op(
     if need_bias:
         grad_bias = stages.grouped_row_sum(grad_output, view, None, gather=False)
     return grad_input, grad_weight, grad_bias
+
+
+@torch.library.custom_op(add_op_namespace_prefix("grouped_linear_backward"), mutates_args=())
+def grouped_linear_backward_op(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    routing: Tensor,
+    sorted_rows: bool,
+    top_k: int,
+    fill: float,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _grouped_linear_backward(
+        grad_output, input, weight, routing, sorted_rows, top_k, fill, need_input, need_weight, need_bias
+    )
 
 
 @grouped_linear_backward_op.register_fake
@@ -98,9 +114,12 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.options = (sorted_rows, top_k, fill)
 
 
+_backward_of_linear = eager(grouped_linear_backward_op, _grouped_linear_backward)
+
+
 def _backward(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def]
     needs = ctx.needs_input_grad[:3]
-    grads = grouped_linear_backward_op(grad_output, *ctx.saved_tensors, *ctx.options, *needs)
+    grads = _backward_of_linear(grad_output, *ctx.saved_tensors, *ctx.options, *needs)
     return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None, None)
 
 
@@ -157,5 +176,5 @@ def moe_fused_linear(input: Tensor, weight: Tensor, m_sizes: Tensor, bias: Tenso
         bias = None if bias is None else bias.to(dtype)
     num_rows = input.shape[0]
     checks.sizes_sum(m_sizes, num_rows)
-    routing = route_sorted_op(m_sizes, num_rows, weight.dtype)
+    routing = route_sorted(m_sizes, num_rows, weight.dtype)
     return grouped_linear(input, weight, bias, routing, True, 1, float("nan"))

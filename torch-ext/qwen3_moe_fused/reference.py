@@ -94,7 +94,7 @@ def grouped_gemm(
 
 def grouped_up(
     x: Tensor, weight: Tensor, routing: Routing, num_rows: int, bias: Tensor | None, gate: Gate, save_gate_up: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """h = gate(x[token of row] · weight[expert]ᵀ + bias[expert]).
 
     Args:
@@ -102,10 +102,10 @@ def grouped_up(
         weight: (E, 2·I or I, H), rows laid out as gate_up's columns.
 
     Returns:
-        h (S, I) and gate_up (S, 2·I or I), the latter with no rows unless ``save_gate_up``. Rows of no expert are undefined.
+        h (S, I) and gate_up (S, 2·I or I), the latter None unless ``save_gate_up``. Rows of no expert are undefined.
     """
     gate_up = grouped_gemm(x, weight, routing, num_rows, bias, gather=True, fill=0.0)
-    return apply_gate(gate_up, gate), gate_up if save_gate_up else gate_up.new_empty((0, gate_up.shape[1]))
+    return apply_gate(gate_up, gate), gate_up if save_gate_up else None
 
 
 def combine(z: Tensor, routing: Routing, num_tokens: int, weights: Tensor | None) -> Tensor:
@@ -151,7 +151,7 @@ def down_backward(
     top_k_weights: Tensor,
     gate: Gate,
     need_weighted_h: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Back through combine, the down projection and the gate, without the down projection's output.
 
     With g = grad_y[token] · weight[expert] the gradient of h is w·g, and the routing weight's is rowsum(g·h), plus
@@ -164,7 +164,7 @@ def down_backward(
         top_k_weights: (T, top_k).
 
     Returns:
-        grad_gate_up, like gate_up; w·h (S, I), with no rows unless ``need_weighted_h``; grad_top_k_weights (T, top_k).
+        grad_gate_up, like gate_up; w·h (S, I), None unless ``need_weighted_h``; grad_top_k_weights (T, top_k).
     """
     slots = _slots(routing)
     num_rows = gate_up.shape[0]
@@ -179,7 +179,7 @@ def down_backward(
         grad_weights[slots[rows]] = dots[rows]
     w = top_k_weights.reshape(-1)[slots][:, None].to(dtype)
     grad_gate_up = apply_gate_backward(gate_up, (grad_h * w).to(h.dtype), gate)
-    weighted_h = (h * w).to(h.dtype) if need_weighted_h else h.new_empty((0, h.shape[1]))
+    weighted_h = (h * w).to(h.dtype) if need_weighted_h else None
     return grad_gate_up, weighted_h, grad_weights.view_as(top_k_weights).to(top_k_weights.dtype)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
+from .autograd import eager
 from .backend import backend_for
 
 # The smallest tile height any launch configuration may use; it bounds the number of tiles, hence the buffer.
@@ -52,25 +53,46 @@ class Routing(NamedTuple):
         return self.offsets.shape[0] - 1
 
     @staticmethod
-    def buffer_size(num_rows: int, num_experts: int, sorted_rows: bool = False) -> int:
+    def _sizes(num_rows: int, num_experts: int, sorted_rows: bool) -> list[int]:
+        """Sizes of the views, each followed by the padding that lets the next start at 16 bytes."""
+        rows = 0 if sorted_rows else num_rows
+        tiles = max_tiles(num_rows, num_experts)
+        return [n for size in (num_experts + 1, rows, rows, tiles, tiles) for n in (size, -size % 4)]
+
+    @classmethod
+    def buffer_size(cls, num_rows: int, num_experts: int, sorted_rows: bool = False) -> int:
         """Number of int32 of a routing buffer; ``sorted_rows`` when the caller's rows are sorted by expert already."""
-        return num_experts + 1 + (0 if sorted_rows else 2 * num_rows) + 2 * max_tiles(num_rows, num_experts)
+        return sum(cls._sizes(num_rows, num_experts, sorted_rows))
+
+    @classmethod
+    def new_buffer(
+        cls, like: Tensor, num_rows: int, num_experts: int, sorted_rows: bool = False, zeroed: bool = False
+    ) -> Tensor:
+        """A buffer on the device of ``like``. Some entries nobody writes or reads; ``zeroed`` gives them a value."""
+        size = cls.buffer_size(num_rows, num_experts, sorted_rows)
+        return (like.new_zeros if zeroed else like.new_empty)(size, dtype=torch.int32)
 
     @classmethod
     def from_buffer(cls, buffer: Tensor, num_rows: int, num_experts: int, top_k: int, sorted_rows: bool = False) -> Routing:
         """Views into ``buffer`` (``buffer_size`` int32)."""
-        rows = 0 if sorted_rows else num_rows
-        tiles = max_tiles(num_rows, num_experts)
-        return cls(*buffer.split([num_experts + 1, rows, rows, tiles, tiles]), top_k)
+        offsets, _, row_to_slot, _, slot_to_row, _, tile_expert, _, tile_row, _ = buffer.split(
+            cls._sizes(num_rows, num_experts, sorted_rows)
+        )
+        return cls(offsets, row_to_slot, slot_to_row, tile_expert, tile_row, top_k)
+
+
+def _route(top_k_index: Tensor, num_experts: int, dtype: torch.dtype, zeroed: bool = False) -> Tensor:
+    """The routing buffer of (T, top_k) expert ids."""
+    num_rows = top_k_index.numel()
+    buffer = Routing.new_buffer(top_k_index, num_rows, num_experts, zeroed=zeroed)
+    routing = Routing.from_buffer(buffer, num_rows, num_experts, top_k_index.shape[-1])
+    backend_for(top_k_index, dtype).route(top_k_index, routing, dtype)
+    return buffer
 
 
 @torch.library.custom_op(add_op_namespace_prefix("route"), mutates_args=())
 def route_op(top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
-    num_rows = top_k_index.numel()
-    buffer = top_k_index.new_empty(Routing.buffer_size(num_rows, num_experts), dtype=torch.int32)
-    routing = Routing.from_buffer(buffer, num_rows, num_experts, top_k_index.shape[-1])
-    backend_for(top_k_index, dtype).route(top_k_index, routing, dtype)
-    return buffer
+    return _route(top_k_index, num_experts, dtype, zeroed=True)
 
 
 @route_op.register_fake
@@ -78,18 +100,27 @@ def _(top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
     return top_k_index.new_empty(Routing.buffer_size(top_k_index.numel(), num_experts), dtype=torch.int32)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("route_sorted"), mutates_args=())
-def route_sorted_op(m_sizes: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
+def _route_sorted(m_sizes: Tensor, num_rows: int, dtype: torch.dtype, zeroed: bool = False) -> Tensor:
+    """The routing buffer of rows sorted by expert, (E,) sizes."""
     num_experts = m_sizes.shape[0]
-    buffer = m_sizes.new_empty(Routing.buffer_size(num_rows, num_experts, sorted_rows=True), dtype=torch.int32)
+    buffer = Routing.new_buffer(m_sizes, num_rows, num_experts, sorted_rows=True, zeroed=zeroed)
     routing = Routing.from_buffer(buffer, num_rows, num_experts, 1, sorted_rows=True)
     backend_for(m_sizes, dtype).route_sorted(m_sizes, num_rows, routing, dtype)
     return buffer
 
 
+@torch.library.custom_op(add_op_namespace_prefix("route_sorted"), mutates_args=())
+def route_sorted_op(m_sizes: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
+    return _route_sorted(m_sizes, num_rows, dtype, zeroed=True)
+
+
 @route_sorted_op.register_fake
 def _(m_sizes: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
     return m_sizes.new_empty(Routing.buffer_size(num_rows, m_sizes.shape[0], sorted_rows=True), dtype=torch.int32)
+
+
+routing_buffer = eager(route_op, _route)
+route_sorted = eager(route_sorted_op, _route_sorted)
 
 
 def route(top_k_index: Tensor, num_experts: int, dtype: torch.dtype = torch.bfloat16) -> Routing:
@@ -103,5 +134,5 @@ def route(top_k_index: Tensor, num_experts: int, dtype: torch.dtype = torch.bflo
     Returns:
         The ``Routing`` of the T·top_k slots.
     """
-    buffer = route_op(top_k_index, num_experts, dtype)
+    buffer = routing_buffer(top_k_index, num_experts, dtype)
     return Routing.from_buffer(buffer, top_k_index.numel(), num_experts, top_k_index.shape[-1])

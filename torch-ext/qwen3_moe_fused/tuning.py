@@ -15,8 +15,13 @@ from typing import Any
 
 import torch
 
-# Kernel families with a tile to choose. "up" multiplies two BLOCK_N-wide column tiles when the experts are gated.
-KERNELS = ("up", "gemm", "down_backward", "gram")
+# Kernel families with a tile to choose. "up" multiplies two BLOCK_N-wide column tiles when the experts are gated;
+# "gemm_short" is "gemm" over few in features, where the epilogue weighs more than the loop.
+KERNELS = ("up", "gemm", "gemm_short", "down_backward", "gram")
+SHORT_K = 1024
+
+# Width of the other operand from which gathering rows first pays in "gram" (gather_first): the copy is spread over more work.
+GATHER_FIRST_WIDTH = 1024
 
 # Rows per expert up to which each bucket's tile height serves; the last bucket has no end.
 BUCKETS = {16: 4, 32: 16, 64: 64, 128: None}
@@ -113,6 +118,8 @@ def check(kernel: str, config: LaunchConfig, target: Target, itemsize: int) -> N
     need = shared_memory(kernel, config, itemsize)
     if need > target.shared_memory:
         raise ValueError(f"{config} needs {need} bytes of shared memory, {target.arch} has {target.shared_memory}")
+    if config.slices not in (1, 2, 4, 8) or config.block_n < 16 * config.slices:
+        raise ValueError(f"slices must be 1, 2, 4 or 8 of at least 16 columns, got {config}")
 
 
 def default_config(kernel: str, block_m: int, target: Target, itemsize: int) -> LaunchConfig:
@@ -133,6 +140,8 @@ def default_config(kernel: str, block_m: int, target: Target, itemsize: int) -> 
         config = LaunchConfig(64, 64 if kernel == "up" else 128, 128 if hopper else 64, 4, 4, descriptor=hopper)
     else:
         config = LaunchConfig(128, 128 if hopper or kernel != "up" else 64, 64, 8, 4 if hopper else 3, descriptor=hopper)
+    if kernel == "down_backward":
+        config = replace(config, slices=max(1, config.block_n // 64))
     if target.backend == "hip":
         config = replace(config, num_stages=2)
     while config.num_stages > 2 and shared_memory(kernel, config, itemsize) > target.shared_memory:

@@ -23,14 +23,14 @@ def _epilogue(
     weighted_h_ptr,
     live,
     weight,
-    alpha,
-    limit,
     I: tl.constexpr,  # noqa: E741
     COLUMNS: tl.constexpr,
     COLUMN_STRIDE: tl.constexpr,
     UP_OFFSET: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
     SAVE_WEIGHTED_H: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -41,11 +41,11 @@ def _epilogue(
         HALF: tl.constexpr = WIDTH // 2
         left, right = tl.split(tl.permute(tl.reshape(g, (BLOCK_M, 2, HALF)), (0, 2, 1)))
         return _epilogue(
-            left, n, gate_up_ptr, grad_gate_up_ptr, weighted_h_ptr, live, weight, alpha, limit, I, COLUMNS, COLUMN_STRIDE,
-            UP_OFFSET, ACTIVATION, GATED, SAVE_WEIGHTED_H, BLOCK_M, HALF, SLICES // 2,
+            left, n, gate_up_ptr, grad_gate_up_ptr, weighted_h_ptr, live, weight, I, COLUMNS, COLUMN_STRIDE,
+            UP_OFFSET, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, BLOCK_M, HALF, SLICES // 2,
         ) + _epilogue(
-            right, n + HALF, gate_up_ptr, grad_gate_up_ptr, weighted_h_ptr, live, weight, alpha, limit, I, COLUMNS,
-            COLUMN_STRIDE, UP_OFFSET, ACTIVATION, GATED, SAVE_WEIGHTED_H, BLOCK_M, HALF, SLICES // 2,
+            right, n + HALF, gate_up_ptr, grad_gate_up_ptr, weighted_h_ptr, live, weight, I, COLUMNS,
+            COLUMN_STRIDE, UP_OFFSET, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, BLOCK_M, HALF, SLICES // 2,
         )  # fmt: skip
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = n + tl.arange(0, WIDTH)
@@ -56,13 +56,13 @@ def _epilogue(
         up = tl.load(gate_up_ptr + columns + UP_OFFSET, mask=mask, other=0.0).to(tl.float32)
     else:
         up = gate
-    h = apply_gate(gate, up, alpha, limit, ACTIVATION, GATED)
+    h = apply_gate(gate, up, ALPHA, LIMIT, ACTIVATION, GATED)
     # Beyond the last column g holds products with the next expert's weights.
     dots = tl.sum(tl.where(mask, g * h, 0.0), axis=1)
     if SAVE_WEIGHTED_H:
         out = weighted_h_ptr + offs_m[:, None] * I + offs_n[None, :]
         tl.store(out, (h * weight).to(weighted_h_ptr.dtype.element_ty), mask=mask)
-    grad_gate, grad_up = apply_gate_backward(gate, up, g * weight, alpha, limit, ACTIVATION, GATED)
+    grad_gate, grad_up = apply_gate_backward(gate, up, g * weight, ALPHA, LIMIT, ACTIVATION, GATED)
     tl.store(grad_gate_up_ptr + columns, grad_gate.to(grad_gate_up_ptr.dtype.element_ty), mask=mask)
     if GATED:
         tl.store(grad_gate_up_ptr + columns + UP_OFFSET, grad_up.to(grad_gate_up_ptr.dtype.element_ty), mask=mask)
@@ -82,13 +82,11 @@ def down_backward_kernel(
     row_to_slot_ptr,  # (S,)
     tile_expert_ptr,  # (tiles,)
     tile_row_ptr,  # (tiles,)
-    num_experts,
-    stride_yt,
-    stride_we,
-    stride_wn,
-    stride_wk,
-    alpha,
-    limit,
+    NUM_EXPERTS: tl.constexpr,
+    STRIDE_YT: tl.constexpr,
+    STRIDE_WE: tl.constexpr,
+    STRIDE_WN: tl.constexpr,
+    STRIDE_WK: tl.constexpr,
     H: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     COLUMNS: tl.constexpr,
@@ -98,6 +96,8 @@ def down_backward_kernel(
     PARTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
     SAVE_WEIGHTED_H: tl.constexpr,
     ROWS_DESCRIPTOR: tl.constexpr,
     WEIGHTS: tl.constexpr,
@@ -113,7 +113,7 @@ def down_backward_kernel(
     n_tile = tl.program_id(0) % N_TILES
     n = n_tile * BLOCK_N
     expert = tl.load(tile_expert_ptr + tile)
-    if (expert < 0) | (expert >= num_experts):
+    if (expert < 0) | (expert >= NUM_EXPERTS):
         return
     row = tl.load(tile_row_ptr + tile)
     end = tl.load(offsets_ptr + expert + 1)
@@ -123,9 +123,9 @@ def down_backward_kernel(
     offs_n = n + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     if not ROWS_DESCRIPTOR:
-        y_ptrs = grad_y + (slots // TOP_K).to(tl.int64)[:, None] * stride_yt + offs_k[None, :]
+        y_ptrs = grad_y + (slots // TOP_K).to(tl.int64)[:, None] * STRIDE_YT + offs_k[None, :]
     if WEIGHTS == "pointer":
-        w_tile = w + expert.to(tl.int64) * stride_we + offs_n[None, :] * stride_wn + offs_k[:, None] * stride_wk
+        w_tile = w + expert.to(tl.int64) * STRIDE_WE + offs_n[None, :] * STRIDE_WN + offs_k[:, None] * STRIDE_WK
         first = 0
     else:
         w_tile = w
@@ -144,7 +144,7 @@ def down_backward_kernel(
         if not ROWS_DESCRIPTOR:
             y_ptrs += BLOCK_K
         if WEIGHTS == "pointer":
-            w_tile += BLOCK_K * stride_wk
+            w_tile += BLOCK_K * STRIDE_WK
 
     weight = tl.load(weights_ptr + slots, mask=live, other=0.0).to(tl.float32)[:, None]
     # The tile's base in int64, offsets inside it in int32: half the registers.
@@ -153,8 +153,8 @@ def down_backward_kernel(
     grad_gate_up_ptr += row64 * COLUMNS
     weighted_h_ptr += row64 * I
     dots = _epilogue(
-        g, n, gate_up_ptr, grad_gate_up_ptr, weighted_h_ptr, live, weight, alpha, limit, I, COLUMNS, COLUMN_STRIDE,
-        UP_OFFSET, ACTIVATION, GATED, SAVE_WEIGHTED_H, BLOCK_M, BLOCK_N, SLICES,
+        g, n, gate_up_ptr, grad_gate_up_ptr, weighted_h_ptr, live, weight, I, COLUMNS, COLUMN_STRIDE,
+        UP_OFFSET, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, BLOCK_M, BLOCK_N, SLICES,
     )  # fmt: skip
     tl.store(grad_weights_ptr + slots.to(tl.int64) * PARTS + n_tile, dots, mask=live)
 
@@ -168,8 +168,8 @@ def bias_dots_kernel(
     row_to_slot_ptr,  # (S,)
     tile_expert_ptr,  # (tiles,)
     tile_row_ptr,  # (tiles,)
-    num_experts,
-    stride_yt,
+    NUM_EXPERTS: tl.constexpr,
+    STRIDE_YT: tl.constexpr,
     H: tl.constexpr,
     TOP_K: tl.constexpr,
     PARTS: tl.constexpr,
@@ -181,12 +181,12 @@ def bias_dots_kernel(
     Not in the GEMM above: a branch on the column tile in its pipelined loop gave wrong sums (Triton 3.6, sm_90).
     """
     expert = tl.load(tile_expert_ptr + tl.program_id(0))
-    if (expert < 0) | (expert >= num_experts):
+    if (expert < 0) | (expert >= NUM_EXPERTS):
         return
     rows = tl.load(tile_row_ptr + tl.program_id(0)) + tl.arange(0, BLOCK_M)
     live = rows < tl.load(offsets_ptr + expert + 1)
     slots = tl.load(row_to_slot_ptr + rows, mask=live, other=0)
-    y_ptrs = grad_y_ptr + (slots // TOP_K).to(tl.int64)[:, None] * stride_yt
+    y_ptrs = grad_y_ptr + (slots // TOP_K).to(tl.int64)[:, None] * STRIDE_YT
     dots = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     for k in range(0, H, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)

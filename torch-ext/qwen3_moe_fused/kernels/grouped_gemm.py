@@ -48,14 +48,11 @@ def grouped_up_kernel(
     row_to_slot_ptr,  # (S,)
     tile_expert_ptr,  # (tiles,)
     tile_row_ptr,  # (tiles,)
-    num_experts,
-    stride_xt,
-    stride_we,
-    stride_wn,
-    stride_wk,
-    stride_be,
-    alpha,
-    limit,
+    NUM_EXPERTS: tl.constexpr,
+    STRIDE_XT: tl.constexpr,
+    STRIDE_WE: tl.constexpr,
+    STRIDE_WN: tl.constexpr,
+    STRIDE_WK: tl.constexpr,
     H: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     COLUMNS: tl.constexpr,  # 2·I when gated, else I
@@ -64,6 +61,8 @@ def grouped_up_kernel(
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SAVE_GATE_UP: tl.constexpr,
     WEIGHTS: tl.constexpr,
@@ -77,7 +76,7 @@ def grouped_up_kernel(
     tile = tl.program_id(0) // N_TILES
     n = (tl.program_id(0) % N_TILES) * BLOCK_N
     expert = tl.load(tile_expert_ptr + tile)
-    if (expert < 0) | (expert >= num_experts):
+    if (expert < 0) | (expert >= NUM_EXPERTS):
         return
     row = tl.load(tile_row_ptr + tile)
     end = tl.load(offsets_ptr + expert + 1)
@@ -87,11 +86,11 @@ def grouped_up_kernel(
     offs_n = n + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     # int64: T·H and E·out·in pass 2³¹ in real models.
-    x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * stride_xt + offs_k[None, :]
+    x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * STRIDE_XT + offs_k[None, :]
     if WEIGHTS == "pointer":
-        w_ptr = w + expert.to(tl.int64) * stride_we
-        gate_w = w_ptr + (offs_n[None, :] * COLUMN_STRIDE) * stride_wn + offs_k[:, None] * stride_wk
-        up_w = gate_w + UP_OFFSET * stride_wn
+        w_ptr = w + expert.to(tl.int64) * STRIDE_WE
+        gate_w = w_ptr + (offs_n[None, :] * COLUMN_STRIDE) * STRIDE_WN + offs_k[:, None] * STRIDE_WK
+        up_w = gate_w + UP_OFFSET * STRIDE_WN
         first = 0
     else:
         gate_w = w
@@ -112,13 +111,13 @@ def grouped_up_kernel(
             up = tl.dot(x, wu, up, input_precision=PRECISION)
         x_ptrs += BLOCK_K
         if WEIGHTS == "pointer":
-            gate_w += BLOCK_K * stride_wk
-            up_w += BLOCK_K * stride_wk
+            gate_w += BLOCK_K * STRIDE_WK
+            up_w += BLOCK_K * STRIDE_WK
 
     in_n = offs_n < I
     columns = offs_n * COLUMN_STRIDE
     if HAS_BIAS:
-        bias_ptrs = bias_ptr + expert * stride_be + columns
+        bias_ptrs = bias_ptr + expert * COLUMNS + columns
         gate += tl.load(bias_ptrs, mask=in_n, other=0.0).to(tl.float32)[None, :]
         if GATED:
             up += tl.load(bias_ptrs + UP_OFFSET, mask=in_n, other=0.0).to(tl.float32)[None, :]
@@ -131,11 +130,11 @@ def grouped_up_kernel(
         tl.store(out, gate.to(gate_up_ptr.dtype.element_ty), mask=mask)
         if GATED:
             tl.store(out + UP_OFFSET, up.to(gate_up_ptr.dtype.element_ty), mask=mask)
-    h = apply_gate(gate, up, alpha, limit, ACTIVATION, GATED)
+    h = apply_gate(gate, up, ALPHA, LIMIT, ACTIVATION, GATED)
     tl.store(h_ptr + row64 * I + offs_m[:, None] * I + offs_n[None, :], h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def grouped_gemm_kernel(
     a,  # (S, K), or (T, K) with GATHER; element pointer, or descriptor with A_DESCRIPTOR
     w,  # (E, N, K): element pointer, or descriptor of (E·N, K) or (E·K, N)
@@ -145,14 +144,13 @@ def grouped_gemm_kernel(
     row_to_slot_ptr,  # (S,), read with GATHER
     tile_expert_ptr,  # (tiles,)
     tile_row_ptr,  # (tiles,)
-    num_experts,
     num_rows,  # S
-    stride_am,
-    stride_we,
-    stride_wn,
-    stride_wk,
-    stride_be,
     fill,  # of rows that belong to no expert
+    NUM_EXPERTS: tl.constexpr,
+    STRIDE_AM: tl.constexpr,
+    STRIDE_WE: tl.constexpr,
+    STRIDE_WN: tl.constexpr,
+    STRIDE_WK: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -177,7 +175,7 @@ def grouped_gemm_kernel(
     offs_n = n + tl.arange(0, BLOCK_N)
     in_n = offs_n < N
     out_ptrs = out_ptr + row.to(tl.int64) * N + tl.arange(0, BLOCK_M)[:, None] * N + offs_n[None, :]
-    if expert == num_experts:
+    if expert == NUM_EXPERTS:
         value = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32) + fill
         tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=(rows < num_rows)[:, None] & in_n[None, :])
         return
@@ -189,9 +187,9 @@ def grouped_gemm_kernel(
             source = tl.load(row_to_slot_ptr + rows, mask=live, other=0) // TOP_K
         else:
             source = tl.where(live, rows, row)
-        a_ptrs = a + source.to(tl.int64)[:, None] * stride_am + offs_k[None, :]
+        a_ptrs = a + source.to(tl.int64)[:, None] * STRIDE_AM + offs_k[None, :]
     if WEIGHTS == "pointer":
-        w_tile = w + expert.to(tl.int64) * stride_we + offs_n[None, :] * stride_wn + offs_k[:, None] * stride_wk
+        w_tile = w + expert.to(tl.int64) * STRIDE_WE + offs_n[None, :] * STRIDE_WN + offs_k[:, None] * STRIDE_WK
         first = 0
     else:
         w_tile = w
@@ -210,7 +208,7 @@ def grouped_gemm_kernel(
         if not A_DESCRIPTOR:
             a_ptrs += BLOCK_K
         if WEIGHTS == "pointer":
-            w_tile += BLOCK_K * stride_wk
+            w_tile += BLOCK_K * STRIDE_WK
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + expert * stride_be + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + expert * N + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & in_n[None, :])

@@ -13,11 +13,11 @@ def grouped_gram_kernel(
     out_ptr,  # (E, M, N) out
     offsets_ptr,  # (E+1,)
     row_to_slot_ptr,  # (S,), read with GATHER_*
-    stride_am,
-    stride_bm,
-    stride_oe,
-    stride_om,
-    stride_on,
+    STRIDE_AM: tl.constexpr,
+    STRIDE_BM: tl.constexpr,
+    STRIDE_OE: tl.constexpr,
+    STRIDE_OM: tl.constexpr,
+    STRIDE_ON: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -66,11 +66,11 @@ def grouped_gram_kernel(
         if A_DESCRIPTOR:
             a_tile = a.load([k, m])
         else:
-            a_tile = tl.load(a_ptr + a_rows.to(tl.int64)[:, None] * stride_am + a_cols[None, :])
+            a_tile = tl.load(a_ptr + a_rows.to(tl.int64)[:, None] * STRIDE_AM + a_cols[None, :])
         if B_DESCRIPTOR:
             b_tile = b.load([k, n])
         else:
-            b_tile = tl.load(b_ptr + b_rows.to(tl.int64)[:, None] * stride_bm + b_cols[None, :])
+            b_tile = tl.load(b_ptr + b_rows.to(tl.int64)[:, None] * STRIDE_BM + b_cols[None, :])
         acc = tl.dot(a_tile.T, b_tile, acc, input_precision=PRECISION)
     if full < end:
         rows = full + offs_k
@@ -80,11 +80,11 @@ def grouped_gram_kernel(
         a_rows = tokens if GATHER_A else rows
         b_rows = tokens if GATHER_B else rows
         # Both sides are masked: a row of the next expert may hold Inf, and 0·Inf is NaN.
-        a_tile = tl.load(a_ptr + a_rows.to(tl.int64)[:, None] * stride_am + a_cols[None, :], mask=live[:, None], other=0.0)
-        b_tile = tl.load(b_ptr + b_rows.to(tl.int64)[:, None] * stride_bm + b_cols[None, :], mask=live[:, None], other=0.0)
+        a_tile = tl.load(a_ptr + a_rows.to(tl.int64)[:, None] * STRIDE_AM + a_cols[None, :], mask=live[:, None], other=0.0)
+        b_tile = tl.load(b_ptr + b_rows.to(tl.int64)[:, None] * STRIDE_BM + b_cols[None, :], mask=live[:, None], other=0.0)
         acc = tl.dot(a_tile.T, b_tile, acc, input_precision=PRECISION)
     # int64: E·M·N passes 2³¹ in real models.
-    out = out_ptr + expert.to(tl.int64) * stride_oe + offs_m[:, None] * stride_om + offs_n[None, :] * stride_on
+    out = out_ptr + expert.to(tl.int64) * STRIDE_OE + offs_m[:, None] * STRIDE_OM + offs_n[None, :] * STRIDE_ON
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
 
 
@@ -95,7 +95,7 @@ def grouped_row_sum_kernel(
     out_ptr,  # (E, N) out
     offsets_ptr,  # (E+1,)
     row_to_slot_ptr,  # (S,), read with GATHER or WEIGHTED
-    stride_am,
+    STRIDE_AM: tl.constexpr,
     N: tl.constexpr,
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,
@@ -118,7 +118,7 @@ def grouped_row_sum_kernel(
         if GATHER:
             source = slots // TOP_K
         mask = live[:, None] & (offs_n < N)[None, :]
-        a = tl.load(a_ptr + source.to(tl.int64)[:, None] * stride_am + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        a = tl.load(a_ptr + source.to(tl.int64)[:, None] * STRIDE_AM + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
         if WEIGHTED:
             a *= tl.load(weights_ptr + slots, mask=live, other=0.0).to(tl.float32)[:, None]
         acc += a

@@ -39,8 +39,8 @@ def dispatch_kernel(
     grad_weights_ptr,  # (S,) fp32 by slot, out with BACKWARD
     offsets_ptr,  # (E+1,)
     row_to_slot_ptr,  # (S,)
-    num_experts,
-    stride_xt,
+    NUM_EXPERTS: tl.constexpr,
+    STRIDE_XT: tl.constexpr,
     N: tl.constexpr,
     TOP_K: tl.constexpr,
     BACKWARD: tl.constexpr,
@@ -51,9 +51,9 @@ def dispatch_kernel(
     With BACKWARD, of a weighted combine: rows[row] = weights[slot] · x[token], grad_weights[slot] = x[token] · z[row].
     """
     row = tl.program_id(0).to(tl.int64)
-    mine = row < tl.load(offsets_ptr + num_experts)
+    mine = row < tl.load(offsets_ptr + NUM_EXPERTS)
     slot = tl.load(row_to_slot_ptr + row, mask=mine, other=0)
-    x_ptr += (slot // TOP_K).to(tl.int64) * stride_xt
+    x_ptr += (slot // TOP_K).to(tl.int64) * STRIDE_XT
     dots = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for n in range(0, N, BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)

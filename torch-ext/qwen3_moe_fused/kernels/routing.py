@@ -20,12 +20,12 @@ def block_counts(ids_ptr, first, num_slots, BLOCK_S: tl.constexpr, SUB_S: tl.con
     return counts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def count_kernel(
     ids_ptr,  # (S,) expert ids, any integer dtype
     counts_ptr,  # (blocks, EXPERTS) int32 out
-    num_experts,
     num_slots,
+    NUM_EXPERTS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     SUB_S: tl.constexpr,
     EXPERTS: tl.constexpr,  # next power of two of E
@@ -34,7 +34,7 @@ def count_kernel(
     block = tl.program_id(0)
     counts = block_counts(ids_ptr, block * BLOCK_S, num_slots, BLOCK_S, SUB_S, EXPERTS)
     experts = tl.arange(0, EXPERTS)
-    tl.store(counts_ptr + block * EXPERTS + experts, tl.where(experts < num_experts, counts, 0))
+    tl.store(counts_ptr + block * EXPERTS + experts, tl.where(experts < NUM_EXPERTS, counts, 0))
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def write_tiles(
     starts,  # (EXPERTS,) first row of each expert
     counts,  # (EXPERTS,)
     num_rows,
-    num_experts,
+    NUM_EXPERTS: tl.constexpr,
     first,
     last,
     max_tiles,
@@ -65,12 +65,12 @@ def write_tiles(
         row = tl.sum(tl.where(mine, (starts - (ends - tiles) * BLOCK_M)[None, :], 0), axis=1) + tile * BLOCK_M
         orphan_row = assigned + (tile - used) * BLOCK_M
         orphan = (tile >= used) & (orphan_row < num_rows)
-        expert = tl.where(tile < used, expert, tl.where(orphan, num_experts, -1))
+        expert = tl.where(tile < used, expert, tl.where(orphan, NUM_EXPERTS, -1))
         tl.store(tile_expert_ptr + tile, expert, mask=tile < max_tiles)
         tl.store(tile_row_ptr + tile, tl.where(tile < used, row, orphan_row), mask=tile < max_tiles)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "num_blocks", "max_tiles", "tiles_per_block"])
 def route_kernel(
     ids_ptr,  # (S,) expert ids, any integer dtype
     counts_ptr,  # (blocks, EXPERTS) int32, not read by a single block
@@ -79,11 +79,11 @@ def route_kernel(
     slot_to_row_ptr,  # (S,) out
     tile_expert_ptr,  # (max_tiles,) out
     tile_row_ptr,  # (max_tiles,) out
-    num_experts,
     num_slots,
     num_blocks,
     max_tiles,
     tiles_per_block,
+    NUM_EXPERTS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     SUB_S: tl.constexpr,
     SUB_B: tl.constexpr,
@@ -96,7 +96,7 @@ def route_kernel(
     experts = tl.arange(0, EXPERTS)
     if SINGLE:
         counts = block_counts(ids_ptr, 0, num_slots, BLOCK_S, SUB_S, EXPERTS)
-        counts = tl.where(experts < num_experts, counts, 0)
+        counts = tl.where(experts < NUM_EXPERTS, counts, 0)
         before = tl.zeros((EXPERTS,), dtype=tl.int32)
     else:
         counts = tl.zeros((EXPERTS,), dtype=tl.int32)
@@ -110,11 +110,11 @@ def route_kernel(
             before += tl.sum(tl.where((blocks < block)[:, None], part, 0), axis=0)
     starts = tl.cumsum(counts, axis=0) - counts
     if block == 0:
-        tl.store(offsets_ptr + experts, starts, mask=experts < num_experts)
-        tl.store(offsets_ptr + num_experts, tl.sum(counts, axis=0))
+        tl.store(offsets_ptr + experts, starts, mask=experts < NUM_EXPERTS)
+        tl.store(offsets_ptr + NUM_EXPERTS, tl.sum(counts, axis=0))
     first = block * tiles_per_block
     write_tiles(
-        tile_expert_ptr, tile_row_ptr, starts, counts, num_slots, num_experts, first, first + tiles_per_block,
+        tile_expert_ptr, tile_row_ptr, starts, counts, num_slots, NUM_EXPERTS, first, first + tiles_per_block,
         max_tiles, BLOCK_M, SUB_S, EXPERTS,
     )  # fmt: skip
     next_row = starts + before
@@ -122,7 +122,7 @@ def route_kernel(
         slots = block * BLOCK_S + s + tl.arange(0, SUB_S)
         in_range = slots < num_slots
         ids = tl.load(ids_ptr + slots, mask=in_range, other=-1).to(tl.int32)
-        mine = (ids >= 0) & (ids < num_experts)
+        mine = (ids >= 0) & (ids < NUM_EXPERTS)
         one_hot = (ids[:, None] == experts[None, :]).to(tl.int32)
         row = tl.sum(one_hot * (tl.cumsum(one_hot, axis=0) - 1 + next_row[None, :]), axis=1)
         next_row += tl.sum(one_hot, axis=0)
@@ -130,17 +130,16 @@ def route_kernel(
         tl.store(row_to_slot_ptr + row, slots, mask=in_range & mine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "max_tiles"])
 def route_sorted_kernel(
     m_sizes_ptr,  # (E,) any integer dtype
     offsets_ptr,  # (E+1,) out
     tile_expert_ptr,  # (max_tiles,) out
     tile_row_ptr,  # (max_tiles,) out
-    num_experts,
     num_rows,
     max_tiles,
-    tiles_per_block,
-    stride_m,
+    NUM_EXPERTS: tl.constexpr,
+    STRIDE_M: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SUB_T: tl.constexpr,
@@ -148,15 +147,15 @@ def route_sorted_kernel(
     """Offsets and tiles of rows that are sorted already. Sizes that cannot be give every row to no expert. Grid: (blocks,)."""
     block = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
-    sizes = tl.load(m_sizes_ptr + experts * stride_m, mask=experts < num_experts, other=0).to(tl.int64)
+    sizes = tl.load(m_sizes_ptr + experts * STRIDE_M, mask=experts < NUM_EXPERTS, other=0).to(tl.int64)
     fits = (tl.sum(sizes, axis=0) <= num_rows) & (tl.min(sizes, axis=0) >= 0)
     counts = tl.where(fits, sizes, 0).to(tl.int32)
     starts = tl.cumsum(counts, axis=0) - counts
     if block == 0:
-        tl.store(offsets_ptr + experts, starts, mask=experts < num_experts)
-        tl.store(offsets_ptr + num_experts, tl.sum(counts, axis=0))
-    first = block * tiles_per_block
+        tl.store(offsets_ptr + experts, starts, mask=experts < NUM_EXPERTS)
+        tl.store(offsets_ptr + NUM_EXPERTS, tl.sum(counts, axis=0))
+    first = block * SUB_T
     write_tiles(
-        tile_expert_ptr, tile_row_ptr, starts, counts, num_rows, num_experts, first, first + tiles_per_block,
-        max_tiles, BLOCK_M, SUB_T, EXPERTS,
+        tile_expert_ptr, tile_row_ptr, starts, counts, num_rows, NUM_EXPERTS, first, first + SUB_T, max_tiles,
+        BLOCK_M, SUB_T, EXPERTS,
     )  # fmt: skip
