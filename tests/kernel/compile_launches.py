@@ -1,7 +1,7 @@
 """Compiles what one Qwen3-30B-A3B layer launches on one GPU target, and prints what each launch takes as JSON.
 
-A program of its own because Triton's interpreter, under which the other tests may run, replaces the kernels when they are
-imported: ``python -m tests.kernel.compile_launches 90 bfloat16 16 128`` (target, dtype, tile heights of the buckets).
+A program of its own because Triton's interpreter, under which the other tests may run, replaces the kernels when they
+are imported: ``python -m tests.kernel.compile_launches 90 bfloat16 16 128`` (target, dtype, tile heights of the buckets).
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def compile_launches(arch: int | str, dtype: torch.dtype, heights: list[int], un
     tuning = module("tuning")
     target = tuning.TARGETS[arch]
     seen = set()
-    with mock.patch.object(tuning, "target_of", lambda _: target), compiling_for(arch) as compiled:
+    with mock.patch.object(tuning, "target_of", return_value=target), compiling_for(arch) as compiled:
         stages = [(stage, height) for height in heights for stage in _tiled(dtype, tokens_of_bucket(height))]
         stages += [(stage, 0) for stage in (_untiled(dtype) if untiled else ())]
         for (name, family, call), height in stages:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.kernel.cases import ExpertsCase, gradients, make_inputs, plain_gate, run_experts, seeded
 from tests.kernel.machine import DEVICE, ON_GPU, kernel, module
@@ -85,7 +86,7 @@ def test_linear_gradcheck(sizes: tuple[int, ...], bias: bool) -> None:
 
 
 def operators() -> dict[str, tuple[object, tuple]]:
-    """Every custom op with arguments that a model would call it with; fp32, so that the kernels run where there are any."""
+    """Every custom op with arguments a model would call it with; in fp32, which the kernels serve everywhere."""
     experts, linear, permute, routing = (module(name) for name in ("experts", "linear", "permute", "routing"))
     case = replace(SMALL, bias=True, index="partly mine")
     inputs = make_inputs(case, torch.float32)
@@ -136,7 +137,7 @@ def test_opcheck(name: str) -> None:
 
 
 def test_every_operator_is_checked() -> None:
-    names = {op._name.partition("::")[2] for op, _ in OPERATORS.values()}
+    names = {op._name.split("::")[-1] for op, _ in OPERATORS.values()}
     prefix = f"{kernel._ops._OPS_NAME}::"
     registered = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)]
     assert names == {name.removeprefix(prefix) for name in registered}
@@ -202,7 +203,7 @@ def test_a_change_of_tokens_does_not_recompile_dynamic_shapes() -> None:
     case = replace(SMALL, tokens=6, hidden=8)
     inputs = make_inputs(case, torch.float32)
     t = inputs.tensors
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    graphs = CompileCounterWithBackend("aot_eager")
 
     def function(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         return kernel.moe_experts(x, index, weights, t["gate_up_proj"], t["down_proj"])
