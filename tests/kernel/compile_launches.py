@@ -1,7 +1,7 @@
 """Compiles what one Qwen3-30B-A3B layer launches on one GPU target, and prints what each launch takes as JSON.
 
 A program of its own because Triton's interpreter, under which the other tests may run, replaces the kernels when they
-are imported: ``python -m tests.kernel.compile_launches 90 bfloat16 16 128`` (target, dtype, tile heights of the buckets).
+are imported: ``python -m tests.kernel.compile_launches 90 bfloat16 16 128`` (target, dtype, buckets).
 """
 
 from __future__ import annotations

@@ -104,7 +104,14 @@ def operators() -> dict[str, tuple[object, tuple]]:
     out = torch.ones(5, 4, device=DEVICE)
     linear_backward = (out, rows.detach(), weight.detach(), sorted_buffer, True, 1, 0.0)
     return {
-        "experts": (experts.experts_op, (x, inputs.index, weights, up, down, up_bias, down_bias, *options, True)),
+        "experts, partly mine": (
+            experts.experts_op,
+            (x, inputs.index, weights, up, down, up_bias, down_bias, *options, True),
+        ),
+        "experts": (
+            experts.experts_op,
+            (x, inputs.index % 3, weights, up, down, up_bias, down_bias, *options, True),
+        ),
         "experts, inference": (
             experts.experts_op,
             (*(v.detach() for v in (x, inputs.index, weights, up, down)), None, None, *options, False),
@@ -210,7 +217,9 @@ def test_a_change_of_tokens_does_not_recompile_dynamic_shapes() -> None:
 
     compiled = torch.compile(function, fullgraph=True, backend=graphs, dynamic=True)
     for tokens in (6, 5, 3):
-        arguments = (t["hidden_states"][:tokens], inputs.index[:tokens], t["top_k_weights"][:tokens])
+        # Clones: a view's base is guarded as well.
+        x, weights = t["hidden_states"][:tokens].clone(), t["top_k_weights"][:tokens].clone()
+        arguments = (x, inputs.index[:tokens].clone(), weights)
         assert torch.equal(compiled(*arguments), function(*arguments))
     assert graphs.frame_count == 1
 

@@ -76,7 +76,7 @@ EXPERTS = [
     BadCase("other-tokens", "top_k_index", shape(T + 1, K), ValueError, ("(3, top_k)", "(4, 2)")),
     BadCase("other-top-k", "top_k_weights", shape(T, K + 1), ValueError, ("(3, 2)", "(3, 3)")),
     BadCase("top-0", "top_k_weights", shape(T, 0), ValueError, ("(3, 2)", "(3, 0)")),
-    BadCase("other-hidden", "gate_up_proj", shape(E, 2 * N, H + 1), ValueError, ("(E, 2*N, 8)", "(4, 12, 9)")),
+    BadCase("other-hidden", "gate_up_proj", shape(E, 2 * N, H + 1), ValueError, ("(E, 2*I, 8)", "(4, 12, 9)")),
     BadCase("odd-gate-up", "gate_up_proj", shape(E, 2 * N + 1, H), ValueError, ("even", "13")),
     BadCase("other-experts", "down_proj", shape(E + 1, H, N), ValueError, ("(4, 8, 6)", "(5, 8, 6)")),
     BadCase("other-intermediate", "down_proj", shape(E, H, N + 1), ValueError, ("(4, 8, 6)", "(4, 8, 7)")),
