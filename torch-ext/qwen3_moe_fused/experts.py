@@ -178,9 +178,7 @@ def _experts_backward(
         )
         # The largest transient, the rows of grad_x, is gone before the weights' gradients take their memory.
         if need_x:
-            grad_rows = stages.grouped_gemm(
-                grad_gate_up, up.stack.mT, routing, num_rows, None, gather=False, fill=0.0
-            )
+            grad_rows = stages.grouped_gemm(grad_gate_up, up.stack.mT, routing, num_rows, None, gather=False, fill=0.0)
             grad_x = stages.combine(grad_rows, routing, num_tokens, None)
             del grad_rows
         if need_down:
@@ -362,7 +360,9 @@ def _check(
         checks.dtype(name, value, checks.FLOAT_DTYPES)
         checks.device(name, value, "hidden_states", hidden_states)
     if top_k_index.shape[1] == 0:
-        raise ValueError("top_k_index must have at least one expert per token, got shape " + str(tuple(top_k_index.shape)))
+        raise ValueError(
+            "top_k_index must have at least one expert per token, got shape " + str(tuple(top_k_index.shape))
+        )
     if isinstance(activation, str):
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be a callable or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
@@ -421,9 +421,7 @@ def moe_experts(
         RuntimeError: a GPU or Triton version that is not supported.
     """
     biases = (gate_up_bias, down_bias)
-    _check(
-        hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *biases, activation, gated, transposed
-    )
+    _check(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *biases, activation, gated, transposed)
     out_dtype = hidden_states.dtype
     dtype = autocast_dtype(hidden_states.device)
     if dtype is None:

@@ -6,6 +6,7 @@ A layer has no state and no constructor; annotations name what it reads from the
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,9 @@ _ACTIVATION_OF_CLASS = {
 
 
 def activation_of(act_fn: Callable[[Tensor], Tensor]) -> str | None:
-    """The name under which the kernels fuse ``act_fn``, a module, or None if they do not know it."""
+    """The name under which the kernels fuse ``act_fn``, a module or function, or None if they do not know it."""
+    if act_fn is nn.functional.silu:
+        return "silu"
     if isinstance(act_fn, nn.GELU):
         return "gelu_tanh" if act_fn.approximate == "tanh" else "gelu"
     return _ACTIVATION_OF_CLASS.get(type(act_fn).__name__)
@@ -72,7 +75,7 @@ class Qwen3MoeSparseMoeBlock(nn.Module):
     can_torch_compile = True
 
     gate: nn.Module
-    experts: nn.Module
+    experts: Any
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         batch_size, sequence_length, hidden_dim = hidden_states.shape

@@ -73,7 +73,9 @@ class Routing(NamedTuple):
         return (like.new_zeros if zeroed else like.new_empty)(size, dtype=torch.int32)
 
     @classmethod
-    def from_buffer(cls, buffer: Tensor, num_rows: int, num_experts: int, top_k: int, sorted_rows: bool = False) -> Routing:
+    def from_buffer(
+        cls, buffer: Tensor, num_rows: int, num_experts: int, top_k: int, sorted_rows: bool = False
+    ) -> Routing:
         """Views into ``buffer`` (``buffer_size`` int32)."""
         offsets, _, row_to_slot, _, slot_to_row, _, tile_expert, _, tile_row, _ = buffer.split(
             cls._sizes(num_rows, num_experts, sorted_rows)

@@ -24,7 +24,7 @@ SHORT_K = 1024
 GATHER_FIRST_WIDTH = 1024
 
 # Rows per expert up to which each bucket's tile height serves; the last bucket has no end.
-BUCKETS = {16: 4, 32: 16, 64: 64, 128: None}
+BUCKETS = {16: 4, 32: 16, 64: 48, 128: None}
 
 _CONFIGS = Path(__file__).parent / "configs"
 
@@ -38,8 +38,9 @@ class LaunchConfig:
         num_warps, num_stages: of Triton.
         descriptor: load weights (and rows, where they are not gathered) through a tensor descriptor (TMA) if the layout
             allows it.
-        gather_first: copy gathered rows into expert order in a pass of their own and read them through a descriptor, which
-            pays for ``down_backward`` and ``gram`` when experts have many rows.
+        gather_first: of ``gram``: copy gathered rows into expert order in a pass of their own and read them through a
+            descriptor, which pays when experts have many rows.
+        half_tiles: the last row tile of an expert is computed at half the height where its rows fit in that.
         slices: of the tile the epilogue of ``down_backward`` works on one after the other, to save registers.
     """
 
@@ -51,6 +52,7 @@ class LaunchConfig:
     descriptor: bool = False
     gather_first: bool = False
     slices: int = 1
+    half_tiles: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ def check(kernel: str, config: LaunchConfig, target: Target, itemsize: int) -> N
     need = shared_memory(kernel, config, itemsize)
     if need > target.shared_memory:
         raise ValueError(f"{config} needs {need} bytes of shared memory, {target.arch} has {target.shared_memory}")
+    if config.half_tiles and config.block_m < 32:
+        raise ValueError(f"half_tiles needs tiles of at least 32 rows, got {config}")
     if config.slices not in (1, 2, 4, 8) or config.block_n < 16 * config.slices:
         raise ValueError(f"slices must be 1, 2, 4 or 8 of at least 16 columns, got {config}")
 
@@ -139,7 +143,9 @@ def default_config(kernel: str, block_m: int, target: Target, itemsize: int) -> 
     elif block_m == 64:
         config = LaunchConfig(64, 64 if kernel == "up" else 128, 128 if hopper else 64, 4, 4, descriptor=hopper)
     else:
-        config = LaunchConfig(128, 128 if hopper or kernel != "up" else 64, 64, 8, 4 if hopper else 3, descriptor=hopper)
+        config = LaunchConfig(
+            128, 128 if hopper or kernel != "up" else 64, 64, 8, 4 if hopper else 3, descriptor=hopper
+        )
     if kernel == "down_backward":
         config = replace(config, slices=max(1, config.block_n // 64))
     if target.backend == "hip":
@@ -163,7 +169,9 @@ def _overrides(arch: int | str) -> dict[str, Any]:
         for size, by_bucket in by_size.items():
             for block_m, values in by_bucket.items():
                 if kernel not in KERNELS or not set(values) <= names:
-                    raise ValueError(f"{path.name}: {kernel}/{size}/{block_m} does not describe a LaunchConfig: {values}")
+                    raise ValueError(
+                        f"{path.name}: {kernel}/{size}/{block_m} does not describe a LaunchConfig: {values}"
+                    )
     return table
 
 
@@ -199,7 +207,9 @@ def target_of(device: torch.device) -> Target:
     if arch in TARGETS:
         return TARGETS[arch]
     # A relative of a known one: Orin is 8.7, Blackwell Ultra 10.3, Thor 11.0, GB10 12.1.
-    return replace(TARGETS[100 if arch in (103, 110) else 86], arch=arch, shared_memory=properties.shared_memory_per_block_optin)
+    return replace(
+        TARGETS[100 if arch in (103, 110) else 86], arch=arch, shared_memory=properties.shared_memory_per_block_optin
+    )
 
 
 def as_dict(config: LaunchConfig) -> dict[str, Any]:

@@ -70,8 +70,85 @@ def _epilogue(
 
 
 @triton.jit
+def _tile(
+    grad_y_ptr,
+    w,
+    gate_up_ptr,
+    weights_ptr,
+    grad_gate_up_ptr,
+    weighted_h_ptr,
+    grad_weights_ptr,
+    row_to_slot_ptr,
+    expert,
+    row,
+    end,
+    n_tile,
+    STRIDE_YT: tl.constexpr,
+    STRIDE_WE: tl.constexpr,
+    STRIDE_WN: tl.constexpr,
+    STRIDE_WK: tl.constexpr,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    COLUMNS: tl.constexpr,
+    COLUMN_STRIDE: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+    TOP_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SAVE_WEIGHTED_H: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
+):
+    """One tile of ``down_backward_kernel``: rows row…min(row + BLOCK_M, end) of ``expert``, column tile n_tile."""
+    n = n_tile * BLOCK_N
+    offs_m = tl.arange(0, BLOCK_M)
+    live = row + offs_m < end
+    slots = tl.load(row_to_slot_ptr + row + offs_m, mask=live, other=0)
+    offs_n = n + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    y_ptrs = grad_y_ptr + (slots // TOP_K).to(tl.int64)[:, None] * STRIDE_YT + offs_k[None, :]
+    if WEIGHTS == "pointer":
+        w_tile = w + expert.to(tl.int64) * STRIDE_WE + offs_n[None, :] * STRIDE_WN + offs_k[:, None] * STRIDE_WK
+        first = 0
+    else:
+        w_tile = w
+        first = expert * (I if WEIGHTS == "rows" else H)
+
+    g = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(0, H, BLOCK_K):
+        if H % BLOCK_K == 0:
+            y = tl.load(y_ptrs)
+        else:
+            y = tl.load(y_ptrs, mask=offs_k[None, :] < H - k, other=0.0)
+        wt = load_weight(w_tile, first, n, k, offs_n, offs_k, I, H, WEIGHTS, BLOCK_N, BLOCK_K)
+        g = tl.dot(y, wt, g, input_precision=PRECISION)
+        y_ptrs += BLOCK_K
+        if WEIGHTS == "pointer":
+            w_tile += BLOCK_K * STRIDE_WK
+
+    weight = tl.load(weights_ptr + slots, mask=live, other=0.0).to(tl.float32)[:, None]
+    # The tile's base in int64, offsets inside it in int32: half the registers.
+    row64 = row.to(tl.int64)
+    gate_up_ptr += row64 * COLUMNS
+    grad_gate_up_ptr += row64 * COLUMNS
+    weighted_h_ptr += row64 * I
+    dots = _epilogue(
+        g, n, gate_up_ptr, grad_gate_up_ptr, weighted_h_ptr, live, weight, I, COLUMNS, COLUMN_STRIDE,
+        UP_OFFSET, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, BLOCK_M, BLOCK_N, SLICES,
+    )  # fmt: skip
+    tl.store(grad_weights_ptr + slots.to(tl.int64) * PARTS + n_tile, dots, mask=live)
+
+
+@triton.jit
 def down_backward_kernel(
-    grad_y,  # (T, H), or (S, H) in row order with ROWS_DESCRIPTOR
+    grad_y_ptr,  # (T, H)
     w,  # (E, I, H) view of the down projection: element pointer, or descriptor of (E·I, H) or (E·H, I)
     gate_up_ptr,  # (S, COLUMNS)
     weights_ptr,  # (S,) routing weights by slot
@@ -99,64 +176,37 @@ def down_backward_kernel(
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     SAVE_WEIGHTED_H: tl.constexpr,
-    ROWS_DESCRIPTOR: tl.constexpr,
     WEIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SLICES: tl.constexpr,  # 1, 2 or 4
+    SLICES: tl.constexpr,  # a power of two
+    HALF_TILES: tl.constexpr,  # an expert's last tile is half as high where that is enough
 ):
     """Grid: (tiles · ⌈I / BLOCK_N⌉,), column tiles fastest."""
     N_TILES: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0) // N_TILES
     n_tile = tl.program_id(0) % N_TILES
-    n = n_tile * BLOCK_N
     expert = tl.load(tile_expert_ptr + tile)
     if (expert < 0) | (expert >= NUM_EXPERTS):
         return
     row = tl.load(tile_row_ptr + tile)
     end = tl.load(offsets_ptr + expert + 1)
-    rows = row + tl.arange(0, BLOCK_M)
-    live = rows < end
-    slots = tl.load(row_to_slot_ptr + rows, mask=live, other=0)
-    offs_n = n + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    if not ROWS_DESCRIPTOR:
-        y_ptrs = grad_y + (slots // TOP_K).to(tl.int64)[:, None] * STRIDE_YT + offs_k[None, :]
-    if WEIGHTS == "pointer":
-        w_tile = w + expert.to(tl.int64) * STRIDE_WE + offs_n[None, :] * STRIDE_WN + offs_k[:, None] * STRIDE_WK
-        first = 0
+    if HALF_TILES and end - row <= BLOCK_M // 2:
+        _tile(
+            grad_y_ptr, w, gate_up_ptr, weights_ptr, grad_gate_up_ptr, weighted_h_ptr, grad_weights_ptr, row_to_slot_ptr,
+            expert, row, end, n_tile, STRIDE_YT, STRIDE_WE, STRIDE_WN, STRIDE_WK, H, I, COLUMNS, COLUMN_STRIDE, UP_OFFSET,
+            TOP_K, PARTS, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, WEIGHTS, PRECISION, BLOCK_M // 2, BLOCK_N,
+            BLOCK_K, SLICES,
+        )  # fmt: skip
     else:
-        w_tile = w
-        first = expert * (I if WEIGHTS == "rows" else H)
-
-    g = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, H, BLOCK_K):
-        if ROWS_DESCRIPTOR:
-            y = grad_y.load([row, k])
-        elif H % BLOCK_K == 0:
-            y = tl.load(y_ptrs)
-        else:
-            y = tl.load(y_ptrs, mask=offs_k[None, :] < H - k, other=0.0)
-        wt = load_weight(w_tile, first, n, k, offs_n, offs_k, I, H, WEIGHTS, BLOCK_N, BLOCK_K)
-        g = tl.dot(y, wt, g, input_precision=PRECISION)
-        if not ROWS_DESCRIPTOR:
-            y_ptrs += BLOCK_K
-        if WEIGHTS == "pointer":
-            w_tile += BLOCK_K * STRIDE_WK
-
-    weight = tl.load(weights_ptr + slots, mask=live, other=0.0).to(tl.float32)[:, None]
-    # The tile's base in int64, offsets inside it in int32: half the registers.
-    row64 = row.to(tl.int64)
-    gate_up_ptr += row64 * COLUMNS
-    grad_gate_up_ptr += row64 * COLUMNS
-    weighted_h_ptr += row64 * I
-    dots = _epilogue(
-        g, n, gate_up_ptr, grad_gate_up_ptr, weighted_h_ptr, live, weight, I, COLUMNS, COLUMN_STRIDE,
-        UP_OFFSET, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, BLOCK_M, BLOCK_N, SLICES,
-    )  # fmt: skip
-    tl.store(grad_weights_ptr + slots.to(tl.int64) * PARTS + n_tile, dots, mask=live)
+        _tile(
+            grad_y_ptr, w, gate_up_ptr, weights_ptr, grad_gate_up_ptr, weighted_h_ptr, grad_weights_ptr, row_to_slot_ptr,
+            expert, row, end, n_tile, STRIDE_YT, STRIDE_WE, STRIDE_WN, STRIDE_WK, H, I, COLUMNS, COLUMN_STRIDE, UP_OFFSET,
+            TOP_K, PARTS, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, WEIGHTS, PRECISION, BLOCK_M, BLOCK_N,
+            BLOCK_K, SLICES,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -38,26 +38,26 @@ def load_weight(
 
 
 @triton.jit
-def grouped_up_kernel(
-    x_ptr,  # (T, H)
-    w,  # (E, COLUMNS, H): element pointer, or descriptor of (E·COLUMNS, H) or (E·H, COLUMNS)
-    bias_ptr,  # (E, COLUMNS)
-    h_ptr,  # (S, I) out
-    gate_up_ptr,  # (S, COLUMNS) out
-    offsets_ptr,  # (E+1,)
-    row_to_slot_ptr,  # (S,)
-    tile_expert_ptr,  # (tiles,)
-    tile_row_ptr,  # (tiles,)
-    NUM_EXPERTS: tl.constexpr,
+def _up_tile(
+    x_ptr,
+    w,
+    bias_ptr,
+    h_ptr,
+    gate_up_ptr,
+    row_to_slot_ptr,
+    expert,
+    row,
+    end,
+    n,
     STRIDE_XT: tl.constexpr,
     STRIDE_WE: tl.constexpr,
     STRIDE_WN: tl.constexpr,
     STRIDE_WK: tl.constexpr,
     H: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
-    COLUMNS: tl.constexpr,  # 2·I when gated, else I
-    COLUMN_STRIDE: tl.constexpr,  # of the gate features in w, bias and gate_up
-    UP_OFFSET: tl.constexpr,  # from a gate feature to its up feature
+    COLUMNS: tl.constexpr,
+    COLUMN_STRIDE: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
@@ -68,18 +68,10 @@ def grouped_up_kernel(
     WEIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # of h; the program multiplies twice as many columns when gated
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """h = gate(x[token] · w[expert]ᵀ + bias[expert]). Grid: (tiles · ⌈I / BLOCK_N⌉,), column tiles fastest."""
-    N_TILES: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
-    tile = tl.program_id(0) // N_TILES
-    n = (tl.program_id(0) % N_TILES) * BLOCK_N
-    expert = tl.load(tile_expert_ptr + tile)
-    if (expert < 0) | (expert >= NUM_EXPERTS):
-        return
-    row = tl.load(tile_row_ptr + tile)
-    end = tl.load(offsets_ptr + expert + 1)
+    """One tile of ``grouped_up_kernel``: rows row…min(row + BLOCK_M, end) of ``expert``, columns from n."""
     rows = row + tl.arange(0, BLOCK_M)
     live = rows < end
     tokens = tl.load(row_to_slot_ptr + rows, mask=live, other=0) // TOP_K
@@ -134,9 +126,134 @@ def grouped_up_kernel(
     tl.store(h_ptr + row64 * I + offs_m[:, None] * I + offs_n[None, :], h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def grouped_up_kernel(
+    x_ptr,  # (T, H)
+    w,  # (E, COLUMNS, H): element pointer, or descriptor of (E·COLUMNS, H) or (E·H, COLUMNS)
+    bias_ptr,  # (E, COLUMNS)
+    h_ptr,  # (S, I) out
+    gate_up_ptr,  # (S, COLUMNS) out
+    offsets_ptr,  # (E+1,)
+    row_to_slot_ptr,  # (S,)
+    tile_expert_ptr,  # (tiles,)
+    tile_row_ptr,  # (tiles,)
+    NUM_EXPERTS: tl.constexpr,
+    STRIDE_XT: tl.constexpr,
+    STRIDE_WE: tl.constexpr,
+    STRIDE_WN: tl.constexpr,
+    STRIDE_WK: tl.constexpr,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    COLUMNS: tl.constexpr,  # 2·I when gated, else I
+    COLUMN_STRIDE: tl.constexpr,  # of the gate features in w, bias and gate_up
+    UP_OFFSET: tl.constexpr,  # from a gate feature to its up feature
+    TOP_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SAVE_GATE_UP: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # of h; the program multiplies twice as many columns when gated
+    BLOCK_K: tl.constexpr,
+    HALF_TILES: tl.constexpr,  # an expert's last tile is half as high where that is enough
+):
+    """h = gate(x[token] · w[expert]ᵀ + bias[expert]). Grid: (tiles · ⌈I / BLOCK_N⌉,), column tiles fastest."""
+    N_TILES: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0) // N_TILES
+    n = (tl.program_id(0) % N_TILES) * BLOCK_N
+    expert = tl.load(tile_expert_ptr + tile)
+    if (expert < 0) | (expert >= NUM_EXPERTS):
+        return
+    row = tl.load(tile_row_ptr + tile)
+    end = tl.load(offsets_ptr + expert + 1)
+    if HALF_TILES and end - row <= BLOCK_M // 2:
+        _up_tile(
+            x_ptr, w, bias_ptr, h_ptr, gate_up_ptr, row_to_slot_ptr, expert, row, end, n, STRIDE_XT, STRIDE_WE, STRIDE_WN,
+            STRIDE_WK, H, I, COLUMNS, COLUMN_STRIDE, UP_OFFSET, TOP_K, ACTIVATION, GATED, ALPHA, LIMIT, HAS_BIAS,
+            SAVE_GATE_UP, WEIGHTS, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        _up_tile(
+            x_ptr, w, bias_ptr, h_ptr, gate_up_ptr, row_to_slot_ptr, expert, row, end, n, STRIDE_XT, STRIDE_WE, STRIDE_WN,
+            STRIDE_WK, H, I, COLUMNS, COLUMN_STRIDE, UP_OFFSET, TOP_K, ACTIVATION, GATED, ALPHA, LIMIT, HAS_BIAS,
+            SAVE_GATE_UP, WEIGHTS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+
+
+@triton.jit
+def _gemm_tile(
+    a,
+    w,
+    bias_ptr,
+    out_ptr,
+    row_to_slot_ptr,
+    expert,
+    row,
+    end,
+    n,
+    STRIDE_AM: tl.constexpr,
+    STRIDE_WE: tl.constexpr,
+    STRIDE_WN: tl.constexpr,
+    STRIDE_WK: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    GATHER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    A_DESCRIPTOR: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of ``grouped_gemm_kernel``: rows row…min(row + BLOCK_M, end) of ``expert``, columns from n."""
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = n + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    live = row + offs_m < end
+    if not A_DESCRIPTOR:
+        if GATHER:
+            source = tl.load(row_to_slot_ptr + row + offs_m, mask=live, other=0) // TOP_K
+        else:
+            source = tl.where(live, row + offs_m, row)
+        a_ptrs = a + source.to(tl.int64)[:, None] * STRIDE_AM + offs_k[None, :]
+    if WEIGHTS == "pointer":
+        w_tile = w + expert.to(tl.int64) * STRIDE_WE + offs_n[None, :] * STRIDE_WN + offs_k[:, None] * STRIDE_WK
+        first = 0
+    else:
+        w_tile = w
+        first = expert * (N if WEIGHTS == "rows" else K)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        if A_DESCRIPTOR:
+            x = a.load([row, k])
+        elif K % BLOCK_K == 0:
+            x = tl.load(a_ptrs)
+        else:
+            x = tl.load(a_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
+        wt = load_weight(w_tile, first, n, k, offs_n, offs_k, N, K, WEIGHTS, BLOCK_N, BLOCK_K)
+        acc = tl.dot(x, wt, acc, input_precision=PRECISION)
+        if not A_DESCRIPTOR:
+            a_ptrs += BLOCK_K
+        if WEIGHTS == "pointer":
+            w_tile += BLOCK_K * STRIDE_WK
+    in_n = offs_n < N
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + expert * N + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    out = out_ptr + row.to(tl.int64) * N + offs_m[:, None] * N + offs_n[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & in_n[None, :])
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def grouped_gemm_kernel(
     a,  # (S, K), or (T, K) with GATHER; element pointer, or descriptor with A_DESCRIPTOR
+    a_half,  # the same; a descriptor has blocks of half the height
     w,  # (E, N, K): element pointer, or descriptor of (E·N, K) or (E·K, N)
     bias_ptr,  # (E, N)
     out_ptr,  # (S, N) out
@@ -162,6 +279,7 @@ def grouped_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    HALF_TILES: tl.constexpr,
 ):
     """out[row] = a[row or token] · w[expert]ᵀ + bias[expert]. Grid: (tiles · ⌈N / BLOCK_N⌉,), column tiles fastest."""
     N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -171,44 +289,21 @@ def grouped_gemm_kernel(
     if expert < 0:
         return
     row = tl.load(tile_row_ptr + tile)
-    rows = row + tl.arange(0, BLOCK_M)
-    offs_n = n + tl.arange(0, BLOCK_N)
-    in_n = offs_n < N
-    out_ptrs = out_ptr + row.to(tl.int64) * N + tl.arange(0, BLOCK_M)[:, None] * N + offs_n[None, :]
     if expert == NUM_EXPERTS:
+        rows = row + tl.arange(0, BLOCK_M)
+        offs_n = n + tl.arange(0, BLOCK_N)
         value = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32) + fill
-        tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=(rows < num_rows)[:, None] & in_n[None, :])
+        out = out_ptr + rows.to(tl.int64)[:, None] * N + offs_n[None, :]
+        tl.store(out, value.to(out_ptr.dtype.element_ty), mask=(rows < num_rows)[:, None] & (offs_n < N)[None, :])
         return
     end = tl.load(offsets_ptr + expert + 1)
-    live = rows < end
-    offs_k = tl.arange(0, BLOCK_K)
-    if not A_DESCRIPTOR:
-        if GATHER:
-            source = tl.load(row_to_slot_ptr + rows, mask=live, other=0) // TOP_K
-        else:
-            source = tl.where(live, rows, row)
-        a_ptrs = a + source.to(tl.int64)[:, None] * STRIDE_AM + offs_k[None, :]
-    if WEIGHTS == "pointer":
-        w_tile = w + expert.to(tl.int64) * STRIDE_WE + offs_n[None, :] * STRIDE_WN + offs_k[:, None] * STRIDE_WK
-        first = 0
+    if HALF_TILES and end - row <= BLOCK_M // 2:
+        _gemm_tile(
+            a_half, w, bias_ptr, out_ptr, row_to_slot_ptr, expert, row, end, n, STRIDE_AM, STRIDE_WE, STRIDE_WN, STRIDE_WK,
+            N, K, TOP_K, GATHER, HAS_BIAS, A_DESCRIPTOR, WEIGHTS, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
     else:
-        w_tile = w
-        first = expert * (N if WEIGHTS == "rows" else K)
-
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
-        if A_DESCRIPTOR:
-            x = a.load([row, k])
-        elif K % BLOCK_K == 0:
-            x = tl.load(a_ptrs)
-        else:
-            x = tl.load(a_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
-        wt = load_weight(w_tile, first, n, k, offs_n, offs_k, N, K, WEIGHTS, BLOCK_N, BLOCK_K)
-        acc = tl.dot(x, wt, acc, input_precision=PRECISION)
-        if not A_DESCRIPTOR:
-            a_ptrs += BLOCK_K
-        if WEIGHTS == "pointer":
-            w_tile += BLOCK_K * STRIDE_WK
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + expert * N + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & in_n[None, :])
+        _gemm_tile(
+            a, w, bias_ptr, out_ptr, row_to_slot_ptr, expert, row, end, n, STRIDE_AM, STRIDE_WE, STRIDE_WN, STRIDE_WK,
+            N, K, TOP_K, GATHER, HAS_BIAS, A_DESCRIPTOR, WEIGHTS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip

@@ -80,8 +80,12 @@ def grouped_gram_kernel(
         a_rows = tokens if GATHER_A else rows
         b_rows = tokens if GATHER_B else rows
         # Both sides are masked: a row of the next expert may hold Inf, and 0·Inf is NaN.
-        a_tile = tl.load(a_ptr + a_rows.to(tl.int64)[:, None] * STRIDE_AM + a_cols[None, :], mask=live[:, None], other=0.0)
-        b_tile = tl.load(b_ptr + b_rows.to(tl.int64)[:, None] * STRIDE_BM + b_cols[None, :], mask=live[:, None], other=0.0)
+        a_tile = tl.load(
+            a_ptr + a_rows.to(tl.int64)[:, None] * STRIDE_AM + a_cols[None, :], mask=live[:, None], other=0.0
+        )
+        b_tile = tl.load(
+            b_ptr + b_rows.to(tl.int64)[:, None] * STRIDE_BM + b_cols[None, :], mask=live[:, None], other=0.0
+        )
         acc = tl.dot(a_tile.T, b_tile, acc, input_precision=PRECISION)
     # int64: E·M·N passes 2³¹ in real models.
     out = out_ptr + expert.to(tl.int64) * STRIDE_OE + offs_m[:, None] * STRIDE_OM + offs_n[None, :] * STRIDE_ON
@@ -118,7 +122,9 @@ def grouped_row_sum_kernel(
         if GATHER:
             source = slots // TOP_K
         mask = live[:, None] & (offs_n < N)[None, :]
-        a = tl.load(a_ptr + source.to(tl.int64)[:, None] * STRIDE_AM + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        a = tl.load(a_ptr + source.to(tl.int64)[:, None] * STRIDE_AM + offs_n[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
         if WEIGHTED:
             a *= tl.load(weights_ptr + slots, mask=live, other=0.0).to(tl.float32)[:, None]
         acc += a

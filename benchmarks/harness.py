@@ -1,0 +1,410 @@
+"""How the project times things: clocks, interleaved timing, peak memory, ceilings, and a check that results agree.
+
+What is timed. A batch of calls back to back between two events, divided by their number, from an idle GPU. In the
+steady state that is the larger of the CPU's time to launch a call and the GPU's time to run it, which is what a model
+pays that runs layer after layer. The alternative, events around every call (as ``triton.testing.do_bench`` has it), was
+not taken because it depends on what the GPU did before: if it is kept busy, say by flushing its cache, the CPU launches
+ahead and a launch-bound implementation looks faster than it ever is in use; if it is idle, every launch of a chain of
+kernels is seen.
+
+What keeps it honest. Calls rotate through input sets that together exceed the L2 cache several times, so a call finds
+there at most the few percent of its weights that it happens to share with the call before. The implementations of one
+point take turns, a batch each, so that they see the same clocks, temperature and neighbours. The time is the median of
+the batches. Before anything is timed, results are compared (``compare``), computed in memory poisoned with NaN
+(``poison``), so that nothing passes by reading what an earlier call left behind.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .layers import Ceilings
+from .rows import Row, merge, read_rows, write_rows
+
+__all__ = [
+    "Call",
+    "Clock",
+    "CpuClock",
+    "CudaClock",
+    "Environment",
+    "MismatchError",
+    "Row",
+    "Timing",
+    "clock_for",
+    "compare",
+    "current_environment",
+    "graph_of",
+    "input_sets",
+    "measure_ceilings",
+    "merge",
+    "peak_mib",
+    "poison",
+    "read_rows",
+    "release_memory",
+    "time_interleaved",
+    "write_rows",
+]
+
+MIB = 2**20
+BATCHES = 7
+WARMUP_CALLS = 2
+ESTIMATE_CALLS = 3
+MAX_CALLS = 2000
+CACHE_MULTIPLE = 6  # the rotated inputs and weights exceed the L2 this many times
+CHECK_CHUNK = 2**24  # elements compared at a time, so that the check needs little memory
+
+Call = Callable[[int], Any]
+"""``call(i)`` runs the thing once, on the input set that its number of calls so far, ``i``, comes to."""
+
+
+class Clock(Protocol):
+    """A stopwatch for work that may run asynchronously."""
+
+    def synchronize(self) -> None:
+        """Waits until all work has ended."""
+
+    def mark(self) -> Any:
+        """A moment in the stream of work."""
+
+    def milliseconds(self, start: Any, end: Any) -> float:
+        """Between two moments, once both have passed."""
+
+
+class CudaClock:
+    """CUDA events on the current stream."""
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        return float(start.elapsed_time(end))
+
+
+class CpuClock:
+    """The wall clock; for smoke tests of a benchmark on a machine without a GPU."""
+
+    def synchronize(self) -> None:
+        pass
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def milliseconds(self, start: float, end: float) -> float:
+        return 1e3 * (end - start)
+
+
+def clock_for(device: torch.device) -> Clock:
+    return CudaClock() if device.type == "cuda" else CpuClock()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call: the median over batches, and the quartiles' distance as a share of it."""
+
+    ms: float
+    spread: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Timing:
+        """The statistics of ``samples``, one per batch.
+
+        Raises:
+            ValueError: no samples.
+        """
+        if not samples:
+            raise ValueError("samples must hold at least one time, got none")
+        median = statistics.median(samples)
+        if len(samples) == 1 or median == 0:
+            return cls(median, 0.0)
+        low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(median, (high - low) / median)
+
+    def divided(self, by: int) -> Timing:
+        """Of one call, where ``by`` were timed as one."""
+        return Timing(self.ms / by, self.spread)
+
+
+class _Lane:
+    """One implementation on its way through the input sets."""
+
+    def __init__(self, call: Call, clock: Clock) -> None:
+        self._call = call
+        self._clock = clock
+        self._calls = 0
+        self.batch_size = 1
+        self.samples: list[float] = []
+
+    def batch(self, calls: int) -> float:
+        """Milliseconds a call of ``calls`` calls back to back."""
+        # From an idle GPU: otherwise the launches of this batch would hide behind the work of the one before.
+        self._clock.synchronize()
+        start = self._clock.mark()
+        for i in range(self._calls, self._calls + calls):
+            self._call(i)
+        end = self._clock.mark()
+        self._clock.synchronize()
+        self._calls += calls
+        return self._clock.milliseconds(start, end) / calls
+
+
+def time_interleaved(
+    calls: Mapping[str, Call], clock: Clock, *, seconds: float = 0.4, batches: int = BATCHES
+) -> dict[str, Timing | None]:
+    """Times each of ``calls`` for about ``seconds``, in ``batches`` batches that take turns.
+
+    Returns:
+        A ``Timing`` by name, None for a call that ran out of memory.
+
+    Raises:
+        ValueError: ``seconds`` or ``batches`` is not positive.
+    """
+    if seconds <= 0 or batches < 1:
+        raise ValueError(f"seconds must be positive and batches at least 1, got {seconds} and {batches}")
+    lanes: dict[str, _Lane] = {}
+    for name, call in calls.items():
+        lane = _Lane(call, clock)
+        try:
+            lane.batch(WARMUP_CALLS)
+            estimate = lane.batch(ESTIMATE_CALLS)
+        except torch.OutOfMemoryError:
+            continue
+        budget = 1e3 * seconds / batches
+        lane.batch_size = max(1, min(MAX_CALLS, round(budget / max(estimate, 1e-6))))
+        lanes[name] = lane
+    names = list(lanes)
+    for turn in range(batches + 1):
+        # Who comes first changes, so that nobody always runs after the same neighbour.
+        shift = turn % len(names) if names else 0
+        for name in names[shift:] + names[:shift]:
+            lane = lanes[name]
+            sample = lane.batch(lane.batch_size)
+            if turn > 0:  # the first turn brings the clocks to what this mixture of work keeps them at
+                lane.samples.append(sample)
+    return {name: Timing.of(lanes[name].samples) if name in lanes else None for name in calls}
+
+
+def release_memory(device: torch.device) -> None:
+    """Hands cached memory back, after an implementation that ran out of it or before one is measured."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def peak_mib(call: Call, device: torch.device) -> float | None:
+    """Most memory (MiB) that one call held at a time on top of what was there before, results included; None on a CPU.
+
+    The call should have run before: compilation and libraries allocate on a first call. A workspace that an
+    implementation keeps between calls has to be dropped first, or it escapes the measurement.
+    """
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    result = call(0)
+    torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated(device) - before) / MIB
+    del result
+    return peak
+
+
+def poison(device: torch.device, num_bytes: int) -> None:
+    """Fills the memory that the next allocations will get, up to ``num_bytes``, with NaN; does nothing on a CPU.
+
+    Half of what is free at most, so that a peer that needs much memory does not fail for it.
+    """
+    if device.type != "cuda":
+        return
+    release_memory(device)
+    free, _ = torch.cuda.mem_get_info(device)
+    size = min(num_bytes, free // 2)
+    # The allocator serves requests below 1 MiB from a pool of their own.
+    small = [torch.full((MIB // 8,), math.nan, device=device) for _ in range(16)]
+    large = torch.full((size // 4,), math.nan, device=device)
+    del small, large
+
+
+class MismatchError(RuntimeError):
+    """An implementation whose results are not those of the others."""
+
+
+def _relative_errors(got: Tensor, want: Tensor) -> tuple[float, float]:
+    """The error of the whole and the largest error of a row (the last dimension), relative to their norms.
+
+    A row's norm is its own plus the mean over rows that are not zero: rows near zero stay meaningful, and the rows of
+    experts that nobody chose do not count. nan if anything is not finite.
+    """
+    if not want.numel():
+        return 0.0, 0.0
+    width = want.shape[-1]
+    rows = max(1, CHECK_CHUNK // width)
+    chunks = list(zip(got.reshape(-1, width).split(rows), want.reshape(-1, width).split(rows), strict=True))
+    errors = torch.cat([(g.float() - w.float()).norm(dim=-1) for g, w in chunks])
+    norms = torch.cat([w.float().norm(dim=-1) for _, w in chunks])
+    if not errors.any():  # nan counts as an error here
+        return 0.0, 0.0
+    typical = norms.sum() / norms.count_nonzero()
+    # Sums and max() propagate nan; all rows zero but for errors makes both infinite or nan: never within a tolerance.
+    return float(errors.norm() / norms.norm()), float((errors / (norms + typical)).max())
+
+
+def compare(
+    name: str,
+    got: Mapping[str, Tensor],
+    want: Mapping[str, Tensor],
+    *,
+    tolerance: float = 0.02,
+    row_tolerance: float = 0.25,
+) -> None:
+    """Checks the results ``got`` of the implementation ``name`` against ``want``, those of another.
+
+    The defaults allow for half-precision sums in another order (0.005 of the whole, several times that in the worst of
+    200 000 rows) and for no row that is wrong; it is no accuracy test, those stand in ``tests/``.
+
+    Raises:
+        MismatchError: a result is missing, has another shape, is not finite, or is off by more than ``tolerance`` of
+            its norm or, in some row, by more than ``row_tolerance`` of a row's.
+    """
+    if set(got) != set(want):
+        raise MismatchError(f"{name} returned {', '.join(sorted(got))}, expected {', '.join(sorted(want))}")
+    for key, wanted in want.items():
+        value = got[key]
+        if value.shape != wanted.shape:
+            raise MismatchError(f"{key} of {name} has shape {tuple(value.shape)}, expected {tuple(wanted.shape)}")
+        whole, row = _relative_errors(value.detach(), wanted.detach())
+        # Written so that nan fails.
+        if not (whole <= tolerance and row <= row_tolerance):
+            raise MismatchError(
+                f"{key} of {name} is off by {whole:.2g} of its norm and up to {row:.2g} in a row, "
+                f"at most {tolerance:.2g} and {row_tolerance:.2g} are allowed"
+            )
+
+
+def input_sets(bytes_touched: float, device: torch.device, *, least: int = 4, most: int = 64) -> int:
+    """How many input sets to rotate through when a call touches ``bytes_touched`` of weights and activations."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    return min(most, max(least, math.ceil(CACHE_MULTIPLE * cache / max(1.0, bytes_touched))))
+
+
+def graph_of(call: Call, calls: int) -> tuple[Call, Any]:
+    """One CUDA graph of ``calls`` calls, on as many input sets, as a model's layers stand in the graph of a step.
+
+    Returns:
+        A call that replays the graph, and what ``call(0)`` returned in it (new content with every replay).
+
+    Raises:
+        RuntimeError: the call cannot be captured.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # capture needs a warm call off the default stream
+        call(0)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        first = call(0)
+        for i in range(1, calls):
+            call(i)
+    return lambda _: graph.replay(), first
+
+
+def _copy_call(num_bytes: int, device: torch.device) -> Call:
+    source = torch.empty(num_bytes // 2, dtype=torch.bfloat16, device=device).normal_()
+    target = torch.empty_like(source)
+    return lambda _: target.copy_(source)
+
+
+def _matmul_call(size: int, device: torch.device) -> Call:
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    out = torch.empty_like(a)
+    return lambda _: torch.mm(a, b, out=out)
+
+
+def measure_ceilings(
+    device: torch.device, *, copy_bytes: int = 2**30, matmul_size: int = 8192, seconds: float = 0.3
+) -> Ceilings:
+    """What a large copy (bytes read plus written) and a square bf16 product of random matrices reach, each a median.
+
+    Raises:
+        torch.OutOfMemoryError: the device has not ``2 * copy_bytes`` and three matrices free.
+    """
+    clock = clock_for(device)
+
+    def ms(call: Call) -> float:
+        timing = time_interleaved({"ceiling": call}, clock, seconds=seconds)["ceiling"]
+        if timing is None:
+            raise torch.OutOfMemoryError(f"no memory to measure the ceilings of {device}")
+        return timing.ms
+
+    copy = ms(_copy_call(copy_bytes, device))
+    matmul = ms(_matmul_call(matmul_size, device))
+    release_memory(device)
+    return Ceilings(bytes_per_second=2e3 * copy_bytes / copy, flops_per_second=2e3 * matmul_size**3 / matmul)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and when a benchmark ran."""
+
+    gpu: str
+    date: str
+    torch: str
+    triton: str
+
+    def row(
+        self,
+        *,
+        benchmark: str,
+        layer: str,
+        tokens: int,
+        implementation: str,
+        phase: str,
+        weights: str,
+        ms: float | None,
+        flops: float,
+        peak_mib: float | None = None,
+        lora_rank: int = 0,
+    ) -> Row:
+        """A row of this run; TFLOP/s are those of ``flops`` operations in ``ms``."""
+        return Row(
+            benchmark=benchmark,
+            gpu=self.gpu,
+            date=self.date,
+            torch=self.torch,
+            triton=self.triton,
+            layer=layer,
+            tokens=tokens,
+            implementation=implementation,
+            phase=phase,
+            weights=weights,
+            lora_rank=lora_rank,
+            ms=None if ms is None else round(ms, 5),
+            tflops=None if not ms else round(flops / ms / 1e9, 3),
+            peak_mib=None if peak_mib is None else round(peak_mib, 2),
+        )
+
+
+def current_environment(device: torch.device) -> Environment:
+    """The environment of a run on ``device``, today in UTC; a CPU counts as the GPU ``cpu``."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none"
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return Environment(gpu, datetime.now(timezone.utc).date().isoformat(), torch.__version__, triton)

@@ -1,0 +1,195 @@
+"""Draws benchmark rows: a panel per layer (columns) and phase (rows), tokens across.
+
+``python -m benchmarks.plot benchmarks/results/FILE.json`` writes ``FILE.png`` beside it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from .rows import FLOOR, Row, read_rows, replace_file
+
+BASELINE = "grouped_mm"
+OURS = "moe_fused"
+METRICS = ("speedup", "ms")
+# A phase of fewer sizes (CUDA graphs stand at the smallest only) has a place in the tables, not in a curve.
+LEAST_SIZES = 3
+# Where the speed-up axis ends: an implementation that is nowhere faster is named in the legend instead.
+LEAST_SPEEDUP = 0.25
+
+# Okabe and Ito's palette, which the colour-blind can tell apart; markers tell them apart in grey.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442")
+_MARKERS = ("s", "^", "D", "v", "P", "X")
+_OUR_COLOUR = "#D55E00"
+_FLOOR_COLOUR = "#777777"
+
+
+def _ordered(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+def _styles(rows: Sequence[Row]) -> dict[str, dict[str, object]]:
+    """Line style by implementation, the same in every panel; ours in front of the rest."""
+    styles: dict[str, dict[str, object]] = {}
+    names = _ordered(row.implementation for row in rows)
+    peers = [name for name in names if name not in (OURS, FLOOR)]
+    if OURS in names:
+        styles[OURS] = {"color": _OUR_COLOUR, "marker": "o", "linewidth": 2.2, "markersize": 5, "zorder": 4}
+    for i, name in enumerate(peers):
+        colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
+        styles[name] = {"color": colour, "marker": marker, "linewidth": 1.4, "markersize": 4, "zorder": 3}
+    if FLOOR in names:
+        styles[FLOOR] = {"color": _FLOOR_COLOUR, "linestyle": (0, (4, 2)), "linewidth": 1.2, "zorder": 2}
+    return styles
+
+
+def _compact(value: float, _: object = None) -> str:
+    return f"{value:g}" if value < 1000 else f"{value / 1000:.4g}k"
+
+
+def _count(tokens: float, _: object = None) -> str:
+    """16384 as 16k, in the binary thousands that token counts come in."""
+    whole = int(tokens)
+    return f"{whole // 1024}k" if whole >= 1024 and whole % 1024 == 0 else str(whole)
+
+
+def _speedups(rows: Sequence[Row], implementation: str) -> list[tuple[int, float]]:
+    """(tokens, baseline's time over the implementation's) where both have a time."""
+    baseline = {(row.layer, row.phase, row.tokens): row.ms for row in rows if row.implementation == BASELINE}
+    pairs = []
+    for row in rows:
+        base = baseline.get((row.layer, row.phase, row.tokens))
+        if row.implementation == implementation and row.ms and base:
+            pairs.append((row.tokens, base / row.ms))
+    return sorted(pairs)
+
+
+def _label(name: str, rows: Sequence[Row], metric: str) -> str:
+    if name == FLOOR:
+        return "floor (bytes and FLOPs at this GPU's ceilings)"
+    speedups = [speedup for _, speedup in _speedups(rows, name)]
+    if metric == "speedup" and all(speedup < LEAST_SPEEDUP for speedup in speedups):
+        return f"{name} (below {LEAST_SPEEDUP:g}×)" if speedups else f"{name} (not comparable)"
+    return name
+
+
+def _draw(axes: Axes, rows: Sequence[Row], styles: dict[str, dict[str, object]], metric: str) -> None:
+    sizes = sorted({row.tokens for row in rows})
+    for name, style in styles.items():
+        if metric == "speedup":
+            points = _speedups(rows, name)
+        else:
+            points = sorted((row.tokens, row.ms) for row in rows if row.implementation == name and row.ms)
+        if points:
+            axes.plot(*zip(*points, strict=True), **style)  # type: ignore[arg-type]
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2 if metric == "speedup" else 10)
+    axes.xaxis.set_major_locator(FixedLocator(sizes))
+    axes.xaxis.set_major_formatter(FuncFormatter(_count))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_locator(NullLocator())
+    if metric == "speedup":
+        axes.yaxis.set_major_locator(FixedLocator([2.0**power for power in range(-2, 10)]))
+        axes.set_ylim(bottom=LEAST_SPEEDUP)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    else:
+        axes.yaxis.set_major_formatter(FuncFormatter(_compact))
+    axes.tick_params(axis="x", labelsize=8, labelrotation=45)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def figure(rows: Sequence[Row], metric: str = "speedup") -> Figure:
+    """The rows as a figure; ``metric`` is ``speedup`` (over grouped_mm at the same point) or ``ms``.
+
+    Raises:
+        ValueError: an unknown metric, rows of several GPUs, or no phase with three sizes or more.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    gpus = _ordered(row.gpu for row in rows)
+    if len(gpus) > 1:
+        raise ValueError(f"rows must be of one GPU, got {', '.join(gpus)}")
+    phases = [
+        phase
+        for phase in _ordered(row.phase for row in rows)
+        if len({row.tokens for row in rows if row.phase == phase}) >= LEAST_SIZES
+    ]
+    if not phases:
+        raise ValueError(f"rows must have a phase with at least {LEAST_SIZES} token counts to draw, got none")
+    rows = [row for row in rows if row.phase in phases]
+    layers = _ordered(row.layer for row in rows)
+    styles = _styles(rows)
+
+    drawing = Figure(figsize=(1.2 + 3.2 * len(layers), 1.3 + 2.6 * len(phases)), dpi=150, layout="constrained")
+    grid = drawing.subplots(len(phases), len(layers), squeeze=False, sharex="col", sharey="row")
+    for i, phase in enumerate(phases):
+        for j, layer in enumerate(layers):
+            axes = grid[i][j]
+            _draw(axes, [row for row in rows if (row.phase, row.layer) == (phase, layer)], styles, metric)
+            axes.set_title(f"{layer}, {phase.replace('_', ' + ', 1)}", fontsize=9)
+            if i + 1 == len(phases):
+                axes.set_xlabel("tokens", fontsize=9)
+            if j == 0:
+                axes.set_ylabel(f"times {BASELINE}'s speed" if metric == "speedup" else "ms", fontsize=9)
+    handles = [
+        Line2D([], [], label=_label(name, rows, metric), **style)  # type: ignore[arg-type]
+        for name, style in styles.items()
+    ]
+    drawing.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    newest = max(rows, key=lambda row: row.date)
+    drawing.suptitle(
+        f"{newest.gpu}, {newest.weights}, torch {newest.torch}, Triton {newest.triton}, {newest.date}", fontsize=9
+    )
+    return drawing
+
+
+def save(rows: Sequence[Row], path: Path, metric: str = "speedup") -> bool:
+    """Writes the figure as a PNG, in one step; False, and no file, if the rows have no phase to draw a curve of.
+
+    Raises:
+        ValueError: as ``figure``, but for too few sizes.
+        OSError: the file cannot be written.
+    """
+    sizes: dict[str, set[int]] = {}
+    for row in rows:
+        sizes.setdefault(row.phase, set()).add(row.tokens)
+    if all(len(tokens) < LEAST_SIZES for tokens in sizes.values()):
+        return False
+    buffer = io.BytesIO()
+    figure(rows, metric).savefig(buffer, format="png")
+    replace_file(path, buffer.getvalue())
+    return True
+
+
+def main(
+    results: Annotated[Path, typer.Argument(help="A JSON file of rows.")],
+    output: Annotated[Path | None, typer.Option(help="The PNG to write; default: beside the rows.")] = None,
+    metric: Annotated[str, typer.Option(help="speedup (over grouped_mm) or ms.")] = "speedup",
+) -> None:
+    """Draws the rows of a results file."""
+    path = output or results.with_suffix(".png")
+    try:
+        drawn = save(read_rows(results), path, metric)
+    except (OSError, ValueError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+    if not drawn:
+        typer.echo(f"Error: {results} has no phase with {LEAST_SIZES} token counts or more to draw", err=True)
+        raise typer.Exit(1)
+    typer.echo(f"Wrote {path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,135 @@
+"""Benchmark rows: what every benchmark of the project writes, and the files they stand in.
+
+A file is a JSON list of objects with exactly the keys of ``Row``. All rows of one *point* (the same benchmark, GPU,
+layer, tokens, phase, weights and LoRA rank) come from one run, so a ratio between two of them is a ratio under the same
+clocks: ``merge`` replaces a point as a whole, never single implementations of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+FLOOR = "floor"  # the implementation name of the rows that hold the least time the hardware allows
+
+Point = tuple[str, str, str, int, str, str, int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    ``ms`` is None where the implementation ran out of memory or could not run; ``tflops`` then is None too.
+    ``peak_mib`` is memory allocated on top of inputs and weights, None where it was not measured. ``lora_rank`` is 0
+    without LoRA. Rows of the implementation ``floor`` are not timed: they hold the larger of the compulsory bytes and
+    operations at the ceilings that the same run measured.
+    """
+
+    benchmark: str
+    gpu: str
+    date: str
+    torch: str
+    triton: str
+    layer: str
+    tokens: int
+    implementation: str
+    phase: str
+    weights: str
+    lora_rank: int
+    ms: float | None
+    tflops: float | None
+    peak_mib: float | None
+
+    @property
+    def point(self) -> Point:
+        """What was measured, whichever the implementation; rows of a point are comparable."""
+        return (self.benchmark, self.gpu, self.layer, self.tokens, self.phase, self.weights, self.lora_rank)
+
+
+KEYS = tuple(field.name for field in fields(Row))
+_NUMBERS_OR_NULL = ("ms", "tflops", "peak_mib")
+_INTEGERS = ("tokens", "lora_rank")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def row_from_json(value: Any) -> Row:
+    """The row that a JSON object holds.
+
+    Raises:
+        ValueError: not an object of exactly the keys of ``Row``, or a value of the wrong type.
+    """
+    if not isinstance(value, dict) or set(value) != set(KEYS):
+        got = ", ".join(sorted(value)) if isinstance(value, dict) else type(value).__name__
+        raise ValueError(f"a benchmark row must be an object with the keys {', '.join(KEYS)}, got {got}")
+    for key, item in value.items():
+        if key in _NUMBERS_OR_NULL:
+            fits, needed = item is None or _is_number(item), "a number or null"
+        elif key in _INTEGERS:
+            fits, needed = isinstance(item, int) and not isinstance(item, bool), "an integer"
+        else:
+            fits, needed = isinstance(item, str), "a string"
+        if not fits:
+            raise ValueError(f"{key} of a benchmark row must be {needed}, got {item!r}")
+    return Row(**value)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows in the file at ``path``.
+
+    Raises:
+        ValueError: the file is no JSON list of rows.
+        OSError: the file cannot be read.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, list):
+            raise ValueError(f"a list of rows is needed, got {type(values).__name__}")
+        return [row_from_json(value) for value in values]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes ``content`` beside ``path`` and moves it into place: an interrupted run leaves the old file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # mkstemp makes private files
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Writes ``rows`` as a JSON list, one row a line, so that a new measurement is a readable diff."""
+    lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+    replace_file(path, f"[\n{lines}\n]\n".encode())
+
+
+def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """``old`` with every point that ``new`` measured replaced by what ``new`` says of it, in a fixed order."""
+    measured = {row.point for row in new}
+    rows = [row for row in old if row.point not in measured] + list(new)
+    # A stable sort: implementations keep the order in which the benchmark lists them.
+    return sorted(
+        rows, key=lambda row: (row.benchmark, row.gpu, row.layer, row.weights, row.lora_rank, row.phase, row.tokens)
+    )
+
+
+def slug(gpu: str) -> str:
+    """A GPU's name for a file name: ``NVIDIA H100 80GB HBM3`` is ``h100-80gb-hbm3``."""
+    words = "".join(c if c.isalnum() else " " for c in gpu.lower()).split()
+    return "-".join(word for word in words if word not in ("nvidia", "amd")) or "unknown"

@@ -1,0 +1,31 @@
+"""Options of the demo. Imports nothing heavy, so that a wrong option or path is answered at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .output import staged_output
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Directory to write; an earlier output of the demo is replaced.")] = Path(
+        "demo-output"
+    ),
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps  [default: by device]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu ...")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Fixes the result on a CPU.")] = 0,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+) -> None:
+    """Train a small Qwen3-MoE on Python's reference text with fused experts and compare them with Transformers' own."""
+    del traceback  # read by __main__, which prints errors
+    with staged_output(output) as staging:
+        from . import report, run  # take torch and transformers
+
+        console, results = run.run(staging, steps, device, seed)
+    report.print_summary(console, results, output)

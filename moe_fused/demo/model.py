@@ -1,0 +1,88 @@
+"""The model: Transformers' Qwen3-MoE at a size that learns to spell English in a minute."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+_HEAD_DIM = 32
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is trained, and on how much of it."""
+
+    hidden_size: int
+    intermediate_size: int  # of one expert
+    num_layers: int
+    num_experts: int
+    top_k: int
+    batch_size: int
+    sequence_length: int
+    steps: int
+    learning_rate: float
+
+
+# Small batches: a new model learns more from many updates than from large ones, and two cores have a minute.
+CPU_SIZE = Size(128, 128, 2, 8, 2, batch_size=8, sequence_length=128, steps=500, learning_rate=5e-3)
+# Seven passes over the text; more of them, or a larger model, and it learns the text by heart.
+GPU_SIZE = Size(256, 128, 4, 16, 4, batch_size=16, sequence_length=256, steps=600, learning_rate=3e-3)
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is a GPU that the kernels support, if there is one, and otherwise the CPU.
+
+    Raises:
+        ValueError: no such device on this machine.
+    """
+    cuda = torch.cuda.is_available()
+    if name == "auto":
+        if cuda and (torch.version.hip or torch.cuda.get_device_capability() >= (8, 0)):
+            return torch.device("cuda")
+        return torch.device("xpu" if torch.xpu.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda", "xpu"):
+        raise ValueError(f"--device {name} is not served by the kernels: use auto, cpu, cuda or xpu")
+    return device
+
+
+def new_model(size: Size, tokenizer: PreTrainedTokenizerFast, device: torch.device) -> Qwen3MoeForCausalLM:
+    """A randomly initialised float32 model whose experts are the fused ones. ``moe_fused.enable()`` comes first."""
+    options: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": size.hidden_size,
+        "num_hidden_layers": size.num_layers,
+        "num_attention_heads": size.hidden_size // _HEAD_DIM,
+        "num_key_value_heads": size.hidden_size // _HEAD_DIM // 2,
+        "head_dim": _HEAD_DIM,
+        "num_experts": size.num_experts,
+        "num_experts_per_tok": size.top_k,
+        "moe_intermediate_size": size.intermediate_size,
+        "norm_topk_prob": True,
+        "router_aux_loss_coef": 0.01,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 1024,
+        "experts_implementation": "moe_fused",
+    }
+    config = Qwen3MoeConfig(**options)
+    return Qwen3MoeForCausalLM(config).to(device)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def experts(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """``model`` with another experts implementation for the length of a block."""
+    before = model.get_experts_implementation()
+    model.set_experts_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)

@@ -1,0 +1,52 @@
+"""The loss curve as a picture, and the closing summary on the terminal."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from .output import RESULTS
+from .train import History
+
+
+def bits_per_byte(loss: float) -> float:
+    """From nats per token, where a token is a byte."""
+    return loss / math.log(2)
+
+
+def draw_loss_curve(history: History, path: Path) -> None:
+    figure = Figure(figsize=(7, 4), layout="constrained")  # without pyplot, which would look for a display
+    axes = figure.subplots()
+    axes.plot(range(len(history.train)), history.train, linewidth=0.8, alpha=0.5, label="training batches")
+    axes.plot(list(history.held_out), list(history.held_out.values()), marker="o", label="held-out text")
+    axes.set(xlabel="step", ylabel="cross-entropy (nats per byte)", title="Qwen3-MoE on the Python reference")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def print_summary(console: Console, results: dict[str, Any], output: Path) -> None:
+    """Prints what came of a run; ``results`` as in results.json."""
+    loss, step_ms = results["held_out_loss"], results["step_ms"]
+    fused, eager = step_ms["moe_fused"], step_ms["eager"]
+    difference = results["largest_logit_difference"]
+    equal = "" if difference else " (bitwise equal)"
+    plain = "; on a CPU both are plain torch" if results["device"] == "cpu" else ""
+    rows = {
+        **{f"held-out loss {when}": f"{x:.3f} nats, {bits_per_byte(x):.3f} bits per byte" for when, x in loss.items()},
+        "largest logit difference": f"{difference:.1e}{equal} from Transformers' eager experts, float32",
+        "training step": f"{fused:.1f} ms, {eager:.1f} ms with eager experts: {eager / fused:.2f} times as fast{plain}",
+        "saved model": f"{output / 'model'} (reloaded by stock Transformers: same logits)",
+        "loss curve": str(output / "loss.png"),
+        "numbers": str(output / RESULTS),
+    }
+    console.print(Panel(Text(results["sample"]), title="sample", title_align="left"))
+    for label, value in rows.items():
+        console.print(f"{label:<26}{value}", soft_wrap=True, markup=False)

@@ -1,0 +1,129 @@
+"""The order of the demo's steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
+
+import moe_fused
+
+from . import compare, report
+from .data import Corpus, byte_tokenizer
+from .model import CPU_SIZE, GPU_SIZE, Size, choose_device, new_model
+from .output import write_results
+from .signals import check_interrupted
+from .train import History, autocast, train
+
+_PROMPT = "The value of "
+_SAMPLE_BYTES = 300
+
+
+def _train_with_progress(
+    model: Qwen3MoeForCausalLM, corpus: Corpus, size: Size, seed: int, console: Console
+) -> tuple[History, float]:
+    """The losses, and the seconds it took."""
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+    )
+    start = time.perf_counter()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=size.steps, loss=float("nan"))
+
+        def show(step: int, history: History) -> None:
+            check_interrupted()
+            progress.update(task, completed=step, loss=history.train[-1])
+            if step in history.held_out:
+                console.print(f"step {step:4d}: held-out loss {history.held_out[step]:.3f}")
+
+        history = train(model, corpus, size, seed, show)
+    return history, time.perf_counter() - start
+
+
+def _sample(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast) -> str:
+    prompt = tokenizer(_PROMPT, return_tensors="pt").to(model.device)
+    options = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "max_new_tokens": _SAMPLE_BYTES}
+    with autocast(model.device):
+        tokens = model.eval().generate(**prompt, **options, pad_token_id=0)
+    return str(tokenizer.decode(tokens[0]))
+
+
+def run(directory: Path, steps: int | None, device_name: str, seed: int) -> tuple[Console, dict[str, Any]]:
+    """Trains, compares and writes everything into ``directory``.
+
+    Args:
+        directory: exists and is empty.
+        steps: of training; by default as many as the size for the device says.
+        device_name: as for ``choose_device``.
+        seed: of the weights, the batches and the sample.
+
+    Returns:
+        The console that the progress went to, and what results.json holds.
+
+    Raises:
+        ValueError: ``device_name`` is no device that can be used here.
+        RuntimeError: no usable kernel, or the fused experts are not equal to Transformers' own.
+        OSError, safetensors.SafetensorError: a file could not be written.
+    """
+    console = Console(highlight=False)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    device = choose_device(device_name)
+    size = CPU_SIZE if device.type == "cpu" else GPU_SIZE
+    size = dataclasses.replace(size, steps=steps or size.steps)
+
+    if device.type == "cpu":
+        # A second thread saves a quarter of the time on matrices this small, but where another process wants its core,
+        # the two wait for each other at every one of them and a step takes ten times as long.
+        torch.set_num_threads(1)
+    transformers.set_seed(seed)
+    moe_fused.enable()
+    # What is shown here must be the fused experts: falling back to Transformers' own is a failure, not a warning.
+    warnings.filterwarnings("error", message=".*keeps its own implementation")
+    tokenizer = byte_tokenizer()
+    model = new_model(size, tokenizer, device)
+    corpus = Corpus.load(tokenizer, size.sequence_length, device)
+    console.print(
+        f"Qwen3-MoE, {model.num_parameters() / 1e6:.1f} M parameters, {size.num_experts} experts, top {size.top_k}, on "
+        f"{device.type}; {len(corpus.train) >> 10} KiB of text, {corpus.held_out.numel() >> 10} KiB held out",
+        soft_wrap=True,
+    )
+    history, seconds = _train_with_progress(model, corpus, size, seed, console)
+
+    with console.status("saving, sampling, comparing with Transformers' eager experts"):
+        model.save_pretrained(directory / "model")
+        tokenizer.save_pretrained(directory / "model")
+        report.draw_loss_curve(history, directory / "loss.png")
+        probe = corpus.held_out[: size.batch_size]
+        compare.check_reload(model, directory / "model", probe)
+        results: dict[str, Any] = {
+            "held_out_loss": {"before": history.held_out[0], "after": history.held_out[size.steps]},
+            "largest_logit_difference": compare.largest_logit_difference(model, probe),
+            "step_ms": compare.step_milliseconds(model, corpus, size, rounds=min(20, size.steps)),
+            "training_seconds": seconds,
+            "sample": _sample(model, tokenizer),
+            "size": dataclasses.asdict(size),
+            "seed": seed,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            "history": dataclasses.asdict(history),
+        }
+        write_results(directory, results)
+    return console, results

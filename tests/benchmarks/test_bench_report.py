@@ -1,0 +1,197 @@
+"""Tables and plots say what the rows say."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import plot, table
+from benchmarks.rows import write_rows
+
+RUNNER = CliRunner()
+BEGIN, END = "<!-- rows: rows.json -->", "<!-- rows end -->"
+
+
+@pytest.fixture
+def rows(make_row):
+    """Two implementations and the floor at three sizes and in two phases; a peer that ran out of memory at the last."""
+    rows = []
+    for phase, factor in (("forward", 1.0), ("forward_backward", 3.0)):
+        for tokens in (1, 512, 16384):
+            common = {"phase": phase, "tokens": tokens}
+            rows += [
+                make_row(**common, ms=0.25 * factor * tokens),
+                make_row(**common, implementation="grouped_mm", ms=0.5 * factor * tokens, peak_mib=40.0),
+                make_row(**common, implementation="eager", ms=None if tokens > 512 else 4.0 * tokens, peak_mib=None),
+                make_row(**common, implementation="floor", ms=0.1 * factor * tokens, peak_mib=None),
+            ]
+    return rows
+
+
+def cells(markdown: str, start: str) -> list[str]:
+    """The cells of the first table line that begins with ``start``."""
+    line = next(line for line in markdown.splitlines() if line.startswith(f"| {start} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+class TestTable:
+    def test_cells(self, rows):
+        markdown = table.render(rows)
+        assert cells(markdown, "forward, ms") == ["T=1", "T=512", "T=16384"]
+        assert cells(markdown, "moe_fused") == ["**0.250 (2.00×)**", "**128 (2.00×)**", "**4096 (2.00×)**"]
+        assert cells(markdown, "grouped_mm") == ["0.500", "256", "8192"]
+        assert cells(markdown, "eager") == ["4.00 (0.12×)", "2048 (0.12×)", "–"]
+        assert cells(markdown, "moe_fused, share of the floor reached") == ["40%"] * 3
+        assert cells(markdown, "moe_fused, peak MiB") == ["12"] * 3
+        assert cells(markdown, "grouped_mm, peak MiB") == ["40"] * 3
+
+    def test_where_the_numbers_come_from(self, rows):
+        heading = table.render(rows).splitlines()[0]
+        for part in (
+            "qwen3-30b-a3b",
+            "bf16",
+            "NVIDIA H100 80GB HBM3",
+            "torch 2.11.0+cu130",
+            "Triton 3.6.0",
+            "2026-11-23",
+        ):
+            assert part in heading
+
+    def test_every_table_is_well_formed(self, rows):
+        for block in table.render(rows).split("\n\n"):
+            if block.startswith("|"):
+                assert len({line.count("|") for line in block.splitlines()}) == 1
+
+    def test_a_layer_each(self, rows, make_row):
+        markdown = table.render([*rows, make_row(layer="deepseek-v2-lite"), make_row(weights="nf4", lora_rank=16)])
+        assert "**deepseek-v2-lite**, bf16 on" in markdown
+        assert "**qwen3-30b-a3b**, nf4, LoRA rank 16 on" in markdown
+
+    def test_no_baseline_no_ratio(self, make_row):
+        assert cells(table.render([make_row(ms=12.345)]), "moe_fused") == ["12.3"]
+
+    def test_no_rows(self):
+        with pytest.raises(ValueError, match="at least one row"):
+            table.render([])
+
+
+class TestDocument:
+    @pytest.fixture
+    def document(self, tmp_path, rows):
+        write_rows(tmp_path / "rows.json", rows)
+        path = tmp_path / "README.md"
+        path.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nThe rest.\n", encoding="utf-8")
+        return path
+
+    def run(self, document, *options):
+        app = table.typer.Typer()
+        app.command()(table.main)
+        return RUNNER.invoke(app, [str(document), *options])
+
+    def test_renew_then_check(self, document, rows):
+        assert self.run(document, "--check").exit_code == 1
+        assert "\nold\n" in document.read_text(encoding="utf-8"), "--check must not write"
+        assert self.run(document).exit_code == 0
+        text = document.read_text(encoding="utf-8")
+        assert text == f"# Title\n\n{BEGIN}\n\n{table.render(rows)}\n\n{END}\n\nThe rest.\n"
+        assert self.run(document, "--check").exit_code == 0
+
+    def test_a_number_typed_by_hand_fails_the_check(self, document):
+        self.run(document)
+        text = document.read_text(encoding="utf-8")
+        document.write_text(text.replace("(2.00×)", "(9.00×)", 1), encoding="utf-8")
+        assert self.run(document, "--check").exit_code == 1
+
+    def test_several_tables_and_filters(self, document, make_row, tmp_path):
+        write_rows(
+            tmp_path / "more.json", [make_row(ms=7.0), make_row(ms=8.0, layer="tiny"), make_row(ms=9.0, tokens=1)]
+        )
+        begin = "<!-- rows: more.json layer=qwen3-30b-a3b tokens=512 -->"
+        document.write_text(f"{begin}\n{END}\nbetween\n{BEGIN}\n{END}\n", encoding="utf-8")
+        assert self.run(document).exit_code == 0
+        first, second = document.read_text(encoding="utf-8").split("between")
+        assert cells(first, "moe_fused") == ["7.00"]
+        assert cells(second, "moe_fused")[0] == "**0.250 (2.00×)**"
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            pytest.param("no markers", "no '<!-- rows: FILE -->'", id="no markers"),
+            pytest.param(BEGIN, "has no '<!-- rows end -->' after it", id="no end"),
+            pytest.param(f"{BEGIN}\n{BEGIN}\n{END}", "has no '<!-- rows end -->' after it", id="begin twice"),
+            pytest.param(f"<!-- rows: gone.json -->\n{END}", "gone.json", id="no such rows"),
+            pytest.param(f"<!-- rows: rows.json speed=1 -->\n{END}", "filter must be one of", id="unknown key"),
+            pytest.param(f"<!-- rows: rows.json tokens=3 -->\n{END}", "no row fits", id="nothing left"),
+        ],
+    )
+    def test_bad_document(self, document, text, message):
+        document.write_text(text, encoding="utf-8")
+        result = self.run(document)
+        assert result.exit_code == 1
+        assert message in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+        assert document.read_text(encoding="utf-8") == text
+
+
+class TestPlot:
+    @pytest.mark.parametrize("metric", plot.METRICS)
+    def test_png(self, tmp_path, rows, metric):
+        path = tmp_path / "deep" / "plot.png"
+        assert plot.save(rows, path, metric)
+        assert path.read_bytes().startswith(b"\x89PNG\r\n")
+
+    def test_panels_and_lines(self, rows, make_row):
+        more = [make_row(layer="deepseek-v2-lite", tokens=t) for t in (1, 8, 32)]
+        drawn = plot.figure([*rows, *more], "ms")
+        titles = [axes.get_title() for axes in drawn.axes]
+        assert titles == [
+            "qwen3-30b-a3b, forward",
+            "deepseek-v2-lite, forward",
+            "qwen3-30b-a3b, forward + backward",
+            "deepseek-v2-lite, forward + backward",
+        ]
+        ours = drawn.axes[0].lines[0].get_xydata()
+        assert ours.tolist() == [[1, 0.25], [512, 128.0], [16384, 4096.0]]
+        eager = next(line for line in drawn.axes[0].lines if len(line.get_xydata()) == 2)
+        assert eager.get_xydata().tolist() == [[1, 4.0], [512, 2048.0]], "a row without a time has no point"
+
+    def test_speedup_and_legend(self, rows):
+        drawn = plot.figure(rows)
+        assert drawn.axes[0].lines[0].get_xydata().tolist() == [[1, 2.0], [512, 2.0], [16384, 2.0]]
+        labels = [text.get_text() for text in drawn.legends[0].get_texts()]
+        assert labels[:2] == ["moe_fused", "grouped_mm"]
+        # In forward + backward it reaches 0.375 at one token, so it has a place in the picture.
+        assert labels[2] == "eager"
+
+    def test_below_the_axis_is_said_in_the_legend(self, rows):
+        drawn = plot.figure([row for row in rows if row.phase == "forward"])
+        labels = [text.get_text() for text in drawn.legends[0].get_texts()]
+        assert labels[2] == "eager (below 0.25×)"
+
+    def test_phase_of_few_sizes_is_left_out(self, rows, make_row):
+        graph = [make_row(phase="forward_cuda_graph", tokens=t) for t in (1, 8)]
+        assert len(plot.figure([*rows, *graph]).axes) == 2
+
+    def test_nothing_to_draw(self, tmp_path, make_row):
+        assert not plot.save([make_row()], tmp_path / "plot.png")
+        assert not list(tmp_path.iterdir())
+        with pytest.raises(ValueError, match="at least 3 token counts"):
+            plot.figure([make_row()])
+
+    def test_several_gpus(self, rows, make_row):
+        with pytest.raises(ValueError, match="one GPU, got NVIDIA H100 80GB HBM3, NVIDIA L4"):
+            plot.figure([*rows, make_row(gpu="NVIDIA L4")])
+
+    def test_unknown_metric(self, rows):
+        with pytest.raises(ValueError, match="metric must be one of speedup, ms, got 'tflops'"):
+            plot.figure(rows, "tflops")
+
+    def test_command(self, tmp_path, rows):
+        write_rows(tmp_path / "rows.json", rows)
+        app = plot.typer.Typer()
+        app.command()(plot.main)
+        assert RUNNER.invoke(app, [str(tmp_path / "rows.json")]).exit_code == 0
+        assert (tmp_path / "rows.png").exists()
+        missing = RUNNER.invoke(app, [str(tmp_path / "gone.json")])
+        assert missing.exit_code == 1
+        assert "gone.json" in missing.stderr

@@ -1,0 +1,101 @@
+"""Rows survive their file, and a file never mixes runs at one point."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.rows import merge, read_rows, slug, write_rows
+
+
+def test_round_trip(tmp_path, make_row):
+    rows = [make_row(), make_row(implementation="eager", ms=None, tflops=None, peak_mib=None), make_row(gpu="Größe 9")]
+    path = tmp_path / "new" / "rows.json"
+    write_rows(path, rows)
+    assert read_rows(path) == rows
+    assert list(tmp_path.rglob("*.json")) == [path], "a temporary file was left behind"
+
+
+def test_file_is_a_list_of_objects_with_the_agreed_keys(tmp_path, make_row):
+    path = tmp_path / "rows.json"
+    write_rows(path, [make_row()])
+    (row,) = json.loads(path.read_text(encoding="utf-8"))
+    agreed = "benchmark gpu date torch triton layer tokens implementation phase weights lora_rank ms tflops peak_mib"
+    assert list(row) == agreed.split()
+
+
+def test_no_rows(tmp_path):
+    write_rows(tmp_path / "rows.json", [])
+    assert read_rows(tmp_path / "rows.json") == []
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, make_row, monkeypatch):
+    path = tmp_path / "rows.json"
+    write_rows(path, [make_row()])
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_rows(path, [make_row(ms=1.0)])
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"ms": "fast"}, "ms of a benchmark row must be a number or null, got 'fast'", id="text for ms"),
+        pytest.param({"tokens": 1.5}, "tokens of a benchmark row must be an integer, got 1.5", id="half a token"),
+        pytest.param({"tokens": True}, "tokens of a benchmark row must be an integer, got True", id="bool for tokens"),
+        pytest.param({"gpu": None}, "gpu of a benchmark row must be a string, got None", id="no GPU"),
+        pytest.param({"speed": 1}, "must be an object with the keys", id="unknown key"),
+    ],
+)
+def test_bad_row_is_named_with_its_file(tmp_path, make_row, change, message):
+    path = tmp_path / "rows.json"
+    write_rows(path, [make_row()])
+    (row,) = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps([{**row, **change}]), encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as raised:
+        read_rows(path)
+    assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "[", ""], ids=["object", "number", "cut off", "empty"])
+def test_file_without_rows(tmp_path, text):
+    path = tmp_path / "rows.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"rows\.json"):
+        read_rows(path)
+
+
+def test_merge_replaces_whole_points(make_row):
+    old = [
+        make_row(ms=9.0),
+        make_row(implementation="grouped_mm", ms=9.0),  # goes: its rival was measured again, in another run
+        make_row(tokens=1, ms=9.0),
+        make_row(weights="nf4", ms=9.0),
+        make_row(gpu="NVIDIA L4", ms=9.0),
+    ]
+    new = [make_row(ms=1.0)]
+    merged = merge(old, new)
+    assert [row for row in merged if row.point == new[0].point] == new
+    assert sorted(row.ms for row in merged) == [1.0, 9.0, 9.0, 9.0]
+
+
+def test_merge_keeps_the_order_of_implementations_and_sorts_the_rest(make_row):
+    names = ("moe_fused", "grouped_mm", "batched_mm")
+    new = [make_row(tokens=t, implementation=name) for t in (512, 1) for name in names]
+    assert [(row.tokens, row.implementation) for row in merge([], new)] == [
+        (t, name) for t in (1, 512) for name in names
+    ]
+
+
+def test_slug():
+    assert slug("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
+    assert slug("AMD Instinct MI300X/OAM") == "instinct-mi300x-oam"
+    assert slug("NVIDIA") == "unknown"

@@ -1,0 +1,244 @@
+"""The demo as a user runs it: a process of its own, and what it leaves behind however it ends."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = "30"
+COMMAND = [sys.executable, "-m", "moe_fused.demo", "--device", "cpu"]
+FILES = {
+    "loss.png",
+    "results.json",
+    "model/config.json",
+    "model/generation_config.json",
+    "model/model.safetensors",
+    "model/tokenizer.json",
+    "model/tokenizer_config.json",
+}
+
+
+@dataclass(frozen=True)
+class Ended:
+    status: int
+    stdout: str
+    stderr: str
+
+
+def start(*options: str | Path, cwd: Path, under: Sequence[str] = ()) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*under, *COMMAND, *map(str, options)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end(process: subprocess.Popen[str]) -> Ended:
+    stdout, stderr = process.communicate(timeout=120)
+    return Ended(process.returncode, stdout, stderr)
+
+
+def run(*options: str | Path, cwd: Path, under: Sequence[str] = ()) -> Ended:
+    return end(start(*options, cwd=cwd, under=under))
+
+
+def assert_one_line(ended: Ended, status: int, *words: str) -> None:
+    assert ended.status == status, ended
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    """Everything in ``directory``, hidden files and leftovers included."""
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, Path]:
+    """A short run from start to end, in a directory that holds nothing else."""
+    directory = tmp_path_factory.mktemp("finished")
+    return run("--steps", STEPS, cwd=directory), directory / "demo-output"
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    """What an earlier run left: the least that makes it the demo's own."""
+    output = tmp_path / "demo-output"
+    output.mkdir()
+    (output / "results.json").write_text(json.dumps({"written_by": "moe_fused.demo", "files": ["results.json", "a"]}))
+    (output / "a").write_text("earlier")
+    return output
+
+
+def test_leaves_all_files_and_nothing_else(finished: tuple[Ended, Path]) -> None:
+    ended, output = finished
+    assert (ended.status, ended.stderr) == (0, "")
+    assert files(output).keys() == FILES
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_learns_and_says_so(finished: tuple[Ended, Path]) -> None:
+    ended, output = finished
+    results = json.loads((output / "results.json").read_text())
+    loss = results["held_out_loss"]
+    assert abs(loss["before"] - math.log(256)) < 0.5  # knows nothing: every byte about equally likely
+    assert loss["after"] < 3.5  # knows at least which bytes are frequent
+    assert len(results["history"]["train"]) == int(STEPS)
+    assert results["largest_logit_difference"] < 1e-4
+    assert all(ms > 0 for ms in results["step_ms"].values())
+    assert len(results["sample"]) > 100
+    for shown in (
+        f"{loss['before']:.3f} nats",
+        f"{loss['after'] / math.log(2):.3f} bits per byte",
+        "demo-output/model",
+    ):
+        assert shown in ended.stdout
+    assert results["sample"].splitlines()[0][:40].rstrip() in ended.stdout
+
+
+def test_model_loads_in_stock_transformers(finished: tuple[Ended, Path]) -> None:
+    output = finished[1]
+    results = json.loads((output / "results.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(output / "model", experts_implementation="eager")
+    tokenizer = AutoTokenizer.from_pretrained(output / "model")
+    text = 'The "with" statement – and “quotes”'
+    tokens = tokenizer(text, return_tensors="pt").input_ids
+    assert tokens.shape[1] == len(text.encode())
+    assert tokenizer.decode(tokens[0]) == text
+    with torch.no_grad():
+        loss = model(tokens, labels=tokens).loss.item()
+    # Other text of the same language: close to the held-out loss, far from the random model's.
+    assert loss < (results["held_out_loss"]["before"] + results["held_out_loss"]["after"]) / 2
+
+
+def test_replaces_an_earlier_output_and_repeats_itself(finished: tuple[Ended, Path], earlier: Path) -> None:
+    assert run("--steps", STEPS, cwd=earlier.parent).status == 0
+    assert files(earlier).keys() == FILES
+    assert list(earlier.parent.iterdir()) == [earlier]
+    first, second = (json.loads((path / "results.json").read_text()) for path in (finished[1], earlier))
+    for key in ("history", "sample", "largest_logit_difference"):
+        assert first[key] == second[key]
+
+
+@pytest.mark.parametrize("signum, phase", [(signal.SIGTERM, "starting"), (signal.SIGINT, "training")])
+def test_interrupted(earlier: Path, signum: signal.Signals, phase: str) -> None:
+    before = files(earlier.parent)
+    process = start("--steps", "100000", cwd=earlier.parent)
+    if phase == "starting":
+        time.sleep(1.0)  # torch takes longer than that to import
+    else:
+        assert process.stdout is not None
+        assert "experts" in process.stdout.readline()
+        time.sleep(1.0)
+        assert len(list(earlier.parent.iterdir())) == 2  # what is to be cleaned up
+    process.send_signal(signum)
+    assert_one_line(end(process), 128 + signum, f"interrupted by {signum.name}")
+    assert files(earlier.parent) == before
+    assert list(earlier.parent.iterdir()) == [earlier]
+
+
+def test_no_space_for_the_model(earlier: Path) -> None:
+    before = files(earlier.parent)
+
+    one_mebibyte_a_file = ("sh", "-c", 'ulimit -f 2048; exec "$@"', "sh")
+    ended = run("--steps", "1", cwd=earlier.parent, under=one_mebibyte_a_file)
+    assert_one_line(ended, 1, "File too large")
+    assert files(earlier.parent) == before
+    assert list(earlier.parent.iterdir()) == [earlier]
+
+
+def test_failed_move_puts_the_earlier_output_back(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_fused.demo.output import staged_output
+
+    before = files(earlier.parent)
+    rename = Path.rename
+
+    def fail_for_the_new(path: Path, target: Path) -> Path:
+        if path.suffix == ".partial":
+            raise OSError("no")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new)
+    with pytest.raises(OSError, match="no"), staged_output(earlier, 0) as staging:
+        (staging / "b").write_text("new")
+    assert files(earlier.parent) == before
+    assert list(earlier.parent.iterdir()) == [earlier]
+
+
+def test_too_little_free_space_is_noticed_first(tmp_path: Path) -> None:
+    from moe_fused.demo.output import staged_output
+
+    with pytest.raises(OSError, match="MiB are needed"), staged_output(tmp_path / "out", 1 << 60):
+        pytest.fail("started the work")
+    assert not list(tmp_path.iterdir())
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Options that must be refused before any work, with these words, in a directory that ``prepare`` filled."""
+
+    id: str
+    options: tuple[str, ...]
+    status: int
+    words: tuple[str, ...]
+    prepare: Callable[[Path], object] = lambda _: None
+
+
+def _foreign_directory(directory: Path) -> None:
+    (directory / "mine").mkdir()
+    (directory / "mine" / "thesis.txt").write_text("years of work")
+
+
+def _extended_output(directory: Path) -> None:
+    (directory / "mine").mkdir()
+    (directory / "mine" / "results.json").write_text('{"written_by": "moe_fused.demo", "files": ["results.json"]}')
+    (directory / "mine" / "notes.txt").write_text("kept beside the results")
+
+
+REFUSED = [
+    Refused("foreign directory", ("--output", "mine"), 1, ("mine", "not written by this demo"), _foreign_directory),
+    Refused("file added to an output", ("--output", "mine"), 1, ("notes.txt",), _extended_output),
+    Refused("a file", ("--output", "f"), 1, ("f exists", "not a directory"), lambda d: (d / "f").write_text("")),
+    Refused("below a file", ("--output", "f/x"), 1, ("Not a directory", "f/x"), lambda d: (d / "f").write_text("")),
+    Refused("missing parent", ("--output", "no/x"), 1, ("No such file", "no/x")),
+    Refused("not writable, even for root", ("--output", "/proc/x"), 1, ("--output", "/proc/x")),
+    Refused("root directory", ("--output", "/"), 1, ("not written by this demo",)),
+    Refused("no steps", ("--steps", "0"), 2, ("--steps",)),
+    Refused("unknown option", ("--stepz", "1"), 2, ("--stepz",)),
+]
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.id)
+def test_refused(case: Refused, tmp_path: Path) -> None:
+    case.prepare(tmp_path)
+    before = files(tmp_path)
+    assert_one_line(run(*case.options, cwd=tmp_path), case.status, *case.words)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("name, why", [("abacus", "cannot be used here"), ("meta", "not served by the kernels")])
+def test_device_that_cannot_serve(name: str, why: str) -> None:
+    from moe_fused.demo.model import choose_device
+
+    with pytest.raises(ValueError, match=f"--device {name} .*{why}"):
+        choose_device(name)

@@ -1,0 +1,146 @@
+"""Launch of ``kernels.down_backward``."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..activations import Gate
+from ..kernels.down_backward import bias_dots_kernel, down_backward_kernel
+from ..plan import Plan
+from .operands import cdiv, config_of, device_index, num_tiles, on_device, precision, rows_contiguous, weight_operand
+
+if TYPE_CHECKING:
+    from ..routing import Routing
+    from ..tuning import LaunchConfig
+
+
+@functools.cache
+def _down_backward_plan(
+    config: LaunchConfig,
+    shape: tuple[int, int, int],
+    strides: tuple[int, int, int],
+    stride_yt: int,
+    top_k: int,
+    gate: Gate,
+    num_parts: int,
+    save_weighted_h: bool,
+    weights: str,
+    precision: str,
+) -> Plan:
+    num_experts, intermediate, hidden = shape
+    column_stride, up_offset = gate.column_layout(intermediate)
+    constants = {
+        "NUM_EXPERTS": num_experts,
+        "STRIDE_YT": stride_yt,
+        "STRIDE_WE": strides[0],
+        "STRIDE_WN": strides[1],
+        "STRIDE_WK": strides[2],
+        "H": hidden,
+        "I": intermediate,
+        "COLUMNS": gate.columns(intermediate),
+        "COLUMN_STRIDE": column_stride,
+        "UP_OFFSET": up_offset,
+        "TOP_K": top_k,
+        "PARTS": num_parts,
+        "ACTIVATION": gate.activation,
+        "GATED": gate.gated,
+        "ALPHA": gate.alpha,
+        "LIMIT": gate.limit,
+        "SAVE_WEIGHTED_H": save_weighted_h,
+        "WEIGHTS": weights,
+        "PRECISION": precision,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "SLICES": config.slices,
+        "HALF_TILES": config.half_tiles,
+    }
+    return Plan(down_backward_kernel, constants, config.num_warps, config.num_stages)
+
+
+@functools.cache
+def _bias_dots_plan(num_experts: int, stride_yt: int, hidden: int, top_k: int, num_parts: int, block_m: int) -> Plan:
+    constants = {
+        "NUM_EXPERTS": num_experts,
+        "STRIDE_YT": stride_yt,
+        "H": hidden,
+        "TOP_K": top_k,
+        "PARTS": num_parts,
+        "BLOCK_M": block_m,
+        "BLOCK_K": 64,
+    }
+    return Plan(bias_dots_kernel, constants)
+
+
+@on_device
+def down_backward(
+    grad_y: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate_up: Tensor,
+    routing: Routing,
+    top_k_weights: Tensor,
+    gate: Gate,
+    need_weighted_h: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``reference.down_backward``."""
+    num_experts, hidden, intermediate = weight.shape
+    num_rows = gate_up.shape[0]
+    grad_gate_up = torch.empty_like(gate_up)
+    weighted_h = gate_up.new_empty((num_rows, intermediate)) if need_weighted_h else None
+    if gate_up.numel() == 0:
+        return grad_gate_up, weighted_h, torch.zeros_like(top_k_weights)
+    grad_y = rows_contiguous(grad_y)
+    config = config_of("down_backward", num_rows, num_experts, grad_y)
+    n_tiles = cdiv(intermediate, config.block_n)
+    num_parts = n_tiles + (bias is not None)
+    tiles = num_tiles(num_rows, num_experts, config.block_m)
+    stack = weight.mT
+    w_operand, weights = weight_operand(stack, config)
+    plan = _down_backward_plan(
+        config,
+        stack.shape,
+        stack.stride(),
+        grad_y.stride(0),
+        routing.top_k,
+        gate,
+        num_parts,
+        need_weighted_h,
+        weights,
+        precision(grad_y.dtype),
+    )
+    # Zeros, for the slots of no expert.
+    parts = torch.zeros((num_rows, num_parts), dtype=torch.float32, device=grad_y.device)
+    plan(
+        device_index(grad_y),
+        (tiles * n_tiles, 1, 1),
+        grad_y,
+        w_operand,
+        gate_up,
+        top_k_weights.contiguous(),
+        grad_gate_up,
+        grad_gate_up if weighted_h is None else weighted_h,
+        parts,
+        routing.offsets,
+        routing.row_to_slot,
+        routing.tile_expert,
+        routing.tile_row,
+    )
+    if bias is not None:
+        _bias_dots_plan(num_experts, grad_y.stride(0), hidden, routing.top_k, num_parts, config.block_m)(
+            device_index(grad_y),
+            (tiles, 1, 1),
+            grad_y,
+            bias.contiguous(),
+            parts,
+            routing.offsets,
+            routing.row_to_slot,
+            routing.tile_expert,
+            routing.tile_row,
+        )
+    grad_weights = parts.sum(1).view(top_k_weights.shape).to(top_k_weights.dtype)
+    return grad_gate_up, weighted_h, grad_weights

@@ -1,0 +1,196 @@
+"""Launches of ``kernels.grouped_gemm``: the up projection with its gate, and the plain grouped GEMM."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .. import tuning
+from ..activations import Gate
+from ..kernels.grouped_gemm import grouped_gemm_kernel, grouped_up_kernel
+from ..plan import Plan
+from .operands import (
+    cdiv,
+    config_of,
+    device_index,
+    num_tiles,
+    on_device,
+    precision,
+    rows_contiguous,
+    rows_operand,
+    weight_operand,
+)
+
+if TYPE_CHECKING:
+    from ..routing import Routing
+    from ..tuning import LaunchConfig
+
+
+@functools.cache
+def _gemm_plan(
+    config: LaunchConfig,
+    shape: tuple[int, int, int],
+    strides: tuple[int, int, int],
+    stride_am: int,
+    top_k: int,
+    gather: bool,
+    has_bias: bool,
+    a_descriptor: bool,
+    weights: str,
+    precision: str,
+) -> Plan:
+    num_experts, n, k = shape
+    constants = {
+        "NUM_EXPERTS": num_experts,
+        "STRIDE_AM": stride_am,
+        "STRIDE_WE": strides[0],
+        "STRIDE_WN": strides[1],
+        "STRIDE_WK": strides[2],
+        "N": n,
+        "K": k,
+        "TOP_K": top_k,
+        "GATHER": gather,
+        "HAS_BIAS": has_bias,
+        "A_DESCRIPTOR": a_descriptor,
+        "WEIGHTS": weights,
+        "PRECISION": precision,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "HALF_TILES": config.half_tiles,
+    }
+    return Plan(grouped_gemm_kernel, constants, config.num_warps, config.num_stages)
+
+
+@on_device
+def grouped_gemm(
+    a: Tensor, weight: Tensor, routing: Routing, num_rows: int, bias: Tensor | None, gather: bool, fill: float
+) -> Tensor:
+    """``reference.grouped_gemm``."""
+    num_experts, n, k = weight.shape
+    out = a.new_empty((num_rows, n))
+    if out.numel() == 0:
+        return out
+    a = rows_contiguous(a)
+    config = config_of("gemm" if k > tuning.SHORT_K else "gemm_short", num_rows, num_experts, a)
+    a_operand, a_descriptor = (a, False) if gather else rows_operand(a, config, [config.block_m, config.block_k])
+    a_half = a_operand
+    if a_descriptor and config.half_tiles:
+        a_half, _ = rows_operand(a, config, [config.block_m // 2, config.block_k])
+    w_operand, weights = weight_operand(weight, config)
+    plan = _gemm_plan(
+        config,
+        weight.shape,
+        weight.stride(),
+        a.stride(0),
+        routing.top_k,
+        gather,
+        bias is not None,
+        a_descriptor,
+        weights,
+        precision(a.dtype),
+    )
+    plan(
+        device_index(a),
+        (num_tiles(num_rows, num_experts, config.block_m) * cdiv(n, config.block_n), 1, 1),
+        a_operand,
+        a_half,
+        w_operand,
+        out if bias is None else bias.contiguous(),
+        out,
+        routing.offsets,
+        routing.row_to_slot,
+        routing.tile_expert,
+        routing.tile_row,
+        num_rows,
+        fill,
+    )
+    return out
+
+
+@functools.cache
+def _up_plan(
+    config: LaunchConfig,
+    shape: tuple[int, int, int],
+    strides: tuple[int, int, int],
+    stride_xt: int,
+    top_k: int,
+    gate: Gate,
+    has_bias: bool,
+    save_gate_up: bool,
+    weights: str,
+    precision: str,
+) -> Plan:
+    num_experts, columns, hidden = shape
+    intermediate = gate.intermediate(columns)
+    column_stride, up_offset = gate.column_layout(intermediate)
+    constants = {
+        "NUM_EXPERTS": num_experts,
+        "STRIDE_XT": stride_xt,
+        "STRIDE_WE": strides[0],
+        "STRIDE_WN": strides[1],
+        "STRIDE_WK": strides[2],
+        "H": hidden,
+        "I": intermediate,
+        "COLUMNS": columns,
+        "COLUMN_STRIDE": column_stride,
+        "UP_OFFSET": up_offset,
+        "TOP_K": top_k,
+        "ACTIVATION": gate.activation,
+        "GATED": gate.gated,
+        "ALPHA": gate.alpha,
+        "LIMIT": gate.limit,
+        "HAS_BIAS": has_bias,
+        "SAVE_GATE_UP": save_gate_up,
+        "WEIGHTS": weights,
+        "PRECISION": precision,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "HALF_TILES": config.half_tiles,
+    }
+    return Plan(grouped_up_kernel, constants, config.num_warps, config.num_stages)
+
+
+@on_device
+def grouped_up(
+    x: Tensor, weight: Tensor, routing: Routing, num_rows: int, bias: Tensor | None, gate: Gate, save_gate_up: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``reference.grouped_up``."""
+    num_experts, columns, _ = weight.shape
+    intermediate = gate.intermediate(columns)
+    h = x.new_empty((num_rows, intermediate))
+    gate_up = x.new_empty((num_rows, columns)) if save_gate_up else None
+    if h.numel() == 0:
+        return h, gate_up
+    x = rows_contiguous(x)
+    config = config_of("up", num_rows, num_experts, x)
+    w_operand, weights = (weight, "pointer") if gate.interleaved else weight_operand(weight, config)
+    plan = _up_plan(
+        config,
+        weight.shape,
+        weight.stride(),
+        x.stride(0),
+        routing.top_k,
+        gate,
+        bias is not None,
+        save_gate_up,
+        weights,
+        precision(x.dtype),
+    )
+    plan(
+        device_index(x),
+        (num_tiles(num_rows, num_experts, config.block_m) * cdiv(intermediate, config.block_n), 1, 1),
+        x,
+        w_operand,
+        h if bias is None else bias.contiguous(),
+        h,
+        h if gate_up is None else gate_up,
+        routing.offsets,
+        routing.row_to_slot,
+        routing.tile_expert,
+        routing.tile_row,
+    )
+    return h, gate_up

@@ -1,0 +1,138 @@
+"""Launches of ``kernels.grouped_gram``: gradients of weights and biases."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .. import tuning
+from ..kernels.grouped_gram import grouped_gram_kernel, grouped_row_sum_kernel
+from ..plan import Plan
+from .operands import cdiv, config_of, device_index, on_device, power_of_2, precision, rows_contiguous, rows_operand
+from .permute import dispatch
+
+if TYPE_CHECKING:
+    from ..routing import Routing
+    from ..tuning import LaunchConfig
+
+
+@functools.cache
+def _gram_plan(
+    config: LaunchConfig,
+    num_experts: int,
+    stride_am: int,
+    stride_bm: int,
+    shape: tuple[int, int, int],
+    strides: tuple[int, int, int],
+    top_k: int,
+    gather_a: bool,
+    gather_b: bool,
+    a_descriptor: bool,
+    b_descriptor: bool,
+    precision: str,
+) -> Plan:
+    constants = {
+        "STRIDE_AM": stride_am,
+        "STRIDE_BM": stride_bm,
+        "STRIDE_OE": strides[0],
+        "STRIDE_OM": strides[1],
+        "STRIDE_ON": strides[2],
+        "M": shape[1],
+        "N": shape[2],
+        "TOP_K": top_k,
+        "GATHER_A": gather_a,
+        "GATHER_B": gather_b,
+        "A_DESCRIPTOR": a_descriptor,
+        "B_DESCRIPTOR": b_descriptor,
+        "PRECISION": precision,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": 4,
+    }
+    return Plan(grouped_gram_kernel, constants, config.num_warps, config.num_stages)
+
+
+@on_device
+def grouped_gram(a: Tensor, b: Tensor, routing: Routing, gather_a: bool, gather_b: bool, out: Tensor) -> None:
+    """``reference.grouped_gram``."""
+    if out.stride(2) != 1 and out.stride(1) == 1:
+        # Columns of the output are what the kernel stores side by side.
+        a, b, gather_a, gather_b, out = b, a, gather_b, gather_a, out.mT
+    num_experts, m, n = out.shape
+    if out.numel() == 0:
+        return
+    if a.shape[0] == 0:
+        out.zero_()
+        return
+    a, b = rows_contiguous(a), rows_contiguous(b)
+    num_rows = a.shape[0] * (routing.top_k if gather_a else 1)
+    config = config_of("gram", num_rows, num_experts, a)
+    if config.gather_first and gather_a and n >= tuning.GATHER_FIRST_WIDTH:
+        a, gather_a = dispatch(a, routing, num_rows), False
+    if config.gather_first and gather_b and m >= tuning.GATHER_FIRST_WIDTH:
+        b, gather_b = dispatch(b, routing, num_rows), False
+    a_operand, a_descriptor = (a, False) if gather_a else rows_operand(a, config, [config.block_k, config.block_m])
+    b_operand, b_descriptor = (b, False) if gather_b else rows_operand(b, config, [config.block_k, config.block_n])
+    plan = _gram_plan(
+        config,
+        num_experts,
+        a.stride(0),
+        b.stride(0),
+        out.shape,
+        out.stride(),
+        routing.top_k,
+        gather_a,
+        gather_b,
+        a_descriptor,
+        b_descriptor,
+        precision(a.dtype),
+    )
+    plan(
+        device_index(a),
+        (num_experts * cdiv(m, config.block_m) * cdiv(n, config.block_n), 1, 1),
+        a,
+        b,
+        a_operand,
+        b_operand,
+        out,
+        routing.offsets,
+        routing.row_to_slot,
+    )
+
+
+@functools.cache
+def _row_sum_plan(stride_am: int, n: int, top_k: int, gather: bool, weighted: bool) -> tuple[Plan, int]:
+    block = max(16, min(128, power_of_2(n)))
+    constants = {
+        "STRIDE_AM": stride_am,
+        "N": n,
+        "TOP_K": top_k,
+        "GATHER": gather,
+        "WEIGHTED": weighted,
+        "BLOCK_N": block,
+        "BLOCK_K": 32,
+    }
+    return Plan(grouped_row_sum_kernel, constants), cdiv(n, block)
+
+
+@on_device
+def grouped_row_sum(a: Tensor, routing: Routing, weights: Tensor | None, gather: bool) -> Tensor:
+    """``reference.grouped_row_sum``."""
+    out = a.new_zeros((routing.num_experts, a.shape[1]))
+    if out.numel() == 0 or a.shape[0] == 0:
+        return out
+    a = rows_contiguous(a)
+    plan, blocks = _row_sum_plan(a.stride(0), a.shape[1], routing.top_k, gather, weights is not None)
+    plan(
+        device_index(a),
+        (routing.num_experts, blocks, 1),
+        a,
+        a if weights is None else weights.contiguous(),
+        out,
+        routing.offsets,
+        routing.row_to_slot,
+    )
+    return out

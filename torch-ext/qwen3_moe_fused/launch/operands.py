@@ -1,0 +1,93 @@
+"""What the launches share: the device they run on, their configuration, and how tensors become kernel arguments."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .. import tuning
+
+if TYPE_CHECKING:
+    from ..tuning import LaunchConfig
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def on_device(stage: F) -> F:
+    """Launches on the device of the stage's first argument, which need not be the current one."""
+
+    @functools.wraps(stage)
+    def wrapper(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        device = first.device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return stage(first, *args, **kwargs)
+        return stage(first, *args, **kwargs)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def device_index(tensor: Tensor) -> int:
+    """The device index under which plans keep their compiled kernels."""
+    return tensor.device.index or 0
+
+
+def precision(dtype: torch.dtype) -> str:
+    """tl.dot's fp32 arithmetic: as torch multiplies matrices."""
+    return "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def config_of(kernel: str, num_rows: int, num_experts: int, like: Tensor) -> LaunchConfig:
+    target = tuning.target_of(like.device)
+    return tuning.launch_config(kernel, tuning.bucket(num_rows, num_experts), target, like.element_size())
+
+
+def tile_height(num_rows: int, num_experts: int, device: torch.device, dtype: torch.dtype) -> int:
+    return tuning.tile_height(tuning.bucket(num_rows, num_experts), tuning.target_of(device), dtype.itemsize)
+
+
+def num_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
+    """Upper bound of the row tiles; the launches beyond the real number end at once."""
+    return num_rows // block_m + num_experts + 1
+
+
+def weight_operand(stack: Tensor, config: LaunchConfig) -> tuple[Any, str]:
+    """(kernel argument, WEIGHTS mode) of an (E, N, K) stack: a descriptor if asked for and the layout allows it."""
+    if config.descriptor and stack.data_ptr() % 16 == 0:
+        num_experts, n, k = stack.shape
+        stride_e, stride_n, stride_k = stack.stride()
+        itemsize = stack.element_size()
+        if stride_k == 1 and stride_n == k and stride_e == n * k and k * itemsize % 16 == 0:
+            return TensorDescriptor(stack, [num_experts * n, k], [k, 1], [config.block_n, config.block_k]), "rows"
+        # A block across the end of an expert would multiply zeros with the next expert's weights, which may be Inf.
+        aligned = n * itemsize % 16 == 0 and k % config.block_k == 0
+        if stride_n == 1 and stride_k == n and stride_e == n * k and aligned:
+            return TensorDescriptor(stack, [num_experts * k, n], [n, 1], [config.block_k, config.block_n]), "columns"
+    return stack, "pointer"
+
+
+def rows_operand(a: Tensor, config: LaunchConfig, block: list[int]) -> tuple[Any, bool]:
+    """(kernel argument, whether it is a descriptor) of rows (S, K) that are not gathered, read in blocks of ``block``."""
+    row_bytes = a.stride(0) * a.element_size()
+    if config.descriptor and a.numel() > 0 and row_bytes % 16 == 0 and a.data_ptr() % 16 == 0:
+        return TensorDescriptor(a, list(a.shape), [a.stride(0), 1], block), True
+    return a, False
+
+
+def rows_contiguous(a: Tensor) -> Tensor:
+    """``a`` with contiguous features."""
+    return a if a.stride(-1) == 1 and a.shape[-1] else a.contiguous()

@@ -1,0 +1,95 @@
+"""Launches of ``kernels.permute``: tokens to rows and back."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..kernels import permute as permute_kernels
+from ..plan import Plan
+from .operands import cdiv, device_index, on_device, power_of_2, rows_contiguous
+
+if TYPE_CHECKING:
+    from ..routing import Routing
+
+
+def _row_block(n: int) -> tuple[int, int]:
+    """(columns, warps) of the kernels that pass over a row of n features once: 16 bytes a thread."""
+    block = max(32, min(2048, power_of_2(n)))
+    return block, max(1, min(8, block // 256))
+
+
+@functools.cache
+def _combine_plan(n: int, top_k: int, weighted: bool) -> tuple[Plan, int]:
+    block, warps = _row_block(n)
+    constants = {"N": n, "TOP_K": top_k, "WEIGHTED": weighted, "BLOCK_N": block}
+    return Plan(permute_kernels.combine_kernel, constants, num_warps=warps), cdiv(n, block)
+
+
+@on_device
+def combine(z: Tensor, routing: Routing, num_tokens: int, weights: Tensor | None) -> Tensor:
+    """``reference.combine``."""
+    y = z.new_empty((num_tokens, z.shape[1]))
+    if y.numel() == 0:
+        return y
+    plan, blocks = _combine_plan(z.shape[1], routing.top_k, weights is not None)
+    plan(
+        device_index(z),
+        (num_tokens, blocks, 1),
+        z,
+        y if weights is None else weights.contiguous(),
+        y,
+        routing.slot_to_row,
+    )
+    return y
+
+
+@functools.cache
+def _dispatch_plan(num_experts: int, stride_xt: int, n: int, top_k: int) -> tuple[Plan, int]:
+    block, warps = _row_block(n)
+    constants = {"NUM_EXPERTS": num_experts, "STRIDE_XT": stride_xt, "N": n, "TOP_K": top_k, "BLOCK_N": block}
+    return Plan(permute_kernels.dispatch_kernel, constants, num_warps=warps), cdiv(n, block)
+
+
+@on_device
+def dispatch(x: Tensor, routing: Routing, num_rows: int) -> Tensor:
+    """``reference.dispatch``."""
+    rows = x.new_empty((num_rows, x.shape[1]))
+    if rows.numel() == 0:
+        return rows
+    x = rows_contiguous(x)
+    plan, blocks = _dispatch_plan(routing.num_experts, x.stride(0), x.shape[1], routing.top_k)
+    plan(device_index(x), (x.shape[0], blocks, 1), x, rows, routing.offsets, routing.slot_to_row)
+    return rows
+
+
+@functools.cache
+def _combine_backward_plan(num_experts: int, stride_yt: int, n: int, top_k: int) -> Plan:
+    block, warps = _row_block(n)
+    constants = {"NUM_EXPERTS": num_experts, "STRIDE_YT": stride_yt, "N": n, "TOP_K": top_k, "BLOCK_N": block}
+    return Plan(permute_kernels.combine_backward_kernel, constants, num_warps=warps)
+
+
+@on_device
+def combine_backward(grad_y: Tensor, z: Tensor, routing: Routing, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """``reference.combine_backward``."""
+    grad_z, grad_weights = torch.empty_like(z), weights.new_empty(weights.shape)
+    if z.numel() == 0:
+        return grad_z, grad_weights.zero_()
+    grad_y = rows_contiguous(grad_y)
+    plan = _combine_backward_plan(routing.num_experts, grad_y.stride(0), z.shape[1], routing.top_k)
+    plan(
+        device_index(z),
+        (z.shape[0], 1, 1),
+        grad_y,
+        z,
+        weights.contiguous(),
+        grad_z,
+        grad_weights,
+        routing.offsets,
+        routing.slot_to_row,
+    )
+    return grad_z, grad_weights

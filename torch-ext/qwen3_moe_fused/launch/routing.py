@@ -1,0 +1,132 @@
+"""Launches of ``kernels.routing``: slots to rows, and row tiles to experts."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..kernels import routing as routing_kernels
+from ..plan import Plan
+from .operands import cdiv, device_index, num_tiles, on_device, power_of_2, tile_height
+
+if TYPE_CHECKING:
+    from ..routing import Routing
+
+
+# Elements of the kernels' (tiles or blocks, experts) matrices, slots they compare pairwise.
+ROUTING_TILE = 4096
+ROUTING_SUB_SLOTS = 128
+# Slots that a single program routes; beyond, blocks of slots are counted first, in at most so many blocks.
+ROUTING_SINGLE_SLOTS = 512
+ROUTING_BLOCKS = 128
+
+
+def _experts_block(num_experts: int) -> int:
+    return max(power_of_2(num_experts), 2)
+
+
+def _routing_sub_block(experts: int) -> int:
+    """Tiles, or blocks' counts, a routing kernel handles at a time."""
+    return max(16, min(128, ROUTING_TILE // experts))
+
+
+@functools.cache
+def _count_plan(num_experts: int, block: int) -> Plan:
+    constants = {"NUM_EXPERTS": num_experts, "BLOCK_S": block, "EXPERTS": _experts_block(num_experts)}
+    return Plan(routing_kernels.count_kernel, constants)
+
+
+@functools.cache
+def _route_plan(num_experts: int, block: int, sub_blocks: int, block_m: int, single: bool) -> Plan:
+    experts = _experts_block(num_experts)
+    constants = {
+        "NUM_EXPERTS": num_experts,
+        "BLOCK_S": block,
+        "SUB_S": min(block, ROUTING_SUB_SLOTS),
+        "SUB_B": sub_blocks,
+        "SUB_T": _routing_sub_block(experts) if single else 16,
+        "EXPERTS": experts,
+        "BLOCK_M": block_m,
+        "SINGLE": single,
+    }
+    return Plan(routing_kernels.route_kernel, constants, num_warps=8 if single else 4)
+
+
+@on_device
+def route(top_k_index: Tensor, routing: Routing, dtype: torch.dtype) -> None:
+    """``reference.route``."""
+    num_slots, num_experts = top_k_index.numel(), routing.num_experts
+    if num_slots == 0:
+        routing.offsets.zero_()
+        return
+    ids = top_k_index.contiguous()
+    device = device_index(ids)
+    # A power of two, so that few block sizes are ever compiled.
+    single = num_slots <= ROUTING_SINGLE_SLOTS
+    if single:
+        num_blocks, sub_blocks = 1, 1
+        block = max(16, power_of_2(num_slots))
+        counts = routing.offsets  # not read
+    else:
+        experts = _experts_block(num_experts)
+        block = max(ROUTING_SUB_SLOTS, power_of_2(cdiv(num_slots, ROUTING_BLOCKS)))
+        num_blocks = cdiv(num_slots, block)
+        sub_blocks = min(_routing_sub_block(experts), power_of_2(num_blocks))
+        counts = ids.new_empty((num_blocks, experts), dtype=torch.int32)
+        _count_plan(num_experts, block)(device, (num_blocks, 1, 1), ids, counts, num_slots)
+    block_m = tile_height(num_slots, num_experts, ids.device, dtype)
+    tiles = num_tiles(num_slots, num_experts, block_m)
+    _route_plan(num_experts, block, sub_blocks, block_m, single)(
+        device,
+        (num_blocks, 1, 1),
+        ids,
+        counts,
+        routing.offsets,
+        routing.row_to_slot,
+        routing.slot_to_row,
+        routing.tile_expert,
+        routing.tile_row,
+        num_slots,
+        num_blocks,
+        tiles,
+        cdiv(tiles, num_blocks),
+    )
+
+
+@functools.cache
+def _route_sorted_plan(num_experts: int, stride: int, block_m: int) -> Plan:
+    experts = _experts_block(num_experts)
+    constants = {
+        "NUM_EXPERTS": num_experts,
+        "STRIDE_M": stride,
+        "EXPERTS": experts,
+        "BLOCK_M": block_m,
+        "SUB_T": _routing_sub_block(experts),
+    }
+    return Plan(routing_kernels.route_sorted_kernel, constants)
+
+
+@on_device
+def route_sorted(m_sizes: Tensor, num_rows: int, routing: Routing, dtype: torch.dtype) -> None:
+    """``reference.route_sorted``."""
+    num_experts = routing.num_experts
+    if num_experts == 0:
+        routing.offsets.zero_()
+        routing.tile_expert.fill_(-1)
+        return
+    block_m = tile_height(num_rows, num_experts, m_sizes.device, dtype)
+    tiles = num_tiles(num_rows, num_experts, block_m)
+    num_blocks = cdiv(tiles, _routing_sub_block(_experts_block(num_experts)))
+    _route_sorted_plan(num_experts, m_sizes.stride(0), block_m)(
+        device_index(m_sizes),
+        (num_blocks, 1, 1),
+        m_sizes,
+        routing.offsets,
+        routing.tile_expert,
+        routing.tile_row,
+        num_rows,
+        tiles,
+    )
