@@ -20,12 +20,15 @@ def error(value: Tensor, truth: Tensor) -> float:
     return float((value.detach().double() - truth).abs().max())
 
 
-def assert_accurate(name: str, ours: Tensor, truth: Tensor, torchs: Tensor) -> None:
-    """Fails unless ``ours`` misses ``truth`` (float64) by at most twice what ``torchs``, in the same dtype, does."""
+def assert_accurate(name: str, ours: Tensor, truth: Tensor, torchs: Tensor, slack: float = 1.0) -> None:
+    """Fails unless ``ours`` misses ``truth`` (float64) by at most twice what ``torchs``, in the same dtype, does.
+
+    ``slack`` multiplies the floor, for tensors of so few elements that torch's error says little.
+    """
     assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
     assert ours.dtype == torchs.dtype, f"{name}: {ours.dtype}, expected {torchs.dtype}"
     assert ours.device == torchs.device, f"{name}: on {ours.device}, expected {torchs.device}"
     scale = float(truth.abs().max()) if truth.numel() else 0.0
-    limit = 2 * error(torchs, truth) + FLOOR[ours.dtype] * scale
+    limit = 2 * error(torchs, truth) + slack * FLOOR[ours.dtype] * scale
     got = error(ours, truth)
     assert got <= limit, f"{name}: error {got:.3e}, allowed {limit:.3e} (largest value {scale:.3e})"

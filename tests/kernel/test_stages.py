@@ -20,7 +20,7 @@ from tests.kernel.machine import DEVICE, HAS_TRITON, INTERPRETED, module, name_o
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="there are no Triton stages without triton")
 
 if HAS_TRITON:
-    launch = module("launch")
+    launch, operands, decode = module("launch"), module("launch.operands"), module("launch.decode")
 reference, routing_module, tuning = module("reference"), module("routing"), module("tuning")
 Gate, Routing = module("activations").Gate, routing_module.Routing
 
@@ -290,9 +290,9 @@ def test_combine_backward(features: int, index: str, dtype: torch.dtype) -> None
 
 # What a launch configuration may ask for; the tile itself stays the default's.
 WAYS = {
-    "pointers": {"descriptor": False, "gather_first": False, "slices": 1},
-    "descriptors": {"descriptor": True, "gather_first": False, "slices": 2},
-    "gather-first": {"descriptor": True, "gather_first": True, "slices": 4},
+    "pointers": {"descriptor": False, "gather_first": False, "slices": 1, "half_tiles": False},
+    "descriptors": {"descriptor": True, "gather_first": False, "slices": 2, "half_tiles": True},
+    "gather-first": {"descriptor": True, "gather_first": True, "slices": 4, "half_tiles": True},
 }
 
 
@@ -304,9 +304,14 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     usual = tuning.launch_config
 
     def launch_config(*args: object) -> object:
-        return replace(usual(*args), **request.param)
+        config = usual(*args)
+        # Tiles of 16 rows cannot be halved, and a slice has at least 16 columns.
+        half_tiles = request.param["half_tiles"] and config.block_m >= 32
+        slices = min(request.param["slices"], config.block_n // 16)
+        return replace(config, **request.param | {"half_tiles": half_tiles, "slices": slices})
 
     monkeypatch.setattr(tuning, "launch_config", launch_config)
+    monkeypatch.setattr(tuning, "GATHER_FIRST_WIDTH", 0)
     return request.param
 
 
@@ -314,13 +319,13 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def descriptors(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The block shapes of the descriptors that launches make from now on."""
     made: list[list[int]] = []
-    real = launch.TensorDescriptor
+    real = operands.TensorDescriptor
 
     def descriptor(base: Tensor, shape: list[int], strides: list[int], block: list[int]) -> object:
         made.append(block)
         return real(base, shape, strides, block)
 
-    monkeypatch.setattr(launch, "TensorDescriptor", descriptor)
+    monkeypatch.setattr(operands, "TensorDescriptor", descriptor)
     return made
 
 
@@ -521,7 +526,7 @@ def test_decode_equals_the_routed_stages(dtype: torch.dtype) -> None:
 def test_decode_serves_few_slots_only() -> None:
     down = torch.empty((2, 8, 8), device=DEVICE)
     assert launch.use_decode(1, 8, down)
-    assert launch.use_decode(launch.DECODE_SLOTS, 1, down)
-    assert not launch.use_decode(launch.DECODE_SLOTS + 1, 1, down)
+    assert launch.use_decode(decode.DECODE_SLOTS, 1, down)
+    assert not launch.use_decode(decode.DECODE_SLOTS + 1, 1, down)
     assert not launch.use_decode(0, 8, down)
     assert not launch.use_decode(1, 8, down[:, :0])

@@ -34,6 +34,7 @@ VIOLATIONS = {
     "descriptor-before-hopper": ({"descriptor": True}, "descriptors need compute capability 9.0, got 80"),
     "too-much-shared-memory": ({"block_n": 512, "block_k": 128}, "bytes of shared memory, 80 has"),
     "odd-slices": ({"slices": 3}, "slices must be 1, 2, 4 or 8"),
+    "half-of-16": ({"block_m": 16, "half_tiles": True}, "half_tiles needs tiles of at least 32 rows"),
     "thin-slices": ({"block_n": 64, "slices": 8}, "at least 16 columns"),
 }
 
@@ -82,7 +83,7 @@ def test_defaults_shrink_to_small_targets(shared_memory: int) -> None:
 
 @pytest.mark.parametrize(
     "rows, experts, height",
-    [(0, 8, 16), (32, 8, 16), (33, 8, 32), (128, 8, 32), (129, 8, 64), (512, 8, 64), (513, 8, 128), (10**9, 8, 128)],
+    [(0, 8, 16), (32, 8, 16), (33, 8, 32), (128, 8, 32), (129, 8, 64), (384, 8, 64), (385, 8, 128), (10**9, 8, 128)],
 )
 def test_bucket_boundaries(rows: int, experts: int, height: int) -> None:
     assert tuning.bucket(rows, experts) == height
