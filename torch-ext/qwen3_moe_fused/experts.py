@@ -159,7 +159,7 @@ def _experts_backward(
     transposed: bool,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden_states, top_k_weights, gate_up_proj, down_proj, gate_up_bias and down_bias, None unless in needs."""
+    """Gradients of hidden_states, top_k_weights, gate_up_proj, down_proj, gate_up_bias, down_bias; None unless needed."""
     need_x, need_weights, need_up, need_down, need_up_bias, need_down_bias = needs
     num_tokens, top_k = top_k_weights.shape
     num_rows = num_tokens * top_k

@@ -1,20 +1,41 @@
 """A kernel with all its constants bound, launched with as little host work as Triton allows.
 
-``kernel[grid](...)`` analyses every argument on every call: some 50 µs for these kernels on the host of an H100, twice what a
-small layer's GEMM takes there. But the calls of one layer differ in their pointers alone, so a ``Plan`` keeps the compiled
-kernel of its first call and launches that. What Triton specialises on is fixed by construction: sizes and strides are
-constants of the plan, the remaining integers are not specialised, and a call with a pointer that is not 16-byte aligned takes
-the ordinary way.
+``kernel[grid](...)`` analyses every argument on every call: some 50 µs for these kernels on the host of an H100, twice
+what a small layer's GEMM takes there. But the calls of one layer differ in their pointers alone, so a ``Plan`` keeps the
+compiled kernel of its first call and launches that. What Triton specialises on is fixed by construction: sizes and
+strides are constants of the plan, kernels are kept by the dtypes of their tensors, the remaining integers are not
+specialised, and a call with a pointer that is not 16-byte aligned takes the ordinary way.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+class Descriptor(NamedTuple):
+    """The fields of a ``TensorDescriptor``, without the checks of each field, which take longer than a launch's share.
+
+    Attributes:
+        base: 16-byte aligned tensor.
+        shape, strides: of the matrix in it, in elements; rows 16-byte aligned, columns contiguous.
+        block_shape: of the tiles read through it.
+    """
+
+    base: Tensor
+    shape: tuple[int, int]
+    strides: tuple[int, int]
+    block_shape: tuple[int, int]
+    padding: str = "zero"
+
+    def checked(self) -> TensorDescriptor:
+        """What Triton compiles for."""
+        return TensorDescriptor(self.base, list(self.shape), list(self.strides), list(self.block_shape), self.padding)
 
 
 def _hooked() -> bool:
@@ -42,33 +63,32 @@ class Plan:
         self.constants = tuple(constants.values())
         self.num_warps = num_warps
         self.num_stages = num_stages
-        self._compiled: dict[int, Any] = {}
+        self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, device: int, grid: tuple[int, int, int], *args: Any) -> None:
         """Launches on the current device, whose index is ``device``, with ``args`` before the constants."""
-        compiled = self._compiled.get(device)
-        if compiled is None or _hooked():
-            self._launch(device, grid, args)
-            return
         # Addresses instead of tensors: the launcher asks a tensor for its address, and the driver about that.
         values: list[Any] = []
+        key: list[Any] = [device]
         pointers = 0
         for arg in args:
             if isinstance(arg, Tensor):
-                arg = arg.data_ptr()  # noqa: PLW2901
-                pointers |= arg
-            values.append(arg)
-        if pointers & 15:
-            self._launch(device, grid, args)
+                address = arg.data_ptr()
+                pointers |= address
+                values.append(address)
+                key.append(arg.dtype)
+            else:
+                values.append(arg)
+        compiled = self._compiled.get(tuple(key))
+        if compiled is None or pointers & 15 or _hooked():
+            # Triton's front door; what it compiled for aligned pointers is kept. The interpreter compiles nothing.
+            options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+            checked = [arg.checked() if isinstance(arg, Descriptor) else arg for arg in args]
+            compiled = self.kernel[grid](*checked, *self.constants, **options)
+            if pointers & 15 == 0 and compiled is not None:
+                self._compiled[tuple(key)] = compiled
             return
         stream = driver.active.get_current_stream(device)
         compiled.run(
             *grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *self.constants
         )
-
-    def _launch(self, device: int, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
-        """Launches through Triton's front door, and keeps the kernel if it is the one for aligned pointers."""
-        compiled = self.kernel[grid](*args, *self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
-        aligned = all(arg.data_ptr() % 16 == 0 for arg in args if isinstance(arg, Tensor))
-        if aligned and compiled is not None:  # the interpreter compiles nothing
-            self._compiled[device] = compiled

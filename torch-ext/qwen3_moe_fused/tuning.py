@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,6 @@ import torch
 # "gemm_short" is "gemm" over few in features, where the epilogue weighs more than the loop.
 KERNELS = ("up", "gemm", "gemm_short", "down_backward", "gram")
 SHORT_K = 1024
-
-# Width of the other operand from which gathering rows first pays in "gram" (gather_first): the copy is spread over more work.
-GATHER_FIRST_WIDTH = 1024
 
 # Rows per expert up to which each bucket's tile height serves; the last bucket has no end.
 BUCKETS = {16: 4, 32: 16, 64: 48, 128: None}
@@ -38,8 +35,6 @@ class LaunchConfig:
         num_warps, num_stages: of Triton.
         descriptor: load weights (and rows, where they are not gathered) through a tensor descriptor (TMA) if the layout
             allows it.
-        gather_first: of ``gram``: copy gathered rows into expert order in a pass of their own and read them through a
-            descriptor, which pays when experts have many rows.
         half_tiles: the last row tile of an expert is computed at half the height where its rows fit in that.
         slices: of the tile the epilogue of ``down_backward`` works on one after the other, to save registers.
     """
@@ -50,7 +45,6 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     descriptor: bool = False
-    gather_first: bool = False
     slices: int = 1
     half_tiles: bool = False
 
@@ -207,11 +201,6 @@ def target_of(device: torch.device) -> Target:
     if arch in TARGETS:
         return TARGETS[arch]
     # A relative of a known one: Orin is 8.7, Blackwell Ultra 10.3, Thor 11.0, GB10 12.1.
-    return replace(
-        TARGETS[100 if arch in (103, 110) else 86], arch=arch, shared_memory=properties.shared_memory_per_block_optin
-    )
-
-
-def as_dict(config: LaunchConfig) -> dict[str, Any]:
-    """``config`` as ``configs/*.json`` stores it."""
-    return asdict(config)
+    relative = TARGETS[100 if arch in (103, 110) else 86]
+    shared: int = getattr(properties, "shared_memory_per_block_optin", relative.shared_memory)
+    return replace(relative, arch=arch, shared_memory=shared)

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """The activation of ``activations.ACTIVATIONS`` by name, fp32 in and out; not ``swiglu_oai``, which needs both halves."""
+    """The activation of ``activations.ACTIVATIONS`` by name, fp32 in and out, but for ``swiglu_oai``, a function of two."""
     if ACTIVATION == "silu":
         y = x * tl.sigmoid(x)
     elif ACTIVATION == "gelu":

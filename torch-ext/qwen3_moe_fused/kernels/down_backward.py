@@ -4,7 +4,9 @@ With g = grad_y[token] · w_down[expert], a tile of g is all the epilogue needs 
 gate_up, the weighted h that the down projection's weight gradient reads, and this tile's share of the routing weight's
 gradient rowsum(g · h). Neither g nor the down projection's output ever reaches memory.
 
-The epilogue works on slices of the tile: all of it at once spills (1 KiB a thread at 128×128 and 8 warps).
+The epilogue works on slices of the tile: all of it at once spills 1 KiB a thread at 128×128 and 8 warps, which took 2.0 ms
+at 16384 tokens on an H100 against 1.0 ms. Gathering grad_y into expert order first, to read it through a descriptor, gained
+nothing: the epilogue, not the gather, is the rest.
 """
 
 import triton

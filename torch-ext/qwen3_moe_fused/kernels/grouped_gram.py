@@ -1,4 +1,9 @@
-"""Products over the rows of each expert: weight gradients and bias gradients. Every output tile is written once."""
+"""Products over the rows of each expert: weight gradients and bias gradients. Every output tile is written once.
+
+Gathered rows are read in place. Copying them into expert order first, to read them through a descriptor too, took as long
+at 16384 tokens on an H100 (1.54 ms against 1.55 ms for the gradient of a 1536×2048 up projection) and longer at 4096 (0.63
+against 0.60), and the copy takes memory. Eight warps a tile were 12 % slower than four.
+"""
 
 import triton
 import triton.language as tl

@@ -38,33 +38,30 @@ def write_tiles(
     starts,  # (EXPERTS,) first row of each expert
     counts,  # (EXPERTS,)
     num_rows,
-    NUM_EXPERTS: tl.constexpr,
-    first,
-    last,
     max_tiles,
+    program,
+    num_programs,
+    NUM_EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SUB_T: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    """Writes tiles first…last: the experts' in order, then those of the rows of no expert, then unused ones."""
-    tiles = (counts + BLOCK_M - 1) // BLOCK_M
-    ends = tl.cumsum(tiles, axis=0)
-    used = tl.sum(tiles, axis=0)
-    assigned = tl.sum(counts, axis=0)
+    """Writes a program's share of the tiles: the experts' in order, then those of the rows of no expert, then unused."""
     experts = tl.arange(0, EXPERTS)
-    for t in range(first, last, SUB_T):
+    tiles = (counts + BLOCK_M - 1) // BLOCK_M
+    firsts = tl.cumsum(tiles, axis=0) - tiles
+    for t in range(program, tl.max(tiles, axis=0), num_programs):  # the t-th tile of every expert that has one
+        tl.store(tile_expert_ptr + firsts + t, experts, mask=t < tiles)
+        tl.store(tile_row_ptr + firsts + t, starts + t * BLOCK_M, mask=t < tiles)
+    used = tl.sum(tiles, axis=0)
+    for t in range(used + program * SUB_T, max_tiles, num_programs * SUB_T):
         tile = t + tl.arange(0, SUB_T)
-        expert = tl.sum((ends[None, :] <= tile[:, None]).to(tl.int32), axis=1)
-        mine = expert[:, None] == experts[None, :]
-        row = tl.sum(tl.where(mine, (starts - (ends - tiles) * BLOCK_M)[None, :], 0), axis=1) + tile * BLOCK_M
-        orphan_row = assigned + (tile - used) * BLOCK_M
-        orphan = (tile >= used) & (orphan_row < num_rows)
-        expert = tl.where(tile < used, expert, tl.where(orphan, NUM_EXPERTS, -1))
-        tl.store(tile_expert_ptr + tile, expert, mask=tile < max_tiles)
-        tl.store(tile_row_ptr + tile, tl.where(tile < used, row, orphan_row), mask=tile < max_tiles)
+        row = tl.sum(counts, axis=0) + (tile - used) * BLOCK_M
+        tl.store(tile_expert_ptr + tile, tl.where(row < num_rows, NUM_EXPERTS, -1), mask=tile < max_tiles)
+        tl.store(tile_row_ptr + tile, row, mask=tile < max_tiles)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_blocks", "max_tiles", "tiles_per_block"])
+@triton.jit(do_not_specialize=["num_slots", "num_blocks", "max_tiles"])
 def route_kernel(
     ids_ptr,  # (S,) expert ids, any integer dtype
     counts_ptr,  # (blocks, EXPERTS) int32, not read by a single block
@@ -76,7 +73,6 @@ def route_kernel(
     num_slots,
     num_blocks,
     max_tiles,
-    tiles_per_block,
     NUM_EXPERTS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     SUB_S: tl.constexpr,  # slots compared pairwise
@@ -106,10 +102,9 @@ def route_kernel(
     if block == 0:
         tl.store(offsets_ptr + experts, starts, mask=experts < NUM_EXPERTS)
         tl.store(offsets_ptr + NUM_EXPERTS, tl.sum(counts, axis=0))
-    first = block * tiles_per_block
     write_tiles(
-        tile_expert_ptr, tile_row_ptr, starts, counts, num_slots, NUM_EXPERTS, first, first + tiles_per_block,
-        max_tiles, BLOCK_M, SUB_T, EXPERTS,
+        tile_expert_ptr, tile_row_ptr, starts, counts, num_slots, max_tiles, block, num_blocks, NUM_EXPERTS, BLOCK_M,
+        SUB_T, EXPERTS,
     )  # fmt: skip
     next_row = starts + before
     order = tl.arange(0, SUB_S)
@@ -138,18 +133,16 @@ def route_sorted_kernel(
     BLOCK_M: tl.constexpr,
     SUB_T: tl.constexpr,
 ):
-    """Offsets and tiles of rows that are sorted already. Sizes that cannot be give every row to no expert. Grid: (blocks,)."""
-    block = tl.program_id(0)
+    """Offsets and tiles of sorted rows; sizes that cannot be give every row to no expert. Grid: (blocks,)."""
     experts = tl.arange(0, EXPERTS)
     sizes = tl.load(m_sizes_ptr + experts * STRIDE_M, mask=experts < NUM_EXPERTS, other=0).to(tl.int64)
     fits = (tl.sum(sizes, axis=0) <= num_rows) & (tl.min(sizes, axis=0) >= 0)
     counts = tl.where(fits, sizes, 0).to(tl.int32)
     starts = tl.cumsum(counts, axis=0) - counts
-    if block == 0:
+    if tl.program_id(0) == 0:
         tl.store(offsets_ptr + experts, starts, mask=experts < NUM_EXPERTS)
         tl.store(offsets_ptr + NUM_EXPERTS, tl.sum(counts, axis=0))
-    first = block * SUB_T
     write_tiles(
-        tile_expert_ptr, tile_row_ptr, starts, counts, num_rows, NUM_EXPERTS, first, first + SUB_T, max_tiles,
-        BLOCK_M, SUB_T, EXPERTS,
+        tile_expert_ptr, tile_row_ptr, starts, counts, num_rows, max_tiles, tl.program_id(0), tl.num_programs(0),
+        NUM_EXPERTS, BLOCK_M, SUB_T, EXPERTS,
     )  # fmt: skip

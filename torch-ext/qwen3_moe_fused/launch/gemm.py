@@ -75,10 +75,10 @@ def grouped_gemm(
         return out
     a = rows_contiguous(a)
     config = config_of("gemm" if k > tuning.SHORT_K else "gemm_short", num_rows, num_experts, a)
-    a_operand, a_descriptor = (a, False) if gather else rows_operand(a, config, [config.block_m, config.block_k])
+    a_operand, a_descriptor = (a, False) if gather else rows_operand(a, config, (config.block_m, config.block_k))
     a_half = a_operand
     if a_descriptor and config.half_tiles:
-        a_half, _ = rows_operand(a, config, [config.block_m // 2, config.block_k])
+        a_half, _ = rows_operand(a, config, (config.block_m // 2, config.block_k))
     w_operand, weights = weight_operand(weight, config)
     plan = _gemm_plan(
         config,

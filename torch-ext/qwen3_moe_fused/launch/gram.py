@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .. import tuning
 from ..kernels.grouped_gram import grouped_gram_kernel, grouped_row_sum_kernel
 from ..plan import Plan
 from .operands import cdiv, config_of, device_index, on_device, power_of_2, precision, rows_contiguous, rows_operand
-from .permute import dispatch
 
 if TYPE_CHECKING:
     from ..routing import Routing
@@ -70,12 +68,8 @@ def grouped_gram(a: Tensor, b: Tensor, routing: Routing, gather_a: bool, gather_
     a, b = rows_contiguous(a), rows_contiguous(b)
     num_rows = a.shape[0] * (routing.top_k if gather_a else 1)
     config = config_of("gram", num_rows, num_experts, a)
-    if config.gather_first and gather_a and n >= tuning.GATHER_FIRST_WIDTH:
-        a, gather_a = dispatch(a, routing, num_rows), False
-    if config.gather_first and gather_b and m >= tuning.GATHER_FIRST_WIDTH:
-        b, gather_b = dispatch(b, routing, num_rows), False
-    a_operand, a_descriptor = (a, False) if gather_a else rows_operand(a, config, [config.block_k, config.block_m])
-    b_operand, b_descriptor = (b, False) if gather_b else rows_operand(b, config, [config.block_k, config.block_n])
+    a_operand, a_descriptor = (a, False) if gather_a else rows_operand(a, config, (config.block_k, config.block_m))
+    b_operand, b_descriptor = (b, False) if gather_b else rows_operand(b, config, (config.block_k, config.block_n))
     plan = _gram_plan(
         config,
         num_experts,

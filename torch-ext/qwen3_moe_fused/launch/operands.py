@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import tuning
+from ..plan import Descriptor
 
 if TYPE_CHECKING:
     from ..tuning import LaunchConfig
@@ -72,19 +72,19 @@ def weight_operand(stack: Tensor, config: LaunchConfig) -> tuple[Any, str]:
         stride_e, stride_n, stride_k = stack.stride()
         itemsize = stack.element_size()
         if stride_k == 1 and stride_n == k and stride_e == n * k and k * itemsize % 16 == 0:
-            return TensorDescriptor(stack, [num_experts * n, k], [k, 1], [config.block_n, config.block_k]), "rows"
+            return Descriptor(stack, (num_experts * n, k), (k, 1), (config.block_n, config.block_k)), "rows"
         # A block across the end of an expert would multiply zeros with the next expert's weights, which may be Inf.
         aligned = n * itemsize % 16 == 0 and k % config.block_k == 0
         if stride_n == 1 and stride_k == n and stride_e == n * k and aligned:
-            return TensorDescriptor(stack, [num_experts * k, n], [n, 1], [config.block_k, config.block_n]), "columns"
+            return Descriptor(stack, (num_experts * k, n), (n, 1), (config.block_k, config.block_n)), "columns"
     return stack, "pointer"
 
 
-def rows_operand(a: Tensor, config: LaunchConfig, block: list[int]) -> tuple[Any, bool]:
+def rows_operand(a: Tensor, config: LaunchConfig, block: tuple[int, int]) -> tuple[Any, bool]:
     """(kernel argument, whether it is a descriptor) of rows (S, K) that are not gathered, read in blocks of ``block``."""
     row_bytes = a.stride(0) * a.element_size()
     if config.descriptor and a.numel() > 0 and row_bytes % 16 == 0 and a.data_ptr() % 16 == 0:
-        return TensorDescriptor(a, list(a.shape), [a.stride(0), 1], block), True
+        return Descriptor(a, (a.shape[0], a.shape[1]), (a.stride(0), 1), block), True
     return a, False
 
 

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from ..routing import Routing
 
 
-# Elements of the kernels' (tiles or blocks, experts) matrices, slots they compare pairwise.
+# Elements of the (blocks, experts) matrices of counts, slots compared pairwise, tiles written, at a time.
 ROUTING_TILE = 4096
 ROUTING_SUB_SLOTS = 128
+ROUTING_SUB_TILES = 128
 # Slots that a single program routes; beyond, blocks of slots are counted first, in at most so many blocks.
 ROUTING_SINGLE_SLOTS = 512
 ROUTING_BLOCKS = 128
@@ -26,11 +27,6 @@ ROUTING_BLOCKS = 128
 
 def _experts_block(num_experts: int) -> int:
     return max(power_of_2(num_experts), 2)
-
-
-def _routing_sub_block(experts: int) -> int:
-    """Tiles, or blocks' counts, a routing kernel handles at a time."""
-    return max(16, min(128, ROUTING_TILE // experts))
 
 
 @functools.cache
@@ -47,7 +43,7 @@ def _route_plan(num_experts: int, block: int, sub_blocks: int, block_m: int, sin
         "BLOCK_S": block,
         "SUB_S": min(block, ROUTING_SUB_SLOTS),
         "SUB_B": sub_blocks,
-        "SUB_T": _routing_sub_block(experts) if single else 16,
+        "SUB_T": ROUTING_SUB_TILES,
         "EXPERTS": experts,
         "BLOCK_M": block_m,
         "SINGLE": single,
@@ -74,7 +70,7 @@ def route(top_k_index: Tensor, routing: Routing, dtype: torch.dtype) -> None:
         experts = _experts_block(num_experts)
         block = max(ROUTING_SUB_SLOTS, power_of_2(cdiv(num_slots, ROUTING_BLOCKS)))
         num_blocks = cdiv(num_slots, block)
-        sub_blocks = min(_routing_sub_block(experts), power_of_2(num_blocks))
+        sub_blocks = min(max(1, ROUTING_TILE // experts), power_of_2(num_blocks))
         counts = ids.new_empty((num_blocks, experts), dtype=torch.int32)
         _count_plan(num_experts, block)(device, (num_blocks, 1, 1), ids, counts, num_slots)
     block_m = tile_height(num_slots, num_experts, ids.device, dtype)
@@ -92,7 +88,6 @@ def route(top_k_index: Tensor, routing: Routing, dtype: torch.dtype) -> None:
         num_slots,
         num_blocks,
         tiles,
-        cdiv(tiles, num_blocks),
     )
 
 
@@ -104,7 +99,7 @@ def _route_sorted_plan(num_experts: int, stride: int, block_m: int) -> Plan:
         "STRIDE_M": stride,
         "EXPERTS": experts,
         "BLOCK_M": block_m,
-        "SUB_T": _routing_sub_block(experts),
+        "SUB_T": ROUTING_SUB_TILES,
     }
     return Plan(routing_kernels.route_sorted_kernel, constants)
 
@@ -119,7 +114,7 @@ def route_sorted(m_sizes: Tensor, num_rows: int, routing: Routing, dtype: torch.
         return
     block_m = tile_height(num_rows, num_experts, m_sizes.device, dtype)
     tiles = num_tiles(num_rows, num_experts, block_m)
-    num_blocks = cdiv(tiles, _routing_sub_block(_experts_block(num_experts)))
+    num_blocks = cdiv(tiles, ROUTING_SUB_TILES)
     _route_sorted_plan(num_experts, m_sizes.stride(0), block_m)(
         device_index(m_sizes),
         (num_blocks, 1, 1),
