@@ -290,9 +290,9 @@ def test_combine_backward(features: int, index: str, dtype: torch.dtype) -> None
 
 # What a launch configuration may ask for; the tile itself stays the default's.
 WAYS = {
-    "pointers": {"descriptor": False, "gather_first": False, "slices": 1, "half_tiles": False},
-    "descriptors": {"descriptor": True, "gather_first": False, "slices": 2, "half_tiles": True},
-    "gather-first": {"descriptor": True, "gather_first": True, "slices": 4, "half_tiles": True},
+    "pointers": {"descriptor": False, "slices": 1, "half_tiles": False},
+    "descriptors": {"descriptor": True, "slices": 2, "half_tiles": True},
+    "slices-of-4": {"descriptor": True, "slices": 4, "half_tiles": True},
 }
 
 
@@ -311,21 +311,20 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         return replace(config, **request.param | {"half_tiles": half_tiles, "slices": slices})
 
     monkeypatch.setattr(tuning, "launch_config", launch_config)
-    monkeypatch.setattr(tuning, "GATHER_FIRST_WIDTH", 0)
     return request.param
 
 
 @pytest.fixture
-def descriptors(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+def descriptors(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The block shapes of the descriptors that launches make from now on."""
-    made: list[list[int]] = []
-    real = operands.TensorDescriptor
+    made: list[tuple[int, ...]] = []
+    real = operands.Descriptor
 
-    def descriptor(base: Tensor, shape: list[int], strides: list[int], block: list[int]) -> object:
-        made.append(block)
+    def descriptor(base: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]) -> object:
+        made.append(tuple(block))
         return real(base, shape, strides, block)
 
-    monkeypatch.setattr(operands, "TensorDescriptor", descriptor)
+    monkeypatch.setattr(operands, "Descriptor", descriptor)
     return made
 
 
@@ -356,7 +355,7 @@ def test_grouped_gemm(
 
 
 def test_descriptors_are_used_where_the_layout_allows(
-    descriptors: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    descriptors: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or the tests above would compare pointers with pointers."""
     usual = tuning.launch_config
@@ -365,15 +364,15 @@ def test_descriptors_are_used_where_the_layout_allows(
     config = tuning.launch_config("gemm", tuning.bucket(26, 6), tuning.target_of(DEVICE), 4)
     a, weight = random("a", 26, 64), random("w", 6, 48, 64)
 
-    def blocks(a: Tensor, weight: Tensor, gather: bool = False) -> list[list[int]]:
+    def blocks(a: Tensor, weight: Tensor, gather: bool = False) -> list[tuple[int, ...]]:
         descriptors.clear()
         launch.grouped_gemm(a, weight, scene.launch, 26, None, gather, 0.0)
         return list(descriptors)
 
     rows, across, down = (
-        [config.block_m, config.block_k],
-        [config.block_n, config.block_k],
-        [config.block_k, config.block_n],
+        (config.block_m, config.block_k),
+        (config.block_n, config.block_k),
+        (config.block_k, config.block_n),
     )
     assert blocks(a, weight) == [rows, across]
     assert blocks(a, weight.mT.contiguous().mT) == [rows, down]

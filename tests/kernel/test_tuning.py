@@ -146,9 +146,5 @@ def test_shipped_overrides_belong_to_known_targets(path: Path) -> None:
                 assert {field: getattr(config, field) for field in values} == values
 
 
-def test_as_dict_is_what_the_files_store() -> None:
-    assert tuning.LaunchConfig(**json.loads(json.dumps(tuning.as_dict(GOOD)))) == GOOD
-
-
 def test_a_cpu_counts_as_ampere() -> None:
     assert tuning.target_of(torch.device("cpu")) is A100
