@@ -1,7 +1,7 @@
 """Compiles the kernels' real launches for any GPU, on a machine without one.
 
 A stage of ``launch`` is called on meta tensors while ``JITFunction.run`` compiles for the wanted target instead of
-launching, so what is checked is what a user's call would compile: same arguments, same specialisation, same configuration.
+launching, so what is checked is what a user's call would compile: same arguments, specialisation and configuration.
 """
 
 from __future__ import annotations

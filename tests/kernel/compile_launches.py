@@ -1,0 +1,153 @@
+"""Compiles what one Qwen3-30B-A3B layer launches on one GPU target, and prints what each launch takes as JSON.
+
+A program of its own because Triton's interpreter, under which the other tests may run, replaces the kernels when they
+are imported: ``python -m tests.kernel.compile_launches 90 bfloat16 16 128`` (target, dtype, buckets).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from tests.kernel.machine import module
+from tests.kernel.offline_compile import compiling_for
+
+# One Qwen3-30B-A3B layer.
+EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 128, 2048, 768, 8
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One compiled launch: the stage, its configuration if it has one, and what it takes."""
+
+    stage: str
+    config: str
+    kernel: str
+    shared: int
+    registers: int
+    spills: int
+    seconds: float
+
+
+def tokens_of_bucket(block_m: int) -> int:
+    """A number of tokens whose rows per expert fall into the bucket of tiles ``block_m`` high."""
+    tuning = module("tuning")
+    rows = tuning.BUCKETS[block_m] or 256
+    tokens = rows * EXPERTS // TOP_K
+    assert tuning.bucket(tokens * TOP_K, EXPERTS) == block_m
+    return tokens
+
+
+def _tiled(dtype: torch.dtype, tokens: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """(stage, kernel family, call) of every stage with a tile to choose."""
+    launch, gate, routing = _modules(tokens)
+    rows = tokens * TOP_K
+
+    def meta(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, rows_h, rows_i, rows_2i = (
+        meta(tokens, HIDDEN),
+        meta(rows, HIDDEN),
+        meta(rows, INTERMEDIATE),
+        meta(rows, 2 * INTERMEDIATE),
+    )
+    up, down = meta(EXPERTS, 2 * INTERMEDIATE, HIDDEN), meta(EXPERTS, HIDDEN, INTERMEDIATE)
+    weights = torch.empty((tokens, TOP_K), device="meta")
+    yield "up, train", "up", lambda: launch.grouped_up(x, up, routing, rows, None, gate, True)
+    yield "up, infer", "up", lambda: launch.grouped_up(x, up, routing, rows, None, gate, False)
+    for name, a, w in (("down", rows_i, down), ("up", rows_h, up)):
+        backward = rows_2i if name == "up" else rows_h
+        for label, left, right in ((f"gemm, {name}", a, w), (f"gemm, {name} transposed", backward, w.mT)):
+            family = "gemm" if right.shape[2] > module("tuning").SHORT_K else "gemm_short"
+            yield label, family, _gemm(launch, left, right, routing, rows)
+    yield (
+        "down backward",
+        "down_backward",
+        lambda: launch.down_backward(x, down, None, rows_2i, routing, weights, gate, True),
+    )
+    yield "gram, gather a", "gram", lambda: launch.grouped_gram(x, rows_i, routing, True, False, down)
+    yield "gram, gather b", "gram", lambda: launch.grouped_gram(rows_2i, x, routing, False, True, up)
+
+
+def _gemm(launch: object, a: Tensor, w: Tensor, routing: object, rows: int) -> Callable[[], object]:
+    return lambda: launch.grouped_gemm(a, w, routing, rows, None, False, 0.0)  # type: ignore[attr-defined]
+
+
+def _untiled(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """The stages without a configuration, biases, and routing in one block and in many."""
+    for tokens in (32, 4096):
+        launch, gate, routing = _modules(tokens)
+        ids = torch.empty((tokens, TOP_K), dtype=torch.int64, device="meta")
+        yield f"route, {tokens} tokens", "", _call(launch.route, ids, routing, dtype)
+    tokens, rows = 4096, 4096 * TOP_K
+
+    def meta(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, z, weights = meta(tokens, HIDDEN), meta(rows, HIDDEN), torch.empty((tokens, TOP_K), device="meta")
+    up, down = meta(EXPERTS, 2 * INTERMEDIATE, HIDDEN), meta(EXPERTS, HIDDEN, INTERMEDIATE)
+    sizes = torch.empty(EXPERTS, dtype=torch.int32, device="meta")
+    yield "route sorted", "", _call(launch.route_sorted, sizes, rows, routing, dtype)
+    yield "combine", "", _call(launch.combine, z, routing, tokens, weights)
+    yield "combine, no weights", "", _call(launch.combine, z, routing, tokens, None)
+    yield "combine backward", "", _call(launch.combine_backward, x, z, routing, weights)
+    yield "dispatch", "", _call(launch.dispatch, x, routing, rows)
+    yield "row sum", "", _call(launch.grouped_row_sum, z, routing, None, False)
+    yield "row sum, weighted", "", _call(launch.grouped_row_sum, x, routing, weights, True)
+    one = torch.empty((1, TOP_K), dtype=torch.int64, device="meta")
+    decode = (meta(1, HIDDEN), one, weights[:1], up, down)
+    yield "decode", "", _call(launch.decode, *decode, None, None, gate)
+    biases = (meta(EXPERTS, 2 * INTERMEDIATE), meta(EXPERTS, HIDDEN))
+    yield "decode, bias", "", _call(launch.decode, *decode, *biases, gate)
+
+
+def _call(stage: Callable[..., object], *args: object) -> Callable[[], object]:
+    return lambda: stage(*args)
+
+
+def _modules(tokens: int) -> tuple:
+    routing = module("routing").Routing
+    buffer = torch.empty(routing.buffer_size(tokens * TOP_K, EXPERTS), dtype=torch.int32, device="meta")
+    views = routing.from_buffer(buffer, tokens * TOP_K, EXPERTS, TOP_K)
+    return module("launch"), module("activations").Gate(), views
+
+
+def compile_launches(arch: int | str, dtype: torch.dtype, heights: list[int], untiled: bool) -> Iterator[Launch]:
+    """Every launch for ``arch`` once: what two buckets share is compiled in the first."""
+    tuning = module("tuning")
+    target = tuning.TARGETS[arch]
+    seen = set()
+    with mock.patch.object(tuning, "target_of", return_value=target), compiling_for(arch) as compiled:
+        stages = [(stage, height) for height in heights for stage in _tiled(dtype, tokens_of_bucket(height))]
+        stages += [(stage, 0) for stage in (_untiled(dtype) if untiled else ())]
+        for (name, family, call), height in stages:
+            config = tuning.launch_config(family, height, target, dtype.itemsize) if family else None
+            if family and (name, config) in seen:
+                continue
+            seen.add((name, config))
+            before, start = len(compiled), time.perf_counter()
+            call()
+            seconds = time.perf_counter() - start
+            assert len(compiled) > before, f"{name} launched nothing"
+            for resources in compiled[before:]:
+                yield Launch(name, str(config or ""), **asdict(resources), seconds=seconds)
+
+
+def main() -> None:
+    arch, dtype, *heights = sys.argv[1:]
+    untiled = "untiled" in heights
+    buckets = [int(height) for height in heights if height != "untiled"]
+    launches = compile_launches(int(arch) if arch.isdigit() else arch, getattr(torch, dtype), buckets, untiled)
+    print(json.dumps([asdict(launch) for launch in launches]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""The autograd formulas and the custom ops: float64 gradcheck, opcheck, torch.compile, and no second order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from tests.kernel.cases import ExpertsCase, gradients, make_inputs, plain_gate, run_experts, seeded
+from tests.kernel.machine import DEVICE, ON_GPU, kernel, module
+
+# float64 runs in plain torch, on a CPU: the formulas are those of the kernels.
+on_cpu = pytest.mark.skipif(
+    ON_GPU, reason="the formulas are checked in float64, which the GPU kernels do not compute in"
+)
+
+SMALL = ExpertsCase("small", "", tokens=4, top_k=2, experts=3, hidden=5, intermediate=3)
+FORMULAS = [
+    *(replace(SMALL, id=name, activation=name) for name in ("silu", "gelu", "gelu_tanh", "relu", "relu2")),
+    *(replace(SMALL, id=f"{name}-no-gate", activation=name, gated=False) for name in ("silu", "gelu", "gelu_tanh")),
+    *(replace(SMALL, id=f"{name}-no-gate", activation=name, gated=False, bias=True) for name in ("relu", "relu2")),
+    replace(SMALL, id="bias", bias=True),
+    replace(SMALL, id="interleaved", interleaved=True),
+    replace(SMALL, id="transposed", transposed=True),
+    replace(SMALL, id="gpt-oss", activation="swiglu_oai", interleaved=True, transposed=True, bias=True),
+    replace(SMALL, id="not-mine", index="partly mine", bias=True),
+    replace(SMALL, id="repeated", index="repeated"),
+    replace(SMALL, id="top-all", top_k=3),
+]
+
+
+def experts_of(case: ExpertsCase, **options: object) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """``moe_experts`` as a function of its differentiable tensors, and those in float64."""
+    inputs = make_inputs(case, torch.float64)
+    names = list(inputs.tensors)
+
+    def function(*tensors: Tensor) -> Tensor:
+        return run_experts(case, replace(inputs, tensors=dict(zip(names, tensors, strict=True))), **options)
+
+    return function, tuple(inputs.tensors.values())
+
+
+@on_cpu
+@pytest.mark.parametrize("case", FORMULAS, ids=lambda case: case.id)
+def test_experts_gradcheck(case: ExpertsCase) -> None:
+    assert torch.autograd.gradcheck(*experts_of(case))
+
+
+@on_cpu
+@pytest.mark.parametrize("case", [SMALL, FORMULAS[-4], FORMULAS[-3]], ids=lambda case: case.id)
+def test_experts_gradcheck_with_a_gate_function(case: ExpertsCase) -> None:
+    function, tensors = experts_of(case, activation=lambda gate_up: plain_gate(gate_up, case))
+    assert torch.autograd.gradcheck(function, tensors)
+
+
+LINEAR_SIZES = {"plain": (2, 0, 3), "one-expert": (4,), "no-rows": (0, 0)}
+
+
+def linear_arguments(
+    sizes: tuple[int, ...], bias: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    rng = seeded(f"linear {sizes}")
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng, dtype=torch.float64).to(DEVICE, dtype).requires_grad_()
+
+    m_sizes = torch.tensor(sizes, device=DEVICE)
+    biases = leaf(len(sizes), 4) if bias else None
+    return leaf(sum(sizes), 3), leaf(len(sizes), 4, 3), m_sizes, biases
+
+
+@on_cpu
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("sizes", LINEAR_SIZES.values(), ids=LINEAR_SIZES)
+def test_linear_gradcheck(sizes: tuple[int, ...], bias: bool) -> None:
+    rows, weight, m_sizes, biases = linear_arguments(sizes, bias, torch.float64)
+    leaves = (rows, weight) if biases is None else (rows, weight, biases)
+    assert torch.autograd.gradcheck(lambda x, w, b=None: kernel.moe_fused_linear(x, w, m_sizes, b), leaves)
+
+
+# ------------------------------------------------------------------------------------------------------------- opcheck
+
+
+def operators() -> dict[str, tuple[object, tuple]]:
+    """Every custom op with arguments a model would call it with; in fp32, which the kernels serve everywhere."""
+    experts, linear, permute, routing = (module(name) for name in ("experts", "linear", "permute", "routing"))
+    case = replace(SMALL, bias=True, index="partly mine")
+    inputs = make_inputs(case, torch.float32)
+    t = inputs.tensors
+    order = ("top_k_weights", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
+    weights, up, down, up_bias, down_bias = (t[name] for name in order)
+    x = t["hidden_states"]
+    options = ("silu", True, False, 1.702, 7.0, False)
+    rows, weight, m_sizes, bias = linear_arguments((2, 0, 3), True, torch.float32)
+    with torch.no_grad():
+        y, gate_up, buffer = experts.experts_op(x, inputs.index, weights, up, down, up_bias, down_bias, *options, True)
+        sorted_buffer = routing.route_sorted_op(m_sizes, 5, torch.float32)
+    z = torch.randn(8, 5, device=DEVICE).requires_grad_()
+    saved = (x.detach(), weights.detach(), up.detach(), down.detach(), down_bias.detach(), gate_up, buffer)
+    out = torch.ones(5, 4, device=DEVICE)
+    linear_backward = (out, rows.detach(), weight.detach(), sorted_buffer, True, 1, 0.0)
+    return {
+        "experts, partly mine": (
+            experts.experts_op,
+            (x, inputs.index, weights, up, down, up_bias, down_bias, *options, True),
+        ),
+        "experts": (
+            experts.experts_op,
+            (x, inputs.index % 3, weights, up, down, up_bias, down_bias, *options, True),
+        ),
+        "experts, inference": (
+            experts.experts_op,
+            (*(v.detach() for v in (x, inputs.index, weights, up, down)), None, None, *options, False),
+        ),
+        "experts backward": (experts.experts_backward_op, (y.detach(), *saved, *options, [True] * 6)),
+        "experts backward, some": (
+            experts.experts_backward_op,
+            (y.detach(), *saved, *options, [True, False, False, True, False, False]),
+        ),
+        "linear": (linear.grouped_linear_op, (rows, weight, bias, sorted_buffer, True, 1, 0.0)),
+        "linear, no bias": (linear.grouped_linear_op, (rows, weight, None, sorted_buffer, True, 1, 0.0)),
+        "linear backward": (linear.grouped_linear_backward_op, (*linear_backward, True, True, True)),
+        "linear backward, input": (linear.grouped_linear_backward_op, (*linear_backward, True, False, False)),
+        "dispatch": (permute.dispatch_op, (x, buffer, 3, 2)),
+        "combine": (permute.combine_op, (z, weights, buffer, 3, 2)),
+        "combine, no weights": (permute.combine_op, (z, None, buffer, 3, 2)),
+        "combine backward": (permute.combine_backward_op, (x.detach(), z.detach(), weights.detach(), buffer, 3, 2)),
+        "route": (routing.route_op, (inputs.index, 3, torch.float32)),
+        "route sorted": (routing.route_sorted_op, (m_sizes, 5, torch.float32)),
+    }
+
+
+OPERATORS = operators()
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name: str) -> None:
+    op, arguments = OPERATORS[name]
+    torch.library.opcheck(op, arguments)
+
+
+def test_every_operator_is_checked() -> None:
+    names = {op._name.split("::")[-1] for op, _ in OPERATORS.values()}
+    prefix = f"{kernel._ops._OPS_NAME}::"
+    registered = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)]
+    assert names == {name.removeprefix(prefix) for name in registered}
+
+
+# ------------------------------------------------------------------------------------------------------- torch.compile
+
+COMPILED = [
+    replace(SMALL, id="fused", hidden=8, intermediate=6, index="partly mine"),
+    replace(SMALL, id="gpt-oss", activation="swiglu_oai", interleaved=True, transposed=True, bias=True),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+def same_when_compiled(
+    function: Callable[..., Tensor], leaves: list[Tensor], *rest: object, dynamic: bool = False
+) -> None:
+    """Forward and every gradient, compiled without graph breaks, equal eager bit by bit."""
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    results = []
+    for call in (function, compiled):
+        copies = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+        y = call(*copies, *rest)
+        y.backward(torch.ones_like(y))
+        results.append([y.detach(), *(copy.grad for copy in copies)])
+    for eager, other in zip(*results, strict=True):
+        assert torch.equal(eager, other)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("gate_function", [False, True], ids=["named", "gate-function"])
+@pytest.mark.parametrize("case", COMPILED, ids=lambda case: case.id)
+def test_compiled_experts(case: ExpertsCase, gate_function: bool, dynamic: bool) -> None:
+    inputs = make_inputs(case, torch.float32)
+    names = list(inputs.tensors)
+    options = {"activation": lambda gate_up: plain_gate(gate_up, case)} if gate_function else {}
+
+    def function(*tensors: Tensor) -> Tensor:
+        *leaves, index = tensors
+        t = dict(zip(names, leaves, strict=True))
+        x, weights, up, down = (t.pop(n) for n in ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj"))
+        return kernel.moe_experts(x, index, weights, up, down, **t, **{**case.options(), **options})
+
+    same_when_compiled(function, list(inputs.tensors.values()), inputs.index, dynamic=dynamic)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiled_linear(dynamic: bool) -> None:
+    rows, weight, m_sizes, bias = linear_arguments((2, 0, 3), True, torch.float32)
+
+    def function(rows: Tensor, weight: Tensor, bias: Tensor, m_sizes: Tensor) -> Tensor:
+        return kernel.moe_fused_linear(rows, weight, m_sizes, bias)
+
+    same_when_compiled(function, [rows, weight, bias], m_sizes, dynamic=dynamic)
+
+
+def test_a_change_of_tokens_does_not_recompile_dynamic_shapes() -> None:
+    """One graph serves every number of tokens: nothing in it depends on how they are routed."""
+    # No number of tokens equals another size, or dynamo takes the two for one.
+    case = replace(SMALL, tokens=9, hidden=8, intermediate=5)
+    inputs = make_inputs(case, torch.float32)
+    t = inputs.tensors
+    graphs = CompileCounterWithBackend("aot_eager")
+
+    def function(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return kernel.moe_experts(x, index, weights, t["gate_up_proj"], t["down_proj"])
+
+    compiled = torch.compile(function, fullgraph=True, backend=graphs, dynamic=True)
+    for tokens in (9, 7, 6):
+        # Clones: a view's base is guarded as well.
+        x, weights = t["hidden_states"][:tokens].clone(), t["top_k_weights"][:tokens].clone()
+        arguments = (x, inputs.index[:tokens].clone(), weights)
+        assert torch.equal(compiled(*arguments), function(*arguments))
+    assert graphs.frame_count == 1
+
+
+# -------------------------------------------------------------------------------------------------------- second order
+
+
+def test_second_order_gradients_of_experts_are_refused() -> None:
+    inputs = make_inputs(SMALL, torch.float32)
+    x = inputs.tensors["hidden_states"]
+    (grad,) = torch.autograd.grad(run_experts(SMALL, inputs).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_second_order_gradients_of_the_linear_layer_are_refused() -> None:
+    rows, weight, m_sizes, _ = linear_arguments((2, 0, 3), False, torch.float32)
+    y = kernel.moe_fused_linear(rows, weight, m_sizes)
+    (grad,) = torch.autograd.grad(y.square().sum(), rows, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_gradients_accumulate_over_two_calls() -> None:
+    """One set of weights called twice in a graph, as under gradient accumulation or weight sharing."""
+    inputs, twice = make_inputs(SMALL, torch.float32), make_inputs(SMALL, torch.float32)
+    once = gradients(run_experts(SMALL, inputs), inputs)
+    both = run_experts(SMALL, twice) + run_experts(SMALL, twice)
+    for name, value in gradients(both, twice).items():
+        assert torch.equal(value, 2 * once[name]), name

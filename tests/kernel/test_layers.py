@@ -1,0 +1,198 @@
+"""The layers as ``kernels.kernelize`` uses them: their forwards, bound to modules of a model."""
+
+from __future__ import annotations
+
+import inspect
+import types
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.kernel.accuracy import assert_accurate
+from tests.kernel.cases import ExpertsCase, make_inputs, plain_experts, run_experts
+from tests.kernel.machine import DEVICE, kernel, module
+
+LAYERS = {
+    name: layer
+    for name, layer in vars(kernel.layers).items()
+    if inspect.isclass(layer) and issubclass(layer, nn.Module)
+}
+CASE = ExpertsCase("layer", "", tokens=6, experts=4, top_k=2)
+
+# The arguments of what each forward replaces: Transformers' experts and sparse block, and our grouped linear layer.
+SIGNATURES = {
+    "Qwen3MoeExperts": ["self", "hidden_states", "top_k_index", "top_k_weights"],
+    "Qwen3MoeSparseMoeBlock": ["self", "hidden_states"],
+    "MoeFusedLinear": ["self", "input", "m_sizes"],
+}
+
+
+def test_every_layer_is_known() -> None:
+    assert set(LAYERS) == set(SIGNATURES)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_layers_are_pure(name: str) -> None:
+    """``kernelize`` takes the forward alone: a layer with state, a constructor or other methods would lose them."""
+    layer = LAYERS[name]
+    assert layer.__bases__ == (nn.Module,)
+    assert layer.has_backward is True
+    assert layer.can_torch_compile is True
+    own = {member for member in vars(layer) if not member.startswith("__")}
+    assert own == {"forward", "has_backward", "can_torch_compile"}
+    assert not {"__init__", "__getattr__", "__setattr__"} & set(vars(layer))
+    assert set(layer.__annotations__).isdisjoint(own), "annotations must be bare"
+    assert list(inspect.signature(layer.forward).parameters) == SIGNATURES[name]
+
+
+class Experts(nn.Module):
+    """As Transformers' module of that kind keeps its parameters."""
+
+    def __init__(self, act_fn: nn.Module) -> None:
+        super().__init__()
+        inputs = make_inputs(CASE, torch.float32)
+        self.gate_up_proj = nn.Parameter(inputs.tensors["gate_up_proj"].detach())
+        self.down_proj = nn.Parameter(inputs.tensors["down_proj"].detach())
+        self.act_fn = act_fn
+
+
+class Router(nn.Module):
+    """Returns logits, weights and ids; counts its calls by a hook, as output recorders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inputs = make_inputs(CASE, torch.float32)
+        self.index, self.weights = inputs.index, inputs.tensors["top_k_weights"].detach()
+        self.seen: list[Tensor] = []
+        self.register_forward_hook(lambda _module, _arguments, output: self.seen.append(output[0]))
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return hidden_states[:, : CASE.experts], self.weights, self.index
+
+
+class Block(nn.Module):
+    def __init__(self, act_fn: nn.Module) -> None:
+        super().__init__()
+        self.gate = Router()
+        self.experts = Experts(act_fn)
+
+
+def bind(name: str, to: nn.Module) -> nn.Module:
+    to.forward = types.MethodType(LAYERS[name].forward, to)
+    return to
+
+
+def test_experts() -> None:
+    inputs = make_inputs(CASE, torch.float32)
+    layer = bind("Qwen3MoeExperts", Experts(nn.SiLU()))
+    t = inputs.tensors
+    y = layer(t["hidden_states"], inputs.index, t["top_k_weights"])
+    assert torch.equal(y, run_experts(CASE, inputs))
+    y.backward(inputs.grad)
+    assert layer.gate_up_proj.grad is not None
+    assert layer.down_proj.grad is not None
+
+
+def test_block_calls_its_router() -> None:
+    inputs = make_inputs(CASE, torch.float32)
+    block = bind("Qwen3MoeSparseMoeBlock", Block(nn.SiLU()))
+    batched = inputs.tensors["hidden_states"].view(2, 3, -1)
+    y = block(batched)
+    assert y.shape == batched.shape
+    assert torch.equal(y.view(6, -1), run_experts(CASE, inputs))
+    (logits,) = block.gate.seen
+    assert logits.shape == (6, CASE.experts)
+    y.backward(torch.ones_like(y))
+    assert block.experts.gate_up_proj.grad is not None
+
+
+def test_linear() -> None:
+    layer = bind("MoeFusedLinear", nn.Module())
+    layer.weight = nn.Parameter(torch.randn(3, 5, 4, device=DEVICE))
+    rows, sizes = torch.randn(6, 4, device=DEVICE), torch.tensor([1, 0, 5], device=DEVICE)
+    y = layer(rows, sizes)
+    assert torch.equal(y, kernel.moe_fused_linear(rows, layer.weight, sizes))
+    y.sum().backward()
+    assert layer.weight.grad is not None
+
+
+class OwnActivation(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(x)
+
+
+class SiLUActivation(nn.Module):
+    """Stands for Transformers' class of that name."""
+
+    forward = nn.SiLU.forward
+    inplace = False
+
+
+ACTIVATIONS = {
+    "silu": nn.SiLU(),
+    "relu": nn.ReLU(),
+    "gelu": nn.GELU(),
+    "gelu_tanh": nn.GELU(approximate="tanh"),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation_modules_by_name(name: str) -> None:
+    layers = module("layers")
+    assert layers.activation_of(ACTIVATIONS[name]) == name
+    x = torch.randn(4, 6, dtype=torch.float64)
+    gate = module("activations").Gate(name, gated=False)
+    assert torch.allclose(module("activations").apply_gate(x, gate), ACTIVATIONS[name](x))
+
+
+def test_activation_modules_by_class_name() -> None:
+    layers = module("layers")
+    assert layers.activation_of(SiLUActivation()) == "silu"
+    assert layers.activation_of(OwnActivation()) is None
+
+
+@pytest.mark.parametrize("name", ["Qwen3MoeExperts", "Qwen3MoeSparseMoeBlock"])
+def test_an_activation_the_kernels_do_not_know(name: str) -> None:
+    inputs = make_inputs(CASE, torch.float32)
+    if name == "Qwen3MoeExperts":
+        layer = bind(name, Experts(OwnActivation()))
+        y = layer(inputs.tensors["hidden_states"], inputs.index, inputs.tensors["top_k_weights"])
+    else:
+        y = bind(name, Block(OwnActivation()))(inputs.tensors["hidden_states"][None])[0]
+    expected = run_experts(CASE, inputs, activation=lambda gate_up: torch.sin(gate_up[:, :20]) * gate_up[:, 20:])
+    assert torch.equal(y, expected)
+
+
+def test_experts_equal_truth() -> None:
+    inputs = make_inputs(CASE, torch.float32)
+    layer = bind("Qwen3MoeExperts", Experts(nn.SiLU()))
+    y = layer(inputs.tensors["hidden_states"], inputs.index, inputs.tensors["top_k_weights"])
+    truth = plain_experts(CASE, inputs.to(torch.float64)).detach()
+    assert_accurate("y", y, truth, plain_experts(CASE, inputs))
+
+
+@pytest.mark.parametrize("name", ["Qwen3MoeExperts", "Qwen3MoeSparseMoeBlock", "MoeFusedLinear"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_layers_compile_without_graph_breaks(name: str, dynamic: bool) -> None:
+    inputs = make_inputs(CASE, torch.float32)
+    x = inputs.tensors["hidden_states"].detach()
+    if name == "MoeFusedLinear":
+        layer = bind(name, nn.Module())
+        layer.weight = nn.Parameter(torch.randn(3, 5, 4, device=DEVICE))
+        arguments = (torch.randn(6, 4, device=DEVICE), torch.tensor([1, 0, 5], device=DEVICE))
+    elif name == "Qwen3MoeExperts":
+        layer, arguments = bind(name, Experts(nn.SiLU())), (x, inputs.index, inputs.tensors["top_k_weights"].detach())
+    else:
+        layer, arguments = bind(name, Block(nn.SiLU())), (x.view(2, 3, -1),)
+        layer.gate._forward_hooks.clear()  # appending to a list is not for graphs
+    torch._dynamo.reset()
+    eager = layer(*arguments)
+    eager.sum().backward()
+    grads = {key: parameter.grad.clone() for key, parameter in layer.named_parameters()}
+    layer.zero_grad()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)(*arguments)
+    compiled.sum().backward()
+    assert torch.equal(eager, compiled)
+    for key, parameter in layer.named_parameters():
+        assert torch.equal(parameter.grad, grads[key]), key

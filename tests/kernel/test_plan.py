@@ -1,0 +1,141 @@
+"""A launch may reuse a compiled kernel only for what it was compiled for.
+
+Triton compiles a kernel for the dtypes of its arguments; a plan that hands a bf16 kernel fp16 tensors computes silently
+wrong numbers. Here every compilation is recorded instead of made, so this needs no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernel.machine import HAS_TRITON, module
+
+if not HAS_TRITON:
+    pytest.skip("there are no launches without triton", allow_module_level=True)
+
+from tests.kernel.compile_launches import _tiled, _untiled, tokens_of_bucket
+
+launch, tuning, routing = module("launch"), module("tuning"), module("routing")
+GATE = module("activations").Gate()
+
+
+def signature(args: tuple[Any, ...]) -> list[str]:
+    """The type of each argument as a compiled kernel takes it for granted."""
+    return [str(getattr(getattr(arg, "base", arg), "dtype", type(arg).__name__)) for arg in args]
+
+
+class Compiled:
+    """Stands for a compiled kernel: refuses arguments of other types than it was compiled for."""
+
+    function = packed_metadata = None
+
+    def __init__(self, name: str, compiled_for: list[str], given: list[str]) -> None:
+        self.name, self.compiled_for, self.given = name, compiled_for, given
+
+    def run(self, *_: Any) -> None:
+        """Gets addresses, so ``given`` tells the types of the call."""
+        pairs = zip(self.given, self.compiled_for, strict=False)
+        different = [f"{have} for {was}" for have, was in pairs if have != was]
+        assert different == [], f"{self.name}, compiled for other types: {', '.join(different)}"
+
+
+@pytest.fixture(autouse=True)
+def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of the kernels compiled from now on. No plan outlives the test."""
+    modules = [module(f"launch.{name}") for name in ("decode", "down_backward", "gemm", "gram", "permute", "routing")]
+    cached = [value for part in modules for value in vars(part).values() if hasattr(value, "cache_clear")]
+    plan = module("plan")
+    kernel_type, call = type(module("kernels.permute").combine_kernel), plan.Plan.__call__
+    compiled: list[str] = []
+    given: list[str] = []
+
+    def noting_types(self: Any, device: int, grid: tuple[int, int, int], *args: Any) -> None:
+        given[:] = signature(args)
+        call(self, device, grid, *args)
+
+    def run(function: Any, *args: Any, grid: object, warmup: bool, **options: object) -> Compiled:
+        compiled.append(function.__name__)
+        return Compiled(function.__name__, signature(args), given)
+
+    monkeypatch.setattr(plan, "driver", mock.MagicMock())
+    monkeypatch.setattr(plan.Plan, "__call__", noting_types)
+    monkeypatch.setattr(kernel_type, "run", run)
+    monkeypatch.setattr(tuning, "target_of", lambda _: tuning.TARGETS[90])
+    for function in cached:
+        function.cache_clear()
+    yield compiled
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.mark.parametrize("height", tuning.BUCKETS)
+def test_two_dtypes_of_one_size(height: int) -> None:
+    """bf16 and fp16 share configurations, not kernels."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for _, _, call in _tiled(dtype, tokens_of_bucket(height)):
+            call()
+
+
+def test_two_dtypes_of_one_size_without_configurations() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for _, _, call in _untiled(dtype):
+            call()
+
+
+def test_a_second_call_compiles_nothing(compilations: list[str]) -> None:
+    for _, _, call in _tiled(torch.bfloat16, 512):
+        call()
+    once = len(compilations)
+    assert once > 0
+    for _, _, call in _tiled(torch.bfloat16, 512):
+        call()
+    assert len(compilations) == once
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def views(slots: int, experts: int, top_k: int) -> Any:
+    size = routing.Routing.buffer_size(slots, experts)
+    return routing.Routing.from_buffer(meta(size, dtype=torch.int32), slots, experts, top_k)
+
+
+@pytest.mark.parametrize("tokens", [8, 4096], ids=["single-block", "blocks"])
+def test_ids_of_two_widths(tokens: int) -> None:
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        launch.route(meta(tokens, 2, dtype=dtype), views(2 * tokens, 16, 2), torch.bfloat16)
+        launch.route_sorted(meta(16, dtype=dtype), 2 * tokens, views(2 * tokens, 16, 2), torch.bfloat16)
+
+
+STAGES: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "combine": lambda weights, ids: launch.combine(meta(16, 64), views(16, 4, 2), 8, weights),
+    "combine_backward": lambda weights, ids: launch.combine_backward(
+        meta(8, 64), meta(16, 64), views(16, 4, 2), weights
+    ),
+    "grouped_row_sum": lambda weights, ids: launch.grouped_row_sum(meta(8, 64), views(16, 4, 2), weights, True),
+    "down_backward": lambda weights, ids: launch.down_backward(
+        meta(8, 64), meta(4, 64, 32), None, meta(16, 64), views(16, 4, 2), weights, GATE, True
+    ),
+    "decode": lambda weights, ids: launch.decode(
+        meta(8, 64), ids, weights, meta(4, 64, 64), meta(4, 64, 32), None, None, GATE
+    ),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_routing_weights_of_two_dtypes(stage: str) -> None:
+    """A router's fp32 in one model, bf16 in the next."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        STAGES[stage](meta(8, 2, dtype=dtype), meta(8, 2, dtype=torch.int64))
+
+
+def test_decode_with_ids_of_two_widths() -> None:
+    for dtype in (torch.int64, torch.int32):
+        STAGES["decode"](meta(8, 2, dtype=torch.float32), meta(8, 2, dtype=dtype))

@@ -1,0 +1,122 @@
+"""Random shapes and options, chosen by hypothesis, which shrinks what fails to the smallest such call.
+
+The examples are the same in every run: a failure is never lost, and no commit fails for the luck of the draw.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.kernel.accuracy import assert_accurate
+from tests.kernel.cases import (
+    INDEX,
+    PLAIN_ACTIVATIONS,
+    ExpertsCase,
+    gradients,
+    make_inputs,
+    plain_experts,
+    plain_gate,
+    run_experts,
+)
+from tests.kernel.machine import DTYPES, INTERPRETED, ON_GPU
+from tests.kernel.test_linear import LinearCase, linear, plain_linear, results
+from tests.kernel.test_linear import make_inputs as make_linear_inputs
+
+# A call takes a second in the interpreter and a millisecond on a GPU, after compiling it for a second.
+EXAMPLES = 12 if INTERPRETED else 40
+
+# One element may come out exact in torch by luck; there are up to eight roundings on the way to a gradient.
+SLACK = 8.0
+
+bounded = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
+# Widths around the tiles, up to what the interpreter does in a second.
+widths = st.sampled_from([1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 64, 65] + ([127, 128, 200, 256] if ON_GPU else []))
+
+
+@st.composite
+def experts_cases(draw: st.DrawFn) -> ExpertsCase:
+    experts = draw(st.integers(1, 12))
+    index = draw(st.sampled_from(sorted(INDEX)))
+    gated = draw(st.booleans())
+    activation = draw(st.sampled_from([*PLAIN_ACTIVATIONS, *(["swiglu_oai"] if gated else [])]))
+    return ExpertsCase(
+        id="random",
+        why="",
+        tokens=draw(st.integers(0, 200 if ON_GPU else 24)),
+        top_k=draw(st.integers(1, min(experts, 4))),
+        experts=experts,
+        hidden=draw(widths),
+        intermediate=draw(widths),
+        index=index,
+        activation=activation,
+        gated=gated,
+        interleaved=gated and draw(st.booleans()),
+        transposed=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        strided=tuple(draw(st.sets(st.sampled_from(ARGUMENTS), max_size=2))),
+        routing_dtype=draw(st.sampled_from([None, torch.float32])),
+        index_dtype=draw(st.sampled_from([torch.int64, torch.int32, torch.int16])),
+    )
+
+
+@bounded
+@given(case=experts_cases(), dtype=st.sampled_from(DTYPES), gate_function=st.booleans())
+def test_experts(case: ExpertsCase, dtype: torch.dtype, gate_function: bool) -> None:
+    inputs = make_inputs(case, dtype)
+    options = {"activation": lambda gate_up: plain_gate(gate_up, case)} if gate_function else {}
+    ours = gradients(run_experts(case, inputs, **options), inputs)
+    truth = gradients(plain_experts(case, exact := inputs.to(torch.float64)), exact)
+    torchs = gradients(plain_experts(case, plain := inputs.copy()), plain)
+    for name, value in ours.items():
+        assert_accurate(name, value, truth[name], torchs[name], SLACK)
+
+
+@bounded
+@given(case=experts_cases(), dtype=st.sampled_from(DTYPES))
+def test_experts_without_gradients(case: ExpertsCase, dtype: torch.dtype) -> None:
+    inputs = make_inputs(case, dtype)
+    with torch.no_grad():
+        ours = run_experts(case, inputs)
+        truth, torchs = plain_experts(case, inputs.to(torch.float64)), plain_experts(case, inputs)
+    assert_accurate("y", ours, truth, torchs, SLACK)
+
+
+@st.composite
+def linear_cases(draw: st.DrawFn) -> LinearCase:
+    return LinearCase(
+        id="random",
+        why="",
+        sizes=tuple(draw(st.lists(st.integers(0, 200 if ON_GPU else 40), min_size=1, max_size=9))),
+        in_features=draw(widths),
+        out_features=draw(widths),
+        bias=draw(st.booleans()),
+        strided=tuple(
+            draw(st.sets(st.sampled_from(["input", "weight", "weight.T", "bias", "m_sizes", "grad"]), max_size=2))
+        ),
+        sizes_dtype=draw(st.sampled_from([torch.int64, torch.int32, torch.int16, torch.uint8])),
+    )
+
+
+@bounded
+@given(case=linear_cases(), dtype=st.sampled_from(DTYPES))
+def test_linear(case: LinearCase, dtype: torch.dtype) -> None:
+    inputs = make_linear_inputs(case, dtype)
+    exact, plain = inputs.to(torch.float64), inputs.to(dtype)
+    ours = results(linear(inputs), inputs)
+    truth, torchs = results(plain_linear(exact), exact), results(plain_linear(plain), plain)
+    for name, value in ours.items():
+        assert_accurate(name, value, truth[name], torchs[name], SLACK)
