@@ -87,7 +87,7 @@ def test_linear_gradcheck(sizes: tuple[int, ...], bias: bool) -> None:
 
 def operators() -> dict[str, tuple[object, tuple]]:
     """Every custom op with arguments a model would call it with; in fp32, which the kernels serve everywhere."""
-    experts, linear, permute, routing = (module(name) for name in ("experts", "linear", "permute", "routing"))
+    experts, linear, permute = (module(name) for name in ("experts", "linear", "permute"))
     case = replace(SMALL, bias=True, index="partly mine")
     inputs = make_inputs(case, torch.float32)
     t = inputs.tensors
@@ -98,7 +98,7 @@ def operators() -> dict[str, tuple[object, tuple]]:
     rows, weight, m_sizes, bias = linear_arguments((2, 0, 3), True, torch.float32)
     with torch.no_grad():
         y, gate_up, buffer = experts.experts_op(x, inputs.index, weights, up, down, up_bias, down_bias, *options, True)
-        sorted_buffer = routing.route_sorted_op(m_sizes, 5, torch.float32)
+        sorted_buffer = permute.route_sorted_op(m_sizes, 5, torch.float32)
     z = torch.randn(8, 5, device=DEVICE).requires_grad_()
     saved = (x.detach(), weights.detach(), up.detach(), down.detach(), down_bias.detach(), gate_up, buffer)
     out = torch.ones(5, 4, device=DEVICE)
@@ -129,8 +129,8 @@ def operators() -> dict[str, tuple[object, tuple]]:
         "combine": (permute.combine_op, (z, weights, buffer, 3, 2)),
         "combine, no weights": (permute.combine_op, (z, None, buffer, 3, 2)),
         "combine backward": (permute.combine_backward_op, (x.detach(), z.detach(), weights.detach(), buffer, 3, 2)),
-        "route": (routing.route_op, (inputs.index, 3, torch.float32)),
-        "route sorted": (routing.route_sorted_op, (m_sizes, 5, torch.float32)),
+        "route": (permute.route_op, (inputs.index, 3, torch.float32)),
+        "route sorted": (permute.route_sorted_op, (m_sizes, 5, torch.float32)),
     }
 
 

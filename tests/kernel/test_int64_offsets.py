@@ -106,9 +106,9 @@ def test_far_rows_of_combine() -> None:
 
 @far_view
 def test_far_tokens_of_dispatch() -> None:
-    launch, routing = module("launch"), module("routing")
+    launch, permute = module("launch"), module("permute")
     x = torch.randn(3, 40).half()
-    view = routing.route(torch.tensor([[1], [0], [0]]), 2, torch.float16)
+    view = permute.route(torch.tensor([[1], [0], [0]]), 2, torch.float16)
     assert torch.equal(launch.dispatch(far(x), view, 3), x[[1, 2, 0]])
 
 

@@ -198,11 +198,11 @@ def test_autocast(low: torch.dtype) -> None:
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_rows_of_no_expert_are_nan(sizes: tuple[int, int], good_rows: int, dtype: torch.dtype) -> None:
-    routing, ops = module("routing"), module("linear")
+    permute, ops = module("permute"), module("linear")
     inputs = make_inputs(LinearCase("misfit", "", sizes=(6, 4), bias=True), dtype)
     m_sizes = torch.tensor(sizes, dtype=torch.int32, device=DEVICE)
     # Below the check of the public function, which a CPU always makes.
-    buffer = routing.route_sorted_op(m_sizes, 10, dtype)
+    buffer = permute.route_sorted_op(m_sizes, 10, dtype)
     with torch.no_grad():
         y = ops.grouped_linear(inputs.input, inputs.weight, inputs.bias, buffer, True, 1, float("nan"))
     assert y[good_rows:].isnan().all()

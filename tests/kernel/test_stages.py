@@ -142,7 +142,7 @@ def test_tiles_of_every_height(height: int, index: str, monkeypatch: pytest.Monk
 def test_stable_order() -> None:
     """Slots of one expert keep their order, or two runs of a checkpointed layer would differ."""
     ids = torch.tensor([[2, 0], [0, 2], [2, 1]], device=DEVICE)
-    routing = routing_module.route(ids, 3, torch.float32)
+    routing = module("permute").route(ids, 3, torch.float32)
     assert routing.offsets.tolist() == [0, 2, 3, 6]
     assert routing.row_to_slot.tolist() == [1, 2, 5, 0, 3, 4]
     assert routing.slot_to_row.tolist() == [3, 0, 1, 4, 5, 2]
@@ -264,7 +264,7 @@ def test_combine(weights: str, index: str, dtype: torch.dtype) -> None:
 def test_combine_adds_in_slot_order() -> None:
     """1e8 + 1 - 1e8 is 0 in fp32 and 1 - 1e8 + 1e8 is 1e8's rounding of it: the order shows."""
     ids = torch.tensor([[2, 1, 0]], device=DEVICE)
-    routing = routing_module.route(ids, 3, torch.float32)
+    routing = module("permute").route(ids, 3, torch.float32)
     by_slot = torch.tensor([1e8, 1.0, -1e8], device=DEVICE)
     z = torch.empty((3, 1), device=DEVICE)
     z[routing.slot_to_row.long(), 0] = by_slot

@@ -102,7 +102,7 @@ def grouped_up(
         weight: (E, 2·I or I, H), rows laid out as gate_up's columns.
 
     Returns:
-        h (S, I) and gate_up (S, 2·I or I), the latter None unless ``save_gate_up``. Rows of no expert are undefined.
+        h (S, I) and gate_up (S, 2·I or I), the latter None unless ``save_gate_up``. Rows of no expert are zero.
     """
     gate_up = grouped_gemm(x, weight, routing, num_rows, bias, gather=True, fill=0.0)
     return apply_gate(gate_up, gate), gate_up if save_gate_up else None

@@ -38,6 +38,16 @@ def load_weight(
 
 
 @triton.jit
+def fill_rows(out_ptr, row, num_rows, n, value, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Stores ``value`` in the (S, N) output's tile of rows of no expert that starts at ``row`` and column ``n``."""
+    rows = row + tl.arange(0, BLOCK_M)
+    offs_n = n + tl.arange(0, BLOCK_N)
+    tile = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32) + value
+    out = out_ptr + rows.to(tl.int64)[:, None] * N + offs_n[None, :]
+    tl.store(out, tile.to(out_ptr.dtype.element_ty), mask=(rows < num_rows)[:, None] & (offs_n < N)[None, :])
+
+
+@triton.jit
 def _up_tile(
     x_ptr,
     w,
@@ -126,7 +136,7 @@ def _up_tile(
     tl.store(h_ptr + row64 * I + offs_m[:, None] * I + offs_n[None, :], h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def grouped_up_kernel(
     x_ptr,  # (T, H)
     w,  # (E, COLUMNS, H): element pointer, or descriptor of (E·COLUMNS, H) or (E·H, COLUMNS)
@@ -137,6 +147,7 @@ def grouped_up_kernel(
     row_to_slot_ptr,  # (S,)
     tile_expert_ptr,  # (tiles,)
     tile_row_ptr,  # (tiles,)
+    num_rows,  # S
     NUM_EXPERTS: tl.constexpr,
     STRIDE_XT: tl.constexpr,
     STRIDE_WE: tl.constexpr,
@@ -166,9 +177,16 @@ def grouped_up_kernel(
     tile = tl.program_id(0) // N_TILES
     n = (tl.program_id(0) % N_TILES) * BLOCK_N
     expert = tl.load(tile_expert_ptr + tile)
-    if (expert < 0) | (expert >= NUM_EXPERTS):
+    if expert < 0:
         return
     row = tl.load(tile_row_ptr + tile)
+    if expert == NUM_EXPERTS:
+        fill_rows(h_ptr, row, num_rows, n, 0.0, I, BLOCK_M, BLOCK_N)
+        if SAVE_GATE_UP:
+            fill_rows(gate_up_ptr, row, num_rows, n, 0.0, COLUMNS, BLOCK_M, BLOCK_N)
+            if GATED:
+                fill_rows(gate_up_ptr, row, num_rows, n + I, 0.0, COLUMNS, BLOCK_M, BLOCK_N)
+        return
     end = tl.load(offsets_ptr + expert + 1)
     if HALF_TILES and end - row <= BLOCK_M // 2:
         _up_tile(
@@ -290,11 +308,7 @@ def grouped_gemm_kernel(
         return
     row = tl.load(tile_row_ptr + tile)
     if expert == NUM_EXPERTS:
-        rows = row + tl.arange(0, BLOCK_M)
-        offs_n = n + tl.arange(0, BLOCK_N)
-        value = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32) + fill
-        out = out_ptr + rows.to(tl.int64)[:, None] * N + offs_n[None, :]
-        tl.store(out, value.to(out_ptr.dtype.element_ty), mask=(rows < num_rows)[:, None] & (offs_n < N)[None, :])
+        fill_rows(out_ptr, row, num_rows, n, fill, N, BLOCK_M, BLOCK_N)
         return
     end = tl.load(offsets_ptr + expert + 1)
     if HALF_TILES and end - row <= BLOCK_M // 2:

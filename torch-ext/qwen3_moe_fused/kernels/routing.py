@@ -11,9 +11,11 @@ import triton.language as tl
 
 @triton.jit
 def load_ids(ids_ptr, slots, num_slots, NUM_EXPERTS: tl.constexpr):
-    """(expert ids as int32, whether the slot's expert is one of ours)."""
-    ids = tl.load(ids_ptr + slots, mask=slots < num_slots, other=-1).to(tl.int32)
-    return ids, (ids >= 0) & (ids < NUM_EXPERTS)
+    """(expert ids as int32, -1 for those not ours, whether the slot's expert is ours)."""
+    in_range = slots < num_slots
+    ids = tl.load(ids_ptr + slots, mask=in_range, other=0)
+    mine = in_range & (ids >= 0) & (ids < NUM_EXPERTS)  # before the cast, which an id beyond int32 would wrap around in
+    return tl.where(mine, ids.to(tl.int32), -1), mine
 
 
 @triton.jit(do_not_specialize=["num_slots"])

@@ -192,5 +192,6 @@ def grouped_up(
         routing.row_to_slot,
         routing.tile_expert,
         routing.tile_row,
+        num_rows,
     )
     return h, gate_up
