@@ -7,27 +7,33 @@ straight to the same implementation, through a ``torch.autograd.Function`` with 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 
-def _intercepted() -> bool:
-    """Whether a tracer, a functional transform or a dispatch mode must see the operator itself."""
+def intercepted(args: Iterable[Any] = ()) -> bool:
+    """Whether a tracer, a transform, a dispatch mode or one of ``args`` must see the operator itself."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(isinstance(arg, Tensor) and (type(arg) not in _PLAIN or arg.is_meta) for arg in args)
     )
+
+
+# Other subclasses of Tensor need not have the memory that their shape says.
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def eager(op: Any, implementation: Callable[..., Any]) -> Callable[..., Any]:
     """The function to call in place of a custom op that needs no autograd formula: ``implementation`` where it may."""
 
     def call(*args: Any) -> Any:
-        return op(*args) if _intercepted() else implementation(*args)
+        return op(*args) if intercepted(args) else implementation(*args)
 
     return call
 
@@ -37,6 +43,8 @@ def differentiable(
 ) -> Callable[..., Any]:
     """Registers the autograd formula of ``op`` and returns the function to call in its place.
 
+    The function has first derivatives by backward mode: asking for others raises RuntimeError.
+
     Args:
         op: a ``torch.library.custom_op``.
         implementation: the Python function behind ``op``.
@@ -44,6 +52,7 @@ def differentiable(
         backward: ``(ctx, *grad_outputs)`` to one gradient for each input.
     """
     op.register_autograd(backward, setup_context=setup_context)
+    name = op._name.split("::")[-1]
 
     def forward(ctx: Any, *args: Any) -> Any:
         # Not a separate setup_context: torch would bind the arguments to the signature in every call, some 50 µs.
@@ -51,19 +60,21 @@ def differentiable(
         setup_context(ctx, args, output)
         return output
 
-    function: Any = type(
-        op._name.split("::")[-1],
-        (torch.autograd.Function,),
-        {
-            "forward": staticmethod(forward),
-            "backward": staticmethod(torch.autograd.function.once_differentiable(backward)),
-        },
-    )
+    def first_backward(ctx: Any, *grads: Any) -> Any:
+        # once_differentiable would let a second derivative pass as zero where only saved tensors lead to it.
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"{name} has no second derivative: its backward needs create_graph=False")
+        return backward(ctx, *grads)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(first_backward)}
+    function: Any = type(name, (torch.autograd.Function,), members)
 
     def call(*args: Any) -> Any:
-        if _intercepted():
+        if intercepted(args):
             return op(*args)
-        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+        wanted = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+        # torch refuses a function without forward mode; the implementation would drop the tangents.
+        if wanted or forward_ad._current_level >= 0:
             return function.apply(*args)
         return implementation(*args)
 

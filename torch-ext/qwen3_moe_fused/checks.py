@@ -7,6 +7,8 @@ import os
 import torch
 from torch import Tensor
 
+from .autograd import intercepted
+
 # Checks that must look at values wait for the GPU, so they run only on request.
 CHECK_VALUES = os.environ.get("MOE_FUSED_CHECK", "0") not in ("", "0")
 
@@ -49,7 +51,7 @@ def sizes_sum(m_sizes: Tensor, num_rows: int) -> None:
 
     On CPU always; on an accelerator, where it waits for the device, only with ``MOE_FUSED_CHECK=1``.
     """
-    if torch.compiler.is_compiling() or not (CHECK_VALUES or m_sizes.device.type == "cpu"):
+    if intercepted((m_sizes,)) or not (CHECK_VALUES or m_sizes.device.type == "cpu"):
         return
     if m_sizes.numel() and int(m_sizes.min()) < 0:
         raise ValueError(f"m_sizes must not be negative, got {int(m_sizes.min())}")
@@ -60,9 +62,15 @@ def sizes_sum(m_sizes: Tensor, num_rows: int) -> None:
 
 def expert_ids(top_k_index: Tensor, num_experts: int) -> None:
     """With ``MOE_FUSED_CHECK=1``: raises ValueError unless all ids are in [0, num_experts] (num_experts: not mine)."""
-    if not CHECK_VALUES or torch.compiler.is_compiling() or top_k_index.numel() == 0:
+    if not CHECK_VALUES or intercepted((top_k_index,)) or top_k_index.numel() == 0:
         return
     low, high = int(top_k_index.min()), int(top_k_index.max())
     if low < 0 or high > num_experts:
         bad = low if low < 0 else high
         raise ValueError(f"top_k_index must hold expert ids from 0 to {num_experts} (= not mine), got {bad}")
+
+
+def number(name: str, value: object) -> None:
+    """Raises TypeError unless ``value`` is an int or float."""
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")

@@ -435,6 +435,8 @@ def moe_experts(
         checks.dtype("hidden_states", hidden_states, checks.FLOAT_DTYPES)
         hidden_states, gate_up_proj, down_proj = (t.to(dtype) for t in (hidden_states, gate_up_proj, down_proj))
         biases = tuple(None if bias is None else bias.to(dtype) for bias in biases)  # type: ignore[assignment]
+    checks.number("swiglu_alpha", swiglu_alpha)
+    checks.number("swiglu_limit", swiglu_limit)
     tensors = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *biases)
     if callable(activation):
         y = _composed_experts(*tensors, activation, transposed)

@@ -44,7 +44,7 @@ def _(
 
 def _grouped_linear_backward(
     grad_output: Tensor,
-    input: Tensor,
+    input: Tensor | None,
     weight: Tensor,
     routing: Tensor,
     sorted_rows: bool,
@@ -54,15 +54,15 @@ def _grouped_linear_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    num_rows = input.shape[0]
-    stages = backend_for(input, weight.dtype)
+    num_rows = grad_output.shape[0]
+    stages = backend_for(grad_output, weight.dtype)
     view = Routing.from_buffer(routing, num_rows, weight.shape[0], top_k, sorted_rows)
     weights = DenseWeights.of(weight)
     grad_output = grad_output.contiguous()
-    grad_input, grad_weight, grad_bias = input.new_empty(0), input.new_empty(0), input.new_empty(0)
+    grad_input, grad_weight, grad_bias = (grad_output.new_empty(0) for _ in range(3))
     if need_input:
         grad_input = stages.grouped_gemm(grad_output, weights.stack.mT, view, num_rows, None, gather=False, fill=fill)
-    if need_weight:
+    if need_weight and input is not None:
         grad_weight = weights.empty_grad()
         stages.grouped_gram(grad_output, input, view, gather_a=False, gather_b=False, out=grad_weight)
     if need_bias:
@@ -73,7 +73,7 @@ def _grouped_linear_backward(
 @torch.library.custom_op(add_op_namespace_prefix("grouped_linear_backward"), mutates_args=())
 def grouped_linear_backward_op(
     grad_output: Tensor,
-    input: Tensor,
+    input: Tensor | None,
     weight: Tensor,
     routing: Tensor,
     sorted_rows: bool,
@@ -91,7 +91,7 @@ def grouped_linear_backward_op(
 @grouped_linear_backward_op.register_fake
 def _(
     grad_output: Tensor,
-    input: Tensor,
+    input: Tensor | None,
     weight: Tensor,
     routing: Tensor,
     sorted_rows: bool,
@@ -101,17 +101,18 @@ def _(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    none = input.new_empty(0)
+    num_rows = grad_output.shape[0]
     return (
-        input.new_empty(input.shape) if need_input else none,
-        DenseWeights.of(weight).empty_grad() if need_weight else input.new_empty(0),
-        weight.new_empty(weight.shape[:2]) if need_bias else input.new_empty(0),
+        grad_output.new_empty((num_rows, weight.shape[2]) if need_input else 0),
+        DenseWeights.of(weight).empty_grad() if need_weight else grad_output.new_empty(0),
+        grad_output.new_empty(weight.shape[:2] if need_bias else 0),
     )
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     input, weight, _, routing, sorted_rows, top_k, fill = inputs
-    ctx.save_for_backward(input, weight, routing)
+    # A frozen weight's layer keeps no activations.
+    ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight, routing)
     ctx.options = (sorted_rows, top_k, fill)
 
 
@@ -129,7 +130,7 @@ grouped_linear = differentiable(grouped_linear_op, _grouped_linear, _setup_conte
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype matrix products compute in under autocast on ``device``, or None outside autocast."""
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import checks
 from ._ops import add_op_namespace_prefix
 from .autograd import differentiable, eager
 from .backend import backend_for
@@ -66,7 +67,13 @@ def route(top_k_index: Tensor, num_experts: int, dtype: torch.dtype = torch.bflo
 
     Returns:
         The ``Routing`` of the T·top_k slots.
+
+    Raises:
+        TypeError, ValueError: ``top_k_index`` is not a two-dimensional tensor of integers.
     """
+    checks.tensor("top_k_index", top_k_index, ("T", "top_k"))
+    checks.dtype("top_k_index", top_k_index, checks.INDEX_DTYPES)
+    checks.expert_ids(top_k_index, num_experts)
     buffer = routing_buffer(top_k_index, num_experts, dtype)
     return Routing.from_buffer(buffer, top_k_index.numel(), num_experts, top_k_index.shape[-1])
 
@@ -96,7 +103,7 @@ def _dispatch_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def
 
 def _dispatch_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     (buffer,) = ctx.saved_tensors
-    return combine_op(grad, None, buffer, *ctx.options), None, None, None
+    return combine_without_grad(grad, None, buffer, *ctx.options), None, None, None
 
 
 @torch.library.custom_op(add_op_namespace_prefix("combine"), mutates_args=())
@@ -115,33 +122,49 @@ def _(z: Tensor, weights: Tensor | None, buffer: Tensor, num_experts: int, top_k
     return z.new_empty((z.shape[0] // top_k, z.shape[1]))
 
 
+def _gradients_of_combine(
+    grad_y: Tensor, z: Tensor | None, weights: Tensor, buffer: Tensor, num_experts: int, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """The gradients of z (S, N) and of weights (T, top_k), the latter without elements if z is None."""
+    routing = Routing.from_buffer(buffer, weights.numel(), num_experts, top_k)
+    stages = backend_for(grad_y, grad_y.dtype)
+    grad_z, grad_weights = stages.combine_backward(grad_y.contiguous(), z, routing, weights)
+    return grad_z, weights.new_empty(0) if grad_weights is None else grad_weights
+
+
 @torch.library.custom_op(add_op_namespace_prefix("combine_backward"), mutates_args=())
 def combine_backward_op(
-    grad_y: Tensor, z: Tensor, weights: Tensor, buffer: Tensor, num_experts: int, top_k: int
+    grad_y: Tensor, z: Tensor | None, weights: Tensor, buffer: Tensor, num_experts: int, top_k: int
 ) -> tuple[Tensor, Tensor]:
-    routing = Routing.from_buffer(buffer, z.shape[0], num_experts, top_k)
-    return backend_for(z, z.dtype).combine_backward(grad_y.contiguous(), z.contiguous(), routing, weights)
+    return _gradients_of_combine(grad_y, z, weights, buffer, num_experts, top_k)
 
 
 @combine_backward_op.register_fake
 def _(
-    grad_y: Tensor, z: Tensor, weights: Tensor, buffer: Tensor, num_experts: int, top_k: int
+    grad_y: Tensor, z: Tensor | None, weights: Tensor, buffer: Tensor, num_experts: int, top_k: int
 ) -> tuple[Tensor, Tensor]:
-    return z.new_empty(z.shape), weights.new_empty(weights.shape)
+    grad_z = grad_y.new_empty((weights.numel(), grad_y.shape[1]))
+    return grad_z, weights.new_empty(0 if z is None else weights.shape)
+
+
+gradients_of_combine = eager(combine_backward_op, _gradients_of_combine)
+dispatch_without_grad = eager(dispatch_op, _dispatch)
+combine_without_grad = eager(combine_op, _combine)
 
 
 def _combine_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     z, weights, buffer, num_experts, top_k = inputs
-    ctx.save_for_backward(z if weights is not None else None, weights, buffer)
+    # z is there for the gradient of the weights alone.
+    ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, weights, buffer)
     ctx.options = (num_experts, top_k)
 
 
 def _combine_backward(ctx, grad_y: Tensor):  # type: ignore[no-untyped-def]
     z, weights, buffer = ctx.saved_tensors
     if weights is None:
-        return dispatch_op(grad_y, buffer, *ctx.options), None, None, None, None
-    grad_z, grad_weights = combine_backward_op(grad_y, z, weights, buffer, *ctx.options)
-    return grad_z, grad_weights, None, None, None
+        return dispatch_without_grad(grad_y, buffer, *ctx.options), None, None, None, None
+    grad_z, grad_weights = gradients_of_combine(grad_y, z, weights, buffer, *ctx.options)
+    return grad_z, None if z is None else grad_weights, None, None, None
 
 
 dispatch = differentiable(dispatch_op, _dispatch, _dispatch_setup, _dispatch_backward)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
@@ -38,8 +39,14 @@ class Descriptor(NamedTuple):
         return TensorDescriptor(self.base, list(self.shape), list(self.strides), list(self.block_shape), self.padding)
 
 
-def _hooked() -> bool:
-    """Whether somebody, a profiler say, listens to Triton's launches."""
+def _front_door() -> bool:
+    """Whether launches must go through Triton's front door.
+
+    When somebody, a profiler say, listens to them; and on AMD GPUs, where Triton also specialises on whether a tensor's
+    storage fits 32-bit offsets.
+    """
+    if torch.version.hip is not None:
+        return True
     hook = knobs.runtime.launch_enter_hook
     return bool(getattr(hook, "calls", hook))  # a chain of hooks, or in older Tritons a hook or None
 
@@ -80,8 +87,8 @@ class Plan:
             else:
                 values.append(arg)
         compiled = self._compiled.get(tuple(key))
-        if compiled is None or pointers & 15 or _hooked():
-            # Triton's front door; what it compiled for aligned pointers is kept. The interpreter compiles nothing.
+        if compiled is None or pointers & 15 or _front_door():
+            # What it compiled for aligned pointers is kept. The interpreter compiles nothing.
             options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
             checked = [arg.checked() if isinstance(arg, Descriptor) else arg for arg in args]
             compiled = self.kernel[grid](*checked, *self.constants, **options)

@@ -122,24 +122,29 @@ def combine(z: Tensor, routing: Routing, num_tokens: int, weights: Tensor | None
     rows = routing.slot_to_row.long().view(num_tokens, routing.top_k)
     y = torch.zeros((num_tokens, z.shape[1]), dtype=dtype, device=z.device)
     for k in range(routing.top_k):
-        mine = rows[:, k] >= 0
-        part = torch.where(mine[:, None], z[rows[:, k].clamp(min=0)].to(dtype), 0)
-        y += part if weights is None else part * weights[:, k, None].to(dtype)
+        mine = rows[:, k, None] >= 0
+        part = z[rows[:, k].clamp(min=0)].to(dtype)
+        y += torch.where(mine, part if weights is None else part * weights[:, k, None].to(dtype), 0)
     return y.to(z.dtype)
 
 
-def combine_backward(grad_y: Tensor, z: Tensor, routing: Routing, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of ``combine``'s z (S, N) and weights (T, top_k); zero for rows of no expert."""
+def combine_backward(
+    grad_y: Tensor, z: Tensor | None, routing: Routing, weights: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of ``combine``'s z (S, N) and, if z is given, weights (T, top_k); zero for rows of no expert."""
     slots = _slots(routing)
     grad_rows = grad_y[slots // routing.top_k]
     mine = torch.zeros(slots.shape[0], dtype=torch.bool, device=slots.device)
     mine[: int(routing.offsets[-1])] = True
-    dtype = torch.promote_types(z.dtype, torch.float32)
+    dtype = torch.promote_types(grad_y.dtype, torch.float32)
+    scale = torch.where(mine, weights.reshape(-1)[slots].to(dtype), 0)[:, None]
+    grad_z = torch.where(mine[:, None], grad_rows * scale, 0).to(grad_y.dtype)
+    if z is None:
+        return grad_z, None
     dots = (grad_rows.to(dtype) * torch.where(mine[:, None], z, 0).to(dtype)).sum(1)
     grad_weights = torch.zeros(weights.numel(), dtype=dtype, device=z.device)
     grad_weights[slots[mine]] = dots[mine]
-    scale = torch.where(mine, weights.reshape(-1)[slots], 0)
-    return (grad_rows * scale[:, None].to(dtype)).to(z.dtype), grad_weights.view_as(weights).to(weights.dtype)
+    return grad_z, grad_weights.view_as(weights).to(weights.dtype)
 
 
 def down_backward(

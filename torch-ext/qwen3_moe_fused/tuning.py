@@ -86,6 +86,11 @@ def bucket(num_rows: int, num_experts: int) -> int:
     raise AssertionError("the last bucket has no limit")
 
 
+def tile_height(block_m: int, itemsize: int) -> int:
+    """The height of the row tiles of a bucket, which its row-tiled kernels share; fp32 tiles are at most 64 high."""
+    return min(block_m, 64) if itemsize == 4 else block_m
+
+
 def shared_memory(kernel: str, config: LaunchConfig, itemsize: int) -> int:
     """Bytes of shared memory that the pipelined operand tiles of ``config`` take, without the compiler's own scratch."""
     if kernel == "gram":
@@ -125,7 +130,7 @@ def default_config(kernel: str, block_m: int, target: Target, itemsize: int) -> 
     hopper = target.backend == "cuda" and isinstance(target.arch, int) and target.arch in (90, 100)
     if itemsize == 4:
         # fp32 runs on the FMA units (or tf32 at half rate): small tiles, registers are what is short.
-        config = LaunchConfig(min(block_m, 64), 64 if kernel != "up" else 32, 32, 4, 3)
+        config = LaunchConfig(tile_height(block_m, itemsize), 64 if kernel != "up" else 32, 32, 4, 3)
         if kernel == "gram":
             config = LaunchConfig(64, 64, 32, 4, 3)
     elif kernel == "gram":
@@ -176,15 +181,12 @@ def launch_config(kernel: str, block_m: int, target: Target, itemsize: int) -> L
     values = _overrides(target.arch).get(kernel, {}).get(str(itemsize), {}).get(str(block_m))
     if values is not None:
         config = replace(config, **values)
-    if kernel != "gram" and config.block_m > block_m:
-        raise ValueError(f"{kernel}: block_m {config.block_m} is taller than its bucket's tiles of {block_m}")
+    if kernel != "gram" and config.block_m != tile_height(block_m, itemsize):
+        raise ValueError(
+            f"{kernel}: block_m must be the {tile_height(block_m, itemsize)} of its bucket, got {config.block_m}"
+        )
     check(kernel, config, target, itemsize)
     return config
-
-
-def tile_height(block_m: int, target: Target, itemsize: int) -> int:
-    """The height of the row tiles that all row-tiled kernels of a bucket share."""
-    return launch_config("gemm", block_m, target, itemsize).block_m
 
 
 @functools.cache

@@ -25,10 +25,13 @@ class DenseWeights:
     def of(cls, parameter: Tensor, transposed: bool = False) -> DenseWeights:
         """The provider of an (E, out, in) parameter, or of an (E, in, out) one with ``transposed``.
 
-        A stack in which neither features dimension is contiguous is copied: no kernel reads it well.
+        A stack in which neither features dimension is contiguous is copied: no kernel reads it well. So is one in which
+        an expert's matrix spans 2³¹ elements, beyond the 32-bit offsets inside a matrix.
         """
         stack = parameter.mT if transposed else parameter
-        if 1 not in stack.stride()[1:]:
+        _, stride_out, stride_in = stack.stride()
+        span = (stack.shape[1] - 1) * stride_out + (stack.shape[2] - 1) * stride_in
+        if 1 not in (stride_out, stride_in) or span >= 2**31:
             stack = stack.contiguous()
         return cls(stack)
 

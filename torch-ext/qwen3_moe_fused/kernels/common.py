@@ -5,6 +5,18 @@ import triton.language as tl
 
 
 @triton.jit
+def minimum(x, y):
+    """The smaller one, NaN if one is: Triton's own default answers with the other."""
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def maximum(x, y):
+    """The larger one, NaN if one is."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """The activation of ``activations.ACTIVATIONS`` by name, fp32 in and out, but for ``swiglu_oai``, a function of two."""
     if ACTIVATION == "silu":
@@ -15,10 +27,10 @@ def activate(x, ACTIVATION: tl.constexpr):
         # tanh(u) = 2·sigmoid(2u) - 1
         y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     elif ACTIVATION == "relu":
-        y = tl.maximum(x, 0.0)
+        y = maximum(x, 0.0)
     else:
         tl.static_assert(ACTIVATION == "relu2")
-        y = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
+        y = maximum(x, 0.0) * maximum(x, 0.0)
     return y
 
 
@@ -37,7 +49,7 @@ def activate_derivative(x, ACTIVATION: tl.constexpr):
         d = tl.where(x > 0.0, 1.0, 0.0)
     else:
         tl.static_assert(ACTIVATION == "relu2")
-        d = 2.0 * tl.maximum(x, 0.0)
+        d = 2.0 * maximum(x, 0.0)
     return d
 
 
@@ -47,8 +59,8 @@ def apply_gate(gate, up, alpha, limit, ACTIVATION: tl.constexpr, GATED: tl.const
     if not GATED:
         h = activate(gate, ACTIVATION)
     elif ACTIVATION == "swiglu_oai":
-        g = tl.minimum(gate, limit)
-        h = g * tl.sigmoid(alpha * g) * (tl.minimum(tl.maximum(up, -limit), limit) + 1.0)
+        g = minimum(gate, limit)
+        h = g * tl.sigmoid(alpha * g) * (minimum(maximum(up, -limit), limit) + 1.0)
     else:
         h = activate(gate, ACTIVATION) * up
     return h
@@ -61,8 +73,8 @@ def apply_gate_backward(gate, up, grad_h, alpha, limit, ACTIVATION: tl.constexpr
         grad_gate = grad_h * activate_derivative(gate, ACTIVATION)
         grad_up = grad_gate
     elif ACTIVATION == "swiglu_oai":
-        g = tl.minimum(gate, limit)
-        u = tl.minimum(tl.maximum(up, -limit), limit)
+        g = minimum(gate, limit)
+        u = minimum(maximum(up, -limit), limit)
         s = tl.sigmoid(alpha * g)
         grad_gate = tl.where(gate <= limit, grad_h * (u + 1.0) * s * (1.0 + alpha * g * (1.0 - s)), 0.0)
         grad_up = tl.where(tl.abs(up) <= limit, grad_h * g * s, 0.0)

@@ -95,7 +95,7 @@ def decode_down_kernel(
         slot = token * TOP_K + slot_of_token
         expert = tl.load(ids_ptr + slot).to(tl.int64)  # int64: E·out·in passes 2³¹ in real models
         mine = (expert >= 0) & (expert < NUM_EXPERTS)
-        weight = tl.load(weights_ptr + slot).to(tl.float32)
+        weight = tl.load(weights_ptr + slot, mask=mine, other=0.0).to(tl.float32)
         w_ptrs = w_ptr + expert * STRIDE_WE + offs_n[:, None] * STRIDE_WN + offs_k[None, :] * STRIDE_WK
         for k in tl.static_range(0, I, BLOCK_K):
             in_k = (offs_k < I - k) & mine

@@ -25,7 +25,7 @@ def combine_kernel(
         row = tl.load(slot_to_row_ptr + slot)
         z = tl.load(z_ptr + row.to(tl.int64) * N + offs_n, mask=in_n & (row >= 0), other=0.0).to(tl.float32)
         if WEIGHTED:
-            z *= tl.load(weights_ptr + slot).to(tl.float32)
+            z *= tl.load(weights_ptr + slot, mask=row >= 0, other=0.0).to(tl.float32)
         acc += z
     tl.store(y_ptr + token * N + offs_n, acc.to(y_ptr.dtype.element_ty), mask=in_n)
 
@@ -61,16 +61,16 @@ def dispatch_kernel(
 @triton.jit
 def combine_backward_kernel(
     grad_y_ptr,  # (T, N)
-    z_ptr,  # (S, N)
+    z_ptr,  # (S, N), read with NEED_WEIGHTS
     weights_ptr,  # (T, TOP_K)
     grad_z_ptr,  # (S, N) out
-    grad_weights_ptr,  # (T, TOP_K) out
+    grad_weights_ptr,  # (T, TOP_K) out with NEED_WEIGHTS
     offsets_ptr,  # (E+1,)
     slot_to_row_ptr,  # (S,)
     NUM_EXPERTS: tl.constexpr,
-    STRIDE_YT: tl.constexpr,
     N: tl.constexpr,
     TOP_K: tl.constexpr,
+    NEED_WEIGHTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Of a weighted combine: grad_z[row] = weights[slot] · grad_y[token], zeros in rows of no expert;
@@ -83,9 +83,11 @@ def combine_backward_kernel(
     for n in range(0, N, BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
         mask = (offs_n < N) & (row >= 0)
-        y = tl.load(grad_y_ptr + slot // TOP_K * STRIDE_YT + offs_n, mask=mask, other=0.0).to(tl.float32)
-        dots += y * tl.load(z_ptr + row * N + offs_n, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(grad_y_ptr + slot // TOP_K * N + offs_n, mask=mask, other=0.0).to(tl.float32)
+        if NEED_WEIGHTS:
+            dots += y * tl.load(z_ptr + row * N + offs_n, mask=mask, other=0.0).to(tl.float32)
         tl.store(grad_z_ptr + row * N + offs_n, (y * weight).to(grad_z_ptr.dtype.element_ty), mask=mask)
         zeros = tl.zeros((BLOCK_N,), dtype=grad_z_ptr.dtype.element_ty)
         tl.store(grad_z_ptr + slot * N + offs_n, zeros, mask=(offs_n < N) & orphan)
-    tl.store(grad_weights_ptr + slot, tl.sum(dots, axis=0).to(grad_weights_ptr.dtype.element_ty))
+    if NEED_WEIGHTS:
+        tl.store(grad_weights_ptr + slot, tl.sum(dots, axis=0).to(grad_weights_ptr.dtype.element_ty))

@@ -130,14 +130,13 @@ def route_sorted_kernel(
     num_rows,
     max_tiles,
     NUM_EXPERTS: tl.constexpr,
-    STRIDE_M: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SUB_T: tl.constexpr,
 ):
     """Offsets and tiles of sorted rows; sizes that cannot be give every row to no expert. Grid: (blocks,)."""
     experts = tl.arange(0, EXPERTS)
-    sizes = tl.load(m_sizes_ptr + experts * STRIDE_M, mask=experts < NUM_EXPERTS, other=0).to(tl.int64)
+    sizes = tl.load(m_sizes_ptr + experts, mask=experts < NUM_EXPERTS, other=0).to(tl.int64)
     fits = (tl.sum(sizes, axis=0) <= num_rows) & (tl.min(sizes, axis=0) >= 0)
     counts = tl.where(fits, sizes, 0).to(tl.int32)
     starts = tl.cumsum(counts, axis=0) - counts

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..activations import Gate
 from ..kernels import decode as decode_kernels
 from ..plan import Plan
-from .operands import cdiv, device_index, on_device, power_of_2, rows_contiguous
+from .operands import cdiv, device_index, on_device, power_of_2
 
 # Slots up to which ``decode`` serves a call without gradients.
 DECODE_SLOTS = 64
@@ -93,11 +93,11 @@ def decode(
     """
     num_tokens, top_k = top_k_index.shape
     _, hidden, intermediate = down.shape
-    x, ids, device = rows_contiguous(x), top_k_index.contiguous(), device_index(x)
+    x, ids, device = x.contiguous(), top_k_index.contiguous(), device_index(x)
     h = x.new_empty((num_tokens * top_k, intermediate))
     y = x.new_empty((num_tokens, hidden))
     up_plan, down_plan = _decode_plans(
-        up.shape, up.stride(), down.stride(), x.stride(0), top_k, gate, up_bias is not None, down_bias is not None
+        up.shape, up.stride(), down.stride(), x.shape[1], top_k, gate, up_bias is not None, down_bias is not None
     )
     up_plan(
         device,

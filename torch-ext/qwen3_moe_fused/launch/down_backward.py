@@ -11,7 +11,8 @@ from torch import Tensor
 from ..activations import Gate
 from ..kernels.down_backward import bias_dots_kernel, down_backward_kernel
 from ..plan import Plan
-from .operands import cdiv, config_of, device_index, num_tiles, on_device, precision, rows_contiguous, weight_operand
+from ..routing import max_tiles
+from .operands import cdiv, config_of, device_index, on_device, precision, weight_operand
 
 if TYPE_CHECKING:
     from ..routing import Routing
@@ -94,18 +95,18 @@ def down_backward(
     weighted_h = gate_up.new_empty((num_rows, intermediate)) if need_weighted_h else None
     if gate_up.numel() == 0:
         return grad_gate_up, weighted_h, torch.zeros_like(top_k_weights)
-    grad_y = rows_contiguous(grad_y)
+    grad_y = grad_y.contiguous()
     config = config_of("down_backward", num_rows, num_experts, grad_y)
     n_tiles = cdiv(intermediate, config.block_n)
     num_parts = n_tiles + (bias is not None)
-    tiles = num_tiles(num_rows, num_experts, config.block_m)
+    tiles = max_tiles(num_rows, num_experts, config.block_m)
     stack = weight.mT
     w_operand, weights = weight_operand(stack, config)
     plan = _down_backward_plan(
         config,
         stack.shape,
         stack.stride(),
-        grad_y.stride(0),
+        grad_y.shape[1],
         routing.top_k,
         gate,
         num_parts,
@@ -131,7 +132,7 @@ def down_backward(
         routing.tile_row,
     )
     if bias is not None:
-        _bias_dots_plan(num_experts, grad_y.stride(0), hidden, routing.top_k, num_parts, config.block_m)(
+        _bias_dots_plan(num_experts, grad_y.shape[1], hidden, routing.top_k, num_parts, config.block_m)(
             device_index(grad_y),
             (tiles, 1, 1),
             grad_y,

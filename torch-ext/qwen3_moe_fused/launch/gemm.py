@@ -11,14 +11,13 @@ from .. import tuning
 from ..activations import Gate
 from ..kernels.grouped_gemm import grouped_gemm_kernel, grouped_up_kernel
 from ..plan import Plan
+from ..routing import max_tiles
 from .operands import (
     cdiv,
     config_of,
     device_index,
-    num_tiles,
     on_device,
     precision,
-    rows_contiguous,
     rows_operand,
     weight_operand,
 )
@@ -73,7 +72,7 @@ def grouped_gemm(
     out = a.new_empty((num_rows, n))
     if out.numel() == 0:
         return out
-    a = rows_contiguous(a)
+    a = a.contiguous()
     config = config_of("gemm" if k > tuning.SHORT_K else "gemm_short", num_rows, num_experts, a)
     a_operand, a_descriptor = (a, False) if gather else rows_operand(a, config, (config.block_m, config.block_k))
     a_half = a_operand
@@ -84,7 +83,7 @@ def grouped_gemm(
         config,
         weight.shape,
         weight.stride(),
-        a.stride(0),
+        a.shape[1],
         routing.top_k,
         gather,
         bias is not None,
@@ -94,7 +93,7 @@ def grouped_gemm(
     )
     plan(
         device_index(a),
-        (num_tiles(num_rows, num_experts, config.block_m) * cdiv(n, config.block_n), 1, 1),
+        (max_tiles(num_rows, num_experts, config.block_m) * cdiv(n, config.block_n), 1, 1),
         a_operand,
         a_half,
         w_operand,
@@ -165,14 +164,14 @@ def grouped_up(
     gate_up = x.new_empty((num_rows, columns)) if save_gate_up else None
     if h.numel() == 0:
         return h, gate_up
-    x = rows_contiguous(x)
+    x = x.contiguous()
     config = config_of("up", num_rows, num_experts, x)
     w_operand, weights = (weight, "pointer") if gate.interleaved else weight_operand(weight, config)
     plan = _up_plan(
         config,
         weight.shape,
         weight.stride(),
-        x.stride(0),
+        x.shape[1],
         routing.top_k,
         gate,
         bias is not None,
@@ -182,7 +181,7 @@ def grouped_up(
     )
     plan(
         device_index(x),
-        (num_tiles(num_rows, num_experts, config.block_m) * cdiv(intermediate, config.block_n), 1, 1),
+        (max_tiles(num_rows, num_experts, config.block_m) * cdiv(intermediate, config.block_n), 1, 1),
         x,
         w_operand,
         h if bias is None else bias.contiguous(),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.grouped_gram import grouped_gram_kernel, grouped_row_sum_kernel
 from ..plan import Plan
-from .operands import cdiv, config_of, device_index, on_device, power_of_2, precision, rows_contiguous, rows_operand
+from .operands import cdiv, config_of, device_index, on_device, power_of_2, precision, rows_operand
 
 if TYPE_CHECKING:
     from ..routing import Routing
@@ -65,7 +65,7 @@ def grouped_gram(a: Tensor, b: Tensor, routing: Routing, gather_a: bool, gather_
     if a.shape[0] == 0:
         out.zero_()
         return
-    a, b = rows_contiguous(a), rows_contiguous(b)
+    a, b = a.contiguous(), b.contiguous()
     num_rows = a.shape[0] * (routing.top_k if gather_a else 1)
     config = config_of("gram", num_rows, num_experts, a)
     a_operand, a_descriptor = (a, False) if gather_a else rows_operand(a, config, (config.block_k, config.block_m))
@@ -73,8 +73,8 @@ def grouped_gram(a: Tensor, b: Tensor, routing: Routing, gather_a: bool, gather_
     plan = _gram_plan(
         config,
         num_experts,
-        a.stride(0),
-        b.stride(0),
+        a.shape[1],
+        b.shape[1],
         out.shape,
         out.stride(),
         routing.top_k,
@@ -118,8 +118,8 @@ def grouped_row_sum(a: Tensor, routing: Routing, weights: Tensor | None, gather:
     out = a.new_zeros((routing.num_experts, a.shape[1]))
     if out.numel() == 0 or a.shape[0] == 0:
         return out
-    a = rows_contiguous(a)
-    plan, blocks = _row_sum_plan(a.stride(0), a.shape[1], routing.top_k, gather, weights is not None)
+    a = a.contiguous()
+    plan, blocks = _row_sum_plan(a.shape[1], a.shape[1], routing.top_k, gather, weights is not None)
     plan(
         device_index(a),
         (routing.num_experts, blocks, 1),

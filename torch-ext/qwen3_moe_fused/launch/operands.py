@@ -15,6 +15,8 @@ from ..plan import Descriptor
 if TYPE_CHECKING:
     from ..tuning import LaunchConfig
 
+_DEVICE_MODULES: dict[str, Any] = {"cuda": torch.cuda, "xpu": torch.xpu}
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -24,8 +26,9 @@ def on_device(stage: F) -> F:
     @functools.wraps(stage)
     def wrapper(first: Tensor, *args: Any, **kwargs: Any) -> Any:
         device = first.device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
+        module = _DEVICE_MODULES.get(device.type)
+        if module is not None and device.index != module.current_device():
+            with module.device(device):
                 return stage(first, *args, **kwargs)
         return stage(first, *args, **kwargs)
 
@@ -47,8 +50,14 @@ def device_index(tensor: Tensor) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """tl.dot's fp32 arithmetic: as torch multiplies matrices."""
-    return "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """tl.dot's fp32 arithmetic: as torch multiplies matrices, but on AMD GPUs, of which few have tf32, always exact."""
+    if dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    # The newer of torch's two settings; reading the older one raises once somebody set the newer.
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if setting is None:
+        setting = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if setting == "tf32" else "ieee"
 
 
 def config_of(kernel: str, num_rows: int, num_experts: int, like: Tensor) -> LaunchConfig:
@@ -56,13 +65,8 @@ def config_of(kernel: str, num_rows: int, num_experts: int, like: Tensor) -> Lau
     return tuning.launch_config(kernel, tuning.bucket(num_rows, num_experts), target, like.element_size())
 
 
-def tile_height(num_rows: int, num_experts: int, device: torch.device, dtype: torch.dtype) -> int:
-    return tuning.tile_height(tuning.bucket(num_rows, num_experts), tuning.target_of(device), dtype.itemsize)
-
-
-def num_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
-    """Upper bound of the row tiles; the launches beyond the real number end at once."""
-    return num_rows // block_m + num_experts + 1
+def tile_height(num_rows: int, num_experts: int, dtype: torch.dtype) -> int:
+    return tuning.tile_height(tuning.bucket(num_rows, num_experts), dtype.itemsize)
 
 
 def weight_operand(stack: Tensor, config: LaunchConfig) -> tuple[Any, str]:
@@ -81,13 +85,8 @@ def weight_operand(stack: Tensor, config: LaunchConfig) -> tuple[Any, str]:
 
 
 def rows_operand(a: Tensor, config: LaunchConfig, block: tuple[int, int]) -> tuple[Any, bool]:
-    """(kernel argument, whether it is a descriptor) of rows (S, K) that are not gathered, read in blocks of ``block``."""
-    row_bytes = a.stride(0) * a.element_size()
-    if config.descriptor and a.numel() > 0 and row_bytes % 16 == 0 and a.data_ptr() % 16 == 0:
-        return Descriptor(a, (a.shape[0], a.shape[1]), (a.stride(0), 1), block), True
+    """(kernel argument, whether it is a descriptor) of contiguous rows (S, K) that are read in blocks of ``block``."""
+    num_rows, k = a.shape
+    if config.descriptor and a.numel() > 0 and k * a.element_size() % 16 == 0 and a.data_ptr() % 16 == 0:
+        return Descriptor(a, (num_rows, k), (k, 1), block), True
     return a, False
-
-
-def rows_contiguous(a: Tensor) -> Tensor:
-    """``a`` with contiguous features."""
-    return a if a.stride(-1) == 1 and a.shape[-1] else a.contiguous()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from ..kernels import permute as permute_kernels
 from ..plan import Plan
-from .operands import cdiv, device_index, on_device, power_of_2, rows_contiguous
+from .operands import cdiv, device_index, on_device, power_of_2
 
 if TYPE_CHECKING:
     from ..routing import Routing
@@ -60,35 +59,43 @@ def dispatch(x: Tensor, routing: Routing, num_rows: int) -> Tensor:
     rows = x.new_empty((num_rows, x.shape[1]))
     if rows.numel() == 0:
         return rows
-    x = rows_contiguous(x)
-    plan, blocks = _dispatch_plan(routing.num_experts, x.stride(0), x.shape[1], routing.top_k)
+    x = x.contiguous()
+    plan, blocks = _dispatch_plan(routing.num_experts, x.shape[1], x.shape[1], routing.top_k)
     plan(device_index(x), (x.shape[0], blocks, 1), x, rows, routing.offsets, routing.slot_to_row)
     return rows
 
 
 @functools.cache
-def _combine_backward_plan(num_experts: int, stride_yt: int, n: int, top_k: int) -> Plan:
+def _combine_backward_plan(num_experts: int, n: int, top_k: int, need_weights: bool) -> Plan:
     block, warps = _row_block(n)
-    constants = {"NUM_EXPERTS": num_experts, "STRIDE_YT": stride_yt, "N": n, "TOP_K": top_k, "BLOCK_N": block}
+    constants = {
+        "NUM_EXPERTS": num_experts,
+        "N": n,
+        "TOP_K": top_k,
+        "NEED_WEIGHTS": need_weights,
+        "BLOCK_N": block,
+    }
     return Plan(permute_kernels.combine_backward_kernel, constants, num_warps=warps)
 
 
 @on_device
-def combine_backward(grad_y: Tensor, z: Tensor, routing: Routing, weights: Tensor) -> tuple[Tensor, Tensor]:
+def combine_backward(
+    grad_y: Tensor, z: Tensor | None, routing: Routing, weights: Tensor
+) -> tuple[Tensor, Tensor | None]:
     """``reference.combine_backward``."""
-    grad_z, grad_weights = torch.empty_like(z), weights.new_empty(weights.shape)
-    if z.numel() == 0:
-        return grad_z, grad_weights.zero_()
-    grad_y = rows_contiguous(grad_y)
-    plan = _combine_backward_plan(routing.num_experts, grad_y.stride(0), z.shape[1], routing.top_k)
-    plan(
-        device_index(z),
-        (z.shape[0], 1, 1),
-        grad_y,
-        z,
+    n = grad_y.shape[1]
+    grad_z = grad_y.new_empty((weights.numel(), n))
+    grad_weights = None if z is None else weights.new_empty(weights.shape)
+    if grad_z.numel() == 0:
+        return grad_z, None if grad_weights is None else grad_weights.zero_()
+    _combine_backward_plan(routing.num_experts, n, routing.top_k, z is not None)(
+        device_index(grad_y),
+        (weights.numel(), 1, 1),
+        grad_y.contiguous(),
+        grad_z if z is None else z.contiguous(),
         weights.contiguous(),
         grad_z,
-        grad_weights,
+        weights if grad_weights is None else grad_weights,
         routing.offsets,
         routing.slot_to_row,
     )

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..kernels import routing as routing_kernels
 from ..plan import Plan
-from .operands import cdiv, device_index, num_tiles, on_device, power_of_2, tile_height
+from ..routing import max_tiles
+from .operands import cdiv, device_index, on_device, power_of_2, tile_height
 
 if TYPE_CHECKING:
     from ..routing import Routing
@@ -73,8 +74,8 @@ def route(top_k_index: Tensor, routing: Routing, dtype: torch.dtype) -> None:
         sub_blocks = min(max(1, ROUTING_TILE // experts), power_of_2(num_blocks))
         counts = ids.new_empty((num_blocks, experts), dtype=torch.int32)
         _count_plan(num_experts, block)(device, (num_blocks, 1, 1), ids, counts, num_slots)
-    block_m = tile_height(num_slots, num_experts, ids.device, dtype)
-    tiles = num_tiles(num_slots, num_experts, block_m)
+    block_m = tile_height(num_slots, num_experts, dtype)
+    tiles = max_tiles(num_slots, num_experts, block_m)
     _route_plan(num_experts, block, sub_blocks, block_m, single)(
         device,
         (num_blocks, 1, 1),
@@ -92,11 +93,10 @@ def route(top_k_index: Tensor, routing: Routing, dtype: torch.dtype) -> None:
 
 
 @functools.cache
-def _route_sorted_plan(num_experts: int, stride: int, block_m: int) -> Plan:
+def _route_sorted_plan(num_experts: int, block_m: int) -> Plan:
     experts = _experts_block(num_experts)
     constants = {
         "NUM_EXPERTS": num_experts,
-        "STRIDE_M": stride,
         "EXPERTS": experts,
         "BLOCK_M": block_m,
         "SUB_T": ROUTING_SUB_TILES,
@@ -112,13 +112,13 @@ def route_sorted(m_sizes: Tensor, num_rows: int, routing: Routing, dtype: torch.
         routing.offsets.zero_()
         routing.tile_expert.fill_(-1)
         return
-    block_m = tile_height(num_rows, num_experts, m_sizes.device, dtype)
-    tiles = num_tiles(num_rows, num_experts, block_m)
+    block_m = tile_height(num_rows, num_experts, dtype)
+    tiles = max_tiles(num_rows, num_experts, block_m)
     num_blocks = cdiv(tiles, ROUTING_SUB_TILES)
-    _route_sorted_plan(num_experts, m_sizes.stride(0), block_m)(
+    _route_sorted_plan(num_experts, block_m)(
         device_index(m_sizes),
         (num_blocks, 1, 1),
-        m_sizes,
+        m_sizes.contiguous(),
         routing.offsets,
         routing.tile_expert,
         routing.tile_row,
