@@ -34,21 +34,12 @@ _MODULES = frozenset({"act_fn", "parametrizations"})
 _TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor})
 _DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
 
-# Gates that equal the kernel's "swiglu_oai", by the name of their function: the attributes that hold alpha and limit,
-# and whether gate and up features alternate.
-_MODELS = "transformers.models"
+# Classes whose gate equals the kernel's "swiglu_oai": their model, the attributes that hold alpha and limit, and whether
+# gate and up features alternate. By class, for torch 2.11 cannot trace the name of a function.
 _SWIGLU_OAI = {
-    f"{_MODELS}.gpt_oss.modeling_gpt_oss.GptOssExperts._apply_gate": ("alpha", "limit", True),
-    f"{_MODELS}.openai_privacy_filter.modeling_openai_privacy_filter.OpenAIPrivacyFilterExperts._apply_gate": (
-        "alpha",
-        "limit",
-        False,
-    ),
-    f"{_MODELS}.minimax_m3_vl.modeling_minimax_m3_vl.MiniMaxM3VLExperts._apply_gate": (
-        "swiglu_alpha",
-        "swiglu_limit",
-        False,
-    ),
+    "GptOssExperts": ("gpt_oss", "alpha", "limit", True),
+    "OpenAIPrivacyFilterExperts": ("openai_privacy_filter", "alpha", "limit", False),
+    "MiniMaxM3VLExperts": ("minimax_m3_vl", "swiglu_alpha", "swiglu_limit", False),
 }
 
 # Transformers' activations are modules, which the kernel knows by their class, but for the odd function.
@@ -77,10 +68,10 @@ def gate_of(module: Experts, activation_of: Callable[[object], str | None]) -> G
     if not gated or function is _default_apply_gate:
         act_fn = module.act_fn
         return Gate(_FUNCTIONS.get(act_fn) or activation_of(act_fn) or own, gated)
-    attributes = _SWIGLU_OAI.get(f"{function.__module__}.{function.__qualname__}")
-    if attributes is None:
+    cls = type(module)
+    model, alpha, limit, interleaved = _SWIGLU_OAI.get(cls.__name__, ("", "", "", False))
+    if cls.__module__ != f"transformers.models.{model}.modeling_{model}" or function is not cls._apply_gate:
         return Gate(own)
-    alpha, limit, interleaved = attributes
     return Gate("swiglu_oai", True, interleaved, getattr(module, alpha), getattr(module, limit))
 
 

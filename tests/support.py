@@ -30,6 +30,11 @@ def repo_id() -> str:
     return build_config()["hub"]["repo-id"]
 
 
+def python_path(*first: Path) -> str:
+    """PYTHONPATH for a subprocess: ``first``, then what this process was given."""
+    return os.pathsep.join(filter(None, [*map(str, first), os.environ.get("PYTHONPATH")]))
+
+
 @functools.cache
 def load_kernel() -> ModuleType:
     """The kernel package, from ``LOCAL_KERNELS``."""

@@ -17,7 +17,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import REPOSITORY, python_path
+
 STEPS = "30"
 COMMAND = [sys.executable, "-m", "moe_fused.demo", "--device", "cpu"]
 FILES = {
@@ -42,7 +43,7 @@ def start(*options: str | Path, cwd: Path, under: Sequence[str] = ()) -> subproc
     return subprocess.Popen(
         [*under, *COMMAND, *map(str, options)],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": python_path(REPOSITORY), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

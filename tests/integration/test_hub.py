@@ -20,7 +20,7 @@ from transformers.utils import import_utils
 import moe_fused
 from moe_fused import hub
 from moe_fused.hub import KernelSource
-from tests.support import REPOSITORY, build_config, repo_id
+from tests.support import REPOSITORY, build_config, python_path, repo_id
 
 BUILD_TOML = '[general]\nname = "k"\nversion = 3\n[general.hub]\nrepo-id = "org/k"\n'
 
@@ -28,7 +28,7 @@ BUILD_TOML = '[general]\nname = "k"\nversion = 3\n[general.hub]\nrepo-id = "org/
 def run_python(code: str, *, path: Path = REPOSITORY, **environment: str) -> str:
     """Standard output of ``code`` in a fresh interpreter that imports ``moe_fused`` from ``path``."""
     env = {key: value for key, value in os.environ.items() if key != "LOCAL_KERNELS"}
-    env |= {"PYTHONPATH": str(path), "HF_HUB_OFFLINE": "1", **environment}
+    env |= {"PYTHONPATH": python_path(path), "HF_HUB_OFFLINE": "1", **environment}
     done = subprocess.run(
         [sys.executable, "-P", "-c", code] if sys.version_info >= (3, 11) else [sys.executable, "-c", code],
         env=env,
