@@ -75,7 +75,7 @@ def _speedups(rows: Sequence[Row], implementation: str) -> list[tuple[int, float
 
 def _label(name: str, rows: Sequence[Row], metric: str) -> str:
     if name == FLOOR:
-        return "floor (bytes and FLOPs at this GPU's ceilings)"
+        return "floor (bytes, FLOPs)"
     speedups = [speedup for _, speedup in _speedups(rows, name)]
     if metric == "speedup" and all(speedup < LEAST_SPEEDUP for speedup in speedups):
         return f"{name} (below {LEAST_SPEEDUP:g}×)" if speedups else f"{name} (not comparable)"
@@ -132,22 +132,25 @@ def figure(rows: Sequence[Row], metric: str = "speedup") -> Figure:
     layers = _ordered(row.layer for row in rows)
     styles = _styles(rows)
 
-    drawing = Figure(figsize=(1.2 + 3.2 * len(layers), 1.3 + 2.6 * len(phases)), dpi=150, layout="constrained")
-    grid = drawing.subplots(len(phases), len(layers), squeeze=False, sharex="col", sharey="row")
+    # A layer a column; a single layer has its phases side by side instead, or it would be too narrow for the legend.
+    flat = len(layers) == 1
+    height, width = (1, len(phases)) if flat else (len(phases), len(layers))
+    drawing = Figure(figsize=(max(9.0, 1.2 + 3.2 * width), 1.3 + 2.6 * height), dpi=150, layout="constrained")
+    grid = drawing.subplots(height, width, squeeze=False, sharex=not flat and "col", sharey=not flat and "row")
     for i, phase in enumerate(phases):
         for j, layer in enumerate(layers):
-            axes = grid[i][j]
+            axes = grid[j][i] if flat else grid[i][j]
             _draw(axes, [row for row in rows if (row.phase, row.layer) == (phase, layer)], styles, metric)
             axes.set_title(f"{layer}, {phase.replace('_', ' + ', 1)}", fontsize=9)
-            if i + 1 == len(phases):
+            if flat or i + 1 == len(phases):
                 axes.set_xlabel("tokens", fontsize=9)
-            if j == 0:
+            if (i if flat else j) == 0:
                 axes.set_ylabel(f"times {BASELINE}'s speed" if metric == "speedup" else "ms", fontsize=9)
     handles = [
         Line2D([], [], label=_label(name, rows, metric), **style)  # type: ignore[arg-type]
         for name, style in styles.items()
     ]
-    drawing.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    drawing.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
     newest = max(rows, key=lambda row: row.date)
     drawing.suptitle(
         f"{newest.gpu}, {newest.weights}, torch {newest.torch}, Triton {newest.triton}, {newest.date}", fontsize=9

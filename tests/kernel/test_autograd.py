@@ -232,19 +232,47 @@ def test_a_change_of_tokens_does_not_recompile_dynamic_shapes() -> None:
 
 
 def test_second_order_gradients_of_experts_are_refused() -> None:
+    """Also where only saved tensors lead to them, which torch's own once_differentiable lets pass as zeros."""
     inputs = make_inputs(SMALL, torch.float32)
     x = inputs.tensors["hidden_states"]
-    (grad,) = torch.autograd.grad(run_experts(SMALL, inputs).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="experts has no second derivative"):
+        torch.autograd.grad(run_experts(SMALL, inputs).sum(), x, create_graph=True)
 
 
 def test_second_order_gradients_of_the_linear_layer_are_refused() -> None:
     rows, weight, m_sizes, _ = linear_arguments((2, 0, 3), False, torch.float32)
     y = kernel.moe_fused_linear(rows, weight, m_sizes)
-    (grad,) = torch.autograd.grad(y.square().sum(), rows, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="grouped_linear has no second derivative"):
+        torch.autograd.grad(y.square().sum(), rows, create_graph=True)
+
+
+def test_forward_mode_is_refused() -> None:
+    """The implementation would drop the tangents without a word."""
+    rows, weight, m_sizes, _ = linear_arguments((2, 0, 3), False, torch.float32)
+    rows, weight = rows.detach(), weight.detach()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(rows, torch.ones_like(rows))
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward mode"):
+            kernel.moe_fused_linear(dual, weight, m_sizes)
+
+
+def test_a_frozen_weight_keeps_no_activations() -> None:
+    """As in adapter training: what only the weight's gradient reads is not saved."""
+    rows, weight, m_sizes, _ = linear_arguments((2, 0, 3), False, torch.float32)
+    for frozen in (False, True):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            kernel.moe_fused_linear(rows, weight.detach() if frozen else weight, m_sizes)
+        assert any(t.data_ptr() == rows.data_ptr() for t in saved) is not frozen
+
+
+def test_fake_and_meta_tensors_take_the_operator() -> None:
+    rows, weight, m_sizes, _ = linear_arguments((2, 0, 3), False, torch.float32)
+    meta = kernel.moe_fused_linear(rows.detach().to("meta"), weight.detach().to("meta"), m_sizes.to("meta"))
+    assert (meta.shape, meta.device.type) == ((5, weight.shape[1]), "meta")
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(t.detach()) for t in (rows, weight, m_sizes)]
+        assert kernel.moe_fused_linear(*fake).shape == (5, weight.shape[1])
 
 
 def test_gradients_accumulate_over_two_calls() -> None:

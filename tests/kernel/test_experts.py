@@ -20,7 +20,7 @@ from tests.kernel.cases import (
     plain_gate,
     run_experts,
 )
-from tests.kernel.machine import DEVICE, DTYPES, name_of, stages
+from tests.kernel.machine import DEVICE, DTYPES, module, name_of, stages
 
 CASES = [
     ExpertsCase("plain", "nothing special", half=True),
@@ -264,6 +264,30 @@ def test_forward_without_gradients_saves_nothing() -> None:
         y = run_experts(case, inputs)
     assert not y.requires_grad
     assert saved == []
+
+
+@pytest.mark.parametrize("activation", module("activations").ACTIVATIONS)
+def test_nan_stays_nan(activation: str) -> None:
+    """Clamps must not turn NaN into a number, as a GPU's plain min and max do; loss scalers look for it."""
+    case = ExpertsCase("nan", "a NaN in one token", tokens=40, activation=activation)
+    inputs = make_inputs(case, torch.float32)
+    with torch.no_grad():
+        inputs.tensors["hidden_states"][3, 0] = float("nan")
+        y = run_experts(case, inputs)
+    assert y[3].isnan().all()
+    assert not y[:3].isnan().any()
+
+
+def test_a_weight_of_nobodys_slot_does_not_count() -> None:
+    """Not even if it is NaN: the expert lives elsewhere, and so may its router."""
+    case = ExpertsCase("nan-weight", "", tokens=40, index="partly mine")
+    inputs = make_inputs(case, torch.float32)
+    not_mine = inputs.index >= case.experts
+    assert not_mine.any()
+    expected = run_experts(case, inputs)
+    with torch.no_grad():
+        inputs.tensors["top_k_weights"][not_mine] = float("nan")
+        torch.testing.assert_close(run_experts(case, inputs), expected)
 
 
 @pytest.mark.parametrize("poison", [float("inf"), float("nan")], ids=str)

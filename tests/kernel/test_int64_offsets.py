@@ -89,6 +89,15 @@ def test_far_linear(name: str) -> None:
 
 
 @far_view
+def test_far_features() -> None:
+    """An expert's matrix that spans 2³¹ elements itself is copied: offsets inside a matrix have 32 bits."""
+    near = torch.randn(2, 3, 16, dtype=torch.float16)
+    weight = torch.empty(2 * STRIDE + 32, dtype=torch.float16).as_strided(near.shape, (16, STRIDE, 1)).copy_(near)
+    rows, m_sizes = torch.randn(5, 16, dtype=torch.float16), torch.tensor([2, 3])
+    assert torch.equal(kernel.moe_fused_linear(rows, weight, m_sizes), kernel.moe_fused_linear(rows, near, m_sizes))
+
+
+@far_view
 def test_far_rows_of_combine() -> None:
     """One token whose only row is the last of a z of more than 2³¹ elements; nothing else of it is read."""
     launch, routing = module("launch"), module("routing")

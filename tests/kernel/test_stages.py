@@ -98,8 +98,7 @@ def poisoned_routing(num_rows: int, num_experts: int, top_k: int, sorted_rows: b
 def assert_tiles_cover(routing: Routing, num_rows: int, dtype: torch.dtype) -> None:
     """Every row is in exactly one tile, of its own expert; rows of no expert in tiles of expert E."""
     num_experts = routing.num_experts
-    target = tuning.target_of(DEVICE)
-    height = tuning.tile_height(tuning.bucket(num_rows, num_experts), target, dtype.itemsize)
+    height = tuning.tile_height(tuning.bucket(num_rows, num_experts), dtype.itemsize)
     launched = num_rows // height + num_experts + 1
     assert launched <= routing.tile_expert.numel()
     offsets = [*routing.offsets.tolist(), num_rows]

@@ -31,6 +31,17 @@ from .permute import combine, dispatch, routing_buffer
 from .routing import Routing
 from .weights import DenseWeights
 
+# Arguments of the operators below, in the order of the functions behind them.
+_INPUTS = (
+    "Tensor hidden_states, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj, "
+    "Tensor? gate_up_bias, Tensor? down_bias"
+)
+_SAVED = (
+    "Tensor hidden_states, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj, Tensor? down_bias, "
+    "Tensor gate_up, Tensor buffer"
+)
+_OPTIONS = "str activation, bool gated, bool interleaved, float alpha, float limit, bool transposed"
+
 
 def _experts(
     hidden_states: Tensor,
@@ -47,6 +58,7 @@ def _experts(
     limit: float,
     transposed: bool,
     save_for_backward: bool,
+    *,
     zeroed: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y (T, H), gate_up and routing buffer; the last two None unless ``save_for_backward``.
@@ -79,60 +91,18 @@ def _tensors(results: tuple[Tensor | None, ...], like: Tensor) -> tuple[Any, ...
     return tuple(like.new_empty(0) if result is None else result for result in results)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("experts"), mutates_args=())
-def experts_op(
-    hidden_states: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    alpha: float,
-    limit: float,
-    transposed: bool,
-    save_for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    results = _experts(
-        hidden_states,
-        top_k_index,
-        top_k_weights,
-        gate_up_proj,
-        down_proj,
-        gate_up_bias,
-        down_bias,
-        activation,
-        gated,
-        interleaved,
-        alpha,
-        limit,
-        transposed,
-        save_for_backward,
-        zeroed=True,
-    )
-    return _tensors(results, hidden_states)
+@torch.library.custom_op(
+    add_op_namespace_prefix("experts"),
+    mutates_args=(),
+    schema=f"({_INPUTS}, {_OPTIONS}, bool save_for_backward) -> (Tensor, Tensor, Tensor)",
+)
+def experts_op(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _tensors(_experts(*args, zeroed=True), args[0])
 
 
 @experts_op.register_fake
-def _(
-    hidden_states: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    alpha: float,
-    limit: float,
-    transposed: bool,
-    save_for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hidden_states, top_k_index, _, gate_up_proj, *_, transposed, save_for_backward = args
     y = hidden_states.new_empty(hidden_states.shape)
     if not save_for_backward:
         return y, y.new_empty(0), y.new_empty(0)
@@ -195,62 +165,18 @@ def _experts_backward(
     return grad_x, grad_weights if need_weights else None, grad_up, grad_down, grad_up_bias, grad_down_bias
 
 
-@torch.library.custom_op(add_op_namespace_prefix("experts_backward"), mutates_args=())
-def experts_backward_op(
-    grad_y: Tensor,
-    hidden_states: Tensor,
-    top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    down_bias: Tensor | None,
-    gate_up: Tensor,
-    buffer: Tensor,
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    alpha: float,
-    limit: float,
-    transposed: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    results = _experts_backward(
-        grad_y,
-        hidden_states,
-        top_k_weights,
-        gate_up_proj,
-        down_proj,
-        down_bias,
-        gate_up,
-        buffer,
-        activation,
-        gated,
-        interleaved,
-        alpha,
-        limit,
-        transposed,
-        needs,
-    )
-    return _tensors(results, grad_y)
+@torch.library.custom_op(
+    add_op_namespace_prefix("experts_backward"),
+    mutates_args=(),
+    schema=f"(Tensor grad_y, {_SAVED}, {_OPTIONS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def experts_backward_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _tensors(_experts_backward(*args), args[0])
 
 
 @experts_backward_op.register_fake
-def _(
-    grad_y: Tensor,
-    hidden_states: Tensor,
-    top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    down_bias: Tensor | None,
-    gate_up: Tensor,
-    buffer: Tensor,
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    alpha: float,
-    limit: float,
-    transposed: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_y, hidden_states, top_k_weights, gate_up_proj, down_proj, _, gate_up, *_, transposed, needs = args
     need_x, need_weights, need_up, need_down, need_up_bias, need_down_bias = needs
     num_experts = gate_up_proj.shape[0]
     up, down = DenseWeights.of(gate_up_proj, transposed), DenseWeights.of(down_proj, transposed)
