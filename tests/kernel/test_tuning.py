@@ -125,9 +125,9 @@ def test_no_overrides(configs: Path) -> None:
         ({"gemm": {"2": {"64": {"block_width": 32}}}}, "gemm/2/64 does not describe a LaunchConfig"),
         ({"gemm": {"2": {"64": {"block_n": 33}}}}, "block_n must be a power of two"),
         ({"gemm": {"2": {"64": {"block_m": 128}}}}, "gemm: block_m must be the 64 of its bucket, got 128"),
-        ({"up": {"2": {"64": {"block_m": 32}}}}, "up: block_m must be the 64 of its bucket, got 32"),
+        ({"gemm": {"2": {"64": {"block_m": 32}}}}, "gemm: block_m must be the 64 of its bucket, got 32"),
     ],
-    ids=["unknown-kernel", "unknown-field", "invalid", "too-tall"],
+    ids=["unknown-kernel", "unknown-field", "invalid", "too-tall", "too-short"],
 )
 def test_bad_overrides_are_refused(configs: Path, table: dict, message: str) -> None:
     (configs / "sm_90.json").write_text(json.dumps(table))
