@@ -59,11 +59,14 @@ demo: build ## Train a small Qwen3-MoE through the kernel (the main job); ARGS a
 test: build ## Run all tests
 	$(call run_tests,$(BIN)/python -m pytest -n $(JOBS) --timeout 300)
 
-# Installs nothing: PYTHON must have torch, triton, kernels, transformers and pytest.
+# Most of the time on a GPU goes into compiling kernels, which spreads over the cores.
+GPU_JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ $$n -gt 12 ] && n=12; echo $$n)
+
+# Installs nothing: PYTHON must have torch, triton, kernels, transformers, pytest and pytest-xdist.
 test-gpu: ## Run all tests on the GPU of this machine with PYTHON as it is
 	@"$(PYTHON)" -c 'import sys, torch; torch.accelerator.is_available() or sys.exit("error: torch " + torch.__version__ + " of $(PYTHON) finds no GPU; make test runs without one")'
 	@"$(PYTHON)" scripts/build_kernel.py --quiet
-	$(call run_tests,"$(PYTHON)" -m pytest)
+	$(call run_tests,"$(PYTHON)" -m pytest -n $(GPU_JOBS))
 
 lint: $(READY) ## Run ruff and mypy
 	@status=0; \

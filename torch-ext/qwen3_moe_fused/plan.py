@@ -56,7 +56,7 @@ class Plan:
 
     Args:
         kernel: its parameters are the arguments of a call, then the constants.
-        constants: values of the kernel's ``tl.constexpr`` parameters, in order.
+        constants: values of the kernel's ``tl.constexpr`` parameters, by name.
         num_warps, num_stages: of Triton.
     """
 
@@ -64,10 +64,10 @@ class Plan:
 
     def __init__(self, kernel: JITFunction, constants: dict[str, Any], num_warps: int = 4, num_stages: int = 3) -> None:
         names = kernel.arg_names[-len(constants) :]
-        if list(constants) != names:
+        if set(constants) != set(names):
             raise AssertionError(f"{kernel} takes the constants {names}, not {list(constants)}")
         self.kernel = kernel
-        self.constants = tuple(constants.values())
+        self.constants = tuple(constants[name] for name in names)
         self.num_warps = num_warps
         self.num_stages = num_stages
         self._compiled: dict[tuple[Any, ...], Any] = {}

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..activations import Gate
 from ..kernels import decode as decode_kernels
 from ..plan import Plan
-from .operands import cdiv, device_index, on_device, power_of_2
+from .operands import cdiv, device_index, gate_constants, on_device, power_of_2, stride_constants
 
 # Slots up to which ``decode`` serves a call without gradients.
 DECODE_SLOTS = 64
@@ -35,32 +35,20 @@ def _decode_plans(
 ) -> tuple[Plan, Plan]:
     num_experts, columns, hidden = up_shape
     intermediate = gate.intermediate(columns)
-    column_stride, up_offset = gate.column_layout(intermediate)
     up = {
         "NUM_EXPERTS": num_experts,
         "STRIDE_XT": stride_xt,
-        "STRIDE_WE": up_strides[0],
-        "STRIDE_WN": up_strides[1],
-        "STRIDE_WK": up_strides[2],
+        **stride_constants(up_strides),
         "H": hidden,
-        "I": intermediate,
-        "COLUMNS": columns,
-        "COLUMN_STRIDE": column_stride,
-        "UP_OFFSET": up_offset,
+        **gate_constants(gate, intermediate),
         "TOP_K": top_k,
-        "ACTIVATION": gate.activation,
-        "GATED": gate.gated,
-        "ALPHA": gate.alpha,
-        "LIMIT": gate.limit,
         "HAS_BIAS": up_bias,
         "BLOCK_N": DECODE_BLOCK_N,
         "BLOCK_K": min(512, power_of_2(hidden)),
     }
     down = {
         "NUM_EXPERTS": num_experts,
-        "STRIDE_WE": down_strides[0],
-        "STRIDE_WN": down_strides[1],
-        "STRIDE_WK": down_strides[2],
+        **stride_constants(down_strides),
         "H": hidden,
         "I": intermediate,
         "TOP_K": top_k,

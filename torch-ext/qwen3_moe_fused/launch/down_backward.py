@@ -12,7 +12,17 @@ from ..activations import Gate
 from ..kernels.down_backward import bias_dots_kernel, down_backward_kernel
 from ..plan import Plan
 from ..routing import max_tiles
-from .operands import cdiv, config_of, device_index, on_device, precision, weight_operand
+from .operands import (
+    cdiv,
+    config_of,
+    device_index,
+    gate_constants,
+    on_device,
+    precision,
+    stride_constants,
+    tile_constants,
+    weight_operand,
+)
 
 if TYPE_CHECKING:
     from ..routing import Routing
@@ -33,30 +43,18 @@ def _down_backward_plan(
     precision: str,
 ) -> Plan:
     num_experts, intermediate, hidden = shape
-    column_stride, up_offset = gate.column_layout(intermediate)
     constants = {
         "NUM_EXPERTS": num_experts,
         "STRIDE_YT": stride_yt,
-        "STRIDE_WE": strides[0],
-        "STRIDE_WN": strides[1],
-        "STRIDE_WK": strides[2],
+        **stride_constants(strides),
         "H": hidden,
-        "I": intermediate,
-        "COLUMNS": gate.columns(intermediate),
-        "COLUMN_STRIDE": column_stride,
-        "UP_OFFSET": up_offset,
+        **gate_constants(gate, intermediate),
         "TOP_K": top_k,
         "PARTS": num_parts,
-        "ACTIVATION": gate.activation,
-        "GATED": gate.gated,
-        "ALPHA": gate.alpha,
-        "LIMIT": gate.limit,
         "SAVE_WEIGHTED_H": save_weighted_h,
         "WEIGHTS": weights,
         "PRECISION": precision,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
+        **tile_constants(config),
         "SLICES": config.slices,
         "HALF_TILES": config.half_tiles,
     }

@@ -16,9 +16,12 @@ from .operands import (
     cdiv,
     config_of,
     device_index,
+    gate_constants,
     on_device,
     precision,
     rows_operand,
+    stride_constants,
+    tile_constants,
     weight_operand,
 )
 
@@ -44,9 +47,7 @@ def _gemm_plan(
     constants = {
         "NUM_EXPERTS": num_experts,
         "STRIDE_AM": stride_am,
-        "STRIDE_WE": strides[0],
-        "STRIDE_WN": strides[1],
-        "STRIDE_WK": strides[2],
+        **stride_constants(strides),
         "N": n,
         "K": k,
         "TOP_K": top_k,
@@ -55,9 +56,7 @@ def _gemm_plan(
         "A_DESCRIPTOR": a_descriptor,
         "WEIGHTS": weights,
         "PRECISION": precision,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
+        **tile_constants(config),
         "HALF_TILES": config.half_tiles,
     }
     return Plan(grouped_gemm_kernel, constants, config.num_warps, config.num_stages)
@@ -124,30 +123,18 @@ def _up_plan(
 ) -> Plan:
     num_experts, columns, hidden = shape
     intermediate = gate.intermediate(columns)
-    column_stride, up_offset = gate.column_layout(intermediate)
     constants = {
         "NUM_EXPERTS": num_experts,
         "STRIDE_XT": stride_xt,
-        "STRIDE_WE": strides[0],
-        "STRIDE_WN": strides[1],
-        "STRIDE_WK": strides[2],
+        **stride_constants(strides),
         "H": hidden,
-        "I": intermediate,
-        "COLUMNS": columns,
-        "COLUMN_STRIDE": column_stride,
-        "UP_OFFSET": up_offset,
+        **gate_constants(gate, intermediate),
         "TOP_K": top_k,
-        "ACTIVATION": gate.activation,
-        "GATED": gate.gated,
-        "ALPHA": gate.alpha,
-        "LIMIT": gate.limit,
         "HAS_BIAS": has_bias,
         "SAVE_GATE_UP": save_gate_up,
         "WEIGHTS": weights,
         "PRECISION": precision,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
+        **tile_constants(config),
         "HALF_TILES": config.half_tiles,
     }
     return Plan(grouped_up_kernel, constants, config.num_warps, config.num_stages)

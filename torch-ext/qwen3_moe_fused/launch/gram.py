@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.grouped_gram import grouped_gram_kernel, grouped_row_sum_kernel
 from ..plan import Plan
-from .operands import cdiv, config_of, device_index, on_device, power_of_2, precision, rows_operand
+from .operands import cdiv, config_of, device_index, on_device, power_of_2, precision, rows_operand, tile_constants
 
 if TYPE_CHECKING:
     from ..routing import Routing
@@ -45,9 +45,7 @@ def _gram_plan(
         "A_DESCRIPTOR": a_descriptor,
         "B_DESCRIPTOR": b_descriptor,
         "PRECISION": precision,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
+        **tile_constants(config),
         "GROUP_M": 4,
     }
     return Plan(grouped_gram_kernel, constants, config.num_warps, config.num_stages)

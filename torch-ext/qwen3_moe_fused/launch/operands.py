@@ -13,6 +13,7 @@ from .. import tuning
 from ..plan import Descriptor
 
 if TYPE_CHECKING:
+    from ..activations import Gate
     from ..tuning import LaunchConfig
 
 _DEVICE_MODULES: dict[str, Any] = {"cuda": torch.cuda, "xpu": torch.xpu}
@@ -90,3 +91,28 @@ def rows_operand(a: Tensor, config: LaunchConfig, block: tuple[int, int]) -> tup
     if config.descriptor and a.numel() > 0 and k * a.element_size() % 16 == 0 and a.data_ptr() % 16 == 0:
         return Descriptor(a, (num_rows, k), (k, 1), block), True
     return a, False
+
+
+def tile_constants(config: LaunchConfig) -> dict[str, Any]:
+    """The tile of a kernel's launch."""
+    return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+
+
+def stride_constants(strides: tuple[int, int, int]) -> dict[str, Any]:
+    """The strides of a kernel's (E, N, K) weights."""
+    return dict(zip(("STRIDE_WE", "STRIDE_WN", "STRIDE_WK"), strides, strict=True))
+
+
+def gate_constants(gate: Gate, intermediate: int) -> dict[str, Any]:
+    """The gate of a kernel, and how gate_up is laid out."""
+    column_stride, up_offset = gate.column_layout(intermediate)
+    return {
+        "I": intermediate,
+        "COLUMNS": gate.columns(intermediate),
+        "COLUMN_STRIDE": column_stride,
+        "UP_OFFSET": up_offset,
+        "ACTIVATION": gate.activation,
+        "GATED": gate.gated,
+        "ALPHA": gate.alpha,
+        "LIMIT": gate.limit,
+    }
