@@ -245,3 +245,21 @@ def bias_dots_kernel(
         y = tl.load(y_ptrs + offs_k[None, :], mask=(offs_k < H)[None, :], other=0.0).to(tl.float32)
         dots += y * tl.load(bias_ptr + expert * H + offs_k, mask=offs_k < H, other=0.0).to(tl.float32)[None, :]
     tl.store(grad_weights_ptr + slots.to(tl.int64) * PARTS + PARTS - 1, tl.sum(dots, axis=1), mask=live)
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def sum_parts_kernel(
+    parts_ptr,  # (S, PARTS) fp32 by slot; undefined for slots of no expert
+    slot_to_row_ptr,  # (S,)
+    grad_weights_ptr,  # (S,) out
+    num_slots,
+    PARTS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """The routing weights' gradient from its parts, in their order; zero for slots of no expert. Grid: (⌈S / BLOCK_S⌉,)."""
+    slots = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    mine = tl.load(slot_to_row_ptr + slots, mask=slots < num_slots, other=-1) >= 0
+    total = tl.zeros((BLOCK_S,), dtype=tl.float32)
+    for part in range(PARTS):
+        total += tl.load(parts_ptr + slots.to(tl.int64) * PARTS + part, mask=mine, other=0.0)
+    tl.store(grad_weights_ptr + slots, total.to(grad_weights_ptr.dtype.element_ty), mask=slots < num_slots)

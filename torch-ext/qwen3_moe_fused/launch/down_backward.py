@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..activations import Gate
-from ..kernels.down_backward import bias_dots_kernel, down_backward_kernel
+from ..kernels.down_backward import bias_dots_kernel, down_backward_kernel, sum_parts_kernel
 from ..plan import Plan
 from ..routing import max_tiles
 from .operands import (
@@ -75,6 +75,12 @@ def _bias_dots_plan(num_experts: int, stride_yt: int, hidden: int, top_k: int, n
     return Plan(bias_dots_kernel, constants)
 
 
+@functools.cache
+def _sum_parts_plan(num_parts: int) -> tuple[Plan, int]:
+    block = 256
+    return Plan(sum_parts_kernel, {"PARTS": num_parts, "BLOCK_S": block}), block
+
+
 @on_device
 def down_backward(
     grad_y: Tensor,
@@ -112,8 +118,7 @@ def down_backward(
         weights,
         precision(grad_y.dtype),
     )
-    # Zeros, for the slots of no expert.
-    parts = torch.zeros((num_rows, num_parts), dtype=torch.float32, device=grad_y.device)
+    parts = torch.empty((num_rows, num_parts), dtype=torch.float32, device=grad_y.device)
     plan(
         device_index(grad_y),
         (tiles * n_tiles, 1, 1),
@@ -141,5 +146,7 @@ def down_backward(
             routing.tile_expert,
             routing.tile_row,
         )
-    grad_weights = parts.sum(1).view(top_k_weights.shape).to(top_k_weights.dtype)
+    grad_weights = top_k_weights.new_empty(top_k_weights.shape)
+    plan, block = _sum_parts_plan(num_parts)
+    plan(device_index(grad_y), (cdiv(num_rows, block), 1, 1), parts, routing.slot_to_row, grad_weights, num_rows)
     return grad_gate_up, weighted_h, grad_weights
