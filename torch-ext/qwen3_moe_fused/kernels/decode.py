@@ -17,7 +17,6 @@ def decode_up_kernel(
     bias_ptr,  # (E, COLUMNS)
     h_ptr,  # (S, I) out
     NUM_EXPERTS: tl.constexpr,
-    STRIDE_XT: tl.constexpr,
     STRIDE_WE: tl.constexpr,
     STRIDE_WN: tl.constexpr,
     STRIDE_WK: tl.constexpr,
@@ -43,7 +42,7 @@ def decode_up_kernel(
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     in_n = offs_n < I
-    x_ptrs = x_ptr + (slot // TOP_K).to(tl.int64) * STRIDE_XT + offs_k
+    x_ptrs = x_ptr + (slot // TOP_K).to(tl.int64) * H + offs_k
     columns = offs_n * COLUMN_STRIDE
     w_ptrs = w_ptr + expert * STRIDE_WE + columns[:, None] * STRIDE_WN + offs_k[None, :] * STRIDE_WK
     gate = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)

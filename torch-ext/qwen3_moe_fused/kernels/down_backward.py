@@ -85,7 +85,6 @@ def _tile(
     row,
     end,
     n_tile,
-    STRIDE_YT: tl.constexpr,
     STRIDE_WE: tl.constexpr,
     STRIDE_WN: tl.constexpr,
     STRIDE_WK: tl.constexpr,
@@ -115,7 +114,7 @@ def _tile(
     slots = tl.load(row_to_slot_ptr + row + offs_m, mask=live, other=0)
     offs_n = n + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    y_ptrs = grad_y_ptr + (slots // TOP_K).to(tl.int64)[:, None] * STRIDE_YT + offs_k[None, :]
+    y_ptrs = grad_y_ptr + (slots // TOP_K).to(tl.int64)[:, None] * H + offs_k[None, :]
     if WEIGHTS == "pointer":
         w_tile = w + expert.to(tl.int64) * STRIDE_WE + offs_n[None, :] * STRIDE_WN + offs_k[:, None] * STRIDE_WK
         first = 0
@@ -162,7 +161,6 @@ def down_backward_kernel(
     tile_expert_ptr,  # (tiles,)
     tile_row_ptr,  # (tiles,)
     NUM_EXPERTS: tl.constexpr,
-    STRIDE_YT: tl.constexpr,
     STRIDE_WE: tl.constexpr,
     STRIDE_WN: tl.constexpr,
     STRIDE_WK: tl.constexpr,
@@ -198,14 +196,14 @@ def down_backward_kernel(
     if HALF_TILES and end - row <= BLOCK_M // 2:
         _tile(
             grad_y_ptr, w, gate_up_ptr, weights_ptr, grad_gate_up_ptr, weighted_h_ptr, grad_weights_ptr, row_to_slot_ptr,
-            expert, row, end, n_tile, STRIDE_YT, STRIDE_WE, STRIDE_WN, STRIDE_WK, H, I, COLUMNS, COLUMN_STRIDE, UP_OFFSET,
+            expert, row, end, n_tile, STRIDE_WE, STRIDE_WN, STRIDE_WK, H, I, COLUMNS, COLUMN_STRIDE, UP_OFFSET,
             TOP_K, PARTS, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, WEIGHTS, PRECISION, BLOCK_M // 2, BLOCK_N,
             BLOCK_K, SLICES,
         )  # fmt: skip
     else:
         _tile(
             grad_y_ptr, w, gate_up_ptr, weights_ptr, grad_gate_up_ptr, weighted_h_ptr, grad_weights_ptr, row_to_slot_ptr,
-            expert, row, end, n_tile, STRIDE_YT, STRIDE_WE, STRIDE_WN, STRIDE_WK, H, I, COLUMNS, COLUMN_STRIDE, UP_OFFSET,
+            expert, row, end, n_tile, STRIDE_WE, STRIDE_WN, STRIDE_WK, H, I, COLUMNS, COLUMN_STRIDE, UP_OFFSET,
             TOP_K, PARTS, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, WEIGHTS, PRECISION, BLOCK_M, BLOCK_N,
             BLOCK_K, SLICES,
         )  # fmt: skip
@@ -221,7 +219,6 @@ def bias_dots_kernel(
     tile_expert_ptr,  # (tiles,)
     tile_row_ptr,  # (tiles,)
     NUM_EXPERTS: tl.constexpr,
-    STRIDE_YT: tl.constexpr,
     H: tl.constexpr,
     TOP_K: tl.constexpr,
     PARTS: tl.constexpr,
@@ -238,7 +235,7 @@ def bias_dots_kernel(
     rows = tl.load(tile_row_ptr + tl.program_id(0)) + tl.arange(0, BLOCK_M)
     live = rows < tl.load(offsets_ptr + expert + 1)
     slots = tl.load(row_to_slot_ptr + rows, mask=live, other=0)
-    y_ptrs = grad_y_ptr + (slots // TOP_K).to(tl.int64)[:, None] * STRIDE_YT
+    y_ptrs = grad_y_ptr + (slots // TOP_K).to(tl.int64)[:, None] * H
     dots = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     for k in range(0, H, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)

@@ -59,7 +59,6 @@ def _up_tile(
     row,
     end,
     n,
-    STRIDE_XT: tl.constexpr,
     STRIDE_WE: tl.constexpr,
     STRIDE_WN: tl.constexpr,
     STRIDE_WK: tl.constexpr,
@@ -88,7 +87,7 @@ def _up_tile(
     offs_n = n + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     # int64: T·H and E·out·in pass 2³¹ in real models.
-    x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * STRIDE_XT + offs_k[None, :]
+    x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * H + offs_k[None, :]
     if WEIGHTS == "pointer":
         w_ptr = w + expert.to(tl.int64) * STRIDE_WE
         gate_w = w_ptr + (offs_n[None, :] * COLUMN_STRIDE) * STRIDE_WN + offs_k[:, None] * STRIDE_WK
@@ -149,7 +148,6 @@ def grouped_up_kernel(
     tile_row_ptr,  # (tiles,)
     num_rows,  # S
     NUM_EXPERTS: tl.constexpr,
-    STRIDE_XT: tl.constexpr,
     STRIDE_WE: tl.constexpr,
     STRIDE_WN: tl.constexpr,
     STRIDE_WK: tl.constexpr,
@@ -190,13 +188,13 @@ def grouped_up_kernel(
     end = tl.load(offsets_ptr + expert + 1)
     if HALF_TILES and end - row <= BLOCK_M // 2:
         _up_tile(
-            x_ptr, w, bias_ptr, h_ptr, gate_up_ptr, row_to_slot_ptr, expert, row, end, n, STRIDE_XT, STRIDE_WE, STRIDE_WN,
+            x_ptr, w, bias_ptr, h_ptr, gate_up_ptr, row_to_slot_ptr, expert, row, end, n, STRIDE_WE, STRIDE_WN,
             STRIDE_WK, H, I, COLUMNS, COLUMN_STRIDE, UP_OFFSET, TOP_K, ACTIVATION, GATED, ALPHA, LIMIT, HAS_BIAS,
             SAVE_GATE_UP, WEIGHTS, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         _up_tile(
-            x_ptr, w, bias_ptr, h_ptr, gate_up_ptr, row_to_slot_ptr, expert, row, end, n, STRIDE_XT, STRIDE_WE, STRIDE_WN,
+            x_ptr, w, bias_ptr, h_ptr, gate_up_ptr, row_to_slot_ptr, expert, row, end, n, STRIDE_WE, STRIDE_WN,
             STRIDE_WK, H, I, COLUMNS, COLUMN_STRIDE, UP_OFFSET, TOP_K, ACTIVATION, GATED, ALPHA, LIMIT, HAS_BIAS,
             SAVE_GATE_UP, WEIGHTS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
@@ -213,7 +211,6 @@ def _gemm_tile(
     row,
     end,
     n,
-    STRIDE_AM: tl.constexpr,
     STRIDE_WE: tl.constexpr,
     STRIDE_WN: tl.constexpr,
     STRIDE_WK: tl.constexpr,
@@ -239,7 +236,7 @@ def _gemm_tile(
             source = tl.load(row_to_slot_ptr + row + offs_m, mask=live, other=0) // TOP_K
         else:
             source = tl.where(live, row + offs_m, row)
-        a_ptrs = a + source.to(tl.int64)[:, None] * STRIDE_AM + offs_k[None, :]
+        a_ptrs = a + source.to(tl.int64)[:, None] * K + offs_k[None, :]
     if WEIGHTS == "pointer":
         w_tile = w + expert.to(tl.int64) * STRIDE_WE + offs_n[None, :] * STRIDE_WN + offs_k[:, None] * STRIDE_WK
         first = 0
@@ -282,7 +279,6 @@ def grouped_gemm_kernel(
     num_rows,  # S
     fill,  # of rows that belong to no expert
     NUM_EXPERTS: tl.constexpr,
-    STRIDE_AM: tl.constexpr,
     STRIDE_WE: tl.constexpr,
     STRIDE_WN: tl.constexpr,
     STRIDE_WK: tl.constexpr,
@@ -313,11 +309,11 @@ def grouped_gemm_kernel(
     end = tl.load(offsets_ptr + expert + 1)
     if HALF_TILES and end - row <= BLOCK_M // 2:
         _gemm_tile(
-            a_half, w, bias_ptr, out_ptr, row_to_slot_ptr, expert, row, end, n, STRIDE_AM, STRIDE_WE, STRIDE_WN, STRIDE_WK,
+            a_half, w, bias_ptr, out_ptr, row_to_slot_ptr, expert, row, end, n, STRIDE_WE, STRIDE_WN, STRIDE_WK,
             N, K, TOP_K, GATHER, HAS_BIAS, A_DESCRIPTOR, WEIGHTS, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         _gemm_tile(
-            a, w, bias_ptr, out_ptr, row_to_slot_ptr, expert, row, end, n, STRIDE_AM, STRIDE_WE, STRIDE_WN, STRIDE_WK,
+            a, w, bias_ptr, out_ptr, row_to_slot_ptr, expert, row, end, n, STRIDE_WE, STRIDE_WN, STRIDE_WK,
             N, K, TOP_K, GATHER, HAS_BIAS, A_DESCRIPTOR, WEIGHTS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip

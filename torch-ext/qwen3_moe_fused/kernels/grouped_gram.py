@@ -18,8 +18,6 @@ def grouped_gram_kernel(
     out_ptr,  # (E, M, N) out
     offsets_ptr,  # (E+1,)
     row_to_slot_ptr,  # (S,), read with GATHER_*
-    STRIDE_AM: tl.constexpr,
-    STRIDE_BM: tl.constexpr,
     STRIDE_OE: tl.constexpr,
     STRIDE_OM: tl.constexpr,
     STRIDE_ON: tl.constexpr,
@@ -71,11 +69,11 @@ def grouped_gram_kernel(
         if A_DESCRIPTOR:
             a_tile = a.load([k, m])
         else:
-            a_tile = tl.load(a_ptr + a_rows.to(tl.int64)[:, None] * STRIDE_AM + a_cols[None, :])
+            a_tile = tl.load(a_ptr + a_rows.to(tl.int64)[:, None] * M + a_cols[None, :])
         if B_DESCRIPTOR:
             b_tile = b.load([k, n])
         else:
-            b_tile = tl.load(b_ptr + b_rows.to(tl.int64)[:, None] * STRIDE_BM + b_cols[None, :])
+            b_tile = tl.load(b_ptr + b_rows.to(tl.int64)[:, None] * N + b_cols[None, :])
         acc = tl.dot(a_tile.T, b_tile, acc, input_precision=PRECISION)
     if full < end:
         rows = full + offs_k
@@ -85,12 +83,8 @@ def grouped_gram_kernel(
         a_rows = tokens if GATHER_A else rows
         b_rows = tokens if GATHER_B else rows
         # Both sides are masked: a row of the next expert may hold Inf, and 0·Inf is NaN.
-        a_tile = tl.load(
-            a_ptr + a_rows.to(tl.int64)[:, None] * STRIDE_AM + a_cols[None, :], mask=live[:, None], other=0.0
-        )
-        b_tile = tl.load(
-            b_ptr + b_rows.to(tl.int64)[:, None] * STRIDE_BM + b_cols[None, :], mask=live[:, None], other=0.0
-        )
+        a_tile = tl.load(a_ptr + a_rows.to(tl.int64)[:, None] * M + a_cols[None, :], mask=live[:, None], other=0.0)
+        b_tile = tl.load(b_ptr + b_rows.to(tl.int64)[:, None] * N + b_cols[None, :], mask=live[:, None], other=0.0)
         acc = tl.dot(a_tile.T, b_tile, acc, input_precision=PRECISION)
     # int64: E·M·N passes 2³¹ in real models.
     out = out_ptr + expert.to(tl.int64) * STRIDE_OE + offs_m[:, None] * STRIDE_OM + offs_n[None, :] * STRIDE_ON
@@ -104,7 +98,6 @@ def grouped_row_sum_kernel(
     out_ptr,  # (E, N) out
     offsets_ptr,  # (E+1,)
     row_to_slot_ptr,  # (S,), read with GATHER or WEIGHTED
-    STRIDE_AM: tl.constexpr,
     N: tl.constexpr,
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,
@@ -127,9 +120,7 @@ def grouped_row_sum_kernel(
         if GATHER:
             source = slots // TOP_K
         mask = live[:, None] & (offs_n < N)[None, :]
-        a = tl.load(a_ptr + source.to(tl.int64)[:, None] * STRIDE_AM + offs_n[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
+        a = tl.load(a_ptr + source.to(tl.int64)[:, None] * N + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
         if WEIGHTED:
             a *= tl.load(weights_ptr + slots, mask=live, other=0.0).to(tl.float32)[:, None]
         acc += a

@@ -37,7 +37,6 @@ def dispatch_kernel(
     offsets_ptr,  # (E+1,)
     slot_to_row_ptr,  # (S,)
     NUM_EXPERTS: tl.constexpr,
-    STRIDE_XT: tl.constexpr,
     N: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -50,7 +49,7 @@ def dispatch_kernel(
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = offs_n < N
     assigned = tl.load(offsets_ptr + NUM_EXPERTS)
-    x = tl.load(x_ptr + token * STRIDE_XT + offs_n, mask=in_n, other=0.0)
+    x = tl.load(x_ptr + token * N + offs_n, mask=in_n, other=0.0)
     for k in tl.range(0, TOP_K, loop_unroll_factor=8):
         slot = token * TOP_K + k
         row = tl.load(slot_to_row_ptr + slot)

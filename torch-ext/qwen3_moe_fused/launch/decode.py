@@ -27,7 +27,6 @@ def _decode_plans(
     up_shape: tuple[int, int, int],
     up_strides: tuple[int, int, int],
     down_strides: tuple[int, int, int],
-    stride_xt: int,
     top_k: int,
     gate: Gate,
     up_bias: bool,
@@ -37,7 +36,6 @@ def _decode_plans(
     intermediate = gate.intermediate(columns)
     up = {
         "NUM_EXPERTS": num_experts,
-        "STRIDE_XT": stride_xt,
         **stride_constants(up_strides),
         "H": hidden,
         **gate_constants(gate, intermediate),
@@ -85,7 +83,7 @@ def decode(
     h = x.new_empty((num_tokens * top_k, intermediate))
     y = x.new_empty((num_tokens, hidden))
     up_plan, down_plan = _decode_plans(
-        up.shape, up.stride(), down.stride(), x.shape[1], top_k, gate, up_bias is not None, down_bias is not None
+        up.shape, up.stride(), down.stride(), top_k, gate, up_bias is not None, down_bias is not None
     )
     up_plan(
         device,

@@ -34,7 +34,6 @@ def _down_backward_plan(
     config: LaunchConfig,
     shape: tuple[int, int, int],
     strides: tuple[int, int, int],
-    stride_yt: int,
     top_k: int,
     gate: Gate,
     num_parts: int,
@@ -45,7 +44,6 @@ def _down_backward_plan(
     num_experts, intermediate, hidden = shape
     constants = {
         "NUM_EXPERTS": num_experts,
-        "STRIDE_YT": stride_yt,
         **stride_constants(strides),
         "H": hidden,
         **gate_constants(gate, intermediate),
@@ -62,10 +60,9 @@ def _down_backward_plan(
 
 
 @functools.cache
-def _bias_dots_plan(num_experts: int, stride_yt: int, hidden: int, top_k: int, num_parts: int, block_m: int) -> Plan:
+def _bias_dots_plan(num_experts: int, hidden: int, top_k: int, num_parts: int, block_m: int) -> Plan:
     constants = {
         "NUM_EXPERTS": num_experts,
-        "STRIDE_YT": stride_yt,
         "H": hidden,
         "TOP_K": top_k,
         "PARTS": num_parts,
@@ -110,7 +107,6 @@ def down_backward(
         config,
         stack.shape,
         stack.stride(),
-        grad_y.shape[1],
         routing.top_k,
         gate,
         num_parts,
@@ -135,7 +131,7 @@ def down_backward(
         routing.tile_row,
     )
     if bias is not None:
-        _bias_dots_plan(num_experts, grad_y.shape[1], hidden, routing.top_k, num_parts, config.block_m)(
+        _bias_dots_plan(num_experts, hidden, routing.top_k, num_parts, config.block_m)(
             device_index(grad_y),
             (tiles, 1, 1),
             grad_y,

@@ -35,7 +35,6 @@ def _gemm_plan(
     config: LaunchConfig,
     shape: tuple[int, int, int],
     strides: tuple[int, int, int],
-    stride_am: int,
     top_k: int,
     gather: bool,
     has_bias: bool,
@@ -46,7 +45,6 @@ def _gemm_plan(
     num_experts, n, k = shape
     constants = {
         "NUM_EXPERTS": num_experts,
-        "STRIDE_AM": stride_am,
         **stride_constants(strides),
         "N": n,
         "K": k,
@@ -82,7 +80,6 @@ def grouped_gemm(
         config,
         weight.shape,
         weight.stride(),
-        a.shape[1],
         routing.top_k,
         gather,
         bias is not None,
@@ -113,7 +110,6 @@ def _up_plan(
     config: LaunchConfig,
     shape: tuple[int, int, int],
     strides: tuple[int, int, int],
-    stride_xt: int,
     top_k: int,
     gate: Gate,
     has_bias: bool,
@@ -125,7 +121,6 @@ def _up_plan(
     intermediate = gate.intermediate(columns)
     constants = {
         "NUM_EXPERTS": num_experts,
-        "STRIDE_XT": stride_xt,
         **stride_constants(strides),
         "H": hidden,
         **gate_constants(gate, intermediate),
@@ -158,7 +153,6 @@ def grouped_up(
         config,
         weight.shape,
         weight.stride(),
-        x.shape[1],
         routing.top_k,
         gate,
         bias is not None,

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 def _gram_plan(
     config: LaunchConfig,
     num_experts: int,
-    stride_am: int,
-    stride_bm: int,
     shape: tuple[int, int, int],
     strides: tuple[int, int, int],
     top_k: int,
@@ -32,8 +30,6 @@ def _gram_plan(
     precision: str,
 ) -> Plan:
     constants = {
-        "STRIDE_AM": stride_am,
-        "STRIDE_BM": stride_bm,
         "STRIDE_OE": strides[0],
         "STRIDE_OM": strides[1],
         "STRIDE_ON": strides[2],
@@ -71,8 +67,6 @@ def grouped_gram(a: Tensor, b: Tensor, routing: Routing, gather_a: bool, gather_
     plan = _gram_plan(
         config,
         num_experts,
-        a.shape[1],
-        b.shape[1],
         out.shape,
         out.stride(),
         routing.top_k,
@@ -96,10 +90,9 @@ def grouped_gram(a: Tensor, b: Tensor, routing: Routing, gather_a: bool, gather_
 
 
 @functools.cache
-def _row_sum_plan(stride_am: int, n: int, top_k: int, gather: bool, weighted: bool) -> tuple[Plan, int]:
+def _row_sum_plan(n: int, top_k: int, gather: bool, weighted: bool) -> tuple[Plan, int]:
     block = max(16, min(128, power_of_2(n)))
     constants = {
-        "STRIDE_AM": stride_am,
         "N": n,
         "TOP_K": top_k,
         "GATHER": gather,
@@ -117,7 +110,7 @@ def grouped_row_sum(a: Tensor, routing: Routing, weights: Tensor | None, gather:
     if out.numel() == 0 or a.shape[0] == 0:
         return out
     a = a.contiguous()
-    plan, blocks = _row_sum_plan(a.shape[1], a.shape[1], routing.top_k, gather, weights is not None)
+    plan, blocks = _row_sum_plan(a.shape[1], routing.top_k, gather, weights is not None)
     plan(
         device_index(a),
         (routing.num_experts, blocks, 1),

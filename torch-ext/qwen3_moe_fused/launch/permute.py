@@ -47,9 +47,9 @@ def combine(z: Tensor, routing: Routing, num_tokens: int, weights: Tensor | None
 
 
 @functools.cache
-def _dispatch_plan(num_experts: int, stride_xt: int, n: int, top_k: int) -> tuple[Plan, int]:
+def _dispatch_plan(num_experts: int, n: int, top_k: int) -> tuple[Plan, int]:
     block, warps = _row_block(n)
-    constants = {"NUM_EXPERTS": num_experts, "STRIDE_XT": stride_xt, "N": n, "TOP_K": top_k, "BLOCK_N": block}
+    constants = {"NUM_EXPERTS": num_experts, "N": n, "TOP_K": top_k, "BLOCK_N": block}
     return Plan(permute_kernels.dispatch_kernel, constants, num_warps=warps), cdiv(n, block)
 
 
@@ -60,7 +60,7 @@ def dispatch(x: Tensor, routing: Routing, num_rows: int) -> Tensor:
     if rows.numel() == 0:
         return rows
     x = x.contiguous()
-    plan, blocks = _dispatch_plan(routing.num_experts, x.shape[1], x.shape[1], routing.top_k)
+    plan, blocks = _dispatch_plan(routing.num_experts, x.shape[1], routing.top_k)
     plan(device_index(x), (x.shape[0], blocks, 1), x, rows, routing.offsets, routing.slot_to_row)
     return rows
 
