@@ -6,6 +6,7 @@ wrong numbers. Here every compilation is recorded instead of made, so this needs
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -18,6 +19,8 @@ from tests.kernel.machine import HAS_TRITON, module
 
 if not HAS_TRITON:
     pytest.skip("there are no launches without triton", allow_module_level=True)
+
+import triton
 
 from tests.kernel.compile_launches import _tiled, _untiled, tokens_of_bucket
 
@@ -64,6 +67,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return Compiled(function.__name__, signature(args), given)
 
     monkeypatch.setattr(plan, "driver", mock.MagicMock())
+    monkeypatch.setattr(plan, "_KNOWN_LAUNCHER", False)
     monkeypatch.setattr(plan.Plan, "__call__", noting_types)
     monkeypatch.setattr(kernel_type, "run", run)
     monkeypatch.setattr(tuning, "target_of", lambda _: tuning.TARGETS[90])
@@ -139,3 +143,52 @@ def test_routing_weights_of_two_dtypes(stage: str) -> None:
 def test_decode_with_ids_of_two_widths() -> None:
     for dtype in (torch.int64, torch.int32):
         STAGES["decode"](meta(8, 2, dtype=torch.float32), meta(8, 2, dtype=dtype))
+
+
+@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="elsewhere launches go through Triton's own")
+def test_the_short_cut_passes_what_triton_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Descriptors between other arguments, twice, then one at another address: same arguments, two encodings."""
+    from triton.backends.nvidia import driver
+
+    plan = module("plan")
+    encoded: list[int] = []
+
+    def encode(descriptor: Any, metadata: dict[str, int]) -> list[Any]:
+        encoded.append(descriptor.base.data_ptr())
+        return [(descriptor.base.data_ptr(), metadata["elem_size"]), *descriptor.shape, *descriptor.strides]
+
+    launches: list[tuple[Any, ...]] = []
+    signature = {0: "*bf16", 1: "tensordesc<bf16[64,64]>", 2: "i32", 3: "tensordesc<bf16[32,64]>"}
+    monkeypatch.setattr(driver, "make_tensordesc_arg", encode)
+    run = mock.Mock(
+        launch=driver.wrap_handle_tensordesc(lambda *args: launches.append(args), signature, [{"elem_size": 2}] * 2),
+        global_scratch_size=0,
+        profile_scratch_size=0,
+        launch_cooperative_grid=False,
+        launch_pdl=False,
+    )
+    run.side_effect = functools.partial(driver.CudaLauncher.__call__, run)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(plan, "_KNOWN_LAUNCHER", True)
+    kernel = mock.Mock(run=run, function=7, packed_metadata=("packed",))
+    compiled = plan._Compiled(kernel)
+
+    def call(rows: Tensor, other: Tensor) -> None:
+        descriptors = [plan.Descriptor(base, tuple(base.shape), base.stride(), (64, 64)) for base in (rows, other)]
+        values = [rows.data_ptr(), descriptors[0], 5, descriptors[1]]
+        launches.clear()
+        compiled((3, 1, 1), 11, values, (64, "silu"))
+        run(3, 1, 1, 11, 7, ("packed",), None, None, None, *values, 64, "silu")
+        assert len(launches) == 2
+        assert launches[0] == launches[1]
+
+    rows, other, third = (torch.zeros(size, 8) for size in (4, 6, 6))
+    call(rows, other)
+    once = encoded.copy()
+    encoded.clear()
+    call(rows, other)
+    assert encoded == once[:2], "Triton's own encodes again, the short cut does not"
+    encoded.clear()
+    call(rows, third)
+    assert encoded.count(third.data_ptr()) == 2
+    assert encoded.count(rows.data_ptr()) == 1

@@ -5,13 +5,19 @@ what a small layer's GEMM takes there. But the calls of one layer differ in thei
 compiled kernel of its first call and launches that. What Triton specialises on is fixed by construction: sizes and
 strides are constants of the plan, kernels are kept by the dtypes of their tensors, the remaining integers are not
 specialised, and a call with a pointer that is not 16-byte aligned takes the ordinary way.
+
+A descriptor costs another 20 µs: Triton encodes its tensor map in every launch. Weights stay where they are and the caching
+allocator gives activations the same few addresses again, so the maps are kept.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
@@ -51,6 +57,72 @@ def _front_door() -> bool:
     return bool(getattr(hook, "calls", hook))  # a chain of hooks, or in older Tritons a hook or None
 
 
+# Where the arguments of the compiled launcher are known to be as below.
+_KNOWN_LAUNCHER = triton.__version__.startswith("3.6.")
+# Tensor maps a compiled kernel keeps, of 128 bytes each.
+_MAX_TENSOR_MAPS = 256
+
+
+class _Compiled:
+    """A compiled kernel, launched without what Triton does again in every launch."""
+
+    __slots__ = ("_descriptors", "_encode", "_fixed", "_launch", "_maps", "kernel")
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self._launch: Callable[..., None] | None = None
+        self._maps: dict[tuple[Any, ...], list[Any]] = {}
+        run = kernel.run
+        if not _KNOWN_LAUNCHER or torch.version.cuda is None or run.global_scratch_size or run.profile_scratch_size:
+            return
+        from triton.backends.nvidia.driver import make_tensordesc_arg
+
+        launch, self._encode, self._descriptors = run.launch, make_tensordesc_arg, []
+        if inspect.isfunction(launch):  # Triton's expansion of the descriptors, around the launcher
+            captured = inspect.getclosurevars(launch).nonlocals
+            launch, self._descriptors = captured["launcher"], captured["tensordesc_meta"]
+        self._fixed = (
+            run.launch_cooperative_grid,
+            run.launch_pdl,
+            None,
+            None,
+            kernel.packed_metadata,
+            None,
+            None,
+            None,
+        )
+        if None not in self._descriptors:
+            self._launch = launch
+
+    def __call__(self, grid: tuple[int, int, int], stream: int, values: list[Any], constants: tuple[Any, ...]) -> None:
+        kernel, launch = self.kernel, self._launch
+        if launch is None:
+            kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *values, *constants)
+            return
+        if self._descriptors:
+            values = self._expanded(values)
+        launch(*grid, stream, kernel.function, *self._fixed, *values, *constants)
+
+    def _expanded(self, values: list[Any]) -> list[Any]:
+        """``values`` with each descriptor's tensor map, shape and strides in its place."""
+        expanded: list[Any] = []
+        metadata = iter(self._descriptors)
+        for value in values:
+            if type(value) is not Descriptor:
+                expanded.append(value)
+                continue
+            own = next(metadata)
+            # The kernel's blocks are constants of its own, so of a descriptor only this can differ.
+            key = (id(own), value.base.data_ptr(), value.shape, value.strides)
+            arguments = self._maps.get(key)
+            if arguments is None:
+                if len(self._maps) >= _MAX_TENSOR_MAPS:
+                    self._maps.clear()
+                arguments = self._maps[key] = self._encode(value, own)
+            expanded += arguments
+        return expanded
+
+
 class Plan:
     """One kernel, its constants and launch options.
 
@@ -70,7 +142,7 @@ class Plan:
         self.constants = tuple(constants[name] for name in names)
         self.num_warps = num_warps
         self.num_stages = num_stages
-        self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._compiled: dict[tuple[Any, ...], _Compiled] = {}
 
     def __call__(self, device: int, grid: tuple[int, int, int], *args: Any) -> None:
         """Launches on the current device, whose index is ``device``, with ``args`` before the constants."""
@@ -91,11 +163,8 @@ class Plan:
             # What it compiled for aligned pointers is kept. The interpreter compiles nothing.
             options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
             checked = [arg.checked() if isinstance(arg, Descriptor) else arg for arg in args]
-            compiled = self.kernel[grid](*checked, *self.constants, **options)
-            if pointers & 15 == 0 and compiled is not None:
-                self._compiled[tuple(key)] = compiled
+            kernel = self.kernel[grid](*checked, *self.constants, **options)
+            if pointers & 15 == 0 and kernel is not None:
+                self._compiled[tuple(key)] = _Compiled(kernel)
             return
-        stream = driver.active.get_current_stream(device)
-        compiled.run(
-            *grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *self.constants
-        )
+        compiled(grid, driver.active.get_current_stream(device), values, self.constants)
