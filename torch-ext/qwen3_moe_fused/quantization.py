@@ -4,8 +4,9 @@ The weights of an expert lie flat, row-major, two to a byte, the first in the hi
 an absmax, and a weight is ``code[nibble] · absmax``, multiplied in fp32 and rounded once. With double quantization an absmax
 is itself a byte: ``code2[byte] · absmax2 + offset``, each step rounded to fp32, one absmax2 for 256 of them.
 
-A stack may hold several *projections* along the out features, as the gate and up of Transformers' fused experts. Second-level
-scales and offsets are kept for every expert and projection, so checkpoints with one 4-bit matrix for each load without loss.
+A stack may hold several *projections* along the out features, as the gate and up of Transformers' fused experts.
+Second-level scales and offsets are kept for every expert and projection, so that checkpoints with one 4-bit matrix for each
+load without loss.
 
 All storage is uint8 with leading dimension E, fp32 values as their bytes: what shards by expert, survives
 ``module.to(dtype)`` and mixed precision, and no optimizer touches.
