@@ -66,20 +66,23 @@ class BitsandbytesStack:
         return weight.view(self.shape)
 
 
-def grouped_mm_experts(
-    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+def composed(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: BitsandbytesStack,
+    down_proj: BitsandbytesStack,
 ) -> Tensor:
-    """The experts in plain torch around ``torch._grouped_mm``, without waiting for the GPU."""
+    """The experts as plain torch around ``torch._grouped_mm``; never waits for the GPU, one dense stack at a time."""
     tokens, top_k = top_k_index.shape
-    num_experts = gate_up_proj.shape[0]
     expert_of_row, slot_of_row = top_k_index.flatten().sort()
     # Where the rows of each expert end: one launch, where counting and summing up would be four.
-    next_expert = torch.arange(1, num_experts + 1, device=expert_of_row.device)
+    next_expert = torch.arange(1, gate_up_proj.shape[0] + 1, device=expert_of_row.device)
     ends = torch.searchsorted(expert_of_row, next_expert, out_int32=True)
     rows = hidden_states[slot_of_row // top_k]
-    gate, up = torch._grouped_mm(rows, gate_up_proj.mT, offs=ends).chunk(2, dim=-1)
+    gate, up = torch._grouped_mm(rows, gate_up_proj.dequantize().mT, offs=ends).chunk(2, dim=-1)
     h = torch.nn.functional.silu(gate) * up
-    z = torch._grouped_mm(h, down_proj.mT, offs=ends)
+    z = torch._grouped_mm(h, down_proj.dequantize().mT, offs=ends)
     z = z * top_k_weights.flatten()[slot_of_row, None]
     return torch.empty_like(z).index_copy_(0, slot_of_row, z).view(tokens, top_k, -1).sum(1)
 
@@ -107,7 +110,7 @@ def make_forwards(
     forwards = {OURS: fused, "dequantize_first": dequantize_first}
     if "composed" in names:
         stacks = [BitsandbytesStack.quantize(weight) for weight in (gate_up, down)]
-        forwards["composed"] = lambda *inputs: grouped_mm_experts(*inputs, *(stack.dequantize() for stack in stacks))
+        forwards["composed"] = lambda *inputs: composed(*inputs, *stacks)
     if "moe_fused_bf16" in names:
         dense = [stack.dequantize() for stack in packed]
         forwards["moe_fused_bf16"] = lambda *inputs: kernel.moe_experts(*inputs, *dense)

@@ -197,6 +197,7 @@ class Bench:
         self.seconds = seconds
         self.environment = current_environment(device)
         self.generator = torch.Generator(device).manual_seed(0)
+        self._kept: dict[str, float] = {}  # MiB that an implementation holds between calls
 
     def measure(
         self, point: Point, contenders: Contenders, names: Sequence[str]
@@ -241,12 +242,14 @@ class Bench:
         """The memory of ``call``, or why it has none to report; its results become an empty ``reference``."""
         try:
             harness.poison(self.device, POISON_BYTES)
-            got = call(0)
+            got, grown = harness.run_and_weigh(call, self.device)
+            self._kept[name] = self._kept.get(name, 0.0) + grown
             harness.compare(name, got, reference or got)  # with itself: all finite
             if not reference:
                 reference.update(got)
             del got
-            return Outcome(peak_mib=harness.peak_mib(call, self.device))
+            peak = harness.peak_mib(call, self.device)
+            return Outcome(peak_mib=None if peak is None else peak + self._kept[name])
         except torch.OutOfMemoryError:
             return Outcome(problem="out of memory")
         except MismatchError as error:

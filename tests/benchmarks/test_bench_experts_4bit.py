@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import experts_4bit, harness, runner
-from benchmarks.experts_4bit import BitsandbytesStack, grouped_mm_experts
+from benchmarks.experts_4bit import BitsandbytesStack, composed
 from benchmarks.layers import LAYERS, Layer
 from benchmarks.rows import read_rows
 
@@ -66,11 +66,12 @@ def test_bitsandbytes_stack():
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 64])
-def test_plain_torch_experts(tokens):
+def test_composed(tokens):
     """Against a loop over tokens; with one token, most experts have no row."""
     layer = Layer("small", hidden=32, intermediate=16, experts=6, top_k=3)
     generator = torch.Generator().manual_seed(tokens)
-    gate_up, down = runner.random_weights(layer, generator)
+    stacks = [BitsandbytesStack.quantize(weight) for weight in runner.random_weights(layer, generator)]
+    gate_up, down = (stack.dequantize() for stack in stacks)
     own = runner.Inputs.random(layer, tokens, generator)
     want = torch.zeros(tokens, layer.hidden)
     for t, (chosen, weights) in enumerate(zip(own.top_k_index, own.top_k_weights.detach().float(), strict=True)):
@@ -79,8 +80,8 @@ def test_plain_torch_experts(tokens):
             gate, up = (gate_up[expert].float() @ x).chunk(2)
             want[t] += weight * (down[expert].float() @ (torch.nn.functional.silu(gate) * up))
     with torch.no_grad():
-        got = grouped_mm_experts(own.hidden_states, own.top_k_index, own.top_k_weights, gate_up, down)
-    harness.compare("grouped_mm_experts", {"y": got}, {"y": want})
+        got = composed(own.hidden_states, own.top_k_index, own.top_k_weights, *stacks)
+    harness.compare("composed", {"y": got}, {"y": want})
 
 
 def test_all_implementations_agree_whoever_quantized(kernel):
