@@ -22,7 +22,7 @@ FLOOR = "floor"  # the implementation name of the rows that hold the least time 
 # Implementations by benchmark that the others are compared with; where there is room for one, it is the first.
 BASELINES: dict[str, tuple[str, ...]] = {
     "experts": ("grouped_mm",),
-    "experts_4bit": ("composed", "dequantize_first"),
+    "experts_4bit": ("composed", "dequantize_first", "moe_fused_bf16"),
 }
 
 Point = tuple[str, str, str, int, str, int]

@@ -443,7 +443,7 @@ def _run(
 def _console() -> Console:
     console = Console()
     # A log has no width: 80 columns would cut names off.
-    return console if console.is_terminal else Console(width=130)
+    return console if console.is_terminal else Console(width=150)
 
 
 def command(benchmark: Benchmark) -> Callable[..., None]:

@@ -70,8 +70,8 @@ class TestTable:
     def test_no_baseline_no_ratio(self, make_row):
         assert cells(table.render([make_row(ms=12.345)]), "moe_fused") == ["12.3"]
 
-    def test_two_baselines(self, make_row):
-        """Of the 4-bit benchmark: brackets are over the first, a line of its own over the second; dense weights beside."""
+    def test_several_baselines(self, make_row):
+        """Of the 4-bit benchmark: brackets are over the first, a line of its own over each of the others."""
 
         def at(tokens, **times):
             return [
@@ -97,6 +97,7 @@ class TestTable:
         assert cells(markdown, "dequantize_first") == ["0.250 (2.00×)", "–"]
         assert cells(markdown, "moe_fused_bf16") == ["0.050 (10.00×)", "2.00 (0.95×)"]
         assert cells(markdown, "moe_fused, speed over dequantize_first's") == ["2.50×", ""]
+        assert cells(markdown, "moe_fused, speed over moe_fused_bf16's") == ["0.50×", "2.00×"]
         assert cells(markdown, "moe_fused, share of the floor reached") == ["20%", "50%"]
         assert cells(markdown, "dequantize_first, peak MiB") == ["12", "12"]
 
