@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from dataclasses import dataclass
 
@@ -13,8 +14,9 @@ from typer.testing import CliRunner
 
 from benchmarks import experts_4bit, harness, runner
 from benchmarks.experts_4bit import BitsandbytesStack, composed
-from benchmarks.layers import LAYERS, Layer
+from benchmarks.layers import DEFAULT_LAYERS, LAYERS, Layer
 from benchmarks.rows import read_rows
+from tests.support import load_kernel
 
 SMOKE = ("--device", "cpu", "--layer", "tiny", "--seconds", "0.001")
 NAMES = ["moe_fused", "composed", "dequantize_first", "moe_fused_bf16"]
@@ -129,6 +131,18 @@ def test_whole_run_with_the_real_kernel(run_with_kernel):
     stored = re.search(r"tiny: moe_fused stores (\S+) bytes per parameter", printed)
     assert stored
     assert 0.5 < float(stored[1]) <= 0.53
+
+
+@pytest.mark.parametrize("name", DEFAULT_LAYERS)
+def test_stored_bytes_of_real_layers(name):
+    layer = LAYERS[name]
+    packed = load_kernel().Format4bit
+    gate_up = packed((layer.experts, 2 * layer.intermediate, layer.hidden), projections=2)
+    down = packed((layer.experts, layer.hidden, layer.intermediate))
+    stored = sum(math.prod(shape) for own in (gate_up, down) for shape in own.storage().values())
+    # Half a byte, a byte for 64 weights and a float for 256 of those; offsets hardly count.
+    assert stored / layer.parameters == pytest.approx(0.5 + 1 / 64 + 4 / (64 * 256), rel=1e-4)
+    assert stored / layer.parameters <= 0.53
 
 
 def test_floor_counts_what_is_stored(tmp_path, kernel, monkeypatch):
