@@ -207,8 +207,8 @@ def _wanted(name: str, value: object, wanted: bool, double_quant: bool) -> bool:
     """
     if isinstance(value, Tensor) == wanted and (wanted or value is None):
         return wanted
-    must = "must be a tensor with" if wanted else "must be None without"
-    raise TypeError(f"{name} {must} double_quant={double_quant}, got {type(value).__name__}")
+    must = "a tensor" if wanted else "None"
+    raise TypeError(f"{name} must be {must} with double_quant={double_quant}, got {type(value).__name__}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,7 +321,7 @@ class Packed4bitWeights:
         checks.dtype("weight", weight, DTYPES)
         shape = (weight.shape[0], weight.shape[1], weight.shape[2])
         own = Format4bit(shape, quant_type, blocksize, double_quant, projections, dtype or weight.dtype)
-        matrices = weight.detach().unflatten(1, (projections, -1)).flatten(0, 1)
+        matrices = (matrix for expert in weight.detach() for matrix in expert.unflatten(0, (projections, -1)))
         return cls.from_pieces((quantize_matrix(m, quant_type, blocksize, double_quant) for m in matrices), own)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -331,11 +331,12 @@ class Packed4bitWeights:
             dtype: of the result, rounded once from fp32; None for the format's.
 
         Raises:
-            TypeError: a dtype that the device does not support.
+            TypeError: ``dtype`` is not a float, or not one that the device supports.
         """
         from .backend import backend_for  # whose stages take packed weights
 
         out = torch.empty(self.shape, dtype=self.dtype if dtype is None else dtype, device=self.device)
+        checks.dtype("dtype", out, checks.FLOAT_DTYPES)
         backend_for(self.packed, out.dtype).dequantize(self, 0, self.shape[0], out)
         return out
 
