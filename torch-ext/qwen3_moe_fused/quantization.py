@@ -88,6 +88,7 @@ class Format4bit:
     dtype: torch.dtype = torch.bfloat16
     # All of it as a string, which is how operators take it.
     spec: str = field(init=False, repr=False, compare=False)
+    _storage: dict[str, tuple[int, int]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         shape: tuple[int, ...] = tuple(self.shape)  # of a torch.Size, or a list of JSON
@@ -112,6 +113,7 @@ class Format4bit:
         scales = "double" if self.double_quant else "plain"
         parts = (self.quant_type, self.blocksize, scales, self.projections, dtype, *shape)
         object.__setattr__(self, "spec", " ".join(map(str, parts)))
+        object.__setattr__(self, "_storage", self._shapes())
 
     @property
     def blocks(self) -> int:
@@ -126,6 +128,9 @@ class Format4bit:
 
     def storage(self) -> dict[str, tuple[int, int]]:
         """Shapes of the uint8 tensors by the name of their attribute in ``Packed4bitWeights``."""
+        return self._storage
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
         num_experts, out_features, in_features = self.shape
         shapes = {"packed": (num_experts, out_features * in_features // 2)}
         if not self.double_quant:
@@ -253,6 +258,16 @@ class Packed4bitWeights:
                 raise ValueError(f"{name} must have shape {want}, got {tuple(value.shape)}")
             if value.device != self.packed.device:
                 raise ValueError(f"{name} must be on {self.packed.device} like packed, got {value.device}")
+
+    @classmethod
+    def checked(cls, format: Format4bit, *storage: Tensor) -> Packed4bitWeights:
+        """Of tensors that were taken from such weights before, in the order of the format's storage: not checked again."""
+        own: Packed4bitWeights = object.__new__(cls)
+        values = (*storage, *(None,) * (4 - len(storage)))
+        parts = zip(("packed", "absmax", "nested_absmax", "nested_offset"), values, strict=True)
+        for name, value in (("format", format), *parts):
+            object.__setattr__(own, name, value)
+        return own
 
     @property
     def shape(self) -> torch.Size:

@@ -121,5 +121,5 @@ def _parse(spec: str) -> Format4bit:
 def stack_of(parameter: Tensor, scales: Sequence[Tensor], spec: str, transposed: bool = False) -> Stack:
     """The stack of an operator's arguments, (E, out, in) as they are, or (E, in, out) with ``transposed``."""
     if spec:
-        return PackedStack(Packed4bitWeights(_parse(spec), parameter, *scales), transposed)
+        return PackedStack(Packed4bitWeights.checked(_parse(spec), parameter, *scales), transposed)
     return dense_stack(parameter, transposed)

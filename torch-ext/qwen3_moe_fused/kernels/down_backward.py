@@ -37,6 +37,7 @@ def _epilogue(
     BLOCK_M: tl.constexpr,
     WIDTH: tl.constexpr,
     SLICES: tl.constexpr,
+    H_STRIDE: tl.constexpr,
 ):
     """Stores grad_gate_up and weighted h of (BLOCK_M, WIDTH) columns in SLICES slices; returns rowsum(g · h) of them."""
     if SLICES > 1:
@@ -44,10 +45,11 @@ def _epilogue(
         left, right = tl.split(tl.permute(tl.reshape(g, (BLOCK_M, 2, HALF)), (0, 2, 1)))
         return _epilogue(
             left, n, gate_up_ptr, grad_gate_up_ptr, weighted_h_ptr, live, weight, I, COLUMNS, COLUMN_STRIDE,
-            UP_OFFSET, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, BLOCK_M, HALF, SLICES // 2,
+            UP_OFFSET, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, BLOCK_M, HALF, SLICES // 2, H_STRIDE,
         ) + _epilogue(
             right, n + HALF, gate_up_ptr, grad_gate_up_ptr, weighted_h_ptr, live, weight, I, COLUMNS,
             COLUMN_STRIDE, UP_OFFSET, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, BLOCK_M, HALF, SLICES // 2,
+            H_STRIDE,
         )  # fmt: skip
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = n + tl.arange(0, WIDTH)
@@ -62,7 +64,7 @@ def _epilogue(
     # Beyond the last column g holds products with the next expert's weights.
     dots = tl.sum(tl.where(mask, g * h, 0.0), axis=1)
     if SAVE_WEIGHTED_H:
-        out = weighted_h_ptr + offs_m[:, None] * I + offs_n[None, :]
+        out = weighted_h_ptr + offs_m[:, None] * H_STRIDE + offs_n[None, :]
         tl.store(out, (h * weight).to(weighted_h_ptr.dtype.element_ty), mask=mask)
     grad_gate, grad_up = apply_gate_backward(gate, up, g * weight, ALPHA, LIMIT, ACTIVATION, GATED)
     tl.store(grad_gate_up_ptr + columns, grad_gate.to(grad_gate_up_ptr.dtype.element_ty), mask=mask)
@@ -93,8 +95,10 @@ def _tile(
     COLUMNS: tl.constexpr,
     COLUMN_STRIDE: tl.constexpr,
     UP_OFFSET: tl.constexpr,
+    H_STRIDE: tl.constexpr,
     TOP_K: tl.constexpr,
     PARTS: tl.constexpr,
+    FIRST_PART: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -139,12 +143,12 @@ def _tile(
     row64 = row.to(tl.int64)
     gate_up_ptr += row64 * COLUMNS
     grad_gate_up_ptr += row64 * COLUMNS
-    weighted_h_ptr += row64 * I
+    weighted_h_ptr += row64 * H_STRIDE
     dots = _epilogue(
         g, n, gate_up_ptr, grad_gate_up_ptr, weighted_h_ptr, live, weight, I, COLUMNS, COLUMN_STRIDE,
-        UP_OFFSET, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, BLOCK_M, BLOCK_N, SLICES,
+        UP_OFFSET, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, BLOCK_M, BLOCK_N, SLICES, H_STRIDE,
     )  # fmt: skip
-    tl.store(grad_weights_ptr + slots.to(tl.int64) * PARTS + n_tile, dots, mask=live)
+    tl.store(grad_weights_ptr + slots.to(tl.int64) * PARTS + FIRST_PART + n_tile, dots, mask=live)
 
 
 @triton.jit
@@ -169,8 +173,10 @@ def down_backward_kernel(
     COLUMNS: tl.constexpr,
     COLUMN_STRIDE: tl.constexpr,
     UP_OFFSET: tl.constexpr,
+    H_STRIDE: tl.constexpr,  # of the rows of weighted_h, which may have more columns than w computes
     TOP_K: tl.constexpr,
     PARTS: tl.constexpr,
+    FIRST_PART: tl.constexpr,  # the part of this launch's first column tile
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -197,15 +203,15 @@ def down_backward_kernel(
         _tile(
             grad_y_ptr, w, gate_up_ptr, weights_ptr, grad_gate_up_ptr, weighted_h_ptr, grad_weights_ptr, row_to_slot_ptr,
             expert, row, end, n_tile, STRIDE_WE, STRIDE_WN, STRIDE_WK, H, I, COLUMNS, COLUMN_STRIDE, UP_OFFSET,
-            TOP_K, PARTS, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, WEIGHTS, PRECISION, BLOCK_M // 2, BLOCK_N,
-            BLOCK_K, SLICES,
+            H_STRIDE, TOP_K, PARTS, FIRST_PART, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, WEIGHTS, PRECISION,
+            BLOCK_M // 2, BLOCK_N, BLOCK_K, SLICES,
         )  # fmt: skip
     else:
         _tile(
             grad_y_ptr, w, gate_up_ptr, weights_ptr, grad_gate_up_ptr, weighted_h_ptr, grad_weights_ptr, row_to_slot_ptr,
             expert, row, end, n_tile, STRIDE_WE, STRIDE_WN, STRIDE_WK, H, I, COLUMNS, COLUMN_STRIDE, UP_OFFSET,
-            TOP_K, PARTS, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, WEIGHTS, PRECISION, BLOCK_M, BLOCK_N,
-            BLOCK_K, SLICES,
+            H_STRIDE, TOP_K, PARTS, FIRST_PART, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, WEIGHTS, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K, SLICES,
         )  # fmt: skip
 
 

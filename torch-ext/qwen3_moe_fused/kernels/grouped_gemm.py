@@ -38,12 +38,22 @@ def load_weight(
 
 
 @triton.jit
-def fill_rows(out_ptr, row, num_rows, n, value, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def fill_rows(
+    out_ptr,
+    row,
+    num_rows,
+    n,
+    value,
+    N: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Stores ``value`` in the (S, N) output's tile of rows of no expert that starts at ``row`` and column ``n``."""
     rows = row + tl.arange(0, BLOCK_M)
     offs_n = n + tl.arange(0, BLOCK_N)
     tile = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32) + value
-    out = out_ptr + rows.to(tl.int64)[:, None] * N + offs_n[None, :]
+    out = out_ptr + rows.to(tl.int64)[:, None] * STRIDE + offs_n[None, :]
     tl.store(out, tile.to(out_ptr.dtype.element_ty), mask=(rows < num_rows)[:, None] & (offs_n < N)[None, :])
 
 
@@ -67,6 +77,9 @@ def _up_tile(
     COLUMNS: tl.constexpr,
     COLUMN_STRIDE: tl.constexpr,
     UP_OFFSET: tl.constexpr,
+    H_STRIDE: tl.constexpr,
+    GATE_UP_STRIDE: tl.constexpr,
+    GATE_UP_OFFSET: tl.constexpr,
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
@@ -127,12 +140,13 @@ def _up_tile(
     row64 = row.to(tl.int64)
     offs_m = tl.arange(0, BLOCK_M)
     if SAVE_GATE_UP:
-        out = gate_up_ptr + row64 * COLUMNS + offs_m[:, None] * COLUMNS + columns[None, :]
+        out = gate_up_ptr + row64 * GATE_UP_STRIDE + offs_m[:, None] * GATE_UP_STRIDE + columns[None, :]
         tl.store(out, gate.to(gate_up_ptr.dtype.element_ty), mask=mask)
         if GATED:
-            tl.store(out + UP_OFFSET, up.to(gate_up_ptr.dtype.element_ty), mask=mask)
+            tl.store(out + GATE_UP_OFFSET, up.to(gate_up_ptr.dtype.element_ty), mask=mask)
     h = apply_gate(gate, up, ALPHA, LIMIT, ACTIVATION, GATED)
-    tl.store(h_ptr + row64 * I + offs_m[:, None] * I + offs_n[None, :], h.to(h_ptr.dtype.element_ty), mask=mask)
+    out = h_ptr + row64 * H_STRIDE + offs_m[:, None] * H_STRIDE + offs_n[None, :]
+    tl.store(out, h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -155,7 +169,10 @@ def grouped_up_kernel(
     I: tl.constexpr,  # noqa: E741
     COLUMNS: tl.constexpr,  # 2·I when gated, else I
     COLUMN_STRIDE: tl.constexpr,  # of the gate features in w, bias and gate_up
-    UP_OFFSET: tl.constexpr,  # from a gate feature to its up feature
+    UP_OFFSET: tl.constexpr,  # from a gate feature to its up feature, in w and bias
+    H_STRIDE: tl.constexpr,  # of the rows of h, which may have more columns than w computes
+    GATE_UP_STRIDE: tl.constexpr,  # of the rows of gate_up
+    GATE_UP_OFFSET: tl.constexpr,  # from a gate column to its up column
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
@@ -179,24 +196,28 @@ def grouped_up_kernel(
         return
     row = tl.load(tile_row_ptr + tile)
     if expert == NUM_EXPERTS:
-        fill_rows(h_ptr, row, num_rows, n, 0.0, I, BLOCK_M, BLOCK_N)
+        fill_rows(h_ptr, row, num_rows, n, 0.0, I, H_STRIDE, BLOCK_M, BLOCK_N)
         if SAVE_GATE_UP:
-            fill_rows(gate_up_ptr, row, num_rows, n, 0.0, COLUMNS, BLOCK_M, BLOCK_N)
-            if GATED:
-                fill_rows(gate_up_ptr, row, num_rows, n + I, 0.0, COLUMNS, BLOCK_M, BLOCK_N)
+            if GATED and COLUMN_STRIDE == 1:
+                fill_rows(gate_up_ptr, row, num_rows, n, 0.0, I, GATE_UP_STRIDE, BLOCK_M, BLOCK_N)
+                fill_rows(gate_up_ptr + GATE_UP_OFFSET, row, num_rows, n, 0.0, I, GATE_UP_STRIDE, BLOCK_M, BLOCK_N)
+            else:
+                fill_rows(gate_up_ptr, row, num_rows, n, 0.0, COLUMNS, GATE_UP_STRIDE, BLOCK_M, BLOCK_N)
+                if GATED:
+                    fill_rows(gate_up_ptr, row, num_rows, n + I, 0.0, COLUMNS, GATE_UP_STRIDE, BLOCK_M, BLOCK_N)
         return
     end = tl.load(offsets_ptr + expert + 1)
     if HALF_TILES and end - row <= BLOCK_M // 2:
         _up_tile(
             x_ptr, w, bias_ptr, h_ptr, gate_up_ptr, row_to_slot_ptr, expert, row, end, n, STRIDE_WE, STRIDE_WN,
-            STRIDE_WK, H, I, COLUMNS, COLUMN_STRIDE, UP_OFFSET, TOP_K, ACTIVATION, GATED, ALPHA, LIMIT, HAS_BIAS,
-            SAVE_GATE_UP, WEIGHTS, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K,
+            STRIDE_WK, H, I, COLUMNS, COLUMN_STRIDE, UP_OFFSET, H_STRIDE, GATE_UP_STRIDE, GATE_UP_OFFSET, TOP_K,
+            ACTIVATION, GATED, ALPHA, LIMIT, HAS_BIAS, SAVE_GATE_UP, WEIGHTS, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         _up_tile(
             x_ptr, w, bias_ptr, h_ptr, gate_up_ptr, row_to_slot_ptr, expert, row, end, n, STRIDE_WE, STRIDE_WN,
-            STRIDE_WK, H, I, COLUMNS, COLUMN_STRIDE, UP_OFFSET, TOP_K, ACTIVATION, GATED, ALPHA, LIMIT, HAS_BIAS,
-            SAVE_GATE_UP, WEIGHTS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            STRIDE_WK, H, I, COLUMNS, COLUMN_STRIDE, UP_OFFSET, H_STRIDE, GATE_UP_STRIDE, GATE_UP_OFFSET, TOP_K,
+            ACTIVATION, GATED, ALPHA, LIMIT, HAS_BIAS, SAVE_GATE_UP, WEIGHTS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
@@ -216,6 +237,7 @@ def _gemm_tile(
     STRIDE_WK: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -261,7 +283,7 @@ def _gemm_tile(
     in_n = offs_n < N
     if HAS_BIAS:
         acc += tl.load(bias_ptr + expert * N + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
-    out = out_ptr + row.to(tl.int64) * N + offs_m[:, None] * N + offs_n[None, :]
+    out = out_ptr + row.to(tl.int64) * OUT_STRIDE + offs_m[:, None] * OUT_STRIDE + offs_n[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & in_n[None, :])
 
 
@@ -284,6 +306,7 @@ def grouped_gemm_kernel(
     STRIDE_WK: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,  # of the rows of out, which may have more columns than w computes
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -304,16 +327,16 @@ def grouped_gemm_kernel(
         return
     row = tl.load(tile_row_ptr + tile)
     if expert == NUM_EXPERTS:
-        fill_rows(out_ptr, row, num_rows, n, fill, N, BLOCK_M, BLOCK_N)
+        fill_rows(out_ptr, row, num_rows, n, fill, N, OUT_STRIDE, BLOCK_M, BLOCK_N)
         return
     end = tl.load(offsets_ptr + expert + 1)
     if HALF_TILES and end - row <= BLOCK_M // 2:
         _gemm_tile(
             a_half, w, bias_ptr, out_ptr, row_to_slot_ptr, expert, row, end, n, STRIDE_WE, STRIDE_WN, STRIDE_WK,
-            N, K, TOP_K, GATHER, HAS_BIAS, A_DESCRIPTOR, WEIGHTS, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K,
+            N, K, OUT_STRIDE, TOP_K, GATHER, HAS_BIAS, A_DESCRIPTOR, WEIGHTS, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         _gemm_tile(
             a, w, bias_ptr, out_ptr, row_to_slot_ptr, expert, row, end, n, STRIDE_WE, STRIDE_WN, STRIDE_WK,
-            N, K, TOP_K, GATHER, HAS_BIAS, A_DESCRIPTOR, WEIGHTS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            N, K, OUT_STRIDE, TOP_K, GATHER, HAS_BIAS, A_DESCRIPTOR, WEIGHTS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip

@@ -151,9 +151,15 @@ def dequantize_kernel(
     nested_code_ptr,  # (256,) fp32
     code_ptr,  # (16,) fp32
     offsets_ptr,  # (E+1,), read with SKIP
-    out_ptr,  # (experts, SIZE) out
+    out_ptr,  # (experts, 2·OUT) out
     first,  # expert that goes to the front of out
     SIZE: tl.constexpr,  # weights of an expert
+    OUT: tl.constexpr,  # bytes of an expert that are decoded, in runs of RUN
+    RUN: tl.constexpr,
+    RUNS: tl.constexpr,  # that make up a group
+    START: tl.constexpr,  # byte of the first run
+    RUN_STRIDE: tl.constexpr,  # bytes from a run to the next of its group
+    GROUP_STRIDE: tl.constexpr,  # bytes from a group to the next
     BLOCKSIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -162,17 +168,19 @@ def dequantize_kernel(
     SKIP: tl.constexpr,  # experts without rows
     BLOCK: tl.constexpr,  # bytes a program
 ):
-    """out[e] = the weights of expert first + e. Grid: (experts · ⌈SIZE/2 / BLOCK⌉,)."""
-    PROGRAMS: tl.constexpr = (SIZE // 2 + BLOCK - 1) // BLOCK
+    """out[e] = the weights of expert first + e that are asked for, in their order. Grid: (experts · ⌈OUT / BLOCK⌉,)."""
+    PROGRAMS: tl.constexpr = (OUT + BLOCK - 1) // BLOCK
     local = tl.program_id(0) // PROGRAMS
     expert = (first + local).to(tl.int64)  # int64: E·out·in passes 2³¹ in real models
     if SKIP:
         if tl.load(offsets_ptr + expert) == tl.load(offsets_ptr + expert + 1):
             return
     byte = (tl.program_id(0) % PROGRAMS) * BLOCK + tl.arange(0, BLOCK)
-    inside = byte < SIZE // 2
-    packed = tl.load(packed_ptr + expert * (SIZE // 2) + byte, mask=inside, other=0)
-    block = tl.where(inside, byte // (BLOCKSIZE // 2), 0)
+    run = byte // RUN
+    source = START + (run // RUNS) * GROUP_STRIDE + (run % RUNS) * RUN_STRIDE + byte % RUN
+    inside = byte < OUT
+    packed = tl.load(packed_ptr + expert * (SIZE // 2) + source, mask=inside, other=0)
+    block = tl.where(inside, source // (BLOCKSIZE // 2), 0)
     scale = block_scale(
         absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert, block, BLOCKS, GROUPS, PROJECTIONS,
         DOUBLE_QUANT,
@@ -181,5 +189,5 @@ def dequantize_kernel(
     even = tl.gather(code, (packed >> 4).to(tl.int32), 0) * scale
     odd = tl.gather(code, (packed & 15).to(tl.int32), 0) * scale
     places = (tl.program_id(0) % PROGRAMS) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
-    out = out_ptr + local.to(tl.int64) * SIZE + places
-    tl.store(out, tl.interleave(even, odd).to(out_ptr.dtype.element_ty), mask=places < SIZE)
+    out = out_ptr + local.to(tl.int64) * (2 * OUT) + places
+    tl.store(out, tl.interleave(even, odd).to(out_ptr.dtype.element_ty), mask=places < 2 * OUT)

@@ -23,7 +23,7 @@ from .operands import (
     tile_constants,
     weight_operand,
 )
-from .packed import dense_parts
+from .packed import dense_parts, part_tiles
 
 if TYPE_CHECKING:
     from ..routing import Routing
@@ -36,21 +36,26 @@ def _down_backward_plan(
     config: LaunchConfig,
     shape: tuple[int, int, int],
     strides: tuple[int, int, int],
+    intermediate: int,
     top_k: int,
     gate: Gate,
     num_parts: int,
+    first_part: int,
     save_weighted_h: bool,
     weights: str,
     precision: str,
 ) -> Plan:
-    num_experts, intermediate, hidden = shape
+    num_experts, width, hidden = shape
     constants = {
         "NUM_EXPERTS": num_experts,
         **stride_constants(strides),
         "H": hidden,
         **gate_constants(gate, intermediate),
+        "I": width,
+        "H_STRIDE": intermediate,
         "TOP_K": top_k,
         "PARTS": num_parts,
+        "FIRST_PART": first_part,
         "SAVE_WEIGHTED_H": save_weighted_h,
         "WEIGHTS": weights,
         "PRECISION": precision,
@@ -100,46 +105,50 @@ def down_backward(
         return grad_gate_up, weighted_h, torch.zeros_like(top_k_weights)
     grad_y = grad_y.contiguous()
     config = config_of("down_backward", num_rows, routing, grad_y)
-    n_tiles = cdiv(intermediate, config.block_n)
-    num_parts = n_tiles + (bias is not None)
     tiles = max_tiles(num_rows, num_experts, config.block_m)
+    device = device_index(grad_y)
     top_k_weights = top_k_weights.contiguous()
-    parts = torch.empty((num_rows, num_parts), dtype=torch.float32, device=grad_y.device)
-    for stack, view, _ in dense_parts(weight.mT, routing, num_rows, grad_y.dtype, config.block_m):
-        w_operand, weights = weight_operand(stack, config)
+    stack = weight.mT
+    block_n = part_tiles(stack, grad_y.dtype, config)
+    num_parts = cdiv(intermediate, block_n) + (bias is not None)
+    dots = torch.empty((num_rows, num_parts), dtype=torch.float32, device=grad_y.device)
+    for part in dense_parts(stack, routing, grad_y.dtype, config):
+        w_operand, weights = weight_operand(part.stack, part.config)
         plan = _down_backward_plan(
-            config,
-            stack.shape,
-            stack.stride(),
+            part.config,
+            part.stack.shape,
+            part.stack.stride(),
+            intermediate,
             routing.top_k,
             gate,
             num_parts,
+            part.first // block_n,
             need_weighted_h,
             weights,
             precision(grad_y.dtype),
         )
         plan(
-            device_index(grad_y),
-            (max_tiles(num_rows, view.num_experts, config.block_m) * n_tiles, 1, 1),
+            device,
+            (tiles * cdiv(part.width, block_n), 1, 1),
             grad_y,
             w_operand,
-            gate_up,
+            part.columns(gate_up, gate),
             top_k_weights,
-            grad_gate_up,
-            grad_gate_up if weighted_h is None else weighted_h,
-            parts,
-            view.offsets,
-            view.row_to_slot,
-            view.tile_expert,
-            view.tile_row,
+            part.columns(grad_gate_up, gate),
+            grad_gate_up if weighted_h is None else part.columns(weighted_h),
+            dots,
+            routing.offsets,
+            routing.row_to_slot,
+            routing.tile_expert,
+            routing.tile_row,
         )
     if bias is not None:
         _bias_dots_plan(num_experts, hidden, routing.top_k, num_parts, config.block_m)(
-            device_index(grad_y),
+            device,
             (tiles, 1, 1),
             grad_y,
             bias.contiguous(),
-            parts,
+            dots,
             routing.offsets,
             routing.row_to_slot,
             routing.tile_expert,
@@ -147,5 +156,5 @@ def down_backward(
         )
     grad_weights = top_k_weights.new_empty(top_k_weights.shape)
     plan, block = _sum_parts_plan(num_parts)
-    plan(device_index(grad_y), (cdiv(num_rows, block), 1, 1), parts, routing.slot_to_row, grad_weights, num_rows)
+    plan(device, (cdiv(num_rows, block), 1, 1), dots, routing.slot_to_row, grad_weights, num_rows)
     return grad_gate_up, weighted_h, grad_weights

@@ -1,6 +1,6 @@
 """Launches of ``kernels.grouped_gemm``: the up projection with its gate, and the plain grouped GEMM.
 
-Over packed weights too, where ``packed`` says so: they then come dense, a part of the experts at a time.
+Over packed weights too, where ``packed`` says so: they then come dense, some of the features at a time.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def _gemm_plan(
     config: LaunchConfig,
     shape: tuple[int, int, int],
     strides: tuple[int, int, int],
+    out_stride: int,
     top_k: int,
     gather: bool,
     has_bias: bool,
@@ -54,6 +55,7 @@ def _gemm_plan(
         **stride_constants(strides),
         "N": n,
         "K": k,
+        "OUT_STRIDE": out_stride,
         "TOP_K": top_k,
         "GATHER": gather,
         "HAS_BIAS": has_bias,
@@ -71,7 +73,7 @@ def grouped_gemm(
     a: Tensor, weight: Stack, routing: Routing, num_rows: int, bias: Tensor | None, gather: bool, fill: float
 ) -> Tensor:
     """``reference.grouped_gemm``."""
-    _, n, k = weight.shape
+    num_experts, n, k = weight.shape
     out = a.new_empty((num_rows, n))
     if out.numel() == 0:
         return out
@@ -84,12 +86,13 @@ def grouped_gemm(
     a_half = a_operand
     if a_descriptor and config.half_tiles:
         a_half, _ = rows_operand(a, config, (config.block_m // 2, config.block_k))
-    for stack, view, experts in packed.dense_parts(weight, routing, num_rows, a.dtype, config.block_m):
-        w_operand, weights = weight_operand(stack, config)
+    for part in packed.dense_parts(weight, routing, a.dtype, config):
+        w_operand, weights = weight_operand(part.stack, part.config)
         plan = _gemm_plan(
-            config,
-            stack.shape,
-            stack.stride(),
+            part.config,
+            part.stack.shape,
+            part.stack.stride(),
+            n,
             routing.top_k,
             gather,
             bias is not None,
@@ -99,16 +102,16 @@ def grouped_gemm(
         )
         plan(
             device_index(a),
-            (max_tiles(num_rows, view.num_experts, config.block_m) * cdiv(n, config.block_n), 1, 1),
+            (max_tiles(num_rows, num_experts, config.block_m) * cdiv(part.width, part.config.block_n), 1, 1),
             a_operand,
             a_half,
             w_operand,
-            out if bias is None else bias[experts].contiguous(),
-            out,
-            view.offsets,
-            view.row_to_slot,
-            view.tile_expert,
-            view.tile_row,
+            out if bias is None else part.bias(bias),
+            part.columns(out),
+            routing.offsets,
+            routing.row_to_slot,
+            routing.tile_expert,
+            routing.tile_row,
             num_rows,
             fill,
         )
@@ -120,6 +123,7 @@ def _up_plan(
     config: LaunchConfig,
     shape: tuple[int, int, int],
     strides: tuple[int, int, int],
+    intermediate: int,
     top_k: int,
     gate: Gate,
     has_bias: bool,
@@ -128,12 +132,15 @@ def _up_plan(
     precision: str,
 ) -> Plan:
     num_experts, columns, hidden = shape
-    intermediate = gate.intermediate(columns)
+    _, gate_up_offset = gate.column_layout(intermediate)
     constants = {
         "NUM_EXPERTS": num_experts,
         **stride_constants(strides),
         "H": hidden,
-        **gate_constants(gate, intermediate),
+        **gate_constants(gate, gate.intermediate(columns)),
+        "H_STRIDE": intermediate,
+        "GATE_UP_STRIDE": gate.columns(intermediate),
+        "GATE_UP_OFFSET": gate_up_offset,
         "TOP_K": top_k,
         "HAS_BIAS": has_bias,
         "SAVE_GATE_UP": save_gate_up,
@@ -150,7 +157,7 @@ def grouped_up(
     x: Tensor, weight: Stack, routing: Routing, num_rows: int, bias: Tensor | None, gate: Gate, save_gate_up: bool
 ) -> tuple[Tensor, Tensor | None]:
     """``reference.grouped_up``."""
-    _, columns, _ = weight.shape
+    num_experts, columns, _ = weight.shape
     intermediate = gate.intermediate(columns)
     h = x.new_empty((num_rows, intermediate))
     gate_up = x.new_empty((num_rows, columns)) if save_gate_up else None
@@ -161,12 +168,14 @@ def grouped_up(
         packed.up(x, weight, routing, bias, gate, h, gate_up)
         return h, gate_up
     config = config_of("up", num_rows, routing, x)
-    for stack, view, experts in packed.dense_parts(weight, routing, num_rows, x.dtype, config.block_m):
-        w_operand, weights = (stack, "pointer") if gate.interleaved else weight_operand(stack, config)
+    for part in packed.dense_parts(weight, routing, x.dtype, config, gate):
+        stack = part.stack
+        w_operand, weights = (stack, "pointer") if gate.interleaved else weight_operand(stack, part.config)
         plan = _up_plan(
-            config,
+            part.config,
             stack.shape,
             stack.stride(),
+            intermediate,
             routing.top_k,
             gate,
             bias is not None,
@@ -176,16 +185,16 @@ def grouped_up(
         )
         plan(
             device_index(x),
-            (max_tiles(num_rows, view.num_experts, config.block_m) * cdiv(intermediate, config.block_n), 1, 1),
+            (max_tiles(num_rows, num_experts, config.block_m) * cdiv(part.width, part.config.block_n), 1, 1),
             x,
             w_operand,
-            h if bias is None else bias[experts].contiguous(),
-            h,
-            h if gate_up is None else gate_up,
-            view.offsets,
-            view.row_to_slot,
-            view.tile_expert,
-            view.tile_row,
+            h if bias is None else part.bias(bias, gate),
+            part.columns(h),
+            h if gate_up is None else part.columns(gate_up, gate),
+            routing.offsets,
+            routing.row_to_slot,
+            routing.tile_expert,
+            routing.tile_row,
             num_rows,
         )
     return h, gate_up

@@ -2,7 +2,7 @@
 
 Few rows to an expert: grouped GEMMs decode what they multiply (``gemm``, ``up``), if the layout allows it. Many, and every
 row tile would decode its expert again: then the dense kernels run over a workspace of at most ``WORKSPACE_BYTES`` into
-which a part of the experts is decoded at a time (``dense_parts``), those without rows left out. ``tuning.decodes_in_gemm``
+which some features of all experts with rows are decoded at a time (``dense_parts``). ``tuning.decodes_in_gemm``
 draws the line.
 """
 
@@ -20,7 +20,6 @@ from .. import tuning
 from ..activations import Gate
 from ..kernels.packed import dequantize_kernel
 from ..kernels.packed_gemm import packed_gemm_kernel, packed_transposed_kernel
-from ..kernels.routing import split_kernel
 from ..plan import Plan
 from ..quantization import as_floats, code, nested_code
 from ..routing import max_tiles
@@ -31,7 +30,6 @@ from .operands import (
     device_index,
     gate_constants,
     on_device,
-    power_of_2,
     precision,
     tile_constants,
 )
@@ -43,9 +41,8 @@ if TYPE_CHECKING:
     from ..weights import Stack
 
 WORKSPACE_BYTES = 256 * 2**20
-# Bytes that a program of the dequantization decodes, tiles that one of the split writes.
+# Bytes that a program of the dequantization decodes.
 DEQUANTIZE_BLOCK = 1024
-SPLIT_TILES = 128
 
 
 def storage_operands(weights: Packed4bitWeights) -> tuple[Tensor, ...]:
@@ -76,27 +73,60 @@ def shuffles(like: Tensor) -> bool:
     return like.device.type != "cpu" and like.itemsize == 2 and tuning.target_of(like.device).backend == "cuda"
 
 
+class Runs(NamedTuple):
+    """Which bytes of an expert are decoded: groups of runs, as many as it takes.
+
+    Attributes:
+        total: bytes in all. size: of a run.
+        per_group: runs of a group. start: first byte. stride, group_stride: from a run, or group, to the next.
+    """
+
+    total: int
+    size: int
+    per_group: int = 1
+    start: int = 0
+    stride: int = 0
+    group_stride: int = 0
+
+
 @functools.cache
-def _dequantize_plan(format: Format4bit, skip: bool) -> Plan:
+def _dequantize_plan(format: Format4bit, runs: Runs, skip: bool) -> Plan:
     _, rows, columns = format.shape
-    constants = {"SIZE": rows * columns, **storage_constants(format), "SKIP": skip, "BLOCK": DEQUANTIZE_BLOCK}
+    constants = {
+        "SIZE": rows * columns,
+        "OUT": runs.total,
+        "RUN": runs.size,
+        "RUNS": runs.per_group,
+        "START": runs.start,
+        "RUN_STRIDE": runs.stride,
+        "GROUP_STRIDE": runs.group_stride,
+        **storage_constants(format),
+        "SKIP": skip,
+        "BLOCK": DEQUANTIZE_BLOCK,
+    }
     return Plan(dequantize_kernel, constants, fp_fusion=False)
 
 
 def dequantize(weights: Packed4bitWeights, first: int, count: int, out: Tensor) -> None:
     """``reference.dequantize``."""
-    _decode_experts(weights.packed, weights, first, count, out, None)
+    size = weights.packed.shape[1]
+    _decode(weights.packed, weights, Runs(size, size), first, count, out, None)
 
 
 @on_device
-def _decode_experts(
-    packed: Tensor, weights: Packed4bitWeights, first: int, count: int, out: Tensor, offsets: Tensor | None
+def _decode(
+    packed: Tensor,
+    weights: Packed4bitWeights,
+    runs: Runs,
+    first: int,
+    count: int,
+    out: Tensor,
+    offsets: Tensor | None,
 ) -> None:
-    """Experts ``first`` to ``first + count`` into ``out`` (count, rows, columns), only those with rows given ``offsets``."""
-    _, rows, columns = weights.format.shape
-    _dequantize_plan(weights.format, offsets is not None)(
+    """``runs`` of experts ``first`` to ``first + count`` into ``out``; only of those with rows, given ``offsets``."""
+    _dequantize_plan(weights.format, runs, offsets is not None)(
         device_index(packed),
-        (count * cdiv(rows * columns // 2, DEQUANTIZE_BLOCK), 1, 1),
+        (count * cdiv(runs.total, DEQUANTIZE_BLOCK), 1, 1),
         *storage_operands(weights),
         packed if offsets is None else offsets,
         out,
@@ -105,82 +135,100 @@ def _decode_experts(
 
 
 class Part(NamedTuple):
-    """Some experts, dense.
+    """Some out features of all experts, dense. Of gated up projections a feature has a gate and an up row.
 
     Attributes:
-        stack: (experts, N, K).
-        routing: of their rows, in which they are numbered from 0.
-        experts: their numbers in the whole stack.
+        stack: (E, N, K).
+        config: to launch with.
+        first, width: its features.
     """
 
     stack: Tensor
-    routing: Routing
-    experts: slice
+    config: LaunchConfig
+    first: int
+    width: int
+
+    def columns(self, values: Tensor, gate: Gate | None = None) -> Tensor:
+        """A view of rows of features (…, N of the whole) from this part's first feature on."""
+        start = self.first * (2 if gate is not None and gate.interleaved else 1)
+        return values[..., start:] if start else values
+
+    def bias(self, bias: Tensor, gate: Gate | None = None) -> Tensor:
+        """(E, N) of the whole bias, contiguous."""
+        if self.stack.shape[1] == bias.shape[1]:
+            return bias.contiguous()
+        return torch.cat([bias[:, start : start + size] for start, size in _rows_of(self, bias.shape[1], gate)], dim=1)
 
 
-def experts_of_a_part(num_experts: int, expert_bytes: int) -> int:
-    """How many experts are decoded at a time: what fits the workspace, in parts of nearly one size."""
-    most = max(1, WORKSPACE_BYTES // expert_bytes)
-    return cdiv(num_experts, cdiv(num_experts, most))
+def _rows_of(part: Part, rows: int, gate: Gate | None) -> list[tuple[int, int]]:
+    """(first, number) of the stack's rows that make up the part, of ``rows`` in all."""
+    if gate is None or not gate.gated:
+        return [(part.first, part.width)]
+    if gate.interleaved:
+        return [(2 * part.first, 2 * part.width)]
+    return [(part.first, part.width), (rows // 2 + part.first, part.width)]
 
 
-def dense_parts(weight: Stack, routing: Routing, num_rows: int, dtype: torch.dtype, block_m: int) -> Iterator[Part]:
+def dense_parts(
+    weight: Stack, routing: Routing, dtype: torch.dtype, config: LaunchConfig, gate: Gate | None = None
+) -> Iterator[Part]:
     """The stack dense in ``dtype``, in parts: a dense one in a single part, packed weights in a workspace.
 
-    A part's stack holds only until the next part is taken, and experts without rows hold anything.
+    By features, not by experts: so every part has all row tiles, and no program of a part is idle. A part's stack holds
+    only until the next part is taken, and experts without rows hold anything.
 
     Args:
-        num_rows: S. block_m: height of the row tiles.
+        gate: of an up projection.
     """
+    num_experts, n, k = weight.shape
+    features = n if gate is None else gate.intermediate(n)
     if isinstance(weight, Tensor):
-        yield Part(weight, routing, slice(None))
+        yield Part(weight, config, 0, features)
         return
-    num_experts, rows, columns = weight.weights.format.shape
-    packed = weight.weights.packed
-    count = experts_of_a_part(num_experts, rows * columns * dtype.itemsize)
-    views = _split(routing, num_rows, count, block_m) if count < num_experts else [routing]
-    workspace = torch.empty((count, rows, columns), dtype=dtype, device=packed.device)
-    for part, view in enumerate(views):
-        first = part * count
-        own = min(count, num_experts - first)
-        stack = workspace[:own]
-        _decode_experts(packed, weight.weights, first, own, stack, routing.offsets)
-        yield Part(stack.mT if weight.transposed else stack, view, slice(first, first + own))
+    width, config = _part_width(features, num_experts * (n // features) * k * dtype.itemsize, config)
+    if weight.transposed and n % 2:
+        width = features  # a byte has weights of two rows
+    workspace: Tensor | None = None
+    for first in range(0, features, width):
+        part = Part(torch.empty(0), config, first, min(width, features - first))
+        rows = _rows_of(part, n, gate)
+        size = sum(number for _, number in rows)
+        if workspace is None:
+            workspace = torch.empty(num_experts * size * k, dtype=dtype, device=weight.weights.device)
+        shape = (num_experts, k, size) if weight.transposed else (num_experts, size, k)
+        stack = workspace[: num_experts * size * k].view(shape)
+        runs = _runs(rows, k, n, weight.transposed)
+        _decode(weight.weights.packed, weight.weights, runs, 0, num_experts, stack, routing.offsets)
+        yield part._replace(stack=stack.mT if weight.transposed else stack)
 
 
-@functools.cache
-def _split_plan(num_experts: int, count: int, sizes: tuple[int, int, int], block_m: int) -> Plan:
-    offsets, tile_expert, stride = sizes
-    constants = {
-        "NUM_EXPERTS": num_experts,
-        "COUNT": count,
-        "STRIDE": stride,
-        "TILE_EXPERT": offsets,
-        "TILE_ROW": tile_expert,
-        "EXPERTS": max(power_of_2(count), 2),
-        "BLOCK_M": block_m,
-        "SUB_T": SPLIT_TILES,
-    }
-    return Plan(split_kernel, constants)
+def part_tiles(weight: Stack, dtype: torch.dtype, config: LaunchConfig) -> int:
+    """The width of the column tiles with which ``dense_parts`` without a gate launches."""
+    if isinstance(weight, Tensor):
+        return config.block_n
+    num_experts, features, k = weight.shape
+    return _part_width(features, num_experts * k * dtype.itemsize, config)[1].block_n
 
 
-def _split(routing: Routing, num_rows: int, count: int, block_m: int) -> list[Routing]:
-    """The routing of ``count`` experts at a time."""
-    num_experts = routing.num_experts
-    parts, tiles = cdiv(num_experts, count), max_tiles(num_rows, count, block_m)
-    # Each begins at 16 bytes, as kernels compiled for aligned pointers want it.
-    offsets_size, tiles_size = cdiv(count + 1, 4) * 4, cdiv(tiles, 4) * 4
-    stride = offsets_size + 2 * tiles_size
-    buffer = torch.empty((parts, stride), dtype=torch.int32, device=routing.offsets.device)
-    plan = _split_plan(num_experts, count, (offsets_size, offsets_size + tiles_size, stride), block_m)
-    device = device_index(buffer)
-    plan(device, (cdiv(tiles, SPLIT_TILES), parts, 1), routing.offsets, buffer, num_rows, tiles)
-    views = []
-    for part in range(parts):
-        own = min(count, num_experts - part * count)
-        offsets, tile_expert, tile_row = buffer[part].split((offsets_size, tiles_size, tiles_size))
-        views.append(routing._replace(offsets=offsets[: own + 1], tile_expert=tile_expert, tile_row=tile_row))
-    return views
+def _part_width(features: int, feature_bytes: int, config: LaunchConfig) -> tuple[int, LaunchConfig]:
+    """How many features fit the workspace, in parts of nearly one size, and ``config`` with column tiles that fit them."""
+    most = max(1, WORKSPACE_BYTES // feature_bytes)
+    if most >= features:
+        return features, config
+    block_n = min(config.block_n, max(16, 1 << (most.bit_length() - 1)))
+    most = max(block_n, most // block_n * block_n)
+    width = cdiv(cdiv(features, cdiv(features, most)), block_n) * block_n
+    return width, replace(config, block_n=block_n, slices=min(config.slices, block_n // 16))
+
+
+def _runs(rows: list[tuple[int, int]], k: int, n: int, transposed: bool) -> Runs:
+    """The bytes of ``rows`` of an (n, k) matrix that is stored as it is, or (k, n) if ``transposed``."""
+    (first, number), *others = rows
+    stride = others[0][0] - first if others else 0
+    if transposed:
+        # A run for each stored row and segment of columns.
+        return Runs(len(rows) * number * k // 2, number // 2, len(rows), first // 2, stride // 2, n // 2)
+    return Runs(len(rows) * number * k // 2, number * k // 2, len(rows), first * k // 2, stride * k // 2)
 
 
 def decodes(stack: PackedStack, num_rows: int, like: Tensor) -> bool:
