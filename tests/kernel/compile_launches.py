@@ -109,6 +109,12 @@ def _untiled(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], object
     yield "decode, bias", "", _call(launch.decode, *decode, *biases, gate)
 
 
+def _reciprocal() -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """What quantizing on an NVIDIA GPU launches."""
+    absmax = torch.empty(EXPERTS, device="meta")
+    yield "reciprocal", "", _call(module("launch.reciprocal").approximate_reciprocal, absmax)
+
+
 def _call(stage: Callable[..., object], *args: object) -> Callable[[], object]:
     return lambda: stage(*args)
 
@@ -128,6 +134,7 @@ def compile_launches(arch: int | str, dtype: torch.dtype, heights: list[int], un
     with mock.patch.object(tuning, "target_of", return_value=target), compiling_for(arch) as compiled:
         stages = [(stage, height) for height in heights for stage in _tiled(dtype, tokens_of_bucket(height))]
         stages += [(stage, 0) for stage in (_untiled(dtype) if untiled else ())]
+        stages += [(stage, 0) for stage in (_reciprocal() if untiled and isinstance(arch, int) else ())]
         for (name, family, call), height in stages:
             config = tuning.launch_config(family, height, target, dtype.itemsize) if family else None
             if family and (name, config) in seen:

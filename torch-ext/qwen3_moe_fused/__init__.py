@@ -8,6 +8,17 @@ from . import layers, reference
 from .experts import moe_experts
 from .linear import moe_fused_linear
 from .permute import route
+from .quantization import Format4bit, Packed4bitWeights, Piece
 from .routing import Routing
 
-__all__ = ["Routing", "layers", "moe_experts", "moe_fused_linear", "reference", "route"]
+__all__ = [
+    "Format4bit",
+    "Packed4bitWeights",
+    "Piece",
+    "Routing",
+    "layers",
+    "moe_experts",
+    "moe_fused_linear",
+    "reference",
+    "route",
+]

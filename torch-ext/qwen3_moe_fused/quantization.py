@@ -16,11 +16,14 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from . import checks
 
 # Absmaxes that share a second-level scale; bitsandbytes knows no other number.
 NESTED_BLOCKSIZE = 256
@@ -54,7 +57,7 @@ def nested_code(device: torch.device) -> Tensor:
     """
     values = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1.0, 2**decade + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1.0, 2**decade + 1, dtype=torch.float32, device="cpu")
         middles = (edges[:-1] + edges[1:]) / 2.0
         positive = (10.0 ** (decade - 6) * middles).tolist()  # rounded to fp32
         values += positive + [-value for value in positive]
@@ -85,14 +88,16 @@ class Format4bit:
     dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
+        shape: tuple[int, ...] = tuple(self.shape)  # of a torch.Size, or a list of JSON
+        object.__setattr__(self, "shape", shape)
         if self.quant_type not in CODES:
             raise ValueError(f"quant_type must be one of {', '.join(CODES)}, got {self.quant_type!r}")
         if self.blocksize not in BLOCKSIZES:
             raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, got {self.blocksize}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be bfloat16, float16 or float32, got {self.dtype}")
-        if len(self.shape) != 3 or min(self.shape) < 1:
-            raise ValueError(f"shape must be (E, out, in), all positive, got {self.shape}")
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"shape must be (E, out, in), all positive, got {shape}")
         _, out_features, in_features = self.shape
         if self.projections < 1 or out_features % self.projections:
             raise ValueError(f"projections must divide the {out_features} out features, got {self.projections}")
@@ -132,8 +137,78 @@ def as_bytes(values: Tensor) -> Tensor:
 
 
 def as_floats(values: Tensor) -> Tensor:
-    """uint8 (E, 4·n) as fp32 (E, n), the same memory."""
+    """uint8 (E, 4·n) as fp32 (E, n), the same memory; a copy of bytes that do not begin where an fp32 may."""
+    if values.storage_offset() % 4:
+        values = values.clone()
     return values.view(torch.float32)
+
+
+def nested_values(absmax: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
+    """(…, n) fp32 absmaxes from their bytes (…, n), second-level absmaxes (…, ⌈n/256⌉) and offsets (…, 1)."""
+    scales = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE, dim=-1)[..., : absmax.shape[-1]]
+    values = nested_code(absmax.device).index_select(0, absmax.reshape(-1).int()).view(absmax.shape)
+    return values.mul_(scales).add_(nested_offset)  # two roundings
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """One matrix as bitsandbytes holds it: an expert's projection, or a stack that was quantized as one.
+
+    Attributes:
+        packed: (n/2, 1) or of any other shape, uint8 or a dtype that its bytes are viewed as (bnb_4bit_quant_storage).
+        absmax: (blocks,) uint8 with double quantization, else fp32.
+        nested_absmax: (groups,) fp32, the absmax of ``QuantState.state2``; None without double quantization.
+        nested_offset: one fp32, ``QuantState.offset``; None without double quantization.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None = None
+    nested_offset: Tensor | None = None
+
+    def tensors(self, name: str, weights: int, blocksize: int, double_quant: bool) -> dict[str, Tensor]:
+        """The tensors by attribute name, flat, ``packed`` as bytes, once they fit a matrix of so many weights.
+
+        Raises:
+            TypeError, ValueError: a tensor that is missing, superfluous, or of another dtype or size; ``name`` is what
+                the message calls the piece.
+        """
+        blocks = weights // blocksize
+        absmax_dtype = torch.uint8 if double_quant else torch.float32
+        wanted: dict[str, tuple[torch.dtype, int]] = {
+            "packed": (torch.uint8, weights // 2),
+            "absmax": (absmax_dtype, blocks),
+        }
+        if double_quant:
+            wanted["nested_absmax"] = (torch.float32, math.ceil(blocks / NESTED_BLOCKSIZE))
+            wanted["nested_offset"] = (torch.float32, 1)
+        flat: dict[str, Tensor] = {}
+        for part in (field.name for field in fields(self)):
+            value, label = getattr(self, part), f"{name}.{part}"
+            if not _wanted(label, value, part in wanted, double_quant):
+                continue
+            dtype, size = wanted[part]
+            value = value.detach().reshape(-1)
+            if part == "packed" and value.is_floating_point():
+                value = value.view(torch.uint8)
+            checks.dtype(label, value, (dtype,))
+            if value.numel() != size:
+                what = "bytes" if part == "packed" else "values"
+                raise ValueError(f"{label} must have {size} {what} for {weights} weights, got {value.numel()}")
+            flat[part] = value
+        return flat
+
+
+def _wanted(name: str, value: object, wanted: bool, double_quant: bool) -> bool:
+    """Whether there is a tensor, as there must be if it is ``wanted`` and must not be if not.
+
+    Raises:
+        TypeError: where that is not so.
+    """
+    if isinstance(value, Tensor) == wanted and (wanted or value is None):
+        return wanted
+    must = "a tensor" if wanted else "None"
+    raise TypeError(f"{name} must be {must} with double_quant={double_quant}, got {type(value).__name__}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,11 +239,8 @@ class Packed4bitWeights:
         shapes = self.format.storage()
         for name in ("packed", "absmax", "nested_absmax", "nested_offset"):
             value, want = getattr(self, name), shapes.get(name)
-            if want is None and value is None:
+            if not _wanted(name, value, want is not None, self.format.double_quant):
                 continue
-            if not isinstance(value, Tensor) or want is None:
-                wanted = "must be None without" if want is None else "must be a tensor with"
-                raise TypeError(f"{name} {wanted} double_quant={self.format.double_quant}, got {type(value).__name__}")
             if value.dtype != torch.uint8:
                 raise TypeError(f"{name} must be uint8, got {str(value.dtype).removeprefix('torch.')}")
             if value.shape != want:
@@ -203,6 +275,11 @@ class Packed4bitWeights:
         moved = {name: value if device is None else value.to(device) for name, value in self.tensors().items()}
         return Packed4bitWeights(self.format if dtype is None else replace(self.format, dtype=dtype), **moved)
 
+    def narrow(self, first: int, count: int) -> Packed4bitWeights:
+        """Experts ``first`` to ``first + count``, the same memory."""
+        parts = {name: value.narrow(0, first, count) for name, value in self.tensors().items()}
+        return Packed4bitWeights(replace(self.format, shape=(count, *self.format.shape[1:])), **parts)
+
     def block_absmax(self) -> Tensor:
         """(E, blocks) fp32: the absmax of every block, blocks of all projections."""
         if self.nested_absmax is None or self.nested_offset is None:
@@ -210,9 +287,167 @@ class Packed4bitWeights:
         own = self.format
         parts = (own.shape[0], own.projections)
         scales = as_floats(self.nested_absmax).view(*parts, own.groups)
-        scales = scales.repeat_interleave(NESTED_BLOCKSIZE, dim=-1)[..., : own.blocks]
-        values = nested_code(self.device)[self.absmax.view(*parts, own.blocks).long()]
-        return (values * scales + as_floats(self.nested_offset).view(*parts, 1)).flatten(1)
+        offsets = as_floats(self.nested_offset).view(*parts, 1)
+        return nested_values(self.absmax.view(*parts, own.blocks), scales, offsets).flatten(1)
+
+    @classmethod
+    def quantize(
+        cls,
+        weight: Tensor,
+        *,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+        projections: int = 1,
+        dtype: torch.dtype | None = None,
+    ) -> Packed4bitWeights:
+        """Each expert's projections as ``bitsandbytes.functional.quantize_4bit`` quantizes them, bit for bit.
+
+        On the weights' device, whose bits these are: bitsandbytes differs between CPU and GPU (see ``quantize``). Takes
+        memory for the result and a few times one expert's projection in fp32.
+
+        Args:
+            weight: (E, out, in) bfloat16, float16 or float32, of any strides.
+            quant_type, blocksize, double_quant, projections: as in ``Format4bit``.
+            dtype: of dequantized weights; None for the dtype of ``weight``.
+
+        Raises:
+            TypeError: ``weight`` is not a tensor of these dtypes.
+            ValueError: values that do not fit each other.
+        """
+        from .quantize import quantize_matrix  # which takes the formats of this module
+
+        checks.tensor("weight", weight, ("E", "out", "in"))
+        checks.dtype("weight", weight, DTYPES)
+        shape = (weight.shape[0], weight.shape[1], weight.shape[2])
+        own = Format4bit(shape, quant_type, blocksize, double_quant, projections, dtype or weight.dtype)
+        matrices = (matrix for expert in weight.detach() for matrix in expert.unflatten(0, (projections, -1)))
+        return cls.from_pieces((quantize_matrix(m, quant_type, blocksize, double_quant) for m in matrices), own)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(E, out, in) weights, bit for bit as ``bitsandbytes.functional.dequantize_4bit`` gives them in ``dtype``.
+
+        Args:
+            dtype: of the result, rounded once from fp32; None for the format's.
+
+        Raises:
+            TypeError: ``dtype`` is not a float, or not one that the device supports.
+        """
+        from .backend import backend_for  # whose stages take packed weights
+
+        out = torch.empty(self.shape, dtype=self.dtype if dtype is None else dtype, device=self.device)
+        checks.dtype("dtype", out, checks.FLOAT_DTYPES)
+        backend_for(self.packed, out.dtype).dequantize(self, 0, self.shape[0], out)
+        return out
+
+    @classmethod
+    def from_pieces(
+        cls, pieces: Iterable[Piece], format: Format4bit, device: torch.device | str | int | None = None
+    ) -> Packed4bitWeights:
+        """A stack of matrices that were quantized one by one, bit for bit.
+
+        Args:
+            pieces: E·projections of them, the projections of expert 0 first; taken one at a time, so that an iterator
+                that loads or makes them needs memory for one.
+            format: what they make up.
+            device: of the stack; None for that of the first piece.
+
+        Raises:
+            TypeError, ValueError: too many or too few, or one that does not fit the format: which, and why.
+        """
+        num_experts, out_features, in_features = format.shape
+        places = [(expert, projection) for expert in range(num_experts) for projection in range(format.projections)]
+        weights = out_features // format.projections * in_features
+        remaining = iter(pieces)
+        storage: dict[str, Tensor] = {}
+        for index, (expert, projection) in enumerate(places):
+            piece = next(remaining, None)
+            if piece is None:
+                raise ValueError(f"pieces must be {len(places)}, of each expert and projection, got {index}")
+            name = f"piece of expert {expert}, projection {projection}"
+            if not isinstance(piece, Piece):
+                raise TypeError(f"{name} must be a Piece, got {type(piece).__name__}")
+            parts = piece.tensors(name, weights, format.blocksize, format.double_quant)
+            if not storage:
+                device = piece.packed.device if device is None else device
+                storage = {
+                    part: torch.empty(shape, dtype=torch.uint8, device=device)
+                    for part, shape in format.storage().items()
+                }
+            for part, value in parts.items():
+                storage[part].view(len(places), -1)[index].copy_(value.view(torch.uint8))
+        if next(remaining, None) is not None:
+            raise ValueError(f"pieces must be {len(places)}, of each expert and projection, got more")
+        return cls(format, **storage)
+
+    @classmethod
+    def from_fused(
+        cls, pieces: Sequence[Piece], format: Format4bit, device: torch.device | str | int | None = None
+    ) -> Packed4bitWeights:
+        """A stack of matrices that were quantized over all experts at once, as if each expert had been quantized alone.
+
+        Nothing is lost: ``dequantize`` gives the same bits. Groups of 256 absmaxes that run over from one expert to the
+        next cannot be kept, though; the absmaxes are then stored in fp32 and the result's format has
+        ``double_quant=False``.
+
+        Args:
+            pieces: for each projection the one that quantizing its (E, out/projections, in) stack gave.
+            format: of the stack, with ``double_quant`` as the pieces have it.
+            device: of the stack; None for that of the first piece.
+
+        Raises:
+            TypeError, ValueError: too many or too few, or one that does not fit the format: which, and why.
+        """
+        if len(pieces) != format.projections:
+            raise ValueError(f"pieces must be {format.projections}, one for each projection, got {len(pieces)}")
+        num_experts, out_features, in_features = format.shape
+        weights = num_experts * out_features // format.projections * in_features
+        stacks = []
+        for projection, piece in enumerate(pieces):
+            name = f"piece of projection {projection}"
+            if not isinstance(piece, Piece):
+                raise TypeError(f"{name} must be a Piece, got {type(piece).__name__}")
+            stacks.append(piece.tensors(name, weights, format.blocksize, format.double_quant))
+        if format.double_quant and format.blocks % NESTED_BLOCKSIZE:
+            format = replace(format, double_quant=False)
+            stacks = [
+                {"packed": s["packed"], "absmax": nested_values(s["absmax"], s["nested_absmax"], s["nested_offset"])}
+                for s in stacks
+            ]
+
+        def split() -> Iterator[Piece]:
+            for expert in range(num_experts):
+                for stack in stacks:
+                    yield Piece(
+                        **{
+                            part: value if part == "nested_offset" else value.view(num_experts, -1)[expert]
+                            for part, value in stack.items()
+                        }
+                    )
+
+        return cls.from_pieces(split(), format, device)
+
+    def piece(self, expert: int, projection: int = 0) -> Piece:
+        """One matrix as bitsandbytes holds it: ``packed`` (n/2, 1), the others flat, the offset a scalar.
+
+        Views of this stack's memory, as far as alignment lets them be.
+
+        Raises:
+            ValueError: no such expert or projection.
+        """
+        for name, value, size in (
+            ("expert", expert, self.format.shape[0]),
+            ("projection", projection, self.format.projections),
+        ):
+            if not 0 <= value < size:
+                raise ValueError(f"{name} must be from 0 to {size - 1}, got {value}")
+        parts = {
+            part: value[expert].view(self.format.projections, -1)[projection] for part, value in self.tensors().items()
+        }
+        if self.nested_absmax is None:
+            return Piece(parts["packed"][:, None], as_floats(parts["absmax"]))
+        nested_absmax, nested_offset = as_floats(parts["nested_absmax"]), as_floats(parts["nested_offset"])
+        return Piece(parts["packed"][:, None], parts["absmax"], nested_absmax, nested_offset.view(()))
 
     def attach(self, module: nn.Module, name: str) -> None:
         """Makes ``module`` own the storage: frozen parameters ``name``, ``name_absmax``, … and ``name_format``."""

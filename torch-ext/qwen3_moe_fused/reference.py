@@ -16,6 +16,7 @@ from torch import Tensor
 from .activations import Gate, apply_gate, apply_gate_backward
 
 if TYPE_CHECKING:
+    from .quantization import Packed4bitWeights
     from .routing import Routing
 
 
@@ -224,6 +225,23 @@ def dispatch(x: Tensor, routing: Routing, num_rows: int) -> Tensor:
     rows = _gather(x, routing)
     rows[int(routing.offsets[-1]) :] = 0
     return rows
+
+
+def dequantize(weights: Packed4bitWeights, first: int, count: int, out: Tensor) -> None:
+    """Experts ``first`` to ``first + count`` in the dtype of ``out``, rounded once from fp32; expert by expert.
+
+    Args:
+        out: (count, out, in) contiguous, overwritten.
+    """
+    from .quantization import code
+
+    values = code(weights.format.quant_type, weights.device)
+    # (256, 2): both weights of a byte.
+    pairs = torch.stack((values.repeat_interleave(16), values.repeat(16)), dim=1)
+    for expert in range(count):
+        own = weights.narrow(first + expert, 1)
+        blocks = pairs.index_select(0, own.packed.flatten().int()).view(-1, own.format.blocksize)
+        out[expert].view(blocks.shape).copy_(blocks.mul_(own.block_absmax().view(-1, 1)))
 
 
 def use_decode(num_tokens: int, top_k: int, down: Tensor) -> bool:

@@ -4,6 +4,7 @@ Each stage is one launch (routing two for many slots). Nothing waits for the dev
 What depends on the layer alone, not on the number of tokens, is worked out once and cached as a ``plan.Plan``.
 """
 
+from ..reference import dequantize
 from .decode import decode, use_decode
 from .down_backward import down_backward
 from .gemm import grouped_gemm, grouped_up
@@ -15,6 +16,7 @@ __all__ = [
     "combine",
     "combine_backward",
     "decode",
+    "dequantize",
     "dispatch",
     "down_backward",
     "grouped_gemm",
