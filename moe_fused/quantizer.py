@@ -79,11 +79,11 @@ def packing_refusal(module: Experts, blocksize: int) -> str | None:
     if reason := layout_refusal(module):
         return reason
     format4bit = get_kernel().quantization.Format4bit
-    for name in projections_of(module):
-        try:
+    try:
+        for name in projections_of(module):
             format4bit(tuple(getattr(module, name).shape), blocksize=blocksize, projections=_parts(name))
-        except ValueError as error:
-            return f"{name}: {error}"
+    except ValueError as error:
+        return str(error)
     return None
 
 
@@ -118,8 +118,8 @@ class _DenseOnly(WeightConverter):
             return source_key, None
         return super().rename_source_key(source_key)
 
-    def reverse_transform(self) -> WeightConverter:
-        reverse = super().reverse_transform()
+    def reverse_transform(self) -> Any:
+        reverse: Any = super().reverse_transform()
         reverse.packed = self.packed
         return reverse
 
@@ -134,18 +134,22 @@ class _Deserialize(ConversionOps):
         self.original = original
         self.hf_quantizer = original.hf_quantizer
 
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        import bitsandbytes as bnb
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Deserialize:
+        return self  # or Transformers would copy the quantizer for every tensor of a checkpoint
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        import bitsandbytes.functional as bnb
+        from bitsandbytes.nn.modules import Linear4bit
 
         model, key = kwargs["model"], kwargs["full_layer_name"]
         module, name = get_module_from_name(model, key)
-        if len(input_dict) == 1 or isinstance(module, bnb.nn.Linear4bit):
-            result: dict[str, Any] = self.original.convert(input_dict, **kwargs)
+        if len(input_dict) == 1 or isinstance(module, Linear4bit):
+            result: dict[str, Any] = self.original.convert(input_dict, *args, **kwargs)
             return result
         parts = {part: value[0] if isinstance(value, list) else value for part, value in input_dict.items()}
         packed = parts.pop("weight")
-        state = bnb.functional.QuantState.from_dict(parts, device=packed.device)
-        weight = bnb.functional.dequantize_4bit(packed, state)
+        state = bnb.QuantState.from_dict(parts, device=packed.device)
+        weight = bnb.dequantize_4bit(packed, state)
         return {"weight": weight.to(getattr(module, name).dtype)}
 
 
@@ -182,8 +186,10 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
             if reason := packing_refusal(module, _BLOCKSIZE):
                 refused[type(module).__name__] = reason
                 continue
-            for name in projections_of(module):
-                targets.append(Target(f"{path}.{name}", tuple(getattr(module, name).shape), _parts(name)))
+            targets += [
+                Target(f"{path}.{name}", tuple(getattr(module, name).shape), _parts(name))
+                for name in projections_of(module)
+            ]
         for class_name, reason in refused.items():
             warnings.warn(f"{class_name} stays dense with load_in_4bit=True: {reason}", stacklevel=2)
         return targets

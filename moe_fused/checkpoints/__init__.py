@@ -1,11 +1,14 @@
 """4-bit experts in checkpoints: which layouts there are, and how to read and write them bit for bit.
 
-| layout | keys of one experts module | who writes it |
-|---|---|---|
-| per expert | ``experts.{i}.gate_proj.weight``, ``….weight.absmax``, ``….weight.quant_state.bitsandbytes__nf4``, … | Transformers 4 with bitsandbytes; we, by default |
-| fused | ``experts.gate_up_proj``, ``experts.gate_up_proj_absmax``, …, ``experts.gate_up_proj_format`` | we, on demand |
-| stacked | ``gate_proj.weight``, ``gate_proj.weight.absmax``, … beside the router, all experts quantized as one | the original qwen3-moe-fused |
+Per expert:
+    ``experts.{i}.gate_proj.weight``, ``….weight.absmax``, ``….weight.quant_state.bitsandbytes__nf4`` and so on: bitsandbytes
+    under Transformers 4, and ours by default.
+Stacked:
+    ``gate_proj.weight``, ``gate_proj.weight.absmax`` and so on, beside the router, all experts quantized as one matrix: the
+    original qwen3-moe-fused.
+Fused:
+    ``experts.gate_up_proj``, ``experts.gate_up_proj_absmax``, …, ``experts.gate_up_proj_format``: ours on demand.
 
-``quant_state`` knows one matrix of bitsandbytes, ``fused`` our own layout, ``converter`` puts the tensors of a checkpoint
-together while Transformers loads it, ``names`` says which tensor belongs where.
+``names`` says which tensor belongs where, ``quant_state`` knows a matrix of bitsandbytes, ``fused`` our own layout, and
+``converter`` puts the tensors together while Transformers loads them.
 """

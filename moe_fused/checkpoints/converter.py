@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import MergeModulelist, WeightConverter
 
-from ..hub import get_kernel
+from moe_fused.hub import get_kernel
+
 from .fused import read_fused
 from .names import Names, Place, Target, rename_expert
 from .quant_state import MatrixFormat, quantize_matrix, read_matrix
@@ -72,7 +73,7 @@ def attach(module: nn.Module, name: str, weights: Packed4bitWeights, dtype: torc
 
 
 class _Pattern(str):
-    """A source pattern that carries the place of the tensor that it was found for from Transformers' one call to the next."""
+    """A source pattern that carries the place of a tensor from one call by Transformers to the next."""
 
     __slots__ = ("place",)
     place: Place
@@ -128,7 +129,9 @@ class ExpertsConverter(WeightConverter):
         module = model.get_submodule(path)
         placeholder = getattr(module, name)
         if hasattr(placeholder, "device_mesh"):
-            raise NotImplementedError(f"{layer_name} is sharded: 4-bit experts can be loaded without tp_plan and ep_plan only")
+            raise NotImplementedError(
+                f"{layer_name} is sharded: 4-bit experts cannot be loaded with a tp_plan or ep_plan"
+            )
         self.loaded.add(layer_name)
         layout = _layout(layer_name, entries)
         if any(entry.place.part for entry in entries):
@@ -157,7 +160,8 @@ class ExpertsConverter(WeightConverter):
                 _by_matrix(self.names, target, entries)  # all are there
             converter = deepcopy(self.names.converters[entries[0].place.converter])
             for entry in entries:
-                converter.add_tensor(target.name, entry.key, entry.place.pattern, partial(_load_dense, entry))
+                load: Any = partial(_load_dense, entry)
+                converter.add_tensor(target.name, entry.key, entry.place.pattern, load)
             stack = converter.convert(target.name, model=model, config=model.config)[target.name]
         if tuple(stack.shape) != target.shape:
             raise ValueError(f"{entries[0].key} must make up shape {target.shape}, got {tuple(stack.shape)}")
@@ -251,20 +255,18 @@ def _by_projection(names: Names, target: Target, entries: list[Entry]) -> list[E
     stacks = {entry.place.projection: entry for entry in entries if not entry.place.part}
     for projection in range(target.projections):
         if projection not in stacks:
-            raise ValueError(f"the {('gate', 'up')[projection]} projection of {target.name} is missing from the checkpoint")
+            raise ValueError(
+                f"the {('gate', 'up')[projection]} projection of {target.name} is missing from the checkpoint"
+            )
     return [stacks[projection] for projection in range(target.projections)]
 
 
-def _read_per_expert(
-    names: Names, target: Target, entries: list[Entry]
-) -> tuple[torch.dtype, Packed4bitWeights]:
+def _read_per_expert(names: Names, target: Target, entries: list[Entry]) -> tuple[torch.dtype, Packed4bitWeights]:
     table = _by_matrix(names, target, entries)
     quantization = get_kernel().quantization
 
     def read(parts: dict[str, Entry]) -> tuple[MatrixFormat, Piece]:
-        return read_matrix(
-            parts[""].key, {part: entry.load() for part, entry in parts.items()}, target.matrix_shape
-        )
+        return read_matrix(parts[""].key, {part: entry.load() for part, entry in parts.items()}, target.matrix_shape)
 
     form, first = read(table[0])
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..hub import get_kernel
+from moe_fused.hub import get_kernel
+
 from .quant_state import check_fields, dtype_of, read_json, write_json
 
 if TYPE_CHECKING:

@@ -90,12 +90,13 @@ class Names:
 
     def locate(self, key: str) -> Place | None:
         """The place of the checkpoint's tensor ``key``; None if it belongs to no target."""
-        if match := _FUSED.fullmatch(key):
-            if match["name"] in self._known and (match["part"] or not self._by_converter(key, key, "")):
-                return Place(match["name"], "fused", part=match["part"] or "")
+        match = _FUSED.fullmatch(key)
+        # The name of packed weights may be that of dense ones, which a converter of Transformers then knows how to read.
+        if match and match["name"] in self._known and (match["part"] or not self._by_converter(key, "")):
+            return Place(match["name"], "fused", part=match["part"] or "")
         matrix = _MATRIX.fullmatch(key)
         name, part = (matrix["name"], matrix["part"]) if matrix else (key, "")
-        if place := self._by_converter(key, name, part):
+        if place := self._by_converter(name, part):
             return place
         if match := _STACKED.fullmatch(key):
             stack, projection = _STACKED_PLACES[match["projection"]]
@@ -104,7 +105,7 @@ class Names:
                 return Place(target, "stacked", projection=projection, part=match["part"] or "")
         return None
 
-    def _by_converter(self, key: str, name: str, part: str) -> Place | None:
+    def _by_converter(self, name: str, part: str) -> Place | None:
         for index, converter in enumerate(self.converters):
             target, pattern = converter.rename_source_key(name)
             if pattern is None or target not in self._known:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..hub import get_kernel
+from moe_fused.hub import get_kernel
 
 if TYPE_CHECKING:
     from qwen3_moe_fused.quantization import Packed4bitWeights, Piece
@@ -133,7 +133,9 @@ def read_matrix(name: str, parts: Mapping[str, Tensor], shape: tuple[int, ...]) 
         wanted["nested_quant_map"] = (torch.float32, 256)
     for part in parts:
         if part not in wanted and not part.startswith(_STATE):
-            raise ValueError(f"{name}.{part} is not a tensor of {form.quant_type} weights, double_quant={form.double_quant}")
+            raise ValueError(
+                f"{name}.{part} is not a tensor of {form.quant_type} weights, double_quant={form.double_quant}"
+            )
     flat: dict[str, Tensor] = {}
     for part, (dtype, size) in wanted.items():
         key = f"{name}.{part}" if part else name
