@@ -226,6 +226,7 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
             and any(target.name.endswith(pattern) for pattern in conversion.target_patterns for target in targets)
         ]
         others = [conversion for conversion in weight_conversions if conversion not in experts]
+        # The first to claim a tensor gets it: experts that stay dense are left to Transformers' own converters.
         config = self.quantization_config
         self.names = Names(targets, experts, self.names.base_model_prefix)
         self.converter = ExpertsConverter(
@@ -238,7 +239,7 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
                 config.bnb_4bit_compute_dtype,
             ),
         )
-        return [self.converter, *super().update_weight_conversions(others, *args)]
+        return [self.converter, *experts, *super().update_weight_conversions(others, *args)]
 
     def get_weight_conversions(self) -> list[Any]:
         conversions = super().get_weight_conversions()
@@ -273,6 +274,7 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
             conversion
             for conversion in model._weight_conversions
             if not isinstance(conversion, (ExpertsConverter, _DenseOnly))
+            and conversion not in self.names.converters
             and not any(isinstance(op, _Deserialize) for op in getattr(conversion, "operations", ()))
         ] + [_DenseOnly.of(converter, packed) for converter in self.names.converters]
 
@@ -317,11 +319,16 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
 
     # The way back.
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        model = super()._dequantize(model, dtype=dtype)
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        # save_pretrained makes strings of the config's dtypes.
+        dense_dtype: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        from bitsandbytes.nn.modules import Linear4bit
+
+        if any(isinstance(module, Linear4bit) for module in model.modules()):  # Transformers takes that for granted
+            model = super()._dequantize(model, dtype=dense_dtype)
         for _, module in list(packed_modules(model)):
             for name in projections_of(module):
-                unpack(module, name, dtype)
+                unpack(module, name, dense_dtype)
             module.config = module.config.model_config
         if self.converter is not None:
             self._keep_conversions(model, frozenset())
