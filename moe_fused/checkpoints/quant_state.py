@@ -6,6 +6,7 @@ and ``weight.nested_quant_map``, and in ``weight.quant_state.bitsandbytes__nf4``
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from math import ceil, prod
@@ -22,8 +23,28 @@ if TYPE_CHECKING:
 _STATE = "quant_state.bitsandbytes__"
 _FIELDS = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
 _NESTED_FIELDS = {"nested_blocksize": int, "nested_offset": float}
+# Absmaxes that share a second-level scale; bitsandbytes knows no other number.
+NESTED_BLOCKSIZE = 256
 # bitsandbytes' code books come from arithmetic that may differ by a rounding between its versions.
 _CODE_TOLERANCE = 1e-6
+
+
+@functools.cache
+def _code(quant_type: str) -> Tensor:
+    """The values of 4 bits, ``quant_map`` in checkpoints, as bitsandbytes has them on the CPU."""
+    from bitsandbytes.functional import get_4bit_type
+
+    values: Tensor = get_4bit_type(quant_type, device="cpu")
+    return values
+
+
+@functools.cache
+def _nested_code() -> Tensor:
+    """The values of an absmax of 8 bits, ``nested_quant_map`` in checkpoints, as bitsandbytes has them on the CPU."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    values: Tensor = create_dynamic_map()
+    return values
 
 
 class MatrixFormat(NamedTuple):
@@ -97,8 +118,10 @@ def read_format(name: str, parts: Mapping[str, Tensor], shape: tuple[int, ...]) 
     double_quant = "nested_blocksize" in state
     if double_quant:
         check_fields(key, state, _NESTED_FIELDS)
-        if state["nested_blocksize"] != 256:
-            raise ValueError(f"{key} must hold a nested_blocksize of 256, got {state['nested_blocksize']}")
+        if state["nested_blocksize"] != NESTED_BLOCKSIZE:
+            raise ValueError(
+                f"{key} must hold a nested_blocksize of {NESTED_BLOCKSIZE}, got {state['nested_blocksize']}"
+            )
     form = MatrixFormat(quant_type, state["blocksize"], double_quant, dtype_of(key, state["dtype"]))
     return form, state["nested_offset"] if double_quant else None
 
@@ -120,7 +143,7 @@ def read_matrix(name: str, parts: Mapping[str, Tensor], shape: tuple[int, ...]) 
         ValueError: names the tensor that is missing, unknown, of the wrong size or dtype, or holds the wrong values.
     """
     form, offset = read_format(name, parts, shape)
-    quantization, cpu = get_kernel().quantization, torch.device("cpu")
+    quantization = get_kernel().quantization
     weights = prod(shape)
     blocks = weights // form.blocksize
     wanted = {
@@ -129,7 +152,7 @@ def read_matrix(name: str, parts: Mapping[str, Tensor], shape: tuple[int, ...]) 
         "quant_map": (torch.float32, 16),
     }
     if form.double_quant:
-        wanted["nested_absmax"] = (torch.float32, ceil(blocks / quantization.NESTED_BLOCKSIZE))
+        wanted["nested_absmax"] = (torch.float32, ceil(blocks / NESTED_BLOCKSIZE))
         wanted["nested_quant_map"] = (torch.float32, 256)
     for part in parts:
         if part not in wanted and not part.startswith(_STATE):
@@ -150,10 +173,10 @@ def read_matrix(name: str, parts: Mapping[str, Tensor], shape: tuple[int, ...]) 
                 f"{str(value.dtype).removeprefix('torch.')}"
             )
         flat[part] = value
-    _check_code(f"{name}.quant_map", flat["quant_map"], quantization.code(form.quant_type, cpu))
+    _check_code(f"{name}.quant_map", flat["quant_map"], _code(form.quant_type))
     if not form.double_quant:
         return form, quantization.Piece(flat[""], flat["absmax"])
-    _check_code(f"{name}.nested_quant_map", flat["nested_quant_map"], quantization.nested_code(cpu))
+    _check_code(f"{name}.nested_quant_map", flat["nested_quant_map"], _nested_code())
     nested_offset = torch.tensor(offset, dtype=torch.float32, device=flat[""].device)
     return form, quantization.Piece(flat[""], flat["absmax"], flat["nested_absmax"], nested_offset)
 
@@ -166,21 +189,20 @@ def write_matrix(weights: Packed4bitWeights, expert: int, projection: int, dtype
     """
     from bitsandbytes.functional import QuantState
 
-    quantization, cpu = get_kernel().quantization, torch.device("cpu")
     piece, form = weights.piece(expert, projection), weights.format
     nested: dict[str, Any] = {}
     if form.double_quant:
         nested["offset"] = piece.nested_offset
         nested["state2"] = QuantState(
             absmax=piece.nested_absmax,
-            code=quantization.nested_code(cpu),
-            blocksize=quantization.NESTED_BLOCKSIZE,
+            code=_nested_code(),
+            blocksize=NESTED_BLOCKSIZE,
             dtype=torch.float32,
         )
     state = QuantState(
         absmax=piece.absmax,
         shape=torch.Size((form.shape[1] // form.projections, form.shape[2])),
-        code=quantization.code(form.quant_type, cpu),
+        code=_code(form.quant_type),
         blocksize=form.blocksize,
         quant_type=form.quant_type,
         dtype=dtype,
@@ -188,7 +210,7 @@ def write_matrix(weights: Packed4bitWeights, expert: int, projection: int, dtype
     )
     parts = {"": piece.packed} | state.as_dict(packed=True)
     # Copies, for safetensors does not write tensors that share memory.
-    return {part: torch.empty_like(value, device=cpu).copy_(value) for part, value in parts.items()}
+    return {part: torch.empty_like(value, device="cpu").copy_(value) for part, value in parts.items()}
 
 
 def quantize_matrix(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool) -> Piece:
