@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Arguments of the demo and of the benchmark, and of pytest.
+# Arguments of the demo and of the benchmarks, and of pytest.
 ARGS ?=
 PYTEST_ARGS ?=
 PIP_FLAGS ?= --quiet
@@ -78,9 +78,11 @@ lint: $(READY) ## Run ruff and mypy
 format: $(READY) ## Format the code and fix what ruff can fix
 	@$(BIN)/python -m ruff check --fix . ; $(BIN)/python -m ruff format .
 
-bench: ## Benchmark on the GPU with PYTHON as it is; ARGS are passed on
+BENCHMARKS ?= experts experts_4bit
+
+bench: ## Benchmark on the GPU with PYTHON as it is; ARGS are passed on, BENCHMARKS chooses
 	@"$(PYTHON)" scripts/build_kernel.py --quiet
-	@"$(PYTHON)" -m benchmarks.experts $(ARGS)
+	@status=0; for benchmark in $(BENCHMARKS); do "$(PYTHON)" -m benchmarks.$$benchmark $(ARGS) || status=1; done; exit $$status
 
 wheel: $(READY) ## Build dist/*.tar.gz, and dist/*.whl from it
 	@$(BIN)/python -m build --outdir dist .

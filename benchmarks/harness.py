@@ -41,6 +41,7 @@ __all__ = [
     "MismatchError",
     "Row",
     "Timing",
+    "allocated_mib",
     "clock_for",
     "compare",
     "current_environment",
@@ -52,11 +53,13 @@ __all__ = [
     "poison",
     "read_rows",
     "release_memory",
+    "run_and_weigh",
     "time_interleaved",
     "write_rows",
 ]
 
 MIB = 2**20
+ALLOCATION = 512  # what torch rounds the size of a tensor's memory on a GPU up to
 BATCHES = 7
 WARMUP_CALLS = 2
 ESTIMATE_CALLS = 3
@@ -206,11 +209,30 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def allocated_mib(device: torch.device) -> float:
+    """Memory (MiB) that tensors hold; 0 on a CPU, where nobody counts."""
+    return torch.cuda.memory_allocated(device) / MIB if device.type == "cuda" else 0.0
+
+
+def run_and_weigh(call: Call, device: torch.device) -> tuple[dict[str, Tensor], float]:
+    """What ``call(0)`` returns, detached, and the memory (MiB) that is held since then besides these results.
+
+    That is a workspace which the implementation keeps between calls: ``peak_mib`` of a later call cannot see it.
+    """
+    before = allocated_mib(device)
+    results = {name: value.detach() for name, value in call(0).items()}
+    if device.type != "cuda":
+        return results, 0.0
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in results.values()}
+    own = sum(math.ceil(size / ALLOCATION) * ALLOCATION for size in storages.values())
+    return results, allocated_mib(device) - before - own / MIB
+
+
 def peak_mib(call: Call, device: torch.device) -> float | None:
     """Most memory (MiB) that one call held at a time on top of what was there before, results included; None on a CPU.
 
-    The call should have run before: compilation and libraries allocate on a first call. A workspace that an
-    implementation keeps between calls has to be dropped first, or it escapes the measurement.
+    The call should have run before: compilation and libraries allocate on a first call. What an implementation keeps
+    between calls is not in it: ``run_and_weigh`` finds that.
     """
     if device.type != "cuda":
         return None

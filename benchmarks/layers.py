@@ -73,8 +73,17 @@ def flops(layer: Layer, tokens: int, phase: str) -> int:
     return 3 * forward if phase == FORWARD_BACKWARD else forward
 
 
-def compulsory_bytes(layer: Layer, tokens: int, active_experts: float, phase: str, itemsize: int = 2) -> float:
-    """Bytes that must cross the memory bus, for weights, activations and routing weights of ``itemsize`` bytes.
+def compulsory_bytes(
+    layer: Layer,
+    tokens: int,
+    active_experts: float,
+    phase: str,
+    itemsize: int = 2,
+    weight_bytes: float | None = None,
+) -> float:
+    """Bytes that must cross the memory bus, for activations and routing weights of ``itemsize`` bytes.
+
+    A parameter takes ``weight_bytes`` to read, ``itemsize`` unless given.
 
     Forward reads the weights of the experts that were chosen (``active_experts``, a mean over the inputs timed), the
     tokens and the routing, and writes a row per token. Backward reads the same weights and tokens again (they outlast
@@ -85,7 +94,7 @@ def compulsory_bytes(layer: Layer, tokens: int, active_experts: float, phase: st
     _check_phase(phase)
     rows = tokens * layer.hidden * itemsize
     slots = tokens * layer.top_k
-    chosen_weights = active_experts * layer.expert_parameters * itemsize
+    chosen_weights = active_experts * layer.expert_parameters * (itemsize if weight_bytes is None else weight_bytes)
     forward = chosen_weights + 2 * rows + slots * (INDEX_BYTES + itemsize)
     if phase != FORWARD_BACKWARD:
         return forward
@@ -95,9 +104,16 @@ def compulsory_bytes(layer: Layer, tokens: int, active_experts: float, phase: st
 
 
 def floor_ms(
-    layer: Layer, tokens: int, active_experts: float, phase: str, ceilings: Ceilings, itemsize: int = 2
+    layer: Layer,
+    tokens: int,
+    active_experts: float,
+    phase: str,
+    ceilings: Ceilings,
+    itemsize: int = 2,
+    weight_bytes: float | None = None,
 ) -> float:
     """Milliseconds of the slower: the compulsory bytes at the copy ceiling, the operations at the matmul ceiling."""
-    memory = compulsory_bytes(layer, tokens, active_experts, phase, itemsize) / ceilings.bytes_per_second
+    num_bytes = compulsory_bytes(layer, tokens, active_experts, phase, itemsize, weight_bytes)
+    memory = num_bytes / ceilings.bytes_per_second
     compute = flops(layer, tokens, phase) / ceilings.flops_per_second
     return 1e3 * max(memory, compute)

@@ -16,10 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from .rows import FLOOR, Row, read_rows, replace_file
+from .rows import FLOOR, OURS, Row, baselines_of, read_rows, replace_file, weights_of
 
-BASELINE = "grouped_mm"
-OURS = "moe_fused"
 METRICS = ("speedup", "ms")
 # A phase of fewer sizes (CUDA graphs stand at the smallest only) has a place in the tables, not in a curve.
 LEAST_SIZES = 3
@@ -64,10 +62,11 @@ def _count(tokens: float, _: object = None) -> str:
 
 def _speedups(rows: Sequence[Row], implementation: str) -> list[tuple[int, float]]:
     """(tokens, baseline's time over the implementation's) where both have a time."""
-    baseline = {(row.layer, row.phase, row.tokens): row.ms for row in rows if row.implementation == BASELINE}
+    baseline = baselines_of(rows)[0]
+    times = {(row.layer, row.phase, row.tokens): row.ms for row in rows if row.implementation == baseline}
     pairs = []
     for row in rows:
-        base = baseline.get((row.layer, row.phase, row.tokens))
+        base = times.get((row.layer, row.phase, row.tokens))
         if row.implementation == implementation and row.ms and base:
             pairs.append((row.tokens, base / row.ms))
     return sorted(pairs)
@@ -111,10 +110,10 @@ def _draw(axes: Axes, rows: Sequence[Row], styles: dict[str, dict[str, object]],
 
 
 def figure(rows: Sequence[Row], metric: str = "speedup") -> Figure:
-    """The rows as a figure; ``metric`` is ``speedup`` (over grouped_mm at the same point) or ``ms``.
+    """The rows as a figure; ``metric`` is ``speedup`` (over the baseline at the same point) or ``ms``.
 
     Raises:
-        ValueError: an unknown metric, rows of several GPUs, or no phase with three sizes or more.
+        ValueError: an unknown metric, rows of several benchmarks or GPUs, or no phase with three sizes or more.
     """
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
@@ -130,6 +129,7 @@ def figure(rows: Sequence[Row], metric: str = "speedup") -> Figure:
         raise ValueError(f"rows must have a phase with at least {LEAST_SIZES} token counts to draw, got none")
     rows = [row for row in rows if row.phase in phases]
     layers = _ordered(row.layer for row in rows)
+    baseline = baselines_of(rows)[0]
     styles = _styles(rows)
 
     # A layer a column; a single layer has its phases side by side instead, or it would be too narrow for the legend.
@@ -145,7 +145,7 @@ def figure(rows: Sequence[Row], metric: str = "speedup") -> Figure:
             if flat or i + 1 == len(phases):
                 axes.set_xlabel("tokens", fontsize=9)
             if (i if flat else j) == 0:
-                axes.set_ylabel(f"times {BASELINE}'s speed" if metric == "speedup" else "ms", fontsize=9)
+                axes.set_ylabel(f"times {baseline}'s speed" if metric == "speedup" else "ms", fontsize=9)
     handles = [
         Line2D([], [], label=_label(name, rows, metric), **style)  # type: ignore[arg-type]
         for name, style in styles.items()
@@ -153,7 +153,7 @@ def figure(rows: Sequence[Row], metric: str = "speedup") -> Figure:
     drawing.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
     newest = max(rows, key=lambda row: row.date)
     drawing.suptitle(
-        f"{newest.gpu}, {newest.weights}, torch {newest.torch}, Triton {newest.triton}, {newest.date}", fontsize=9
+        f"{newest.gpu}, {weights_of(rows)}, torch {newest.torch}, Triton {newest.triton}, {newest.date}", fontsize=9
     )
     return drawing
 
@@ -179,7 +179,7 @@ def save(rows: Sequence[Row], path: Path, metric: str = "speedup") -> bool:
 def main(
     results: Annotated[Path, typer.Argument(help="A JSON file of rows.")],
     output: Annotated[Path | None, typer.Option(help="The PNG to write; default: beside the rows.")] = None,
-    metric: Annotated[str, typer.Option(help="speedup (over grouped_mm) or ms.")] = "speedup",
+    metric: Annotated[str, typer.Option(help="speedup (over the baseline) or ms.")] = "speedup",
 ) -> None:
     """Draws the rows of a results file."""
     path = output or results.with_suffix(".png")

@@ -1,8 +1,9 @@
 """Benchmark rows: what every benchmark of the project writes, and the files they stand in.
 
 A file is a JSON list of objects with exactly the keys of ``Row``. All rows of one *point* (the same benchmark, GPU,
-layer, tokens, phase, weights and LoRA rank) come from one run, so a ratio between two of them is a ratio under the same
-clocks: ``merge`` replaces a point as a whole, never single implementations of it.
+layer, tokens, phase and LoRA rank) come from one run, so a ratio between two of them is a ratio under the same clocks:
+``merge`` replaces a point as a whole, never single implementations of it. How the weights are stored is no part of a
+point: that is what the implementations of one may differ in.
 """
 
 from __future__ import annotations
@@ -15,9 +16,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+OURS = "moe_fused"
 FLOOR = "floor"  # the implementation name of the rows that hold the least time the hardware allows
 
-Point = tuple[str, str, str, int, str, str, int]
+# Implementations by benchmark that the others are compared with; where there is room for one, it is the first.
+BASELINES: dict[str, tuple[str, ...]] = {
+    "experts": ("grouped_mm",),
+    "experts_4bit": ("composed", "dequantize_first", "moe_fused_bf16"),
+}
+
+Point = tuple[str, str, str, int, str, int]
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Row:
     @property
     def point(self) -> Point:
         """What was measured, whichever the implementation; rows of a point are comparable."""
-        return (self.benchmark, self.gpu, self.layer, self.tokens, self.phase, self.weights, self.lora_rank)
+        return (self.benchmark, self.gpu, self.layer, self.tokens, self.phase, self.lora_rank)
 
 
 KEYS = tuple(field.name for field in fields(Row))
@@ -124,9 +132,24 @@ def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     measured = {row.point for row in new}
     rows = [row for row in old if row.point not in measured] + list(new)
     # A stable sort: implementations keep the order in which the benchmark lists them.
-    return sorted(
-        rows, key=lambda row: (row.benchmark, row.gpu, row.layer, row.weights, row.lora_rank, row.phase, row.tokens)
-    )
+    return sorted(rows, key=lambda row: (row.benchmark, row.gpu, row.layer, row.lora_rank, row.phase, row.tokens))
+
+
+def baselines_of(rows: Iterable[Row]) -> tuple[str, ...]:
+    """The implementations that others of ``rows`` are compared with, the most important first.
+
+    Raises:
+        ValueError: rows of several benchmarks, or of one that has no baselines.
+    """
+    names = list(dict.fromkeys(row.benchmark for row in rows))
+    if len(names) != 1 or names[0] not in BASELINES:
+        raise ValueError(f"rows must be of one benchmark of {', '.join(BASELINES)}, got {', '.join(names) or 'none'}")
+    return BASELINES[names[0]]
+
+
+def weights_of(rows: Sequence[Row]) -> str:
+    """The kind of weights that ``rows`` are about: our implementation's, as a peer may store its own otherwise."""
+    return next((row for row in rows if row.implementation == OURS), rows[0]).weights
 
 
 def slug(gpu: str) -> str:

@@ -8,21 +8,21 @@ narrow the rows down by key; what is between them is replaced:
 
     <!-- rows: benchmarks/results/experts_h100-80gb-hbm3.json layer=qwen3-30b-a3b -->
     <!-- rows end -->
+
+The plot that stands beside the rows follows the table, and rows that nobody has measured yet are said to be that.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated
 
 import typer
 
-from .rows import FLOOR, KEYS, Row, read_rows, replace_file
+from .rows import FLOOR, KEYS, OURS, Row, baselines_of, read_rows, replace_file, weights_of
 
-BASELINE = "grouped_mm"
-OURS = "moe_fused"
 _BEGIN = re.compile(r"<!-- rows: (?P<file>\S+)(?P<filters>(?: \S+=\S+)*) -->")
 _END = "<!-- rows end -->"
 _TITLES = {
@@ -30,8 +30,6 @@ _TITLES = {
     "forward_backward": "forward + backward",
     "forward_cuda_graph": "forward in a CUDA graph",
 }
-
-_LEGEND = f"In brackets: speed over {BASELINE}'s; –: out of memory or could not run."
 
 
 def _ordered(values: Iterable[str]) -> list[str]:
@@ -50,10 +48,14 @@ def _cell(row: Row | None, baseline: Row | None) -> str:
         return ""
     if row.ms is None:
         return "–"
-    if baseline is None or baseline.ms is None or row.implementation in (BASELINE, FLOOR):
+    if baseline is None or baseline.ms is None or row.implementation in (baseline.implementation, FLOOR):
         return _ms(row.ms)
-    text = f"{_ms(row.ms)} ({baseline.ms / row.ms:.2f}×)"
+    text = f"{_ms(row.ms)} ({_ratio(row, baseline)})"
     return f"**{text}**" if row.implementation == OURS else text
+
+
+def _ratio(row: Row | None, baseline: Row | None) -> str:
+    return f"{baseline.ms / row.ms:.2f}×" if row and row.ms and baseline and baseline.ms else ""
 
 
 def _share(row: Row | None, floor: Row | None) -> str:
@@ -65,7 +67,8 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _phase_table(rows: Sequence[Row]) -> list[str]:
-    """One layer and phase: times by implementation and size, then the memory of ours and the baseline."""
+    """One layer and phase: times by implementation and size, then ours against the others, and the memory of both."""
+    baseline, *others = baselines_of(rows)
     by_key = {(row.implementation, row.tokens): row for row in rows}
     sizes = sorted({row.tokens for row in rows})
     names = sorted(_ordered(row.implementation for row in rows), key=lambda name: (name == FLOOR, name != OURS))
@@ -74,12 +77,16 @@ def _phase_table(rows: Sequence[Row]) -> list[str]:
         _line(["---", *("---:" for _ in sizes)]),
     ]
     lines += [
-        _line([name, *(_cell(by_key.get((name, t)), by_key.get((BASELINE, t))) for t in sizes)]) for name in names
+        _line([name, *(_cell(by_key.get((name, t)), by_key.get((baseline, t))) for t in sizes)]) for name in names
     ]
-    if (OURS in names) and (FLOOR in names):
+    for other in others:
+        if OURS in names and other in names:
+            ratios = [_ratio(by_key.get((OURS, t)), by_key.get((other, t))) for t in sizes]
+            lines.append(_line([f"{OURS}, speed over {other}'s", *ratios]))
+    if OURS in names and FLOOR in names:
         shares = [_share(by_key.get((OURS, t)), by_key.get((FLOOR, t))) for t in sizes]
         lines.append(_line([f"{OURS}, share of the floor reached", *shares]))
-    for name in (OURS, BASELINE):
+    for name in (OURS, baseline, *others):
         peaks = [row.peak_mib if (row := by_key.get((name, t))) else None for t in sizes]
         if any(peak is not None for peak in peaks):
             lines.append(_line([f"{name}, peak MiB", *("" if peak is None else f"{peak:.0f}" for peak in peaks)]))
@@ -87,20 +94,20 @@ def _phase_table(rows: Sequence[Row]) -> list[str]:
 
 
 def render(rows: Sequence[Row]) -> str:
-    """Markdown tables of ``rows``, one a layer, kind of weights and phase.
+    """Markdown tables of ``rows``, one a layer and phase.
 
     Raises:
-        ValueError: no rows.
+        ValueError: no rows, or rows of several benchmarks.
     """
     if not rows:
         raise ValueError("rows must hold at least one row to make a table of, got none")
     blocks: list[str] = []
-    groups = list(dict.fromkeys((row.gpu, row.layer, row.weights, row.lora_rank) for row in rows))
-    for gpu, layer, weights, rank in groups:
-        own = [row for row in rows if (row.gpu, row.layer, row.weights, row.lora_rank) == (gpu, layer, weights, rank)]
+    legend = f"In brackets: speed over {baselines_of(rows)[0]}'s; –: out of memory or could not run."
+    for gpu, layer, rank in dict.fromkeys((row.gpu, row.layer, row.lora_rank) for row in rows):
+        own = [row for row in rows if (row.gpu, row.layer, row.lora_rank) == (gpu, layer, rank)]
         runs = "; ".join(_ordered(f"torch {row.torch}, Triton {row.triton}, {row.date}" for row in own))
         lora = f", LoRA rank {rank}" if rank else ""
-        blocks.append(f"**{layer}**, {weights}{lora} on {gpu} ({runs}). {_LEGEND}")
+        blocks.append(f"**{layer}**, {weights_of(own)}{lora} on {gpu} ({runs}). {legend}")
         phases = _ordered(row.phase for row in own)
         blocks += ["\n".join(_phase_table([row for row in own if row.phase == phase])) for phase in phases]
     return "\n\n".join(blocks)
@@ -118,6 +125,19 @@ def _selected(rows: Sequence[Row], filters: str) -> list[Row]:
     return chosen
 
 
+def _block(file: str, filters: str, directory: Path) -> str:
+    """What stands between two markers: the tables of the rows in ``file``, and the plot beside it if there is one."""
+    path = directory / file
+    if not path.exists():
+        return "Not measured yet."
+    rows = _selected(read_rows(path), filters)
+    blocks = [render(rows)]
+    if path.with_suffix(".png").exists():
+        picture = PurePosixPath(file).with_suffix(".png")
+        blocks.append(f"![Speed-up over {baselines_of(rows)[0]} by number of tokens]({picture})")
+    return "\n\n".join(blocks)
+
+
 def renewed(text: str, directory: Path) -> str:
     """``text`` with every table between markers made anew from the rows it names, relative to ``directory``.
 
@@ -132,8 +152,8 @@ def renewed(text: str, directory: Path) -> str:
         next_begin = _BEGIN.search(text, match.end())
         if end < 0 or (next_begin and next_begin.start() < end):
             raise ValueError(f"{match.group(0)!r} has no {_END!r} after it")
-        rows = _selected(read_rows(directory / match["file"]), match["filters"])
-        parts += [text[position : match.end()], "\n\n", render(rows), "\n\n"]
+        block = _block(match["file"], match["filters"], directory)
+        parts += [text[position : match.end()], "\n\n", block, "\n\n"]
         position = end
     if position == 0:
         raise ValueError("there is no '<!-- rows: FILE -->' in it to put a table after")

@@ -2,17 +2,60 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.rows import Row  # noqa: E402
+from benchmarks import runner  # noqa: E402
+from benchmarks.rows import Row, read_rows  # noqa: E402
+
+
+def plain_experts(
+    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+) -> Tensor:
+    """The experts in a few lines of torch, as a stand-in for the kernel."""
+    gate, up = torch.einsum("th,eih->tei", hidden_states, gate_up_proj).chunk(2, dim=-1)
+    every = torch.einsum("tei,ehi->teh", torch.nn.functional.silu(gate) * up, down_proj)
+    chosen = every.gather(1, top_k_index[..., None].expand(-1, -1, every.shape[-1]))
+    return (chosen * top_k_weights[..., None]).sum(1)
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What benchmarks take for the kernel; tests replace parts of it."""
+    stand_in = SimpleNamespace(moe_experts=plain_experts)
+    monkeypatch.setattr(runner, "load_kernel", lambda: stand_in)
+    return stand_in
+
+
+@pytest.fixture
+def run_with_kernel(tmp_path: Path) -> Callable[..., tuple[list[Row], str]]:
+    """Runs a benchmark on a CPU as a user does, in a process of its own; gives the rows written and what was printed."""
+
+    def run(benchmark: str, *options: str, tokens: Sequence[int]) -> tuple[list[Row], str]:
+        output = tmp_path / "rows.json"
+        sizes = [option for size in tokens for option in ("--tokens", str(size))]
+        command = [sys.executable, "-m", f"benchmarks.{benchmark}", *options, *sizes, "--output", str(output)]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert "ceilings: copy" in result.stdout
+        assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+        rows = read_rows(output)
+        assert {(row.benchmark, row.gpu) for row in rows} == {(benchmark, "cpu")}
+        assert all(row.ms is not None and row.ms > 0 for row in rows)
+        return rows, result.stdout
+
+    return run
 
 
 @pytest.fixture

@@ -60,6 +60,12 @@ def test_bytes_scale_with_the_dtype_but_for_the_ids():
     assert compulsory_bytes(SMALL, 3, 4, FORWARD, itemsize=4) == 2 * (396 - 6 * 8) + 6 * 8
 
 
+def test_bytes_of_packed_weights():
+    """Only what is read of the weights shrinks: tokens and routing stay half-precision numbers and ids."""
+    assert compulsory_bytes(SMALL, 3, 4, FORWARD, weight_bytes=0.5) == 4 * 36 * 0.5 + 2 * 24 + 60 == 180
+    assert floor_ms(SMALL, 3, 4, FORWARD, Ceilings(180e3, 1e12), weight_bytes=0.5) == pytest.approx(1.0)
+
+
 def test_floor_is_the_slower_of_memory_and_compute():
     assert floor_ms(SMALL, 3, 4, FORWARD, Ceilings(396e3, 1e12)) == pytest.approx(1.0)
     assert floor_ms(SMALL, 3, 4, FORWARD, Ceilings(1e12, 432e3)) == pytest.approx(1.0)

@@ -136,6 +136,30 @@ def test_input_sets_exceed_the_cache(monkeypatch):
     assert harness.input_sets(small, torch.device("cpu")) == 4
 
 
+def test_memory_that_an_implementation_keeps(monkeypatch):
+    """A tensor that outlives the call counts; the results, and what the call let go of, do not."""
+    held: list[torch.Tensor] = []
+    results = {"y": torch.empty(1000), "view of y": torch.empty(0), "grad": torch.empty(1, requires_grad=True)}
+    results["view of y"] = results["y"][10:]
+    allocated = 7 * 2**20
+
+    def call(_: int) -> dict[str, torch.Tensor]:
+        nonlocal allocated
+        if not held:
+            held.append(torch.empty(3 * 2**18))
+            allocated += held[0].nbytes
+        allocated += 4096 + 512  # y and grad, rounded up as torch does
+        return results
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: allocated)
+    device = torch.device("cuda", 0)
+    got, kept = harness.run_and_weigh(call, device)
+    assert kept == 3.0
+    assert not got["grad"].requires_grad
+    assert harness.run_and_weigh(call, device)[1] == 0.0, "it is kept once"
+    assert harness.run_and_weigh(call, torch.device("cpu"))[1] == 0.0
+
+
 class TestCompare:
     def test_equal_and_rounded(self):
         want = torch.randn(64, 32)

@@ -70,6 +70,37 @@ class TestTable:
     def test_no_baseline_no_ratio(self, make_row):
         assert cells(table.render([make_row(ms=12.345)]), "moe_fused") == ["12.3"]
 
+    def test_several_baselines(self, make_row):
+        """Of the 4-bit benchmark: brackets are over the first, a line of its own over each of the others."""
+
+        def at(tokens, **times):
+            return [
+                make_row(
+                    benchmark="experts_4bit",
+                    tokens=tokens,
+                    implementation=name,
+                    weights="bf16" if name == "moe_fused_bf16" else "nf4",
+                    ms=ms,
+                )
+                for name, ms in times.items()
+            ]
+
+        rows = [
+            *at(1, moe_fused=0.1, composed=0.5, dequantize_first=0.25, moe_fused_bf16=0.05, floor=0.02),
+            *at(512, moe_fused=1.0, composed=1.9, dequantize_first=None, moe_fused_bf16=2.0, floor=0.5),
+        ]
+        markdown = table.render(rows)
+        assert markdown.startswith("**qwen3-30b-a3b**, nf4 on NVIDIA H100 80GB HBM3")
+        assert "speed over composed's" in markdown.splitlines()[0]
+        assert cells(markdown, "moe_fused") == ["**0.100 (5.00×)**", "**1.00 (1.90×)**"]
+        assert cells(markdown, "composed") == ["0.500", "1.90"]
+        assert cells(markdown, "dequantize_first") == ["0.250 (2.00×)", "–"]
+        assert cells(markdown, "moe_fused_bf16") == ["0.050 (10.00×)", "2.00 (0.95×)"]
+        assert cells(markdown, "moe_fused, speed over dequantize_first's") == ["2.50×", ""]
+        assert cells(markdown, "moe_fused, speed over moe_fused_bf16's") == ["0.50×", "2.00×"]
+        assert cells(markdown, "moe_fused, share of the floor reached") == ["20%", "50%"]
+        assert cells(markdown, "dequantize_first, peak MiB") == ["12", "12"]
+
     def test_no_rows(self):
         with pytest.raises(ValueError, match="at least one row"):
             table.render([])
@@ -113,13 +144,30 @@ class TestDocument:
         assert cells(first, "moe_fused") == ["7.00"]
         assert cells(second, "moe_fused")[0] == "**0.250 (2.00×)**"
 
+    def test_rows_that_do_not_exist_yet(self, document, rows, tmp_path):
+        document.write_text(f"{BEGIN.replace('rows.json', 'later.json')}\n{END}\n{BEGIN}\n{END}\n", encoding="utf-8")
+        assert self.run(document).exit_code == 0
+        first, second = document.read_text(encoding="utf-8").split(END)[:2]
+        assert first.endswith("-->\n\nNot measured yet.\n\n")
+        assert cells(second, "moe_fused")[0] == "**0.250 (2.00×)**"
+        write_rows(tmp_path / "later.json", rows)
+        assert self.run(document, "--check").exit_code == 1
+        assert self.run(document).exit_code == 0
+        assert "Not measured" not in document.read_text(encoding="utf-8")
+
+    def test_plot_follows_its_table(self, document, rows, tmp_path):
+        plot.save(rows, tmp_path / "rows.png")
+        assert self.run(document).exit_code == 0
+        text = document.read_text(encoding="utf-8")
+        assert text.count("](rows.png)") == 1
+        assert text.index("| floor |") < text.index("](rows.png)") < text.index(END)
+
     @pytest.mark.parametrize(
         ("text", "message"),
         [
             pytest.param("no markers", "no '<!-- rows: FILE -->'", id="no markers"),
             pytest.param(BEGIN, "has no '<!-- rows end -->' after it", id="no end"),
             pytest.param(f"{BEGIN}\n{BEGIN}\n{END}", "has no '<!-- rows end -->' after it", id="begin twice"),
-            pytest.param(f"<!-- rows: gone.json -->\n{END}", "gone.json", id="no such rows"),
             pytest.param(f"<!-- rows: rows.json speed=1 -->\n{END}", "filter must be one of", id="unknown key"),
             pytest.param(f"<!-- rows: rows.json tokens=3 -->\n{END}", "no row fits", id="nothing left"),
         ],
@@ -177,6 +225,23 @@ class TestPlot:
         assert not list(tmp_path.iterdir())
         with pytest.raises(ValueError, match="at least 3 token counts"):
             plot.figure([make_row()])
+
+    def test_baseline_is_that_of_the_benchmark(self, make_row):
+        rows = [
+            make_row(benchmark="experts_4bit", implementation=name, tokens=t, weights=weights, ms=ms * t)
+            for t in (1, 8, 32)
+            for name, weights, ms in (
+                ("moe_fused", "nf4", 1.0),
+                ("composed", "nf4", 4.0),
+                ("moe_fused_bf16", "bf16", 2.0),
+            )
+        ]
+        drawn = plot.figure(rows)
+        assert drawn.axes[0].get_ylabel() == "times composed's speed"
+        assert [line.get_xydata()[:, 1].tolist() for line in drawn.axes[0].lines] == [[4.0] * 3, [1.0] * 3, [2.0] * 3]
+        assert ", nf4, torch" in drawn.get_suptitle()
+        with pytest.raises(ValueError, match="one benchmark of"):
+            plot.figure([*rows, make_row()])
 
     def test_several_gpus(self, rows, make_row):
         with pytest.raises(ValueError, match="one GPU, got NVIDIA H100 80GB HBM3, NVIDIA L4"):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.rows import merge, read_rows, slug, write_rows
+from benchmarks.rows import baselines_of, merge, read_rows, slug, weights_of, write_rows
 
 
 def test_round_trip(tmp_path, make_row):
@@ -78,7 +78,8 @@ def test_merge_replaces_whole_points(make_row):
         make_row(ms=9.0),
         make_row(implementation="grouped_mm", ms=9.0),  # goes: its rival was measured again, in another run
         make_row(tokens=1, ms=9.0),
-        make_row(weights="nf4", ms=9.0),
+        make_row(implementation="dense", weights="fp16", ms=9.0),  # goes too, however it stored its weights
+        make_row(lora_rank=16, ms=9.0),
         make_row(gpu="NVIDIA L4", ms=9.0),
     ]
     new = [make_row(ms=1.0)]
@@ -93,6 +94,30 @@ def test_merge_keeps_the_order_of_implementations_and_sorts_the_rest(make_row):
     assert [(row.tokens, row.implementation) for row in merge([], new)] == [
         (t, name) for t in (1, 512) for name in names
     ]
+
+
+def test_order_of_implementations_is_not_that_of_their_weights(make_row):
+    new = [make_row(implementation=name, weights=weights) for name, weights in (("packed", "nf4"), ("dense", "bf16"))]
+    assert merge([], new) == new
+
+
+def test_baselines_are_those_of_the_benchmark(make_row):
+    assert baselines_of([make_row(), make_row(tokens=1)]) == ("grouped_mm",)
+    assert baselines_of([make_row(benchmark="experts_4bit")]) == ("composed", "dequantize_first", "moe_fused_bf16")
+
+
+@pytest.mark.parametrize(
+    ("benchmarks", "got"), [(("experts", "experts_4bit"), "experts, experts_4bit"), (("gemm",), "gemm"), ((), "none")]
+)
+def test_no_common_baseline(make_row, benchmarks, got):
+    with pytest.raises(ValueError, match=f"rows must be of one benchmark of experts, experts_4bit, got {got}$"):
+        baselines_of([make_row(benchmark=name) for name in benchmarks])
+
+
+def test_weights_are_ours(make_row):
+    peer = make_row(implementation="peer", weights="bf16")
+    assert weights_of([peer, make_row(weights="nf4")]) == "nf4"
+    assert weights_of([peer]) == "bf16"
 
 
 def test_slug():

@@ -392,6 +392,35 @@ def test_dequantizing_to_another_dtype_rounds_once(bnb: Any, dtype: torch.dtype)
         assert not torch.equal(weights.dequantize(dtype), weights.dequantize().to(dtype))
 
 
+def test_tables_do_not_depend_on_who_asks_first() -> None:
+    """Models are loaded with the meta device as default; what is cached then must serve afterwards."""
+    tables = (quantization.code, quantization.nested_code, quantize._borders, quantize._nested_borders)
+    expected = example()
+    for table in (*tables, quantize._nested_table):
+        table.cache_clear()
+    dense = BitsCase(shape=SMALL).make()
+    with torch.device("meta"), torch.inference_mode():
+        inside = Packed4bitWeights.quantize(dense, projections=2)
+        dequantized = inside.dequantize()
+    assert_same(Packed4bitWeights.quantize(dense, projections=2), inside)
+    assert torch.equal(inside.dequantize(), dequantized)
+    assert_same(example(), expected)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="measures the memory of a GPU")
+def test_temporaries_are_of_one_expert() -> None:
+    dense = torch.randn((64, 256, 512), device=DEVICE, dtype=torch.bfloat16)
+    weights = Packed4bitWeights.quantize(dense)  # and what is cached
+    for call, result in (
+        (lambda: Packed4bitWeights.quantize(dense), weights.nbytes),
+        (weights.dequantize, dense.nbytes),
+    ):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        assert torch.cuda.max_memory_allocated() - before < result + 8 * 4 * 256 * 512
+
+
 # From and to pieces.
 
 SMALL = (2, 8, 64)  # 4 blocks for each of two projections
@@ -530,221 +559,3 @@ def test_a_module_may_have_dense_weights() -> None:
 def test_formats_compare_and_take_any_sequence_for_a_shape() -> None:
     assert Format4bit(torch.Size(SMALL)) == Format4bit(SMALL) == Format4bit([*SMALL])
     assert len({Format4bit(SMALL), Format4bit([*SMALL]), Format4bit(SMALL, "fp4")}) == 2
-
-
-# Errors.
-
-
-@dataclass(frozen=True)
-class BadCase:
-    """A call, the error it ends in and all of its message."""
-
-    id: str
-    call: Callable[[], object]
-    error: type[Exception]
-    message: str
-
-
-def pieces_with(index: int, **parts: Any) -> list[Any]:
-    weights = example()
-    pieces = [weights.piece(expert, projection) for expert in range(2) for projection in range(2)]
-    pieces[index] = replace(pieces[index], **parts)
-    return pieces
-
-
-def from_pieces(index: int, **parts: Any) -> Callable[[], object]:
-    return lambda: Packed4bitWeights.from_pieces(pieces_with(index, **parts), example().format)
-
-
-def quantized(weight: Any = None, **options: Any) -> Callable[[], object]:
-    return lambda: Packed4bitWeights.quantize(torch.zeros(SMALL) if weight is None else weight, **options)
-
-
-def stored(**parts: Any) -> Callable[[], object]:
-    return lambda: Packed4bitWeights(example().format, **{**example().tensors(), **parts})
-
-
-BAD = [
-    BadCase(
-        "quant-type", lambda: Format4bit(SMALL, "int4"), ValueError, "quant_type must be one of nf4, fp4, got 'int4'"
-    ),
-    BadCase(
-        "blocksize",
-        lambda: Format4bit(SMALL, blocksize=32),
-        ValueError,
-        "blocksize must be one of 64, 128, 256, 512, 1024, 2048, 4096, got 32",
-    ),
-    BadCase(
-        "format-dtype",
-        lambda: Format4bit(SMALL, dtype=torch.float64),
-        ValueError,
-        "dtype must be bfloat16, float16 or float32, got torch.float64",
-    ),
-    BadCase(
-        "flat-shape",
-        lambda: Format4bit((8, 64)),
-        ValueError,
-        "shape must be (E, out, in), all positive, got (8, 64)",
-    ),
-    BadCase(
-        "empty-shape",
-        lambda: Format4bit((0, 8, 64)),
-        ValueError,
-        "shape must be (E, out, in), all positive, got (0, 8, 64)",
-    ),
-    BadCase(
-        "projections",
-        lambda: Format4bit(SMALL, projections=3),
-        ValueError,
-        "projections must divide the 8 out features, got 3",
-    ),
-    BadCase(
-        "no-projections",
-        quantized(projections=0),
-        ValueError,
-        "projections must divide the 8 out features, got 0",
-    ),
-    BadCase(
-        "part-of-a-block",
-        quantized(blocksize=512, projections=2),
-        ValueError,
-        "an expert's 4 x 64 weights must be a multiple of the blocksize 512",
-    ),
-    BadCase("weight-list", quantized([[1.0]]), TypeError, "weight must be a tensor, got list"),
-    BadCase(
-        "weight-matrix", quantized(torch.zeros(8, 64)), ValueError, "weight must have shape (E, out, in), got (8, 64)"
-    ),
-    BadCase(
-        "weight-float64",
-        quantized(torch.zeros(SMALL, dtype=torch.float64)),
-        TypeError,
-        "weight must be bfloat16 or float16 or float32, got float64",
-    ),
-    BadCase(
-        "weight-integer",
-        quantized(torch.zeros(SMALL, dtype=torch.uint8)),
-        TypeError,
-        "weight must be bfloat16 or float16 or float32, got uint8",
-    ),
-    BadCase(
-        "dequantize-to-integer",
-        lambda: example().dequantize(torch.int32),
-        TypeError,
-        "dtype must be bfloat16 or float16 or float32 or float64, got int32",
-    ),
-    BadCase(
-        "absmax-missing", stored(absmax=None), TypeError, "absmax must be a tensor with double_quant=True, got NoneType"
-    ),
-    BadCase(
-        "nested-missing",
-        stored(nested_offset=None),
-        TypeError,
-        "nested_offset must be a tensor with double_quant=True, got NoneType",
-    ),
-    BadCase(
-        "nested-superfluous",
-        lambda: replace(example(False), nested_absmax=torch.zeros(2, 8, dtype=torch.uint8)),
-        TypeError,
-        "nested_absmax must be None with double_quant=False, got Tensor",
-    ),
-    BadCase("packed-dtype", stored(packed=torch.zeros(2, 256)), TypeError, "packed must be uint8, got float32"),
-    BadCase(
-        "packed-shape",
-        stored(packed=torch.zeros((2, 4, 64), dtype=torch.uint8)),
-        ValueError,
-        "packed must have shape (2, 256), got (2, 4, 64)",
-    ),
-    BadCase(
-        "absmax-device",
-        stored(absmax=torch.zeros((2, 8), dtype=torch.uint8, device="meta")),
-        ValueError,
-        f"absmax must be on {example().device} like packed, got meta",
-    ),
-    BadCase(
-        "too-few-pieces",
-        lambda: Packed4bitWeights.from_pieces(pieces_with(0)[:3], example().format),
-        ValueError,
-        "pieces must be 4, of each expert and projection, got 3",
-    ),
-    BadCase(
-        "too-many-pieces",
-        lambda: Packed4bitWeights.from_pieces(pieces_with(0) * 2, example().format),
-        ValueError,
-        "pieces must be 4, of each expert and projection, got more",
-    ),
-    BadCase(
-        "not-a-piece",
-        lambda: Packed4bitWeights.from_pieces([*pieces_with(0)[:3], torch.zeros(1)], example().format),
-        TypeError,
-        "piece of expert 1, projection 1 must be a Piece, got Tensor",
-    ),
-    BadCase(
-        "truncated-piece",
-        from_pieces(1, packed=torch.zeros((100, 1), dtype=torch.uint8)),
-        ValueError,
-        "piece of expert 0, projection 1.packed must have 128 bytes for 256 weights, got 100",
-    ),
-    BadCase(
-        "dense-piece",
-        from_pieces(2, packed=torch.zeros(256, dtype=torch.bfloat16)),
-        ValueError,
-        "piece of expert 1, projection 0.packed must have 128 bytes for 256 weights, got 512",
-    ),
-    BadCase(
-        "integer-piece",
-        from_pieces(2, packed=torch.zeros(32, dtype=torch.int32)),
-        TypeError,
-        "piece of expert 1, projection 0.packed must be uint8, got int32",
-    ),
-    BadCase(
-        "piece-absmax-dtype",
-        from_pieces(3, absmax=torch.zeros(4)),
-        TypeError,
-        "piece of expert 1, projection 1.absmax must be uint8, got float32",
-    ),
-    BadCase(
-        "piece-absmax-size",
-        from_pieces(3, absmax=torch.zeros(5, dtype=torch.uint8)),
-        ValueError,
-        "piece of expert 1, projection 1.absmax must have 4 values for 256 weights, got 5",
-    ),
-    BadCase(
-        "piece-without-offset",
-        from_pieces(3, nested_offset=None),
-        TypeError,
-        "piece of expert 1, projection 1.nested_offset must be a tensor with double_quant=True, got NoneType",
-    ),
-    BadCase(
-        "plain-stack-of-double-pieces",
-        lambda: Packed4bitWeights.from_pieces(pieces_with(0), replace(example().format, double_quant=False)),
-        TypeError,
-        "piece of expert 0, projection 0.absmax must be float32, got uint8",
-    ),
-    BadCase(
-        "too-few-fused",
-        lambda: Packed4bitWeights.from_fused(pieces_with(0)[:1], example().format),
-        ValueError,
-        "pieces must be 2, one for each projection, got 1",
-    ),
-    BadCase(
-        "fused-of-one-expert",
-        lambda: Packed4bitWeights.from_fused(pieces_with(0)[:2], example().format),
-        ValueError,
-        "piece of projection 0.packed must have 256 bytes for 512 weights, got 128",
-    ),
-    BadCase(
-        "fused-not-pieces",
-        lambda: Packed4bitWeights.from_fused([None, None], example().format),
-        TypeError,
-        "piece of projection 0 must be a Piece, got NoneType",
-    ),
-    BadCase("expert", lambda: example().piece(2), ValueError, "expert must be from 0 to 1, got 2"),
-    BadCase("projection", lambda: example().piece(0, -1), ValueError, "projection must be from 0 to 1, got -1"),
-]
-
-
-@pytest.mark.parametrize("case", BAD, ids=lambda case: case.id)
-def test_bad_input(case: BadCase) -> None:
-    with pytest.raises(case.error) as caught:
-        case.call()
-    assert str(caught.value) == case.message

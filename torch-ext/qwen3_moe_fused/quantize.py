@@ -104,8 +104,8 @@ def _quantize_absmax_on_cpu(groups: Tensor) -> tuple[Tensor, Tensor]:
     """Bytes (groups, 256) and absmaxes (groups,) of the absmaxes less their mean (groups, 256)."""
     absmax = groups.abs().nan_to_num_(nan=0.0, posinf=torch.inf).amax(1)
     quotients = (groups * (1.0 / absmax)[:, None]).clamp_(-1.0, 1.0).nan_to_num_(nan=-1.0)
-    # A fused multiply-add: exact in float64, and then rounded once.
-    positions = ((quotients + 1.0) * 0.5).double().mul_(NESTED_POSITIONS - 1).add_(0.5).float().int()
+    # Fused there into a multiply-add, which comes to the same position for every fp32 in [-1, 1].
+    positions = ((quotients + 1.0) * 0.5 * (NESTED_POSITIONS - 1) + 0.5).int()
     return _nested_table(groups.device).index_select(0, positions.view(-1)), absmax
 
 
@@ -119,13 +119,18 @@ def _nested_table(device: torch.device) -> Tensor:
 
 
 def _quantize_absmax_on_gpu(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Bytes (groups, 256) and absmaxes (groups,) of the absmaxes less their mean (groups, 256)."""
-    code = nested_code(groups.device)
+    """Bytes (groups, 256) and absmaxes (groups,) of the absmaxes less their mean (groups, 256), which it overwrites."""
     absmax = _normalize_on_gpu(groups, float(nested_code(torch.device("cpu"))[0]))
-    # The search ends at an even byte and leaves it only for what is nearer to a neighbour.
+    return torch.bucketize(groups, _nested_borders(groups.device), out_int32=True).to(torch.uint8), absmax
+
+
+@functools.cache
+def _nested_borders(device: torch.device) -> Tensor:
+    """(255,) fp32: as ``_borders``, for a search that ends at an even byte and leaves it only for a nearer neighbour."""
+    code = nested_code(torch.device("cpu"))
     borders = (code[:-1] + code[1:]) * 0.5
-    borders[1::2] = torch.nextafter(borders[1::2], borders.new_tensor(-torch.inf))
-    return torch.bucketize(groups, borders, out_int32=True).to(torch.uint8), absmax
+    borders[1::2] = torch.nextafter(borders[1::2], torch.tensor(-torch.inf, device="cpu"))
+    return borders.to(device)
 
 
 def _fast_math() -> bool:

@@ -1,0 +1,526 @@
+"""What every benchmark of experts does around its implementations: inputs, checks, rows, the terminal, the command line.
+
+A ``Benchmark`` says who competes where and makes the contenders of a layer; ``command`` turns it into a command. Rows and
+the plot go to ``benchmarks/results``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+
+from . import harness, plot
+from .harness import Call, MismatchError, Timing, current_environment
+from .layers import FORWARD_CUDA_GRAPH, LAYERS, PHASES, Ceilings, Layer, floor_ms, flops
+from .rows import BASELINES, FLOOR, Row, merge, read_rows, slug, write_rows
+
+ROOT = Path(__file__).resolve().parent
+DTYPE = torch.bfloat16
+GRAPH_TOKENS = (1, 8)  # beyond, the GPU takes longer than the launches
+POISON_BYTES = 8 * 2**30
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One contender, and where it is not asked to compete."""
+
+    name: str
+    weights: str = "bf16"
+    most_tokens: int | None = None
+    capturable: bool = True
+
+    def competes(self, tokens: int, phase: str) -> bool:
+        if phase == FORWARD_CUDA_GRAPH and not self.capturable:
+            return False
+        return self.most_tokens is None or tokens <= self.most_tokens
+
+
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Of hidden_states (T, H), top_k_index (T, K) and top_k_weights (T, K), to (T, H)."""
+
+MakeCall = Callable[[Sequence["Inputs"], str], Call]
+"""``make_call(inputs, phase)``: what is timed in a phase; a call returns its results by name."""
+
+
+@dataclass(frozen=True)
+class Contenders:
+    """The implementations of one layer, all over the same weights."""
+
+    make_call: Mapping[str, MakeCall]
+    weight_bytes: float  # of a parameter, as the floor counts them
+    remark: str = ""  # a line for the terminal
+
+
+Prepare = Callable[[Layer, torch.Generator], Contenders]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark of experts.
+
+    Attributes:
+        name: the ``benchmark`` of its rows, a key of ``rows.BASELINES``.
+        about: what ``--help`` says.
+        implementations: in the order in which tables list them.
+        setup: given the names that compete, loads what they need, once; what it returns makes the contenders of a layer.
+        layers, tokens, phases: what is measured unless asked otherwise; there are no other phases.
+        weights: how the weights are stored, of the floor.
+        seconds: time per implementation and point.
+    """
+
+    name: str
+    about: str
+    implementations: tuple[Implementation, ...]
+    setup: Callable[[Sequence[str]], Prepare]
+    layers: tuple[str, ...]
+    tokens: tuple[int, ...]
+    quick_tokens: tuple[int, ...]
+    phases: tuple[str, ...] = PHASES
+    weights: str = "bf16"
+    seconds: float = 0.4
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """Whose times the others' are compared with; the first's results are what the others' must be."""
+        return BASELINES[self.name]
+
+    def named(self, name: str) -> Implementation:
+        return next(implementation for implementation in self.implementations if implementation.name == name)
+
+
+def load_kernel() -> ModuleType:
+    """The kernel, as users load it: from ``moe_fused`` where that is installed, else through ``kernels``."""
+    if importlib.util.find_spec("moe_fused") is not None:
+        import moe_fused
+
+        return moe_fused.get_kernel()
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    from kernels import get_kernel
+
+    general = tomllib.loads((ROOT.parent / "build.toml").read_text(encoding="utf-8"))["general"]
+    repo_id = general["hub"]["repo-id"]
+    # A revision, not a version: only so does `kernels` leave the Hub alone where LOCAL_KERNELS names a build.
+    return get_kernel(repo_id, revision=f"v{general['version']}", trust_remote_code=[repo_id])
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One input set of a layer, the output's gradient included."""
+
+    hidden_states: Tensor
+    top_k_index: Tensor
+    top_k_weights: Tensor
+    grad_output: Tensor
+
+    @classmethod
+    def random(cls, layer: Layer, tokens: int, generator: torch.Generator) -> Inputs:
+        """Normal tokens, routed as a router with random logits does; the weights of a token sum to one."""
+        device = generator.device
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
+
+        weights, index = torch.topk(normal(tokens, layer.experts).softmax(-1), layer.top_k, dim=-1)
+        weights = (weights / weights.sum(-1, keepdim=True)).to(DTYPE)
+        x = normal(tokens, layer.hidden).to(DTYPE)
+        return cls(x.requires_grad_(), index, weights.requires_grad_(), normal(tokens, layer.hidden).to(DTYPE))
+
+
+def random_weights(layer: Layer, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """gate_up (E, 2·I, H) and down (E, H, I), normal, scaled so that the outputs stay near unit size."""
+
+    def weight(*shape: int) -> Tensor:
+        values = torch.randn(*shape, generator=generator, device=generator.device, dtype=DTYPE)
+        return values.mul_(shape[-1] ** -0.5)
+
+    return (
+        weight(layer.experts, 2 * layer.intermediate, layer.hidden),
+        weight(layer.experts, layer.hidden, layer.intermediate),
+    )
+
+
+def forward_call(forward: Forward, inputs: Sequence[Inputs]) -> Call:
+    """``call(i)``: ``forward`` of input set ``i`` modulo their number, without gradients."""
+
+    def call(i: int) -> dict[str, Tensor]:
+        own = inputs[i % len(inputs)]
+        with torch.no_grad():
+            return {"output": forward(own.hidden_states, own.top_k_index, own.top_k_weights)}
+
+    return call
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one set of comparable rows measures."""
+
+    layer: Layer
+    tokens: int
+    phase: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an implementation at a point: a time, or the reason why there is none."""
+
+    timing: Timing | None = None
+    peak_mib: float | None = None
+    problem: str | None = None
+    wrong: bool = False
+
+
+class Bench:
+    """Measures points on one device."""
+
+    def __init__(self, benchmark: Benchmark, device: torch.device, ceilings: Ceilings, seconds: float) -> None:
+        self.benchmark = benchmark
+        self.device = device
+        self.ceilings = ceilings
+        self.seconds = seconds
+        self.environment = current_environment(device)
+        self.generator = torch.Generator(device).manual_seed(0)
+        self._kept: dict[str, float] = {}  # MiB that an implementation holds between calls
+
+    def measure(
+        self, point: Point, contenders: Contenders, names: Sequence[str]
+    ) -> tuple[list[Row], dict[str, Outcome]]:
+        """Rows of ``names`` and of the floor at ``point``; an implementation with wrong results gets none."""
+        inputs = self._inputs(point, contenders.weight_bytes)
+        calls = {name: contenders.make_call[name](inputs, point.phase) for name in names}
+        outcomes, ready = self._check(calls)
+        replayed = 1
+        if point.phase == FORWARD_CUDA_GRAPH:
+            replayed = len(inputs)
+            ready = self._capture(ready, replayed, outcomes)
+        timings = harness.time_interleaved(ready, harness.clock_for(self.device), seconds=self.seconds)
+        for name, timing in timings.items():
+            if timing is None:
+                outcomes[name] = Outcome(problem="out of memory")
+            else:
+                outcomes[name] = Outcome(timing.divided(replayed), outcomes[name].peak_mib)
+        return self._rows(point, inputs, contenders.weight_bytes, names, outcomes), outcomes
+
+    def _inputs(self, point: Point, weight_bytes: float) -> list[Inputs]:
+        layer, tokens = point.layer, point.tokens
+        first = Inputs.random(layer, tokens, self.generator)
+        weights = first.top_k_index.unique().numel() * layer.expert_parameters * weight_bytes
+        touched = weights + 2 * tokens * layer.hidden * DTYPE.itemsize
+        # Which experts few tokens choose is chance, and with it the bytes to read: an average over many choices.
+        least = 16 if tokens <= 512 else 4
+        count = harness.input_sets(touched, self.device, least=least)
+        return [first] + [Inputs.random(layer, tokens, self.generator) for _ in range(count - 1)]
+
+    def _check(self, calls: Mapping[str, Call]) -> tuple[dict[str, Outcome], dict[str, Call]]:
+        """Runs each call once, which also compiles it, and once more for its memory; those to be timed come back."""
+        outcomes: dict[str, Outcome] = {}
+        reference: dict[str, Tensor] = {}
+        # The baseline first: the others are compared with it, or with the first that works where it does not.
+        for name in sorted(calls, key=lambda name: name != self.benchmark.baselines[0]):
+            outcomes[name] = self._try(name, calls[name], reference)
+            harness.release_memory(self.device)
+        return outcomes, {name: call for name, call in calls.items() if outcomes[name].problem is None}
+
+    def _try(self, name: str, call: Call, reference: dict[str, Tensor]) -> Outcome:
+        """The memory of ``call``, or why it has none to report; its results become an empty ``reference``."""
+        try:
+            harness.poison(self.device, POISON_BYTES)
+            got, grown = harness.run_and_weigh(call, self.device)
+            self._kept[name] = self._kept.get(name, 0.0) + grown
+            harness.compare(name, got, reference or got)  # with itself: all finite
+            if not reference:
+                reference.update(got)
+            del got
+            peak = harness.peak_mib(call, self.device)
+            return Outcome(peak_mib=None if peak is None else peak + self._kept[name])
+        except torch.OutOfMemoryError:
+            return Outcome(problem="out of memory")
+        except MismatchError as error:
+            return Outcome(problem=str(error), wrong=True)
+
+    def _capture(self, calls: Mapping[str, Call], count: int, outcomes: dict[str, Outcome]) -> dict[str, Call]:
+        """The calls as graphs of ``count`` calls each; a graph must give what the call itself gives."""
+        ready: dict[str, Call] = {}
+        for name, call in calls.items():
+            replay, outcomes[name] = self._try_capture(name, call, count)
+            if replay is not None:
+                ready[name] = replay
+        return ready
+
+    def _try_capture(self, name: str, call: Call, count: int) -> tuple[Call | None, Outcome]:
+        try:
+            replay, got = harness.graph_of(call, count)
+            for value in got.values():
+                value.fill_(float("nan"))
+            replay(0)
+            harness.compare(f"{name} in a CUDA graph", got, call(0))
+        except MismatchError as error:
+            return None, Outcome(problem=str(error), wrong=True)
+        except RuntimeError as error:
+            return None, Outcome(problem=f"cannot be captured: {str(error).splitlines()[0]}")
+        return replay, Outcome()  # its memory belongs to the graph's pool
+
+    def _rows(
+        self,
+        point: Point,
+        inputs: Sequence[Inputs],
+        weight_bytes: float,
+        names: Sequence[str],
+        outcomes: Mapping[str, Outcome],
+    ) -> list[Row]:
+        layer, tokens, phase = point.layer, point.tokens, point.phase
+        active = sum(own.top_k_index.unique().numel() for own in inputs) / len(inputs)
+        operations = flops(layer, tokens, phase)
+
+        def row(implementation: str, weights: str, ms: float | None, peak_mib: float | None = None) -> Row:
+            return self.environment.row(
+                benchmark=self.benchmark.name,
+                layer=layer.name,
+                tokens=tokens,
+                implementation=implementation,
+                phase=phase,
+                weights=weights,
+                ms=ms,
+                flops=operations,
+                peak_mib=peak_mib,
+            )
+
+        rows = [
+            row(
+                name,
+                self.benchmark.named(name).weights,
+                outcome.timing.ms if outcome.timing else None,
+                outcome.peak_mib,
+            )
+            for name, outcome in ((name, outcomes[name]) for name in names)
+            if not outcome.wrong
+        ]
+        floor = floor_ms(layer, tokens, active, phase, self.ceilings, DTYPE.itemsize, weight_bytes)
+        return [*rows, row(FLOOR, self.benchmark.weights, floor)]
+
+
+def results_table(
+    benchmark: Benchmark, layer: Layer, phase: str, measured: Sequence[tuple[int, list[Row], dict[str, Outcome]]]
+) -> Table:
+    """What was measured of one layer and phase, for the terminal."""
+    shape = f"H{layer.hidden} I{layer.intermediate} E{layer.experts} k{layer.top_k}"
+    table = Table(title=f"{layer.name} ({shape}, {benchmark.weights}), {phase}", title_justify="left")
+    ratios = [f"× {name}" for name in benchmark.baselines]
+    for column in ("tokens", "implementation", "ms", "±", *ratios, "TFLOP/s", "of the floor", "peak MiB"):
+        table.add_column(column, justify="left" if column == "implementation" else "right", no_wrap=True)
+    for tokens, rows, outcomes in measured:
+        ms = {row.implementation: row.ms for row in rows}
+        floor = ms[FLOOR]
+        for row in rows:
+            own = row.ms
+            if row.implementation == FLOOR:
+                table.add_row(str(tokens), "[dim]floor", f"[dim]{own:.4g}")
+                continue
+            outcome = outcomes[row.implementation]
+            if own is None or floor is None or outcome.timing is None:
+                table.add_row(str(tokens), row.implementation, outcome.problem or "–")
+                continue
+            bases = [ms.get(name) for name in benchmark.baselines]
+            table.add_row(
+                str(tokens),
+                row.implementation,
+                f"{own:.4g}",
+                f"{outcome.timing.spread:.1%}",
+                *(f"{base / own:.2f}" if base else "–" for base in bases),
+                f"{row.tflops:.3g}",
+                f"{floor / own:.0%}",
+                "–" if row.peak_mib is None else f"{row.peak_mib:.0f}",
+            )
+        table.add_section()
+    return table
+
+
+def pick_device(name: str) -> torch.device:
+    """The device to time on.
+
+    Raises:
+        typer.Exit: with code 2 and one line on stderr, if there is no such device.
+    """
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        typer.echo(
+            f"Benchmarks need a CUDA or ROCm GPU and torch {torch.__version__} sees none; "
+            "`--device cpu --layer tiny` smoke-tests a benchmark itself.",
+            err=True,
+        )
+        raise typer.Exit(2)
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _choices(option: str, given: Sequence[str] | None, known: Sequence[str], default: Sequence[str]) -> list[str]:
+    for value in given or ():
+        if value not in known:
+            raise typer.BadParameter(f"{value!r} is none of {', '.join(known)}", param_hint=f"--{option}")
+    return list(dict.fromkeys(given or default))
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """File errors, as one line on stderr and exit code 1."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _points(layers: Sequence[str], tokens: Sequence[int], phases: Sequence[str], device: torch.device) -> list[Point]:
+    points = []
+    for layer in layers:
+        for phase in phases:
+            graph = phase == FORWARD_CUDA_GRAPH
+            if graph and device.type != "cuda":
+                continue
+            points += [Point(LAYERS[layer], t, phase) for t in tokens if not graph or t in GRAPH_TOKENS]
+    return points
+
+
+def _run(
+    bench: Bench,
+    points: Sequence[Point],
+    names: Sequence[str],
+    prepare: Prepare,
+    console: Console,
+    save: Callable[[list[Row]], None],
+) -> list[str]:
+    """Measures ``points``, which stand together by layer and phase, prints and saves; returns what went wrong."""
+    problems: list[str] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    contenders: Contenders | None = None
+    measured: list[tuple[int, list[Row], dict[str, Outcome]]] = []
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(points))
+        for i, point in enumerate(points):
+            layer, phase = point.layer, point.phase
+            progress.update(task, description=f"{layer.name} {phase} {point.tokens} tokens")
+            if contenders is None or points[i - 1].layer != layer:
+                contenders = None  # the last layer's weights go before the next one's come
+                harness.release_memory(bench.device)
+                contenders = prepare(layer, bench.generator)
+                if contenders.remark:
+                    console.print(f"{layer.name}: {contenders.remark}")
+            competing = [name for name in names if bench.benchmark.named(name).competes(point.tokens, phase)]
+            if competing:
+                rows, outcomes = bench.measure(point, contenders, competing)
+                problems += [
+                    f"{layer.name} {phase} {point.tokens} tokens: {outcome.problem}"
+                    for outcome in outcomes.values()
+                    if outcome.wrong
+                ]
+                save(rows)
+                measured.append((point.tokens, rows, outcomes))
+            progress.advance(task)
+            last = i + 1 == len(points) or (points[i + 1].layer, points[i + 1].phase) != (layer, phase)
+            if last and measured:
+                console.print(results_table(bench.benchmark, layer, phase, measured))
+                measured.clear()
+    return problems
+
+
+def _console() -> Console:
+    console = Console()
+    # A log has no width: 80 columns would cut names off.
+    return console if console.is_terminal else Console(width=150)
+
+
+def command(benchmark: Benchmark) -> Callable[..., None]:
+    """The benchmark's command, for typer."""
+
+    def main(
+        layer: Annotated[list[str] | None, typer.Option(help="A layer shape; may be given again.")] = None,
+        tokens: Annotated[list[int] | None, typer.Option(help="A number of tokens; may be given again.")] = None,
+        implementation: Annotated[
+            list[str] | None, typer.Option(help="An implementation; may be given again. Writes only to --output.")
+        ] = None,
+        phase: Annotated[list[str] | None, typer.Option(help="A phase; may be given again.")] = None,
+        output: Annotated[Path | None, typer.Option(help="The JSON to write; the plot stands beside it.")] = None,
+        quick: Annotated[
+            bool, typer.Option("--quick", help="A few sizes of one layer. Writes only to --output.")
+        ] = False,
+        seconds: Annotated[float | None, typer.Option(help="Time per implementation and point.", min=0.001)] = None,
+        device: Annotated[str, typer.Option(help="cuda, or cpu to smoke-test the benchmark.")] = "cuda",
+    ) -> None:
+        if device not in ("cuda", "cpu"):
+            raise typer.BadParameter(f"{device!r} is none of cuda, cpu", param_hint="--device")
+        every = [competitor.name for competitor in benchmark.implementations]
+        layers = _choices("layer", layer, tuple(LAYERS), benchmark.layers[:1] if quick else benchmark.layers)
+        names = _choices("implementation", implementation, every, every)
+        phases = _choices("phase", phase, benchmark.phases, benchmark.phases)
+        sizes = list(dict.fromkeys(tokens or (benchmark.quick_tokens if quick else benchmark.tokens)))
+        if min(sizes) < 1:
+            raise typer.BadParameter(f"{min(sizes)} is not a positive number of tokens", param_hint="--tokens")
+        chosen = pick_device(device)
+        if chosen.type == "cpu" and layers != ["tiny"]:
+            raise typer.BadParameter("a CPU is only for smoke tests: give --layer tiny", param_hint="--device")
+
+        console = _console()
+        start = time.perf_counter()
+        prepare = benchmark.setup(names)
+        if chosen.type == "cpu":
+            ceilings = harness.measure_ceilings(chosen, copy_bytes=2**20, matmul_size=128, seconds=0.01)
+        else:
+            ceilings = harness.measure_ceilings(chosen)
+        bench = Bench(benchmark, chosen, ceilings, seconds or (0.1 if quick else benchmark.seconds))
+        environment = bench.environment
+        # A run of some implementations only would leave points in the shared file without their rivals.
+        partial = quick or set(names) != set(every) or chosen.type == "cpu"
+        shared = ROOT / "results" / f"{benchmark.name.replace('_', '-')}_{slug(environment.gpu)}.json"
+        path = output or (None if partial else shared)
+        console.print(
+            f"{environment.gpu}, torch {environment.torch}, Triton {environment.triton}, {environment.date}; "
+            f"ceilings: copy {ceilings.bytes_per_second / 1e12:.2f} TB/s, "
+            f"bf16 product {ceilings.flops_per_second / 1e12:.0f} TFLOP/s"
+        )
+
+        rows: list[Row] = []
+        if path is not None:
+            with _one_line_errors():
+                rows = read_rows(path) if path.exists() else []
+
+        def save(new: list[Row]) -> None:
+            rows[:] = merge(rows, new)
+            if path is not None:
+                with _one_line_errors():
+                    write_rows(path, rows)
+
+        gc.freeze()  # a collection takes a quarter of a second otherwise, most of it over what the imports made
+        try:
+            problems = _run(bench, _points(layers, sizes, phases, chosen), names, prepare, console, save)
+        finally:
+            gc.unfreeze()
+        if path is not None and rows:
+            picture = path.with_suffix(".png")
+            with _one_line_errors():
+                plot.save(rows, picture)
+            console.print(f"Wrote {path} and {picture}")
+        console.print(f"Took {time.perf_counter() - start:.0f} s")
+        for problem in problems:
+            typer.echo(f"Wrong result, not timed: {problem}", err=True)
+        if problems:
+            raise typer.Exit(1)
+
+    main.__doc__ = benchmark.about
+    return main

@@ -1,0 +1,259 @@
+"""Grouped GEMM over 4-bit weights that decodes them on the way to the tensor cores: for few rows to an expert.
+
+A byte holds two neighbours along the in features. Interleaving what it decodes to is ruinous in Triton, so every product is
+two: even in features with even, odd with odd. Where in features are summed over, that takes the even and odd columns of the
+rows; where they are the output (``packed_transposed_kernel``), there are two accumulators, interleaved once at the end.
+
+The scales of the next step are loaded during this one: an absmax is a chain of three loads, too narrow for the pipeline's
+asynchronous copies.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import apply_gate
+from .grouped_gemm import fill_rows
+from .packed import block_scale, decode
+
+
+@triton.jit
+def _even_odd(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The even and the odd columns of x (ROWS, COLUMNS)."""
+    return tl.split(tl.reshape(x, (ROWS, COLUMNS // 2, 2)))
+
+
+@triton.jit
+def _dot(x, w, acc, SWAP: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + x (M, K) · w (N, K)ᵀ; with SWAP acc is (N, M)."""
+    if SWAP:
+        acc = tl.dot(w, tl.trans(x), acc, input_precision=PRECISION)
+    else:
+        acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _scales(
+    absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert, start, BLOCKSIZE: tl.constexpr,
+    BLOCKS: tl.constexpr, GROUPS: tl.constexpr, PROJECTIONS: tl.constexpr, DOUBLE_QUANT: tl.constexpr,
+    SCALES: tl.constexpr,
+):  # fmt: skip
+    """(rows, SCALES) absmaxes of the 64·SCALES weights of the expert from each of ``start`` (rows,)."""
+    block = (start[:, None] + 64 * tl.arange(0, SCALES)[None, :]) // BLOCKSIZE
+    return block_scale(
+        absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert, block, BLOCKS, GROUPS, PROJECTIONS,
+        DOUBLE_QUANT,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_rows", "fill"])
+def packed_gemm_kernel(
+    a_ptr,  # (S, K), or (T, K) with GATHER
+    packed_ptr,  # (E, COLUMNS·K/2) uint8
+    absmax_ptr,  # (E, PROJECTIONS·BLOCKS) uint8 with DOUBLE_QUANT, else fp32
+    nested_absmax_ptr,  # (E, PROJECTIONS·GROUPS) fp32
+    nested_offset_ptr,  # (E, PROJECTIONS) fp32
+    nested_code_ptr,  # (256,) fp32
+    code_ptr,  # (16,) fp32
+    bias_ptr,  # (E, COLUMNS)
+    out_ptr,  # (S, N) out
+    gate_up_ptr,  # (S, COLUMNS) out, with SAVE_GATE_UP
+    offsets_ptr,  # (E+1,)
+    row_to_slot_ptr,  # (S,), read with GATHER
+    tile_expert_ptr,  # (tiles,)
+    tile_row_ptr,  # (tiles,)
+    num_rows,  # S
+    fill,  # of rows that belong to no expert
+    NUM_EXPERTS: tl.constexpr,
+    K: tl.constexpr,  # a multiple of BLOCK_K
+    N: tl.constexpr,  # of the output
+    COLUMNS: tl.constexpr,  # 2·N when gated, else N
+    COLUMN_STRIDE: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # "none": a plain linear layer
+    GATED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    GATHER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SAVE_GATE_UP: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PROJECTIONS: tl.constexpr,
+    DOUBLE_QUANT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SWAP: tl.constexpr,  # weights as the left operand, which may stay in registers
+):
+    """out = gate(a[row or token] · w[expert]ᵀ + bias[expert]). Grid: (tiles · ⌈N / BLOCK_N⌉,), column tiles fastest."""
+    N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    SCALES: tl.constexpr = BLOCK_K // 64
+    tile = tl.program_id(0) // N_TILES
+    n = (tl.program_id(0) % N_TILES) * BLOCK_N
+    expert = tl.load(tile_expert_ptr + tile)
+    if expert < 0:
+        return
+    row = tl.load(tile_row_ptr + tile)
+    if expert == NUM_EXPERTS:
+        fill_rows(out_ptr, row, num_rows, n, fill, N, BLOCK_M, BLOCK_N)
+        if SAVE_GATE_UP:
+            fill_rows(gate_up_ptr, row, num_rows, n, 0.0, COLUMNS, BLOCK_M, BLOCK_N)
+            if GATED:
+                fill_rows(gate_up_ptr, row, num_rows, n + N, 0.0, COLUMNS, BLOCK_M, BLOCK_N)
+        return
+    end = tl.load(offsets_ptr + expert + 1)
+    offs_m = tl.arange(0, BLOCK_M)
+    live = row + offs_m < end
+    if GATHER:
+        source = tl.load(row_to_slot_ptr + row + offs_m, mask=live, other=0) // TOP_K
+    else:
+        source = tl.where(live, row + offs_m, row)
+    expert64 = expert.to(tl.int64)  # int64: T·K and E·out·in pass 2³¹ in real models
+    a_ptrs = a_ptr + source.to(tl.int64)[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
+    offs_n = n + tl.arange(0, BLOCK_N)
+    # Columns past the last one are computed from it and not stored.
+    columns = tl.minimum(offs_n, N - 1) * COLUMN_STRIDE
+    w_ptrs = packed_ptr + expert64 * (COLUMNS * K // 2) + columns[:, None] * (K // 2)
+    w_ptrs += tl.arange(0, BLOCK_K // 2)[None, :]
+    code = tl.load(code_ptr + tl.arange(0, 16))
+    starts = columns * K
+    scale = _scales(
+        absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, starts, BLOCKSIZE, BLOCKS,
+        GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
+    )  # fmt: skip
+    up_scale = scale
+    if GATED:
+        up_scale = _scales(
+            absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, starts + UP_OFFSET * K,
+            BLOCKSIZE, BLOCKS, GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
+        )  # fmt: skip
+    dtype: tl.constexpr = a_ptr.dtype.element_ty
+    if SWAP:
+        gate = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        up = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    else:
+        gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        even, odd = _even_odd(tl.load(a_ptrs), BLOCK_M, BLOCK_K)
+        ahead = starts + tl.minimum(k + BLOCK_K, K - BLOCK_K)
+        next_scale = _scales(
+            absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, ahead, BLOCKSIZE, BLOCKS,
+            GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
+        )  # fmt: skip
+        w_even, w_odd = decode(code, tl.load(w_ptrs), scale, dtype, BLOCK_N, BLOCK_K // 2, SCALES)
+        gate = _dot(even, w_even, gate, SWAP, PRECISION)
+        gate = _dot(odd, w_odd, gate, SWAP, PRECISION)
+        scale = next_scale
+        if GATED:
+            next_scale = _scales(
+                absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, ahead + UP_OFFSET * K,
+                BLOCKSIZE, BLOCKS, GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
+            )  # fmt: skip
+            packed = tl.load(w_ptrs + UP_OFFSET * (K // 2))
+            w_even, w_odd = decode(code, packed, up_scale, dtype, BLOCK_N, BLOCK_K // 2, SCALES)
+            up = _dot(even, w_even, up, SWAP, PRECISION)
+            up = _dot(odd, w_odd, up, SWAP, PRECISION)
+            up_scale = next_scale
+        a_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K // 2
+    if SWAP:
+        gate = tl.trans(gate)
+        up = tl.trans(up)
+    in_n = offs_n < N
+    if HAS_BIAS:
+        bias_ptrs = bias_ptr + expert * COLUMNS + columns
+        gate += tl.load(bias_ptrs).to(tl.float32)[None, :]
+        if GATED:
+            up += tl.load(bias_ptrs + UP_OFFSET).to(tl.float32)[None, :]
+    mask = live[:, None] & in_n[None, :]
+    row64 = row.to(tl.int64)
+    if SAVE_GATE_UP:
+        saved = gate_up_ptr + row64 * COLUMNS + offs_m[:, None] * COLUMNS + columns[None, :]
+        tl.store(saved, gate.to(gate_up_ptr.dtype.element_ty), mask=mask)
+        if GATED:
+            tl.store(saved + UP_OFFSET, up.to(gate_up_ptr.dtype.element_ty), mask=mask)
+    if ACTIVATION != "none":
+        gate = apply_gate(gate, up, ALPHA, LIMIT, ACTIVATION, GATED)
+    out = out_ptr + row64 * N + offs_m[:, None] * N + offs_n[None, :]
+    tl.store(out, gate.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows", "fill"])
+def packed_transposed_kernel(
+    a_ptr,  # (S, K)
+    packed_ptr,  # (E, K·N/2) uint8
+    absmax_ptr,  # (E, PROJECTIONS·BLOCKS) uint8 with DOUBLE_QUANT, else fp32
+    nested_absmax_ptr,  # (E, PROJECTIONS·GROUPS) fp32
+    nested_offset_ptr,  # (E, PROJECTIONS) fp32
+    nested_code_ptr,  # (256,) fp32
+    code_ptr,  # (16,) fp32
+    out_ptr,  # (S, N) out
+    offsets_ptr,  # (E+1,)
+    tile_expert_ptr,  # (tiles,)
+    tile_row_ptr,  # (tiles,)
+    num_rows,  # S
+    fill,  # of rows that belong to no expert
+    NUM_EXPERTS: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,  # a multiple of BLOCK_N
+    BLOCKSIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PROJECTIONS: tl.constexpr,
+    DOUBLE_QUANT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[row] = a[row] · w[expert], w stored (K, N). Grid: (tiles · N / BLOCK_N,), column tiles fastest."""
+    N_TILES: tl.constexpr = N // BLOCK_N
+    SCALES: tl.constexpr = BLOCK_N // 64
+    tile = tl.program_id(0) // N_TILES
+    n = (tl.program_id(0) % N_TILES) * BLOCK_N
+    expert = tl.load(tile_expert_ptr + tile)
+    if expert < 0:
+        return
+    row = tl.load(tile_row_ptr + tile)
+    if expert == NUM_EXPERTS:
+        fill_rows(out_ptr, row, num_rows, n, fill, N, BLOCK_M, BLOCK_N)
+        return
+    end = tl.load(offsets_ptr + expert + 1)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_k = tl.arange(0, BLOCK_K)
+    live = row + offs_m < end
+    expert64 = expert.to(tl.int64)  # int64: S·K and E·out·in pass 2³¹ in real models
+    a_ptrs = a_ptr + tl.where(live, row + offs_m, row).to(tl.int64)[:, None] * K + offs_k[None, :]
+    w_base = packed_ptr + expert64 * (K * N // 2) + n // 2 + tl.arange(0, BLOCK_N // 2)[None, :]
+    code = tl.load(code_ptr + tl.arange(0, 16))
+    scale = _scales(
+        absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, tl.minimum(offs_k, K - 1) * N + n,
+        BLOCKSIZE, BLOCKS, GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
+    )  # fmt: skip
+    dtype: tl.constexpr = a_ptr.dtype.element_ty
+    acc_even = tl.zeros((BLOCK_M, BLOCK_N // 2), dtype=tl.float32)
+    acc_odd = tl.zeros((BLOCK_M, BLOCK_N // 2), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        # Weights past the last one count nothing: there a is zero.
+        if K % BLOCK_K == 0:
+            a = tl.load(a_ptrs)
+        else:
+            a = tl.load(a_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
+        packed = tl.load(w_base + (tl.minimum(k + offs_k, K - 1) * (N // 2))[:, None])
+        ahead = tl.minimum(k + BLOCK_K + offs_k, K - 1) * N + n
+        next_scale = _scales(
+            absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, ahead, BLOCKSIZE, BLOCKS,
+            GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
+        )  # fmt: skip
+        w_even, w_odd = decode(code, packed, scale, dtype, BLOCK_K, BLOCK_N // 2, SCALES)
+        acc_even = tl.dot(a, w_even, acc_even, input_precision=PRECISION)
+        acc_odd = tl.dot(a, w_odd, acc_odd, input_precision=PRECISION)
+        scale = next_scale
+        a_ptrs += BLOCK_K
+    out = out_ptr + row.to(tl.int64) * N + offs_m[:, None] * N + (n + tl.arange(0, BLOCK_N))[None, :]
+    tl.store(out, tl.interleave(acc_even, acc_odd).to(out_ptr.dtype.element_ty), mask=live[:, None])
