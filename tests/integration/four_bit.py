@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes.functional as bnb
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -19,6 +19,10 @@ import moe_fused
 from moe_fused.quantizer import packed_modules, projections_of
 
 from .models import MODELS, QWEN3_MOE, ModelCase
+
+# Modules that import this one are skipped where these are missing.
+pytest.importorskip("accelerate")
+bnb: Any = pytest.importorskip("bitsandbytes", minversion="0.50").functional
 
 # An expert's matrices have 2048 weights, 32 blocks of 64.
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "head_dim": 16}
@@ -88,13 +92,17 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
     )
 
 
-def quantize(weight: Tensor, **options: Any) -> tuple[Tensor, bnb.QuantState]:
-    return bnb.quantize_4bit(weight, **{"quant_type": "nf4", "compress_statistics": True, "blocksize": 64} | options)
+def quantize(weight: Tensor, **options: Any) -> tuple[Tensor, Any]:
+    result: tuple[Tensor, Any] = bnb.quantize_4bit(
+        weight, **{"quant_type": "nf4", "compress_statistics": True, "blocksize": 64} | options
+    )
+    return result
 
 
 def through_4bit(weight: Tensor, **options: Any) -> Tensor:
     """What bitsandbytes makes of a matrix on the way into 4 bits and back."""
-    return bnb.dequantize_4bit(*quantize(weight, **options))
+    result: Tensor = bnb.dequantize_4bit(*quantize(weight, **options))
+    return result
 
 
 def quantized_tensors(name: str, weight: Tensor, **options: Any) -> dict[str, Tensor]:

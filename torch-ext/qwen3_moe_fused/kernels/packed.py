@@ -49,9 +49,7 @@ def decode(code, packed, scale, dtype: tl.constexpr, ROWS: tl.constexpr, COLUMNS
     if SCALES == 1:
         spread = scale
     else:
-        spread = tl.reshape(
-            tl.broadcast_to(scale[:, :, None], (ROWS, SCALES, COLUMNS // SCALES)), (ROWS, COLUMNS)
-        )
+        spread = tl.reshape(tl.broadcast_to(scale[:, :, None], (ROWS, SCALES, COLUMNS // SCALES)), (ROWS, COLUMNS))
     even = look_up(code, packed >> 4, ROWS, COLUMNS) * spread
     odd = look_up(code, packed & 15, ROWS, COLUMNS) * spread
     return even.to(dtype), odd.to(dtype)
