@@ -10,6 +10,7 @@ Imports neither bitsandbytes nor accelerate before a model is loaded.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -125,9 +126,10 @@ class _DenseOnly(WeightConverter):
 
 
 class _Deserialize(ConversionOps):
-    """Transformers' deserialization of 4-bit weights, but for matrices that are no longer those of a linear layer.
+    """Transformers' deserialization of 4-bit weights, and what it leaves undone.
 
-    The routers of version 4 were linear layers, and were quantized like the rest; in version 5 they are parameters.
+    The routers of version 4 were linear layers, and were quantized like the rest; in version 5 they are parameters. And
+    tensors that are not quantized get the dtype asked for, which newer versions do not see to.
     """
 
     def __init__(self, original: Any) -> None:
@@ -142,15 +144,24 @@ class _Deserialize(ConversionOps):
         from bitsandbytes.nn.modules import Linear4bit
 
         model, key = kwargs["model"], kwargs["full_layer_name"]
-        module, name = get_module_from_name(model, key)
-        if len(input_dict) == 1 or isinstance(module, Linear4bit):
+        module, _ = get_module_from_name(model, key)
+        if isinstance(module, Linear4bit):
             result: dict[str, Any] = self.original.convert(input_dict, *args, **kwargs)
             return result
         parts = {part: value[0] if isinstance(value, list) else value for part, value in input_dict.items()}
-        packed = parts.pop("weight")
-        state = bnb.QuantState.from_dict(parts, device=packed.device)
-        weight = bnb.dequantize_4bit(packed, state)
-        return {"weight": weight.to(getattr(module, name).dtype)}
+        weight = parts.pop("weight")
+        if parts:
+            weight = bnb.dequantize_4bit(weight, bnb.QuantState.from_dict(parts, device=weight.device))
+        return {"weight": weight.to(_dtype_for(model, key)) if weight.is_floating_point() else weight}
+
+
+def _dtype_for(model: Any, key: str) -> torch.dtype:
+    """The dtype that the parameter or buffer ``key`` is to have, some of which stay in fp32."""
+    dtype: torch.dtype = model.get_parameter_or_buffer(key).dtype
+    for pattern, kept in model._get_dtype_plan(dtype).items():
+        if re.search(pattern.replace("*", ".*"), key):
+            dtype = kept
+    return dtype
 
 
 class Experts4bitQuantizer(Bnb4BitHfQuantizer):

@@ -95,6 +95,16 @@ def test_reads_transformers_4(case: ModelCase, options: dict[str, Any], tmp_path
     assert same_state(load(tmp_path / "v4", case, dtype=torch.bfloat16), model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_dense_tensors_get_the_dtype_asked_for(dtype: torch.dtype, v4: Path) -> None:
+    model = load(v4, dtype=dtype)
+    dense = {name: p.dtype for name, p in model.named_parameters() if p.dtype != torch.uint8}
+    assert {name.split(".")[-2] for name in dense} > {"gate", "norm", "embed_tokens", "lm_head"}
+    assert set(dense.values()) == {dtype}
+    with torch.no_grad():
+        assert model(tokens()).logits.isfinite().all()
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"compress_statistics": False}], ids=["groups run over experts", "plain absmax"]
 )
