@@ -302,7 +302,8 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
                 full = f"{path}.{name}"
                 for part in weights.tensors():
                     del state_dict[full if part == "packed" else f"{full}_{part}"]
-                matrices = self.names.per_expert(self.names.targets[full]) if self.save_format == "per_expert" else None
+                target = Target(full, weights.format.shape, weights.format.projections)
+                matrices = self.names.per_expert(target) if self.save_format == "per_expert" else None
                 if matrices is None:
                     parts = write_fused(weights, dtype)
                     state_dict |= {f"{full}_{part}" if part else full: value for part, value in parts.items()}

@@ -55,13 +55,6 @@ class Entry(NamedTuple):
     load: Callable[[], Tensor]
 
 
-def _loader(source: Any) -> Callable[[], Tensor]:
-    """``source`` is what Transformers collects: a future, a function that reads the tensor, or the tensor."""
-    if isinstance(source, Future):
-        return source.result
-    return source if callable(source) and not isinstance(source, Tensor) else lambda: source
-
-
 def attach(module: nn.Module, name: str, weights: Packed4bitWeights, dtype: torch.dtype) -> None:
     """Makes ``weights`` the parameter ``name`` of an experts module.
 
@@ -112,7 +105,9 @@ class ExpertsConverter(WeightConverter):
 
     def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
         assert isinstance(source_pattern, _Pattern)
-        self.entries.append(Entry(source_key, source_pattern.place, _loader(future)))
+        # Where tensors are not read by threads, it is a function that reads it.
+        load = future.result if isinstance(future, Future) else future
+        self.entries.append(Entry(source_key, source_pattern.place, load))
 
     def convert(
         self, layer_name: str, model: Any = None, config: Any = None, hf_quantizer: Any = None, loading_info: Any = None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import Tensor
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from .fused import PARTS
@@ -136,7 +135,3 @@ def rename_expert(key: str, old: int, new: int) -> str:
     """The name of the same tensor of another expert."""
     head, number, tail = key.rpartition(f".{old}.")
     return f"{head}.{new}.{tail}" if number else key
-
-
-def is_dense(parts: Mapping[str, Tensor]) -> bool:
-    return parts.keys() == {""} and parts[""].is_floating_point()

@@ -109,6 +109,9 @@ def test_no_other_implementation_computes_packed_experts(implementation: str, de
         after = model(tokens()).logits
     assert torch.equal(before, ours)
     assert torch.equal(after, ours)
+    moe_fused.disable()
+    with pytest.raises(KeyError, match="moe_fused"):
+        model(tokens())
 
 
 def test_computes_in_the_compute_dtype(dense: Path, calls: Any) -> None:
@@ -129,6 +132,16 @@ def test_gradients_reach_inputs_and_not_packed_weights(dense: Path) -> None:
     assert model.model.embed_tokens.weight.grad.abs().sum() > 0
     assert model.model.layers[0].mlp.gate.weight.grad.abs().sum() > 0
     assert all(p.grad is None for name, p in model.named_parameters() if ".experts." in name)
+
+
+def test_compiles(dense: Path) -> None:
+    model = load(dense, quantization_config=config(), dtype=torch.float32)
+    experts = model.model.layers[0].mlp.experts
+    torch.manual_seed(0)
+    arguments = torch.randn(5, 64), torch.randint(0, 6, (5, 2)), torch.rand(5, 2)
+    with torch.no_grad():
+        compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")(*arguments)
+        torch.testing.assert_close(compiled, experts(*arguments))
 
 
 # What can be asked for when loading.
