@@ -94,43 +94,64 @@ def operators() -> dict[str, tuple[object, tuple]]:
     order = ("top_k_weights", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
     weights, up, down, up_bias, down_bias = (t[name] for name in order)
     x = t["hidden_states"]
-    options = ("silu", True, False, 1.702, 7.0, False)
+    options = ("silu", True, False, 1.702, 7.0, False, "", "")
+    dense = ([], [])
+    up4, down4 = (
+        kernel.Packed4bitWeights.quantize(torch.randn(3, *shape, device=DEVICE), projections=projections)
+        for shape, projections in (((64, 4), 1), ((4, 32), 1))
+    )
+    (up_bytes, up_scales, up_format), (down_bytes, down_scales, down_format) = map(
+        module("weights").operands, (up4, down4)
+    )
+    x4 = torch.randn(case.tokens, 4, device=DEVICE).requires_grad_()
+    packed = (up_bytes, down_bytes, None, None, up_scales, down_scales)
+    packed_options = ("silu", True, False, 1.702, 7.0, False, up_format, down_format)
     rows, weight, m_sizes, bias = linear_arguments((2, 0, 3), True, torch.float32)
     with torch.no_grad():
-        y, gate_up, buffer = experts.experts_op(x, inputs.index, weights, up, down, up_bias, down_bias, *options, True)
-        sorted_buffer = permute.route_sorted_op(m_sizes, 5, torch.float32)
+        y, gate_up, buffer = experts.experts_op(
+            x, inputs.index, weights, up, down, up_bias, down_bias, *dense, *options, True
+        )
+        sorted_buffer = permute.route_sorted_op(m_sizes, 5, torch.float32, False)
+        y4, gate_up4, buffer4 = experts.experts_op(x4, inputs.index, weights, *packed, *packed_options, True)
     z = torch.randn(8, 5, device=DEVICE).requires_grad_()
-    saved = (x.detach(), weights.detach(), up.detach(), down.detach(), down_bias.detach(), gate_up, buffer)
+    saved = (x.detach(), weights.detach(), up.detach(), down.detach(), down_bias.detach(), gate_up, buffer, *dense)
+    saved4 = (x4.detach(), weights.detach(), up_bytes, down_bytes, None, gate_up4, buffer4, up_scales, down_scales)
     out = torch.ones(5, 4, device=DEVICE)
-    linear_backward = (out, rows.detach(), weight.detach(), sorted_buffer, True, 1, 0.0)
+    sorted_rows = ([], "", False, True, False, 1, 0.0)
+    linear_backward = (out, rows.detach(), weight.detach(), sorted_buffer, *sorted_rows)
     return {
         "experts, partly mine": (
             experts.experts_op,
-            (x, inputs.index, weights, up, down, up_bias, down_bias, *options, True),
+            (x, inputs.index, weights, up, down, up_bias, down_bias, *dense, *options, True),
         ),
         "experts": (
             experts.experts_op,
-            (x, inputs.index % 3, weights, up, down, up_bias, down_bias, *options, True),
+            (x, inputs.index % 3, weights, up, down, up_bias, down_bias, *dense, *options, True),
         ),
         "experts, inference": (
             experts.experts_op,
-            (*(v.detach() for v in (x, inputs.index, weights, up, down)), None, None, *options, False),
+            (*(v.detach() for v in (x, inputs.index, weights, up, down)), None, None, *dense, *options, False),
         ),
         "experts backward": (experts.experts_backward_op, (y.detach(), *saved, *options, [True] * 6)),
         "experts backward, some": (
             experts.experts_backward_op,
             (y.detach(), *saved, *options, [True, False, False, True, False, False]),
         ),
-        "linear": (linear.grouped_linear_op, (rows, weight, bias, sorted_buffer, True, 1, 0.0)),
-        "linear, no bias": (linear.grouped_linear_op, (rows, weight, None, sorted_buffer, True, 1, 0.0)),
-        "linear backward": (linear.grouped_linear_backward_op, (*linear_backward, True, True, True)),
-        "linear backward, input": (linear.grouped_linear_backward_op, (*linear_backward, True, False, False)),
+        "linear": (linear.grouped_linear_op, (rows, weight, bias, sorted_buffer, *sorted_rows)),
+        "linear, no bias": (linear.grouped_linear_op, (rows, weight, None, sorted_buffer, *sorted_rows)),
+        "linear backward": (linear.grouped_linear_backward_op, (*linear_backward, [True, True, True])),
+        "linear backward, input": (linear.grouped_linear_backward_op, (*linear_backward, [True, False, False])),
         "dispatch": (permute.dispatch_op, (x, buffer, 3, 2)),
         "combine": (permute.combine_op, (z, weights, buffer, 3, 2)),
         "combine, no weights": (permute.combine_op, (z, None, buffer, 3, 2)),
         "combine backward": (permute.combine_backward_op, (x.detach(), z.detach(), weights.detach(), buffer, 3, 2)),
-        "route": (permute.route_op, (inputs.index, 3, torch.float32)),
-        "route sorted": (permute.route_sorted_op, (m_sizes, 5, torch.float32)),
+        "route": (permute.route_op, (inputs.index, 3, torch.float32, False)),
+        "route sorted": (permute.route_sorted_op, (m_sizes, 5, torch.float32, False)),
+        "experts, packed": (experts.experts_op, (x4, inputs.index, weights, *packed, *packed_options, True)),
+        "experts backward, packed": (
+            experts.experts_backward_op,
+            (y4.detach(), *saved4, *packed_options, [True, True, False, False, False, False]),
+        ),
     }
 
 

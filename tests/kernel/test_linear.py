@@ -202,9 +202,11 @@ def test_rows_of_no_expert_are_nan(sizes: tuple[int, int], good_rows: int, dtype
     inputs = make_inputs(LinearCase("misfit", "", sizes=(6, 4), bias=True), dtype)
     m_sizes = torch.tensor(sizes, dtype=torch.int32, device=DEVICE)
     # Below the check of the public function, which a CPU always makes.
-    buffer = permute.route_sorted_op(m_sizes, 10, dtype)
+    buffer = permute.route_sorted_op(m_sizes, 10, dtype, False)
     with torch.no_grad():
-        y = ops.grouped_linear(inputs.input, inputs.weight, inputs.bias, buffer, True, 1, float("nan"))
+        y = ops.grouped_linear(
+            inputs.input, inputs.weight, inputs.bias, buffer, [], "", False, True, False, 1, float("nan")
+        )
     assert y[good_rows:].isnan().all()
     if good_rows:
         fitting = make_inputs(LinearCase("misfit", "", sizes=(6, 4), bias=True), dtype)

@@ -531,8 +531,8 @@ def test_decode_equals_the_routed_stages(dtype: torch.dtype) -> None:
 
 def test_decode_serves_few_slots_only() -> None:
     down = torch.empty((2, 8, 8), device=DEVICE)
-    assert launch.use_decode(1, 8, down)
-    assert launch.use_decode(decode.DECODE_SLOTS, 1, down)
-    assert not launch.use_decode(decode.DECODE_SLOTS + 1, 1, down)
-    assert not launch.use_decode(0, 8, down)
-    assert not launch.use_decode(1, 8, down[:, :0])
+    assert launch.use_decode(1, 8, down, down)
+    assert launch.use_decode(decode.DECODE_SLOTS, 1, down, down)
+    assert not launch.use_decode(decode.DECODE_SLOTS + 1, 1, down, down)
+    assert not launch.use_decode(0, 8, down, down)
+    assert not launch.use_decode(1, 8, down, down[:, :0])

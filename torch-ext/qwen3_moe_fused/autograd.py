@@ -49,7 +49,7 @@ def differentiable(
         op: a ``torch.library.custom_op``.
         implementation: the Python function behind ``op``.
         setup_context: ``(ctx, inputs, output)``, as ``torch.library.register_autograd`` takes it.
-        backward: ``(ctx, *grad_outputs)`` to one gradient for each input.
+        backward: ``(ctx, *grad_outputs)`` to one gradient for each input, a list of None for a list of tensors.
     """
     op.register_autograd(backward, setup_context=setup_context)
     name = op._name.split("::")[-1]
@@ -64,7 +64,8 @@ def differentiable(
         # once_differentiable would let a second derivative pass as zero where only saved tensors lead to it.
         if torch.is_grad_enabled():
             raise RuntimeError(f"{name} has no second derivative: its backward needs create_graph=False")
-        return backward(ctx, *grads)
+        # An operator wants a list for each list of tensors, a Function only None: to it they are no tensors.
+        return tuple(None if isinstance(grad, list) else grad for grad in backward(ctx, *grads))
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(first_backward)}
     function: Any = type(name, (torch.autograd.Function,), members)

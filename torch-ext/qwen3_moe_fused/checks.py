@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,22 +26,24 @@ def tensor(name: str, value: object, shape: tuple[int | str, ...]) -> Tensor:
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.dim() != len(shape) or any(
-        isinstance(want, int) and have != want for have, want in zip(value.shape, shape, strict=True)
-    ):
-        want = ", ".join(map(str, shape))
-        raise ValueError(f"{name} must have shape ({want}), got {tuple(value.shape)}")
+    sizes(name, value.shape, shape)
     return value
 
 
-def dtype(name: str, value: Tensor, allowed: tuple[torch.dtype, ...], why: str = "") -> None:
+def sizes(name: str, have: tuple[int, ...], want: tuple[int | str, ...]) -> None:
+    """Raises ValueError unless ``have`` is the shape ``want``, in which a string names a size that may be anything."""
+    if len(have) != len(want) or any(isinstance(w, int) and h != w for h, w in zip(have, want, strict=True)):
+        raise ValueError(f"{name} must have shape ({', '.join(map(str, want))}), got {tuple(have)}")
+
+
+def dtype(name: str, value: Any, allowed: tuple[torch.dtype, ...], why: str = "") -> None:
     """Raises TypeError unless ``value`` has one of the ``allowed`` dtypes."""
     if value.dtype not in allowed:
         names = " or ".join(str(d).removeprefix("torch.") for d in allowed)
         raise TypeError(f"{name} must be {names}{why}, got {str(value.dtype).removeprefix('torch.')}")
 
 
-def device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+def device(name: str, value: Any, other_name: str, other: Tensor) -> None:
     """Raises ValueError unless ``value`` is on the device of ``other``."""
     if value.device != other.device:
         raise ValueError(f"{name} must be on {other.device} like {other_name}, got {value.device}")

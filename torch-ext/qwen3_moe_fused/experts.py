@@ -15,7 +15,7 @@ A gate function of the caller's own runs between two grouped linear layers, each
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,19 +28,23 @@ from .autograd import differentiable, eager
 from .backend import backend_for
 from .linear import autocast_dtype, grouped_linear
 from .permute import combine, dispatch, routing_buffer
+from .quantization import Packed4bitWeights
 from .routing import Routing
-from .weights import DenseWeights
+from .weights import Stack, any_packed, check, empty_grad, operands, stack_of
 
 # Arguments of the operators below, in the order of the functions behind them.
 _INPUTS = (
     "Tensor hidden_states, Tensor top_k_index, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj, "
-    "Tensor? gate_up_bias, Tensor? down_bias"
+    "Tensor? gate_up_bias, Tensor? down_bias, Tensor[] up_scales, Tensor[] down_scales"
 )
 _SAVED = (
     "Tensor hidden_states, Tensor top_k_weights, Tensor gate_up_proj, Tensor down_proj, Tensor? down_bias, "
-    "Tensor gate_up, Tensor buffer"
+    "Tensor gate_up, Tensor buffer, Tensor[] up_scales, Tensor[] down_scales"
 )
-_OPTIONS = "str activation, bool gated, bool interleaved, float alpha, float limit, bool transposed"
+_OPTIONS = (
+    "str activation, bool gated, bool interleaved, float alpha, float limit, bool transposed, "
+    "str up_format, str down_format"
+)
 
 
 def _experts(
@@ -51,12 +55,16 @@ def _experts(
     down_proj: Tensor,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
+    up_scales: Sequence[Tensor],
+    down_scales: Sequence[Tensor],
     activation: str,
     gated: bool,
     interleaved: bool,
     alpha: float,
     limit: float,
     transposed: bool,
+    up_format: str,
+    down_format: str,
     save_for_backward: bool,
     *,
     zeroed: bool = False,
@@ -68,19 +76,19 @@ def _experts(
     num_tokens, top_k = top_k_index.shape
     num_rows = num_tokens * top_k
     gate = Gate(activation, gated, interleaved, alpha, limit)
-    up, down = DenseWeights.of(gate_up_proj, transposed), DenseWeights.of(down_proj, transposed)
-    stages = backend_for(hidden_states, gate_up_proj.dtype)
-    if not save_for_backward and stages.use_decode(num_tokens, top_k, down.stack):
-        y = stages.decode(
-            hidden_states, top_k_index, top_k_weights, up.stack, down.stack, gate_up_bias, down_bias, gate
-        )
+    up = stack_of(gate_up_proj, up_scales, up_format, transposed)
+    down = stack_of(down_proj, down_scales, down_format, transposed)
+    dtype = hidden_states.dtype
+    stages = backend_for(hidden_states, dtype)
+    if not save_for_backward and stages.use_decode(num_tokens, top_k, up, down):
+        y = stages.decode(hidden_states, top_k_index, top_k_weights, up, down, gate_up_bias, down_bias, gate)
         return y, None, None
-    num_experts = up.stack.shape[0]
+    num_experts = up.shape[0]
     buffer = Routing.new_buffer(top_k_index, num_rows, num_experts, zeroed=zeroed)
-    routing = Routing.from_buffer(buffer, num_rows, num_experts, top_k)
-    stages.route(top_k_index, routing, gate_up_proj.dtype)
-    h, gate_up = stages.grouped_up(hidden_states, up.stack, routing, num_rows, gate_up_bias, gate, save_for_backward)
-    z = stages.grouped_gemm(h, down.stack, routing, num_rows, down_bias, gather=False, fill=0.0)
+    routing = Routing.from_buffer(buffer, num_rows, num_experts, top_k, packed=any_packed(up, down))
+    stages.route(top_k_index, routing, dtype)
+    h, gate_up = stages.grouped_up(hidden_states, up, routing, num_rows, gate_up_bias, gate, save_for_backward)
+    z = stages.grouped_gemm(h, down, routing, num_rows, down_bias, gather=False, fill=0.0)
     del h
     y = stages.combine(z, routing, num_tokens, top_k_weights)
     return (y, gate_up, buffer) if save_for_backward else (y, None, None)
@@ -102,13 +110,14 @@ def experts_op(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @experts_op.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    hidden_states, top_k_index, _, gate_up_proj, *_, transposed, save_for_backward = args
+    hidden_states, top_k_index, _, gate_up_proj, _, _, _, up_scales, *_ = args
+    transposed, up_format, _, save_for_backward = args[-4:]
     y = hidden_states.new_empty(hidden_states.shape)
     if not save_for_backward:
         return y, y.new_empty(0), y.new_empty(0)
     num_rows = top_k_index.numel()
-    columns = gate_up_proj.shape[2 if transposed else 1]
-    size = Routing.buffer_size(num_rows, gate_up_proj.shape[0])
+    num_experts, columns, _ = stack_of(gate_up_proj, up_scales, up_format, transposed).shape
+    size = Routing.buffer_size(num_rows, num_experts)
     return y, y.new_empty((num_rows, columns)), top_k_index.new_empty(size, dtype=torch.int32)
 
 
@@ -121,12 +130,16 @@ def _experts_backward(
     down_bias: Tensor | None,
     gate_up: Tensor,
     buffer: Tensor,
+    up_scales: Sequence[Tensor],
+    down_scales: Sequence[Tensor],
     activation: str,
     gated: bool,
     interleaved: bool,
     alpha: float,
     limit: float,
     transposed: bool,
+    up_format: str,
+    down_format: str,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of hidden_states, top_k_weights, gate_up_proj, down_proj, gate_up_bias, down_bias; None unless needed."""
@@ -134,9 +147,10 @@ def _experts_backward(
     num_tokens, top_k = top_k_weights.shape
     num_rows = num_tokens * top_k
     gate = Gate(activation, gated, interleaved, alpha, limit)
-    up, down = DenseWeights.of(gate_up_proj, transposed), DenseWeights.of(down_proj, transposed)
-    stages = backend_for(hidden_states, gate_up_proj.dtype)
-    routing = Routing.from_buffer(buffer, num_rows, up.stack.shape[0], top_k)
+    up = stack_of(gate_up_proj, up_scales, up_format, transposed)
+    down = stack_of(down_proj, down_scales, down_format, transposed)
+    stages = backend_for(hidden_states, hidden_states.dtype)
+    routing = Routing.from_buffer(buffer, num_rows, up.shape[0], top_k, packed=any_packed(up, down))
     grad_y = grad_y.contiguous()
     grad_x = grad_weights = grad_up = grad_down = grad_up_bias = grad_down_bias = None
 
@@ -144,21 +158,21 @@ def _experts_backward(
         grad_down_bias = stages.grouped_row_sum(grad_y, routing, top_k_weights, gather=True)
     if need_x or need_weights or need_up or need_down or need_up_bias:
         grad_gate_up, weighted_h, grad_weights = stages.down_backward(
-            grad_y, down.stack, down_bias, gate_up, routing, top_k_weights, gate, need_down
+            grad_y, down, down_bias, gate_up, routing, top_k_weights, gate, need_down
         )
         # The largest transient, the rows of grad_x, is gone before the weights' gradients take their memory.
         if need_x:
-            grad_rows = stages.grouped_gemm(grad_gate_up, up.stack.mT, routing, num_rows, None, gather=False, fill=0.0)
+            grad_rows = stages.grouped_gemm(grad_gate_up, up.mT, routing, num_rows, None, gather=False, fill=0.0)
             grad_x = stages.combine(grad_rows, routing, num_tokens, None)
             del grad_rows
         if need_down:
-            grad_down = down.empty_grad()
+            grad_down = empty_grad(down)
             stages.grouped_gram(grad_y, weighted_h, routing, gather_a=True, gather_b=False, out=grad_down)
         del weighted_h
         if need_up_bias:
             grad_up_bias = stages.grouped_row_sum(grad_gate_up, routing, None, gather=False)
         if need_up:
-            grad_up = up.empty_grad()
+            grad_up = empty_grad(up)
             stages.grouped_gram(grad_gate_up, hidden_states, routing, gather_a=False, gather_b=True, out=grad_up)
     if transposed:
         grad_up, grad_down = (None if grad is None else grad.mT for grad in (grad_up, grad_down))
@@ -176,31 +190,40 @@ def experts_backward_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
 
 @experts_backward_op.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad_y, hidden_states, top_k_weights, gate_up_proj, down_proj, _, gate_up, *_, transposed, needs = args
+    _, hidden_states, top_k_weights, gate_up_proj, down_proj, _, gate_up, _, up_scales, down_scales, *_ = args
+    transposed, up_format, down_format, needs = args[-4:]
     need_x, need_weights, need_up, need_down, need_up_bias, need_down_bias = needs
-    num_experts = gate_up_proj.shape[0]
-    up, down = DenseWeights.of(gate_up_proj, transposed), DenseWeights.of(down_proj, transposed)
-    grad_up, grad_down = up.empty_grad(), down.empty_grad()
-    if transposed:
-        grad_up, grad_down = grad_up.mT, grad_down.mT
+    up = stack_of(gate_up_proj, up_scales, up_format, transposed)
+    down = stack_of(down_proj, down_scales, down_format, transposed)
 
-    def empty(need: bool, grad: Tensor) -> Tensor:
-        return grad if need else grad_y.new_empty(0)
+    def like(need: bool, value: Tensor) -> Tensor:
+        return value.new_empty(value.shape if need else 0)
+
+    def weight(need: bool, stack: Stack) -> Tensor:
+        if not need:
+            return gate_up.new_empty(0)
+        grad = empty_grad(stack)
+        return grad.mT if transposed else grad
+
+    def bias(need: bool, stack: Stack) -> Tensor:
+        return gate_up.new_empty(stack.shape[:2] if need else 0)
 
     return (
-        empty(need_x, hidden_states.new_empty(hidden_states.shape)),
-        empty(need_weights, top_k_weights.new_empty(top_k_weights.shape)),
-        empty(need_up, grad_up),
-        empty(need_down, grad_down),
-        empty(need_up_bias, gate_up.new_empty((num_experts, up.stack.shape[1]))),
-        empty(need_down_bias, gate_up.new_empty((num_experts, down.stack.shape[1]))),
+        like(need_x, hidden_states),
+        like(need_weights, top_k_weights),
+        weight(need_up, up),
+        weight(need_down, down),
+        bias(need_up_bias, up),
+        bias(need_down_bias, down),
     )
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, _, top_k_weights, gate_up_proj, down_proj, _, down_bias, *options, _ = inputs
+    x, _, top_k_weights, gate_up_proj, down_proj, _, down_bias, up_scales, down_scales, *options, _ = inputs
     _, gate_up, buffer = output
-    ctx.save_for_backward(x, top_k_weights, gate_up_proj, down_proj, down_bias, gate_up, buffer)
+    weights = (gate_up_proj, down_proj, down_bias)
+    ctx.save_for_backward(x, top_k_weights, *weights, gate_up, buffer, *up_scales, *down_scales)
+    ctx.num_up_scales = len(up_scales)
     ctx.mark_non_differentiable(gate_up, buffer)
     ctx.set_materialize_grads(False)  # or autograd makes zeros the size of gate_up
     ctx.options = options
@@ -210,13 +233,16 @@ _backward_of_experts = eager(experts_backward_op, _experts_backward)
 
 
 def _backward(ctx, grad_y: Tensor | None, *_):  # type: ignore[no-untyped-def]
-    x, _, w, up, down, up_bias, down_bias, *rest = ctx.needs_input_grad
+    x, _, w, up, down, up_bias, down_bias, *_ = ctx.needs_input_grad
     needs = [x, w, up, down, up_bias, down_bias]
+    saved, scales = ctx.saved_tensors[:7], list(ctx.saved_tensors[7:])
+    scales_of = (scales[: ctx.num_up_scales], scales[ctx.num_up_scales :])
+    no_grads = (*([None] * len(own) for own in scales_of), *(None for _ in ctx.options), None)
     if grad_y is None:
-        return (None,) * (7 + len(rest))
-    grads = _backward_of_experts(grad_y, *ctx.saved_tensors, *ctx.options, needs)
+        return (*(None for _ in range(7)), *no_grads)
+    grads = _backward_of_experts(grad_y, *saved, *scales_of, *ctx.options, needs)
     gx, gw, gu, gd, gub, gdb = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return (gx, None, gw, gu, gd, gub, gdb, *(None for _ in rest))
+    return (gx, None, gw, gu, gd, gub, gdb, *no_grads)
 
 
 _differentiable_experts = differentiable(experts_op, _experts, _setup_context, _backward)
@@ -226,27 +252,29 @@ def _composed_experts(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Tensor | Packed4bitWeights,
+    down_proj: Tensor | Packed4bitWeights,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
     gate_fn: Callable[[Tensor], Tensor],
     transposed: bool,
 ) -> Tensor:
     """The experts around a gate function of the caller's own."""
-    if transposed:
-        gate_up_proj, down_proj = gate_up_proj.mT, down_proj.mT
     num_experts, top_k = gate_up_proj.shape[0], top_k_index.shape[1]
-    intermediate = down_proj.shape[2]
-    buffer = routing_buffer(top_k_index, num_experts, gate_up_proj.dtype)
+    intermediate = down_proj.shape[1 if transposed else 2]
+    packed = any_packed(gate_up_proj, down_proj)
+    buffer = routing_buffer(top_k_index, num_experts, gate_up_proj.dtype, packed)
     rows = dispatch(hidden_states, buffer, num_experts, top_k)
-    gate_up = grouped_linear(rows, gate_up_proj, gate_up_bias, buffer, False, top_k, 0.0)
+    options = (transposed, False, packed, top_k, 0.0)
+    up, up_scales, up_format = operands(gate_up_proj)
+    gate_up = grouped_linear(rows, up, gate_up_bias, buffer, up_scales, up_format, *options)
     h = gate_fn(gate_up)
     if h.shape != (rows.shape[0], intermediate):
         raise ValueError(
             f"activation must map {tuple(gate_up.shape)} to {(rows.shape[0], intermediate)}, it gave {tuple(h.shape)}"
         )
-    z = grouped_linear(h.to(down_proj.dtype), down_proj, down_bias, buffer, False, top_k, 0.0)
+    down, down_scales, down_format = operands(down_proj)
+    z = grouped_linear(h.to(down_proj.dtype), down, down_bias, buffer, down_scales, down_format, *options)
     return combine(z, top_k_weights, buffer, num_experts, top_k)
 
 
@@ -254,8 +282,8 @@ def _check(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Tensor | Packed4bitWeights,
+    down_proj: Tensor | Packed4bitWeights,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
     activation: str | Callable[[Tensor], Tensor],
@@ -268,14 +296,14 @@ def _check(
     checks.tensor("top_k_index", top_k_index, (num_tokens, "top_k"))
     checks.tensor("top_k_weights", top_k_weights, (num_tokens, top_k_index.shape[1]))
     columns = "2*I" if gated else "I"
-    checks.tensor("gate_up_proj", gate_up_proj, ("E", hidden, columns) if transposed else ("E", columns, hidden))
+    check("gate_up_proj", gate_up_proj, ("E", hidden, columns) if transposed else ("E", columns, hidden))
     num_experts, size = gate_up_proj.shape[0], gate_up_proj.shape[2 if transposed else 1]
     if gated and size % 2:
         raise ValueError(f"gate_up_proj must have an even number of gate and up features, got {size}")
     intermediate = size // 2 if gated else size
     down_shape = (num_experts, intermediate, hidden) if transposed else (num_experts, hidden, intermediate)
-    checks.tensor("down_proj", down_proj, down_shape)
-    tensors = {"top_k_weights": top_k_weights, "gate_up_proj": gate_up_proj, "down_proj": down_proj}
+    check("down_proj", down_proj, down_shape)
+    tensors: dict[str, Any] = {"top_k_weights": top_k_weights, "gate_up_proj": gate_up_proj, "down_proj": down_proj}
     if gate_up_bias is not None:
         tensors["gate_up_bias"] = checks.tensor("gate_up_bias", gate_up_bias, (num_experts, size))
     if down_bias is not None:
@@ -303,8 +331,8 @@ def moe_experts(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Tensor | Packed4bitWeights,
+    down_proj: Tensor | Packed4bitWeights,
     *,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
@@ -320,14 +348,16 @@ def moe_experts(
     ``y[t] = Σ_k top_k_weights[t, k] · down[e](gate(up[e](x[t])))`` with ``e = top_k_index[t, k]``; the arguments of
     Transformers' experts modules, computed as SwiGLU (arXiv:2002.05202) by default. Differentiable in everything that is
     not an index; only gradients asked for are computed. Deterministic: no atomics. Computes in the dtype of the weights (of
-    autocast, where it is on), accumulating in fp32, and never waits for the GPU.
+    autocast, where it is on), accumulating in fp32, and never waits for the GPU. Packed weights are frozen, and are decoded
+    inside the products or into a workspace of at most 256 MiB, whichever is faster.
 
     Args:
         hidden_states: (T, H).
         top_k_index: (T, top_k) any integer dtype. An id outside [0, E) means the expert is not held here: the slot
             contributes zero and gets zero gradients. ``MOE_FUSED_CHECK=1`` makes ids outside [0, E] an error.
         top_k_weights: (T, top_k), any floating dtype.
-        gate_up_proj: (E, 2·I, H); (E, I, H) when not gated; the last two swapped when ``transposed``.
+        gate_up_proj: (E, 2·I, H); (E, I, H) when not gated; the last two swapped when ``transposed``. Dense or packed, as
+            is down_proj.
         down_proj: (E, H, I); (E, I, H) when ``transposed``.
         gate_up_bias: (E, 2·I or I), optional.
         down_bias: (E, H), optional.
@@ -359,15 +389,19 @@ def moe_experts(
                 checks.dtype(name, bias, (dtype,), " like gate_up_proj")
     else:
         checks.dtype("hidden_states", hidden_states, checks.FLOAT_DTYPES)
-        hidden_states, gate_up_proj, down_proj = (t.to(dtype) for t in (hidden_states, gate_up_proj, down_proj))
+        hidden_states = hidden_states.to(dtype)
+        gate_up_proj, down_proj = gate_up_proj.to(dtype=dtype), down_proj.to(dtype=dtype)
         biases = tuple(None if bias is None else bias.to(dtype) for bias in biases)  # type: ignore[assignment]
     checks.number("swiglu_alpha", swiglu_alpha)
     checks.number("swiglu_limit", swiglu_limit)
-    tensors = (hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *biases)
     if callable(activation):
-        y = _composed_experts(*tensors, activation, transposed)
+        y = _composed_experts(
+            hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, *biases, activation, transposed
+        )
     else:
+        (up, up_scales, up_format), (down, down_scales, down_format) = operands(gate_up_proj), operands(down_proj)
+        tensors = (hidden_states, top_k_index, top_k_weights, up, down, *biases)
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        options = (activation, gated, interleaved, swiglu_alpha, swiglu_limit, transposed, save)
-        y, _, _ = _differentiable_experts(*tensors, *options)
+        options = (activation, gated, interleaved, swiglu_alpha, swiglu_limit, transposed, up_format, down_format, save)
+        y, _, _ = _differentiable_experts(*tensors, up_scales, down_scales, *options)
     return y if y.dtype == out_dtype else y.to(out_dtype)

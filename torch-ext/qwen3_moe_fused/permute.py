@@ -15,41 +15,41 @@ from .backend import backend_for
 from .routing import Routing
 
 
-def _route(top_k_index: Tensor, num_experts: int, dtype: torch.dtype, zeroed: bool = False) -> Tensor:
+def _route(top_k_index: Tensor, num_experts: int, dtype: torch.dtype, packed: bool, zeroed: bool = False) -> Tensor:
     """The routing buffer of (T, top_k) expert ids."""
     num_rows = top_k_index.numel()
     buffer = Routing.new_buffer(top_k_index, num_rows, num_experts, zeroed=zeroed)
-    routing = Routing.from_buffer(buffer, num_rows, num_experts, top_k_index.shape[-1])
+    routing = Routing.from_buffer(buffer, num_rows, num_experts, top_k_index.shape[-1], packed=packed)
     backend_for(top_k_index, dtype).route(top_k_index, routing, dtype)
     return buffer
 
 
 @torch.library.custom_op(add_op_namespace_prefix("route"), mutates_args=())
-def route_op(top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
-    return _route(top_k_index, num_experts, dtype, zeroed=True)
+def route_op(top_k_index: Tensor, num_experts: int, dtype: torch.dtype, packed: bool) -> Tensor:
+    return _route(top_k_index, num_experts, dtype, packed, zeroed=True)
 
 
 @route_op.register_fake
-def _(top_k_index: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
+def _(top_k_index: Tensor, num_experts: int, dtype: torch.dtype, packed: bool) -> Tensor:
     return top_k_index.new_empty(Routing.buffer_size(top_k_index.numel(), num_experts), dtype=torch.int32)
 
 
-def _route_sorted(m_sizes: Tensor, num_rows: int, dtype: torch.dtype, zeroed: bool = False) -> Tensor:
+def _route_sorted(m_sizes: Tensor, num_rows: int, dtype: torch.dtype, packed: bool, zeroed: bool = False) -> Tensor:
     """The routing buffer of rows sorted by expert, (E,) sizes."""
     num_experts = m_sizes.shape[0]
     buffer = Routing.new_buffer(m_sizes, num_rows, num_experts, sorted_rows=True, zeroed=zeroed)
-    routing = Routing.from_buffer(buffer, num_rows, num_experts, 1, sorted_rows=True)
+    routing = Routing.from_buffer(buffer, num_rows, num_experts, 1, sorted_rows=True, packed=packed)
     backend_for(m_sizes, dtype).route_sorted(m_sizes, num_rows, routing, dtype)
     return buffer
 
 
 @torch.library.custom_op(add_op_namespace_prefix("route_sorted"), mutates_args=())
-def route_sorted_op(m_sizes: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
-    return _route_sorted(m_sizes, num_rows, dtype, zeroed=True)
+def route_sorted_op(m_sizes: Tensor, num_rows: int, dtype: torch.dtype, packed: bool) -> Tensor:
+    return _route_sorted(m_sizes, num_rows, dtype, packed, zeroed=True)
 
 
 @route_sorted_op.register_fake
-def _(m_sizes: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
+def _(m_sizes: Tensor, num_rows: int, dtype: torch.dtype, packed: bool) -> Tensor:
     return m_sizes.new_empty(Routing.buffer_size(num_rows, m_sizes.shape[0], sorted_rows=True), dtype=torch.int32)
 
 
@@ -57,13 +57,14 @@ routing_buffer = eager(route_op, _route)
 route_sorted = eager(route_sorted_op, _route_sorted)
 
 
-def route(top_k_index: Tensor, num_experts: int, dtype: torch.dtype = torch.bfloat16) -> Routing:
+def route(top_k_index: Tensor, num_experts: int, dtype: torch.dtype = torch.bfloat16, packed: bool = False) -> Routing:
     """Sorts the slots of ``top_k_index`` by expert, stably and without a host synchronisation.
 
     Args:
         top_k_index: (T, top_k) integer expert ids; ids outside [0, num_experts) belong to no expert.
         num_experts: E.
-        dtype: of the grouped GEMMs that will use it; the height of the row tiles depends on it.
+        dtype, packed: of the grouped GEMMs that will use it, and whether their weights are packed; the height of the row
+            tiles depends on them.
 
     Returns:
         The ``Routing`` of the T·top_k slots.
@@ -74,8 +75,8 @@ def route(top_k_index: Tensor, num_experts: int, dtype: torch.dtype = torch.bflo
     checks.tensor("top_k_index", top_k_index, ("T", "top_k"))
     checks.dtype("top_k_index", top_k_index, checks.INDEX_DTYPES)
     checks.expert_ids(top_k_index, num_experts)
-    buffer = routing_buffer(top_k_index, num_experts, dtype)
-    return Routing.from_buffer(buffer, top_k_index.numel(), num_experts, top_k_index.shape[-1])
+    buffer = routing_buffer(top_k_index, num_experts, dtype, packed)
+    return Routing.from_buffer(buffer, top_k_index.numel(), num_experts, top_k_index.shape[-1], packed=packed)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("dispatch"), mutates_args=())

@@ -130,18 +130,27 @@ class Plan:
         kernel: its parameters are the arguments of a call, then the constants.
         constants: values of the kernel's ``tl.constexpr`` parameters, by name.
         num_warps, num_stages: of Triton.
+        fp_fusion: additions may take products unrounded.
     """
 
-    __slots__ = ("_compiled", "constants", "kernel", "num_stages", "num_warps")
+    __slots__ = ("_compiled", "constants", "kernel", "options")
 
-    def __init__(self, kernel: JITFunction, constants: dict[str, Any], num_warps: int = 4, num_stages: int = 3) -> None:
+    def __init__(
+        self,
+        kernel: JITFunction,
+        constants: dict[str, Any],
+        num_warps: int = 4,
+        num_stages: int = 3,
+        fp_fusion: bool = True,
+    ) -> None:
         names = kernel.arg_names[-len(constants) :]
         if set(constants) != set(names):
             raise AssertionError(f"{kernel} takes the constants {names}, not {list(constants)}")
         self.kernel = kernel
         self.constants = tuple(constants[name] for name in names)
-        self.num_warps = num_warps
-        self.num_stages = num_stages
+        self.options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
+        if not fp_fusion:
+            self.options["enable_fp_fusion"] = False
         self._compiled: dict[tuple[Any, ...], _Compiled] = {}
 
     def __call__(self, device: int, grid: tuple[int, int, int], *args: Any) -> None:
@@ -161,9 +170,8 @@ class Plan:
         compiled = self._compiled.get(tuple(key))
         if compiled is None or pointers & 15 or _front_door():
             # What it compiled for aligned pointers is kept. The interpreter compiles nothing.
-            options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
             checked = [arg.checked() if isinstance(arg, Descriptor) else arg for arg in args]
-            kernel = self.kernel[grid](*checked, *self.constants, **options)
+            kernel = self.kernel[grid](*checked, *self.constants, **self.options)
             if pointers & 15 == 0 and kernel is not None:
                 self._compiled[tuple(key)] = _Compiled(kernel)
             return

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -86,6 +86,8 @@ class Format4bit:
     double_quant: bool = True
     projections: int = 1
     dtype: torch.dtype = torch.bfloat16
+    # All of it as a string, which is how operators take it.
+    spec: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         shape: tuple[int, ...] = tuple(self.shape)  # of a torch.Size, or a list of JSON
@@ -106,6 +108,10 @@ class Format4bit:
                 f"an expert's {out_features // self.projections} x {in_features} weights must be a multiple of the "
                 f"blocksize {self.blocksize}"
             )
+        dtype = str(self.dtype).removeprefix("torch.")
+        scales = "double" if self.double_quant else "plain"
+        parts = (self.quant_type, self.blocksize, scales, self.projections, dtype, *shape)
+        object.__setattr__(self, "spec", " ".join(map(str, parts)))
 
     @property
     def blocks(self) -> int:
@@ -183,7 +189,7 @@ class Piece:
             wanted["nested_absmax"] = (torch.float32, math.ceil(blocks / NESTED_BLOCKSIZE))
             wanted["nested_offset"] = (torch.float32, 1)
         flat: dict[str, Tensor] = {}
-        for part in (field.name for field in fields(self)):
+        for part in (own.name for own in fields(self)):
             value, label = getattr(self, part), f"{name}.{part}"
             if not _wanted(label, value, part in wanted, double_quant):
                 continue
@@ -265,6 +271,24 @@ class Packed4bitWeights:
     @property
     def nbytes(self) -> int:
         return sum(value.nbytes for value in self.tensors().values())
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    def requires_grad_(self, requires_grad: bool = True) -> Packed4bitWeights:
+        """These weights, which are frozen.
+
+        Raises:
+            TypeError: a gradient is asked for.
+        """
+        if requires_grad:
+            raise TypeError("packed 4-bit weights are frozen: train an adapter, or dequantize() them")
+        return self
+
+    def numel(self) -> int:
+        """Number of weights."""
+        return math.prod(self.format.shape)
 
     def tensors(self) -> dict[str, Tensor]:
         """The storage by attribute name."""

@@ -18,6 +18,7 @@ from .activations import Gate, apply_gate, apply_gate_backward
 if TYPE_CHECKING:
     from .quantization import Packed4bitWeights
     from .routing import Routing
+    from .weights import Stack
 
 
 def _experts(routing: Routing) -> Iterator[tuple[int, slice]]:
@@ -26,6 +27,15 @@ def _experts(routing: Routing) -> Iterator[tuple[int, slice]]:
     for expert in range(len(offsets) - 1):
         if offsets[expert] < offsets[expert + 1]:
             yield expert, slice(offsets[expert], offsets[expert + 1])
+
+
+def _matrix(stack: Stack, expert: int, dtype: torch.dtype) -> Tensor:
+    """(N, K) weights of ``expert``."""
+    if isinstance(stack, Tensor):
+        return stack[expert]
+    matrix = torch.empty((1, *stack.weights.shape[1:]), dtype=dtype, device=stack.weights.device)
+    dequantize(stack.weights, expert, 1, matrix)
+    return matrix[0].mT if stack.transposed else matrix[0]
 
 
 def _slots(routing: Routing) -> Tensor:
@@ -70,7 +80,7 @@ def route_sorted(m_sizes: Tensor, num_rows: int, routing: Routing, dtype: torch.
 
 
 def grouped_gemm(
-    a: Tensor, weight: Tensor, routing: Routing, num_rows: int, bias: Tensor | None, gather: bool, fill: float
+    a: Tensor, weight: Stack, routing: Routing, num_rows: int, bias: Tensor | None, gather: bool, fill: float
 ) -> Tensor:
     """out[row] = a[row or token of row] · weight[expert of row]ᵀ + bias[expert of row].
 
@@ -87,14 +97,14 @@ def grouped_gemm(
         a = _gather(a, routing)
     out = a.new_full((num_rows, weight.shape[1]), fill)
     for expert, rows in _experts(routing):
-        torch.mm(a[rows], weight[expert].mT, out=out[rows])
+        torch.mm(a[rows], _matrix(weight, expert, a.dtype).mT, out=out[rows])
         if bias is not None:
             out[rows] += bias[expert]
     return out
 
 
 def grouped_up(
-    x: Tensor, weight: Tensor, routing: Routing, num_rows: int, bias: Tensor | None, gate: Gate, save_gate_up: bool
+    x: Tensor, weight: Stack, routing: Routing, num_rows: int, bias: Tensor | None, gate: Gate, save_gate_up: bool
 ) -> tuple[Tensor, Tensor | None]:
     """h = gate(x[token of row] · weight[expert]ᵀ + bias[expert]).
 
@@ -150,7 +160,7 @@ def combine_backward(
 
 def down_backward(
     grad_y: Tensor,
-    weight: Tensor,
+    weight: Stack,
     bias: Tensor | None,
     gate_up: Tensor,
     routing: Routing,
@@ -244,6 +254,6 @@ def dequantize(weights: Packed4bitWeights, first: int, count: int, out: Tensor) 
         out[expert].view(blocks.shape).copy_(blocks.mul_(own.block_absmax().view(-1, 1)))
 
 
-def use_decode(num_tokens: int, top_k: int, down: Tensor) -> bool:
+def use_decode(num_tokens: int, top_k: int, up: Stack, down: Stack) -> bool:
     """Whether ``decode`` beats sorting; never here."""
     return False

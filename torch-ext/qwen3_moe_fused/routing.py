@@ -35,6 +35,7 @@ class Routing(NamedTuple):
         tile_expert: (max_tiles,) int32; expert of each row tile, E for a tile of rows of no expert, -1 for an unused tile.
         tile_row: (max_tiles,) int32; first row of each row tile.
         top_k: slots per token.
+        packed: the tiles are as high as grouped GEMMs over packed weights want them, not dense ones.
     """
 
     offsets: Tensor
@@ -43,6 +44,7 @@ class Routing(NamedTuple):
     tile_expert: Tensor
     tile_row: Tensor
     top_k: int
+    packed: bool = False
 
     @property
     def num_experts(self) -> int:
@@ -70,10 +72,16 @@ class Routing(NamedTuple):
 
     @classmethod
     def from_buffer(
-        cls, buffer: Tensor, num_rows: int, num_experts: int, top_k: int, sorted_rows: bool = False
+        cls,
+        buffer: Tensor,
+        num_rows: int,
+        num_experts: int,
+        top_k: int,
+        sorted_rows: bool = False,
+        packed: bool = False,
     ) -> Routing:
         """Views into ``buffer`` (``buffer_size`` int32)."""
         offsets, _, row_to_slot, _, slot_to_row, _, tile_expert, _, tile_row, _ = buffer.split(
             cls._sizes(num_rows, num_experts, sorted_rows)
         )
-        return cls(offsets, row_to_slot, slot_to_row, tile_expert, tile_row, top_k)
+        return cls(offsets, row_to_slot, slot_to_row, tile_expert, tile_row, top_k, packed)

@@ -39,11 +39,12 @@ def write_tiles(
     tile_row_ptr,
     starts,  # (EXPERTS,) first row of each expert
     counts,  # (EXPERTS,)
+    unowned,  # first row of no expert
     num_rows,
     max_tiles,
     program,
     num_programs,
-    NUM_EXPERTS: tl.constexpr,
+    num_experts,
     BLOCK_M: tl.constexpr,
     SUB_T: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -58,8 +59,8 @@ def write_tiles(
     used = tl.sum(tiles, axis=0)
     for t in range(used + program * SUB_T, max_tiles, num_programs * SUB_T):
         tile = t + tl.arange(0, SUB_T)
-        row = tl.sum(counts, axis=0) + (tile - used) * BLOCK_M
-        tl.store(tile_expert_ptr + tile, tl.where(row < num_rows, NUM_EXPERTS, -1), mask=tile < max_tiles)
+        row = unowned + (tile - used) * BLOCK_M
+        tl.store(tile_expert_ptr + tile, tl.where(row < num_rows, num_experts, -1), mask=tile < max_tiles)
         tl.store(tile_row_ptr + tile, row, mask=tile < max_tiles)
 
 
@@ -105,8 +106,8 @@ def route_kernel(
         tl.store(offsets_ptr + experts, starts, mask=experts < NUM_EXPERTS)
         tl.store(offsets_ptr + NUM_EXPERTS, tl.sum(counts, axis=0))
     write_tiles(
-        tile_expert_ptr, tile_row_ptr, starts, counts, num_slots, max_tiles, block, num_blocks, NUM_EXPERTS, BLOCK_M,
-        SUB_T, EXPERTS,
+        tile_expert_ptr, tile_row_ptr, starts, counts, tl.sum(counts, axis=0), num_slots, max_tiles, block, num_blocks,
+        NUM_EXPERTS, BLOCK_M, SUB_T, EXPERTS,
     )  # fmt: skip
     next_row = starts + before
     order = tl.arange(0, SUB_S)
@@ -144,6 +145,39 @@ def route_sorted_kernel(
         tl.store(offsets_ptr + experts, starts, mask=experts < NUM_EXPERTS)
         tl.store(offsets_ptr + NUM_EXPERTS, tl.sum(counts, axis=0))
     write_tiles(
-        tile_expert_ptr, tile_row_ptr, starts, counts, num_rows, max_tiles, tl.program_id(0), tl.num_programs(0),
-        NUM_EXPERTS, BLOCK_M, SUB_T, EXPERTS,
+        tile_expert_ptr, tile_row_ptr, starts, counts, tl.sum(counts, axis=0), num_rows, max_tiles, tl.program_id(0),
+        tl.num_programs(0), NUM_EXPERTS, BLOCK_M, SUB_T, EXPERTS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_rows", "max_tiles"])
+def split_kernel(
+    offsets_ptr,  # (E+1,)
+    parts_ptr,  # (parts, STRIDE) int32 out: offsets, tile_expert and tile_row of each part
+    num_rows,
+    max_tiles,  # of a part
+    NUM_EXPERTS: tl.constexpr,
+    COUNT: tl.constexpr,  # experts of a part, but the last
+    STRIDE: tl.constexpr,
+    TILE_EXPERT: tl.constexpr,  # places in a part
+    TILE_ROW: tl.constexpr,
+    EXPERTS: tl.constexpr,  # next power of two of COUNT
+    BLOCK_M: tl.constexpr,
+    SUB_T: tl.constexpr,
+):
+    """The routing of COUNT experts at a time; the last part has the rows of no expert. Grid: (blocks, parts)."""
+    first = tl.program_id(1) * COUNT
+    count = tl.minimum(NUM_EXPERTS - first, COUNT)
+    parts_ptr += tl.program_id(1) * STRIDE
+    experts = tl.arange(0, EXPERTS)
+    starts = tl.load(offsets_ptr + first + experts, mask=experts < count, other=0)
+    ends = tl.load(offsets_ptr + first + experts + 1, mask=experts < count, other=0)
+    end = tl.load(offsets_ptr + first + count)
+    if tl.program_id(0) == 0:
+        tl.store(parts_ptr + experts, starts, mask=experts < count)
+        tl.store(parts_ptr + count, end)
+    unowned = tl.where(first + count == NUM_EXPERTS, end, num_rows)
+    write_tiles(
+        parts_ptr + TILE_EXPERT, parts_ptr + TILE_ROW, starts, ends - starts, unowned, num_rows, max_tiles,
+        tl.program_id(0), tl.num_programs(0), count, BLOCK_M, SUB_T, EXPERTS,
     )  # fmt: skip

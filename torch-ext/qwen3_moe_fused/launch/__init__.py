@@ -4,11 +4,11 @@ Each stage is one launch (routing two for many slots). Nothing waits for the dev
 What depends on the layer alone, not on the number of tokens, is worked out once and cached as a ``plan.Plan``.
 """
 
-from ..reference import dequantize
 from .decode import decode, use_decode
 from .down_backward import down_backward
 from .gemm import grouped_gemm, grouped_up
 from .gram import grouped_gram, grouped_row_sum
+from .packed import dequantize
 from .permute import combine, combine_backward, dispatch
 from .routing import route, route_sorted
 

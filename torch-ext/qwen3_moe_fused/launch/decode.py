@@ -1,4 +1,4 @@
-"""Launches of ``kernels.decode``: the expert MLP of a few slots."""
+"""Launches of ``kernels.decode`` and ``kernels.packed_decode``: the expert MLP of a few slots."""
 
 from __future__ import annotations
 
@@ -8,18 +8,25 @@ from torch import Tensor
 
 from ..activations import Gate
 from ..kernels import decode as decode_kernels
+from ..kernels import packed_decode as packed_kernels
 from ..plan import Plan
+from ..quantization import Format4bit
+from ..weights import PackedStack, Stack
 from .operands import cdiv, device_index, gate_constants, on_device, power_of_2, stride_constants
+from .packed import storage_constants, storage_operands
 
 # Slots up to which ``decode`` serves a call without gradients.
 DECODE_SLOTS = 64
 # Output features a program of the decode kernels.
 DECODE_BLOCK_N = 8
+PACKED_DECODE_BLOCK_N = 4
 
 
-def use_decode(num_tokens: int, top_k: int, down: Tensor) -> bool:
+def use_decode(num_tokens: int, top_k: int, up: Stack, down: Stack) -> bool:
     """``reference.use_decode``: with few slots sorting costs more launches than sharing weights saves bytes."""
-    return 0 < num_tokens * top_k <= DECODE_SLOTS and down.numel() > 0
+    packed = [stack for stack in (up, down) if isinstance(stack, PackedStack)]
+    readable = all(not stack.transposed and stack.shape[2] % 64 == 0 for stack in packed)
+    return 0 < num_tokens * top_k <= DECODE_SLOTS and down.numel() > 0 and readable and len(packed) != 1
 
 
 @functools.cache
@@ -57,13 +64,44 @@ def _decode_plans(
     return Plan(decode_kernels.decode_up_kernel, up), Plan(decode_kernels.decode_down_kernel, down)
 
 
+@functools.cache
+def _packed_plans(
+    up_format: Format4bit, down_format: Format4bit, top_k: int, gate: Gate, up_bias: bool, down_bias: bool
+) -> tuple[Plan, Plan]:
+    num_experts, hidden, intermediate = down_format.shape
+    up = {
+        "NUM_EXPERTS": num_experts,
+        "H": hidden,
+        **gate_constants(gate, intermediate),
+        "TOP_K": top_k,
+        "HAS_BIAS": up_bias,
+        **storage_constants(up_format),
+        "BLOCK_N": PACKED_DECODE_BLOCK_N,
+        "BLOCK_K": min(512, power_of_2(hidden)),
+    }
+    down = {
+        "NUM_EXPERTS": num_experts,
+        "H": hidden,
+        "I": intermediate,
+        "TOP_K": top_k,
+        "HAS_BIAS": down_bias,
+        **storage_constants(down_format),
+        "BLOCK_N": PACKED_DECODE_BLOCK_N,
+        "BLOCK_K": min(256, power_of_2(intermediate)),
+    }
+    return (
+        Plan(packed_kernels.packed_decode_up_kernel, up, num_warps=1, fp_fusion=False),
+        Plan(packed_kernels.packed_decode_down_kernel, down, num_warps=1, fp_fusion=False),
+    )
+
+
 @on_device
 def decode(
     x: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    up: Tensor,
-    down: Tensor,
+    up: Stack,
+    down: Stack,
     up_bias: Tensor | None,
     down_bias: Tensor | None,
     gate: Gate,
@@ -72,7 +110,8 @@ def decode(
 
     Args:
         x: (T, H). top_k_index, top_k_weights: (T, top_k).
-        up: (E, 2·I or I, H), up_bias: (E, 2·I or I) or None. down: (E, H, I), down_bias: (E, H) or None.
+        up, down: (E, 2·I or I, H) and (E, H, I), both dense or both packed.
+        up_bias, down_bias: (E, 2·I or I) and (E, H), or None.
 
     Returns:
         (T, H) in the dtype of x.
@@ -82,25 +121,33 @@ def decode(
     x, ids, device = x.contiguous(), top_k_index.contiguous(), device_index(x)
     h = x.new_empty((num_tokens * top_k, intermediate))
     y = x.new_empty((num_tokens, hidden))
-    up_plan, down_plan = _decode_plans(
-        up.shape, up.stride(), down.stride(), top_k, gate, up_bias is not None, down_bias is not None
-    )
+    biases = (up_bias is not None, down_bias is not None)
+    if isinstance(up, PackedStack) and isinstance(down, PackedStack):
+        block_n = PACKED_DECODE_BLOCK_N
+        up_plan, down_plan = _packed_plans(up.weights.format, down.weights.format, top_k, gate, *biases)
+        up_operands, down_operands = storage_operands(up.weights), storage_operands(down.weights)
+    elif isinstance(up, Tensor) and isinstance(down, Tensor):
+        block_n = DECODE_BLOCK_N
+        up_plan, down_plan = _decode_plans(up.shape, up.stride(), down.stride(), top_k, gate, *biases)
+        up_operands, down_operands = (up,), (down,)
+    else:
+        raise AssertionError("use_decode refuses a packed stack beside a dense one")
     up_plan(
         device,
-        (num_tokens * top_k, cdiv(intermediate, DECODE_BLOCK_N), 1),
+        (num_tokens * top_k, cdiv(intermediate, block_n), 1),
         x,
         ids,
-        up,
+        *up_operands,
         h if up_bias is None else up_bias.contiguous(),
         h,
     )
     down_plan(
         device,
-        (num_tokens, cdiv(hidden, DECODE_BLOCK_N), 1),
+        (num_tokens, cdiv(hidden, block_n), 1),
         h,
         ids,
         top_k_weights.contiguous(),
-        down,
+        *down_operands,
         y if down_bias is None else down_bias.contiguous(),
         y,
     )

@@ -23,10 +23,12 @@ from .operands import (
     tile_constants,
     weight_operand,
 )
+from .packed import dense_parts
 
 if TYPE_CHECKING:
     from ..routing import Routing
     from ..tuning import LaunchConfig
+    from ..weights import Stack
 
 
 @functools.cache
@@ -81,7 +83,7 @@ def _sum_parts_plan(num_parts: int) -> tuple[Plan, int]:
 @on_device
 def down_backward(
     grad_y: Tensor,
-    weight: Tensor,
+    weight: Stack,
     bias: Tensor | None,
     gate_up: Tensor,
     routing: Routing,
@@ -97,39 +99,40 @@ def down_backward(
     if gate_up.numel() == 0:
         return grad_gate_up, weighted_h, torch.zeros_like(top_k_weights)
     grad_y = grad_y.contiguous()
-    config = config_of("down_backward", num_rows, num_experts, grad_y)
+    config = config_of("down_backward", num_rows, routing, grad_y)
     n_tiles = cdiv(intermediate, config.block_n)
     num_parts = n_tiles + (bias is not None)
     tiles = max_tiles(num_rows, num_experts, config.block_m)
-    stack = weight.mT
-    w_operand, weights = weight_operand(stack, config)
-    plan = _down_backward_plan(
-        config,
-        stack.shape,
-        stack.stride(),
-        routing.top_k,
-        gate,
-        num_parts,
-        need_weighted_h,
-        weights,
-        precision(grad_y.dtype),
-    )
+    top_k_weights = top_k_weights.contiguous()
     parts = torch.empty((num_rows, num_parts), dtype=torch.float32, device=grad_y.device)
-    plan(
-        device_index(grad_y),
-        (tiles * n_tiles, 1, 1),
-        grad_y,
-        w_operand,
-        gate_up,
-        top_k_weights.contiguous(),
-        grad_gate_up,
-        grad_gate_up if weighted_h is None else weighted_h,
-        parts,
-        routing.offsets,
-        routing.row_to_slot,
-        routing.tile_expert,
-        routing.tile_row,
-    )
+    for stack, view, _ in dense_parts(weight.mT, routing, num_rows, grad_y.dtype, config.block_m):
+        w_operand, weights = weight_operand(stack, config)
+        plan = _down_backward_plan(
+            config,
+            stack.shape,
+            stack.stride(),
+            routing.top_k,
+            gate,
+            num_parts,
+            need_weighted_h,
+            weights,
+            precision(grad_y.dtype),
+        )
+        plan(
+            device_index(grad_y),
+            (max_tiles(num_rows, view.num_experts, config.block_m) * n_tiles, 1, 1),
+            grad_y,
+            w_operand,
+            gate_up,
+            top_k_weights,
+            grad_gate_up,
+            grad_gate_up if weighted_h is None else weighted_h,
+            parts,
+            view.offsets,
+            view.row_to_slot,
+            view.tile_expert,
+            view.tile_row,
+        )
     if bias is not None:
         _bias_dots_plan(num_experts, hidden, routing.top_k, num_parts, config.block_m)(
             device_index(grad_y),

@@ -1,4 +1,7 @@
-"""Launches of ``kernels.grouped_gemm``: the up projection with its gate, and the plain grouped GEMM."""
+"""Launches of ``kernels.grouped_gemm``: the up projection with its gate, and the plain grouped GEMM.
+
+Over packed weights too, where ``packed`` says so: they then come dense, a part of the experts at a time.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from ..activations import Gate
 from ..kernels.grouped_gemm import grouped_gemm_kernel, grouped_up_kernel
 from ..plan import Plan
 from ..routing import max_tiles
+from ..weights import PackedStack
+from . import packed
 from .operands import (
     cdiv,
     config_of,
@@ -28,6 +33,7 @@ from .operands import (
 if TYPE_CHECKING:
     from ..routing import Routing
     from ..tuning import LaunchConfig
+    from ..weights import Stack
 
 
 @functools.cache
@@ -62,46 +68,50 @@ def _gemm_plan(
 
 @on_device
 def grouped_gemm(
-    a: Tensor, weight: Tensor, routing: Routing, num_rows: int, bias: Tensor | None, gather: bool, fill: float
+    a: Tensor, weight: Stack, routing: Routing, num_rows: int, bias: Tensor | None, gather: bool, fill: float
 ) -> Tensor:
     """``reference.grouped_gemm``."""
-    num_experts, n, k = weight.shape
+    _, n, k = weight.shape
     out = a.new_empty((num_rows, n))
     if out.numel() == 0:
         return out
     a = a.contiguous()
-    config = config_of("gemm" if k > tuning.SHORT_K else "gemm_short", num_rows, num_experts, a)
+    if isinstance(weight, PackedStack) and packed.decodes(weight, num_rows, a):
+        packed.gemm(a, weight, routing, bias, gather, fill, out)
+        return out
+    config = config_of("gemm" if k > tuning.SHORT_K else "gemm_short", num_rows, routing, a)
     a_operand, a_descriptor = (a, False) if gather else rows_operand(a, config, (config.block_m, config.block_k))
     a_half = a_operand
     if a_descriptor and config.half_tiles:
         a_half, _ = rows_operand(a, config, (config.block_m // 2, config.block_k))
-    w_operand, weights = weight_operand(weight, config)
-    plan = _gemm_plan(
-        config,
-        weight.shape,
-        weight.stride(),
-        routing.top_k,
-        gather,
-        bias is not None,
-        a_descriptor,
-        weights,
-        precision(a.dtype),
-    )
-    plan(
-        device_index(a),
-        (max_tiles(num_rows, num_experts, config.block_m) * cdiv(n, config.block_n), 1, 1),
-        a_operand,
-        a_half,
-        w_operand,
-        out if bias is None else bias.contiguous(),
-        out,
-        routing.offsets,
-        routing.row_to_slot,
-        routing.tile_expert,
-        routing.tile_row,
-        num_rows,
-        fill,
-    )
+    for stack, view, experts in packed.dense_parts(weight, routing, num_rows, a.dtype, config.block_m):
+        w_operand, weights = weight_operand(stack, config)
+        plan = _gemm_plan(
+            config,
+            stack.shape,
+            stack.stride(),
+            routing.top_k,
+            gather,
+            bias is not None,
+            a_descriptor,
+            weights,
+            precision(a.dtype),
+        )
+        plan(
+            device_index(a),
+            (max_tiles(num_rows, view.num_experts, config.block_m) * cdiv(n, config.block_n), 1, 1),
+            a_operand,
+            a_half,
+            w_operand,
+            out if bias is None else bias[experts].contiguous(),
+            out,
+            view.offsets,
+            view.row_to_slot,
+            view.tile_expert,
+            view.tile_row,
+            num_rows,
+            fill,
+        )
     return out
 
 
@@ -137,41 +147,45 @@ def _up_plan(
 
 @on_device
 def grouped_up(
-    x: Tensor, weight: Tensor, routing: Routing, num_rows: int, bias: Tensor | None, gate: Gate, save_gate_up: bool
+    x: Tensor, weight: Stack, routing: Routing, num_rows: int, bias: Tensor | None, gate: Gate, save_gate_up: bool
 ) -> tuple[Tensor, Tensor | None]:
     """``reference.grouped_up``."""
-    num_experts, columns, _ = weight.shape
+    _, columns, _ = weight.shape
     intermediate = gate.intermediate(columns)
     h = x.new_empty((num_rows, intermediate))
     gate_up = x.new_empty((num_rows, columns)) if save_gate_up else None
     if h.numel() == 0:
         return h, gate_up
     x = x.contiguous()
-    config = config_of("up", num_rows, num_experts, x)
-    w_operand, weights = (weight, "pointer") if gate.interleaved else weight_operand(weight, config)
-    plan = _up_plan(
-        config,
-        weight.shape,
-        weight.stride(),
-        routing.top_k,
-        gate,
-        bias is not None,
-        save_gate_up,
-        weights,
-        precision(x.dtype),
-    )
-    plan(
-        device_index(x),
-        (max_tiles(num_rows, num_experts, config.block_m) * cdiv(intermediate, config.block_n), 1, 1),
-        x,
-        w_operand,
-        h if bias is None else bias.contiguous(),
-        h,
-        h if gate_up is None else gate_up,
-        routing.offsets,
-        routing.row_to_slot,
-        routing.tile_expert,
-        routing.tile_row,
-        num_rows,
-    )
+    if isinstance(weight, PackedStack) and not weight.transposed and packed.decodes(weight, num_rows, x):
+        packed.up(x, weight, routing, bias, gate, h, gate_up)
+        return h, gate_up
+    config = config_of("up", num_rows, routing, x)
+    for stack, view, experts in packed.dense_parts(weight, routing, num_rows, x.dtype, config.block_m):
+        w_operand, weights = (stack, "pointer") if gate.interleaved else weight_operand(stack, config)
+        plan = _up_plan(
+            config,
+            stack.shape,
+            stack.stride(),
+            routing.top_k,
+            gate,
+            bias is not None,
+            save_gate_up,
+            weights,
+            precision(x.dtype),
+        )
+        plan(
+            device_index(x),
+            (max_tiles(num_rows, view.num_experts, config.block_m) * cdiv(intermediate, config.block_n), 1, 1),
+            x,
+            w_operand,
+            h if bias is None else bias[experts].contiguous(),
+            h,
+            h if gate_up is None else gate_up,
+            view.offsets,
+            view.row_to_slot,
+            view.tile_expert,
+            view.tile_row,
+            num_rows,
+        )
     return h, gate_up

@@ -61,7 +61,7 @@ def grouped_gram(a: Tensor, b: Tensor, routing: Routing, gather_a: bool, gather_
         return
     a, b = a.contiguous(), b.contiguous()
     num_rows = a.shape[0] * (routing.top_k if gather_a else 1)
-    config = config_of("gram", num_rows, num_experts, a)
+    config = config_of("gram", num_rows, routing, a)
     a_operand, a_descriptor = (a, False) if gather_a else rows_operand(a, config, (config.block_k, config.block_m))
     b_operand, b_descriptor = (b, False) if gather_b else rows_operand(b, config, (config.block_k, config.block_n))
     plan = _gram_plan(

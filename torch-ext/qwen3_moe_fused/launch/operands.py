@@ -14,6 +14,7 @@ from ..plan import Descriptor
 
 if TYPE_CHECKING:
     from ..activations import Gate
+    from ..routing import Routing
     from ..tuning import LaunchConfig
 
 _DEVICE_MODULES: dict[str, Any] = {"cuda": torch.cuda, "xpu": torch.xpu}
@@ -61,13 +62,14 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if setting == "tf32" else "ieee"
 
 
-def config_of(kernel: str, num_rows: int, num_experts: int, like: Tensor) -> LaunchConfig:
+def config_of(kernel: str, num_rows: int, routing: Routing, like: Tensor) -> LaunchConfig:
     target = tuning.target_of(like.device)
-    return tuning.launch_config(kernel, tuning.bucket(num_rows, num_experts), target, like.element_size())
+    block_m = tuning.bucket(num_rows, routing.num_experts, routing.packed)
+    return tuning.launch_config(kernel, block_m, target, like.element_size())
 
 
-def tile_height(num_rows: int, num_experts: int, dtype: torch.dtype) -> int:
-    return tuning.tile_height(tuning.bucket(num_rows, num_experts), dtype.itemsize)
+def tile_height(num_rows: int, routing: Routing, dtype: torch.dtype) -> int:
+    return tuning.tile_height(tuning.bucket(num_rows, routing.num_experts, routing.packed), dtype.itemsize)
 
 
 def weight_operand(stack: Tensor, config: LaunchConfig) -> tuple[Any, str]:

@@ -74,7 +74,7 @@ def route(top_k_index: Tensor, routing: Routing, dtype: torch.dtype) -> None:
         sub_blocks = min(max(1, ROUTING_TILE // experts), power_of_2(num_blocks))
         counts = ids.new_empty((num_blocks, experts), dtype=torch.int32)
         _count_plan(num_experts, block)(device, (num_blocks, 1, 1), ids, counts, num_slots)
-    block_m = tile_height(num_slots, num_experts, dtype)
+    block_m = tile_height(num_slots, routing, dtype)
     tiles = max_tiles(num_slots, num_experts, block_m)
     _route_plan(num_experts, block, sub_blocks, block_m, single)(
         device,
@@ -112,7 +112,7 @@ def route_sorted(m_sizes: Tensor, num_rows: int, routing: Routing, dtype: torch.
         routing.offsets.zero_()
         routing.tile_expert.fill_(-1)
         return
-    block_m = tile_height(num_rows, num_experts, dtype)
+    block_m = tile_height(num_rows, routing, dtype)
     tiles = max_tiles(num_rows, num_experts, block_m)
     num_blocks = cdiv(tiles, ROUTING_SUB_TILES)
     _route_sorted_plan(num_experts, block_m)(
