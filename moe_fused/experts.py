@@ -80,6 +80,11 @@ def gate_of(module: Experts, activation_of: Callable[[object], str | None]) -> G
     return Gate("swiglu_oai", True, interleaved, getattr(module, alpha), getattr(module, limit))
 
 
+def is_packed(module: Experts) -> bool:
+    """Whether ``module`` holds 4-bit weights."""
+    return any(getattr(module, f"{name}_format", None) is not None for name in _PROJECTIONS)
+
+
 def layout_refusal(module: Experts) -> str | None:
     """Why ``moe_experts`` cannot compute what ``module`` does, judged by everything but its weights; None if it can."""
     if getattr(module, "has_post_expert_norm", False):
@@ -142,7 +147,7 @@ def implementation(kernel: ModuleType) -> ExpertsForward:
     packed_weights, of_module = kernel.Packed4bitWeights, kernel.Packed4bitWeights.of_module
 
     def refused(self: Experts, reason: str) -> ExpertsForward:
-        if getattr(self, "down_proj_format", None) is not None:
+        if is_packed(self):
             raise NotImplementedError(f"{type(self).__name__} with 4-bit weights has no other implementation: {reason}")
         return _own_forward(self, reason)
 

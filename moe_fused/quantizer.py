@@ -26,7 +26,7 @@ from .checkpoints.converter import ExpertsConverter, Quantization
 from .checkpoints.fused import write_fused
 from .checkpoints.names import Names, Target
 from .checkpoints.quant_state import write_matrix
-from .experts import IMPLEMENTATION, Experts, layout_refusal
+from .experts import IMPLEMENTATION, Experts, is_packed, layout_refusal
 from .hub import get_kernel
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def projections_of(module: Experts) -> tuple[str, str]:
 def packed_modules(model: nn.Module) -> Iterator[tuple[str, Experts]]:
     """The experts modules that hold packed weights, with their names."""
     for name, module in model.named_modules():
-        if getattr(module, "down_proj_format", None) is not None:
+        if is_packed(module):
             yield name, module
 
 
@@ -98,6 +98,10 @@ def _holds_experts(module: nn.Module) -> bool:
         name in ("gate_up_proj", "up_proj", "down_proj") and parameter.dim() == 3
         for name, parameter in module.named_parameters(recurse=False)
     )
+
+
+def _warn_dense(what: str, reason: str) -> None:
+    warnings.warn(f"{what} stays dense with load_in_4bit=True: {reason}", stacklevel=3)
 
 
 class _DenseOnly(WeightConverter):
@@ -189,20 +193,23 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
         for path, module in model.named_modules():
             if not _holds_experts(module) or not should_convert_module(path, self.modules_to_not_convert):
                 continue
+            if reason := packing_refusal(module, _BLOCKSIZE):
+                refused[type(module).__name__] = reason
+                continue
             for pattern in self.quantization_config.llm_int8_skip_modules or ():
                 if pattern.startswith(f"{path}."):
                     raise ValueError(
                         f"llm_int8_skip_modules must name all experts of a layer, {path}, or none, got {pattern}"
                     )
-            if reason := packing_refusal(module, _BLOCKSIZE):
-                refused[type(module).__name__] = reason
-                continue
             targets += [
                 Target(f"{path}.{name}", tuple(getattr(module, name).shape), _parts(name))
                 for name in projections_of(module)
             ]
         for class_name, reason in refused.items():
-            warnings.warn(f"{class_name} stays dense with load_in_4bit=True: {reason}", stacklevel=2)
+            _warn_dense(class_name, reason)
+        storage = self.quantization_config.bnb_4bit_quant_storage
+        if targets and storage != torch.uint8:
+            warnings.warn(f"bnb_4bit_quant_storage={storage} is for linear layers, experts are uint8", stacklevel=2)
         return targets
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -227,19 +234,12 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
         )
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
-        targets = self.names.targets.values()
+        targets, experts = self._with_converters(weight_conversions)
+        self.names = Names(targets, experts, self.names.base_model_prefix)
         if not targets:
             return super().update_weight_conversions(weight_conversions, *args)
-        experts = [
-            conversion
-            for conversion in weight_conversions
-            if isinstance(conversion, WeightConverter)
-            and any(target.name.endswith(pattern) for pattern in conversion.target_patterns for target in targets)
-        ]
         others = [conversion for conversion in weight_conversions if conversion not in experts]
-        # The first to claim a tensor gets it: experts that stay dense are left to Transformers' own converters.
         config = self.quantization_config
-        self.names = Names(targets, experts, self.names.base_model_prefix)
         self.converter = ExpertsConverter(
             self.names,
             Quantization(
@@ -250,7 +250,25 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
                 config.bnb_4bit_compute_dtype,
             ),
         )
+        # The first to claim a tensor gets it: experts that stay dense are left to Transformers' own converters.
         return [self.converter, *experts, *super().update_weight_conversions(others, *args)]
+
+    def _with_converters(self, weight_conversions: list[Any]) -> tuple[list[Target], list[WeightConverter]]:
+        """The targets that can be loaded, and Transformers' own converters for them."""
+        targets, converters = list(self.names.targets.values()), []
+        for conversion in weight_conversions:
+            if not isinstance(conversion, WeightConverter):
+                continue
+            made = [target for target in targets if target.name.endswith(tuple(conversion.target_patterns))]
+            if made and len(conversion.target_patterns) > 1:
+                modules = {target.name.rpartition(".")[0] for target in made}
+                _warn_dense(
+                    ", ".join(sorted(modules)), "checkpoints hold its experts together with those of another module"
+                )
+                targets = [target for target in targets if target.name.rpartition(".")[0] not in modules]
+            elif made:
+                converters.append(conversion)
+        return targets, converters
 
     def get_weight_conversions(self) -> list[Any]:
         conversions = super().get_weight_conversions()
@@ -274,7 +292,12 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
             if name not in self.converter.loaded:
                 raise ValueError(f"{name} is missing from the checkpoint, in every layout that is known")
         packed = frozenset(name for name, _ in packed_modules(model))
-        for _, module in packed_modules(model):
+        for path, module in packed_modules(model):
+            for name in projections_of(module):
+                if getattr(module, f"{name}_format", None) is None:
+                    raise ValueError(
+                        f"{path}.{name} must be of 4-bit weights like the rest of its module, but is dense"
+                    )
             pin(module)
         self._keep_conversions(model, packed)
         return model

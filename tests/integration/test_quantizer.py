@@ -16,10 +16,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers.core_model_loading import ErnieFuseAndSplitTextVisionExperts, WeightConverter
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 import moe_fused
+from moe_fused.checkpoints.names import Names, Target
 from moe_fused.quantizer import PackedConfig, packed_modules
 
 from .four_bit import BY_ID, MIXTRAL, NEMOTRON_H, build, config, load, packed, same_state, through_4bit
@@ -386,6 +388,35 @@ def test_what_is_not_supported_stays_dense(case: ModelCase, options: Any, reason
     assert all(experts.down_proj.dtype == torch.bfloat16 for experts in experts_modules(model))
     model.save_pretrained(tmp_path / "saved")
     assert load(tmp_path / "saved", case).config.quantization_config.load_in_4bit
+
+
+def test_experts_that_checkpoints_hold_together_stay_dense() -> None:
+    """Of text and images, in Ernie 4.5-VL: no checkpoint is at hand, so this asks the quantizer alone."""
+    converter = WeightConverter(
+        ["experts.*.down_proj.weight"],
+        ["text.experts.down_proj", "images.experts.down_proj"],
+        [ErnieFuseAndSplitTextVisionExperts()],
+    )
+    quantizer = AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"](config(), pre_quantized=False)
+    targets = [Target(f"{block}.experts.down_proj", (6, 64, 32), 1) for block in ("text", "images", "other")]
+    quantizer.names = Names(targets)
+    with pytest.warns(
+        UserWarning, match=r"images\.experts, text\.experts stays dense .*: checkpoints hold its experts together"
+    ):
+        conversions = quantizer.update_weight_conversions([converter], torch.nn.Module())
+    assert list(quantizer.names.targets) == ["other.experts.down_proj"]
+    assert converter in conversions
+
+
+def test_storage_of_linear_layers_is_theirs(dense: Path) -> None:
+    with pytest.warns(
+        UserWarning, match=r"bnb_4bit_quant_storage=torch\.bfloat16 is for linear layers, experts are uint8"
+    ):
+        model = load(dense, quantization_config=config(bnb_4bit_quant_storage=torch.bfloat16))
+    assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
+    assert same_state(
+        copy.deepcopy(model.model.layers[0].mlp), load(dense, quantization_config=config()).model.layers[0].mlp
+    )
 
 
 def test_models_without_experts_and_8_bits_are_untouched(dense: Path, tmp_path: Path) -> None:

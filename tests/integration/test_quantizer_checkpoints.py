@@ -347,6 +347,13 @@ def test_broken_dense_checkpoints(change: Change, message: str, dense: Path, tmp
         load(tmp_path, quantization_config=config())
 
 
+@pytest.mark.parametrize("only", ["(gate|up|q|k|v|o)_proj|mlp.gate.", "(down|q|k|v|o)_proj"])
+def test_a_module_half_in_4_bits(only: str, dense: Path, tmp_path: Path) -> None:
+    v4_checkpoint(dense, tmp_path, only=only)
+    with pytest.raises(ValueError, match=r"_proj must be of 4-bit weights like the rest of its module, but is dense"):
+        load(tmp_path)
+
+
 def test_sharded_parameters_are_refused(dense: Path) -> None:
     model = load(dense, quantization_config=config(llm_int8_skip_modules=["experts"]))
     name = "model.layers.0.mlp.experts.down_proj"
