@@ -45,7 +45,7 @@ print(json.dumps({"growth": peak - before, "model": model.get_memory_footprint()
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_is_near_the_4_bit_size(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 512, "moe_intermediate_size": 256, "num_experts": 24, "num_hidden_layers": 8}
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 16, "num_hidden_layers": 12}
     dense = build(**sizes)
     dense.save_pretrained(tmp_path / "large")
     build().save_pretrained(tmp_path / "small")
@@ -57,4 +57,7 @@ def test_peak_is_near_the_4_bit_size(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     measured = json.loads(result.stdout)
     assert measured["model"] < 0.3 * dense_bytes
-    assert measured["growth"] < measured["model"] + layer, f"{measured}, dense {dense_bytes}, a layer {layer}"
+    # A layer for what is worked on, a layer for what the allocator keeps.
+    assert measured["growth"] < measured["model"] + 2 * layer < 0.5 * dense_bytes, (
+        f"{measured}, dense {dense_bytes}, a layer {layer}"
+    )
