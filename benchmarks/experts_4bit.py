@@ -7,8 +7,10 @@ All over one NF4 layer with double quantization, without gradients:
 
 - ``moe_fused``: the kernel's ``moe_experts`` on ``Packed4bitWeights``, as users call it.
 - ``composed``: bitsandbytes dequantizes both stacks, plain torch around ``torch._grouped_mm`` does the rest.
-- ``dequantize_first``: ``Packed4bitWeights.dequantize`` of both stacks, then ``moe_experts`` on the dense weights: what
-  decoding in the kernel must beat.
+- ``dequantize_first``: the same with decoding inside the products switched off, so that a part of the experts at a time is
+  decoded into the bounded workspace: what decoding inside must beat where it is chosen.
+- ``dequantize_whole``: ``Packed4bitWeights.dequantize`` of both stacks, then ``moe_experts`` on the dense weights: the plain
+  way, in four times the memory of the packed weights.
 - ``moe_fused_bf16``: ``moe_experts`` on the same weights, dequantized once and kept; what four times the memory buys.
 
 bitsandbytes quantizes a stack as a whole and we an expert at a time, so the two have other second-level scales, and
@@ -18,6 +20,7 @@ results that differ by less than the rounding of bf16 products does.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,11 +106,20 @@ def make_forwards(
         y: Tensor = kernel.moe_experts(x, index, weights, *packed)
         return y
 
+    tuning: Any = importlib.import_module(f"{kernel.__name__}.tuning")
+
     def dequantize_first(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        chosen, tuning.decodes_in_gemm = tuning.decodes_in_gemm, lambda *_: False
+        try:
+            return fused(x, index, weights)
+        finally:
+            tuning.decodes_in_gemm = chosen
+
+    def dequantize_whole(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         y: Tensor = kernel.moe_experts(x, index, weights, *(stack.dequantize() for stack in packed))
         return y
 
-    forwards = {OURS: fused, "dequantize_first": dequantize_first}
+    forwards = {OURS: fused, "dequantize_first": dequantize_first, "dequantize_whole": dequantize_whole}
     if "composed" in names:
         stacks = [BitsandbytesStack.quantize(weight) for weight in (gate_up, down)]
         forwards["composed"] = lambda *inputs: composed(*inputs, *stacks)
@@ -148,6 +160,7 @@ BENCHMARK = Benchmark(
         Implementation(OURS, QUANT_TYPE),
         Implementation("composed", QUANT_TYPE),
         Implementation("dequantize_first", QUANT_TYPE),
+        Implementation("dequantize_whole", QUANT_TYPE),
         Implementation("moe_fused_bf16", "bf16"),
     ),
     setup=setup,

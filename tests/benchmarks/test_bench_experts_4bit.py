@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from benchmarks.rows import read_rows
 from tests.support import load_kernel
 
 SMOKE = ("--device", "cpu", "--layer", "tiny", "--seconds", "0.001")
-NAMES = ["moe_fused", "composed", "dequantize_first", "moe_fused_bf16"]
+NAMES = ["moe_fused", "composed", "dequantize_first", "dequantize_whole", "moe_fused_bf16"]
 
 
 def run(*options: str):
@@ -28,33 +27,9 @@ def run(*options: str):
     return CliRunner().invoke(app, list(options))
 
 
-@dataclass
-class QuantizedByExpert:
-    """In the place of the kernel's Packed4bitWeights: bitsandbytes, a matrix at a time."""
-
-    nbytes = 0  # no field: tests set it
-    parts: list[list[BitsandbytesStack]]
-
-    @classmethod
-    def quantize(cls, weight, *, quant_type, blocksize, double_quant, projections):
-        assert (quant_type, blocksize, double_quant) == ("nf4", 64, True)
-        return cls([[BitsandbytesStack.quantize(part[None]) for part in own.chunk(projections)] for own in weight])
-
-    def dequantize(self):
-        return torch.stack([torch.cat([part.dequantize()[0] for part in own]) for own in self.parts])
-
-
 @pytest.fixture
-def kernel(kernel):
-    """A kernel that takes packed weights, in plain torch."""
-    dense = kernel.moe_experts
-
-    def moe_experts(*tensors):
-        return dense(*(t.dequantize() if isinstance(t, QuantizedByExpert) else t for t in tensors))
-
-    kernel.moe_experts = moe_experts
-    kernel.Packed4bitWeights = QuantizedByExpert
-    return kernel
+def kernel():
+    return load_kernel()
 
 
 def test_bitsandbytes_stack():
@@ -149,7 +124,7 @@ def test_floor_counts_what_is_stored(tmp_path, kernel, monkeypatch):
     """Half the bytes, half the floor, where bytes are what takes the time."""
     floors = []
     for nbytes in (10**6, 2 * 10**6):
-        monkeypatch.setattr(QuantizedByExpert, "nbytes", nbytes)
+        monkeypatch.setattr(kernel.Packed4bitWeights, "nbytes", nbytes)
         monkeypatch.setattr(harness, "measure_ceilings", lambda *_, **__: runner.Ceilings(1e9, 1e15))
         output = tmp_path / f"{nbytes}.json"
         assert run(*SMOKE, "--tokens", "64", "--output", str(output)).exit_code == 0

@@ -13,7 +13,7 @@ from ..plan import Plan
 from ..quantization import Format4bit
 from ..weights import PackedStack, Stack
 from .operands import cdiv, device_index, gate_constants, on_device, power_of_2, stride_constants
-from .packed import storage_constants, storage_operands
+from .packed import decodes, storage_constants, storage_operands
 
 # Slots up to which ``decode`` serves a call without gradients.
 DECODE_SLOTS = 64
@@ -24,9 +24,10 @@ PACKED_DECODE_BLOCK_N = 4
 
 def use_decode(num_tokens: int, top_k: int, up: Stack, down: Stack) -> bool:
     """``reference.use_decode``: with few slots sorting costs more launches than sharing weights saves bytes."""
+    num_slots = num_tokens * top_k
     packed = [stack for stack in (up, down) if isinstance(stack, PackedStack)]
-    readable = all(not stack.transposed and stack.shape[2] % 64 == 0 for stack in packed)
-    return 0 < num_tokens * top_k <= DECODE_SLOTS and down.numel() > 0 and readable and len(packed) != 1
+    readable = all(not stack.transposed and decodes(stack, num_slots, stack.weights.packed) for stack in packed)
+    return 0 < num_slots <= DECODE_SLOTS and down.numel() > 0 and readable and len(packed) != 1
 
 
 @functools.cache
