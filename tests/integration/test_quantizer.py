@@ -127,8 +127,11 @@ def test_computes_in_the_compute_dtype(dense: Path, calls: Any) -> None:
         assert hidden_states.dtype == up.dtype == down.dtype == torch.float16
 
 
-def test_gradients_reach_inputs_and_not_packed_weights(dense: Path) -> None:
+@pytest.mark.parametrize("recompute", [False, True], ids=["plain", "gradient checkpointing"])
+def test_gradients_reach_inputs_and_not_packed_weights(recompute: bool, dense: Path) -> None:
     model = load(dense, quantization_config=config(bnb_4bit_compute_dtype=torch.bfloat16)).train()
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     model.model.embed_tokens.weight.requires_grad_()
     model(tokens(), labels=tokens()).loss.backward()
     assert model.model.embed_tokens.weight.grad.abs().sum() > 0
