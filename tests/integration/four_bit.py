@@ -18,7 +18,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 import moe_fused
 from moe_fused.quantizer import packed_modules, projections_of
 
-from .models import MODELS, QWEN3_MOE, ModelCase
+from .conftest import DEVICE
+from .models import MODELS, QWEN3_MOE, ModelCase, tokens
 
 # Modules that import this one are skipped where these are missing.
 pytest.importorskip("accelerate")
@@ -62,6 +63,11 @@ def load(path: Path, case: ModelCase = QWEN3_MOE, **options: Any) -> PreTrainedM
     return model
 
 
+def logits(model: PreTrainedModel) -> Tensor:
+    values: Tensor = model(tokens(device=str(model.device))).logits
+    return values
+
+
 def packed(model: nn.Module) -> dict[str, Any]:
     """The packed weights of all experts by the name of their parameter."""
     of_module = moe_fused.get_kernel().Packed4bitWeights.of_module
@@ -78,7 +84,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _bytes(value: Tensor) -> Tensor:
-    return value.detach().contiguous().reshape(-1).view(torch.uint8)
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def same_state(a: nn.Module, b: nn.Module) -> bool:
@@ -93,23 +99,23 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
 
 
 def quantize(weight: Tensor, **options: Any) -> tuple[Tensor, Any]:
-    result: tuple[Tensor, Any] = bnb.quantize_4bit(
-        weight, **{"quant_type": "nf4", "compress_statistics": True, "blocksize": 64} | options
-    )
+    """On the device of the tests, for bitsandbytes' bits are not the same on all."""
+    options = {"quant_type": "nf4", "compress_statistics": True, "blocksize": 64} | options
+    result: tuple[Tensor, Any] = bnb.quantize_4bit(weight.detach().contiguous().to(DEVICE), **options)
     return result
 
 
 def through_4bit(weight: Tensor, **options: Any) -> Tensor:
     """What bitsandbytes makes of a matrix on the way into 4 bits and back."""
     result: Tensor = bnb.dequantize_4bit(*quantize(weight, **options))
-    return result
+    return result.cpu()
 
 
 def quantized_tensors(name: str, weight: Tensor, **options: Any) -> dict[str, Tensor]:
     """A matrix as bitsandbytes writes it into a checkpoint."""
     data, state = quantize(weight, **options)
-    parts = {f"{name}.{part}": value.clone() for part, value in state.as_dict(packed=True).items()}
-    return {name: data} | parts
+    parts = {f"{name}.{part}": value.cpu().clone() for part, value in state.as_dict(packed=True).items()}
+    return {name: data.cpu()} | parts
 
 
 def rewrite(

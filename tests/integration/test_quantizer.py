@@ -24,7 +24,20 @@ import moe_fused
 from moe_fused.checkpoints.names import Names, Target
 from moe_fused.quantizer import PackedConfig, packed_modules
 
-from .four_bit import BY_ID, MIXTRAL, NEMOTRON_H, build, config, load, packed, same_state, through_4bit
+from .conftest import DEVICE, Calls
+from .four_bit import (
+    BY_ID,
+    MIXTRAL,
+    NEMOTRON_H,
+    build,
+    config,
+    load,
+    logits,
+    packed,
+    same_bits,
+    same_state,
+    through_4bit,
+)
 from .models import QWEN3_MOE, ModelCase, experts_modules, tokens
 
 pytestmark = pytest.mark.usefixtures("enabled")
@@ -44,7 +57,7 @@ def dequantized_matrices(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Of all packed weights, in the dtype they had, by parameter, expert and projection."""
     result = {}
     for name, weights in packed(model).items():
-        stack = weights.dequantize(torch.bfloat16)
+        stack = weights.dequantize(torch.bfloat16).cpu()
         for expert, matrices in enumerate(stack):
             for projection, matrix in enumerate(matrices.chunk(weights.format.projections)):
                 result[f"{name} {expert} {projection}"] = matrix
@@ -90,12 +103,12 @@ def test_logits_equal_those_of_the_dequantized_model(dense: Path) -> None:
     """Attention stays dense, so that nothing but the experts can differ."""
     options = config(llm_int8_skip_modules=LINEAR, bnb_4bit_compute_dtype=torch.float32)
     model = load(dense, quantization_config=options, dtype=torch.float32)
-    reference = load(dense, dtype=torch.float32, experts_implementation="eager")
+    reference = load(dense, dtype=torch.float32, experts_implementation="eager", device_map=DEVICE)
     with torch.no_grad():
         for name, weights in packed(model).items():
             reference.get_parameter(name).copy_(weights.dequantize(torch.float32))
-        ours, theirs = model(tokens()).logits, reference(tokens()).logits
-        unquantized = load(dense, dtype=torch.float32)(tokens()).logits
+        ours, theirs = logits(model), logits(reference)
+        unquantized = logits(load(dense, dtype=torch.float32, device_map=DEVICE))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert (ours - unquantized).abs().max() > 1e-2  # or 4 bits would not show
 
@@ -104,24 +117,24 @@ def test_logits_equal_those_of_the_dequantized_model(dense: Path) -> None:
 def test_no_other_implementation_computes_packed_experts(implementation: str, dense: Path) -> None:
     model = load(dense, quantization_config=config(), experts_implementation=implementation)
     with torch.no_grad():
-        before = model(tokens()).logits
+        before = logits(model)
         model.set_experts_implementation("moe_fused")
-        ours = model(tokens()).logits
+        ours = logits(model)
         model.set_experts_implementation(implementation)
-        after = model(tokens()).logits
+        after = logits(model)
     assert torch.equal(before, ours)
     assert torch.equal(after, ours)
     moe_fused.disable()
     with pytest.raises(KeyError, match="moe_fused"):
-        model(tokens())
+        logits(model)
 
 
-def test_computes_in_the_compute_dtype(dense: Path, calls: Any) -> None:
+def test_computes_in_the_compute_dtype(dense: Path, calls: Calls) -> None:
     """Inputs are cast to it and outputs back, as 4-bit linear layers do."""
     model = load(dense, quantization_config=config(bnb_4bit_compute_dtype=torch.float16), dtype=torch.bfloat16)
     with torch.no_grad():
-        logits = model(tokens()).logits
-    assert logits.dtype == torch.bfloat16
+        values = logits(model)
+    assert values.dtype == torch.bfloat16
     assert calls.count == 2
     for hidden_states, _, _, up, down in calls.arguments:
         assert hidden_states.dtype == up.dtype == down.dtype == torch.float16
@@ -133,7 +146,8 @@ def test_gradients_reach_inputs_and_not_packed_weights(recompute: bool, dense: P
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.model.embed_tokens.weight.requires_grad_()
-    model(tokens(), labels=tokens()).loss.backward()
+    ids = tokens(device=str(model.device))
+    model(ids, labels=ids).loss.backward()
     assert model.model.embed_tokens.weight.grad.abs().sum() > 0
     assert model.model.layers[0].mlp.gate.weight.grad.abs().sum() > 0
     assert all(p.grad is None for name, p in model.named_parameters() if ".experts." in name)
@@ -143,7 +157,7 @@ def test_compiles(dense: Path) -> None:
     model = load(dense, quantization_config=config(), dtype=torch.float32)
     experts = model.model.layers[0].mlp.experts
     torch.manual_seed(0)
-    arguments = torch.randn(5, 64), torch.randint(0, 6, (5, 2)), torch.rand(5, 2)
+    arguments = [x.to(model.device) for x in (torch.randn(5, 64), torch.randint(0, 6, (5, 2)), torch.rand(5, 2))]
     with torch.no_grad():
         compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")(*arguments)
         torch.testing.assert_close(compiled, experts(*arguments))
@@ -195,9 +209,11 @@ def test_skipping_one_expert_is_an_error(dense: Path) -> None:
     ids=str,
 )
 def test_loading_options_change_nothing(options: dict[str, Any], dense: Path, tmp_path: Path) -> None:
-    plain = load(dense, quantization_config=config())
+    # Bits differ between CPU and GPU, in bitsandbytes itself.
+    on_cpu = {"device_map": {"": "cpu"}} if "cpu" in str(options.get("device_map")) else {}
+    plain = load(dense, quantization_config=config(), **on_cpu)
     model = load(dense, quantization_config=config(), **options)
-    assert same_state(model.to("cpu") if torch.cuda.is_available() else model, plain)
+    assert same_state(model, plain)
     model.save_pretrained(tmp_path)
     assert same_state(load(tmp_path, **options), model)
 
@@ -248,12 +264,12 @@ def test_default_checkpoint_is_that_of_bitsandbytes(dense: Path, tmp_path: Path)
     for expert, name in ((0, "gate_proj"), (3, "up_proj"), (5, "down_proj")):
         key = f"model.layers.1.mlp.experts.{expert}.{name}.weight"
         parts = {part.removeprefix(f"{key}."): value for part, value in saved.items() if part.startswith(f"{key}.")}
-        weight = bnb.nn.Params4bit.from_prequantized(saved[key], dict(parts), device="cpu")
+        weight = bnb.nn.Params4bit.from_prequantized(saved[key], dict(parts), device=DEVICE)
         state = weight.quant_state.as_dict(packed=True)
         assert state.keys() == parts.keys()
-        assert all(torch.equal(state[part], parts[part]) for part in parts)
+        assert all(same_bits(state[part], parts[part]) for part in parts)
         theirs = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-        assert torch.equal(theirs, through_4bit(sources[key]))
+        assert torch.equal(theirs.cpu(), through_4bit(sources[key]))
 
 
 def test_routers_are_named_for_transformers_4(dense: Path, tmp_path: Path) -> None:
@@ -282,14 +298,14 @@ def test_dequantize(dense: Path, tmp_path: Path) -> None:
     model = load(dense, quantization_config=config(bnb_4bit_compute_dtype=torch.float32), dtype=torch.float32)
     expected = {name: weights.dequantize(torch.float32) for name, weights in packed(model).items()}
     with torch.no_grad():
-        before = model(tokens()).logits
+        before = logits(model)
         model.dequantize()
         assert not list(packed_modules(model))
         assert all(torch.equal(model.get_parameter(name), value) for name, value in expected.items())
         assert not any(isinstance(module.config, PackedConfig) for module in experts_modules(model))
         for implementation in ("eager", "moe_fused"):
             model.set_experts_implementation(implementation)
-            torch.testing.assert_close(model(tokens()).logits, before, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path)
     assert load_file(tmp_path / "model.safetensors").keys() == load_file(dense / "model.safetensors").keys()
     assert same_state(load(tmp_path, dtype=torch.float32), model)
@@ -343,10 +359,10 @@ def test_deepcopy_and_state_dict(dense: Path, tmp_path: Path) -> None:
 def test_kernelize(dense: Path) -> None:
     model = load(dense, quantization_config=config(bnb_4bit_compute_dtype=torch.float16))
     with torch.no_grad():
-        before = model(tokens()).logits
+        before = logits(model)
         for layer in ("Qwen3MoeExperts", "Qwen3MoeSparseMoeBlock"):
             twin = moe_fused.kernelize(copy.deepcopy(model), layer=layer)
-            assert torch.equal(twin(tokens()).logits, before)
+            assert torch.equal(logits(twin), before)
 
 
 def test_changed_modules_are_refused(dense: Path) -> None:
@@ -354,7 +370,7 @@ def test_changed_modules_are_refused(dense: Path) -> None:
     model = load(dense, quantization_config=config())
     model.model.layers[0].mlp.experts.register_parameter("surprise", torch.nn.Parameter(torch.ones(1)))
     with pytest.raises(NotImplementedError, match=r"4-bit weights has no other implementation: .* surprise"):
-        model(tokens())
+        logits(model)
 
 
 # What is left alone.

@@ -24,7 +24,9 @@ def resident():
 
 moe_fused.enable()
 options = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-load = lambda path: Qwen3MoeForCausalLM.from_pretrained(path, quantization_config=BitsAndBytesConfig(**options))
+load = lambda path: Qwen3MoeForCausalLM.from_pretrained(
+    path, quantization_config=BitsAndBytesConfig(**options), device_map={"": "cpu"}
+)
 load(sys.argv[2])  # imports everything
 before, peak, done = resident(), 0, False
 
