@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .common import apply_gate
 from .grouped_gemm import fill_rows
-from .packed import block_scale, decode
+from .packed import block_scale, decode, load_code
 
 
 @triton.jit
@@ -78,6 +78,7 @@ def packed_gemm_kernel(
     GROUPS: tl.constexpr,
     PROJECTIONS: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
+    SHUFFLE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -113,7 +114,7 @@ def packed_gemm_kernel(
     columns = tl.minimum(offs_n, N - 1) * COLUMN_STRIDE
     w_ptrs = packed_ptr + expert64 * (COLUMNS * K // 2) + columns[:, None] * (K // 2)
     w_ptrs += tl.arange(0, BLOCK_K // 2)[None, :]
-    code = tl.load(code_ptr + tl.arange(0, 16))
+    code = load_code(code_ptr, SHUFFLE)
     starts = columns * K
     scale = _scales(
         absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, starts, BLOCKSIZE, BLOCKS,
@@ -135,7 +136,7 @@ def packed_gemm_kernel(
             absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, ahead, BLOCKSIZE, BLOCKS,
             GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
         )  # fmt: skip
-        w_even, w_odd = decode(code, tl.load(w_ptrs), scale, dtype, BLOCK_N, BLOCK_K // 2, SCALES)
+        w_even, w_odd = decode(code, tl.load(w_ptrs), scale, dtype, BLOCK_N, BLOCK_K // 2, SCALES, SHUFFLE)
         gate = tl.dot(even, tl.trans(w_even), gate, input_precision=PRECISION)
         gate = tl.dot(odd, tl.trans(w_odd), gate, input_precision=PRECISION)
         scale = next_scale
@@ -145,7 +146,7 @@ def packed_gemm_kernel(
                 BLOCKSIZE, BLOCKS, GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
             )  # fmt: skip
             packed = tl.load(w_ptrs + UP_OFFSET * (K // 2))
-            w_even, w_odd = decode(code, packed, up_scale, dtype, BLOCK_N, BLOCK_K // 2, SCALES)
+            w_even, w_odd = decode(code, packed, up_scale, dtype, BLOCK_N, BLOCK_K // 2, SCALES, SHUFFLE)
             up = tl.dot(even, tl.trans(w_even), up, input_precision=PRECISION)
             up = tl.dot(odd, tl.trans(w_odd), up, input_precision=PRECISION)
             up_scale = next_scale
@@ -193,6 +194,7 @@ def packed_transposed_kernel(
     GROUPS: tl.constexpr,
     PROJECTIONS: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
+    SHUFFLE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -217,7 +219,7 @@ def packed_transposed_kernel(
     expert64 = expert.to(tl.int64)  # int64: S·K and E·out·in pass 2³¹ in real models
     a_ptrs = a_ptr + tl.where(live, row + offs_m, row).to(tl.int64)[:, None] * K + offs_k[None, :]
     w_base = packed_ptr + expert64 * (K * N // 2) + n // 2 + tl.arange(0, BLOCK_N // 2)[None, :]
-    code = tl.load(code_ptr + tl.arange(0, 16))
+    code = load_code(code_ptr, SHUFFLE)
     scale = _scales(
         absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, tl.minimum(offs_k, K - 1) * N + n,
         BLOCKSIZE, BLOCKS, GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
@@ -237,7 +239,7 @@ def packed_transposed_kernel(
             absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, ahead, BLOCKSIZE, BLOCKS,
             GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
         )  # fmt: skip
-        w_even, w_odd = decode(code, packed, scale, dtype, BLOCK_K, BLOCK_N // 2, SCALES)
+        w_even, w_odd = decode(code, packed, scale, dtype, BLOCK_K, BLOCK_N // 2, SCALES, SHUFFLE)
         acc_even = tl.dot(a, w_even, acc_even, input_precision=PRECISION)
         acc_odd = tl.dot(a, w_odd, acc_odd, input_precision=PRECISION)
         scale = next_scale

@@ -13,7 +13,7 @@ from ..plan import Plan
 from ..quantization import Format4bit
 from ..weights import PackedStack, Stack
 from .operands import cdiv, device_index, gate_constants, on_device, power_of_2, stride_constants
-from .packed import decodes, storage_constants, storage_operands
+from .packed import decodes, shuffles, storage_constants, storage_operands
 
 # Slots up to which ``decode`` serves a call without gradients.
 DECODE_SLOTS = 64
@@ -67,7 +67,13 @@ def _decode_plans(
 
 @functools.cache
 def _packed_plans(
-    up_format: Format4bit, down_format: Format4bit, top_k: int, gate: Gate, up_bias: bool, down_bias: bool
+    up_format: Format4bit,
+    down_format: Format4bit,
+    top_k: int,
+    gate: Gate,
+    shuffle: bool,
+    up_bias: bool,
+    down_bias: bool,
 ) -> tuple[Plan, Plan]:
     num_experts, hidden, intermediate = down_format.shape
     up = {
@@ -77,6 +83,7 @@ def _packed_plans(
         "TOP_K": top_k,
         "HAS_BIAS": up_bias,
         **storage_constants(up_format),
+        "SHUFFLE": shuffle,
         "BLOCK_N": PACKED_DECODE_BLOCK_N,
         "BLOCK_K": min(512, power_of_2(hidden)),
     }
@@ -87,6 +94,7 @@ def _packed_plans(
         "TOP_K": top_k,
         "HAS_BIAS": down_bias,
         **storage_constants(down_format),
+        "SHUFFLE": shuffle,
         "BLOCK_N": PACKED_DECODE_BLOCK_N,
         "BLOCK_K": min(256, power_of_2(intermediate)),
     }
@@ -125,7 +133,7 @@ def decode(
     biases = (up_bias is not None, down_bias is not None)
     if isinstance(up, PackedStack) and isinstance(down, PackedStack):
         block_n = PACKED_DECODE_BLOCK_N
-        up_plan, down_plan = _packed_plans(up.weights.format, down.weights.format, top_k, gate, *biases)
+        up_plan, down_plan = _packed_plans(up.weights.format, down.weights.format, top_k, gate, shuffles(x), *biases)
         up_operands, down_operands = storage_operands(up.weights), storage_operands(down.weights)
     elif isinstance(up, Tensor) and isinstance(down, Tensor):
         block_n = DECODE_BLOCK_N

@@ -71,6 +71,11 @@ def storage_constants(format: Format4bit) -> dict[str, Any]:
     }
 
 
+def shuffles(like: Tensor) -> bool:
+    """Whether kernels that compute in the dtype and on the device of ``like`` look nibbles up by shuffling: in PTX."""
+    return like.device.type != "cpu" and like.itemsize == 2 and tuning.target_of(like.device).backend == "cuda"
+
+
 @functools.cache
 def _dequantize_plan(format: Format4bit, skip: bool) -> Plan:
     _, rows, columns = format.shape
@@ -195,6 +200,7 @@ def _gemm_plan(
     gather: bool,
     has_bias: bool,
     save_gate_up: bool,
+    shuffle: bool,
     precision: str,
 ) -> Plan:
     num_experts, _, k = format.shape
@@ -209,6 +215,7 @@ def _gemm_plan(
         "HAS_BIAS": has_bias,
         "SAVE_GATE_UP": save_gate_up,
         **storage_constants(format),
+        "SHUFFLE": shuffle,
         "PRECISION": precision,
         **tile_constants(config),
     }
@@ -237,7 +244,7 @@ def gemm(
     config = config_of("transposed_4bit", num_rows, routing, a)
     if n % config.block_n:
         config = replace(config, block_n=64)
-    _transposed_plan(config, stack.weights.format, precision(a.dtype))(
+    _transposed_plan(config, stack.weights.format, shuffles(a), precision(a.dtype))(
         device_index(a),
         (max_tiles(num_rows, routing.num_experts, config.block_m) * (n // config.block_n), 1, 1),
         a,
@@ -275,6 +282,7 @@ def _launch_gemm(
         gather,
         bias is not None,
         gate_up is not None,
+        shuffles(a),
         precision(a.dtype),
     )
     plan(
@@ -295,13 +303,14 @@ def _launch_gemm(
 
 
 @functools.cache
-def _transposed_plan(config: LaunchConfig, format: Format4bit, precision: str) -> Plan:
+def _transposed_plan(config: LaunchConfig, format: Format4bit, shuffle: bool, precision: str) -> Plan:
     num_experts, k, n = format.shape
     constants = {
         "NUM_EXPERTS": num_experts,
         "K": k,
         "N": n,
         **storage_constants(format),
+        "SHUFFLE": shuffle,
         "PRECISION": precision,
         **tile_constants(config),
     }
