@@ -11,14 +11,14 @@ Importing this package changes nothing and imports neither torch nor transformer
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
     from kernels import Mode
     from torch import nn
 
-__all__ = ["__version__", "disable", "enable", "get_kernel", "kernelize"]
+__all__ = ["__version__", "disable", "enable", "get_kernel", "kernelize", "save_format"]
 
 __version__ = "0.1.0"
 
@@ -39,28 +39,48 @@ def get_kernel() -> ModuleType:
 
 
 def enable() -> None:
-    """Registers the experts implementation ``"moe_fused"`` with Transformers; a second call changes nothing.
+    """Registers with Transformers what this package adds; a second call changes nothing.
 
     From then on ``from_pretrained(..., experts_implementation="moe_fused")`` and
-    ``model.set_experts_implementation("moe_fused")`` work, for every model whose experts Transformers can exchange.
+    ``model.set_experts_implementation("moe_fused")`` work, for every model whose experts Transformers can exchange, and
+    ``BitsAndBytesConfig(load_in_4bit=True)`` holds the weights of such experts in 4 bits, too.
 
     Raises:
         RuntimeError: torch, transformers or kernels is missing or does not fit.
         FileNotFoundError: there is no build of the kernel for this machine.
     """
     kernel = get_kernel()
-    from . import experts
+    from . import experts, quantizer
 
     experts.register(kernel)
+    quantizer.register()
 
 
 def disable() -> None:
     """Undoes ``enable``: a model still set to ``"moe_fused"`` raises Transformers' error for what is not registered."""
     import sys
 
-    experts = sys.modules.get(f"{__name__}.experts")
-    if experts is not None:
-        experts.unregister()
+    for name in ("experts", "quantizer"):
+        module = sys.modules.get(f"{__name__}.{name}")
+        if module is not None:
+            module.unregister()
+
+
+def save_format(model: nn.Module, layout: Literal["per_expert", "fused"]) -> None:
+    """Chooses how ``model.save_pretrained`` writes 4-bit experts.
+
+    Args:
+        model: loaded with 4-bit experts.
+        layout: ``"per_expert"``, the default, writes a 4-bit matrix for each expert as Transformers 4 did, what every
+            tool reads; experts that never were separate in any checkpoint are written fused. ``"fused"`` writes a few
+            large tensors for each layer, which load faster and which only this package reads.
+
+    Raises:
+        ValueError: no such layout; a model without 4-bit experts.
+    """
+    from . import quantizer
+
+    quantizer.save_format(model, layout)
 
 
 def kernelize(

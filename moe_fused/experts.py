@@ -27,7 +27,12 @@ IMPLEMENTATION = "moe_fused"
 Experts: TypeAlias = Any
 ExpertsForward: TypeAlias = Callable[[Experts, Tensor, Tensor, Tensor], Tensor]
 
-_PARAMETERS = frozenset({"gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias"})
+_PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+# Of packed weights, beside the packed bytes, which have the name of the dense ones.
+_COMPANIONS = ("absmax", "nested_absmax", "nested_offset")
+_PARAMETERS = frozenset(
+    name for p in _PROJECTIONS for name in (p, f"{p}_bias", *(f"{p}_{companion}" for companion in _COMPANIONS))
+)
 # torch.nn.utils.parametrize moves the parameters that it computes into a module of that name.
 _MODULES = frozenset({"act_fn", "parametrizations"})
 # Other subclasses (quantized, distributed) need not mean what their shape says. torch.export traces with FakeTensor.
@@ -73,6 +78,11 @@ def gate_of(module: Experts, activation_of: Callable[[object], str | None]) -> G
     if cls.__module__ != f"transformers.models.{model}.modeling_{model}" or function is not cls._apply_gate:
         return Gate(own)
     return Gate("swiglu_oai", True, interleaved, getattr(module, alpha), getattr(module, limit))
+
+
+def is_packed(module: Experts) -> bool:
+    """Whether ``module`` holds 4-bit weights."""
+    return any(getattr(module, f"{name}_format", None) is not None for name in _PROJECTIONS)
 
 
 def layout_refusal(module: Experts) -> str | None:
@@ -134,18 +144,24 @@ def _own_forward(module: Experts, reason: str) -> ExpertsForward:
 def implementation(kernel: ModuleType) -> ExpertsForward:
     """The function that Transformers calls as the forward of an experts module, bound to the kernel module."""
     moe_experts, activation_of = kernel.moe_experts, kernel.layers.activation_of
+    packed_weights, of_module = kernel.Packed4bitWeights, kernel.Packed4bitWeights.of_module
+
+    def refused(self: Experts, reason: str) -> ExpertsForward:
+        if is_packed(self):
+            raise NotImplementedError(f"{type(self).__name__} with 4-bit weights has no other implementation: {reason}")
+        return _own_forward(self, reason)
 
     def experts_forward(self: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The experts' output, like hidden_states (…, H), for top_k_index and top_k_weights (…, K)."""
         reason = layout_refusal(self)
         if reason is not None:
-            return _own_forward(self, reason)(self, hidden_states, top_k_index, top_k_weights)
+            return refused(self, reason)(self, hidden_states, top_k_index, top_k_weights)
         gate = gate_of(self, activation_of)
-        up = self.gate_up_proj if gate.gated else self.up_proj
-        down = self.down_proj
-        reason = weights_refusal(up, down)
+        up = of_module(self, "gate_up_proj" if gate.gated else "up_proj")
+        down = of_module(self, "down_proj")
+        reason = None if isinstance(up, packed_weights) else weights_refusal(up, down)
         if reason is not None:
-            return _own_forward(self, reason)(self, hidden_states, top_k_index, top_k_weights)
+            return refused(self, reason)(self, hidden_states, top_k_index, top_k_weights)
         up_bias = down_bias = None
         if getattr(self, "has_bias", False):
             up_bias = _cast(self.gate_up_proj_bias if gate.gated else self.up_proj_bias, up.dtype)

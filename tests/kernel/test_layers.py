@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +116,41 @@ def test_linear() -> None:
     assert torch.equal(y, kernel.moe_fused_linear(rows, layer.weight, sizes))
     y.sum().backward()
     assert layer.weight.grad is not None
+
+
+def pack(to: nn.Module, name: str, shape: tuple[int, int, int], projections: int) -> Any:
+    """Random packed weights that ``to`` owns, computing in fp16."""
+    dense = torch.randn(shape, device=DEVICE) * shape[2] ** -0.5
+    weights = kernel.Packed4bitWeights.quantize(dense, projections=projections, dtype=torch.float16)
+    weights.attach(to, name)
+    return weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_packed_experts(dtype: torch.dtype) -> None:
+    """They compute in the dtype of their format; inputs are cast to it and outputs back."""
+    torch.manual_seed(0)
+    experts = nn.Module()
+    experts.act_fn = nn.SiLU()
+    up = pack(experts, "gate_up_proj", (CASE.experts, 64, 64), 2)
+    down = pack(experts, "down_proj", (CASE.experts, 64, 32), 1)
+    inputs = make_inputs(CASE, torch.float32)
+    x, weights = torch.randn(CASE.tokens, 64, device=DEVICE, dtype=dtype), inputs.tensors["top_k_weights"].detach()
+    expected = kernel.moe_experts(x.half(), inputs.index, weights, up, down).to(dtype)
+    y = bind("Qwen3MoeExperts", experts)(x, inputs.index, weights)
+    assert y.dtype == dtype
+    assert torch.equal(y, expected)
+    block = nn.Module()
+    block.gate, block.experts = Router(), experts
+    y = bind("Qwen3MoeSparseMoeBlock", block)(x.view(2, 3, -1))
+    assert torch.equal(y.view(expected.shape), expected)
+
+
+def test_packed_linear() -> None:
+    layer = bind("MoeFusedLinear", nn.Module())
+    weight = pack(layer, "weight", (3, 32, 64), 1)
+    rows, sizes = torch.randn(6, 64, device=DEVICE).half(), torch.tensor([1, 0, 5], device=DEVICE)
+    assert torch.equal(layer(rows, sizes), kernel.moe_fused_linear(rows, weight, sizes))
 
 
 class OwnActivation(nn.Module):

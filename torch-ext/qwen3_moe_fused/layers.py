@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .experts import moe_experts
 from .linear import moe_fused_linear
+from .quantization import Packed4bitWeights
 
 # Activation modules by class name, so that torch's own and Transformers' both count.
 _ACTIVATION_OF_CLASS = {
@@ -47,6 +48,21 @@ def gated_activation(act_fn: Callable[[Tensor], Tensor]) -> str | Callable[[Tens
     return gate
 
 
+def gated_experts(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What ``Qwen3MoeExperts`` computes, with the weights that ``experts`` owns, dense or packed.
+
+    Packed weights compute in the dtype of their format, whatever that of ``hidden_states``, as 4-bit linear layers do.
+    """
+    gate_up_proj = Packed4bitWeights.of_module(experts, "gate_up_proj")
+    down_proj = Packed4bitWeights.of_module(experts, "down_proj")
+    dtype = hidden_states.dtype
+    if isinstance(gate_up_proj, Packed4bitWeights) and not torch.is_autocast_enabled(hidden_states.device.type):
+        hidden_states = hidden_states.to(gate_up_proj.dtype)
+    activation = gated_activation(experts.act_fn)
+    y = moe_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation=activation)
+    return y if y.dtype == dtype else y.to(dtype)
+
+
 class Qwen3MoeExperts(nn.Module):
     """The forward of Transformers' ``Qwen3MoeExperts``."""
 
@@ -58,14 +74,7 @@ class Qwen3MoeExperts(nn.Module):
     act_fn: nn.Module
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return moe_experts(
-            hidden_states,
-            top_k_index,
-            top_k_weights,
-            self.gate_up_proj,
-            self.down_proj,
-            activation=gated_activation(self.act_fn),
-        )
+        return gated_experts(self, hidden_states, top_k_index, top_k_weights)
 
 
 class Qwen3MoeSparseMoeBlock(nn.Module):
@@ -81,14 +90,7 @@ class Qwen3MoeSparseMoeBlock(nn.Module):
         batch_size, sequence_length, hidden_dim = hidden_states.shape
         tokens = hidden_states.view(-1, hidden_dim)
         _, top_k_weights, top_k_index = self.gate(tokens)
-        y = moe_experts(
-            tokens,
-            top_k_index,
-            top_k_weights,
-            self.experts.gate_up_proj,
-            self.experts.down_proj,
-            activation=gated_activation(self.experts.act_fn),
-        )
+        y = gated_experts(self.experts, tokens, top_k_index, top_k_weights)
         return y.view(batch_size, sequence_length, hidden_dim)
 
 
@@ -101,4 +103,4 @@ class MoeFusedLinear(nn.Module):
     weight: Tensor
 
     def forward(self, input: Tensor, m_sizes: Tensor) -> Tensor:
-        return moe_fused_linear(input, self.weight, m_sizes)
+        return moe_fused_linear(input, Packed4bitWeights.of_module(self, "weight"), m_sizes)

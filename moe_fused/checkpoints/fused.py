@@ -1,0 +1,85 @@
+"""Our own layout: the parameters of an experts module as they are, and how to read them as JSON beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moe_fused.hub import get_kernel
+
+from .quant_state import check_fields, dtype_of, read_json, write_json
+
+if TYPE_CHECKING:
+    from qwen3_moe_fused.quantization import Packed4bitWeights
+
+_FIELDS = {
+    "shape": list,
+    "quant_type": str,
+    "blocksize": int,
+    "double_quant": bool,
+    "projections": int,
+    "dtype": str,
+}
+PARTS = ("absmax", "nested_absmax", "nested_offset", "format")
+
+
+def read_fused(
+    name: str, parts: Mapping[str, Tensor], shape: tuple[int, int, int], projections: int
+) -> tuple[torch.dtype, Packed4bitWeights]:
+    """The parameter ``name``, and the dtype of its weights before they were quantized.
+
+    Args:
+        parts: its tensors by what follows ``name_``; the packed weights are ``""``.
+        shape, projections: what it must have.
+
+    Raises:
+        ValueError: names the tensor that is missing, or does not fit.
+    """
+    key = f"{name}_format"
+    if "format" not in parts:
+        raise ValueError(f"{key} is missing, without which 4-bit weights cannot be read")
+    fields = read_json(key, parts["format"])
+    check_fields(key, fields, _FIELDS)
+    if (tuple(fields["shape"]), fields["projections"]) != (shape, projections):
+        raise ValueError(
+            f"{key} must hold shape {shape} and {projections} projections, got {tuple(fields['shape'])} and "
+            f"{fields['projections']}"
+        )
+    dtype = dtype_of(key, fields["dtype"])
+    quantization = get_kernel().quantization
+    try:
+        form = quantization.Format4bit(
+            shape, fields["quant_type"], fields["blocksize"], fields["double_quant"], projections, dtype
+        )
+    except ValueError as error:
+        raise ValueError(f"{key} must hold a format that exists: {error}") from None
+    storage = {"" if part == "packed" else part: want for part, want in form.storage().items()}
+    for part in parts:
+        if part not in storage and part != "format":
+            raise ValueError(f"{name}_{part} is not a tensor of weights with double_quant={form.double_quant}")
+    for part, want in storage.items():
+        key = f"{name}_{part}" if part else name
+        if part not in parts:
+            raise ValueError(f"{key} is missing, without which 4-bit weights cannot be read")
+        if parts[part].dtype != torch.uint8 or tuple(parts[part].shape) != want:
+            raise ValueError(
+                f"{key} must be uint8 of shape {want}, got {str(parts[part].dtype).removeprefix('torch.')} of shape "
+                f"{tuple(parts[part].shape)}"
+            )
+    return dtype, quantization.Packed4bitWeights(form, **{part or "packed": parts[part] for part in storage})
+
+
+def write_fused(weights: Packed4bitWeights, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors that ``read_fused`` reads, ``format`` on the CPU.
+
+    Args:
+        dtype: of the weights before they were quantized.
+    """
+    form = weights.format
+    fields = {field: getattr(form, field) for field in _FIELDS}
+    fields["dtype"] = str(dtype).removeprefix("torch.")
+    parts = {"" if part == "packed" else part: value.detach() for part, value in weights.tensors().items()}
+    return parts | {"format": write_json(fields)}

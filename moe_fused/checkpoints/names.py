@@ -1,0 +1,137 @@
+"""Which tensor of a checkpoint belongs to which experts parameter, and what it is called in each layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+from .fused import PARTS
+
+_FUSED = re.compile(rf"(?P<name>.+\.(?:gate_up_proj|up_proj|down_proj))(?:_(?P<part>{'|'.join(PARTS)}))?")
+_STACKED = re.compile(r"(?P<block>.+)\.(?P<projection>gate|up|down)_proj\.weight(?:\.(?P<part>.+))?")
+_MATRIX = re.compile(r"(?P<name>.+\.weight)\.(?P<part>.+)")
+# The stack and the place in it of each matrix in the original project's checkpoints.
+_STACKED_PLACES = {"gate": ("gate_up_proj", 0), "up": ("gate_up_proj", 1), "down": ("down_proj", 0)}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A stacked parameter of an experts module that is to be held in 4 bits.
+
+    Attributes:
+        name: in the model.
+        shape: (E, out, in).
+        projections: equal parts of the out features that are quantized on their own.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    projections: int
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in) of one expert's projection."""
+        return self.shape[1] // self.projections, self.shape[2]
+
+
+class Place(NamedTuple):
+    """What a tensor of a checkpoint is.
+
+    Attributes:
+        target: name of the parameter that it belongs to, with the checkpoint's prefix.
+        layout: "per expert", "fused", "stacked", or "other" for dense tensors that only Transformers can put together.
+        expert, projection: of a matrix.
+        part: what it is of the matrix or stack; "" for the weights themselves.
+        pattern: the source pattern of Transformers' converter, if that knows the tensor.
+        converter: index of that converter.
+    """
+
+    target: str
+    layout: str
+    expert: int = 0
+    projection: int = 0
+    part: str = ""
+    pattern: str = ""
+    converter: int = -1
+
+
+def is_per_expert(converter: WeightConverter) -> bool:
+    """Whether ``converter`` only stacks experts' matrices, and their gate and up projections."""
+    kinds = [type(op) for op in converter.operations]
+    return kinds in ([MergeModulelist], [MergeModulelist, Concatenate]) and all(
+        "*." in source for source in converter.source_patterns
+    )
+
+
+class Names:
+    """The names of the experts' tensors in checkpoints of one model.
+
+    Args:
+        targets: parameters to be held in 4 bits.
+        converters: Transformers' own that make such parameters from the tensors of a dense checkpoint.
+        base_model_prefix: of the model, which checkpoints of another head may lack, or have in addition.
+    """
+
+    def __init__(
+        self, targets: Iterable[Target], converters: Iterable[WeightConverter] = (), base_model_prefix: str = ""
+    ) -> None:
+        self.targets = {target.name: target for target in targets}
+        self.converters = list(converters)
+        self.base_model_prefix = base_model_prefix
+        prefix = f"{base_model_prefix}." if base_model_prefix else ""
+        self._known = {
+            name for target in self.targets for name in (target, target.removeprefix(prefix), prefix + target)
+        }
+
+    def locate(self, key: str) -> Place | None:
+        """The place of the checkpoint's tensor ``key``; None if it belongs to no target."""
+        match = _FUSED.fullmatch(key)
+        # The name of packed weights may be that of dense ones, which a converter of Transformers then knows how to read.
+        if match and match["name"] in self._known and (match["part"] or not self._by_converter(key, "")):
+            return Place(match["name"], "fused", part=match["part"] or "")
+        matrix = _MATRIX.fullmatch(key)
+        name, part = (matrix["name"], matrix["part"]) if matrix else (key, "")
+        if place := self._by_converter(name, part):
+            return place
+        if match := _STACKED.fullmatch(key):
+            stack, projection = _STACKED_PLACES[match["projection"]]
+            target = f"{match['block']}.experts.{stack}"
+            if target in self._known:
+                return Place(target, "stacked", projection=projection, part=match["part"] or "")
+        return None
+
+    def _by_converter(self, name: str, part: str) -> Place | None:
+        for index, converter in enumerate(self.converters):
+            target, pattern = converter.rename_source_key(name)
+            if pattern is None or target not in self._known:
+                continue
+            projection = converter.source_patterns.index(pattern)
+            if not is_per_expert(converter):
+                return Place(target, "other", 0, projection, part, pattern, index)
+            match = re.search(pattern.replace("*.", r"(?P<expert>\d+)\."), name)
+            if match is not None:
+                return Place(target, "per expert", int(match["expert"]), projection, part, pattern, index)
+        return None
+
+    def per_expert(self, target: Target) -> list[str] | None:
+        """Names of the target's matrices, one for each projection, with ``*`` for the expert.
+
+        None if checkpoints of this model do not have a matrix for each expert.
+        """
+        for converter in self.converters:
+            # Without the anchors and escapes that they have as regular expressions.
+            reverse = converter.reverse_transform()
+            stack = converter.target_patterns[0]
+            if is_per_expert(converter) and target.name.endswith(stack):
+                return [target.name.removesuffix(stack) + pattern for pattern in reverse.target_patterns]
+        return None
+
+
+def rename_expert(key: str, old: int, new: int) -> str:
+    """The name of the same tensor of another expert."""
+    head, number, tail = key.rpartition(f".{old}.")
+    return f"{head}.{new}.{tail}" if number else key
