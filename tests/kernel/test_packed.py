@@ -7,6 +7,7 @@ or in parts; with few slots and no gradients, where a product is one of a matrix
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -243,12 +244,21 @@ FEW_SLOTS = [
 ]
 
 
+@pytest.fixture
+def wide_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A program of 4 features, as a GPU wants it, makes more of them than the interpreter does in a second."""
+    if not INTERPRETED:
+        yield
+        return
+    decode = module("launch.decode")
+    monkeypatch.setattr(decode, "PACKED_DECODE_BLOCK_N", 32)
+    decode._packed_plans.cache_clear()
+    yield
+    decode._packed_plans.cache_clear()
+
+
 @in_every_dtype(FEW_SLOTS)
-def test_few_slots(case: PackedCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    if INTERPRETED:
-        # 4 features to a program, as a GPU wants it, are too many programs; test_packed_stages runs those.
-        monkeypatch.setattr(module("launch.decode"), "PACKED_DECODE_BLOCK_N", 32)
-        module("launch.decode")._packed_plans.cache_clear()
+def test_few_slots(case: PackedCase, dtype: torch.dtype, wide_programs: None) -> None:
     inputs = make_packed_inputs(case, dtype)
     with torch.no_grad(), decoding(in_gemm=True) as taken:
         ours = run_packed(case, inputs)
@@ -363,8 +373,9 @@ def test_saves_no_dense_weights() -> None:
     y.backward(inputs.inputs.grad)
 
 
-@pytest.mark.parametrize("in_gemm", [True, False], ids=["decoded", "workspace"])
-@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not-reentrant"])
+@pytest.mark.parametrize(
+    "use_reentrant, in_gemm", [(True, True), (False, False)], ids=["reentrant-decoded", "not-reentrant-workspace"]
+)
 def test_checkpointing(use_reentrant: bool, in_gemm: bool) -> None:
     """A replay saves what the forward saved, and gives the same bits."""
     # More slots than those for which a pass without gradients, as the first of a reentrant one is, goes another way.
