@@ -92,9 +92,7 @@ def _packed_stacks(dtype: torch.dtype) -> tuple[Any, Any]:
 
     def stack(rows: int, columns: int, projections: int) -> Any:
         own = kernel.Format4bit((EXPERTS, rows, columns), projections=projections, dtype=dtype)
-        storage = {
-            name: torch.empty(shape, dtype=torch.uint8, device="meta") for name, shape in own.storage().items()
-        }
+        storage = {name: torch.empty(shape, dtype=torch.uint8, device="meta") for name, shape in own.storage().items()}
         return module("weights").PackedStack(kernel.Packed4bitWeights(own, **storage))
 
     return stack(2 * INTERMEDIATE, HIDDEN, 2), stack(HIDDEN, INTERMEDIATE, 1)
@@ -222,7 +220,9 @@ def compile_launches(arch: int | str, dtype: torch.dtype, heights: list[int], wi
 def main() -> None:
     arch, dtype, *heights = sys.argv[1:]
     buckets = [int(height) for height in heights if height != "untiled"]
-    launches = compile_launches(int(arch) if arch.isdigit() else arch, getattr(torch, dtype), buckets, "untiled" in heights)
+    launches = compile_launches(
+        int(arch) if arch.isdigit() else arch, getattr(torch, dtype), buckets, "untiled" in heights
+    )
     print(json.dumps([asdict(launch) for launch in launches]))
 
 

@@ -22,9 +22,9 @@ from tests.kernel.packed_cases import (
     ALL,
     DTYPES,
     ONE,
+    Packed4bitWeights,
     PackedCase,
     PackedInputs,
-    Packed4bitWeights,
     decoding,
     make_packed_inputs,
     packed_gradients,
@@ -126,7 +126,9 @@ DECODED = [
     PackedCase("rows-of-64", "tiles of 64 rows, of which one expert has two", tokens=130, experts=2, top_k=1),
     PackedCase("rows-of-128", "tiles of 128 rows", tokens=176, experts=2, top_k=1, gated=False, half=True),
     PackedCase("fp32-weights", "routers return fp32", routing_dtype=torch.float32),
-    PackedCase("strided", "views of all activations", strided=("hidden_states", "top_k_index", "top_k_weights", "grad")),
+    PackedCase(
+        "strided", "views of all activations", strided=("hidden_states", "top_k_index", "top_k_weights", "grad")
+    ),
     PackedCase(
         "dense-down",
         "its weights' gradient beside a frozen packed projection",
@@ -185,8 +187,15 @@ WORKSPACE = [
     ),
     WorkspaceCase("parts-no-tokens", "T=0", tokens=0, workspace=ONE, takes=()),
     WorkspaceCase(
-        "parts-rows-of-64", "several tiles in each part", tokens=100, experts=2, top_k=1, workspace=ONE, gated=False,
-        takes=("part",) * 8, activation="relu",
+        "parts-rows-of-64",
+        "several tiles in each part",
+        tokens=100,
+        experts=2,
+        top_k=1,
+        workspace=ONE,
+        gated=False,
+        takes=("part",) * 8,
+        activation="relu",
     ),
     WorkspaceCase(
         "parts-gpt-oss",
@@ -272,7 +281,9 @@ def test_few_slots(case: PackedCase, dtype: torch.dtype, wide_programs: None) ->
 # Few slots, but weights that the kernels for them do not read, and many slots: what is saved for backward is not.
 WITHOUT_GRADIENTS = [
     PackedCase("few-odd", "rows that are not whole 64s", tokens=2, intermediate=44, takes=("up", "part")),
-    PackedCase("few-transposed", "packed along the out features", tokens=2, transposed=True, takes=("part", "transposed")),
+    PackedCase(
+        "few-transposed", "packed along the out features", tokens=2, transposed=True, takes=("part", "transposed")
+    ),
     PackedCase("few-dense", "one projection is dense", tokens=2, dense=("down_proj",), takes=("up",)),
     PackedCase("many", "too many slots", tokens=33, experts=3, takes=("up", "gemm")),
     PackedCase("none", "T=0", tokens=0, takes=()),

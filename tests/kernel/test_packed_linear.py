@@ -60,7 +60,8 @@ CASES = [
     elsewhere(PackedLinearCase("parts-no-rows", "S=0", sizes=(0, 0, 0)), parts=0),
     elsewhere(PackedLinearCase("parts-one-over", "tiles of each part", sizes=(17, 1, 33)), parts=3),
     replace(
-        elsewhere(PackedLinearCase("in-40", "rows that are not whole 64s", in_features=40, out_features=24)), in_gemm=True
+        elsewhere(PackedLinearCase("in-40", "rows that are not whole 64s", in_features=40, out_features=24)),
+        in_gemm=True,
     ),
 ]
 

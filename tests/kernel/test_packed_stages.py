@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernel.machine import DEVICE, HAS_TRITON, INTERPRETED, kernel, module, name_of
+from tests.kernel.machine import DEVICE, HAS_TRITON, kernel, module, name_of
 from tests.kernel.packed_cases import ALL, ONE, decoding, dequantized
 from tests.kernel.test_packed_linear import random_weight
 from tests.kernel.test_stages import DTYPES, GEMM_DTYPES, POISON, Gate, Routing, poisoned_routing, random, same

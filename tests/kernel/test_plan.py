@@ -51,7 +51,9 @@ class Compiled:
 @pytest.fixture(autouse=True)
 def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The names of the kernels compiled from now on. No plan outlives the test."""
-    modules = [module(f"launch.{name}") for name in ("decode", "down_backward", "gemm", "gram", "packed", "permute", "routing")]
+    modules = [
+        module(f"launch.{name}") for name in ("decode", "down_backward", "gemm", "gram", "packed", "permute", "routing")
+    ]
     cached = [value for part in modules for value in vars(part).values() if hasattr(value, "cache_clear")]
     plan = module("plan")
     kernel_type, call = type(module("kernels.permute").combine_kernel), plan.Plan.__call__
