@@ -49,7 +49,7 @@ def decoding(in_gemm: bool, workspace: int = ALL) -> Iterator[list[str]]:
         return call
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(tuning, "decodes_in_gemm", lambda *_: in_gemm))
+        stack.enter_context(mock.patch.object(tuning, "decodes_in_gemm", return_value=in_gemm))
         stack.enter_context(mock.patch.object(launch_packed, "WORKSPACE_BYTES", workspace))
         for name, own in names.items():
             function = getattr(launch_packed, own)

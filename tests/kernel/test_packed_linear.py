@@ -161,13 +161,13 @@ def random_weight(name: str, shape: tuple[int, int, int], dtype: torch.dtype, **
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
-def test_every_weight_arrives(format: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("storage", FORMATS.values(), ids=FORMATS)
+def test_every_weight_arrives(storage: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype) -> None:
     in_features, out_features = shape
     if INTERPRETED and (dtype == torch.float16) == (in_features < 512):
         pytest.skip("the interpreter, which is slow, has each shape in one dtype")
     with decoding(in_gemm=True) as taken:
-        assert_every_weight_arrives(random_weight("arrives", (2, out_features, in_features), dtype, **format))
+        assert_every_weight_arrives(random_weight("arrives", (2, out_features, in_features), dtype, **storage))
     if module("backend").uses_triton(torch.empty(0, device=DEVICE), dtype):
         assert taken == ["gemm", "gemm", "transposed"]
 
@@ -206,8 +206,8 @@ def test_rows_of_no_expert_are_nan(sizes: tuple[int, int], good_rows: int, place
     permute, ops, operands = module("permute"), module("linear"), module("weights").operands
     inputs, weight = make_inputs(PackedLinearCase("misfit", "", sizes=(6, 4), bias=True), torch.float32)
     m_sizes = torch.tensor(sizes, dtype=torch.int32, device=DEVICE)
-    values, scales, format = operands(weight)
-    options = (scales, format, False, True, True, 1, float("nan"))
+    values, scales, spec = operands(weight)
+    options = (scales, spec, False, True, True, 1, float("nan"))
     with torch.no_grad(), decoding(*place):
         # Below the check of the public function, which a CPU always makes.
         buffer = permute.route_sorted_op(m_sizes, 10, torch.float32, True)

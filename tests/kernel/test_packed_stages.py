@@ -35,13 +35,13 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("storage", FORMATS.values(), ids=FORMATS)
 # 2048 bytes are two programs an expert; with 2240 the last one is not full.
 @pytest.mark.parametrize("shape", [(64, 64), (64, 70), (4, 16)], ids=["two-programs", "three-programs", "one-program"])
-def test_dequantize(shape: tuple[int, int], format: dict[str, Any], dtype: torch.dtype) -> None:
-    if shape[0] * shape[1] % (format.get("blocksize", 64) * format.get("projections", 1)):
+def test_dequantize(shape: tuple[int, int], storage: dict[str, Any], dtype: torch.dtype) -> None:
+    if shape[0] * shape[1] % (storage.get("blocksize", 64) * storage.get("projections", 1)):
         pytest.skip("not whole blocks")
-    weights = random_weight("dequantize", (5, *shape), torch.float32, **format)
+    weights = random_weight("dequantize", (5, *shape), torch.float32, **storage)
     for first, count in ((0, 5), (3, 2), (1, 1)):
         ours, theirs = (torch.full((count, *shape), float("nan"), dtype=dtype, device=DEVICE) for _ in range(2))
         launch.dequantize(weights, first, count, ours)
