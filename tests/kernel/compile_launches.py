@@ -11,12 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from tests.kernel.machine import module
+from tests.kernel.machine import kernel, module
 from tests.kernel.offline_compile import compiling_for
 
 # One Qwen3-30B-A3B layer.
@@ -42,6 +43,15 @@ def tokens_of_bucket(block_m: int) -> int:
     rows = tuning.BUCKETS[block_m] or 256
     tokens = rows * EXPERTS // TOP_K
     assert tuning.bucket(tokens * TOP_K, EXPERTS) == block_m
+    return tokens
+
+
+def packed_tokens_of_bucket(block_m: int) -> int:
+    """The same of packed weights, few enough rows for them to be decoded inside the products on every target."""
+    tuning = module("tuning")
+    rows = tuning.PACKED_BUCKETS[block_m] or tuning.DEFAULT_DECODE_ROWS
+    tokens = rows * EXPERTS // TOP_K
+    assert tuning.bucket(tokens * TOP_K, EXPERTS, packed=True) == block_m
     return tokens
 
 
@@ -77,7 +87,54 @@ def _tiled(dtype: torch.dtype, tokens: int) -> Iterator[tuple[str, str, Callable
     yield "gram, gather b", "gram", lambda: launch.grouped_gram(rows_2i, x, routing, False, True, up)
 
 
-def _gemm(launch: object, a: Tensor, w: Tensor, routing: object, rows: int) -> Callable[[], object]:
+def _packed_stacks(dtype: torch.dtype) -> tuple[Any, Any]:
+    """The layer's projections in 4 bits."""
+
+    def stack(rows: int, columns: int, projections: int) -> Any:
+        own = kernel.Format4bit((EXPERTS, rows, columns), projections=projections, dtype=dtype)
+        storage = {name: torch.empty(shape, dtype=torch.uint8, device="meta") for name, shape in own.storage().items()}
+        return module("weights").PackedStack(kernel.Packed4bitWeights(own, **storage))
+
+    return stack(2 * INTERMEDIATE, HIDDEN, 2), stack(HIDDEN, INTERMEDIATE, 1)
+
+
+def _packed_tiled(dtype: torch.dtype, tokens: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """As ``_tiled``, of what decodes packed weights on the way."""
+    launch, gate, routing = _modules(tokens, packed=True)
+    rows = tokens * TOP_K
+    up, down = _packed_stacks(dtype)
+
+    def meta(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, rows_i, rows_2i = meta(tokens, HIDDEN), meta(rows, INTERMEDIATE), meta(rows, 2 * INTERMEDIATE)
+    yield "up 4bit, train", "up_4bit", lambda: launch.grouped_up(x, up, routing, rows, None, gate, True)
+    yield "up 4bit, infer", "up_4bit", lambda: launch.grouped_up(x, up, routing, rows, None, gate, False)
+    yield "gemm 4bit, down", "gemm_4bit", _gemm(launch, rows_i, down, routing, rows)
+    yield "gemm 4bit, up transposed", "transposed_4bit", _gemm(launch, rows_2i, up.mT, routing, rows)
+
+
+def _packed_untiled(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """What packed weights launch beside them: few slots, and a workspace in parts."""
+    tokens = 4096
+    launch, gate, routing = _modules(tokens, packed=True)
+    packed, (up, down) = module("launch.packed"), _packed_stacks(dtype)
+
+    def meta(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    ids = torch.empty((1, TOP_K), dtype=torch.int64, device="meta")
+    decode = (meta(1, HIDDEN), ids, torch.empty((1, TOP_K), device="meta"), up, down)
+    yield "decode 4bit", "", _call(launch.decode, *decode, None, None, gate)
+    biases = (meta(EXPERTS, 2 * INTERMEDIATE), meta(EXPERTS, HIDDEN))
+    yield "decode 4bit, bias", "", _call(launch.decode, *decode, *biases, gate)
+    yield "dequantize", "", _call(launch.dequantize, up.weights, 0, EXPERTS, meta(*up.shape))
+    part = (down.weights.packed, down.weights, 8, 8, meta(8, *down.shape[1:]), routing.offsets)
+    yield "dequantize a part", "", _call(packed._decode_experts, *part)
+    yield "split", "", _call(packed._split, routing, tokens * TOP_K, 48, 128)
+
+
+def _gemm(launch: object, a: Tensor, w: Any, routing: object, rows: int) -> Callable[[], object]:
     return lambda: launch.grouped_gemm(a, w, routing, rows, None, False, 0.0)  # type: ignore[attr-defined]
 
 
@@ -115,26 +172,38 @@ def _reciprocal() -> Iterator[tuple[str, str, Callable[[], object]]]:
     yield "reciprocal", "", _call(module("launch.reciprocal").approximate_reciprocal, absmax)
 
 
+def tiled(dtype: torch.dtype, height: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """All stages with a tile to choose, in the bucket of tiles ``height`` high."""
+    yield from _tiled(dtype, tokens_of_bucket(height))
+    yield from _packed_tiled(dtype, packed_tokens_of_bucket(height))
+
+
+def untiled(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """All stages without one."""
+    yield from _untiled(dtype)
+    yield from _packed_untiled(dtype)
+
+
 def _call(stage: Callable[..., object], *args: object) -> Callable[[], object]:
     return lambda: stage(*args)
 
 
-def _modules(tokens: int) -> tuple:
+def _modules(tokens: int, packed: bool = False) -> tuple:
     routing = module("routing").Routing
     buffer = torch.empty(routing.buffer_size(tokens * TOP_K, EXPERTS), dtype=torch.int32, device="meta")
-    views = routing.from_buffer(buffer, tokens * TOP_K, EXPERTS, TOP_K)
+    views = routing.from_buffer(buffer, tokens * TOP_K, EXPERTS, TOP_K, packed=packed)
     return module("launch"), module("activations").Gate(), views
 
 
-def compile_launches(arch: int | str, dtype: torch.dtype, heights: list[int], untiled: bool) -> Iterator[Launch]:
+def compile_launches(arch: int | str, dtype: torch.dtype, heights: list[int], with_untiled: bool) -> Iterator[Launch]:
     """Every launch for ``arch`` once: what two buckets share is compiled in the first."""
     tuning = module("tuning")
     target = tuning.TARGETS[arch]
     seen = set()
     with mock.patch.object(tuning, "target_of", return_value=target), compiling_for(arch) as compiled:
-        stages = [(stage, height) for height in heights for stage in _tiled(dtype, tokens_of_bucket(height))]
-        stages += [(stage, 0) for stage in (_untiled(dtype) if untiled else ())]
-        stages += [(stage, 0) for stage in (_reciprocal() if untiled and isinstance(arch, int) else ())]
+        stages = [(stage, height) for height in heights for stage in tiled(dtype, height)]
+        stages += [(stage, 0) for stage in (untiled(dtype) if with_untiled else ())]
+        stages += [(stage, 0) for stage in (_reciprocal() if with_untiled and isinstance(arch, int) else ())]
         for (name, family, call), height in stages:
             config = tuning.launch_config(family, height, target, dtype.itemsize) if family else None
             if family and (name, config) in seen:
@@ -150,9 +219,10 @@ def compile_launches(arch: int | str, dtype: torch.dtype, heights: list[int], un
 
 def main() -> None:
     arch, dtype, *heights = sys.argv[1:]
-    untiled = "untiled" in heights
     buckets = [int(height) for height in heights if height != "untiled"]
-    launches = compile_launches(int(arch) if arch.isdigit() else arch, getattr(torch, dtype), buckets, untiled)
+    launches = compile_launches(
+        int(arch) if arch.isdigit() else arch, getattr(torch, dtype), buckets, "untiled" in heights
+    )
     print(json.dumps([asdict(launch) for launch in launches]))
 
 

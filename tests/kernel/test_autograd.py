@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.kernel.cases import ExpertsCase, gradients, make_inputs, plain_gate, run_experts, seeded
 from tests.kernel.machine import DEVICE, ON_GPU, kernel, module
+from tests.kernel.packed_cases import ONE, PackedCase, decoding, make_packed_inputs
 
 # float64 runs in plain torch, on a CPU: the formulas are those of the kernels.
 on_cpu = pytest.mark.skipif(
@@ -224,6 +225,39 @@ def test_compiled_linear(dynamic: bool) -> None:
         return kernel.moe_fused_linear(rows, weight, m_sizes, bias)
 
     same_when_compiled(function, [rows, weight, bias], m_sizes, dynamic=dynamic)
+
+
+@pytest.mark.parametrize(
+    "in_gemm, gate_function, dynamic",
+    [(True, False, False), (False, False, True), (True, True, False)],
+    ids=["decoded", "parts-dynamic", "gate-function"],
+)
+def test_compiled_packed_experts(in_gemm: bool, gate_function: bool, dynamic: bool) -> None:
+    """With weights as an experts module owns them, of which the compiler sees the parameters."""
+    case = PackedCase("compiled", "", tokens=4, experts=3, hidden=64, intermediate=64, projections=2)
+    inputs = make_packed_inputs(case, torch.float32)
+    experts = torch.nn.Module()
+    for name, weights in inputs.packed.items():
+        weights.attach(experts, name)
+    options = {"activation": lambda gate_up: plain_gate(gate_up, case)} if gate_function else {}
+
+    def function(x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+        up, down = (kernel.Packed4bitWeights.of_module(experts, name) for name in ("gate_up_proj", "down_proj"))
+        return kernel.moe_experts(x, index, weights, up, down, **options)
+
+    leaves = [inputs.inputs.tensors[name] for name in ("hidden_states", "top_k_weights")]
+    with decoding(in_gemm, ONE):
+        same_when_compiled(function, leaves, inputs.inputs.index, dynamic=dynamic)
+
+
+def test_compiled_packed_linear() -> None:
+    weight = kernel.Packed4bitWeights.quantize(torch.randn(3, 24, 64, device=DEVICE))
+    rows = torch.randn(5, 64, device=DEVICE)
+
+    def function(rows: Tensor, m_sizes: Tensor) -> Tensor:
+        return kernel.moe_fused_linear_4bit(rows, weight, m_sizes)
+
+    same_when_compiled(function, [rows], torch.tensor([2, 0, 3], device=DEVICE))
 
 
 def test_a_change_of_tokens_does_not_recompile_dynamic_shapes() -> None:

@@ -156,6 +156,100 @@ def test_linear(case: BadCase) -> None:
     assert_refused(kernel.moe_fused_linear, case, linear_arguments())
 
 
+def packed(*shape: int, dtype: torch.dtype = torch.float32, device: object = DEVICE) -> Any:
+    """Packed weights of any values."""
+    own = kernel.Format4bit(shape, dtype=dtype)
+    storage = {name: torch.zeros(size, dtype=torch.uint8, device=device) for name, size in own.storage().items()}
+    return kernel.Packed4bitWeights(own, **storage)
+
+
+def packed_arguments() -> dict[str, Any]:
+    """Arguments of ``moe_experts`` with packed weights: 64 hidden and 32 intermediate features."""
+    return {
+        "hidden_states": torch.ones((T, 64), device=DEVICE),
+        "top_k_index": torch.zeros((T, K), dtype=torch.int64, device=DEVICE),
+        "top_k_weights": torch.ones((T, K), device=DEVICE),
+        "gate_up_proj": packed(E, 64, 64),
+        "down_proj": packed(E, 64, 32),
+    }
+
+
+# Values that are not made of the right one.
+PACKED = [
+    BadCase("other-hidden", "gate_up_proj", packed(E, 64, 32), ValueError, ("(E, 2*I, 64)", "(4, 64, 32)")),
+    BadCase("odd-gate-up", "gate_up_proj", packed(E, 63, 64), ValueError, ("even", "63")),
+    BadCase("other-experts", "down_proj", packed(E + 1, 64, 32), ValueError, ("(4, 64, 32)", "(5, 64, 32)")),
+    BadCase("transposed-weights", "down_proj", packed(E, 32, 64), ValueError, ("(4, 64, 32)", "(4, 32, 64)")),
+    BadCase(
+        "up-elsewhere",
+        "gate_up_proj",
+        packed(E, 64, 64, device="meta"),
+        ValueError,
+        (str(DEVICE.type), "like hidden_states", "meta"),
+    ),
+    BadCase(
+        "down-elsewhere",
+        "down_proj",
+        packed(E, 64, 32, device="meta"),
+        ValueError,
+        (str(DEVICE.type), "like hidden_states", "meta"),
+    ),
+    BadCase("other-dtype", "hidden_states", to(torch.float16), TypeError, ("float32", "like gate_up_proj", "float16")),
+    BadCase(
+        "other-down-dtype",
+        "down_proj",
+        packed(E, 64, 32, dtype=torch.bfloat16),
+        TypeError,
+        ("float32", "like gate_up_proj", "bfloat16"),
+    ),
+    BadCase(
+        "dense-beside-it",
+        "down_proj",
+        torch.ones((E, 64, 32), dtype=torch.float16, device=DEVICE),
+        TypeError,
+        ("float32", "like gate_up_proj", "float16"),
+    ),
+    BadCase("storage-alone", "gate_up_proj", packed(E, 64, 64).packed, ValueError, ("(E, 2*I, 64)", "(4, 2048)")),
+    BadCase("format-alone", "gate_up_proj", packed(E, 64, 64).format, TypeError, ("Packed4bitWeights", "Format4bit")),
+]
+
+
+@pytest.mark.parametrize("case", PACKED, ids=lambda case: case.id)
+def test_packed_experts(case: BadCase) -> None:
+    assert_refused(kernel.moe_experts, case, packed_arguments())
+
+
+def packed_linear_arguments() -> dict[str, Any]:
+    return linear_arguments() | {
+        "input": torch.ones((5, 64), device=DEVICE),
+        "weight": packed(E, N, 64),
+    }
+
+
+PACKED_LINEAR = [
+    BadCase("other-in", "input", shape(5, 32), ValueError, ("(S, 64)", "(5, 32)")),
+    BadCase("other-experts", "m_sizes", shape(E + 1), ValueError, ("(4)", "(5,)")),
+    BadCase("other-bias", "bias", shape(E, H), ValueError, ("(4, 6)", "(4, 8)")),
+    BadCase("other-dtype", "input", to(torch.float16), TypeError, ("float32", "like weight", "float16")),
+    BadCase("other-bias-dtype", "bias", to(torch.float16), TypeError, ("float32", "like weight", "float16")),
+    BadCase("weight-elsewhere", "weight", packed(E, N, 64, device="meta"), ValueError, ("like input", "meta")),
+    BadCase("storage-alone", "weight", packed(E, N, 64).packed, ValueError, ("(E, out, in)", "(4, 192)")),
+]
+
+
+@pytest.mark.parametrize("case", PACKED_LINEAR, ids=lambda case: case.id)
+def test_packed_linear(case: BadCase) -> None:
+    assert_refused(kernel.moe_fused_linear, case, packed_linear_arguments())
+
+
+def test_packed_weights_are_frozen() -> None:
+    weights = packed(E, 64, 64)
+    with pytest.raises(TypeError, match="packed 4-bit weights are frozen"):
+        weights.requires_grad_()
+    assert weights.requires_grad_(False) is weights
+    assert not weights.requires_grad
+
+
 def test_no_expert_per_token() -> None:
     arguments = experts_arguments()
     arguments |= {name: arguments[name][:, :0] for name in ("top_k_index", "top_k_weights")}

@@ -7,6 +7,16 @@ import torch
 
 from tests.kernel.cases import ExpertsCase, gradients, in_every_dtype, make_inputs, plain_gate, run_experts, seeded
 from tests.kernel.machine import DEVICE, DTYPES, kernel, name_of
+from tests.kernel.packed_cases import (
+    ALL,
+    ONE,
+    PackedCase,
+    decoding,
+    make_packed_inputs,
+    packed_gradients,
+    run_packed,
+)
+from tests.kernel.packed_cases import DTYPES as PACKED_DTYPES
 
 CASES = [
     ExpertsCase("many-rows", "several tiles an expert, sums over many rows", tokens=70, experts=2, top_k=1),
@@ -27,11 +37,31 @@ def test_experts(case: ExpertsCase, dtype: torch.dtype, gate_function: bool) -> 
         assert torch.equal(value, runs[1][name]), name
 
 
+@pytest.mark.parametrize("in_gemm, workspace", [(True, ALL), (False, ONE)], ids=["decoded", "parts"])
+@pytest.mark.parametrize("dtype", PACKED_DTYPES, ids=name_of)
+def test_packed_experts(dtype: torch.dtype, in_gemm: bool, workspace: int) -> None:
+    case = PackedCase("packed", "", index="partly mine", bias=True)
+    runs = []
+    for _ in range(2):
+        inputs = make_packed_inputs(case, dtype)
+        with decoding(in_gemm, workspace):
+            runs.append(packed_gradients(case, inputs))
+    for name, value in runs[0].items():
+        assert torch.equal(value, runs[1][name]), name
+
+
 def test_decode() -> None:
     case = ExpertsCase("decode", "", tokens=2, top_k=4)
     inputs = make_inputs(case, torch.float32)
     with torch.no_grad():
         assert torch.equal(run_experts(case, inputs), run_experts(case, inputs))
+
+
+def test_packed_decode() -> None:
+    case = PackedCase("packed-decode", "", tokens=1, top_k=2)
+    inputs = make_packed_inputs(case, torch.float32)
+    with torch.no_grad():
+        assert torch.equal(run_packed(case, inputs), run_packed(case, inputs))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

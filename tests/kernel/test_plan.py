@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernel.machine import HAS_TRITON, module
+from tests.kernel.machine import HAS_TRITON, kernel, module
 
 if not HAS_TRITON:
     pytest.skip("there are no launches without triton", allow_module_level=True)
 
 import triton
 
-from tests.kernel.compile_launches import _tiled, _untiled, tokens_of_bucket
+from tests.kernel.compile_launches import tiled, untiled
 
 launch, tuning, routing = module("launch"), module("tuning"), module("routing")
 GATE = module("activations").Gate()
@@ -51,7 +51,9 @@ class Compiled:
 @pytest.fixture(autouse=True)
 def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The names of the kernels compiled from now on. No plan outlives the test."""
-    modules = [module(f"launch.{name}") for name in ("decode", "down_backward", "gemm", "gram", "permute", "routing")]
+    modules = [
+        module(f"launch.{name}") for name in ("decode", "down_backward", "gemm", "gram", "packed", "permute", "routing")
+    ]
     cached = [value for part in modules for value in vars(part).values() if hasattr(value, "cache_clear")]
     plan = module("plan")
     kernel_type, call = type(module("kernels.permute").combine_kernel), plan.Plan.__call__
@@ -82,24 +84,37 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def test_two_dtypes_of_one_size(height: int) -> None:
     """bf16 and fp16 share configurations, not kernels."""
     for dtype in (torch.bfloat16, torch.float16):
-        for _, _, call in _tiled(dtype, tokens_of_bucket(height)):
+        for _, _, call in tiled(dtype, height):
             call()
 
 
 def test_two_dtypes_of_one_size_without_configurations() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for _, _, call in _untiled(dtype):
+        for _, _, call in untiled(dtype):
             call()
 
 
 def test_a_second_call_compiles_nothing(compilations: list[str]) -> None:
-    for _, _, call in _tiled(torch.bfloat16, 512):
+    for _, _, call in tiled(torch.bfloat16, 32):
         call()
     once = len(compilations)
     assert once > 0
-    for _, _, call in _tiled(torch.bfloat16, 512):
+    for _, _, call in tiled(torch.bfloat16, 32):
         call()
     assert len(compilations) == once
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["all", "with-rows"])
+def test_packed_weights_decoded_to_two_dtypes(skip: bool, compilations: list[str]) -> None:
+    """The same weights, dequantized to what autocast wants."""
+    own = kernel.Format4bit((4, 64, 64))
+    storage = {name: meta(*shape, dtype=torch.uint8) for name, shape in own.storage().items()}
+    weights = kernel.Packed4bitWeights(own, **storage)
+    offsets = meta(5, dtype=torch.int32) if skip else None
+    for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
+        out = meta(4, 64, 64, dtype=dtype)
+        module("launch.packed")._decode_experts(weights.packed, weights, 0, 4, out, offsets)
+    assert compilations == ["dequantize_kernel"] * 2
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -60,6 +60,23 @@ def test_shared_memory_of_the_operand_tiles() -> None:
     assert tuning.shared_memory("gram", config, 4) == 3 * 32 * (128 + 64) * 4
 
 
+def test_shared_memory_of_packed_tiles() -> None:
+    """Rows and bytes are on their way in every stage, decoded weights once."""
+    config = tuning.LaunchConfig(128, 32, 64, 4, 3)
+    assert tuning.shared_memory("gemm_4bit", config, 2) == 3 * (128 * 64 * 2 + 32 * 64 // 2) + 32 * 64 * 2
+    assert tuning.shared_memory("transposed_4bit", config, 2) == tuning.shared_memory("gemm_4bit", config, 2)
+    assert tuning.shared_memory("up_4bit", config, 4) == 3 * (128 * 64 * 4 + 32 * 64) + 2 * 32 * 64 * 4
+
+
+@pytest.mark.parametrize("kernel", tuning.KERNELS_4BIT)
+def test_packed_tiles_hold_whole_64s(kernel: str) -> None:
+    """Along the features that are packed, which are the out features of a transposed stack."""
+    along, across = ("block_n", "block_k") if kernel == "transposed_4bit" else ("block_k", "block_n")
+    tuning.check(kernel, replace(GOOD, **{along: 128, across: 32}), A100, 2)
+    with pytest.raises(ValueError, match=f"{kernel} needs tiles of multiples of 64 along the packed features"):
+        tuning.check(kernel, replace(GOOD, **{along: 32, across: 128}), A100, 2)
+
+
 @pytest.mark.parametrize("target", tuning.TARGETS.values(), ids=[str(arch) for arch in tuning.TARGETS])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("block_m", tuning.BUCKETS)
@@ -91,6 +108,30 @@ def test_bucket_boundaries(rows: int, experts: int, height: int) -> None:
 
 def test_bucket_without_experts() -> None:
     assert tuning.bucket(0, 0) == 16
+    assert tuning.bucket(0, 0, packed=True) == 16
+
+
+@pytest.mark.parametrize(
+    "rows, experts, height",
+    [(0, 8, 16), (88, 8, 16), (89, 8, 32), (176, 8, 32), (177, 8, 64), (640, 8, 64), (641, 8, 128), (10**9, 8, 128)],
+)
+def test_bucket_boundaries_of_packed_weights(rows: int, experts: int, height: int) -> None:
+    """A second tile of an expert decodes it again, so tiles are taller only once they would be full."""
+    assert tuning.bucket(rows, experts, packed=True) == height
+    assert height <= tuning.bucket(rows, experts)
+
+
+def test_heights_are_the_same_for_packed_weights() -> None:
+    """Both kinds share configurations, which are by height."""
+    assert tuple(tuning.PACKED_BUCKETS) == tuple(tuning.BUCKETS)
+
+
+@pytest.mark.parametrize("arch, rows", [(90, 160), (80, 128), (100, 128), ("gfx942", 128)])
+def test_many_rows_are_not_decoded_in_products(arch: int | str, rows: int) -> None:
+    target = tuning.TARGETS[arch]
+    assert tuning.decodes_in_gemm(0, 8, target)
+    assert tuning.decodes_in_gemm(rows * 8, 8, target)
+    assert not tuning.decodes_in_gemm(rows * 8 + 1, 8, target)
 
 
 @pytest.fixture

@@ -235,7 +235,8 @@ _backward_of_experts = eager(experts_backward_op, _experts_backward)
 def _backward(ctx, grad_y: Tensor | None, *_):  # type: ignore[no-untyped-def]
     x, _, w, up, down, up_bias, down_bias, *_ = ctx.needs_input_grad
     needs = [x, w, up, down, up_bias, down_bias]
-    saved, scales = ctx.saved_tensors[:7], list(ctx.saved_tensors[7:])
+    tensors = ctx.saved_tensors  # once: checkpointing hands each of them out once
+    saved, scales = tensors[:7], list(tensors[7:])
     scales_of = (scales[: ctx.num_up_scales], scales[ctx.num_up_scales :])
     no_grads = (*([None] * len(own) for own in scales_of), *(None for _ in ctx.options), None)
     if grad_y is None:

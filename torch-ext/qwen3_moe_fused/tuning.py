@@ -152,7 +152,9 @@ def default_config(kernel: str, block_m: int, target: Target, itemsize: int) -> 
     if kernel in KERNELS_4BIT:
         height = tile_height(block_m, itemsize)
         if itemsize == 4:
-            config = LaunchConfig(height, 64 if kernel == "transposed_4bit" else 32, 64, 4, 2)
+            # Without tensor cores an operand's whole block_k lies in registers: larger tiles spill some KiB a thread.
+            block_n, block_k = {"up_4bit": (16, 64), "gemm_4bit": (32, 64), "transposed_4bit": (64, 32)}[kernel]
+            config = LaunchConfig(height, block_n, block_k, 8 if height == 64 else 4, 2)
         elif kernel == "up_4bit":
             config = LaunchConfig(height, 64, 64, 4, 3)
         else:

@@ -78,7 +78,8 @@ def grouped_gemm(
     if out.numel() == 0:
         return out
     a = a.contiguous()
-    if isinstance(weight, PackedStack) and packed.decodes(weight, num_rows, a):
+    plain = not gather and bias is None  # all that a product with the transpose of packed weights can be
+    if isinstance(weight, PackedStack) and (plain or not weight.transposed) and packed.decodes(weight, num_rows, a):
         packed.gemm(a, weight, routing, bias, gather, fill, out)
         return out
     config = config_of("gemm" if k > tuning.SHORT_K else "gemm_short", num_rows, routing, a)

@@ -287,7 +287,7 @@ def gemm(
         _launch_gemm(config, a, stack, routing, bias, None, gather, fill, out, None)
         return
     if gather or bias is not None:
-        raise AssertionError("only the gradient of the input reads packed weights transposed")
+        raise AssertionError("a product with the transpose of packed weights neither gathers nor adds a bias")
     num_rows, n = out.shape
     config = config_of("transposed_4bit", num_rows, routing, a)
     if n % config.block_n:

@@ -1,0 +1,136 @@
+"""Packed weights for the tests: cases of ``moe_experts`` over them, and ways to force where they are decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from tests.kernel.cases import ExpertsCase, Inputs, make_inputs, run_experts
+from tests.kernel.machine import DTYPES as ALL_DTYPES
+from tests.kernel.machine import HAS_TRITON, kernel, module
+
+Packed4bitWeights = kernel.Packed4bitWeights
+reference, tuning = module("reference"), module("tuning")
+if HAS_TRITON:
+    launch_packed = module("launch.packed")
+
+# Packed weights stand for none of float64.
+DTYPES = tuple(dtype for dtype in ALL_DTYPES if dtype != torch.float64)
+
+# Bytes of a workspace for all experts of any test, and for one expert at a time.
+ALL, ONE = 2**40, 1
+
+
+@contextmanager
+def decoding(in_gemm: bool, workspace: int = ALL) -> Iterator[list[str]]:
+    """Forces where packed weights are decoded; gives the launches of it from now on.
+
+    "gemm", "transposed" and "up" decode inside a product, "part" is a part of the experts decoded for a dense one.
+    """
+    if not HAS_TRITON:
+        yield []
+        return
+    taken: list[str] = []
+    names = {"gemm": "_gemm_plan", "transposed": "_transposed_plan", "part": "_decode_experts"}
+
+    def noting(name: str, function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            # A gate is among the arguments of an up projection's plan.
+            up = name == "gemm" and any(isinstance(arg, module("activations").Gate) for arg in args)
+            taken.append("up" if up else name)
+            return function(*args)
+
+        return call
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(tuning, "decodes_in_gemm", return_value=in_gemm))
+        stack.enter_context(mock.patch.object(launch_packed, "WORKSPACE_BYTES", workspace))
+        for name, own in names.items():
+            function = getattr(launch_packed, own)
+            stack.enter_context(mock.patch.object(launch_packed, own, noting(name, function)))
+        yield taken
+
+
+@dataclass(frozen=True)
+class PackedCase(ExpertsCase):
+    """One call of ``moe_experts`` over packed weights; as ``ExpertsCase``, and
+
+    Attributes:
+        quant_type, blocksize, double_quant: of both projections.
+        projections: of the up projection.
+        dense: projections that are not packed.
+        takes: launches that decode in forward and backward, where all weights fit the workspace.
+    """
+
+    hidden: int = 64
+    intermediate: int = 64
+    quant_type: str = "nf4"
+    blocksize: int = 64
+    double_quant: bool = True
+    projections: int = 1
+    dense: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ("up", "gemm", "part", "transposed")
+
+
+@dataclass
+class PackedInputs:
+    """The tensors of a case, and its packed weights by argument name.
+
+    Attributes:
+        inputs: what the packed weights dequantize to stands among them, frozen.
+    """
+
+    inputs: Inputs
+    packed: dict[str, Any]
+
+    def trained(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.inputs.tensors.items() if name not in self.packed}
+
+    def arguments(self) -> Inputs:
+        """What ``run_experts`` takes to call the kernel with packed weights."""
+        return replace(self.inputs, tensors={**self.inputs.tensors, **self.packed})
+
+
+def dequantized(weights: Any) -> Tensor:
+    """What plain torch makes of packed weights, which ``test_quantization`` checks against bitsandbytes."""
+    out = torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
+    reference.dequantize(weights, 0, weights.shape[0], out)
+    return out
+
+
+def make_packed_inputs(case: PackedCase, dtype: torch.dtype) -> PackedInputs:
+    """The tensors of ``make_inputs`` with weights quantized."""
+    inputs = make_inputs(case, dtype)
+    packed = {}
+    for name, projections in (("gate_up_proj", case.projections), ("down_proj", 1)):
+        if name in case.dense:
+            continue
+        packed[name] = Packed4bitWeights.quantize(
+            inputs.tensors[name],
+            quant_type=case.quant_type,
+            blocksize=case.blocksize,
+            double_quant=case.double_quant,
+            projections=projections,
+        )
+        inputs.tensors[name] = dequantized(packed[name])
+    return PackedInputs(inputs, packed)
+
+
+def run_packed(case: PackedCase, inputs: PackedInputs, **options: Any) -> Tensor:
+    """``moe_experts`` over packed weights; ``options`` override the case's."""
+    return run_experts(case, inputs.arguments(), **options)
+
+
+def packed_gradients(
+    case: PackedCase, inputs: PackedInputs, run: Callable[..., Tensor] = run_packed, **options: Any
+) -> dict[str, Tensor]:
+    """y and the gradients of all tensors that are not packed, by name."""
+    y = run(case, inputs, **options)
+    y.backward(inputs.inputs.grad)
+    return {"y": y.detach()} | {f"gradient of {name}": value.grad for name, value in inputs.trained().items()}

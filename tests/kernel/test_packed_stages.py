@@ -1,0 +1,328 @@
+"""The Triton stages over packed weights against ``reference``: where experts are decoded, the split of routing into parts.
+
+Every scene has rows of no expert and experts without rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernel.machine import DEVICE, HAS_TRITON, kernel, module, name_of
+from tests.kernel.packed_cases import ALL, ONE, decoding, dequantized
+from tests.kernel.test_packed_linear import random_weight
+from tests.kernel.test_stages import DTYPES, GEMM_DTYPES, POISON, Gate, Routing, poisoned_routing, random, same
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="there are no Triton stages without triton")
+
+if HAS_TRITON:
+    launch, packed = module("launch"), module("launch.packed")
+reference, tuning, PackedStack = module("reference"), module("tuning"), module("weights").PackedStack
+
+# ------------------------------------------------------------------------------------------------------- dequantizing
+
+FORMATS = {
+    "nf4": {},
+    "fp4": {"quant_type": "fp4"},
+    "plain-scales": {"double_quant": False, "blocksize": 128},
+    "projections": {"projections": 2, "blocksize": 64},
+    "one-block": {"blocksize": 4096},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("storage", FORMATS.values(), ids=FORMATS)
+# 2048 bytes are two programs an expert; with 2240 the last one is not full.
+@pytest.mark.parametrize("shape", [(64, 64), (64, 70), (4, 16)], ids=["two-programs", "three-programs", "one-program"])
+def test_dequantize(shape: tuple[int, int], storage: dict[str, Any], dtype: torch.dtype) -> None:
+    if shape[0] * shape[1] % (storage.get("blocksize", 64) * storage.get("projections", 1)):
+        pytest.skip("not whole blocks")
+    weights = random_weight("dequantize", (5, *shape), torch.float32, **storage)
+    for first, count in ((0, 5), (3, 2), (1, 1)):
+        ours, theirs = (torch.full((count, *shape), float("nan"), dtype=dtype, device=DEVICE) for _ in range(2))
+        launch.dequantize(weights, first, count, ours)
+        reference.dequantize(weights, first, count, theirs)
+        assert torch.equal(ours, theirs)
+
+
+def test_dequantize_in_groups() -> None:
+    """300 absmaxes in each projection of each expert: two groups, the second not full."""
+    weights = random_weight("groups", (3, 600, 64), torch.float32, projections=2)
+    ours = torch.empty(weights.shape, device=DEVICE)
+    launch.dequantize(weights, 0, 3, ours)
+    assert torch.equal(ours, dequantized(weights))
+
+
+@pytest.mark.parametrize("first, count", [(0, 6), (2, 3), (4, 2)], ids=["all", "middle", "end"])
+def test_experts_without_rows_are_not_decoded(first: int, count: int) -> None:
+    weights = random_weight("skipped", (6, 64, 40), torch.float32)
+    sizes = [0, 3, 0, 0, 1, 0]
+    offsets = torch.tensor([0, *sizes], device=DEVICE).cumsum(0).int()
+    out = torch.full((count, 64, 40), float(POISON), device=DEVICE)
+    packed._decode_experts(weights.packed, weights, first, count, out, offsets)
+    exact = dequantized(weights)
+    for expert, own in enumerate(out, start=first):
+        assert torch.equal(own, exact[expert] if sizes[expert] else torch.full_like(own, POISON)), expert
+
+
+# -------------------------------------------------------------------------------------------------- routing, in parts
+
+
+@dataclass(frozen=True)
+class SplitCase:
+    """Rows of each expert, ``rest`` of none, ``count`` experts a part."""
+
+    id: str
+    why: str
+    sizes: tuple[int, ...]
+    count: int
+    rest: int = 0
+
+
+SPLITS = [
+    SplitCase("even", "parts of one size", (3, 0, 17, 5, 16, 1), 2),
+    SplitCase("one-left", "the last part has fewer experts", (3, 0, 17, 5, 1), 2),
+    SplitCase("one-each", "as many parts as experts", (3, 0, 40), 1),
+    SplitCase("odd-count", "experts of a part padded to a power of two", (33, 1, 2, 0, 4, 15, 16), 3),
+    SplitCase("rest", "rows of no expert are the last part's", (3, 0, 17, 5, 1), 2, rest=35),
+    SplitCase("only-rest", "no row has an expert", (0, 0, 0), 2, rest=20),
+    SplitCase("rest-after-empty", "the last part has nothing else", (5, 20, 0), 2, rest=1),
+    SplitCase("first-empty", "parts without rows", (0, 0, 0, 0, 9), 2),
+    SplitCase("many-tiles", "more tiles than a program writes at once", (1500, 0, 2600, 7), 2, rest=2200),
+    SplitCase("no-rows", "S=0", (0, 0, 0), 2),
+]
+
+
+def plain_split(case: SplitCase, block_m: int) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """(offsets, (expert, first row) of each tile) of every part."""
+    offsets = [sum(case.sizes[:expert]) for expert in range(len(case.sizes) + 1)]
+    parts = []
+    for first in range(0, len(case.sizes), case.count):
+        own = case.sizes[first : first + case.count]
+        tiles = [
+            (expert, row)
+            for expert, size in enumerate(own)
+            for row in range(offsets[first + expert], offsets[first + expert] + size, block_m)
+        ]
+        if first + len(own) == len(case.sizes):
+            tiles += [(len(own), row) for row in range(offsets[-1], offsets[-1] + case.rest, block_m)]
+        parts.append((offsets[first : first + len(own) + 1], tiles))
+    return parts
+
+
+@pytest.mark.parametrize("block_m", [16, 64])
+@pytest.mark.parametrize("case", SPLITS, ids=lambda case: case.id)
+def test_split(case: SplitCase, block_m: int) -> None:
+    num_rows, num_experts = sum(case.sizes) + case.rest, len(case.sizes)
+    routing = poisoned_routing(num_rows, num_experts, 1)
+    routing.offsets.copy_(torch.tensor([0, *case.sizes]).cumsum(0))
+    views = packed._split(routing, num_rows, case.count, block_m)
+    parts = plain_split(case, block_m)
+    assert len(views) == len(parts)
+    for view, (offsets, tiles) in zip(views, parts, strict=True):
+        assert view.offsets.tolist() == offsets
+        assert view.num_experts == len(offsets) - 1
+        assert view.row_to_slot is routing.row_to_slot
+        launched = num_rows // block_m + view.num_experts + 1
+        assert len(tiles) <= launched <= len(view.tile_expert)
+        experts, rows = (value[:launched].tolist() for value in (view.tile_expert, view.tile_row))
+        assert experts == [expert for expert, _ in tiles] + [-1] * (launched - len(tiles))
+        assert rows[: len(tiles)] == [row for _, row in tiles]
+
+
+@pytest.mark.parametrize(
+    "num_experts, experts_that_fit, count",
+    [(8, 8, 8), (8, 100, 8), (8, 7, 4), (8, 3, 3), (128, 127, 64), (5, 1, 1), (5, 0.5, 1), (1, 3, 1)],
+)
+def test_parts_are_of_nearly_one_size(
+    num_experts: int, experts_that_fit: float, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "WORKSPACE_BYTES", int(1000 * experts_that_fit))
+    assert packed.experts_of_a_part(num_experts, 1000) == count
+
+
+def test_the_workspace_is_as_large_as_it_may_be() -> None:
+    """Parts of a stack share one; experts of a part lie one after the other in it."""
+    weights = random_weight("workspace", (5, 64, 40), torch.float32)
+    routing = poisoned_routing(10, 5, 1)
+    routing.offsets.copy_(torch.arange(6) * 2)
+    with decoding(in_gemm=False, workspace=2 * 64 * 40 * 4):
+        parts = [
+            (part.stack.clone(), part.stack.data_ptr(), part.experts)
+            for part in packed.dense_parts(PackedStack(weights), routing, 10, torch.float32, 16)
+        ]
+    assert [own for _, _, own in parts] == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert len({address for _, address, _ in parts}) == 1
+    assert torch.equal(torch.cat([stack for stack, _, _ in parts]), dequantized(weights))
+
+
+def test_layouts_that_products_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows, rows of whole 64s, 32-bit offsets inside a matrix."""
+    like = torch.empty(0, device=DEVICE)
+    rows = tuning.DECODE_ROWS.get(tuning.target_of(DEVICE).arch, tuning.DEFAULT_DECODE_ROWS)
+
+    def stack(*shape: int) -> Any:
+        return PackedStack(kernel.Packed4bitWeights.quantize(torch.ones((2, *shape), device=DEVICE)))
+
+    assert packed.decodes(stack(4, 64), 2 * rows, like)
+    assert packed.decodes(stack(4, 64).mT, 2 * rows, like)
+    assert not packed.decodes(stack(4, 64), 2 * rows + 1, like)
+    assert not packed.decodes(stack(4, 80), 1, like)
+    assert not packed.decodes(stack(64, 4).mT, 1, like)
+    huge = kernel.Format4bit((1, 2**25, 64))
+    weights = stack(4, 64).weights
+    object.__setattr__(weights, "format", huge)
+    assert not packed.decodes(PackedStack(weights), 1, like)
+
+
+# -------------------------------------------------------------------------------------------------------------- stages
+
+PLACES = {"decoded": (True, ALL), "workspace": (False, ALL), "parts": (False, ONE)}
+EXPERTS, TOKENS, TOP_K = 6, 7, 2
+ROWS = TOKENS * TOP_K
+# Expert 3 has no rows, 6 is elsewhere.
+IDS = [[0, 1], [6, 2], [2, 4], [5, 6], [6, 6], [1, 2], [0, 5]]
+ROUTED = 10
+
+
+@pytest.fixture(params=PLACES.values(), ids=PLACES)
+def place(request: pytest.FixtureRequest) -> tuple[bool, int]:
+    return request.param
+
+
+def scenes(dtype: torch.dtype) -> tuple[Routing, Routing]:
+    """The routing of ``IDS`` as ``launch`` and as ``reference`` see it."""
+    ids = torch.tensor(IDS, device=DEVICE)
+    ours, theirs = (poisoned_routing(ROWS, EXPERTS, TOP_K)._replace(packed=True) for _ in range(2))
+    launch.route(ids, ours, dtype)
+    reference.route(ids, theirs, dtype)
+    assert int(theirs.offsets[-1]) == ROUTED
+    return ours, theirs
+
+
+def doubled(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.double()
+
+
+def stack_of(name: str, shape: tuple[int, int], dtype: torch.dtype, transposed: bool = False, **options: Any) -> tuple:
+    """(packed stack, what it dequantizes to)."""
+    weights = random_weight(name, (EXPERTS, *shape), dtype, **options)
+    dense = dequantized(weights)
+    return PackedStack(weights, transposed), dense.mT if transposed else dense
+
+
+@pytest.mark.parametrize("dtype", GEMM_DTYPES, ids=name_of)
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize("gather, bias", [(False, False), (True, True), (True, False), (False, True)])
+def test_grouped_gemm(gather: bool, bias: bool, transposed: bool, dtype: torch.dtype, place: tuple[bool, int]) -> None:
+    ours, theirs = scenes(dtype)
+    stack, dense = stack_of("gemm", (44, 64), dtype, transposed)
+    _, n, k = stack.shape
+    assert (n, k) == ((64, 44) if transposed else (44, 64))
+    a = random("a", TOKENS if gather else ROWS, k, dtype=dtype)
+    biases = random("bias", EXPERTS, n, dtype=dtype) if bias else None
+    with decoding(*place) as taken:
+        out = launch.grouped_gemm(a, stack, ours, ROWS, biases, gather, -7.0)
+    if place[0]:
+        assert taken == ["gemm" if not transposed else "part" if gather or bias else "transposed"]
+    else:
+        assert taken == ["part"] * (1 if place[1] == ALL else EXPERTS)
+    exact = reference.grouped_gemm(a.double(), dense.double(), theirs, ROWS, doubled(biases), gather, -7.0)
+    plain = reference.grouped_gemm(a, stack, theirs, ROWS, biases, gather, -7.0)
+    same("out", out, exact, plain)
+    assert (out[ROUTED:] == -7.0).all()
+
+
+@pytest.mark.parametrize("dtype", GEMM_DTYPES, ids=name_of)
+@pytest.mark.parametrize("save", [True, False], ids=["train", "infer"])
+@pytest.mark.parametrize(
+    "gate",
+    [Gate(), Gate("relu2", gated=False), Gate("swiglu_oai", interleaved=True)],
+    ids=["silu", "relu2-ungated", "gpt-oss"],
+)
+def test_grouped_up(gate: Gate, save: bool, dtype: torch.dtype, place: tuple[bool, int]) -> None:
+    ours, theirs = scenes(dtype)
+    columns = gate.columns(36)
+    stack, dense = stack_of("up", (columns, 64), dtype)
+    x, bias = random("x", TOKENS, 64, dtype=dtype), random("bias", EXPERTS, columns, dtype=dtype)
+    with decoding(*place):
+        got = launch.grouped_up(x, stack, ours, ROWS, bias, gate, save)
+    exact = reference.grouped_up(x.double(), dense.double(), theirs, ROWS, bias.double(), gate, save)
+    plain = reference.grouped_up(x, stack, theirs, ROWS, bias, gate, save)
+    # Rows of no expert are zeros for whoever reads them after: a gate function, the gate's derivative.
+    for name, *values in zip(("h", "gate_up"), got, exact, plain, strict=True):
+        if values[1] is None:
+            assert not save
+            assert values[0] is None
+            continue
+        same(name, *(value[:ROUTED] for value in values))
+        assert values[0].shape == values[1].shape
+        assert name == "h" or values[0][ROUTED:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("dtype", GEMM_DTYPES, ids=name_of)
+@pytest.mark.parametrize("bias, need_h", [(False, True), (True, False)], ids=["weighted-h", "bias"])
+@pytest.mark.parametrize(
+    "gate", [Gate(), Gate("gelu_tanh", interleaved=True), Gate("relu", gated=False)], ids=lambda gate: gate.activation
+)
+def test_down_backward(gate: Gate, bias: bool, need_h: bool, dtype: torch.dtype, place: tuple[bool, int]) -> None:
+    ours, theirs = scenes(dtype)
+    stack, dense = stack_of("down", (64, 44), dtype)
+    grad, gate_up = random("grad", TOKENS, 64, dtype=dtype), random("gate_up", ROWS, gate.columns(44), dtype=dtype)
+    weights = random("weights", TOKENS, TOP_K)
+    biases = random("bias", EXPERTS, 64, dtype=dtype) if bias else None
+    poisoned = gate_up.clone()
+    poisoned[ROUTED:] = float("nan")
+    with decoding(*place):
+        got = launch.down_backward(grad, stack, biases, poisoned, ours, weights, gate, need_h)
+    exact = reference.down_backward(
+        grad.double(), dense.double(), doubled(biases), gate_up.double(), theirs, weights.double(), gate, need_h
+    )
+    plain = reference.down_backward(grad, stack, biases, gate_up, theirs, weights, gate, need_h)
+    same("grad_gate_up", got[0][:ROUTED], exact[0][:ROUTED], plain[0][:ROUTED])
+    assert (got[1] is None) == (not need_h)
+    if need_h:
+        same("weighted_h", got[1][:ROUTED], exact[1][:ROUTED], plain[1][:ROUTED])
+    same("grad_top_k_weights", got[2], exact[2], plain[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_decode_equals_the_routed_stages(dtype: torch.dtype) -> None:
+    """The same experts by two ways, formats of the projections different; ids of every kind."""
+    gate, ids = Gate(), torch.tensor([[1, 2], [-1, 0]], device=DEVICE)
+    x, weights = random("x", 2, 64, dtype=dtype), random("weights", 2, 2)
+    up, dense_up = stack_of("up", (2 * 64, 64), dtype, projections=2)
+    down, dense_down = stack_of("down", (64, 64), dtype, quant_type="fp4", double_quant=False, blocksize=128)
+    up_bias, down_bias = random("up_bias", EXPERTS, 128, dtype=dtype), random("down_bias", EXPERTS, 64, dtype=dtype)
+
+    def routed(x: Tensor, weights: Tensor, up: Any, down: Any, up_bias: Tensor, down_bias: Tensor) -> Tensor:
+        routing = poisoned_routing(4, EXPERTS, 2)
+        reference.route(ids, routing, x.dtype)
+        h, _ = reference.grouped_up(x, up, routing, 4, up_bias, gate, False)
+        z = reference.grouped_gemm(h, down, routing, 4, down_bias, False, 0.0)
+        return reference.combine(z, routing, 2, weights)
+
+    ours = launch.decode(x, ids, weights, up, down, up_bias, down_bias, gate)
+    exact = routed(*(value.double() for value in (x, weights, dense_up, dense_down, up_bias, down_bias)))
+    same("y", ours, exact, routed(x, weights, up, down, up_bias, down_bias))
+
+
+def test_decode_serves_what_it_reads() -> None:
+    def stack(*shape: int, transposed: bool = False) -> Any:
+        return PackedStack(kernel.Packed4bitWeights.quantize(torch.ones((2, *shape), device=DEVICE)), transposed)
+
+    up, down = stack(128, 64), stack(64, 64)
+    dense = torch.empty((2, 64, 64), device=DEVICE)
+    most = module("launch.decode").DECODE_SLOTS
+    assert launch.use_decode(1, most, up, down)
+    assert not launch.use_decode(1, most + 1, up, down)
+    assert not launch.use_decode(0, 8, up, down)
+    assert not launch.use_decode(1, 1, stack(128, 80), stack(80, 64)), "80 in features of up"
+    assert not launch.use_decode(1, 1, stack(160, 64), stack(64, 80)), "80 in features of down"
+    assert not launch.use_decode(1, 1, stack(64, 128, transposed=True), stack(64, 64, transposed=True))
+    assert not launch.use_decode(1, 1, up, dense)
+    assert not launch.use_decode(1, 1, torch.empty((2, 128, 64), device=DEVICE), down)
