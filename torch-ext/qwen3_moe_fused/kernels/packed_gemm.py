@@ -2,7 +2,8 @@
 
 A byte holds two neighbours along the in features. Interleaving what it decodes to is ruinous in Triton, so every product is
 two: even in features with even, odd with odd. Where in features are summed over, that takes the even and odd columns of the
-rows; where they are the output (``packed_transposed_kernel``), there are two accumulators, interleaved once at the end.
+rows, which a program takes apart in registers, or finds apart (``split_columns_kernel``) and multiplies from shared memory;
+where they are the output (``packed_transposed_kernel``), there are two accumulators, interleaved once at the end.
 
 The scales of the next step are loaded during this one: an absmax is a chain of three loads, too narrow for the pipeline's
 asynchronous copies.
@@ -40,6 +41,24 @@ def _scales(
         absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert, block, BLOCKS, GROUPS, PROJECTIONS,
         DOUBLE_QUANT,
     )  # fmt: skip
+
+
+@triton.jit
+def split_columns_kernel(
+    x_ptr,  # (T, K)
+    out_ptr,  # (T, K) out
+    K: tl.constexpr,  # a multiple of BLOCK_K
+    BLOCK_K: tl.constexpr,
+    PAIRS: tl.constexpr,  # next power of two of K / 2
+):
+    """Every BLOCK_K columns of x, the even ones first. Grid: (T,)."""
+    row = tl.program_id(0).to(tl.int64) * K  # int64: T·K passes 2³¹ in real models
+    columns = tl.arange(0, 2 * PAIRS)
+    even, odd = tl.split(tl.reshape(tl.load(x_ptr + row + columns, mask=columns < K, other=0.0), (PAIRS, 2)))
+    pairs = tl.arange(0, PAIRS)
+    out = out_ptr + row + pairs // (BLOCK_K // 2) * BLOCK_K + pairs % (BLOCK_K // 2)
+    tl.store(out, even, mask=pairs < K // 2)
+    tl.store(out + BLOCK_K // 2, odd, mask=pairs < K // 2)
 
 
 @triton.jit(do_not_specialize=["num_rows", "fill"])
@@ -84,6 +103,7 @@ def packed_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    A_SPLIT: tl.constexpr,  # of every BLOCK_K columns of a the even ones come first
 ):
     """out = gate(a[row or token] · w[expert]ᵀ + bias[expert]). Grid: (tiles · ⌈N / BLOCK_N⌉,), column tiles fastest."""
     N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -109,7 +129,8 @@ def packed_gemm_kernel(
     else:
         source = tl.where(live, row + offs_m, row)
     expert64 = expert.to(tl.int64)  # int64: T·K and E·out·in pass 2³¹ in real models
-    a_ptrs = a_ptr + source.to(tl.int64)[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
+    A_COLUMNS: tl.constexpr = BLOCK_K // 2 if A_SPLIT else BLOCK_K
+    a_ptrs = a_ptr + source.to(tl.int64)[:, None] * K + tl.arange(0, A_COLUMNS)[None, :]
     offs_n = n + tl.arange(0, BLOCK_N)
     # Columns past the last one are computed from it and not stored.
     columns = tl.minimum(offs_n, N - 1) * COLUMN_STRIDE
@@ -131,7 +152,11 @@ def packed_gemm_kernel(
     gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
-        even, odd = _even_odd(tl.load(a_ptrs), BLOCK_M, BLOCK_K)
+        if A_SPLIT:
+            even = tl.load(a_ptrs)
+            odd = tl.load(a_ptrs + BLOCK_K // 2)
+        else:
+            even, odd = _even_odd(tl.load(a_ptrs), BLOCK_M, BLOCK_K)
         ahead = starts + tl.minimum(k + BLOCK_K, K - BLOCK_K)
         next_scale = _scales(
             absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, ahead, BLOCKSIZE, BLOCKS,

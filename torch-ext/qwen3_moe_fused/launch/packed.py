@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import tuning
 from ..activations import Gate
 from ..kernels.packed import dequantize_kernel
-from ..kernels.packed_gemm import packed_gemm_kernel, packed_transposed_kernel
+from ..kernels.packed_gemm import packed_gemm_kernel, packed_transposed_kernel, split_columns_kernel
 from ..plan import Plan
 from ..quantization import as_floats, code, nested_code
 from ..routing import max_tiles
@@ -30,6 +30,7 @@ from .operands import (
     device_index,
     gate_constants,
     on_device,
+    power_of_2,
     precision,
     tile_constants,
 )
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 WORKSPACE_BYTES = 256 * 2**20
 # Bytes that a program of the dequantization decodes.
 DEQUANTIZE_BLOCK = 1024
+# Height of row tiles from which on tokens are split into even and odd columns beforehand.
+SPLIT_HEIGHT = 64
 
 
 def storage_operands(weights: Packed4bitWeights) -> tuple[Tensor, ...]:
@@ -248,6 +251,7 @@ def _gemm_plan(
     gather: bool,
     has_bias: bool,
     save_gate_up: bool,
+    a_split: bool,
     shuffle: bool,
     precision: str,
 ) -> Plan:
@@ -266,6 +270,7 @@ def _gemm_plan(
         "SHUFFLE": shuffle,
         "PRECISION": precision,
         **tile_constants(config),
+        "A_SPLIT": a_split,
     }
     return Plan(packed_gemm_kernel, constants, config.num_warps, config.num_stages, fp_fusion=False)
 
@@ -319,8 +324,14 @@ def _launch_gemm(
     gate_up: Tensor | None,
 ) -> None:
     num_rows, n = out.shape
-    if a.shape[1] % config.block_k:
+    k = a.shape[1]
+    if k % config.block_k:
         config = replace(config, block_k=64)
+    # Of the tokens alone, and where tiles are so high that taking rows apart is a tenth of the work.
+    a_split = gather and config.block_m >= SPLIT_HEIGHT
+    if a_split:
+        a, x = torch.empty_like(a), a
+        _split_plan(k, config.block_k)(device_index(x), (x.shape[0], 1, 1), x, a)
     plan = _gemm_plan(
         config,
         stack.weights.format,
@@ -330,6 +341,7 @@ def _launch_gemm(
         gather,
         bias is not None,
         gate_up is not None,
+        a_split,
         shuffles(a),
         precision(a.dtype),
     )
@@ -348,6 +360,11 @@ def _launch_gemm(
         num_rows,
         fill,
     )
+
+
+@functools.cache
+def _split_plan(k: int, block_k: int) -> Plan:
+    return Plan(split_columns_kernel, {"K": k, "BLOCK_K": block_k, "PAIRS": power_of_2(k) // 2})
 
 
 @functools.cache
