@@ -66,7 +66,7 @@ GPU_JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ $$n
 test-gpu: ## Run all tests on the GPU of this machine with PYTHON as it is
 	@"$(PYTHON)" -c 'import sys, torch; torch.accelerator.is_available() or sys.exit("error: torch " + torch.__version__ + " of $(PYTHON) finds no GPU; make test runs without one")'
 	@"$(PYTHON)" scripts/build_kernel.py --quiet
-	$(call run_tests,"$(PYTHON)" -m pytest -n $(GPU_JOBS))
+	$(call run_tests,"$(PYTHON)" -m pytest -n $(GPU_JOBS) --dist worksteal)
 
 lint: $(READY) ## Run ruff and mypy
 	@status=0; \

@@ -233,6 +233,8 @@ def test_kernels_info_accepts_the_build(built: Path) -> None:
         result = run("-c", "from kernels.cli import main; main()", "info", built.parent, "--json")
     if "invalid choice: 'info'" in result.stderr:
         pytest.skip("this version of kernels has no info command")
+    if "No module named 'cryptography'" in result.stderr:
+        pytest.skip("kernels is installed without the dependencies of its command line")
     assert result.returncode == 0, result.stderr
     info = json.loads(result.stdout)
     assert (info["name"], info["backends"]) == (build_config()["name"], sorted(BACKENDS))
