@@ -68,6 +68,8 @@ class PackedCase(ExpertsCase):
         takes: launches that decode in forward and backward, where all weights fit the workspace.
     """
 
+    tokens: int = 5
+    experts: int = 3
     hidden: int = 64
     intermediate: int = 64
     quant_type: str = "nf4"

@@ -67,13 +67,16 @@ DECODED = [
         hidden=192,
         intermediate=128,
         projections=2,
-        tokens=5,
+        tokens=3,
+        top_k=1,
+        experts=2,
         half=True,
     ),
-    PackedCase("fp4", "another table", quant_type="fp4", half=True),
+    PackedCase(
+        "fp4", "another table, and routing weights in fp32", quant_type="fp4", routing_dtype=torch.float32, half=True
+    ),
     PackedCase("plain-scales", "absmaxes in fp32", double_quant=False),
     PackedCase("plain-scales-projections", "no groups to count", double_quant=False, projections=2, blocksize=128),
-    PackedCase("blocks-of-two-rows", "a block runs on in the next row", blocksize=128),
     PackedCase("blocks-over-borders", "a block ends inside a row", hidden=192, blocksize=128, tokens=3),
     PackedCase("blocks-of-4096", "one block an expert in the down projection, two in the other", blocksize=4096),
     PackedCase(
@@ -88,7 +91,6 @@ DECODED = [
         hidden=44,
         takes=("part", "gemm", "part", "part"),
     ),
-    PackedCase("projections", "scales of the second half start anew", projections=2),
     PackedCase("interleaved", "gate and up columns alternate", interleaved=True),
     PackedCase(
         "transposed",
@@ -125,7 +127,6 @@ DECODED = [
     PackedCase("rows-of-32", "tiles of 32 rows", tokens=34, experts=2, top_k=1),
     PackedCase("rows-of-64", "tiles of 64 rows, of which one expert has two", tokens=130, experts=2, top_k=1),
     PackedCase("rows-of-128", "tiles of 128 rows", tokens=176, experts=2, top_k=1, gated=False, half=True),
-    PackedCase("fp32-weights", "routers return fp32", routing_dtype=torch.float32),
     PackedCase(
         "strided", "views of all activations", strided=("hidden_states", "top_k_index", "top_k_weights", "grad")
     ),
@@ -154,6 +155,7 @@ class WorkspaceCase(PackedCase):
     workspace: bytes for decoded weights in fp32. takes: as in ``PackedCase``, a "part" for each part.
     """
 
+    experts: int = 5
     hidden: int = 40
     intermediate: int = 24
     workspace: int = ALL
@@ -229,7 +231,7 @@ def test_decoded_into_a_workspace(case: WorkspaceCase, dtype: torch.dtype) -> No
 
 # Up to 64 slots and no gradients.
 FEW_SLOTS = [
-    PackedCase("few", "T=1, one row a slot", tokens=1, top_k=4, half=True),
+    PackedCase("few", "T=1, one row a slot", tokens=1, top_k=4, experts=5, half=True),
     PackedCase("few-batch", "several tokens share experts", tokens=3, top_k=2, projections=2),
     PackedCase("few-fp4", "another table, absmaxes in fp32", tokens=2, quant_type="fp4", double_quant=False),
     PackedCase("few-long-blocks", "blocks of many rows", tokens=2, blocksize=4096),
@@ -328,7 +330,7 @@ def test_gate_function(case: PackedCase, dtype: torch.dtype) -> None:
     assert_taken(taken, case.takes, dtype)
 
 
-SMALL = PackedCase("small", "", tokens=5, experts=3, takes=())
+SMALL = PackedCase("small", "")
 
 
 @pytest.mark.parametrize("in_gemm", [True, False], ids=["decoded", "workspace"])
@@ -372,7 +374,7 @@ def test_only_packed_weights_frozen() -> None:
 
 def test_saves_no_dense_weights() -> None:
     """Backward decodes again: nothing as large as a dense projection is kept."""
-    case = replace(SMALL, hidden=192, intermediate=128, tokens=2)
+    case = replace(SMALL, hidden=128, intermediate=128, tokens=2, top_k=1, experts=2)
     inputs = make_packed_inputs(case, torch.float32)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):

@@ -25,6 +25,8 @@ from tests.kernel.cases import (
     run_experts,
 )
 from tests.kernel.machine import DTYPES, INTERPRETED, ON_GPU
+from tests.kernel.packed_cases import ALL, ONE, PackedCase, decoding, make_packed_inputs, packed_gradients
+from tests.kernel.packed_cases import DTYPES as PACKED_DTYPES
 from tests.kernel.test_linear import LinearCase, linear, plain_linear, results
 from tests.kernel.test_linear import make_inputs as make_linear_inputs
 
@@ -118,5 +120,47 @@ def test_linear(case: LinearCase, dtype: torch.dtype) -> None:
     exact, plain = inputs.to(torch.float64), inputs.to(dtype)
     ours = results(linear(inputs), inputs)
     truth, torchs = results(plain_linear(exact), exact), results(plain_linear(plain), plain)
+    for name, value in ours.items():
+        assert_accurate(name, value, truth[name], torchs[name], SLACK)
+
+
+@st.composite
+def packed_cases(draw: st.DrawFn) -> PackedCase:
+    gated = draw(st.booleans())
+    # Multiples of 8, so that every projection is whole blocks of 64.
+    sizes = st.sampled_from([8, 24, 64, 72, 128])
+    return PackedCase(
+        id="random",
+        why="",
+        tokens=draw(st.integers(0, 200 if ON_GPU else 12)),
+        top_k=draw(st.integers(1, 2)),
+        experts=draw(st.integers(2, 5)),
+        hidden=draw(sizes),
+        intermediate=draw(sizes),
+        index=draw(st.sampled_from(sorted(INDEX))),
+        activation=draw(st.sampled_from(sorted(PLAIN_ACTIVATIONS))),
+        gated=gated,
+        interleaved=gated and draw(st.booleans()),
+        transposed=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        quant_type=draw(st.sampled_from(["nf4", "fp4"])),
+        double_quant=draw(st.booleans()),
+        dense=draw(st.sampled_from([(), (), ("gate_up_proj",), ("down_proj",)])),
+    )
+
+
+@bounded
+@given(
+    case=packed_cases(),
+    dtype=st.sampled_from(PACKED_DTYPES),
+    in_gemm=st.booleans(),
+    workspace=st.sampled_from([ALL, ONE, 2 * 64 * 64 * 4]),
+)
+def test_packed_experts(case: PackedCase, dtype: torch.dtype, in_gemm: bool, workspace: int) -> None:
+    inputs = make_packed_inputs(case, dtype)
+    with decoding(in_gemm, workspace):
+        ours = packed_gradients(case, inputs)
+    truth = gradients(plain_experts(case, exact := inputs.inputs.to(torch.float64)), exact)
+    torchs = gradients(plain_experts(case, plain := inputs.inputs.copy()), plain)
     for name, value in ours.items():
         assert_accurate(name, value, truth[name], torchs[name], SLACK)
