@@ -129,9 +129,11 @@ def _packed_untiled(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[],
     biases = (meta(EXPERTS, 2 * INTERMEDIATE), meta(EXPERTS, HIDDEN))
     yield "decode 4bit, bias", "", _call(launch.decode, *decode, *biases, gate)
     yield "dequantize", "", _call(launch.dequantize, up.weights, 0, EXPERTS, meta(*up.shape))
-    part = (down.weights.packed, down.weights, 8, 8, meta(8, *down.shape[1:]), routing.offsets)
-    yield "dequantize a part", "", _call(packed._decode_experts, *part)
-    yield "split", "", _call(packed._split, routing, tokens * TOP_K, 48, 128)
+    # A third of the features, gate and up rows of them.
+    third = INTERMEDIATE // 3
+    runs = packed._runs([(third, third), (INTERMEDIATE + third, third)], HIDDEN, 2 * INTERMEDIATE, False)
+    part = (up.weights.packed, up.weights, runs, 0, EXPERTS, meta(EXPERTS, 2 * third, HIDDEN), routing.offsets)
+    yield "dequantize a part", "", _call(packed._decode, *part)
 
 
 def _gemm(launch: object, a: Tensor, w: Any, routing: object, rows: int) -> Callable[[], object]:

@@ -23,7 +23,7 @@ if HAS_TRITON:
 # Packed weights stand for none of float64.
 DTYPES = tuple(dtype for dtype in ALL_DTYPES if dtype != torch.float64)
 
-# Bytes of a workspace for all experts of any test, and for one expert at a time.
+# Bytes of a workspace for all weights of any test, and for as few features at a time as there can be, which is 16.
 ALL, ONE = 2**40, 1
 
 
@@ -31,13 +31,13 @@ ALL, ONE = 2**40, 1
 def decoding(in_gemm: bool, workspace: int = ALL) -> Iterator[list[str]]:
     """Forces where packed weights are decoded; gives the launches of it from now on.
 
-    "gemm", "transposed" and "up" decode inside a product, "part" is a part of the experts decoded for a dense one.
+    "gemm", "transposed" and "up" decode inside a product, "part" is some of the features decoded for a dense one.
     """
     if not HAS_TRITON:
         yield []
         return
     taken: list[str] = []
-    names = {"gemm": "_gemm_plan", "transposed": "_transposed_plan", "part": "_decode_experts"}
+    names = {"gemm": "_gemm_plan", "transposed": "_transposed_plan", "part": "_decode"}
 
     def noting(name: str, function: Any) -> Any:
         def call(*args: Any) -> Any:

@@ -162,30 +162,48 @@ class WorkspaceCase(PackedCase):
     takes: tuple[str, ...] = ("part",) * 4
 
 
-# Bytes of two experts of the down projection in fp32, of one of the up projection.
-TWO = 2 * 40 * 24 * 4
-IN_PARTS = ("part",) * (2 * 5 + 2 * 3)
+# Of 16 features: two parts of up and of the way back through down, the second not full, three of down and of the way back
+# through up.
+UP_PARTS, DOWN_PARTS = ("part",) * (2 + 3), ("part",) * (3 + 2)
+IN_PARTS = UP_PARTS + DOWN_PARTS
+# Bytes of 16 features of up in fp32: down fits twice.
+SIXTEEN = 5 * 2 * 16 * 40 * 4
 WORKSPACE = [
     WorkspaceCase("whole", "nothing special", half=True),
     WorkspaceCase("whole-64", "weights that products could decode too, but for more rows", hidden=64, intermediate=128),
     WorkspaceCase("whole-bias", "biases of all experts", bias=True),
     WorkspaceCase("whole-partly-mine", "rows of no expert", index="partly mine", tokens=12),
-    WorkspaceCase("parts", "one expert of up, two of down at a time, the last alone", workspace=TWO, takes=IN_PARTS),
-    WorkspaceCase("parts-bias", "of the part's experts", workspace=TWO, takes=IN_PARTS, bias=True, half=True),
+    WorkspaceCase("parts", "columns of a part belong side by side with the others", workspace=ONE, takes=IN_PARTS),
+    WorkspaceCase("parts-up", "the others are whole", workspace=SIXTEEN, takes=("part",) * (2 + 1 + 1 + 3)),
+    WorkspaceCase("parts-bias", "of the part's features", workspace=ONE, takes=IN_PARTS, bias=True, half=True),
+    WorkspaceCase(
+        "parts-interleaved",
+        "gate and up rows of a part are neighbours",
+        workspace=ONE,
+        takes=IN_PARTS,
+        interleaved=True,
+        bias=True,
+    ),
+    WorkspaceCase(
+        "parts-transposed",
+        "a part is columns of the stored matrix",
+        workspace=ONE,
+        takes=IN_PARTS,
+        transposed=True,
+        bias=True,
+    ),
     WorkspaceCase(
         "parts-partly-mine",
-        "rows of no expert belong to the last part alone",
+        "rows of no expert in every part",
         index="partly mine",
         tokens=12,
-        workspace=TWO,
+        workspace=ONE,
         takes=IN_PARTS,
         half=True,
     ),
+    WorkspaceCase("parts-not-mine", "no row has an expert", index="not mine", bias=True, workspace=ONE, takes=IN_PARTS),
     WorkspaceCase(
-        "parts-not-mine", "all rows belong to it", index="not mine", bias=True, workspace=TWO, takes=IN_PARTS
-    ),
-    WorkspaceCase(
-        "parts-empty", "experts without rows hold anything", experts=9, index="few", workspace=ONE, takes=("part",) * 36
+        "parts-empty", "experts without rows hold anything", experts=9, index="few", workspace=ONE, takes=IN_PARTS
     ),
     WorkspaceCase("parts-no-tokens", "T=0", tokens=0, workspace=ONE, takes=()),
     WorkspaceCase(
@@ -196,7 +214,7 @@ WORKSPACE = [
         top_k=1,
         workspace=ONE,
         gated=False,
-        takes=("part",) * 8,
+        takes=IN_PARTS,
         activation="relu",
     ),
     WorkspaceCase(
@@ -206,17 +224,17 @@ WORKSPACE = [
         interleaved=True,
         transposed=True,
         bias=True,
-        workspace=TWO,
+        workspace=ONE,
         takes=IN_PARTS,
     ),
     WorkspaceCase(
         "parts-dense-down",
         "a dense projection is one part",
         dense=("down_proj",),
-        workspace=TWO,
-        takes=("part",) * (2 * 5),
+        workspace=ONE,
+        takes=UP_PARTS,
     ),
-    WorkspaceCase("parts-dense-up", "the same", dense=("gate_up_proj",), workspace=TWO, takes=("part",) * (2 * 3)),
+    WorkspaceCase("parts-dense-up", "the same", dense=("gate_up_proj",), workspace=ONE, takes=DOWN_PARTS),
 ]
 
 

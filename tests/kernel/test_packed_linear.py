@@ -38,8 +38,12 @@ class PackedLinearCase(LinearCase):
     takes: tuple[str, ...] = ("gemm", "transposed")
 
 
-def elsewhere(case: PackedLinearCase, parts: int = 1) -> PackedLinearCase:
-    return replace(case, in_gemm=False, workspace=ALL if parts == 1 else ONE, takes=("part",) * (2 * parts))
+def elsewhere(case: PackedLinearCase, parts: bool = False) -> PackedLinearCase:
+    """In a workspace, whole or for 16 features at a time: the output's, then the input's."""
+    count = sum(-(-features // 16) for features in (case.out_features, case.in_features)) if parts else 2
+    return replace(
+        case, in_gemm=False, workspace=ONE if parts else ALL, takes=("part",) * count if sum(case.sizes) else ()
+    )
 
 
 CASES = [
@@ -56,9 +60,11 @@ CASES = [
     PackedLinearCase("one-over", "one row more than a tile", sizes=(17, 1, 33)),
     PackedLinearCase("rows-of-128", "the tallest tiles, more than one an expert", sizes=(130, 0, 135), half=True),
     elsewhere(PackedLinearCase("workspace", "all experts at once", bias=True, half=True)),
-    elsewhere(PackedLinearCase("parts", "an expert at a time, one without rows", bias=True, half=True), parts=4),
-    elsewhere(PackedLinearCase("parts-no-rows", "S=0", sizes=(0, 0, 0)), parts=0),
-    elsewhere(PackedLinearCase("parts-one-over", "tiles of each part", sizes=(17, 1, 33)), parts=3),
+    elsewhere(
+        PackedLinearCase("parts", "some features at a time, one expert without rows", bias=True, half=True), parts=True
+    ),
+    elsewhere(PackedLinearCase("parts-no-rows", "S=0", sizes=(0, 0, 0)), parts=True),
+    elsewhere(PackedLinearCase("parts-one-over", "tiles of each part", sizes=(17, 1, 33)), parts=True),
     replace(
         elsewhere(PackedLinearCase("in-40", "rows that are not whole 64s", in_features=40, out_features=24)),
         in_gemm=True,

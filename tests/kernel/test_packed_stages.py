@@ -1,11 +1,10 @@
-"""The Triton stages over packed weights against ``reference``: where experts are decoded, the split of routing into parts.
+"""The Triton stages over packed weights against ``reference``: where they are decoded, and what a workspace holds of them.
 
 Every scene has rows of no expert and experts without rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -63,101 +62,89 @@ def test_experts_without_rows_are_not_decoded(first: int, count: int) -> None:
     sizes = [0, 3, 0, 0, 1, 0]
     offsets = torch.tensor([0, *sizes], device=DEVICE).cumsum(0).int()
     out = torch.full((count, 64, 40), float(POISON), device=DEVICE)
-    packed._decode_experts(weights.packed, weights, first, count, out, offsets)
+    size = weights.packed.shape[1]
+    packed._decode(weights.packed, weights, packed.Runs(size, size), first, count, out, offsets)
     exact = dequantized(weights)
     for expert, own in enumerate(out, start=first):
         assert torch.equal(own, exact[expert] if sizes[expert] else torch.full_like(own, POISON)), expert
 
 
-# -------------------------------------------------------------------------------------------------- routing, in parts
-
-
-@dataclass(frozen=True)
-class SplitCase:
-    """Rows of each expert, ``rest`` of none, ``count`` experts a part."""
-
-    id: str
-    why: str
-    sizes: tuple[int, ...]
-    count: int
-    rest: int = 0
-
-
-SPLITS = [
-    SplitCase("even", "parts of one size", (3, 0, 17, 5, 16, 1), 2),
-    SplitCase("one-left", "the last part has fewer experts", (3, 0, 17, 5, 1), 2),
-    SplitCase("one-each", "as many parts as experts", (3, 0, 40), 1),
-    SplitCase("odd-count", "experts of a part padded to a power of two", (33, 1, 2, 0, 4, 15, 16), 3),
-    SplitCase("rest", "rows of no expert are the last part's", (3, 0, 17, 5, 1), 2, rest=35),
-    SplitCase("only-rest", "no row has an expert", (0, 0, 0), 2, rest=20),
-    SplitCase("rest-after-empty", "the last part has nothing else", (5, 20, 0), 2, rest=1),
-    SplitCase("first-empty", "parts without rows", (0, 0, 0, 0, 9), 2),
-    SplitCase("many-tiles", "more tiles than a program writes at once", (1500, 0, 2600, 7), 2, rest=2200),
-    SplitCase("no-rows", "S=0", (0, 0, 0), 2),
-]
-
-
-def plain_split(case: SplitCase, block_m: int) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """(offsets, (expert, first row) of each tile) of every part."""
-    offsets = [sum(case.sizes[:expert]) for expert in range(len(case.sizes) + 1)]
-    parts = []
-    for first in range(0, len(case.sizes), case.count):
-        own = case.sizes[first : first + case.count]
-        tiles = [
-            (expert, row)
-            for expert, size in enumerate(own)
-            for row in range(offsets[first + expert], offsets[first + expert] + size, block_m)
-        ]
-        if first + len(own) == len(case.sizes):
-            tiles += [(len(own), row) for row in range(offsets[-1], offsets[-1] + case.rest, block_m)]
-        parts.append((offsets[first : first + len(own) + 1], tiles))
-    return parts
-
-
-@pytest.mark.parametrize("block_m", [16, 64])
-@pytest.mark.parametrize("case", SPLITS, ids=lambda case: case.id)
-def test_split(case: SplitCase, block_m: int) -> None:
-    num_rows, num_experts = sum(case.sizes) + case.rest, len(case.sizes)
-    routing = poisoned_routing(num_rows, num_experts, 1)
-    routing.offsets.copy_(torch.tensor([0, *case.sizes]).cumsum(0))
-    views = packed._split(routing, num_rows, case.count, block_m)
-    parts = plain_split(case, block_m)
-    assert len(views) == len(parts)
-    for view, (offsets, tiles) in zip(views, parts, strict=True):
-        assert view.offsets.tolist() == offsets
-        assert view.num_experts == len(offsets) - 1
-        assert view.row_to_slot is routing.row_to_slot
-        launched = num_rows // block_m + view.num_experts + 1
-        assert len(tiles) <= launched <= len(view.tile_expert)
-        experts, rows = (value[:launched].tolist() for value in (view.tile_expert, view.tile_row))
-        assert experts == [expert for expert, _ in tiles] + [-1] * (launched - len(tiles))
-        assert rows[: len(tiles)] == [row for _, row in tiles]
+# ----------------------------------------------------------------------------------------------------------- in parts
 
 
 @pytest.mark.parametrize(
-    "num_experts, experts_that_fit, count",
-    [(8, 8, 8), (8, 100, 8), (8, 7, 4), (8, 3, 3), (128, 127, 64), (5, 1, 1), (5, 0.5, 1), (1, 3, 1)],
+    "features, that_fit, block_n, width, narrowed",
+    [
+        (768, 768, 128, 768, 128),
+        (768, 767, 128, 384, 128),
+        (768, 256, 128, 256, 128),
+        (768, 255, 128, 128, 128),
+        (700, 640, 128, 384, 128),
+        (768, 127, 128, 64, 64),
+        (768, 36, 128, 32, 32),
+        (768, 3, 128, 16, 16),
+        (20, 16, 64, 16, 16),
+        (20, 20, 64, 20, 64),
+    ],
 )
 def test_parts_are_of_nearly_one_size(
-    num_experts: int, experts_that_fit: float, count: int, monkeypatch: pytest.MonkeyPatch
+    features: int, that_fit: int, block_n: int, width: int, narrowed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed, "WORKSPACE_BYTES", int(1000 * experts_that_fit))
-    assert packed.experts_of_a_part(num_experts, 1000) == count
+    """Whole column tiles each, narrower ones where the workspace does not hold one."""
+    monkeypatch.setattr(packed, "WORKSPACE_BYTES", 1000 * that_fit + 999)
+    config = tuning.LaunchConfig(64, block_n, 32, 4, 2, slices=4)
+    got, fitting = packed._part_width(features, 1000, config)
+    assert (got, fitting.block_n) == (width, narrowed)
+    assert fitting.slices == min(4, narrowed // 16)
+    assert got == features or got % narrowed == 0
+    assert got <= that_fit or got == 16
 
 
-def test_the_workspace_is_as_large_as_it_may_be() -> None:
-    """Parts of a stack share one; experts of a part lie one after the other in it."""
-    weights = random_weight("workspace", (5, 64, 40), torch.float32)
-    routing = poisoned_routing(10, 5, 1)
-    routing.offsets.copy_(torch.arange(6) * 2)
-    with decoding(in_gemm=False, workspace=2 * 64 * 40 * 4):
-        parts = [
-            (part.stack.clone(), part.stack.data_ptr(), part.experts)
-            for part in packed.dense_parts(PackedStack(weights), routing, 10, torch.float32, 16)
-        ]
-    assert [own for _, _, own in parts] == [slice(0, 2), slice(2, 4), slice(4, 5)]
-    assert len({address for _, address, _ in parts}) == 1
-    assert torch.equal(torch.cat([stack for stack, _, _ in parts]), dequantized(weights))
+GATES = {
+    "none": None,
+    "no-gate": Gate(gated=False),
+    "concatenated": Gate(),
+    "interleaved": Gate(interleaved=True),
+}
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["stored", "transposed"])
+@pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
+def test_parts_are_the_features_they_say(gate: Any, transposed: bool) -> None:
+    """In one workspace, one after the other, in the order in which a kernel wants gate and up rows."""
+    shape = (3, 48, 64) if transposed else (3, 64, 48)
+    stack = PackedStack(random_weight("parts", shape, torch.float32), transposed)
+    exact = dequantized(stack.weights)
+    exact = exact.mT if transposed else exact
+    routing = poisoned_routing(10, 3, 1)
+    routing.offsets.copy_(torch.arange(4) * 2)
+    features = 64 if gate is None or not gate.gated else 32
+    config = tuning.LaunchConfig(16, 32, 32, 4, 2)
+    seen, addresses = [], set()
+    with decoding(in_gemm=False, workspace=3 * 24 * 48 * 4 * 64 // features):
+        for part in packed.dense_parts(stack, routing, torch.float32, config, gate):
+            seen.append((part.first, part.width))
+            addresses.add(part.stack.data_ptr())
+            rows = range(part.first, part.first + part.width)
+            if features == 32 and gate.interleaved:
+                rows = range(2 * part.first, 2 * (part.first + part.width))
+            elif features == 32:
+                rows = [*rows, *(32 + row for row in rows)]
+            assert torch.equal(part.stack, exact[:, list(rows)])
+            bias = random("bias", 3, 64)
+            assert torch.equal(part.bias(bias, gate), bias[:, list(rows)])
+    assert seen == [(first, 16) for first in range(0, features, 16)]
+    assert len(addresses) == 1
+
+
+def test_rows_that_share_bytes_are_one_part() -> None:
+    """Transposed, with an odd number of features."""
+    stack = PackedStack(random_weight("odd", (2, 64, 33), torch.float32), transposed=True)
+    routing = poisoned_routing(4, 2, 1)
+    routing.offsets.copy_(torch.arange(3) * 2)
+    with decoding(in_gemm=False, workspace=ONE):
+        (part,) = packed.dense_parts(stack, routing, torch.float32, tuning.LaunchConfig(16, 32, 32, 4, 2))
+    assert torch.equal(part.stack, dequantized(stack.weights).mT)
 
 
 def test_layouts_that_products_decode(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +217,7 @@ def test_grouped_gemm(gather: bool, bias: bool, transposed: bool, dtype: torch.d
     if place[0]:
         assert taken == ["gemm" if not transposed else "part" if gather or bias else "transposed"]
     else:
-        assert taken == ["part"] * (1 if place[1] == ALL else EXPERTS)
+        assert taken == ["part"] * (1 if place[1] == ALL else -(-n // 16))
     exact = reference.grouped_gemm(a.double(), dense.double(), theirs, ROWS, doubled(biases), gather, -7.0)
     plain = reference.grouped_gemm(a, stack, theirs, ROWS, biases, gather, -7.0)
     same("out", out, exact, plain)
@@ -281,7 +268,7 @@ def test_down_backward(workspace: int, gate: Gate, bias: bool, need_h: bool, dty
     poisoned[ROUTED:] = float("nan")
     with decoding(True, workspace) as taken:
         got = launch.down_backward(grad, stack, biases, poisoned, ours, weights, gate, need_h)
-    assert taken == ["part"] * (1 if workspace == ALL else EXPERTS)
+    assert taken == ["part"] * (1 if workspace == ALL else 3)
     exact = reference.down_backward(
         grad.double(), dense.double(), doubled(biases), gate_up.double(), theirs, weights.double(), gate, need_h
     )
