@@ -113,7 +113,8 @@ def test_packed_weights_decoded_to_two_dtypes(skip: bool, compilations: list[str
     offsets = meta(5, dtype=torch.int32) if skip else None
     for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
         out = meta(4, 64, 64, dtype=dtype)
-        module("launch.packed")._decode_experts(weights.packed, weights, 0, 4, out, offsets)
+        packed = module("launch.packed")
+        packed._decode(weights.packed, weights, packed.Runs(64 * 32, 64 * 32), 0, 4, out, offsets)
     assert compilations == ["dequantize_kernel"] * 2
 
 

@@ -126,7 +126,7 @@ def test_heights_are_the_same_for_packed_weights() -> None:
     assert tuple(tuning.PACKED_BUCKETS) == tuple(tuning.BUCKETS)
 
 
-@pytest.mark.parametrize("arch, rows", [(90, 160), (80, 128), (100, 128), ("gfx942", 128)])
+@pytest.mark.parametrize("arch, rows", [(90, 288), (80, 128), (100, 128), ("gfx942", 128)])
 def test_many_rows_are_not_decoded_in_products(arch: int | str, rows: int) -> None:
     target = tuning.TARGETS[arch]
     assert tuning.decodes_in_gemm(0, 8, target)

@@ -165,15 +165,16 @@ def _experts_backward(
             grad_rows = stages.grouped_gemm(grad_gate_up, up.mT, routing, num_rows, None, gather=False, fill=0.0)
             grad_x = stages.combine(grad_rows, routing, num_tokens, None)
             del grad_rows
-        if need_down:
-            grad_down = empty_grad(down)
-            stages.grouped_gram(grad_y, weighted_h, routing, gather_a=True, gather_b=False, out=grad_down)
-        del weighted_h
+        # Then the larger of the two that remain, before the last weight's gradient is there.
         if need_up_bias:
             grad_up_bias = stages.grouped_row_sum(grad_gate_up, routing, None, gather=False)
         if need_up:
             grad_up = empty_grad(up)
             stages.grouped_gram(grad_gate_up, hidden_states, routing, gather_a=False, gather_b=True, out=grad_up)
+        del grad_gate_up
+        if need_down:
+            grad_down = empty_grad(down)
+            stages.grouped_gram(grad_y, weighted_h, routing, gather_a=True, gather_b=False, out=grad_down)
     if transposed:
         grad_up, grad_down = (None if grad is None else grad.mT for grad in (grad_up, grad_down))
     return grad_x, grad_weights if need_weights else None, grad_up, grad_down, grad_up_bias, grad_down_bias
