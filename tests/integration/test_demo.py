@@ -184,21 +184,27 @@ def test_4bit_numbers(finished_4bit: tuple[Ended, Path]) -> None:
 
 
 def test_4bit_model_is_the_dense_one_quantized(finished_4bit: tuple[Ended, Path], enabled: None) -> None:
-    from moe_fused.demo.compare import logits
+    from bitsandbytes import functional as bnb
 
-    from .four_bit import through_4bit
+    from moe_fused.demo.data import Corpus
+    from moe_fused.demo.train import held_out_loss
 
     output = finished_4bit[1]
+    results = json.loads((output / "results.json").read_text())
     dense, packed = (load_file(output / name / "model.safetensors") for name in ("model", "model-4bit"))
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
     assert packed[f"{name}.absmax"].dtype == torch.uint8  # of one expert's matrix, as Transformers 4 wrote it
-    model = AutoModelForCausalLM.from_pretrained(output / "model-4bit", device_map={"": "cpu"})
+    model = AutoModelForCausalLM.from_pretrained(
+        output / "model-4bit", device_map="cpu", experts_implementation="eager"
+    )
     tokenizer = AutoTokenizer.from_pretrained(output / "model-4bit")
     model.dequantize()
     gate_up = model.get_submodule("model.layers.1.mlp.experts").gate_up_proj
-    assert torch.equal(gate_up[3].chunk(2)[1], through_4bit(dense[name]))
-    tokens = tokenizer("a statement", return_tensors="pt").input_ids
-    assert torch.isfinite(logits(model, tokens)).all()
+    quantized = bnb.quantize_4bit(dense[name], quant_type="nf4", compress_statistics=True, blocksize=64)
+    assert torch.equal(gate_up[3].chunk(2)[1], bnb.dequantize_4bit(*quantized))
+    corpus = Corpus.load(tokenizer, results["size"]["sequence_length"], torch.device("cpu"))
+    loss = held_out_loss(model, corpus.held_out, results["size"]["batch_size"])
+    assert loss == pytest.approx(results["four_bit"]["held_out_loss"], abs=1e-4)
 
 
 def test_4bit_part_is_interrupted(earlier: Path) -> None:
@@ -214,12 +220,11 @@ def test_4bit_part_is_interrupted(earlier: Path) -> None:
     assert list(earlier.parent.iterdir()) == [earlier]
 
 
-@pytest.mark.parametrize("library", ["bitsandbytes", "accelerate"])
-def test_4bit_without_a_library(library: str, tmp_path: Path) -> None:
+def test_4bit_without_bitsandbytes(tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
-    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{library!r}] = None\n")
+    (tmp_path / "sitecustomize.py").write_text('import sys\nsys.modules["bitsandbytes"] = None\n')
     ended = run("--load-in-4bit", cwd=tmp_path / "work", path=[tmp_path])
-    assert_one_line(ended, 2, "--load-in-4bit", library, "moe-fused[bnb]")
+    assert_one_line(ended, 2, "--load-in-4bit", "bitsandbytes", "moe-fused[bnb]")
     assert ended.stdout == ""  # the first line comes before training
     assert not list((tmp_path / "work").iterdir())
 
