@@ -51,7 +51,7 @@ def _four_bit_rows(results: dict[str, Any], output: Path) -> dict[str, str]:
     return {
         "held-out loss in 4 bits": f"{_describe_loss(loss)}; dense: {_describe_loss(results['held_out_loss']['after'])}",
         "experts in 4 bits": f"{memory}; dense: {dense}",
-        "its logit difference": f"{difference:.1e}{_equal(difference)} from eager experts, weights dequantized, float32",
+        "4-bit logit difference": f"{difference:.1e}{_equal(difference)} from eager experts, weights dequantized, float32",
         "saved 4-bit model": f"{output / PACKED} (reloaded: same bits)",
     }
 
