@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _METHOD = "bitsandbytes_4bit"
 # What bitsandbytes quantizes with; BitsAndBytesConfig does not name it.
-_BLOCKSIZE = 64
+BLOCKSIZE = 64
 
 SaveFormat = Literal["per_expert", "fused"]
 
@@ -193,7 +193,7 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
         for path, module in model.named_modules():
             if not _holds_experts(module) or not should_convert_module(path, self.modules_to_not_convert):
                 continue
-            if reason := packing_refusal(module, _BLOCKSIZE):
+            if reason := packing_refusal(module, BLOCKSIZE):
                 refused[type(module).__name__] = reason
                 continue
             for pattern in self.quantization_config.llm_int8_skip_modules or ():
@@ -227,7 +227,7 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
         return get_kernel().quantization.Format4bit(
             target.shape,
             config.bnb_4bit_quant_type,
-            _BLOCKSIZE,
+            BLOCKSIZE,
             config.bnb_4bit_use_double_quant,
             target.projections,
             config.bnb_4bit_compute_dtype,
@@ -245,7 +245,7 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
             Quantization(
                 self.pre_quantized,
                 config.bnb_4bit_quant_type,
-                _BLOCKSIZE,
+                BLOCKSIZE,
                 config.bnb_4bit_use_double_quant,
                 config.bnb_4bit_compute_dtype,
             ),
@@ -361,10 +361,7 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
 
         if any(isinstance(module, Linear4bit) for module in model.modules()):  # Transformers takes that for granted
             model = super()._dequantize(model, dtype=dense_dtype)
-        for _, module in list(packed_modules(model)):
-            for name in projections_of(module):
-                unpack(module, name, dense_dtype)
-            module.config = module.config.model_config
+        unpack_experts(model, dense_dtype)
         if self.converter is not None:
             self._keep_conversions(model, frozenset())
         return model
@@ -401,6 +398,14 @@ def save_format(model: Any, layout: SaveFormat) -> None:
     if not isinstance(quantizer, Experts4bitQuantizer) or next(packed_modules(model), None) is None:
         raise ValueError(f"model must have 4-bit experts, got a {type(model).__name__} without")
     quantizer.save_format = layout
+
+
+def unpack_experts(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Makes all packed experts of ``model`` dense, of ``dtype`` or of what they had, and leaves other layers alone."""
+    for _, module in list(packed_modules(model)):
+        for name in projections_of(module):
+            unpack(module, name, dtype)
+        module.config = module.config.model_config
 
 
 _replaced: list[Any] = []

@@ -20,6 +20,9 @@ def demo(
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps  [default: by device]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu ...")] = "auto",
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Fixes the result on a CPU.")] = 0,
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="Then load the model in 4 bits, compare and save it as well.")
+    ] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
 ) -> None:
     """Train a small Qwen3-MoE on Python's reference text with fused experts and compare them with Transformers' own."""
@@ -27,5 +30,5 @@ def demo(
     with staged_output(output) as staging:
         from . import report, run  # take torch and transformers
 
-        console, results = run.run(staging, steps, device, seed)
+        console, results = run.run(staging, steps, device, seed, load_in_4bit)
     report.print_summary(console, results, output)

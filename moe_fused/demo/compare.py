@@ -22,7 +22,7 @@ _ALLOWED_SHARE = 0.01
 
 
 @torch.no_grad()
-def _logits(model: Qwen3MoeForCausalLM, batch: Tensor) -> Tensor:
+def logits(model: Qwen3MoeForCausalLM, batch: Tensor) -> Tensor:
     return model.eval()(batch, use_cache=False).logits
 
 
@@ -32,9 +32,18 @@ def largest_logit_difference(model: Qwen3MoeForCausalLM, batch: Tensor) -> float
     Raises:
         RuntimeError: the two do not compute the same function.
     """
-    fused = _logits(model, batch)
+    fused = logits(model, batch)
     with experts(model, "eager"):
-        difference = (fused - _logits(model, batch)).abs().amax(-1)
+        return largest_difference(fused, logits(model, batch))
+
+
+def largest_difference(fused: Tensor, eager: Tensor) -> float:
+    """Largest difference between logits (B, L, V) of the fused and of the eager experts.
+
+    Raises:
+        RuntimeError: it is none that rounding explains.
+    """
+    difference = (fused - eager).abs().amax(-1)
     wrong = (~(difference <= _TOLERANCE)).float().mean().item()  # not <=: NaN counts as wrong
     if wrong > _ALLOWED_SHARE:
         raise RuntimeError(
@@ -47,7 +56,7 @@ def check_reload(model: Qwen3MoeForCausalLM, directory: Path, batch: Tensor) -> 
     """Raises RuntimeError unless stock Transformers reads ``directory`` back as the model that was saved."""
     reloaded = AutoModelForCausalLM.from_pretrained(directory, experts_implementation="eager").to(batch.device)  # type: ignore[arg-type]
     with experts(model, "eager"):
-        if not torch.equal(_logits(model, batch), _logits(reloaded, batch)):
+        if not torch.equal(logits(model, batch), logits(reloaded, batch)):
             raise RuntimeError(f"the model saved in {directory.name}/ gives other logits when it is loaded again")
 
 

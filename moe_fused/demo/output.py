@@ -14,7 +14,7 @@ from .signals import check_interrupted, signals_ignored
 
 RESULTS = "results.json"
 _WRITER = "moe_fused.demo"
-_NEEDED_BYTES = 64 << 20  # twice the larger of the two models
+_NEEDED_BYTES = 64 << 20  # twice the larger of the two models, with room for a copy in 4 bits
 
 
 def _files(directory: Path) -> set[str]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
 import moe_fused
 
-from . import compare, report
+from . import compare, four_bit, report
 from .data import Corpus, byte_tokenizer
 from .model import CPU_SIZE, GPU_SIZE, Size, choose_device, new_model
 from .output import write_results
@@ -53,7 +53,8 @@ def _train_with_progress(
     return history, time.perf_counter() - start
 
 
-def _sample(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast) -> str:
+def _sample(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> str:
+    torch.manual_seed(seed)  # so that samples of two models differ by the models alone
     prompt = tokenizer(_PROMPT, return_tensors="pt").to(model.device)
     options = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "max_new_tokens": _SAMPLE_BYTES}
     with autocast(model.device):
@@ -61,20 +62,24 @@ def _sample(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast) -> s
     return str(tokenizer.decode(tokens[0]))
 
 
-def run(directory: Path, steps: int | None, device_name: str, seed: int) -> tuple[Console, dict[str, Any]]:
+def run(
+    directory: Path, steps: int | None, device_name: str, seed: int, load_in_4bit: bool = False
+) -> tuple[Console, dict[str, Any]]:
     """Trains, compares and writes everything into ``directory``.
 
     Args:
         directory: exists and is empty.
         steps: of training; by default as many as the size for the device says.
         device_name: as for ``choose_device``.
-        seed: of the weights, the batches and the sample.
+        seed: of the weights, the batches and the samples.
+        load_in_4bit: whether to go through all of it again with the saved model in 4 bits.
 
     Returns:
         The console that the progress went to, and what results.json holds.
 
     Raises:
         ValueError: ``device_name`` is no device that can be used here.
+        typer.BadParameter: ``load_in_4bit``, and bitsandbytes is missing or cannot hold the model.
         RuntimeError: no usable kernel, or the fused experts are not equal to Transformers' own.
         OSError, safetensors.SafetensorError: a file could not be written.
     """
@@ -92,9 +97,11 @@ def run(directory: Path, steps: int | None, device_name: str, seed: int) -> tupl
     transformers.set_seed(seed)
     moe_fused.enable()
     # What is shown here must be the fused experts: falling back to Transformers' own is a failure, not a warning.
-    warnings.filterwarnings("error", message=".*keeps its own implementation")
+    warnings.filterwarnings("error", message=".*(keeps its own implementation|stays dense)")
     tokenizer = byte_tokenizer()
     model = new_model(size, tokenizer, device)
+    if load_in_4bit:
+        four_bit.check_usable(model)
     corpus = Corpus.load(tokenizer, size.sequence_length, device)
     console.print(
         f"Qwen3-MoE, {model.num_parameters() / 1e6:.1f} M parameters, {size.num_experts} experts, top {size.top_k}, on "
@@ -114,7 +121,7 @@ def run(directory: Path, steps: int | None, device_name: str, seed: int) -> tupl
             "largest_logit_difference": compare.largest_logit_difference(model, probe),
             "step_ms": compare.step_milliseconds(model, corpus, size, rounds=min(20, size.steps)),
             "training_seconds": seconds,
-            "sample": _sample(model, tokenizer),
+            "sample": _sample(model, tokenizer, seed),
             "size": dataclasses.asdict(size),
             "seed": seed,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -125,5 +132,8 @@ def run(directory: Path, steps: int | None, device_name: str, seed: int) -> tupl
             },
             "history": dataclasses.asdict(history),
         }
+        if load_in_4bit:
+            packed, numbers = four_bit.convert(model, directory, tokenizer, corpus, size.batch_size)
+            results["four_bit"] = {**numbers, "sample": _sample(packed, tokenizer, seed)}
         write_results(directory, results)
     return console, results

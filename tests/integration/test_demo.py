@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+import typer
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support import REPOSITORY, python_path
@@ -30,6 +32,7 @@ FILES = {
     "model/tokenizer.json",
     "model/tokenizer_config.json",
 }
+FILES_4BIT = FILES | {name.replace("model/", "model-4bit/") for name in FILES}
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,13 @@ class Ended:
     stderr: str
 
 
-def start(*options: str | Path, cwd: Path, under: Sequence[str] = ()) -> subprocess.Popen[str]:
+def start(
+    *options: str | Path, cwd: Path, under: Sequence[str] = (), path: Sequence[Path] = ()
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*under, *COMMAND, *map(str, options)],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": python_path(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": python_path(*path, REPOSITORY), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -55,8 +60,8 @@ def end(process: subprocess.Popen[str]) -> Ended:
     return Ended(process.returncode, stdout, stderr)
 
 
-def run(*options: str | Path, cwd: Path, under: Sequence[str] = ()) -> Ended:
-    return end(start(*options, cwd=cwd, under=under))
+def run(*options: str | Path, cwd: Path, under: Sequence[str] = (), path: Sequence[Path] = ()) -> Ended:
+    return end(start(*options, cwd=cwd, under=under, path=path))
 
 
 def assert_one_line(ended: Ended, status: int, *words: str) -> None:
@@ -79,6 +84,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, Path]:
     """A short run from start to end, in a directory that holds nothing else."""
     directory = tmp_path_factory.mktemp("finished")
     return run("--steps", STEPS, cwd=directory), directory / "demo-output"
+
+
+@pytest.fixture(scope="module")
+def finished_4bit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, Path]:
+    """A very short run that goes on in 4 bits."""
+    pytest.importorskip("accelerate")
+    pytest.importorskip("bitsandbytes", minversion="0.50")
+    directory = tmp_path_factory.mktemp("finished-4bit")
+    return run("--steps", "3", "--load-in-4bit", cwd=directory), directory / "demo-output"
 
 
 @pytest.fixture
@@ -139,6 +153,95 @@ def test_replaces_an_earlier_output_and_repeats_itself(finished: tuple[Ended, Pa
     first, second = (json.loads((path / "results.json").read_text()) for path in (finished[1], earlier))
     for key in ("history", "sample", "largest_logit_difference"):
         assert first[key] == second[key]
+
+
+def test_4bit_numbers(finished_4bit: tuple[Ended, Path]) -> None:
+    ended, output = finished_4bit
+    assert (ended.status, ended.stderr) == (0, "")
+    assert files(output).keys() == FILES_4BIT
+    results = json.loads((output / "results.json").read_text())
+    numbers, loss = results["four_bit"], results["held_out_loss"]["after"]
+    assert 0 < abs(numbers["held_out_loss"] - loss) < 0.1  # 4 bits show, and cost little
+    assert numbers["largest_logit_difference"] < 1e-4
+    size = results["size"]
+    matrix = size["hidden_size"] * size["intermediate_size"]
+    matrices = 3 * size["num_experts"] * size["num_layers"]
+    experts = numbers["experts"]
+    assert experts["parameters"] == matrices * matrix
+    assert experts["dense_bytes"] == matrices * matrix * 4
+    # Two weights to a byte, a byte for every 64, a scale for 256 of those, and an offset.
+    assert experts["bytes"] == matrices * (matrix // 2 + matrix // 64 + 4 * math.ceil(matrix / 64 / 256) + 4)
+    assert len(numbers["sample"]) > 100
+    for shown in (
+        f"{numbers['held_out_loss']:.3f} nats",
+        f"{experts['bytes'] / experts['parameters']:.3f} bytes per parameter",
+        "4.000 bytes per parameter",
+        f"{numbers['largest_logit_difference']:.1e}",
+        "demo-output/model-4bit",
+        "sample in 4 bits",
+    ):
+        assert shown in ended.stdout
+
+
+def test_4bit_model_is_the_dense_one_quantized(finished_4bit: tuple[Ended, Path], enabled: None) -> None:
+    from bitsandbytes import functional as bnb
+
+    from moe_fused.demo.data import Corpus
+    from moe_fused.demo.train import held_out_loss
+
+    output = finished_4bit[1]
+    results = json.loads((output / "results.json").read_text())
+    dense, packed = (load_file(output / name / "model.safetensors") for name in ("model", "model-4bit"))
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    assert packed[f"{name}.absmax"].dtype == torch.uint8  # of one expert's matrix, as Transformers 4 wrote it
+    model = AutoModelForCausalLM.from_pretrained(
+        output / "model-4bit", device_map="cpu", experts_implementation="eager"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(output / "model-4bit")
+    model.dequantize()
+    gate_up = model.get_submodule("model.layers.1.mlp.experts").gate_up_proj
+    quantized = bnb.quantize_4bit(dense[name], quant_type="nf4", compress_statistics=True, blocksize=64)
+    assert torch.equal(gate_up[3].chunk(2)[1], bnb.dequantize_4bit(*quantized))
+    corpus = Corpus.load(tokenizer, results["size"]["sequence_length"], torch.device("cpu"))
+    loss = held_out_loss(model, corpus.held_out, results["size"]["batch_size"])
+    assert loss == pytest.approx(results["four_bit"]["held_out_loss"], abs=1e-4)
+
+
+def test_4bit_part_is_interrupted(earlier: Path) -> None:
+    pytest.importorskip("accelerate")
+    pytest.importorskip("bitsandbytes", minversion="0.50")
+    before = files(earlier.parent)
+    process = start("--steps", "1", "--load-in-4bit", cwd=earlier.parent)
+    while process.poll() is None and not list(earlier.parent.glob(".demo-output-*.partial/model-4bit")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    assert_one_line(end(process), 128 + signal.SIGTERM, "interrupted by SIGTERM")
+    assert files(earlier.parent) == before
+    assert list(earlier.parent.iterdir()) == [earlier]
+
+
+def test_4bit_without_bitsandbytes(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "sitecustomize.py").write_text('import sys\nsys.modules["bitsandbytes"] = None\n')
+    ended = run("--load-in-4bit", cwd=tmp_path / "work", path=[tmp_path])
+    assert_one_line(ended, 2, "--load-in-4bit", "bitsandbytes", "moe-fused[bnb]")
+    assert ended.stdout == ""  # the first line comes before training
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_4bit_of_sizes_that_cannot_be_packed(enabled: None) -> None:
+    pytest.importorskip("accelerate")
+    pytest.importorskip("bitsandbytes", minversion="0.50")
+    from moe_fused.demo.data import byte_tokenizer
+    from moe_fused.demo.four_bit import check_usable
+    from moe_fused.demo.model import CPU_SIZE, new_model
+
+    device = torch.device("cpu")
+    check_usable(new_model(CPU_SIZE, byte_tokenizer(), device))
+    odd = replace(CPU_SIZE, hidden_size=96, intermediate_size=3)
+    with pytest.raises(typer.BadParameter, match=r"3 x 96 weights must be a multiple of the blocksize 64") as caught:
+        check_usable(new_model(odd, byte_tokenizer(), device))
+    assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("signum, phase", [(signal.SIGTERM, "starting"), (signal.SIGINT, "training")])
