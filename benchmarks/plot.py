@@ -140,7 +140,9 @@ def figure(rows: Sequence[Row], metric: str = "speedup") -> Figure:
     for i, phase in enumerate(phases):
         for j, layer in enumerate(layers):
             axes = grid[j][i] if flat else grid[i][j]
-            _draw(axes, [row for row in rows if (row.phase, row.layer) == (phase, layer)], styles, metric)
+            own = [row for row in rows if (row.phase, row.layer) == (phase, layer)]
+            if own:  # none in a run that was cut short
+                _draw(axes, own, styles, metric)
             axes.set_title(f"{layer}, {phase.replace('_', ' + ', 1)}", fontsize=9)
             if flat or i + 1 == len(phases):
                 axes.set_xlabel("tokens", fontsize=9)

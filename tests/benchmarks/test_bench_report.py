@@ -220,6 +220,12 @@ class TestPlot:
         graph = [make_row(phase="forward_cuda_graph", tokens=t) for t in (1, 8)]
         assert len(plot.figure([*rows, *graph]).axes) == 2
 
+    def test_a_phase_of_one_layer_only(self, rows, make_row):
+        """A run that was cut short leaves a gap in the grid."""
+        other = [make_row(layer="deepseek-v2-lite", tokens=tokens) for tokens in (1, 512)]
+        lines = [len(axes.lines) for axes in plot.figure([*rows, *other]).axes]
+        assert lines[3] == 0 < min(lines[0], lines[2])
+
     def test_nothing_to_draw(self, tmp_path, make_row):
         assert not plot.save([make_row()], tmp_path / "plot.png")
         assert not list(tmp_path.iterdir())
