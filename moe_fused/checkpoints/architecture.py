@@ -17,6 +17,7 @@ from transformers.core_model_loading import PrefixChange, WeightConverter, Weigh
 
 from .names import Names, Place, Target
 
+CONFIG = "config.json"
 # What the original project calls its class for the config of Qwen3-MoE, and what Transformers does.
 ORIGINAL_CLASSES = {"Qwen3MoeFusedForCausalLM": "Qwen3MoeForCausalLM"}
 _STACKS = {"gate_up_proj": 2, "up_proj": 1, "down_proj": 1}
@@ -28,7 +29,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: there is none, or it is not a JSON object with a ``model_type``.
     """
-    path = directory / "config.json"
+    path = directory / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: not the directory of a model")
     try:
@@ -104,7 +105,10 @@ class Architecture:
 
 def _on_meta(directory: Path, config: dict[str, Any]) -> Any:
     names = [ORIGINAL_CLASSES.get(name, name) for name in config.get("architectures") or ()]
-    own = transformers.AutoConfig.from_pretrained(directory)
+    try:
+        own = transformers.AutoConfig.from_pretrained(directory)
+    except ValueError:
+        raise ValueError(f"{directory / CONFIG} has a model_type that Transformers does not know") from None
     with torch.device("meta"):
         for name in names:
             if model_class := getattr(transformers, name, None):

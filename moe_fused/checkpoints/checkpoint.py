@@ -24,6 +24,7 @@ class Checkpoint:
 
     Attributes:
         stacks: the experts.
+        layout: of all of them.
         packed: whether anything is in 4 bits.
         notes: for the plan.
     """
@@ -32,12 +33,12 @@ class Checkpoint:
         self.architecture = architecture
         self.tensors = tensors
         self.notes: list[str] = []
-        # Matrices in 4 bits by their names, and what belongs to each: of linear layers, and of experts if they are separate.
-        self.matrices: dict[str, list[str]] = {key.partition(STATE)[0]: [] for key in tensors if STATE in key}
+        # What belongs to each matrix in 4 bits, those of linear layers and of experts that are separate.
+        self.matrices: dict[str, list[str]] = {_matrix(key): [] for key in tensors if STATE in key}
         for key in tensors:
-            for matrix in {key.rpartition(".")[0], key.partition(STATE)[0]} & self.matrices.keys():
-                self.matrices[matrix].append(key.removeprefix(f"{matrix}."))
-        self.packed = bool(self.matrices) or any(place.endswith("_proj_format") for place in tensors)
+            if _matrix(key) in self.matrices:
+                self.matrices[_matrix(key)].append(key)
+        self.packed = bool(self.matrices) or any(key.endswith("_proj_format") for key in tensors)
         # The stack that a tensor belongs to.
         self.owners: dict[str, str] = {}
         found: dict[str, list[Found]] = {}
@@ -63,9 +64,10 @@ class Checkpoint:
             name: find_stack(architecture.names, architecture.target(parts[0].place), parts, latest)
             for name, parts in found.items()
         }
-        self.stacks = list(self.by_name.values())
-        self.blocks = {name.rpartition(".experts.")[0] for name in self.by_name}
         self._check(found)
+        self.stacks = list(self.by_name.values())
+        self.layout = LAYOUTS[self.stacks[0].layout]
+        self.blocks = {name.rpartition(".experts.")[0] for name in self.by_name}
 
     def _check(self, found: dict[str, list[Found]]) -> None:
         """Raises ValueError unless all experts are there, in one layout."""
@@ -74,27 +76,25 @@ class Checkpoint:
         for name in names.targets:
             if not {name, name.removeprefix(prefix), prefix + name} & self.by_name.keys():
                 raise ValueError(f"{name} is missing from the checkpoint, in every layout that is known")
-        first = self.stacks[0]
+        first = next(iter(self.by_name))
+        modules: dict[str, str] = {}
         for name, stack in self.by_name.items():
-            if stack.layout != first.layout:
-                raise ValueError(
-                    f"all experts must be in one layout, got {found[name][0].key} and {found[first.target.name][0].key}"
-                )
-            module = name.rpartition(".")[0]
-            for other, neighbour in self.by_name.items():
-                if other.rpartition(".")[0] == module and type(neighbour) is not type(stack):
-                    raise ValueError(f"{name} and {other} must both be of 4-bit weights, or neither")
+            if stack.layout != self.by_name[first].layout:
+                raise ValueError(f"experts must be in one layout, got {found[first][0].key} and {found[name][0].key}")
+            other = modules.setdefault(name.rpartition(".")[0], name)
+            if type(self.by_name[other]) is not type(stack):
+                raise ValueError(f"{other} and {name} must both be of 4-bit weights, or neither")
 
     def outputs(self, layout: Layout, dtype: torch.dtype | None, dequantize: bool) -> dict[str, Output]:
         """All tensors of the result by their names, in the order of the source."""
-        same = layout == LAYOUTS[self.stacks[0].layout]
+        same = layout == self.layout
         result: dict[str, Output] = {}
         written: set[str] = set()
         for key, stored in self.tensors.items():
             owner = self.owners.get(key)
             if owner is None:
                 outputs = self._other(key, stored, same, dtype, dequantize)
-            elif same and not dequantize:
+            elif same and not (dequantize and isinstance(self.by_name[owner], PackedStack)):
                 outputs = {key: Output.of_stored(stored, dtype)}
             elif owner in written:
                 continue
@@ -125,11 +125,7 @@ class Checkpoint:
         renamed = self.architecture.in_checkpoint(name) if not same and self._beside_experts(name) else key
         if dequantize and key in self.matrices:
             return {renamed: self._dequantized(key, name, dtype)}
-        if dequantize and any(
-            key.startswith(f"{matrix}.")
-            for matrix in (key.rpartition(".")[0], key.partition(STATE)[0])
-            if matrix in self.matrices
-        ):
+        if dequantize and _matrix(key) in self.matrices:
             return {}
         return {renamed: Output.of_stored(stored, self._dtype(name, dtype))}
 
@@ -148,7 +144,7 @@ class Checkpoint:
 
     def _dequantized(self, key: str, name: str, dtype: torch.dtype | None) -> Output:
         """A matrix of a linear layer."""
-        parts = {part: self.tensors[f"{key}.{part}"] for part in self.matrices[key]}
+        parts = {part.removeprefix(f"{key}."): self.tensors[part] for part in self.matrices[key]}
         (state,) = (part for part in parts if part.startswith("quant_state."))
         fields = read_json(f"{key}.{state}", parts[state].load(f"{key}.{state}"))
         check_fields(f"{key}.{state}", fields, {"shape": list, "dtype": str})
@@ -163,3 +159,8 @@ class Checkpoint:
             return dense.to(wanted)
 
         return Output.of_tensor(torch.empty(fields["shape"], dtype=wanted, device="meta"), make)
+
+
+def _matrix(key: str) -> str:
+    """The 4-bit matrix that a tensor called ``key`` would belong to."""
+    return key.partition(STATE)[0] if STATE in key else key.rpartition(".")[0]

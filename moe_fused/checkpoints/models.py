@@ -10,20 +10,19 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from huggingface_hub.serialization._base import StateDictSplit
 
 from moe_fused.staging import staged_directory
 
-from .architecture import ORIGINAL_CLASSES, Architecture, read_config
+from .architecture import CONFIG, ORIGINAL_CLASSES, Architecture, read_config
 from .checkpoint import Checkpoint, Layout
-from .stacks import LAYOUTS, DenseStack, PackedStack
+from .stacks import DenseStack, PackedStack
 from .tensor_files import Output, read_checkpoint, split, write_checkpoint
 
 # Weights of the source in whatever format, which the result has anew.
@@ -40,8 +39,10 @@ class Plan:
         experts: what they are in, before and after: a dtype, or a format of 4 bits.
         stacks: how many parameters of experts there are.
         tensors, nbytes: number of tensors and their bytes, before and after.
-        files: that the result has, of tensors and others.
+        shards: the names of the tensors in each file of them.
+        others: files that are copied.
         notes: what is lost, or left as it is.
+        overwrite: whether ``target`` may be replaced.
     """
 
     source: Path
@@ -52,22 +53,49 @@ class Plan:
     stacks: int
     tensors: tuple[int, int]
     nbytes: tuple[int, int]
-    files: tuple[str, ...]
+    shards: Mapping[str, list[str]] = field(repr=False)
+    others: tuple[str, ...]
     notes: tuple[str, ...]
+    overwrite: bool
     _outputs: Mapping[str, Output] = field(repr=False)
-    _shards: StateDictSplit = field(repr=False)
     _config: dict[str, Any] = field(repr=False)
-    _others: tuple[str, ...] = field(repr=False)
 
     def __str__(self) -> str:
-        shards = len(self._shards.filename_to_tensors)
         lines = [
             f"from {self.source}: {self.source_layout} experts ({self.experts[0]})",
             f"     {self.tensors[0]} tensors, {_size(self.nbytes[0])}",
             f"to   {self.target}: {self.layout} experts ({self.experts[1]})",
-            f"     {self.tensors[1]} tensors, {_size(self.nbytes[1])}, in {shards} file{'s' * (shards > 1)}",
+            f"     {self.tensors[1]} tensors, {_size(self.nbytes[1])}, in {len(self.shards)} file{'s' * (len(self.shards) > 1)}",
+            f"     copied: {', '.join(self.others) or 'nothing else'}",
         ]
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+    def write(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Does what was planned; the target appears once it is complete.
+
+        Args:
+            progress: is called with the bytes written so far and those of all tensors.
+
+        Raises:
+            FileExistsError: the target exists by now.
+            OSError: there is not enough space.
+        """
+        done, total = 0, self.nbytes[1]
+
+        def advance(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            if progress is not None:
+                progress(done, total)
+
+        check = partial(_check_replaceable, overwrite=self.overwrite)
+        with staged_directory(self.target, "the target", check, total) as staging:
+            for name in self.others:
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.source / name, staging / name)
+            text = json.dumps(self._config, indent=2, ensure_ascii=False) + "\n"
+            (staging / CONFIG).write_text(text, encoding="utf-8")
+            write_checkpoint(staging, self._outputs, self.shards, advance)
 
 
 def _size(nbytes: int) -> str:
@@ -86,10 +114,48 @@ def convert_model(
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
-    """Writes the model in ``source`` to ``target`` with its experts in another layout.
+    """Writes the model in ``source`` to ``target`` with its experts in another layout, and warns of what is lost.
 
-    Each weight keeps its bits, dense or packed, unless ``dtype`` or ``dequantize`` says otherwise. Takes memory for the
-    packed experts of a layer, or for a few megabytes if they are dense.
+    Args:
+        dry_run: only makes the plan.
+        progress: as in ``Plan.write``; the rest as in ``plan_model``.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError, FileExistsError, FileNotFoundError, OSError: as ``plan_model`` and ``Plan.write``.
+    """
+    plan = plan_model(
+        source,
+        target,
+        layout,
+        dtype=dtype,
+        dequantize=dequantize,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+    )
+    if not dry_run:
+        for note in plan.notes:
+            warnings.warn(note, stacklevel=2)
+        plan.write(progress)
+    return plan
+
+
+def plan_model(
+    source: Path,
+    target: Path,
+    layout: Layout,
+    *,
+    dtype: torch.dtype | None = None,
+    dequantize: bool = False,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+) -> Plan:
+    """What it takes to write the model in ``source`` to ``target`` with its experts in another layout.
+
+    Each weight keeps its bits, dense or packed, unless ``dtype`` or ``dequantize`` says otherwise. Writing takes memory
+    for the packed experts of a layer, or for a few megabytes if they are dense.
 
     Args:
         source: a directory with ``config.json`` and safetensors, in one file or with an index.
@@ -100,34 +166,52 @@ def convert_model(
         dtype: to cast floating-point tensors to, but for those that the model keeps in fp32; None to leave them.
         dequantize: makes dense tensors of all 4-bit ones.
         max_shard_size: of a file, in bytes or as in ``"5GB"``; larger tensors get a file to themselves.
-        overwrite: replaces ``target`` once the result is complete.
-        dry_run: only makes the plan.
-        progress: is called with the bytes written so far and those of all tensors.
-
-    Returns:
-        The plan.
+        overwrite: allows for a model at ``target``, which is replaced.
 
     Raises:
         ValueError: the source is incomplete, in several layouts or in none that is known, or cannot be in ``layout``:
-            which tensor, and why. Nothing was written then.
+            which tensor, and why.
         FileExistsError: ``target`` exists.
         FileNotFoundError: a file of the source is missing.
-        OSError: there is not enough space.
     """
     if layout not in get_args(Layout):
         raise ValueError(f"layout must be one of {', '.join(get_args(Layout))}, got {layout!r}")
+    if dtype not in (None, torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype}")
     source, target = Path(source), Path(target)
     _check_apart(source, target)
     _check_replaceable(target, overwrite)
-    plan = _plan(source, target, layout, dtype, dequantize, max_shard_size)
-    if dry_run:
-        return plan
-    for note in plan.notes:
-        warnings.warn(note, stacklevel=2)
-    check = partial(_check_replaceable, overwrite=overwrite)
-    with staged_directory(target, "the target", check, plan.nbytes[1]) as staging:
-        _write(plan, staging, progress)
-    return plan
+    config, tensors = read_config(source), read_checkpoint(source)
+    checkpoint = Checkpoint(Architecture.read(source, config), tensors, "quantization_config" in config)
+    if dequantize and not checkpoint.packed:
+        raise ValueError(f"{source} has no 4-bit tensors that could be dequantized")
+    if dtype is not None and checkpoint.packed and not dequantize:
+        raise ValueError(f"dtype={dtype} is for dense models: those in 4 bits, as {source}, must be dequantized, too")
+    outputs = checkpoint.outputs(layout, dtype, dequantize)
+    unchanged = checkpoint.layout == layout and dtype is None and not dequantize
+    results = [
+        stack.description if unchanged else stack.description_after(dtype, dequantize) for stack in checkpoint.stacks
+    ]
+    return Plan(
+        source,
+        target,
+        checkpoint.layout,
+        layout,
+        (_list(stack.description for stack in checkpoint.stacks), _list(results)),
+        len(checkpoint.stacks),
+        (len(tensors), len(outputs)),
+        (sum(own.nbytes for own in tensors.values()), sum(own.nbytes for own in outputs.values())),
+        split(outputs, max_shard_size),
+        tuple(_other_files(source)),
+        (*checkpoint.notes, *(() if unchanged or dequantize else _losses(checkpoint.stacks))),
+        overwrite,
+        outputs,
+        _adjusted(config, layout, dtype, dequantize),
+    )
+
+
+def _list(values: Iterable[str]) -> str:
+    return " and ".join(sorted(set(values)))
 
 
 def _check_apart(source: Path, target: Path) -> None:
@@ -137,83 +221,14 @@ def _check_apart(source: Path, target: Path) -> None:
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:
-    if os.path.lexists(target) and not target.is_dir():
+    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not target.is_dir():
         raise FileExistsError(f"{target} exists and is not a directory: choose another path")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
+    if not overwrite:
         raise FileExistsError(f"{target} exists: choose another path, or overwrite it")
-
-
-def _write(plan: Plan, directory: Path, progress: Callable[[int, int], None] | None) -> None:
-    done, total = 0, plan.nbytes[1]
-
-    def advance(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress is not None:
-            progress(done, total)
-
-    for name in plan._others:
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(plan.source / name, directory / name)
-    text = json.dumps(plan._config, indent=2, ensure_ascii=False) + "\n"
-    (directory / "config.json").write_text(text, encoding="utf-8")
-    write_checkpoint(directory, plan._outputs, plan._shards, advance)
-
-
-def _plan(
-    source: Path,
-    target: Path,
-    layout: Layout,
-    dtype: torch.dtype | None,
-    dequantize: bool,
-    max_shard_size: int | str,
-) -> Plan:
-    config = read_config(source)
-    architecture = Architecture.read(source, config)
-    tensors = read_checkpoint(source)
-    reader = Checkpoint(architecture, tensors, "quantization_config" in config)
-    stacks, notes = reader.stacks, list(reader.notes)
-    found = LAYOUTS[stacks[0].layout]
-    if dequantize and not reader.packed:
-        raise ValueError(f"{source} has no 4-bit tensors that could be dequantized")
-    if dtype is not None and reader.packed and not dequantize:
-        raise ValueError(f"dtype cannot be {dtype} for 4-bit tensors, of which {source} has some, without dequantize")
-    if dtype is not None and dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype}")
-    outputs = reader.outputs(layout, dtype, dequantize)
-    if not dequantize and found != layout:
-        notes += _losses(stacks)
-    shards = split(outputs, max_shard_size)
-    others = tuple(_other_files(source))
-    after = {str(dtype).removeprefix("torch.")} if dtype else {_after(stack, dequantize) for stack in stacks}
-    return Plan(
-        source,
-        target,
-        found,
-        layout,
-        (_list({stack.description for stack in stacks}), _list(after)),
-        len(stacks),
-        (len(tensors), len(outputs)),
-        (sum(own.nbytes for own in tensors.values()), sum(own.nbytes for own in outputs.values())),
-        tuple(sorted([*shards.filename_to_tensors, *others, "config.json"])),
-        tuple(notes),
-        outputs,
-        shards,
-        _adjusted(config, layout, dtype, dequantize),
-        others,
-    )
-
-
-def _list(values: set[str]) -> str:
-    return " and ".join(sorted(values))
-
-
-def _after(stack: DenseStack | PackedStack, dequantize: bool) -> str:
-    if isinstance(stack, PackedStack) and dequantize:
-        return str(stack.source_dtype).removeprefix("torch.")
-    if isinstance(stack, PackedStack) and stack.loses_double_quantization:
-        return stack.description.partition(",")[0]
-    return stack.description
+    if not (target / CONFIG).is_file():
+        raise FileExistsError(f"{target} exists and has no {CONFIG}, so that it is no model: choose another path")
 
 
 def _losses(stacks: list[DenseStack | PackedStack]) -> Iterator[str]:
@@ -244,5 +259,5 @@ def _other_files(source: Path) -> Iterator[str]:
     for path in sorted(source.rglob("*")):
         name = path.relative_to(source)
         hidden = any(part.startswith(".") for part in name.parts)
-        if path.is_file() and not hidden and name.as_posix() != "config.json" and not name.name.endswith(_WEIGHTS):
+        if path.is_file() and not hidden and name.as_posix() != CONFIG and not name.name.endswith(_WEIGHTS):
             yield name.as_posix()

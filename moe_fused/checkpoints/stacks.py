@@ -35,6 +35,13 @@ LAYOUTS = {"per expert": "per-expert", "fused": "fused", "stacked": "original"}
 _LARGE = ("", "absmax", "nested_absmax", "nested_offset")
 
 
+_DOUBLE = ", double quantization"
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 class Found(NamedTuple):
     """A tensor of the checkpoint that belongs to a stack."""
 
@@ -78,7 +85,11 @@ class DenseStack:
 
     @property
     def description(self) -> str:
-        return str(DTYPES[self.matrices[0][0].dtype]).removeprefix("torch.")
+        return _named(DTYPES[self.matrices[0][0].dtype])
+
+    def description_after(self, dtype: torch.dtype | None, dequantize: bool) -> str:
+        """Once it is in another layout."""
+        return _named(dtype) if dtype else self.description
 
     def outputs(self, names: Names, layout: str, dtype: torch.dtype | None) -> dict[str, Output]:
         """The tensors of the stack in ``layout``, by their names in the model.
@@ -119,7 +130,13 @@ class PackedStack:
     @property
     def description(self) -> str:
         form = self.weights.format
-        return f"{form.quant_type} in blocks of {form.blocksize}{', double quantization' if self._was_double() else ''}"
+        return f"{form.quant_type} in blocks of {form.blocksize}{_DOUBLE if self._was_double() else ''}"
+
+    def description_after(self, dtype: torch.dtype | None, dequantize: bool) -> str:
+        """Once it is in another layout."""
+        if dequantize:
+            return _named(dtype or self.source_dtype)
+        return self.description.removesuffix(_DOUBLE) if self.loses_double_quantization else self.description
 
     @property
     def loses_double_quantization(self) -> bool:

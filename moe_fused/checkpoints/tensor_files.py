@@ -16,7 +16,6 @@ from typing import BinaryIO
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from huggingface_hub.serialization._base import StateDictSplit
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -191,33 +190,37 @@ def read_checkpoint(directory: Path) -> dict[str, Stored]:
     return tensors
 
 
-def split(outputs: Mapping[str, Output], max_shard_size: int | str) -> StateDictSplit:
-    """Which tensors go into which file.
+def split(outputs: Mapping[str, Output], max_shard_size: int | str) -> dict[str, list[str]]:
+    """The names of the tensors by the file that they go into.
 
     Raises:
         ValueError: ``max_shard_size`` is not a size.
     """
-    return split_state_dict_into_shards_factory(
+    shards: dict[str, list[str]] = split_state_dict_into_shards_factory(
         dict(outputs),
         get_storage_size=lambda output: output.nbytes,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
-    )
+    ).filename_to_tensors
+    return shards
 
 
 def write_checkpoint(
-    directory: Path, outputs: Mapping[str, Output], shards: StateDictSplit, progress: Callable[[int], None]
+    directory: Path, outputs: Mapping[str, Output], shards: Mapping[str, list[str]], progress: Callable[[int], None]
 ) -> None:
     """Writes ``outputs`` into the files of ``shards``, one tensor at a time, in their order, and the index.
 
     Args:
         progress: is told the number of bytes that were written since it was last called.
     """
-    for name, keys in shards.filename_to_tensors.items():
+    for name, keys in shards.items():
         with (directory / name).open("wb") as file:
             _write_file(file, {key: outputs[key] for key in keys}, progress)
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(output.nbytes for output in outputs.values())},
+            "weight_map": {key: name for name, keys in shards.items() for key in keys},
+        }
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
