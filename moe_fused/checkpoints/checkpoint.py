@@ -155,8 +155,10 @@ class Checkpoint:
 
             values = {part: stored.load(f"{key}.{part}") for part, stored in parts.items()}
             packed = self.tensors[key].load(key).view(torch.uint8)
-            dense: Tensor = dequantize_4bit(packed, QuantState.from_dict(values, device=torch.device("cpu")))
-            return dense.to(wanted)
+            state = QuantState.from_dict(values, device=torch.device("cpu"))
+            state.dtype = wanted  # rounded once
+            dense: Tensor = dequantize_4bit(packed, state)
+            return dense
 
         return Output.of_tensor(torch.empty(fields["shape"], dtype=wanted, device="meta"), make)
 

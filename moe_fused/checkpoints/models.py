@@ -61,11 +61,12 @@ class Plan:
     _config: dict[str, Any] = field(repr=False)
 
     def __str__(self) -> str:
+        files = len(self.shards)
         lines = [
             f"from {self.source}: {self.source_layout} experts ({self.experts[0]})",
             f"     {self.tensors[0]} tensors, {_size(self.nbytes[0])}",
             f"to   {self.target}: {self.layout} experts ({self.experts[1]})",
-            f"     {self.tensors[1]} tensors, {_size(self.nbytes[1])}, in {len(self.shards)} file{'s' * (len(self.shards) > 1)}",
+            f"     {self.tensors[1]} tensors, {_size(self.nbytes[1])}, in {files} file{'s' * (files > 1)}",
             f"     copied: {', '.join(self.others) or 'nothing else'}",
         ]
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
