@@ -18,8 +18,8 @@ from transformers.core_model_loading import PrefixChange, WeightConverter, Weigh
 from .names import Names, Place, Target
 
 CONFIG = "config.json"
-# What the original project calls its class for the config of Qwen3-MoE, and what Transformers does.
-ORIGINAL_CLASSES = {"Qwen3MoeFusedForCausalLM": "Qwen3MoeForCausalLM"}
+# What the original project calls its classes, all for the config of Qwen3-MoE, and what Transformers does.
+ORIGINAL_CLASSES = {"Qwen3MoeFusedForCausalLM": "Qwen3MoeForCausalLM", "Qwen3MoeFusedModel": "Qwen3MoeModel"}
 _STACKS = {"gate_up_proj": 2, "up_proj": 1, "down_proj": 1}
 
 

@@ -188,6 +188,9 @@ def plan_model(
         raise ValueError(f"{source} has no 4-bit tensors that could be dequantized")
     if dtype is not None and checkpoint.packed and not dequantize:
         raise ValueError(f"dtype={dtype} is for dense models: those in 4 bits, as {source}, must be dequantized, too")
+    model = type(checkpoint.architecture.model).__name__
+    if layout == "original" and model not in ORIGINAL_CLASSES.values():
+        raise ValueError(f"the original project's layout is for Qwen3-MoE, not for a {model}, as is in {source}")
     outputs = checkpoint.outputs(layout, dtype, dequantize)
     unchanged = checkpoint.layout == layout and dtype is None and not dequantize
     results = [

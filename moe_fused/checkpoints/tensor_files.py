@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_CHUNK = 8 << 20
+_CHUNK = 1 << 20
 # Those that weights are in, and what stands beside packed ones. Tensors of others are copied, never read.
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -59,12 +59,12 @@ class Stored:
         size = self.nbytes // count
         return Stored(self.path, self.dtype, shape, self.start + index * size, size)
 
-    def chunks(self) -> Iterator[bytearray]:
-        """Its bytes, some megabytes at a time."""
+    def chunks(self, size: int = _CHUNK) -> Iterator[bytearray]:
+        """Its bytes, ``size`` at a time."""
         with self.path.open("rb") as file:
             file.seek(self.start)
-            for done in range(0, self.nbytes, _CHUNK):
-                data = bytearray(min(_CHUNK, self.nbytes - done))
+            for done in range(0, self.nbytes, size):
+                data = bytearray(min(size, self.nbytes - done))
                 if file.readinto(data) != len(data):
                     raise OSError(f"{self.path} has become shorter while it was read")
                 yield data
@@ -76,8 +76,10 @@ class Stored:
             ValueError: it is of a dtype that weights, packed or not, are not in.
         """
         dtype = self.torch_dtype(key)
-        data = bytearray().join(self.chunks())
-        return torch.frombuffer(data, dtype=dtype).view(self.shape) if data else torch.empty(self.shape, dtype=dtype)
+        if not self.nbytes:
+            return torch.empty(self.shape, dtype=dtype)
+        (data,) = self.chunks(self.nbytes)
+        return torch.frombuffer(data, dtype=dtype).view(self.shape)
 
     def empty(self, key: str) -> Tensor:
         """A meta tensor of the same dtype and shape; raises as ``load``."""

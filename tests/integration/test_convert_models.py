@@ -37,6 +37,7 @@ from .four_bit import (
     v4_checkpoint,
 )
 from .models import QWEN3_MOE, ModelCase
+from .saved import config_of, same_tensors, tensors_of
 
 pytestmark = pytest.mark.usefixtures("enabled")
 
@@ -47,7 +48,8 @@ CASES = (
     MIXTRAL,
     OLMOE,
     DEEPSEEK_V3,
-    *(BY_ID[name] for name in ("qwen3_moe", "qwen2_moe", "glm4_moe", "qwen3_next", "qwen3_5_moe")),
+    QWEN3_MOE,
+    *(BY_ID[name] for name in ("qwen2_moe", "glm4_moe", "qwen3_next", "qwen3_5_moe")),
 )
 
 
@@ -65,20 +67,6 @@ def v4(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def tensors_of(path: Path) -> dict[str, Tensor]:
-    return {key: value for file in path.glob("*.safetensors") for key, value in load_file(file).items()}
-
-
-def same_tensors(a: Path, b: Path) -> bool:
-    left, right = tensors_of(a), tensors_of(b)
-    return left.keys() == right.keys() and all(same_bits(left[key], right[key]) for key in left)
-
-
-def config_of(path: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    return values
-
-
 def skip_linear_layers(path: Path) -> None:
     """``stacked_checkpoint`` has dense linear layers, whose names Transformers has to be told to run the model."""
     values = config_of(path)
@@ -93,7 +81,8 @@ def skip_linear_layers(path: Path) -> None:
 def test_dense_there_and_back(case: ModelCase, tmp_path: Path) -> None:
     original = build(case)
     original.save_pretrained(tmp_path / "dense")
-    for layout in ("fused", "original"):
+    layouts: list[Layout] = ["fused", "original"] if case is QWEN3_MOE else ["fused"]
+    for layout in layouts:
         there = convert_model(tmp_path / "dense", tmp_path / layout, layout, max_shard_size=20_000)
         back = convert_model(tmp_path / layout, tmp_path / f"{layout} back", "per-expert")
         assert (there.source_layout, there.layout, back.source_layout) == ("per-expert", layout, layout)

@@ -18,7 +18,7 @@ from torch import Tensor
 from moe_fused.checkpoints.models import convert_model
 
 from .four_bit import build, load, v4_checkpoint
-from .test_convert_models import tensors_of
+from .saved import tensors_of
 
 gguf: Any = pytest.importorskip("gguf")
 
