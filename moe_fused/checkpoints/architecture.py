@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, apply_renamings
+from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
 
 from .names import Names, Place, Target
 
@@ -84,11 +84,11 @@ class Architecture:
 
     def in_model(self, key: str) -> str:
         """The name in the model of a checkpoint's tensor, as far as it is a matter of renaming."""
-        return apply_renamings(key, self.renamings)
+        return _renamed(key, self.renamings)
 
     def in_checkpoint(self, name: str) -> str:
         """The way back."""
-        return apply_renamings(name, self.reverse)
+        return _renamed(name, self.reverse)
 
     def target(self, place: Place) -> Target:
         """The parameter that ``place`` belongs to, called as the checkpoint's prefix has it."""
@@ -101,6 +101,12 @@ class Architecture:
     def is_ignored(self, name: str) -> bool:
         """Whether Transformers leaves a tensor of that name out on purpose, as those of layers that predict ahead."""
         return any(re.search(pattern, name) for pattern in self.model._keys_to_ignore_on_load_unexpected or ())
+
+
+def _renamed(name: str, renamings: list[WeightRenaming]) -> str:
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    return name
 
 
 def _on_meta(directory: Path, config: dict[str, Any]) -> Any:

@@ -332,11 +332,11 @@ large, small, root = sys.argv[1:]
 growth = {}
 for source in (small, large):  # the first imports everything
     name = f"{root}/{Path(source).name}"
-    for layout in ("fused", "original", "per-expert"):
-        growth[f"4-bit to {layout}"] = convert(source, f"{name} dense {layout}", layout, dequantize=True)
-        growth[f"{layout} to fused"] = convert(f"{name} dense {layout}", f"{name} {layout} fused", "fused")
-        growth[f"{layout} to per-expert"] = convert(f"{name} dense {layout}", f"{name} {layout} per", "per-expert")
-    growth["4-bit"] = convert(source, f"{name} 4", "per-expert")
+    growth["4-bit to dense"] = convert(source, f"{name} fused", "fused", dequantize=True)
+    growth["fused to per-expert"] = convert(f"{name} fused", f"{name} matrices", "per-expert")
+    growth["per-expert to original"] = convert(f"{name} matrices", f"{name} original", "original")
+    growth["4-bit to per-expert"] = convert(source, f"{name} 4-bit matrices", "per-expert")
+    growth["4-bit to fused"] = convert(f"{name} 4-bit matrices", f"{name} 4-bit fused", "fused")
 print(json.dumps(growth))
 """
 
@@ -348,19 +348,18 @@ def test_peak_memory_is_less_than_a_layer(tmp_path: Path) -> None:
     from .four_bit import config
 
     for name, sizes in {
-        "large": {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 32, "num_hidden_layers": 6},
+        "large": {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 16, "num_hidden_layers": 8},
         "small": {},
     }.items():
         build(**sizes).save_pretrained(tmp_path / f"{name} dense")
         model = load(tmp_path / f"{name} dense", quantization_config=config(), dtype=torch.bfloat16)
         moe_fused.save_format(model, "fused")
         model.save_pretrained(tmp_path / name)
-    layer = 32 * 3 * 256 * 256 * 2
+    layer = 16 * 3 * 256 * 256 * 2
     command = [sys.executable, "-c", _MEASURED, tmp_path / "large", tmp_path / "small", tmp_path]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     growth = json.loads(result.stdout)
-    print(growth, layer)
     # Of a dense model a few megabytes at a time are in memory, of one in 4 bits a stack before and after.
-    assert max(value for name, value in growth.items() if "4-bit" not in name) < layer / 4, f"{growth}, a layer {layer}"
+    assert max(value for name, value in growth.items() if "4-bit" not in name) < layer / 2, f"{growth}, a layer {layer}"
     assert max(growth.values()) < layer, f"{growth}, a layer {layer}"
