@@ -111,15 +111,18 @@ def _renamed(name: str, renamings: list[WeightRenaming]) -> str:
 
 def _on_meta(directory: Path, config: dict[str, Any]) -> Any:
     names = [ORIGINAL_CLASSES.get(name, name) for name in config.get("architectures") or ()]
-    try:
-        own = transformers.AutoConfig.from_pretrained(directory)
-    except ValueError:
-        raise ValueError(f"{directory / CONFIG} has a model_type that Transformers does not know") from None
-    with torch.device("meta"):
-        for name in names:
-            if model_class := getattr(transformers, name, None):
-                return model_class._from_config(own)
-        return transformers.AutoModelForCausalLM.from_config(own)
+    known = [name for name in names if hasattr(transformers, name)]
+    try:  # their own messages have many lines; code that comes with a model is not run
+        own = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        with torch.device("meta"):
+            if known:
+                return getattr(transformers, known[0])._from_config(own)
+            return transformers.AutoModelForCausalLM.from_config(own, trust_remote_code=False)
+    except ValueError as error:
+        raise ValueError(
+            f"{directory / CONFIG} is of a model that Transformers does not know: architectures {names}, model_type "
+            f"{config['model_type']}"
+        ) from error
 
 
 def _targets(model: nn.Module) -> Iterator[Target]:

@@ -221,7 +221,9 @@ def test_files_of_the_source(dense: Path, tmp_path: Path) -> None:
     refuse(r"has neither model\.safetensors nor model\.safetensors\.index\.json", source, error=FileNotFoundError)
     (source / "config.json").write_text('{"model_type": "unheard_of"}', encoding="utf-8")
     (source / "model.safetensors").write_bytes(data)
-    refuse(r"config\.json has a model_type that Transformers does not know", source)
+    refuse(
+        r"config\.json is of a model that Transformers does not know: architectures \[\], model_type unheard_of", source
+    )
     (source / "config.json").write_text("{", encoding="utf-8")
     refuse(r"config\.json must be JSON", source)
     (source / "config.json").unlink()
