@@ -13,6 +13,6 @@ Fused:
 ``names`` says which tensor belongs where, ``quant_state`` knows a matrix of bitsandbytes, ``fused`` our own layout, and
 ``entries`` what the tensors of one parameter make up. ``converter`` puts them together while Transformers loads them.
 
-``models`` rewrites saved models: ``tensor_files`` reads and writes their files, ``architecture`` knows what model they are of,
+``models`` rewrites saved models: ``tensor_files`` reads and writes files, ``architecture`` knows what model they are of,
 ``checkpoint`` finds the experts among the tensors, and ``stacks`` brings those from one layout into another.
 """
