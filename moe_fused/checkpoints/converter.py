@@ -9,7 +9,6 @@ It raises what is wrong at once instead of noting it for Transformers' report, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from copy import copy, deepcopy
 from functools import partial
@@ -22,12 +21,12 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter
 
 from moe_fused.hub import get_kernel
 
-from .fused import read_fused
-from .names import Names, Place, Target, rename_expert
-from .quant_state import MatrixFormat, quantize_matrix, read_matrix
+from .entries import Entry, by_matrix, by_projection, layout_of, load_dense, load_matrix, read_packed
+from .names import Names, Place, Target
+from .quant_state import quantize_matrix
 
 if TYPE_CHECKING:
-    from qwen3_moe_fused.quantization import Packed4bitWeights, Piece
+    from qwen3_moe_fused.quantization import Packed4bitWeights
 
 
 class Quantization(NamedTuple):
@@ -45,14 +44,6 @@ class Quantization(NamedTuple):
     blocksize: int
     double_quant: bool
     compute_dtype: torch.dtype
-
-
-class Entry(NamedTuple):
-    """A tensor of the checkpoint that was not read yet."""
-
-    key: str
-    place: Place
-    load: Callable[[], Tensor]
 
 
 def attach(module: nn.Module, name: str, weights: Packed4bitWeights, dtype: torch.dtype) -> None:
@@ -128,12 +119,12 @@ class ExpertsConverter(WeightConverter):
                 f"{layer_name} is sharded: 4-bit experts cannot be loaded with a tp_plan or ep_plan"
             )
         self.loaded.add(layer_name)
-        layout = _layout(layer_name, entries)
+        layout = layout_of(layer_name, entries)
         if any(entry.place.part for entry in entries):
             if not self.quantization.pre_quantized:
                 key = next(entry.key for entry in entries if entry.place.part)
                 raise ValueError(f"{key} is of 4-bit weights, but the checkpoint's config has no quantization_config")
-            dtype, weights = _READERS[layout](self.names, target, entries)
+            dtype, weights = read_packed(self.names, target, layout, entries)
         elif self.quantization.pre_quantized:
             return {layer_name: self._dense(target, layout, entries, model).to(placeholder.dtype)}
         else:
@@ -147,15 +138,15 @@ class ExpertsConverter(WeightConverter):
     def _dense(self, target: Target, layout: str, entries: list[Entry], model: Any) -> Tensor:
         """The dense stack, put together as Transformers does."""
         if layout == "fused":
-            stack = _load_dense(entries[0])
+            stack = load_dense(entries[0])
         elif layout == "stacked":
-            stack = torch.cat([_load_dense(entry) for entry in _by_projection(self.names, target, entries)], dim=1)
+            stack = torch.cat([load_dense(entry) for entry in by_projection(self.names, target, entries)], dim=1)
         else:
             if layout == "per expert":
-                _by_matrix(self.names, target, entries)  # all are there
+                by_matrix(self.names, target, entries)  # all are there
             converter = deepcopy(self.names.converters[entries[0].place.converter])
             for entry in entries:
-                load: Any = partial(_load_dense, entry)
+                load: Any = partial(load_dense, entry)
                 converter.add_tensor(target.name, entry.key, entry.place.pattern, load)
             stack = converter.convert(target.name, model=model, config=model.config)[target.name]
         if tuple(stack.shape) != target.shape:
@@ -166,8 +157,8 @@ class ExpertsConverter(WeightConverter):
         self, target: Target, layout: str, entries: list[Entry], model: Any
     ) -> tuple[torch.dtype, Packed4bitWeights]:
         if layout == "per expert":
-            table = _by_matrix(self.names, target, entries)
-            matrices = (_matrix(parts[""], target) for parts in table)
+            table = by_matrix(self.names, target, entries)
+            matrices = (load_matrix(parts[""], target) for parts in table)
         else:
             stack = self._dense(target, layout, entries, model)
             matrices = (matrix for expert in stack for matrix in expert.chunk(target.projections))
@@ -181,136 +172,3 @@ class ExpertsConverter(WeightConverter):
             for matrix in chain([first], matrices)
         )
         return first.dtype, get_kernel().quantization.Packed4bitWeights.from_pieces(pieces, form)
-
-
-def _layout(name: str, entries: list[Entry]) -> str:
-    """The layout that all entries share.
-
-    Raises:
-        ValueError: they are of several.
-    """
-    keys = {entry.place.layout: entry.key for entry in reversed(entries)}
-    # The same name is that of dense weights for a converter of Transformers, and of packed ones in our layout.
-    if keys.keys() == {"fused", "other"} and all(not e.place.part for e in entries if e.place.layout == "other"):
-        return "fused"
-    if len(keys) > 1:
-        raise ValueError(f"{name} must be in one layout, got {' and '.join(sorted(keys.values()))}")
-    return next(iter(keys))
-
-
-def _load_dense(entry: Entry) -> Tensor:
-    value = entry.load()
-    if not value.is_floating_point():
-        raise ValueError(
-            f"{entry.key} must be a floating-point tensor or have an absmax, got "
-            f"{str(value.dtype).removeprefix('torch.')} without"
-        )
-    return value
-
-
-def _matrix(entry: Entry, target: Target) -> Tensor:
-    value = _load_dense(entry)
-    if tuple(value.shape) != target.matrix_shape:
-        raise ValueError(f"{entry.key} must have shape {target.matrix_shape}, got {tuple(value.shape)}")
-    return value
-
-
-def _by_matrix(names: Names, target: Target, entries: list[Entry]) -> list[dict[str, Entry]]:
-    """The entries by part, for each matrix, the projections of expert 0 first.
-
-    Raises:
-        ValueError: a matrix is missing, or one too many.
-    """
-    table: dict[tuple[int, int], dict[str, Entry]] = {}
-    for entry in entries:
-        place = entry.place
-        if place.expert >= target.shape[0]:
-            raise ValueError(f"{entry.key} is of expert {place.expert}, but {target.name} has {target.shape[0]}")
-        table.setdefault((place.expert, place.projection), {})[place.part] = entry
-    matrices = [(expert, projection) for expert in range(target.shape[0]) for projection in range(target.projections)]
-    for expert, projection in matrices:
-        if "" in table.get((expert, projection), {}):
-            continue
-        for entry in entries:
-            if entry.place.projection == projection and not entry.place.part:
-                key = rename_expert(entry.key, entry.place.expert, expert)
-                break
-        else:
-            key = (names.per_expert(target) or [target.name])[projection].replace("*", str(expert))
-        raise ValueError(f"{key} is missing from the checkpoint")
-    return [table[matrix] for matrix in matrices]
-
-
-def _by_projection(names: Names, target: Target, entries: list[Entry]) -> list[Entry]:
-    """The packed or dense stack of each projection, in the original project's layout.
-
-    Raises:
-        ValueError: one is missing.
-    """
-    stacks = {entry.place.projection: entry for entry in entries if not entry.place.part}
-    for projection in range(target.projections):
-        if projection not in stacks:
-            raise ValueError(
-                f"the {('gate', 'up')[projection]} projection of {target.name} is missing from the checkpoint"
-            )
-    return [stacks[projection] for projection in range(target.projections)]
-
-
-def _read_per_expert(names: Names, target: Target, entries: list[Entry]) -> tuple[torch.dtype, Packed4bitWeights]:
-    table = _by_matrix(names, target, entries)
-    quantization = get_kernel().quantization
-
-    def read(parts: dict[str, Entry]) -> tuple[MatrixFormat, Piece]:
-        return read_matrix(parts[""].key, {part: entry.load() for part, entry in parts.items()}, target.matrix_shape)
-
-    form, first = read(table[0])
-
-    def pieces() -> Iterator[Piece]:
-        yield first
-        for parts in table[1:]:
-            other, piece = read(parts)
-            if other != form:
-                raise ValueError(f"{parts[''].key} must be quantized like {table[0][''].key}, {form}, got {other}")
-            yield piece
-
-    stack = quantization.Format4bit(
-        target.shape, form.quant_type, form.blocksize, form.double_quant, target.projections, form.dtype
-    )
-    return form.dtype, quantization.Packed4bitWeights.from_pieces(pieces(), stack)
-
-
-def _read_stacked(names: Names, target: Target, entries: list[Entry]) -> tuple[torch.dtype, Packed4bitWeights]:
-    quantization = get_kernel().quantization
-    forms, pieces = [], []
-    shape = (target.shape[0], *target.matrix_shape)
-    stacks = _by_projection(names, target, entries)
-    for projection, stack in enumerate(stacks):
-        parts = {entry.place.part: entry.load() for entry in entries if entry.place.projection == projection}
-        form, piece = read_matrix(stack.key, parts, shape)
-        forms.append(form)
-        pieces.append(piece)
-        if form != forms[0]:
-            raise ValueError(f"{stack.key} must be quantized like {stacks[0].key}, {forms[0]}, got {form}")
-    form = forms[0]
-    whole = quantization.Format4bit(
-        target.shape, form.quant_type, form.blocksize, form.double_quant, target.projections, form.dtype
-    )
-    return form.dtype, quantization.Packed4bitWeights.from_fused(pieces, whole)
-
-
-def _read_fused(names: Names, target: Target, entries: list[Entry]) -> tuple[torch.dtype, Packed4bitWeights]:
-    parts = {entry.place.part: entry.load() for entry in entries}
-    return read_fused(target.name, parts, target.shape, target.projections)
-
-
-def _read_other(names: Names, target: Target, entries: list[Entry]) -> tuple[torch.dtype, Packed4bitWeights]:
-    key = next(entry.key for entry in entries if entry.place.part)
-    raise ValueError(f"{key} is of 4-bit weights in a layout that is not known: {target.name} cannot be loaded from it")
-
-
-_READERS: dict[str, Callable[[Names, Target, list[Entry]], tuple[torch.dtype, Packed4bitWeights]]] = {
-    "per expert": _read_per_expert,
-    "stacked": _read_stacked,
-    "fused": _read_fused,
-    "other": _read_other,
-}

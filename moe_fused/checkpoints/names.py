@@ -131,6 +131,14 @@ class Names:
         return None
 
 
+def stacked_names(target: Target) -> list[str] | None:
+    """Names of the target's stacks in the original project's layout, one for each projection; None if it has none."""
+    block, experts, stack = target.name.rpartition(".experts.")
+    found = {place: projection for projection, place in _STACKED_PLACES.items()}
+    names = [found.get((stack, projection)) for projection in range(target.projections)]
+    return [f"{block}.{name}_proj.weight" for name in names] if experts and None not in names else None
+
+
 def rename_expert(key: str, old: int, new: int) -> str:
     """The name of the same tensor of another expert."""
     head, number, tail = key.rpartition(f".{old}.")

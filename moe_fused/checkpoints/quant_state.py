@@ -18,7 +18,7 @@ from torch import Tensor
 from moe_fused.hub import get_kernel
 
 if TYPE_CHECKING:
-    from qwen3_moe_fused.quantization import Packed4bitWeights, Piece
+    from qwen3_moe_fused.quantization import Format4bit, Packed4bitWeights, Piece
 
 _STATE = "quant_state.bitsandbytes__"
 _FIELDS = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
@@ -187,11 +187,22 @@ def write_matrix(weights: Packed4bitWeights, expert: int, projection: int, dtype
     Args:
         dtype: of the weights before they were quantized.
     """
+    form = weights.format
+    shape = (form.shape[1] // form.projections, form.shape[2])
+    return write_piece(weights.piece(expert, projection), shape, form, dtype)
+
+
+def write_piece(piece: Piece, shape: tuple[int, ...], form: Format4bit, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What bitsandbytes would save for ``piece``, as ``write_matrix``; meta tensors stay what they are.
+
+    Args:
+        shape: of what was quantized as one.
+        form: how it was quantized.
+    """
     from bitsandbytes.functional import QuantState
 
-    piece, form = weights.piece(expert, projection), weights.format
     nested: dict[str, Any] = {}
-    if form.double_quant:
+    if piece.nested_absmax is not None:
         nested["offset"] = piece.nested_offset
         nested["state2"] = QuantState(
             absmax=piece.nested_absmax,
@@ -201,7 +212,7 @@ def write_matrix(weights: Packed4bitWeights, expert: int, projection: int, dtype
         )
     state = QuantState(
         absmax=piece.absmax,
-        shape=torch.Size((form.shape[1] // form.projections, form.shape[2])),
+        shape=torch.Size(shape),
         code=_code(form.quant_type),
         blocksize=form.blocksize,
         quant_type=form.quant_type,
@@ -210,7 +221,10 @@ def write_matrix(weights: Packed4bitWeights, expert: int, projection: int, dtype
     )
     parts = {"": piece.packed} | state.as_dict(packed=True)
     # Copies, for safetensors does not write tensors that share memory.
-    return {part: torch.empty_like(value, device="cpu").copy_(value) for part, value in parts.items()}
+    return {
+        part: value if value.is_meta else torch.empty_like(value, device="cpu").copy_(value)
+        for part, value in parts.items()
+    }
 
 
 def quantize_matrix(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool) -> Piece:
