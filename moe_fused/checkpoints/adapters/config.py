@@ -160,19 +160,19 @@ def repattern(
     others = list(others)
     result: dict[str, dict[str, Any]] = {}
     for option, patterns, default, place in (
-        ("rank_pattern", config.ranks, config.rank, 1),
-        ("alpha_pattern", config.alphas, config.content["lora_alpha"], 2),
+        ("rank_pattern", config.ranks, config.rank, 0),
+        ("alpha_pattern", config.alphas, config.content["lora_alpha"], 1),
     ):
         kept = {key: value for key, value in patterns.items() if any(_pattern([key], other) for other in others)}
         values: dict[str, set[Any]] = {}
-        for found in experts.values():
-            values.setdefault(found[0], set()).add(found[place])
+        for kind, *numbers in experts.values():
+            values.setdefault(kind, set()).add(numbers[place])
         first: dict[str, Any] = {}
-        for module, found in experts.items():
+        for module, (kind, *numbers) in experts.items():
+            common = len(values[kind]) == 1 and not any(_pattern([kind], other) for other in others)
             key = _pattern(kept, module)
-            if found[place] == (default if key is None else kept[key]) and len(values[found[0]]) == 1:
-                continue
-            # PEFT takes the first that matches.
-            first[found[0] if len(values[found[0]]) == 1 else re.escape(module)] = found[place]
+            if not common or numbers[place] != (default if key is None else kept[key]):
+                first[kind if common else re.escape(module)] = numbers[place]
+        # PEFT takes the first that matches.
         result[option] = {**first, **kept}
     return result

@@ -18,7 +18,7 @@ from moe_fused.staging import staged_directory
 
 from .config import B_LAYOUT, CONFIG, DETAILS, AdapterConfig, module_of, repattern, retarget
 from .detect import MARKER, detect
-from .factors import DOWN, PROJECTIONS, Block, Factors, Scaling, fold, fuse, pad, split
+from .factors import DOWN, GATE, PROJECTIONS, UP, Block, Factors, Scaling, fold, fuse, pad, split
 from .layouts import LAYOUTS, Fused, Grouped, Place, unprefixed
 from .names import Layout, ScalingChoice
 
@@ -144,6 +144,7 @@ class _Conversion:
     def tensors(self, blocks: Iterable[Block]) -> Iterator[tuple[str, torch.Tensor]]:
         for block in blocks:
             yield from self.to.write(self.finish(block))
+            del block  # before the next one is read
         for key in self.others:
             yield key, self.other(key)
 
@@ -152,7 +153,7 @@ class _Conversion:
         blocks: list[Block] = []
         for done, group in enumerate(groups):
             progress("checking", done, len(groups))
-            block = self.convert(group)
+            block = _shapes_only(self.convert(group))
             for projection, factors in block.projections.items():
                 first = blocks[0].projections if blocks else block.projections
                 expected = next(iter(first.values())).experts
@@ -161,7 +162,7 @@ class _Conversion:
                         f"{block.name}: {projection}_proj has {factors.experts} experts, {expected} are in "
                         f"{(blocks[0] if blocks else block).name}"
                     )
-            blocks.append(_shapes_only(block))
+            blocks.append(block)
         progress("checking", len(groups), len(groups))
         ranks = {name: factors.rank for block in blocks for name, factors in block.projections.items()}
         all_ranks = {factors.rank for block in blocks for factors in block.projections.values()}
@@ -176,6 +177,8 @@ class _Conversion:
             if key in tensors:
                 raise ValueError(f"{key} would be written twice")
             tensors[key] = TensorSpec.of(tensor)
+        if self.to.layout is Layout.PER_EXPERT and ranks.keys() not in ({DOWN}, {GATE, UP, DOWN}):
+            notes.append("PEFT under Transformers 5 loads gate_proj and up_proj only together, and with down_proj.")
         if self.to.fused and self.config.content.get("lora_dropout"):
             notes.append("lora_dropout becomes 0: PEFT has no dropout on target_parameters.")
         files, left = self._files()

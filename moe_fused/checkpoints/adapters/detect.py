@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from .config import B_LAYOUT, DETAILS, AdapterConfig
 from .factors import DOWN, GATE_UP
-from .layouts import LAYOUTS, ExpertLayout, Fused, Place, Shapes
+from .layouts import LAYOUTS, ExpertLayout, Fused, Place, Shapes, unprefixed
 from .names import Layout
 
 # In the header of the files we write. Not in the config, where PEFT would warn of an option that it does not know.
@@ -149,8 +149,8 @@ def _candidates(swapped: bool | None, grouped: bool | None, config: AdapterConfi
 def _orders_agree(places: Mapping[str, Place], shapes: Shapes, config: AdapterConfig) -> bool:
     """Whether experts and ranks lie the same in both orders, since there is one of either everywhere."""
     layout = LAYOUTS[Layout.PEFT_FUSED]
-    ranks = {
-        key: config.rank_of(layout.module(place.block.removeprefix("base_model.model."), place.projection, 0))
-        for key, place in places.items()
-    }
-    return all(rank == 1 or rank in shapes[key] for key, rank in ranks.items())
+    for key, place in places.items():
+        rank = config.rank_of(layout.module(unprefixed(place.block), place.projection, 0))
+        if rank != 1 and shapes[key][0 if place.factor == "A" else 1] != rank:
+            return False
+    return True

@@ -153,8 +153,8 @@ def split(block: Block, rank: int, widen: bool) -> Block:
             return Block(block.name, {GATE: gate, UP: up, **rest})
         if not widen:
             raise ValueError(
-                f"{block.name}: gate_up_proj has rank {factors.rank}, twice that of the rest, and the off-diagonal "
-                f"blocks of its lora_B are trained: gate_proj and up_proj cannot have rank {rank} again "
+                f"{block.name}: gate_up_proj has rank {factors.rank}, twice that of the rest, and in its lora_B the blocks "
+                f"off the diagonal are trained: gate_proj and up_proj cannot have rank {rank} each "
                 f"(--widen gives them rank {factors.rank})"
             )
     gate = Factors(factors.a, gate_b, factors.scaling)
