@@ -66,7 +66,8 @@ def adapter(
     del traceback  # read by console.run, which prints errors
     from moe_fused.checkpoints.adapters.convert import convert_adapter  # takes torch
 
-    with Progress(console=Console(stderr=True), transient=True) as bars:
+    terminal = Console(stderr=True)
+    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
 
         def progress(step: str, done: int, total: int) -> None:
