@@ -103,6 +103,24 @@ def test_there_and_back_from_pefts(options: dict[str, Any], to: Layout, tmp_path
         assert torch.equal(peft_logits(tmp_path / "back"), logits)
 
 
+@pytest.mark.parametrize("to", [*SEPARATE, *FUSED], ids=lambda layout: layout.value)
+@pytest.mark.parametrize("name", ["rsLoRA", "down only", "alpha is not r"])
+def test_logits_with_each_layouts_own_formula(name: str, to: Layout, tmp_path: Path) -> None:
+    options = {**OPTIONS[name], "target_modules": [], "modules_to_save": None}
+    source, logits = peft_adapter(tmp_path / "source", **options)
+    convert_adapter(source, tmp_path / "there", to=to, given=Layout.PEFT_FUSED)
+    found = deltas(tmp_path / "there", to)
+    model = QWEN3_MOE.build()
+    with torch.no_grad():
+        for number, layer in enumerate(model.model.layers):
+            experts = layer.mlp.experts
+            experts.down_proj += found[f"{number}.down_proj"]
+            if name != "down only":
+                experts.gate_up_proj += torch.cat([found[f"{number}.gate_proj"], found[f"{number}.up_proj"]], 1)
+        torch.testing.assert_close(model(tokens()).logits, logits, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(QWEN3_MOE.build()(tokens()).logits, logits, atol=0.1)
+
+
 @pytest.mark.parametrize("to", [Layout.ORIGINAL, *FUSED], ids=lambda layout: layout.value)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared A", "own A"])
 def test_there_and_back_from_per_expert(shared: bool, to: Layout, tmp_path: Path) -> None:

@@ -122,8 +122,12 @@ def test_version_tells_if_shapes_do_not(version: str, layout: Layout, source: Pa
     "version, layout",
     [("0.18.0", Layout.PEFT_FUSED), ("0.19.0", Layout.GPT_OSS_INVERTED), ("0.20.0", Layout.PEFT_FUSED)],
 )
-def test_version_tells_for_gpt_oss(version: str, layout: Layout, source: Path, tmp_path: Path) -> None:
-    config = {"peft_version": version, "lora_B_layout": "rank_major", "base_model_name_or_path": "openai/gpt-oss-20b"}
+@pytest.mark.parametrize("by_name", [True, False])
+def test_version_tells_for_gpt_oss(version: str, layout: Layout, by_name: bool, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "gpt_oss"}')
+    base = "openai/gpt-oss-20b" if by_name else str(tmp_path / "base")
+    config = {"peft_version": version, "lora_B_layout": "rank_major", "base_model_name_or_path": base}
     # In the same bytes: of an adapter for gpt-oss there are no experts apart to start from.
     bytes_of = Layout.PEFT_SWAPPED if layout is Layout.GPT_OSS_INVERTED else layout
     adapter = fused(changed(source, down_only), bytes_of, **config)

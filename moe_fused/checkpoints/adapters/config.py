@@ -81,10 +81,13 @@ class AdapterConfig:
 
     @property
     def interleaved(self) -> bool:
-        """Whether the base model's out features of gate and up take turns, as far as the config tells."""
+        """Whether gate and up take turns in the base model, gpt-oss, as far as its name and its own config tell."""
+        base = str(self.content.get("base_model_name_or_path"))
         mapping = self.content.get("auto_mapping") or {}
-        name = f"{self.content.get('base_model_name_or_path')} {mapping.get('base_model_class')}"
-        return bool(re.search(r"gpt[-_]?oss", name, re.IGNORECASE))
+        names = [base, str(mapping.get("base_model_class"))]
+        if (local := Path(base) / "config.json").is_file():
+            names.append(local.read_text(encoding="utf-8"))
+        return any(re.search(r"gpt[-_]?oss", name, re.IGNORECASE) for name in names)
 
     def rank_of(self, module: str) -> int:
         key = _pattern(self.ranks, module)
