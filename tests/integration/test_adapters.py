@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ from tests.integration.adapters import (
 )
 from tests.integration.models import EXPERTS, HIDDEN, INTERMEDIATE, QWEN3_MOE, tokens
 
-KEEP, FOLD = ScalingChoice.KEEP, ScalingChoice.FOLD
+Made = Callable[[str], tuple[Path, torch.Tensor]]
+KEEP = ScalingChoice.KEEP
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 FUSED = [Layout.PEFT_FUSED, Layout.PEFT_SWAPPED, Layout.UNSLOTH_GROUPED, Layout.UNSLOTH_SWAPPED]
 SEPARATE = [Layout.PER_EXPERT, Layout.ORIGINAL]
@@ -48,6 +51,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Makes an adapter of ``OPTIONS``, once."""
+
+    @functools.cache
+    def make(name: str) -> tuple[Path, torch.Tensor]:
+        return peft_adapter(tmp_path_factory.mktemp("peft") / "source", **OPTIONS[name])
+
+    return make
+
+
 def same_function(first: tuple[Path, Layout], second: tuple[Path, Layout]) -> None:
     one, other = deltas(*first), deltas(*second)
     assert one.keys() == other.keys()
@@ -56,9 +70,9 @@ def same_function(first: tuple[Path, Layout], second: tuple[Path, Layout]) -> No
         torch.testing.assert_close(other[name], delta, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_exports_of_pefts_adapters_have_their_logits(options: dict[str, Any], tmp_path: Path) -> None:
-    source, logits = peft_adapter(tmp_path / "source", **options)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_exports_of_pefts_adapters_have_their_logits(name: str, made: Made, tmp_path: Path) -> None:
+    (source, logits), options = made(name), OPTIONS[name]
     plan = convert_adapter(
         source, tmp_path / "export", to=Layout.PER_EXPERT, given=Layout.PEFT_FUSED, widen=widened(options)
     )
@@ -91,9 +105,9 @@ def lora_a(directory: Path) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("to", [*SEPARATE, *FUSED], ids=lambda layout: layout.value)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_there_and_back_from_pefts(options: dict[str, Any], to: Layout, tmp_path: Path) -> None:
-    source, logits = peft_adapter(tmp_path / "source", **options)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_there_and_back_from_pefts(name: str, to: Layout, made: Made, tmp_path: Path) -> None:
+    (source, logits), options = made(name), OPTIONS[name]
     convert_adapter(source, tmp_path / "there", to=to, given=Layout.PEFT_FUSED, scaling=KEEP, widen=widened(options))
     same_function((source, Layout.PEFT_FUSED), (tmp_path / "there", to))
     convert_adapter(tmp_path / "there", tmp_path / "back", to=Layout.PEFT_FUSED)

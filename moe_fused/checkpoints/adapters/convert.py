@@ -249,7 +249,7 @@ class _Conversion:
                 yield self.convert(group)
             progress("writing", len(groups), len(groups))
 
-        metadata = {"format": "pt", MARKER: plan.target.value}
+        metadata = {"format": "pt", **(self.file.metadata() or {}), MARKER: plan.target.value}
         with safetensors_writer(directory / WEIGHTS, plan.tensors, metadata) as write:
             for key, tensor in self.tensors(blocks()):
                 write(key, tensor)
