@@ -340,3 +340,23 @@ def test_one_layer_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(conversion._Conversion, "convert", watched)
     convert_adapter(source, tmp_path / "out", to=Layout.PEFT_FUSED)
     assert len(alive) == 2 * 2 * 4  # read twice, two layers, four tensors
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells what is mapped")
+def test_mapped_file_does_not_stay_in_memory(tmp_path: Path) -> None:
+    layer, layers = 2 << 20, 8
+    tensors = {}
+    for number in range(layers):
+        for factor, shape in (("A", (8 * 16, 2048)), ("B", (2048, 8 * 16))):
+            tensors[f"{PREFIX}.{number}.mlp.experts.lora_{factor}.weight"] = torch.randn(shape)
+    config = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "target_parameters": ["mlp.experts.down_proj"]}
+    source = write(tmp_path / "source", tensors, config)
+    seen = []
+
+    def watch(*_: object) -> None:
+        mapped = Path("/proc/self/smaps").read_text().split(str(source / conversion.WEIGHTS))[1:]
+        seen.append(sum(int(region.split("Rss:")[1].split()[0]) << 10 for region in mapped))
+
+    convert_adapter(source, tmp_path / "out", to=Layout.PER_EXPERT, given=Layout.PEFT_FUSED, progress=watch)
+    assert len(seen) == 2 * (layers + 1)
+    assert max(seen) < 2 * layer

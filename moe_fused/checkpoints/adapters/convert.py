@@ -101,7 +101,9 @@ class _Conversion:
             yield Grouped(name, blocks[name], tuple(part for part in PROJECTIONS if part in present))
 
     def convert(self, group: Grouped) -> Block:
-        block = self.layout.read(group, self.config, self.file.get_tensor)
+        # Opened for each layer: what a mapped file has read stays in memory until it is closed.
+        with safe_open(self.source / WEIGHTS, "pt") as file:
+            block = self.layout.read(group, self.config, file.get_tensor)
         if self.to.fused:
             return fuse(block, self.widen)
         down = block.projections.get(DOWN)
