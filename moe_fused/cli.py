@@ -14,8 +14,8 @@ from moe_fused.checkpoints.adapters import Layout, ScalingChoice
 if TYPE_CHECKING:
     from moe_fused.checkpoints.adapters.convert import Plan
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True)
-convert = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Convert files between layouts.")
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+convert = typer.Typer(rich_markup_mode=None, help="Convert files between layouts.")
 app.add_typer(convert, name="convert")
 
 
@@ -39,8 +39,10 @@ def _print_plan(plan: Plan, source: Path, target: Path, dry_run: bool) -> None:
 
 @convert.command()
 def adapter(
-    source: Annotated[Path, typer.Argument(help="Directory of an adapter with LoRA on experts, in safetensors.")],
-    target: Annotated[Path, typer.Argument(help="Directory to make.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="Directory of an adapter with LoRA on experts, in safetensors.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Directory to make.")],
     to: Annotated[
         Layout,
         typer.Option(help="Layout to write. per-expert: vLLM, SGLang, llama.cpp, PEFT; peft-fused: today's PEFT."),

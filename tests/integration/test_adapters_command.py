@@ -360,7 +360,7 @@ def test_command(source: Path, tmp_path: Path) -> None:
         (("source", "no/out"), 1, ("No such file", "TARGET")),
         (("source", "out", "--to", "gguf"), 2, ("--to", "gguf", "per-expert")),
         (("source", "out", "--from", "original"), 1, ("is in layout per-expert, not original",)),
-        (("source",), 2, ("target",)),
+        (("source",), 2, ("TARGET",)),
     ],
     ids=str,
 )
