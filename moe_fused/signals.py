@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
@@ -41,6 +42,11 @@ def raise_on_signals() -> None:
 @contextlib.contextmanager
 def signals_ignored() -> Iterator[None]:
     """For a few milliseconds of renaming or removing that must not stop half-way."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # the only one that signals reach, or that may do this
+        yield
+        return
     previous = {signum: signal.signal(signum, signal.SIG_IGN) for signum in _ENDING}
     try:
         yield

@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-from .signals import check_interrupted, signals_ignored
+from moe_fused.staging import staged_directory
 
 RESULTS = "results.json"
 _WRITER = "moe_fused.demo"
@@ -47,49 +44,11 @@ def write_results(directory: Path, results: dict[str, object]) -> None:
     (directory / RESULTS).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _publish(staging: Path, target: Path) -> None:
-    """Moves ``staging`` to ``target``; an earlier output is moved aside first, and back if that fails."""
-    _check_replaceable(target)  # again: a run takes minutes
-    if not target.exists():
-        staging.rename(target)
-        return
-    aside = staging.with_suffix(".old")
-    target.rename(aside)
-    try:
-        staging.rename(target)
-    except OSError:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def staged_output(target: Path, needed_bytes: int = _NEEDED_BYTES) -> Iterator[Path]:
+def staged_output(target: Path, needed_bytes: int = _NEEDED_BYTES) -> contextlib.AbstractContextManager[Path]:
     """Gives a new empty directory beside ``target``, which becomes ``target`` if the block ends without an error.
-
-    Fails before any work is done if the result could not be kept: nothing that the block may take minutes to make
-    should be lost to a path that was wrong from the start.
 
     Raises:
         FileExistsError: ``target`` exists and is not the output of an earlier run.
         OSError: the parent directory is missing or not writable, or has less than ``needed_bytes`` free.
     """
-    target = target.resolve()
-    _check_replaceable(target)
-    # Not tempfile.mkdtemp: its mode 0700 would stay with the published directory.
-    staging = target.with_name(f".{target.name}-{secrets.token_hex(4)}.partial")
-    try:
-        staging.mkdir()
-    except OSError as error:
-        raise OSError(error.errno, f"cannot create --output: {error.strerror}", str(target)) from error
-    try:
-        free = shutil.disk_usage(staging).free
-        if free < needed_bytes:
-            raise OSError(f"{needed_bytes >> 20} MiB are needed at {target.parent}, only {free >> 20} MiB are free")
-        yield staging
-        check_interrupted()
-        with signals_ignored():
-            _publish(staging, target)
-    finally:
-        with signals_ignored():
-            shutil.rmtree(staging, ignore_errors=True)
+    return staged_directory(target, "--output", _check_replaceable, needed_bytes)

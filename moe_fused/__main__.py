@@ -1,0 +1,26 @@
+"""Entry point of the command ``moe-fused``, also as ``python -m moe_fused``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from moe_fused import console
+
+
+def _load() -> Callable[..., object]:
+    try:
+        from .cli import app
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        raise RuntimeError(f"{error.name} is missing: pip install moe-fused[cli]") from error
+    return app
+
+
+def main() -> int:
+    return console.run(_load)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
