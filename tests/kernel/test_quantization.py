@@ -526,6 +526,7 @@ def test_is_like_a_tensor() -> None:
     assert (moved.dtype, moved.device) == (torch.float32, CPU)
     assert_same(moved.to(DEVICE, torch.bfloat16), weights)
     assert weights.to("meta").device.type == "meta"
+    assert weights.to(torch.float16).dtype == torch.float16
     second = weights.narrow(1, 1)
     assert second.shape == (1, *SMALL[1:])
     assert torch.equal(second.dequantize(), weights.dequantize()[1:])

@@ -237,7 +237,8 @@ class Packed4bitWeights:
         nested_offset: (E, 4·projections) uint8, the bytes of fp32; None without double quantization.
 
     Raises:
-        TypeError, ValueError: a tensor that is missing, or not uint8, or of another shape than the format's.
+        TypeError, ValueError: a tensor that is missing, or not uint8, or of another shape than the format's, or not
+            contiguous.
     """
 
     format: Format4bit
@@ -256,6 +257,8 @@ class Packed4bitWeights:
                 raise TypeError(f"{name} must be uint8, got {str(value.dtype).removeprefix('torch.')}")
             if value.shape != want:
                 raise ValueError(f"{name} must have shape {want}, got {tuple(value.shape)}")
+            if not value.is_contiguous():  # which kernels take for granted
+                raise ValueError(f"{name} must be contiguous, got strides {value.stride()}")
             if value.device != self.packed.device:
                 raise ValueError(f"{name} must be on {self.packed.device} like packed, got {value.device}")
 
@@ -309,8 +312,14 @@ class Packed4bitWeights:
         """The storage by attribute name."""
         return {name: getattr(self, name) for name in self.format.storage()}
 
-    def to(self, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None) -> Packed4bitWeights:
-        """On ``device``, dequantizing to ``dtype``; the bits stay as they are."""
+    def to(
+        self, device: torch.device | torch.dtype | str | int | None = None, dtype: torch.dtype | None = None
+    ) -> Packed4bitWeights:
+        """On ``device``, dequantizing to ``dtype``, or, as of a tensor, to a dtype given alone; the bits stay as they are."""
+        if isinstance(device, torch.dtype):
+            if dtype is not None:
+                raise TypeError(f"device must be a device, got {device}")
+            device, dtype = None, device
         moved = {name: value if device is None else value.to(device) for name, value in self.tensors().items()}
         return Packed4bitWeights(self.format if dtype is None else replace(self.format, dtype=dtype), **moved)
 
