@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tests.kernel.machine import DEVICE, ON_GPU, kernel, module, name_of
 
@@ -405,6 +406,20 @@ def test_tables_do_not_depend_on_who_asks_first() -> None:
     assert_same(Packed4bitWeights.quantize(dense, projections=2), inside)
     assert torch.equal(inside.dequantize(), dequantized)
     assert_same(example(), expected)
+
+
+def test_tables_of_a_tracer_are_not_kept() -> None:
+    """Such as torch.export's, whose tensors have no values."""
+    dense = BitsCase(shape=SMALL).make().to(CPU)
+    weights = Packed4bitWeights.quantize(dense, double_quant=False)
+    expected = weights.dequantize()
+    for table in (quantization.code, quantize._borders):
+        table.cache_clear()
+    with FakeTensorMode():
+        assert isinstance(quantization.code("nf4", CPU), FakeTensor)
+        assert isinstance(quantize._borders("nf4", False, CPU)[0], FakeTensor)
+    assert torch.equal(weights.dequantize(), expected)
+    assert_same(Packed4bitWeights.quantize(dense, double_quant=False), weights)
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="measures the memory of a GPU")

@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from . import checks
+from .autograd import intercepted
 
 # Absmaxes that share a second-level scale; bitsandbytes knows no other number.
 NESTED_BLOCKSIZE = 256
@@ -43,13 +44,28 @@ CODES: dict[str, tuple[float, ...]] = {
 }  # fmt: skip
 
 
-@functools.cache
+T = TypeVar("T")
+
+
+class Table(Generic[T]):
+    """A function whose results are kept, but for those it computes while a tracer looks on, which may have no values."""
+
+    def __init__(self, make: Callable[..., T]) -> None:
+        functools.update_wrapper(self, make)
+        self.make, self.kept = make, functools.cache(make)
+        self.cache_clear = self.kept.cache_clear
+
+    def __call__(self, *key: Any) -> T:
+        return self.make(*key) if intercepted() else self.kept(*key)
+
+
+@Table
 def code(quant_type: str, device: torch.device) -> Tensor:
     """(16,) fp32 values of the nibbles."""
     return torch.tensor(CODES[quant_type], dtype=torch.float32, device=device)
 
 
-@functools.cache
+@Table
 def nested_code(device: torch.device) -> Tensor:
     """(256,) fp32 values of an absmax byte: the signed dynamic map of 8-bit optimizers (arXiv:2110.02861).
 
@@ -315,7 +331,7 @@ class Packed4bitWeights:
     def to(
         self, device: torch.device | torch.dtype | str | int | None = None, dtype: torch.dtype | None = None
     ) -> Packed4bitWeights:
-        """On ``device``, dequantizing to ``dtype``, or, as of a tensor, to a dtype given alone; the bits stay as they are."""
+        """On ``device``, dequantizing to ``dtype``, which may come alone as for a tensor; the bits stay as they are."""
         if isinstance(device, torch.dtype):
             if dtype is not None:
                 raise TypeError(f"device must be a device, got {device}")
