@@ -52,11 +52,17 @@ class Table(Generic[T]):
 
     def __init__(self, make: Callable[..., T]) -> None:
         functools.update_wrapper(self, make)
-        self.make, self.kept = make, functools.cache(make)
-        self.cache_clear = self.kept.cache_clear
+        self.make = make
+        self.kept: dict[tuple[Any, ...], T] = {}
+        self.cache_clear = self.kept.clear
 
     def __call__(self, *key: Any) -> T:
-        return self.make(*key) if intercepted() else self.kept(*key)
+        value = self.kept.get(key)  # first, for every launch asks
+        if value is None:
+            value = self.make(*key)
+            if not intercepted():
+                self.kept[key] = value
+        return value
 
 
 @Table
