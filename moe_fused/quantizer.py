@@ -184,8 +184,22 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
     # Loading.
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **kwargs: Any) -> None:
+        self._skip_head(model)
         super()._process_model_before_weight_loading(model, device_map=device_map, **kwargs)
         self.names = Names(self._targets(model), base_model_prefix=model.base_model_prefix)
+
+    def _skip_head(self, model: Any) -> None:
+        """Skips the head of a model whose checkpoint names that of another, and so has no weights for this one.
+
+        ``get_state_dict_and_metadata`` names skipped modules, and then Transformers looks for no others.
+        """
+        config = self.quantization_config
+        skipped = config.llm_int8_skip_modules
+        if not (self.pre_quantized and skipped and any(_holds_experts(module) for module in model.modules())):
+            return
+        if not {name for name, _ in model.named_modules()}.issuperset(skipped):
+            # What this skips needlessly is dequantized while loading.
+            config.llm_int8_skip_modules = self.get_modules_to_not_convert(model, skipped, add_default_skips=True)
 
     def _targets(self, model: nn.Module) -> list[Target]:
         refused: dict[str, str] = {}

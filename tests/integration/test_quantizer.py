@@ -15,7 +15,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.core_model_loading import ErnieFuseAndSplitTextVisionExperts, WeightConverter
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -250,6 +256,15 @@ def test_base_model_and_auto_class(dense: Path, tmp_path: Path) -> None:
 
 
 # Saving.
+
+
+def test_a_head_that_the_checkpoint_does_not_have(dense: Path, tmp_path: Path) -> None:
+    model = load(dense, quantization_config=config())
+    model.save_pretrained(tmp_path)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2)
+    assert type(classifier.score) is torch.nn.Linear
+    assert classifier.score.weight.is_floating_point()
+    assert same_state(classifier.model, model.model)
 
 
 def test_default_checkpoint_is_that_of_bitsandbytes(dense: Path, tmp_path: Path) -> None:

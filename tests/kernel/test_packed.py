@@ -193,6 +193,15 @@ WORKSPACE = [
         bias=True,
     ),
     WorkspaceCase(
+        "odd-transposed",
+        "the gate's and the up projection's rows share bytes, so they are one part",
+        hidden=64,
+        intermediate=33,
+        workspace=ONE,
+        takes=("part",) * (1 + 4 + 1 + 4),
+        transposed=True,
+    ),
+    WorkspaceCase(
         "parts-partly-mine",
         "rows of no expert in every part",
         index="partly mine",

@@ -137,13 +137,14 @@ def test_parts_are_the_features_they_say(gate: Any, transposed: bool) -> None:
     assert len(addresses) == 1
 
 
-def test_rows_that_share_bytes_are_one_part() -> None:
+@pytest.mark.parametrize(("columns", "gate"), [(33, None), (66, Gate()), (66, Gate(interleaved=True))])
+def test_rows_that_share_bytes_are_one_part(columns: int, gate: Any) -> None:
     """Transposed, with an odd number of features."""
-    stack = PackedStack(random_weight("odd", (2, 64, 33), torch.float32), transposed=True)
+    stack = PackedStack(random_weight("odd", (2, 64, columns), torch.float32), transposed=True)
     routing = poisoned_routing(4, 2, 1)
     routing.offsets.copy_(torch.arange(3) * 2)
     with decoding(in_gemm=False, workspace=ONE):
-        (part,) = packed.dense_parts(stack, routing, torch.float32, tuning.LaunchConfig(16, 32, 32, 4, 2))
+        (part,) = packed.dense_parts(stack, routing, torch.float32, tuning.LaunchConfig(16, 32, 32, 4, 2), gate)
     assert torch.equal(part.stack, dequantized(stack.weights).mT)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tests.kernel.machine import DEVICE, ON_GPU, kernel, module, name_of
 
@@ -407,6 +408,20 @@ def test_tables_do_not_depend_on_who_asks_first() -> None:
     assert_same(example(), expected)
 
 
+def test_tables_of_a_tracer_are_not_kept() -> None:
+    """Such as torch.export's, whose tensors have no values."""
+    dense = BitsCase(shape=SMALL).make().to(CPU)
+    weights = Packed4bitWeights.quantize(dense, double_quant=False)
+    expected = weights.dequantize()
+    for table in (quantization.code, quantize._borders):
+        table.cache_clear()
+    with FakeTensorMode():
+        assert isinstance(quantization.code("nf4", CPU), FakeTensor)
+        assert isinstance(quantize._borders("nf4", False, CPU)[0], FakeTensor)
+    assert torch.equal(weights.dequantize(), expected)
+    assert_same(Packed4bitWeights.quantize(dense, double_quant=False), weights)
+
+
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="measures the memory of a GPU")
 def test_temporaries_are_of_one_expert() -> None:
     dense = torch.randn((64, 256, 512), device=DEVICE, dtype=torch.bfloat16)
@@ -526,6 +541,7 @@ def test_is_like_a_tensor() -> None:
     assert (moved.dtype, moved.device) == (torch.float32, CPU)
     assert_same(moved.to(DEVICE, torch.bfloat16), weights)
     assert weights.to("meta").device.type == "meta"
+    assert weights.to(torch.float16).dtype == torch.float16
     second = weights.narrow(1, 1)
     assert second.shape == (1, *SMALL[1:])
     assert torch.equal(second.dequantize(), weights.dequantize()[1:])

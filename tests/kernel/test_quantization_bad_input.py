@@ -132,6 +132,18 @@ BAD = [
         "packed must have shape (2, 256), got (2, 4, 64)",
     ),
     BadCase(
+        "every-second-expert",
+        stored(packed=torch.zeros((4, 256), dtype=torch.uint8)[::2]),
+        ValueError,
+        "packed must be contiguous, got strides (512, 1)",
+    ),
+    BadCase(
+        "two-dtypes",
+        lambda: example().to(torch.float16, torch.float32),
+        TypeError,
+        "device must be a device, got torch.float16",
+    ),
+    BadCase(
         "absmax-device",
         stored(absmax=torch.zeros((2, 8), dtype=torch.uint8, device="meta")),
         ValueError,

@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from . import checks
+from .autograd import intercepted
 
 # Absmaxes that share a second-level scale; bitsandbytes knows no other number.
 NESTED_BLOCKSIZE = 256
@@ -43,13 +44,34 @@ CODES: dict[str, tuple[float, ...]] = {
 }  # fmt: skip
 
 
-@functools.cache
+T = TypeVar("T")
+
+
+class Table(Generic[T]):
+    """A function whose results are kept, but for those it computes while a tracer looks on, which may have no values."""
+
+    def __init__(self, make: Callable[..., T]) -> None:
+        functools.update_wrapper(self, make)
+        self.make = make
+        self.kept: dict[tuple[Any, ...], T] = {}
+        self.cache_clear = self.kept.clear
+
+    def __call__(self, *key: Any) -> T:
+        value = self.kept.get(key)  # first, for every launch asks
+        if value is None:
+            value = self.make(*key)
+            if not intercepted():
+                self.kept[key] = value
+        return value
+
+
+@Table
 def code(quant_type: str, device: torch.device) -> Tensor:
     """(16,) fp32 values of the nibbles."""
     return torch.tensor(CODES[quant_type], dtype=torch.float32, device=device)
 
 
-@functools.cache
+@Table
 def nested_code(device: torch.device) -> Tensor:
     """(256,) fp32 values of an absmax byte: the signed dynamic map of 8-bit optimizers (arXiv:2110.02861).
 
@@ -237,7 +259,8 @@ class Packed4bitWeights:
         nested_offset: (E, 4·projections) uint8, the bytes of fp32; None without double quantization.
 
     Raises:
-        TypeError, ValueError: a tensor that is missing, or not uint8, or of another shape than the format's.
+        TypeError, ValueError: a tensor that is missing, or not uint8, or of another shape than the format's, or not
+            contiguous.
     """
 
     format: Format4bit
@@ -256,6 +279,8 @@ class Packed4bitWeights:
                 raise TypeError(f"{name} must be uint8, got {str(value.dtype).removeprefix('torch.')}")
             if value.shape != want:
                 raise ValueError(f"{name} must have shape {want}, got {tuple(value.shape)}")
+            if not value.is_contiguous():  # which kernels take for granted
+                raise ValueError(f"{name} must be contiguous, got strides {value.stride()}")
             if value.device != self.packed.device:
                 raise ValueError(f"{name} must be on {self.packed.device} like packed, got {value.device}")
 
@@ -309,8 +334,14 @@ class Packed4bitWeights:
         """The storage by attribute name."""
         return {name: getattr(self, name) for name in self.format.storage()}
 
-    def to(self, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None) -> Packed4bitWeights:
-        """On ``device``, dequantizing to ``dtype``; the bits stay as they are."""
+    def to(
+        self, device: torch.device | torch.dtype | str | int | None = None, dtype: torch.dtype | None = None
+    ) -> Packed4bitWeights:
+        """On ``device``, dequantizing to ``dtype``, which may come alone as for a tensor; the bits stay as they are."""
+        if isinstance(device, torch.dtype):
+            if dtype is not None:
+                raise TypeError(f"device must be a device, got {device}")
+            device, dtype = None, device
         moved = {name: value if device is None else value.to(device) for name, value in self.tensors().items()}
         return Packed4bitWeights(self.format if dtype is None else replace(self.format, dtype=dtype), **moved)
 

@@ -17,12 +17,10 @@ and against its machine code for CUDA.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from .quantization import CODES, NESTED_BLOCKSIZE, Piece, nested_code
+from .quantization import CODES, NESTED_BLOCKSIZE, Piece, Table, nested_code
 
 # The magnitudes between which the CUDA kernel changes from one value of fp4 to the next.
 FP4_BORDERS_CUDA = (0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333)
@@ -56,7 +54,7 @@ def quantize_matrix(matrix: Tensor, quant_type: str, blocksize: int, double_quan
     return Piece(packed.view(-1, 1), nested.view(-1)[: absmax.numel()], nested_absmax, offset)
 
 
-@functools.cache
+@Table
 def _borders(quant_type: str, on_gpu: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """(15,) fp32 borders between the values of a code, and (16,) uint8 their nibbles in ascending order.
 
@@ -109,7 +107,7 @@ def _quantize_absmax_on_cpu(groups: Tensor) -> tuple[Tensor, Tensor]:
     return _nested_table(groups.device).index_select(0, positions.view(-1)), absmax
 
 
-@functools.cache
+@Table
 def _nested_table(device: torch.device) -> Tensor:
     """(65536,) uint8: the byte of each position."""
     code = nested_code(torch.device("cpu"))
@@ -124,7 +122,7 @@ def _quantize_absmax_on_gpu(groups: Tensor) -> tuple[Tensor, Tensor]:
     return torch.bucketize(groups, _nested_borders(groups.device), out_int32=True).to(torch.uint8), absmax
 
 
-@functools.cache
+@Table
 def _nested_borders(device: torch.device) -> Tensor:
     """(255,) fp32: as ``_borders``, for a search that ends at an even byte and leaves it only for a nearer neighbour."""
     code = nested_code(torch.device("cpu"))

@@ -169,6 +169,8 @@ def _rows_of(part: Part, rows: int, gate: Gate | None) -> list[tuple[int, int]]:
         return [(part.first, part.width)]
     if gate.interleaved:
         return [(2 * part.first, 2 * part.width)]
+    if 2 * part.width == rows:
+        return [(0, rows)]  # which begin and end with a byte, as the halves of an odd number of features do not
     return [(part.first, part.width), (rows // 2 + part.first, part.width)]
 
 
@@ -189,7 +191,7 @@ def dense_parts(
         yield Part(weight, config, 0, features)
         return
     width, config = _part_width(features, num_experts * (n // features) * k * dtype.itemsize, config)
-    if weight.transposed and n % 2:
+    if weight.transposed and features % 2:
         width = features  # a byte has weights of two rows
     workspace: Tensor | None = None
     for first in range(0, features, width):
