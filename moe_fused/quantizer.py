@@ -224,6 +224,12 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
         storage = self.quantization_config.bnb_4bit_quant_storage
         if targets and storage != torch.uint8:
             warnings.warn(f"bnb_4bit_quant_storage={storage} is for linear layers, experts are uint8", stacklevel=2)
+        if targets and self.quantization_config.bnb_4bit_compute_dtype == torch.float32 != model.dtype:
+            warnings.warn(
+                f"experts in 4 bits compute in float32, the default of bnb_4bit_compute_dtype, although the model is "
+                f"{model.dtype}: set bnb_4bit_compute_dtype to that",
+                stacklevel=2,
+            )
         return targets
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:

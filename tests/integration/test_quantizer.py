@@ -442,6 +442,14 @@ def test_experts_that_checkpoints_hold_together_stay_dense() -> None:
     assert not converters  # of ours: Transformers' own goes on
 
 
+def test_the_default_compute_dtype_is_slower_than_the_model(dense: Path, recwarn: pytest.WarningsRecorder) -> None:
+    with pytest.warns(UserWarning, match=r"compute in float32.* although the model is torch\.bfloat16"):
+        load(dense, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    recwarn.clear()
+    load(dense, dtype=torch.float32, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    assert not [warning for warning in recwarn if "compute in float32" in str(warning.message)]
+
+
 def test_storage_of_linear_layers_is_theirs(dense: Path) -> None:
     with pytest.warns(
         UserWarning, match=r"bnb_4bit_quant_storage=torch\.bfloat16 is for linear layers, experts are uint8"

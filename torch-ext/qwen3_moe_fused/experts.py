@@ -351,7 +351,7 @@ def moe_experts(
     Transformers' experts modules, computed as SwiGLU (arXiv:2002.05202) by default. Differentiable in everything that is
     not an index; only gradients asked for are computed. Deterministic: no atomics. Computes in the dtype of the weights (of
     autocast, where it is on), accumulating in fp32, and never waits for the GPU. Packed weights are frozen, and are decoded
-    inside the products or into a workspace of at most 256 MiB, whichever is faster.
+    inside the products or into a workspace of some 256 MiB, whichever is faster.
 
     Args:
         hidden_states: (T, H).

@@ -20,10 +20,11 @@ unsloth-grouped, unsloth-swapped
 original
     ``{gate,up,down}_proj.lora_{A,B}.weight`` beside the router, (E, r, in) and (E, out, r): the original qwen3-moe-fused.
 
-Checked by running PEFT 0.18.0, 0.18.1, 0.19.0, 0.19.1 and 0.21.2 under Transformers 5.22 on a Qwen3-MoE: adapters that each of
-them saved have its logits after conversion to peft-fused and per-expert in 0.21.2. On a gpt-oss, to peft-fused, 0.18.1, 0.19.0
-and 0.19.1. PEFT 0.17.0 was read only, it does not import there. The original's layout follows from its LoRA layer; Unsloth's order and
-mark from what its authors and users write and from its tests. The integration tests hold the formulas of all.
+Checked by running PEFT 0.18.0, 0.18.1, 0.19.0, 0.19.1 and 0.21.2 under Transformers 5.22 on a Qwen3-MoE: adapters that each
+of them saved have its logits after conversion to peft-fused and per-expert in 0.21.2. On a gpt-oss, to peft-fused, 0.18.1,
+0.19.0 and 0.19.1. PEFT 0.17.0 was read only, it does not import there. The original's layout follows from its LoRA layer;
+Unsloth's order and mark from what its authors and users write and from its tests. The integration tests hold the formulas
+of all.
 
 PEFT itself loads per-expert files by a conversion to rank 2r with a block-diagonal B. That is exact, but for rsLoRA it
 doubles alpha as well, which makes the scaling √2 too large; saved again, such adapters come back to rank r here as long as

@@ -188,6 +188,8 @@ def dequantize_kernel(
     code = load_code(code_ptr, False)
     even = tl.gather(code, (packed >> 4).to(tl.int32), 0) * scale
     odd = tl.gather(code, (packed & 15).to(tl.int32), 0) * scale
-    places = (tl.program_id(0) % PROGRAMS) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
-    out = out_ptr + local.to(tl.int64) * (2 * OUT) + places
-    tl.store(out, tl.interleave(even, odd).to(out_ptr.dtype.element_ty), mask=places < 2 * OUT)
+    # int64: an expert may have 2³¹ weights, of 2³⁰ bytes.
+    start = (tl.program_id(0) % PROGRAMS).to(tl.int64) * (2 * BLOCK)
+    places = tl.arange(0, 2 * BLOCK)
+    out = out_ptr + local.to(tl.int64) * (2 * OUT) + start + places
+    tl.store(out, tl.interleave(even, odd).to(out_ptr.dtype.element_ty), mask=places < 2 * OUT - start)
