@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,26 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture
 def device() -> str:
     return DEVICE
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bf16 checkpoint of Qwen3-MoE."""
+    from .four_bit import build  # which skips whoever imports it without bitsandbytes
+
+    path = tmp_path_factory.mktemp("dense")
+    build().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def v4(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in 4 bits, as Transformers 4 saved it."""
+    from .four_bit import v4_checkpoint
+
+    path = tmp_path_factory.mktemp("v4")
+    v4_checkpoint(dense, path)
+    return path
 
 
 @pytest.fixture

@@ -53,20 +53,6 @@ CASES = (
 )
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("dense")
-    build().save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def v4(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("v4")
-    v4_checkpoint(dense, path)
-    return path
-
-
 def skip_linear_layers(path: Path) -> None:
     """``stacked_checkpoint`` has dense linear layers, whose names Transformers has to be told to run the model."""
     values = config_of(path)

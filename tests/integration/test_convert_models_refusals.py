@@ -29,20 +29,6 @@ UP = f"{EXPERTS}.3.up_proj.weight"
 Change = Callable[[dict[str, Tensor]], object]
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("dense")
-    build().save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def v4(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("v4")
-    v4_checkpoint(dense, path)
-    return path
-
-
 def refuse(
     message: str, source: Path, layout: Any = "fused", error: type[Exception] = ValueError, **options: Any
 ) -> None:

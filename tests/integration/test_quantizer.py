@@ -51,14 +51,6 @@ pytestmark = pytest.mark.usefixtures("enabled")
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "lm_head"]
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bf16 checkpoint of Qwen3-MoE."""
-    path = tmp_path_factory.mktemp("dense")
-    build().save_pretrained(path)
-    return path
-
-
 def dequantized_matrices(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Of all packed weights, in the dtype they had, by parameter, expert and projection."""
     result = {}

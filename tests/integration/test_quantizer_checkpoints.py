@@ -41,22 +41,6 @@ UP = f"{EXPERTS}.3.up_proj.weight"
 NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bf16 checkpoint of Qwen3-MoE."""
-    path = tmp_path_factory.mktemp("dense")
-    build().save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def v4(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in 4 bits, as Transformers 4 saved it."""
-    path = tmp_path_factory.mktemp("v4")
-    v4_checkpoint(dense, path)
-    return path
-
-
 @pytest.mark.parametrize(
     ("case", "options"),
     [
