@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from torch import Tensor
 
@@ -30,6 +31,17 @@ def use_decode(num_tokens: int, top_k: int, up: Stack, down: Stack) -> bool:
     return 0 < num_slots <= DECODE_SLOTS and down.numel() > 0 and readable and len(packed) != 1
 
 
+def _shared_constants(
+    num_experts: int, hidden: int, intermediate: int, top_k: int, gate: Gate, up_bias: bool, down_bias: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the kernels of both projections want to know of a layer, however its weights are stored."""
+    common = {"NUM_EXPERTS": num_experts, "H": hidden, "TOP_K": top_k}
+    return (
+        {**common, **gate_constants(gate, intermediate), "HAS_BIAS": up_bias},
+        {**common, "I": intermediate, "HAS_BIAS": down_bias},
+    )
+
+
 @functools.cache
 def _decode_plans(
     up_shape: tuple[int, int, int],
@@ -42,26 +54,11 @@ def _decode_plans(
 ) -> tuple[Plan, Plan]:
     num_experts, columns, hidden = up_shape
     intermediate = gate.intermediate(columns)
-    up = {
-        "NUM_EXPERTS": num_experts,
-        **stride_constants(up_strides),
-        "H": hidden,
-        **gate_constants(gate, intermediate),
-        "TOP_K": top_k,
-        "HAS_BIAS": up_bias,
-        "BLOCK_N": DECODE_BLOCK_N,
-        "BLOCK_K": min(512, power_of_2(hidden)),
-    }
-    down = {
-        "NUM_EXPERTS": num_experts,
-        **stride_constants(down_strides),
-        "H": hidden,
-        "I": intermediate,
-        "TOP_K": top_k,
-        "HAS_BIAS": down_bias,
-        "BLOCK_N": DECODE_BLOCK_N,
-        "BLOCK_K": min(1024, power_of_2(intermediate)),
-    }
+    up, down = _shared_constants(num_experts, hidden, intermediate, top_k, gate, up_bias, down_bias)
+    up |= stride_constants(up_strides)
+    up |= {"BLOCK_N": DECODE_BLOCK_N, "BLOCK_K": min(512, power_of_2(hidden))}
+    down |= stride_constants(down_strides)
+    down |= {"BLOCK_N": DECODE_BLOCK_N, "BLOCK_K": min(1024, power_of_2(intermediate))}
     return Plan(decode_kernels.decode_up_kernel, up), Plan(decode_kernels.decode_down_kernel, down)
 
 
@@ -76,28 +73,10 @@ def _packed_plans(
     down_bias: bool,
 ) -> tuple[Plan, Plan]:
     num_experts, hidden, intermediate = down_format.shape
-    up = {
-        "NUM_EXPERTS": num_experts,
-        "H": hidden,
-        **gate_constants(gate, intermediate),
-        "TOP_K": top_k,
-        "HAS_BIAS": up_bias,
-        **storage_constants(up_format),
-        "SHUFFLE": shuffle,
-        "BLOCK_N": PACKED_DECODE_BLOCK_N,
-        "BLOCK_K": min(512, power_of_2(hidden)),
-    }
-    down = {
-        "NUM_EXPERTS": num_experts,
-        "H": hidden,
-        "I": intermediate,
-        "TOP_K": top_k,
-        "HAS_BIAS": down_bias,
-        **storage_constants(down_format),
-        "SHUFFLE": shuffle,
-        "BLOCK_N": PACKED_DECODE_BLOCK_N,
-        "BLOCK_K": min(256, power_of_2(intermediate)),
-    }
+    up, down = _shared_constants(num_experts, hidden, intermediate, top_k, gate, up_bias, down_bias)
+    block = {"SHUFFLE": shuffle, "BLOCK_N": PACKED_DECODE_BLOCK_N}
+    up |= {**storage_constants(up_format), **block, "BLOCK_K": min(512, power_of_2(hidden))}
+    down |= {**storage_constants(down_format), **block, "BLOCK_K": min(256, power_of_2(intermediate))}
     return (
         Plan(packed_kernels.packed_decode_up_kernel, up, num_warps=1, fp_fusion=False),
         Plan(packed_kernels.packed_decode_down_kernel, down, num_warps=1, fp_fusion=False),

@@ -160,18 +160,19 @@ class Part(NamedTuple):
         """(E, N) of the whole bias, contiguous."""
         if self.stack.shape[1] == bias.shape[1]:
             return bias.contiguous()
-        return torch.cat([bias[:, start : start + size] for start, size in _rows_of(self, bias.shape[1], gate)], dim=1)
+        rows = _rows_of(self.first, self.width, bias.shape[1], gate)
+        return torch.cat([bias[:, start : start + size] for start, size in rows], dim=1)
 
 
-def _rows_of(part: Part, rows: int, gate: Gate | None) -> list[tuple[int, int]]:
-    """(first, number) of the stack's rows that make up the part, of ``rows`` in all."""
+def _rows_of(first: int, width: int, rows: int, gate: Gate | None) -> list[tuple[int, int]]:
+    """(first, number) of the stack's rows that make up ``width`` features from ``first`` on, of ``rows`` in all."""
     if gate is None or not gate.gated:
-        return [(part.first, part.width)]
+        return [(first, width)]
     if gate.interleaved:
-        return [(2 * part.first, 2 * part.width)]
-    if 2 * part.width == rows:
+        return [(2 * first, 2 * width)]
+    if 2 * width == rows:
         return [(0, rows)]  # which begin and end with a byte, as the halves of an odd number of features do not
-    return [(part.first, part.width), (rows // 2 + part.first, part.width)]
+    return [(first, width), (rows // 2 + first, width)]
 
 
 def dense_parts(
@@ -195,8 +196,8 @@ def dense_parts(
         width = features  # a byte has weights of two rows
     workspace: Tensor | None = None
     for first in range(0, features, width):
-        part = Part(torch.empty(0), config, first, min(width, features - first))
-        rows = _rows_of(part, n, gate)
+        own = min(width, features - first)
+        rows = _rows_of(first, own, n, gate)
         size = sum(number for _, number in rows)
         if workspace is None:
             workspace = torch.empty(num_experts * size * k, dtype=dtype, device=weight.weights.device)
@@ -204,7 +205,7 @@ def dense_parts(
         stack = workspace[: num_experts * size * k].view(shape)
         runs = _runs(rows, k, n, weight.transposed)
         _decode(weight.weights.packed, weight.weights, runs, 0, num_experts, stack, routing.offsets)
-        yield part._replace(stack=stack.mT if weight.transposed else stack)
+        yield Part(stack.mT if weight.transposed else stack, config, first, own)
 
 
 def part_tiles(weight: Stack, dtype: torch.dtype, config: LaunchConfig) -> int:
