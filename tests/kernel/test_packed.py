@@ -198,7 +198,8 @@ WORKSPACE = [
         hidden=64,
         intermediate=33,
         workspace=ONE,
-        takes=("part",) * (1 + 4 + 1 + 4),
+        # The way back through down reads whole stored rows, 33 of them: three parts.
+        takes=("part",) * (1 + 4 + 3 + 4),
         transposed=True,
     ),
     WorkspaceCase(
