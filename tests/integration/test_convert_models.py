@@ -278,7 +278,7 @@ def test_dequantize(layout: Layout, dtype: torch.dtype | None, dense: Path, v4: 
 
 def test_dequantized_model_computes_the_same(v4: Path, tmp_path: Path) -> None:
     convert_model(v4, tmp_path / "dense", "per-expert", dequantize=True)
-    expected = load(v4, dtype=torch.bfloat16).dequantize()
+    expected = load(v4, dtype=torch.bfloat16).dequantize().cpu()
     with torch.no_grad():
         assert torch.equal(logits(load(tmp_path / "dense", dtype=torch.bfloat16)), logits(expected))
 

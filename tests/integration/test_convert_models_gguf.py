@@ -63,7 +63,7 @@ def test_gguf(source: str, tmp_path: Path) -> None:
         v4_checkpoint(tmp_path / "dense", tmp_path / "v4")
         convert_model(tmp_path / "v4", tmp_path / source, "fused")
         convert_model(tmp_path / source, tmp_path / "hf", "per-expert", dtype=torch.bfloat16, dequantize=True)
-        state = load(tmp_path / "v4", dtype=torch.bfloat16).dequantize().state_dict()
+        state = load(tmp_path / "v4", dtype=torch.bfloat16).dequantize().cpu().state_dict()
     write_gguf(tmp_path / "model.gguf", tensors_of(tmp_path / "hf"), layers=2, experts=6)
 
     read = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
