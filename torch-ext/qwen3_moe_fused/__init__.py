@@ -7,12 +7,14 @@
 from . import layers, reference
 from .experts import moe_experts
 from .linear import moe_fused_linear, moe_fused_linear_4bit
+from .lora import LoraWeights
 from .permute import route
 from .quantization import Format4bit, Packed4bitWeights, Piece
 from .routing import Routing
 
 __all__ = [
     "Format4bit",
+    "LoraWeights",
     "Packed4bitWeights",
     "Piece",
     "Routing",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .experts import moe_experts
 from .linear import moe_fused_linear
+from .lora import LoraWeights
 from .quantization import Packed4bitWeights
 
 # Activation modules by class name, so that torch's own and Transformers' both count.
@@ -104,3 +105,39 @@ class MoeFusedLinear(nn.Module):
 
     def forward(self, input: Tensor, m_sizes: Tensor) -> Tensor:
         return moe_fused_linear(input, Packed4bitWeights.of_module(self, "weight"), m_sizes)
+
+
+def _active_loras(layer: Any) -> list[LoraWeights]:
+    """The adapters that count in a layer with the attributes of a PEFT LoRA layer."""
+    if layer.disable_adapters or layer.merged:
+        return []
+    loras = []
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            # PEFT has an Identity in place of a dropout of zero.
+            dropout = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
+            weights = (layer.lora_A[name].weight, layer.lora_B[name].weight)
+            loras.append(LoraWeights(*weights, layer.scaling[name], dropout))
+    return loras
+
+
+class LoraMoeFusedLinear(nn.Module):
+    """A grouped linear layer under LoRA adapters, as PEFT holds them: ``base_layer.weight`` (E, out, in), and by the name of
+    an adapter ``lora_A[name].weight`` (E, r, in), ``lora_B[name].weight`` (E, out, r) and ``scaling[name]``.
+    """
+
+    has_backward = True
+    can_torch_compile = True
+
+    base_layer: nn.Module
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    lora_dropout: nn.ModuleDict
+    scaling: dict[str, float]
+    active_adapters: list[str]
+    disable_adapters: bool
+    merged: bool
+
+    def forward(self, input: Tensor, m_sizes: Tensor) -> Tensor:
+        weight = Packed4bitWeights.of_module(self.base_layer, "weight")
+        return moe_fused_linear(input, weight, m_sizes, lora=_active_loras(self))

@@ -16,6 +16,7 @@ from torch import Tensor
 from .activations import Gate, apply_gate, apply_gate_backward
 
 if TYPE_CHECKING:
+    from .lora import Extension
     from .quantization import Packed4bitWeights
     from .routing import Routing
     from .weights import Stack
@@ -80,9 +81,16 @@ def route_sorted(m_sizes: Tensor, num_rows: int, routing: Routing, dtype: torch.
 
 
 def grouped_gemm(
-    a: Tensor, weight: Stack, routing: Routing, num_rows: int, bias: Tensor | None, gather: bool, fill: float
+    a: Tensor,
+    weight: Stack,
+    routing: Routing,
+    num_rows: int,
+    bias: Tensor | None,
+    gather: bool,
+    fill: float,
+    extension: Extension | None = None,
 ) -> Tensor:
-    """out[row] = a[row or token of row] · weight[expert of row]ᵀ + bias[expert of row].
+    """out[row] = a[row or token of row] · weight[expert of row]ᵀ + bias[expert of row], and the extension's product.
 
     Args:
         a: (num_rows, K), or (T, K) with ``gather``.
@@ -100,23 +108,55 @@ def grouped_gemm(
         torch.mm(a[rows], _matrix(weight, expert, a.dtype).mT, out=out[rows])
         if bias is not None:
             out[rows] += bias[expert]
+        if extension is not None:
+            _extend(out[rows], extension, expert, rows)
     return out
 
 
+def _extend(out: Tensor, extension: Extension, expert: int, rows: slice) -> None:
+    """Adds left[rows] · right[expert]ᵀ to out; of separate factors each to its half of the columns."""
+    left, right = extension.left[rows], extension.right[expert]
+    if not extension.separate:
+        out += left @ right.mT
+        return
+    rank, half = right.shape[1], right.shape[0] // 2
+    out[:, :half] += left[:, :rank] @ right[:half].mT
+    out[:, half:] += left[:, rank:] @ right[half:].mT
+
+
+def shrink(a: Tensor, weight: Tensor, routing: Routing, gather: bool, scale: float, out: Tensor) -> None:
+    """out[row] = scale · a[row or token of row] · weight[expert of row]ᵀ; zeros for rows of no expert.
+
+    Args:
+        a: (S, K), or (T, K) with ``gather``.
+        weight: (E, N, K), N small.
+        out: (S, N) of any row stride, overwritten.
+    """
+    out.copy_(grouped_gemm(a, weight, routing, out.shape[0], None, gather, 0.0).mul_(scale))
+
+
 def grouped_up(
-    x: Tensor, weight: Stack, routing: Routing, num_rows: int, bias: Tensor | None, gate: Gate, save_gate_up: bool
-) -> tuple[Tensor, Tensor | None]:
-    """h = gate(x[token of row] · weight[expert]ᵀ + bias[expert]).
+    x: Tensor,
+    weight: Stack,
+    routing: Routing,
+    num_rows: int,
+    bias: Tensor | None,
+    gate: Gate,
+    save_gate_up: bool,
+    extension: Extension | None = None,
+    save_h: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """h = gate(x[token of row] · weight[expert]ᵀ + bias[expert] + the extension's product).
 
     Args:
         x: (T, H).
         weight: (E, 2·I or I, H), rows laid out as gate_up's columns.
 
     Returns:
-        h (S, I) and gate_up (S, 2·I or I), the latter None unless ``save_gate_up``. Rows of no expert are zero.
+        h (S, I) and gate_up (S, 2·I or I), None unless ``save_h``, ``save_gate_up``. Rows of no expert are zero.
     """
-    gate_up = grouped_gemm(x, weight, routing, num_rows, bias, gather=True, fill=0.0)
-    return apply_gate(gate_up, gate), gate_up if save_gate_up else None
+    gate_up = grouped_gemm(x, weight, routing, num_rows, bias, gather=True, fill=0.0, extension=extension)
+    return apply_gate(gate_up, gate) if save_h else None, gate_up if save_gate_up else None
 
 
 def combine(z: Tensor, routing: Routing, num_tokens: int, weights: Tensor | None) -> Tensor:
@@ -167,24 +207,27 @@ def down_backward(
     top_k_weights: Tensor,
     gate: Gate,
     need_weighted_h: bool,
+    extension: Extension | None = None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Back through combine, the down projection and the gate, without the down projection's output.
 
     With g = grad_y[token] · weight[expert] the gradient of h is w·g, and the routing weight's is rowsum(g·h), plus
-    grad_y[token]·bias[expert] for a biased down projection.
+    grad_y[token]·bias[expert] for a biased down projection. An extension's product is added to g.
 
     Args:
         grad_y: (T, H).
         weight: (E, H, I) of the down projection; bias: (E, H) or None.
         gate_up: (S, 2·I or I) as the forward saved it.
         top_k_weights: (T, top_k).
+        in_place: gate_up is overwritten with its gradient, and returned.
 
     Returns:
         grad_gate_up, like gate_up; w·h (S, I), None unless ``need_weighted_h``; grad_top_k_weights (T, top_k).
     """
     slots = _slots(routing)
     num_rows = gate_up.shape[0]
-    grad_h = grouped_gemm(grad_y, weight.mT, routing, num_rows, None, gather=True, fill=0.0)
+    grad_h = grouped_gemm(grad_y, weight.mT, routing, num_rows, None, gather=True, fill=0.0, extension=extension)
     h = apply_gate(gate_up, gate)
     dtype = torch.promote_types(h.dtype, torch.float32)
     dots = (grad_h.to(dtype) * h.to(dtype)).sum(1)
@@ -196,18 +239,32 @@ def down_backward(
     w = top_k_weights.reshape(-1)[slots][:, None].to(dtype)
     grad_gate_up = apply_gate_backward(gate_up, (grad_h * w).to(h.dtype), gate)
     weighted_h = (h * w).to(h.dtype) if need_weighted_h else None
+    if in_place:
+        grad_gate_up = gate_up.copy_(grad_gate_up)
     return grad_gate_up, weighted_h, grad_weights.view_as(top_k_weights).to(top_k_weights.dtype)
 
 
-def grouped_gram(a: Tensor, b: Tensor, routing: Routing, gather_a: bool, gather_b: bool, out: Tensor) -> None:
-    """out[expert] = Σ over the expert's rows of a[row]ᵀ · b[row]; zeros for an expert without rows.
+def grouped_gram(
+    a: Tensor,
+    b: Tensor,
+    routing: Routing,
+    gather_a: bool,
+    gather_b: bool,
+    out: Tensor,
+    weights: Tensor | None = None,
+) -> None:
+    """out[expert] = Σ over the expert's rows of (weights[slot]·) a[row]ᵀ · b[row]; zeros for an expert without rows.
 
     Args:
         a: (S, M), or (T, M) with ``gather_a``. b: (S, N), or (T, N) with ``gather_b``.
         out: (E, M, N) of any strides, overwritten.
+        weights: (T, top_k) or None.
     """
     a = _gather(a, routing) if gather_a else a
     b = _gather(b, routing) if gather_b else b
+    if weights is not None:
+        scale = weights.reshape(-1)[_slots(routing)][:, None]
+        b = (b * scale.to(torch.promote_types(b.dtype, torch.float32))).to(b.dtype)
     out.zero_()
     for expert, rows in _experts(routing):
         out[expert] = a[rows].mT @ b[rows]

@@ -17,9 +17,11 @@ import torch
 
 # Kernel families with a tile to choose. "up" multiplies two BLOCK_N-wide column tiles when the experts are gated;
 # "gemm_short" is "gemm" over few in features, where the epilogue weighs more than the loop. The "4bit" ones decode packed
-# weights on the way, "transposed_4bit" for the gradient of the input.
+# weights on the way, "transposed_4bit" for the gradient of the input. "shrink" and "gram_thin" are an adapter's products, as
+# thin as its rank: block_n, of gram_thin block_m, is what they are at most.
 KERNELS_4BIT = ("up_4bit", "gemm_4bit", "transposed_4bit")
-KERNELS = ("up", "gemm", "gemm_short", "down_backward", "gram", *KERNELS_4BIT)
+KERNELS = ("up", "gemm", "gemm_short", "down_backward", "gram", "shrink", "gram_thin", *KERNELS_4BIT)
+GRAMS = ("gram", "gram_thin")
 SHORT_K = 1024
 
 # Rows per expert up to which each bucket's tile height serves; the last bucket has no end. Over packed weights every row
@@ -40,7 +42,8 @@ class LaunchConfig:
     """One launch configuration.
 
     Attributes:
-        block_m, block_n, block_k: tile sizes; for ``gram`` block_k counts rows and block_m, block_n the output features.
+        block_m, block_n, block_k: tile sizes; for ``gram`` and ``gram_thin`` block_k counts rows and block_m, block_n the
+            output features.
         num_warps, num_stages: of Triton.
         descriptor: load weights (and rows, where they are not gathered) through a tensor descriptor (TMA) if the layout
             allows it.
@@ -112,7 +115,7 @@ def shared_memory(kernel: str, config: LaunchConfig, itemsize: int) -> int:
         weights = config.block_k * config.block_n * (2 if kernel == "up_4bit" else 1)
         # Bytes on their way, and one tile decoded.
         return config.num_stages * (rows + weights // 2) + weights * itemsize
-    if kernel == "gram":
+    if kernel in GRAMS:
         tile = config.block_k * (config.block_m + config.block_n)
     else:
         tile = config.block_k * (config.block_m + config.block_n * (2 if kernel == "up" else 1))
@@ -162,8 +165,12 @@ def default_config(kernel: str, block_m: int, target: Target, itemsize: int) -> 
     elif itemsize == 4:
         # fp32 runs on the FMA units (or tf32 at half rate): small tiles, registers are what is short.
         config = LaunchConfig(tile_height(block_m, itemsize), 64 if kernel != "up" else 32, 32, 4, 3)
-        if kernel == "gram":
+        if kernel in GRAMS:
             config = LaunchConfig(64, 64, 32, 4, 3)
+    elif kernel == "gram_thin":
+        config = LaunchConfig(64, 128, 64, 4, 3)
+    elif kernel == "shrink":
+        config = LaunchConfig(block_m, 64, 128, 4, 3, descriptor=hopper)
     elif kernel == "gram":
         config = LaunchConfig(128, 128, 64 if block_m > 32 else 32, 8, 3)
     elif block_m == 16:
@@ -213,7 +220,7 @@ def launch_config(kernel: str, block_m: int, target: Target, itemsize: int) -> L
     values = _overrides(target.arch).get(kernel, {}).get(str(itemsize), {}).get(str(block_m))
     if values is not None:
         config = replace(config, **values)
-    if kernel != "gram" and config.block_m != tile_height(block_m, itemsize):
+    if kernel not in GRAMS and config.block_m != tile_height(block_m, itemsize):
         raise ValueError(
             f"{kernel}: block_m must be the {tile_height(block_m, itemsize)} of its bucket, got {config.block_m}"
         )

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .common import apply_gate, apply_gate_backward
 from .grouped_gemm import load_weight
+from .low_rank import add_low_rank
 
 
 @triton.jit
@@ -34,6 +35,7 @@ def _epilogue(
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     SAVE_WEIGHTED_H: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WIDTH: tl.constexpr,
     SLICES: tl.constexpr,
@@ -45,11 +47,12 @@ def _epilogue(
         left, right = tl.split(tl.permute(tl.reshape(g, (BLOCK_M, 2, HALF)), (0, 2, 1)))
         return _epilogue(
             left, n, gate_up_ptr, grad_gate_up_ptr, weighted_h_ptr, live, weight, I, COLUMNS, COLUMN_STRIDE,
-            UP_OFFSET, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, BLOCK_M, HALF, SLICES // 2, H_STRIDE,
+            UP_OFFSET, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, IN_PLACE, BLOCK_M, HALF, SLICES // 2,
+            H_STRIDE,
         ) + _epilogue(
             right, n + HALF, gate_up_ptr, grad_gate_up_ptr, weighted_h_ptr, live, weight, I, COLUMNS,
-            COLUMN_STRIDE, UP_OFFSET, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, BLOCK_M, HALF, SLICES // 2,
-            H_STRIDE,
+            COLUMN_STRIDE, UP_OFFSET, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, IN_PLACE, BLOCK_M, HALF,
+            SLICES // 2, H_STRIDE,
         )  # fmt: skip
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = n + tl.arange(0, WIDTH)
@@ -63,6 +66,8 @@ def _epilogue(
     h = apply_gate(gate, up, ALPHA, LIMIT, ACTIVATION, GATED)
     # Beyond the last column g holds products with the next expert's weights.
     dots = tl.sum(tl.where(mask, g * h, 0.0), axis=1)
+    if IN_PLACE:
+        tl.debug_barrier()  # before another thread of the program overwrites what this one reads
     if SAVE_WEIGHTED_H:
         out = weighted_h_ptr + offs_m[:, None] * H_STRIDE + offs_n[None, :]
         tl.store(out, (h * weight).to(weighted_h_ptr.dtype.element_ty), mask=mask)
@@ -77,6 +82,8 @@ def _epilogue(
 def _tile(
     grad_y_ptr,
     w,
+    left_ptr,
+    right_ptr,
     gate_up_ptr,
     weights_ptr,
     grad_gate_up_ptr,
@@ -103,7 +110,9 @@ def _tile(
     GATED: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
+    LOW_RANK: tl.constexpr,
     SAVE_WEIGHTED_H: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     WEIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -138,6 +147,8 @@ def _tile(
         if WEIGHTS == "pointer":
             w_tile += BLOCK_K * STRIDE_WK
 
+    if LOW_RANK[0] > 0:
+        g = add_low_rank(g, left_ptr, right_ptr, expert, row, live, offs_n, offs_n < I, LOW_RANK, PRECISION, BLOCK_M)
     weight = tl.load(weights_ptr + slots, mask=live, other=0.0).to(tl.float32)[:, None]
     # The tile's base in int64, offsets inside it in int32: half the registers.
     row64 = row.to(tl.int64)
@@ -146,7 +157,7 @@ def _tile(
     weighted_h_ptr += row64 * H_STRIDE
     dots = _epilogue(
         g, n, gate_up_ptr, grad_gate_up_ptr, weighted_h_ptr, live, weight, I, COLUMNS, COLUMN_STRIDE,
-        UP_OFFSET, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, BLOCK_M, BLOCK_N, SLICES, H_STRIDE,
+        UP_OFFSET, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, IN_PLACE, BLOCK_M, BLOCK_N, SLICES, H_STRIDE,
     )  # fmt: skip
     tl.store(grad_weights_ptr + slots.to(tl.int64) * PARTS + FIRST_PART + n_tile, dots, mask=live)
 
@@ -155,6 +166,8 @@ def _tile(
 def down_backward_kernel(
     grad_y_ptr,  # (T, H)
     w,  # (E, I, H) view of the down projection: element pointer, or descriptor of (E·I, H) or (E·H, I)
+    left_ptr,  # (S, RANK)
+    right_ptr,  # (E, I, RANK)
     gate_up_ptr,  # (S, COLUMNS)
     weights_ptr,  # (S,) routing weights by slot
     grad_gate_up_ptr,  # (S, COLUMNS) out
@@ -181,7 +194,9 @@ def down_backward_kernel(
     GATED: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
+    LOW_RANK: tl.constexpr,  # an adapter's product, left · right[expert]ᵀ, is added to g
     SAVE_WEIGHTED_H: tl.constexpr,
+    IN_PLACE: tl.constexpr,  # grad_gate_up is gate_up
     WEIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -201,17 +216,17 @@ def down_backward_kernel(
     end = tl.load(offsets_ptr + expert + 1)
     if HALF_TILES and end - row <= BLOCK_M // 2:
         _tile(
-            grad_y_ptr, w, gate_up_ptr, weights_ptr, grad_gate_up_ptr, weighted_h_ptr, grad_weights_ptr, row_to_slot_ptr,
-            expert, row, end, n_tile, STRIDE_WE, STRIDE_WN, STRIDE_WK, H, I, COLUMNS, COLUMN_STRIDE, UP_OFFSET,
-            H_STRIDE, TOP_K, PARTS, FIRST_PART, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, WEIGHTS, PRECISION,
-            BLOCK_M // 2, BLOCK_N, BLOCK_K, SLICES,
+            grad_y_ptr, w, left_ptr, right_ptr, gate_up_ptr, weights_ptr, grad_gate_up_ptr, weighted_h_ptr,
+            grad_weights_ptr, row_to_slot_ptr, expert, row, end, n_tile, STRIDE_WE, STRIDE_WN, STRIDE_WK, H, I, COLUMNS,
+            COLUMN_STRIDE, UP_OFFSET, H_STRIDE, TOP_K, PARTS, FIRST_PART, ACTIVATION, GATED, ALPHA, LIMIT, LOW_RANK,
+            SAVE_WEIGHTED_H, IN_PLACE, WEIGHTS, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K, SLICES,
         )  # fmt: skip
     else:
         _tile(
-            grad_y_ptr, w, gate_up_ptr, weights_ptr, grad_gate_up_ptr, weighted_h_ptr, grad_weights_ptr, row_to_slot_ptr,
-            expert, row, end, n_tile, STRIDE_WE, STRIDE_WN, STRIDE_WK, H, I, COLUMNS, COLUMN_STRIDE, UP_OFFSET,
-            H_STRIDE, TOP_K, PARTS, FIRST_PART, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, WEIGHTS, PRECISION,
-            BLOCK_M, BLOCK_N, BLOCK_K, SLICES,
+            grad_y_ptr, w, left_ptr, right_ptr, gate_up_ptr, weights_ptr, grad_gate_up_ptr, weighted_h_ptr,
+            grad_weights_ptr, row_to_slot_ptr, expert, row, end, n_tile, STRIDE_WE, STRIDE_WN, STRIDE_WK, H, I, COLUMNS,
+            COLUMN_STRIDE, UP_OFFSET, H_STRIDE, TOP_K, PARTS, FIRST_PART, ACTIVATION, GATED, ALPHA, LIMIT, LOW_RANK,
+            SAVE_WEIGHTED_H, IN_PLACE, WEIGHTS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, SLICES,
         )  # fmt: skip
 
 

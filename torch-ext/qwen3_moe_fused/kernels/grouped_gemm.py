@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .common import apply_gate
+from .low_rank import add_low_rank
 
 
 @triton.jit
@@ -62,6 +63,8 @@ def _up_tile(
     x_ptr,
     w,
     bias_ptr,
+    left_ptr,
+    right_ptr,
     h_ptr,
     gate_up_ptr,
     row_to_slot_ptr,
@@ -86,6 +89,8 @@ def _up_tile(
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    LOW_RANK: tl.constexpr,
+    SAVE_H: tl.constexpr,
     SAVE_GATE_UP: tl.constexpr,
     WEIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -130,6 +135,14 @@ def _up_tile(
 
     in_n = offs_n < I
     columns = offs_n * COLUMN_STRIDE
+    if LOW_RANK[0] > 0:
+        gate = add_low_rank(gate, left_ptr, right_ptr, expert, row, live, columns, in_n, LOW_RANK, PRECISION, BLOCK_M)
+        if GATED:
+            left_ptr += LOW_RANK[3]
+            columns_up = columns + GATE_UP_OFFSET
+            up = add_low_rank(
+                up, left_ptr, right_ptr, expert, row, live, columns_up, in_n, LOW_RANK, PRECISION, BLOCK_M
+            )
     if HAS_BIAS:
         bias_ptrs = bias_ptr + expert * COLUMNS + columns
         gate += tl.load(bias_ptrs, mask=in_n, other=0.0).to(tl.float32)[None, :]
@@ -144,9 +157,10 @@ def _up_tile(
         tl.store(out, gate.to(gate_up_ptr.dtype.element_ty), mask=mask)
         if GATED:
             tl.store(out + GATE_UP_OFFSET, up.to(gate_up_ptr.dtype.element_ty), mask=mask)
-    h = apply_gate(gate, up, ALPHA, LIMIT, ACTIVATION, GATED)
-    out = h_ptr + row64 * H_STRIDE + offs_m[:, None] * H_STRIDE + offs_n[None, :]
-    tl.store(out, h.to(h_ptr.dtype.element_ty), mask=mask)
+    if SAVE_H:
+        h = apply_gate(gate, up, ALPHA, LIMIT, ACTIVATION, GATED)
+        out = h_ptr + row64 * H_STRIDE + offs_m[:, None] * H_STRIDE + offs_n[None, :]
+        tl.store(out, h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -154,6 +168,8 @@ def grouped_up_kernel(
     x_ptr,  # (T, H)
     w,  # (E, COLUMNS, H): element pointer, or descriptor of (E·COLUMNS, H) or (E·H, COLUMNS)
     bias_ptr,  # (E, COLUMNS)
+    left_ptr,  # (S, RANK), or (S, 2·RANK): the gate's, then the up's
+    right_ptr,  # (E, COLUMNS, RANK)
     h_ptr,  # (S, I) out
     gate_up_ptr,  # (S, COLUMNS) out
     offsets_ptr,  # (E+1,)
@@ -179,6 +195,8 @@ def grouped_up_kernel(
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    LOW_RANK: tl.constexpr,  # an adapter's product, left · right[expert]ᵀ, is added
+    SAVE_H: tl.constexpr,
     SAVE_GATE_UP: tl.constexpr,
     WEIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -196,7 +214,8 @@ def grouped_up_kernel(
         return
     row = tl.load(tile_row_ptr + tile)
     if expert == NUM_EXPERTS:
-        fill_rows(h_ptr, row, num_rows, n, 0.0, I, H_STRIDE, BLOCK_M, BLOCK_N)
+        if SAVE_H:
+            fill_rows(h_ptr, row, num_rows, n, 0.0, I, H_STRIDE, BLOCK_M, BLOCK_N)
         if SAVE_GATE_UP:
             if GATED and COLUMN_STRIDE == 1:
                 fill_rows(gate_up_ptr, row, num_rows, n, 0.0, I, GATE_UP_STRIDE, BLOCK_M, BLOCK_N)
@@ -209,15 +228,17 @@ def grouped_up_kernel(
     end = tl.load(offsets_ptr + expert + 1)
     if HALF_TILES and end - row <= BLOCK_M // 2:
         _up_tile(
-            x_ptr, w, bias_ptr, h_ptr, gate_up_ptr, row_to_slot_ptr, expert, row, end, n, STRIDE_WE, STRIDE_WN,
-            STRIDE_WK, H, I, COLUMNS, COLUMN_STRIDE, UP_OFFSET, H_STRIDE, GATE_UP_STRIDE, GATE_UP_OFFSET, TOP_K,
-            ACTIVATION, GATED, ALPHA, LIMIT, HAS_BIAS, SAVE_GATE_UP, WEIGHTS, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K,
+            x_ptr, w, bias_ptr, left_ptr, right_ptr, h_ptr, gate_up_ptr, row_to_slot_ptr, expert, row, end, n,
+            STRIDE_WE, STRIDE_WN, STRIDE_WK, H, I, COLUMNS, COLUMN_STRIDE, UP_OFFSET, H_STRIDE, GATE_UP_STRIDE,
+            GATE_UP_OFFSET, TOP_K, ACTIVATION, GATED, ALPHA, LIMIT, HAS_BIAS, LOW_RANK, SAVE_H, SAVE_GATE_UP,
+            WEIGHTS, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         _up_tile(
-            x_ptr, w, bias_ptr, h_ptr, gate_up_ptr, row_to_slot_ptr, expert, row, end, n, STRIDE_WE, STRIDE_WN,
-            STRIDE_WK, H, I, COLUMNS, COLUMN_STRIDE, UP_OFFSET, H_STRIDE, GATE_UP_STRIDE, GATE_UP_OFFSET, TOP_K,
-            ACTIVATION, GATED, ALPHA, LIMIT, HAS_BIAS, SAVE_GATE_UP, WEIGHTS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            x_ptr, w, bias_ptr, left_ptr, right_ptr, h_ptr, gate_up_ptr, row_to_slot_ptr, expert, row, end, n,
+            STRIDE_WE, STRIDE_WN, STRIDE_WK, H, I, COLUMNS, COLUMN_STRIDE, UP_OFFSET, H_STRIDE, GATE_UP_STRIDE,
+            GATE_UP_OFFSET, TOP_K, ACTIVATION, GATED, ALPHA, LIMIT, HAS_BIAS, LOW_RANK, SAVE_H, SAVE_GATE_UP,
+            WEIGHTS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
@@ -226,8 +247,11 @@ def _gemm_tile(
     a,
     w,
     bias_ptr,
+    left_ptr,
+    right_ptr,
     out_ptr,
     row_to_slot_ptr,
+    scale,
     expert,
     row,
     end,
@@ -237,10 +261,13 @@ def _gemm_tile(
     STRIDE_WK: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    A_STRIDE: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    LOW_RANK: tl.constexpr,
+    SCALED: tl.constexpr,
     A_DESCRIPTOR: tl.constexpr,
     WEIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -258,7 +285,7 @@ def _gemm_tile(
             source = tl.load(row_to_slot_ptr + row + offs_m, mask=live, other=0) // TOP_K
         else:
             source = tl.where(live, row + offs_m, row)
-        a_ptrs = a + source.to(tl.int64)[:, None] * K + offs_k[None, :]
+        a_ptrs = a + source.to(tl.int64)[:, None] * A_STRIDE + offs_k[None, :]
     if WEIGHTS == "pointer":
         w_tile = w + expert.to(tl.int64) * STRIDE_WE + offs_n[None, :] * STRIDE_WN + offs_k[:, None] * STRIDE_WK
         first = 0
@@ -281,6 +308,10 @@ def _gemm_tile(
         if WEIGHTS == "pointer":
             w_tile += BLOCK_K * STRIDE_WK
     in_n = offs_n < N
+    if LOW_RANK[0] > 0:
+        acc = add_low_rank(acc, left_ptr, right_ptr, expert, row, live, offs_n, in_n, LOW_RANK, PRECISION, BLOCK_M)
+    if SCALED:
+        acc *= scale
     if HAS_BIAS:
         acc += tl.load(bias_ptr + expert * N + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
     out = out_ptr + row.to(tl.int64) * OUT_STRIDE + offs_m[:, None] * OUT_STRIDE + offs_n[None, :]
@@ -289,10 +320,12 @@ def _gemm_tile(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def grouped_gemm_kernel(
-    a,  # (S, K), or (T, K) with GATHER; element pointer, or descriptor with A_DESCRIPTOR
+    a,  # (S, K), or (T, K) with GATHER: element pointer, or descriptor with A_DESCRIPTOR
     a_half,  # the same; a descriptor has blocks of half the height
     w,  # (E, N, K): element pointer, or descriptor of (E·N, K) or (E·K, N)
     bias_ptr,  # (E, N)
+    left_ptr,  # (S, RANK)
+    right_ptr,  # (E, N, RANK)
     out_ptr,  # (S, N) out
     offsets_ptr,  # (E+1,)
     row_to_slot_ptr,  # (S,), read with GATHER
@@ -300,16 +333,20 @@ def grouped_gemm_kernel(
     tile_row_ptr,  # (tiles,)
     num_rows,  # S
     fill,  # of rows that belong to no expert
+    scale,  # of the product, with SCALED
     NUM_EXPERTS: tl.constexpr,
     STRIDE_WE: tl.constexpr,
     STRIDE_WN: tl.constexpr,
     STRIDE_WK: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    A_STRIDE: tl.constexpr,  # of the rows of a
     OUT_STRIDE: tl.constexpr,  # of the rows of out, which may have more columns than w computes
     TOP_K: tl.constexpr,
     GATHER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    LOW_RANK: tl.constexpr,  # an adapter's product, left · right[expert]ᵀ, is added
+    SCALED: tl.constexpr,
     A_DESCRIPTOR: tl.constexpr,
     WEIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -332,11 +369,13 @@ def grouped_gemm_kernel(
     end = tl.load(offsets_ptr + expert + 1)
     if HALF_TILES and end - row <= BLOCK_M // 2:
         _gemm_tile(
-            a_half, w, bias_ptr, out_ptr, row_to_slot_ptr, expert, row, end, n, STRIDE_WE, STRIDE_WN, STRIDE_WK,
-            N, K, OUT_STRIDE, TOP_K, GATHER, HAS_BIAS, A_DESCRIPTOR, WEIGHTS, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K,
+            a_half, w, bias_ptr, left_ptr, right_ptr, out_ptr, row_to_slot_ptr, scale, expert, row, end, n, STRIDE_WE,
+            STRIDE_WN, STRIDE_WK, N, K, A_STRIDE, OUT_STRIDE, TOP_K, GATHER, HAS_BIAS, LOW_RANK, SCALED, A_DESCRIPTOR,
+            WEIGHTS, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         _gemm_tile(
-            a, w, bias_ptr, out_ptr, row_to_slot_ptr, expert, row, end, n, STRIDE_WE, STRIDE_WN, STRIDE_WK,
-            N, K, OUT_STRIDE, TOP_K, GATHER, HAS_BIAS, A_DESCRIPTOR, WEIGHTS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            a, w, bias_ptr, left_ptr, right_ptr, out_ptr, row_to_slot_ptr, scale, expert, row, end, n, STRIDE_WE,
+            STRIDE_WN, STRIDE_WK, N, K, A_STRIDE, OUT_STRIDE, TOP_K, GATHER, HAS_BIAS, LOW_RANK, SCALED, A_DESCRIPTOR,
+            WEIGHTS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip

@@ -10,12 +10,12 @@ import triton.language as tl
 
 
 @triton.jit
-def _load_rows(ptr, rows, columns, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _load_rows(ptr, rows, columns, SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
     """(rows, BLOCK) of a matrix with SIZE columns, zeros beyond.
 
     Masked: columns clamped to the last would be read one by one, which at 2880 columns made a backward four times as long.
     """
-    ptrs = ptr + rows.to(tl.int64)[:, None] * SIZE + columns[None, :]
+    ptrs = ptr + rows.to(tl.int64)[:, None] * STRIDE + columns[None, :]
     if SIZE % BLOCK == 0:
         tile = tl.load(ptrs)
     else:
@@ -24,22 +24,32 @@ def _load_rows(ptr, rows, columns, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _weigh(tile, weights):
+    """Each row of the tile by its weight, rounded once."""
+    return (tile.to(tl.float32) * weights.to(tl.float32)[:, None]).to(tile.dtype)
+
+
+@triton.jit
 def grouped_gram_kernel(
     a_ptr,  # (S, M), or (T, M) with GATHER_A
     b_ptr,  # (S, N), or (T, N) with GATHER_B
     a,  # descriptor of a_ptr's matrix, read with A_DESCRIPTOR
     b,  # descriptor of b_ptr's matrix, read with B_DESCRIPTOR
+    weights_ptr,  # (S,) by slot, read with WEIGHTED
     out_ptr,  # (E, M, N) out
     offsets_ptr,  # (E+1,)
-    row_to_slot_ptr,  # (S,), read with GATHER_*
+    row_to_slot_ptr,  # (S,), read with GATHER_* or WEIGHTED
     STRIDE_OE: tl.constexpr,
     STRIDE_OM: tl.constexpr,
     STRIDE_ON: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
+    A_STRIDE: tl.constexpr,  # of the rows of a, and of b
+    B_STRIDE: tl.constexpr,
     TOP_K: tl.constexpr,
     GATHER_A: tl.constexpr,
     GATHER_B: tl.constexpr,
+    WEIGHTED: tl.constexpr,  # rows of b, the narrower, are multiplied by their slot's weight
     A_DESCRIPTOR: tl.constexpr,
     B_DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -48,7 +58,10 @@ def grouped_gram_kernel(
     BLOCK_K: tl.constexpr,  # rows an iteration
     GROUP_M: tl.constexpr,  # row tiles that share column tiles in the L2
 ):
-    """out[expert] = Σ_rows a[row]ᵀ · b[row]. Grid: (E · ⌈M / BLOCK_M⌉ · ⌈N / BLOCK_N⌉,), an expert's tiles side by side."""
+    """out[expert] = Σ_rows (weights[slot] ·) a[row]ᵀ · b[row].
+
+    Grid: (E · ⌈M / BLOCK_M⌉ · ⌈N / BLOCK_N⌉,), an expert's tiles side by side.
+    """
     M_TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     expert = tl.program_id(0) // (M_TILES * N_TILES)
@@ -69,31 +82,35 @@ def grouped_gram_kernel(
     full = start + (end - start) // BLOCK_K * BLOCK_K
     for k in range(start, full, BLOCK_K):
         rows = k + offs_k
-        if GATHER_A or GATHER_B:
-            tokens = tl.load(row_to_slot_ptr + rows) // TOP_K
-        a_rows = tokens if GATHER_A else rows
-        b_rows = tokens if GATHER_B else rows
+        if GATHER_A or GATHER_B or WEIGHTED:
+            slots = tl.load(row_to_slot_ptr + rows)
+        a_rows = slots // TOP_K if GATHER_A else rows
+        b_rows = slots // TOP_K if GATHER_B else rows
         if A_DESCRIPTOR:
             a_tile = a.load([k, m])
         else:
-            a_tile = _load_rows(a_ptr, a_rows, offs_m, M, BLOCK_M)
+            a_tile = _load_rows(a_ptr, a_rows, offs_m, M, A_STRIDE, BLOCK_M)
         if B_DESCRIPTOR:
             b_tile = b.load([k, n])
         else:
-            b_tile = _load_rows(b_ptr, b_rows, offs_n, N, BLOCK_N)
+            b_tile = _load_rows(b_ptr, b_rows, offs_n, N, B_STRIDE, BLOCK_N)
+        if WEIGHTED:
+            b_tile = _weigh(b_tile, tl.load(weights_ptr + slots))
         acc = tl.dot(a_tile.T, b_tile, acc, input_precision=PRECISION)
     if full < end:
         rows = full + offs_k
         live = rows < end
-        if GATHER_A or GATHER_B:
-            tokens = tl.load(row_to_slot_ptr + rows, mask=live, other=0) // TOP_K
-        a_rows = tokens if GATHER_A else rows
-        b_rows = tokens if GATHER_B else rows
+        if GATHER_A or GATHER_B or WEIGHTED:
+            slots = tl.load(row_to_slot_ptr + rows, mask=live, other=0)
+        a_rows = slots // TOP_K if GATHER_A else rows
+        b_rows = slots // TOP_K if GATHER_B else rows
         # Both sides are masked: a row of the next expert may hold Inf, and 0·Inf is NaN.
-        a_ptrs = a_ptr + a_rows.to(tl.int64)[:, None] * M + offs_m[None, :]
-        b_ptrs = b_ptr + b_rows.to(tl.int64)[:, None] * N + offs_n[None, :]
+        a_ptrs = a_ptr + a_rows.to(tl.int64)[:, None] * A_STRIDE + offs_m[None, :]
+        b_ptrs = b_ptr + b_rows.to(tl.int64)[:, None] * B_STRIDE + offs_n[None, :]
         a_tile = tl.load(a_ptrs, mask=live[:, None] & in_m[None, :], other=0.0)
         b_tile = tl.load(b_ptrs, mask=live[:, None] & in_n[None, :], other=0.0)
+        if WEIGHTED:
+            b_tile = _weigh(b_tile, tl.load(weights_ptr + slots, mask=live, other=0.0))
         acc = tl.dot(a_tile.T, b_tile, acc, input_precision=PRECISION)
     # int64: E·M·N passes 2³¹ in real models.
     out = out_ptr + expert.to(tl.int64) * STRIDE_OE + offs_m[:, None] * STRIDE_OM + offs_n[None, :] * STRIDE_ON

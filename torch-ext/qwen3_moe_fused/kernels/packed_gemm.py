@@ -20,6 +20,7 @@ import triton.language as tl
 
 from .common import apply_gate
 from .grouped_gemm import fill_rows
+from .low_rank import add_low_rank
 from .packed import block_scale, decode, load_code
 
 
@@ -71,7 +72,9 @@ def packed_gemm_kernel(
     nested_code_ptr,  # (256,) fp32
     code_ptr,  # (16,) fp32
     bias_ptr,  # (E, COLUMNS)
-    out_ptr,  # (S, N) out
+    left_ptr,  # (S, RANK), or (S, 2·RANK): the gate's, then the up's
+    right_ptr,  # (E, COLUMNS, RANK)
+    out_ptr,  # (S, N) out, with SAVE_OUT
     gate_up_ptr,  # (S, COLUMNS) out, with SAVE_GATE_UP
     offsets_ptr,  # (E+1,)
     row_to_slot_ptr,  # (S,), read with GATHER
@@ -92,6 +95,8 @@ def packed_gemm_kernel(
     LIMIT: tl.constexpr,
     GATHER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    LOW_RANK: tl.constexpr,  # an adapter's product, left · right[expert]ᵀ, is added
+    SAVE_OUT: tl.constexpr,
     SAVE_GATE_UP: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -115,7 +120,8 @@ def packed_gemm_kernel(
         return
     row = tl.load(tile_row_ptr + tile)
     if expert == NUM_EXPERTS:
-        fill_rows(out_ptr, row, num_rows, n, fill, N, N, BLOCK_M, BLOCK_N)
+        if SAVE_OUT:
+            fill_rows(out_ptr, row, num_rows, n, fill, N, N, BLOCK_M, BLOCK_N)
         if SAVE_GATE_UP:
             fill_rows(gate_up_ptr, row, num_rows, n, 0.0, COLUMNS, COLUMNS, BLOCK_M, BLOCK_N)
             if GATED:
@@ -179,6 +185,14 @@ def packed_gemm_kernel(
         a_ptrs += BLOCK_K
         w_ptrs += BLOCK_K // 2
     in_n = offs_n < N
+    if LOW_RANK[0] > 0:
+        gate = add_low_rank(gate, left_ptr, right_ptr, expert, row, live, columns, in_n, LOW_RANK, PRECISION, BLOCK_M)
+        if GATED:
+            left_ptr += LOW_RANK[3]
+            up_columns = columns + UP_OFFSET
+            up = add_low_rank(
+                up, left_ptr, right_ptr, expert, row, live, up_columns, in_n, LOW_RANK, PRECISION, BLOCK_M
+            )
     if HAS_BIAS:
         bias_ptrs = bias_ptr + expert * COLUMNS + columns
         gate += tl.load(bias_ptrs).to(tl.float32)[None, :]
@@ -191,10 +205,11 @@ def packed_gemm_kernel(
         tl.store(saved, gate.to(gate_up_ptr.dtype.element_ty), mask=mask)
         if GATED:
             tl.store(saved + UP_OFFSET, up.to(gate_up_ptr.dtype.element_ty), mask=mask)
-    if ACTIVATION != "none":
-        gate = apply_gate(gate, up, ALPHA, LIMIT, ACTIVATION, GATED)
-    out = out_ptr + row64 * N + offs_m[:, None] * N + offs_n[None, :]
-    tl.store(out, gate.to(out_ptr.dtype.element_ty), mask=mask)
+    if SAVE_OUT:
+        if ACTIVATION != "none":
+            gate = apply_gate(gate, up, ALPHA, LIMIT, ACTIVATION, GATED)
+        out = out_ptr + row64 * N + offs_m[:, None] * N + offs_n[None, :]
+        tl.store(out, gate.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows", "fill"])
@@ -206,6 +221,8 @@ def packed_transposed_kernel(
     nested_offset_ptr,  # (E, PROJECTIONS) fp32
     nested_code_ptr,  # (256,) fp32
     code_ptr,  # (16,) fp32
+    left_ptr,  # (S, RANK)
+    right_ptr,  # (E, N, RANK)
     out_ptr,  # (S, N) out
     offsets_ptr,  # (E+1,)
     tile_expert_ptr,  # (tiles,)
@@ -215,6 +232,7 @@ def packed_transposed_kernel(
     NUM_EXPERTS: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,  # a multiple of BLOCK_N
+    LOW_RANK: tl.constexpr,  # an adapter's product, left · right[expert]ᵀ, is added
     BLOCKSIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -270,5 +288,13 @@ def packed_transposed_kernel(
         acc_odd = tl.dot(a, w_odd, acc_odd, input_precision=PRECISION)
         scale = next_scale
         a_ptrs += BLOCK_K
+    if LOW_RANK[0] > 0:
+        even = n + 2 * tl.arange(0, BLOCK_N // 2)
+        acc_even = add_low_rank(
+            acc_even, left_ptr, right_ptr, expert, row, live, even, even < N, LOW_RANK, PRECISION, BLOCK_M
+        )
+        acc_odd = add_low_rank(
+            acc_odd, left_ptr, right_ptr, expert, row, live, even + 1, even < N, LOW_RANK, PRECISION, BLOCK_M
+        )
     out = out_ptr + row.to(tl.int64) * N + offs_m[:, None] * N + (n + tl.arange(0, BLOCK_N))[None, :]
     tl.store(out, tl.interleave(acc_even, acc_odd).to(out_ptr.dtype.element_ty), mask=live[:, None])

@@ -6,7 +6,7 @@ What depends on the layer alone, not on the number of tokens, is worked out once
 
 from .decode import decode, use_decode
 from .down_backward import down_backward
-from .gemm import grouped_gemm, grouped_up
+from .gemm import grouped_gemm, grouped_up, shrink
 from .gram import grouped_gram, grouped_row_sum
 from .packed import dequantize
 from .permute import combine, combine_backward, dispatch
@@ -25,5 +25,6 @@ __all__ = [
     "grouped_up",
     "route",
     "route_sorted",
+    "shrink",
     "use_decode",
 ]

@@ -12,6 +12,7 @@ from ..activations import Gate
 from ..kernels.down_backward import bias_dots_kernel, down_backward_kernel, sum_parts_kernel
 from ..plan import Plan
 from ..routing import max_tiles
+from . import low_rank
 from .operands import (
     cdiv,
     config_of,
@@ -26,6 +27,7 @@ from .operands import (
 from .packed import dense_parts, part_tiles
 
 if TYPE_CHECKING:
+    from ..lora import Extension
     from ..routing import Routing
     from ..tuning import LaunchConfig
     from ..weights import Stack
@@ -41,7 +43,9 @@ def _down_backward_plan(
     gate: Gate,
     num_parts: int,
     first_part: int,
+    extension: tuple[int, ...],
     save_weighted_h: bool,
+    in_place: bool,
     weights: str,
     precision: str,
 ) -> Plan:
@@ -56,7 +60,9 @@ def _down_backward_plan(
         "TOP_K": top_k,
         "PARTS": num_parts,
         "FIRST_PART": first_part,
+        "LOW_RANK": extension,
         "SAVE_WEIGHTED_H": save_weighted_h,
+        "IN_PLACE": in_place,
         "WEIGHTS": weights,
         "PRECISION": precision,
         **tile_constants(config),
@@ -95,11 +101,13 @@ def down_backward(
     top_k_weights: Tensor,
     gate: Gate,
     need_weighted_h: bool,
+    extension: Extension | None = None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """``reference.down_backward``."""
     num_experts, hidden, intermediate = weight.shape
     num_rows = gate_up.shape[0]
-    grad_gate_up = torch.empty_like(gate_up)
+    grad_gate_up = gate_up if in_place else torch.empty_like(gate_up)
     weighted_h = gate_up.new_empty((num_rows, intermediate)) if need_weighted_h else None
     if gate_up.numel() == 0:
         return grad_gate_up, weighted_h, torch.zeros_like(top_k_weights)
@@ -123,7 +131,9 @@ def down_backward(
             gate,
             num_parts,
             part.first // block_n,
+            low_rank.constants(extension),
             need_weighted_h,
+            in_place,
             weights,
             precision(grad_y.dtype),
         )
@@ -132,6 +142,7 @@ def down_backward(
             (tiles * cdiv(part.width, block_n), 1, 1),
             grad_y,
             w_operand,
+            *low_rank.operands(extension, grad_y, part.first),
             part.columns(gate_up, gate),
             top_k_weights,
             part.columns(grad_gate_up, gate),

@@ -16,7 +16,7 @@ from ..kernels.grouped_gemm import grouped_gemm_kernel, grouped_up_kernel
 from ..plan import Plan
 from ..routing import max_tiles
 from ..weights import PackedStack
-from . import packed
+from . import low_rank, packed
 from .operands import (
     cdiv,
     config_of,
@@ -28,9 +28,11 @@ from .operands import (
     stride_constants,
     tile_constants,
     weight_operand,
+    whole_rows,
 )
 
 if TYPE_CHECKING:
+    from ..lora import Extension
     from ..routing import Routing
     from ..tuning import LaunchConfig
     from ..weights import Stack
@@ -41,10 +43,13 @@ def _gemm_plan(
     config: LaunchConfig,
     shape: tuple[int, int, int],
     strides: tuple[int, int, int],
+    a_stride: int,
     out_stride: int,
     top_k: int,
     gather: bool,
     has_bias: bool,
+    extension: tuple[int, ...],
+    scaled: bool,
     a_descriptor: bool,
     weights: str,
     precision: str,
@@ -55,10 +60,13 @@ def _gemm_plan(
         **stride_constants(strides),
         "N": n,
         "K": k,
+        "A_STRIDE": a_stride,
         "OUT_STRIDE": out_stride,
         "TOP_K": top_k,
         "GATHER": gather,
         "HAS_BIAS": has_bias,
+        "LOW_RANK": extension,
+        "SCALED": scaled,
         "A_DESCRIPTOR": a_descriptor,
         "WEIGHTS": weights,
         "PRECISION": precision,
@@ -70,53 +78,93 @@ def _gemm_plan(
 
 @on_device
 def grouped_gemm(
-    a: Tensor, weight: Stack, routing: Routing, num_rows: int, bias: Tensor | None, gather: bool, fill: float
+    a: Tensor,
+    weight: Stack,
+    routing: Routing,
+    num_rows: int,
+    bias: Tensor | None,
+    gather: bool,
+    fill: float,
+    extension: Extension | None = None,
 ) -> Tensor:
     """``reference.grouped_gemm``."""
-    num_experts, n, k = weight.shape
+    n, k = weight.shape[1:]
     out = a.new_empty((num_rows, n))
     if out.numel() == 0:
         return out
     a = a.contiguous()
+    if extension is not None and extension.separate:
+        raise AssertionError("only an up projection takes gate and up apart")
     plain = not gather and bias is None  # all that a product with the transpose of packed weights can be
     if isinstance(weight, PackedStack) and (plain or not weight.transposed) and packed.decodes(weight, num_rows, a):
-        packed.gemm(a, weight, routing, bias, gather, fill, out)
+        packed.gemm(a, weight, routing, bias, gather, fill, out, extension)
         return out
     config = config_of("gemm" if k > tuning.SHORT_K else "gemm_short", num_rows, routing, a)
+    for part in packed.dense_parts(weight, routing, a.dtype, config):
+        _launch_gemm(a, part, routing, bias, gather, fill, None, out, extension)
+    return out
+
+
+@on_device
+def shrink(a: Tensor, weight: Tensor, routing: Routing, gather: bool, scale: float, out: Tensor) -> None:
+    """``reference.shrink``."""
+    if out.numel() == 0:
+        return
+    a = whole_rows(a)
+    config = low_rank.thin(config_of("shrink", out.shape[0], routing, a), out.shape[1])
+    _launch_gemm(a, packed.Part(weight, config, 0, out.shape[1]), routing, None, gather, 0.0, scale, out, None)
+
+
+def _launch_gemm(
+    a: Tensor,
+    part: packed.Part,
+    routing: Routing,
+    bias: Tensor | None,
+    gather: bool,
+    fill: float,
+    scale: float | None,
+    out: Tensor,
+    extension: Extension | None,
+) -> None:
+    """``part``'s columns of out (S, N)."""
+    config, num_rows = part.config, out.shape[0]
     a_operand, a_descriptor = (a, False) if gather else rows_operand(a, config, (config.block_m, config.block_k))
     a_half = a_operand
     if a_descriptor and config.half_tiles:
         a_half, _ = rows_operand(a, config, (config.block_m // 2, config.block_k))
-    for part in packed.dense_parts(weight, routing, a.dtype, config):
-        w_operand, weights = weight_operand(part.stack, part.config)
-        plan = _gemm_plan(
-            part.config,
-            part.stack.shape,
-            part.stack.stride(),
-            n,
-            routing.top_k,
-            gather,
-            bias is not None,
-            a_descriptor,
-            weights,
-            precision(a.dtype),
-        )
-        plan(
-            device_index(a),
-            (max_tiles(num_rows, num_experts, config.block_m) * cdiv(part.width, part.config.block_n), 1, 1),
-            a_operand,
-            a_half,
-            w_operand,
-            out if bias is None else part.bias(bias),
-            part.columns(out),
-            routing.offsets,
-            routing.row_to_slot,
-            routing.tile_expert,
-            routing.tile_row,
-            num_rows,
-            fill,
-        )
-    return out
+    w_operand, weights = weight_operand(part.stack, config)
+    plan = _gemm_plan(
+        config,
+        part.stack.shape,
+        part.stack.stride(),
+        a.stride(0),
+        out.stride(0),
+        routing.top_k,
+        gather,
+        bias is not None,
+        low_rank.constants(extension),
+        scale is not None,
+        a_descriptor,
+        weights,
+        precision(a.dtype),
+    )
+    plan(
+        device_index(a),
+        (max_tiles(num_rows, routing.num_experts, config.block_m) * cdiv(part.width, config.block_n), 1, 1),
+        a_operand,
+        a_half,
+        w_operand,
+        out if bias is None else part.bias(bias),
+        *low_rank.operands(extension, out, part.first),
+        part.columns(out),
+        routing.offsets,
+        routing.row_to_slot,
+        routing.tile_expert,
+        routing.tile_row,
+        num_rows,
+        fill,
+        1.0 if scale is None else scale,
+    )
 
 
 @functools.cache
@@ -128,6 +176,8 @@ def _up_plan(
     top_k: int,
     gate: Gate,
     has_bias: bool,
+    extension: tuple[int, ...],
+    save_h: bool,
     save_gate_up: bool,
     weights: str,
     precision: str,
@@ -144,6 +194,8 @@ def _up_plan(
         "GATE_UP_OFFSET": gate_up_offset,
         "TOP_K": top_k,
         "HAS_BIAS": has_bias,
+        "LOW_RANK": extension,
+        "SAVE_H": save_h,
         "SAVE_GATE_UP": save_gate_up,
         "WEIGHTS": weights,
         "PRECISION": precision,
@@ -155,18 +207,26 @@ def _up_plan(
 
 @on_device
 def grouped_up(
-    x: Tensor, weight: Stack, routing: Routing, num_rows: int, bias: Tensor | None, gate: Gate, save_gate_up: bool
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor,
+    weight: Stack,
+    routing: Routing,
+    num_rows: int,
+    bias: Tensor | None,
+    gate: Gate,
+    save_gate_up: bool,
+    extension: Extension | None = None,
+    save_h: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
     """``reference.grouped_up``."""
     num_experts, columns, _ = weight.shape
     intermediate = gate.intermediate(columns)
-    h = x.new_empty((num_rows, intermediate))
+    h = x.new_empty((num_rows, intermediate)) if save_h else None
     gate_up = x.new_empty((num_rows, columns)) if save_gate_up else None
-    if h.numel() == 0:
+    if num_rows * intermediate == 0:
         return h, gate_up
     x = x.contiguous()
     if isinstance(weight, PackedStack) and not weight.transposed and packed.decodes(weight, num_rows, x):
-        packed.up(x, weight, routing, bias, gate, h, gate_up)
+        packed.up(x, weight, routing, bias, gate, h, gate_up, extension)
         return h, gate_up
     config = config_of("up", num_rows, routing, x)
     for part in packed.dense_parts(weight, routing, x.dtype, config, gate):
@@ -180,6 +240,8 @@ def grouped_up(
             routing.top_k,
             gate,
             bias is not None,
+            low_rank.constants(extension),
+            save_h,
             save_gate_up,
             weights,
             precision(x.dtype),
@@ -189,9 +251,10 @@ def grouped_up(
             (max_tiles(num_rows, num_experts, config.block_m) * cdiv(part.width, part.config.block_n), 1, 1),
             x,
             w_operand,
-            h if bias is None else part.bias(bias, gate),
-            part.columns(h),
-            h if gate_up is None else part.columns(gate_up, gate),
+            x if bias is None else part.bias(bias, gate),
+            *low_rank.operands(extension, x, part.offset(gate)),
+            x if h is None else part.columns(h),
+            x if gate_up is None else part.columns(gate_up, gate),
             routing.offsets,
             routing.row_to_slot,
             routing.tile_expert,

@@ -9,7 +9,18 @@ from torch import Tensor
 
 from ..kernels.grouped_gram import grouped_gram_kernel, grouped_row_sum_kernel
 from ..plan import Plan
-from .operands import cdiv, config_of, device_index, on_device, power_of_2, precision, rows_operand, tile_constants
+from . import low_rank
+from .operands import (
+    cdiv,
+    config_of,
+    device_index,
+    on_device,
+    power_of_2,
+    precision,
+    rows_operand,
+    tile_constants,
+    whole_rows,
+)
 
 if TYPE_CHECKING:
     from ..routing import Routing
@@ -22,9 +33,11 @@ def _gram_plan(
     num_experts: int,
     shape: tuple[int, int, int],
     strides: tuple[int, int, int],
+    row_strides: tuple[int, int],
     top_k: int,
     gather_a: bool,
     gather_b: bool,
+    weighted: bool,
     a_descriptor: bool,
     b_descriptor: bool,
     precision: str,
@@ -35,9 +48,12 @@ def _gram_plan(
         "STRIDE_ON": strides[2],
         "M": shape[1],
         "N": shape[2],
+        "A_STRIDE": row_strides[0],
+        "B_STRIDE": row_strides[1],
         "TOP_K": top_k,
         "GATHER_A": gather_a,
         "GATHER_B": gather_b,
+        "WEIGHTED": weighted,
         "A_DESCRIPTOR": a_descriptor,
         "B_DESCRIPTOR": b_descriptor,
         "PRECISION": precision,
@@ -48,9 +64,17 @@ def _gram_plan(
 
 
 @on_device
-def grouped_gram(a: Tensor, b: Tensor, routing: Routing, gather_a: bool, gather_b: bool, out: Tensor) -> None:
+def grouped_gram(
+    a: Tensor,
+    b: Tensor,
+    routing: Routing,
+    gather_a: bool,
+    gather_b: bool,
+    out: Tensor,
+    weights: Tensor | None = None,
+) -> None:
     """``reference.grouped_gram``."""
-    if out.stride(2) != 1 and out.stride(1) == 1:
+    if weights is None and out.stride(2) != 1 and out.stride(1) == 1:
         # Columns of the output are what the kernel stores side by side.
         a, b, gather_a, gather_b, out = b, a, gather_b, gather_a, out.mT
     num_experts, m, n = out.shape
@@ -59,9 +83,12 @@ def grouped_gram(a: Tensor, b: Tensor, routing: Routing, gather_a: bool, gather_
     if a.shape[0] == 0:
         out.zero_()
         return
-    a, b = a.contiguous(), b.contiguous()
+    a, b = whole_rows(a), whole_rows(b)
     num_rows = a.shape[0] * (routing.top_k if gather_a else 1)
-    config = config_of("gram", num_rows, routing, a)
+    if min(m, n) <= low_rank.MAX_THIN:
+        config = low_rank.thin_gram(config_of("gram_thin", num_rows, routing, a), m, n)
+    else:
+        config = config_of("gram", num_rows, routing, a)
     a_operand, a_descriptor = (a, False) if gather_a else rows_operand(a, config, (config.block_k, config.block_m))
     b_operand, b_descriptor = (b, False) if gather_b else rows_operand(b, config, (config.block_k, config.block_n))
     plan = _gram_plan(
@@ -69,9 +96,11 @@ def grouped_gram(a: Tensor, b: Tensor, routing: Routing, gather_a: bool, gather_
         num_experts,
         out.shape,
         out.stride(),
+        (a.stride(0), b.stride(0)),
         routing.top_k,
         gather_a,
         gather_b,
+        weights is not None,
         a_descriptor,
         b_descriptor,
         precision(a.dtype),
@@ -83,6 +112,7 @@ def grouped_gram(a: Tensor, b: Tensor, routing: Routing, gather_a: bool, gather_
         b,
         a_operand,
         b_operand,
+        a if weights is None else weights.contiguous(),
         out,
         routing.offsets,
         routing.row_to_slot,

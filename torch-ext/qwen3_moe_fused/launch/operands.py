@@ -88,11 +88,16 @@ def weight_operand(stack: Tensor, config: LaunchConfig) -> tuple[Any, str]:
 
 
 def rows_operand(a: Tensor, config: LaunchConfig, block: tuple[int, int]) -> tuple[Any, bool]:
-    """(kernel argument, whether it is a descriptor) of contiguous rows (S, K) that are read in blocks of ``block``."""
-    num_rows, k = a.shape
-    if config.descriptor and a.numel() > 0 and k * a.element_size() % 16 == 0 and a.data_ptr() % 16 == 0:
-        return Descriptor(a, (num_rows, k), (k, 1), block), True
+    """(kernel argument, whether it is a descriptor) of rows (S, K) of contiguous columns, read in blocks of ``block``."""
+    stride = a.stride(0)
+    if config.descriptor and a.numel() > 0 and stride * a.element_size() % 16 == 0 and a.data_ptr() % 16 == 0:
+        return Descriptor(a, tuple(a.shape), (stride, 1), block), True  # type: ignore[arg-type]
     return a, False
+
+
+def whole_rows(a: Tensor) -> Tensor:
+    """``a`` (S, K) with contiguous rows, which may lie apart."""
+    return a if a.stride(1) == 1 and a.stride(0) >= a.shape[1] else a.contiguous()
 
 
 def tile_constants(config: LaunchConfig) -> dict[str, Any]:

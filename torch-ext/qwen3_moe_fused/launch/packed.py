@@ -5,10 +5,10 @@ row tile would decode its expert again: then the dense kernels run over a worksp
 which some features of all experts with rows are decoded at a time (``dense_parts``). ``tuning.decodes_in_gemm``
 draws the line.
 
-Both cost more than they should around 256 rows to an expert (4096 tokens of a Qwen3-30B-A3B layer on an H100: 0.85 ms for the
-up projection decoded first, 0.46 dense). Lost there: the row tiles of an expert decoding their weights together into a ring
-that stays in the L2, each behind a counter (1.09 ms; 2.2 against 1.76 at 16384); parts on two streams, the one decoding
-while the other multiplies (0.83, and 1.80 at 16384: the products want the same memory).
+Both cost more than they should around 256 rows to an expert (4096 tokens of a Qwen3-30B-A3B layer on an H100: 0.85 ms
+for the up projection decoded first, 0.46 dense). Lost there: the row tiles of an expert decoding their weights together into
+a ring that stays in the L2, each behind a counter (1.09 ms; 2.2 against 1.76 at 16384); parts on two streams, the one
+decoding while the other multiplies (0.83, and 1.80 at 16384: the products want the same memory).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ..plan import Plan
 from ..quantization import as_floats, code, nested_code
 from ..routing import max_tiles
 from ..weights import PackedStack
+from . import low_rank
 from .operands import (
     cdiv,
     config_of,
@@ -41,6 +42,7 @@ from .operands import (
 )
 
 if TYPE_CHECKING:
+    from ..lora import Extension
     from ..quantization import Format4bit, Packed4bitWeights
     from ..routing import Routing
     from ..tuning import LaunchConfig
@@ -158,8 +160,12 @@ class Part(NamedTuple):
 
     def columns(self, values: Tensor, gate: Gate | None = None) -> Tensor:
         """A view of rows of features (…, N of the whole) from this part's first feature on."""
-        start = self.first * (2 if gate is not None and gate.interleaved else 1)
+        start = self.offset(gate)
         return values[..., start:] if start else values
+
+    def offset(self, gate: Gate | None = None) -> int:
+        """The first of this part's rows in the whole stack."""
+        return self.first * (2 if gate is not None and gate.interleaved else 1)
 
     def bias(self, bias: Tensor, gate: Gate | None = None) -> Tensor:
         """(E, N) of the whole bias, contiguous."""
@@ -258,6 +264,8 @@ def _gemm_plan(
     top_k: int,
     gather: bool,
     has_bias: bool,
+    extension: tuple[int, ...],
+    save_out: bool,
     save_gate_up: bool,
     a_split: bool,
     shuffle: bool,
@@ -273,6 +281,8 @@ def _gemm_plan(
         "TOP_K": top_k,
         "GATHER": gather,
         "HAS_BIAS": has_bias,
+        "LOW_RANK": extension,
+        "SAVE_OUT": save_out,
         "SAVE_GATE_UP": save_gate_up,
         **storage_constants(format),
         "SHUFFLE": shuffle,
@@ -284,32 +294,49 @@ def _gemm_plan(
 
 
 def up(
-    x: Tensor, stack: PackedStack, routing: Routing, bias: Tensor | None, gate: Gate, h: Tensor, gate_up: Tensor | None
+    x: Tensor,
+    stack: PackedStack,
+    routing: Routing,
+    bias: Tensor | None,
+    gate: Gate,
+    h: Tensor | None,
+    gate_up: Tensor | None,
+    extension: Extension | None,
 ) -> None:
     """``reference.grouped_up`` into h and gate_up, decoding on the way."""
-    config = config_of("up_4bit", h.shape[0], routing, x)
-    _launch_gemm(config, x, stack, routing, bias, gate, True, 0.0, h, gate_up)
+    num_rows, n = routing.row_to_slot.shape[0], gate.intermediate(stack.shape[1])
+    config = config_of("up_4bit", num_rows, routing, x)
+    _launch_gemm(config, x, stack, routing, bias, gate, True, 0.0, (num_rows, n), h, gate_up, extension)
 
 
 def gemm(
-    a: Tensor, stack: PackedStack, routing: Routing, bias: Tensor | None, gather: bool, fill: float, out: Tensor
+    a: Tensor,
+    stack: PackedStack,
+    routing: Routing,
+    bias: Tensor | None,
+    gather: bool,
+    fill: float,
+    out: Tensor,
+    extension: Extension | None,
 ) -> None:
     """``reference.grouped_gemm`` into out, decoding on the way."""
+    num_rows, n = out.shape
     if not stack.transposed:
-        config = config_of("gemm_4bit", out.shape[0], routing, a)
-        _launch_gemm(config, a, stack, routing, bias, None, gather, fill, out, None)
+        config = config_of("gemm_4bit", num_rows, routing, a)
+        _launch_gemm(config, a, stack, routing, bias, None, gather, fill, (num_rows, n), out, None, extension)
         return
     if gather or bias is not None:
         raise AssertionError("a product with the transpose of packed weights neither gathers nor adds a bias")
-    num_rows, n = out.shape
     config = config_of("transposed_4bit", num_rows, routing, a)
     if n % config.block_n:
         config = replace(config, block_n=64)
-    _transposed_plan(config, stack.weights.format, shuffles(a), precision(a.dtype))(
+    extra = low_rank.constants(extension)
+    _transposed_plan(config, stack.weights.format, extra, shuffles(a), precision(a.dtype))(
         device_index(a),
         (max_tiles(num_rows, routing.num_experts, config.block_m) * (n // config.block_n), 1, 1),
         a,
         *storage_operands(stack.weights),
+        *low_rank.operands(extension, a),
         out,
         routing.offsets,
         routing.tile_expert,
@@ -328,10 +355,13 @@ def _launch_gemm(
     gate: Gate | None,
     gather: bool,
     fill: float,
-    out: Tensor,
+    shape: tuple[int, int],
+    out: Tensor | None,
     gate_up: Tensor | None,
+    extension: Extension | None,
 ) -> None:
-    num_rows, n = out.shape
+    """Into out, of ``shape``, and gate_up, where they are wanted."""
+    num_rows, n = shape
     k = a.shape[1]
     if k % config.block_k:
         config = replace(config, block_k=64)
@@ -348,6 +378,8 @@ def _launch_gemm(
         routing.top_k,
         gather,
         bias is not None,
+        low_rank.constants(extension),
+        out is not None,
         gate_up is not None,
         a_split,
         shuffles(a),
@@ -358,9 +390,10 @@ def _launch_gemm(
         (max_tiles(num_rows, routing.num_experts, config.block_m) * cdiv(n, config.block_n), 1, 1),
         a,
         *storage_operands(stack.weights),
-        out if bias is None else bias.contiguous(),
-        out,
-        out if gate_up is None else gate_up,
+        a if bias is None else bias.contiguous(),
+        *low_rank.operands(extension, a),
+        a if out is None else out,
+        a if gate_up is None else gate_up,
         routing.offsets,
         routing.row_to_slot,
         routing.tile_expert,
@@ -376,12 +409,15 @@ def _split_plan(k: int, block_k: int) -> Plan:
 
 
 @functools.cache
-def _transposed_plan(config: LaunchConfig, format: Format4bit, shuffle: bool, precision: str) -> Plan:
+def _transposed_plan(
+    config: LaunchConfig, format: Format4bit, extension: tuple[int, ...], shuffle: bool, precision: str
+) -> Plan:
     num_experts, k, n = format.shape
     constants = {
         "NUM_EXPERTS": num_experts,
         "K": k,
         "N": n,
+        "LOW_RANK": extension,
         **storage_constants(format),
         "SHUFFLE": shuffle,
         "PRECISION": precision,

@@ -1,0 +1,50 @@
+"""Adapters as kernels see them: what ``kernels.low_rank`` adds to a grouped GEMM, and the thin product before it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .operands import power_of_2
+
+if TYPE_CHECKING:
+    from ..lora import Extension
+    from ..tuning import LaunchConfig
+
+# Columns of a thin product that one program computes at most.
+MAX_THIN = 64
+# RANK 0: nothing is added.
+NONE = (0, 0, 0, 0, 0, 0, 0)
+
+
+def constants(extension: Extension | None) -> tuple[int, ...]:
+    """LOW_RANK: RANK, BLOCK_R, LEFT_STRIDE, left column of the up half, STRIDE_E, STRIDE_N, STRIDE_R."""
+    if extension is None:
+        return NONE
+    left, right = extension
+    rank = right.shape[2]
+    block = min(64 if left.itemsize == 2 else 32, max(16, power_of_2(rank)))
+    return rank, block, left.stride(0), rank if extension.separate else 0, *right.stride()
+
+
+def operands(extension: Extension | None, unused: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+    """(left, right), the latter from feature ``first`` on."""
+    if extension is None:
+        return unused, unused
+    left, right = extension
+    return left, right[:, first:] if first else right
+
+
+def thin(config: LaunchConfig, columns: int) -> LaunchConfig:
+    """``config`` for a product with few columns."""
+    return replace(config, block_n=min(config.block_n, max(16, power_of_2(columns))))
+
+
+def thin_gram(config: LaunchConfig, m: int, n: int) -> LaunchConfig:
+    """``config``, the tile of (MAX_THIN, wide), for an (m, n) output one of whose sides is thin."""
+    rows, columns = min(config.block_m, config.block_n), max(config.block_m, config.block_n)
+    if m > n:
+        rows, columns = columns, rows
+    return replace(config, block_m=min(rows, max(16, power_of_2(m))), block_n=min(columns, max(16, power_of_2(n))))
