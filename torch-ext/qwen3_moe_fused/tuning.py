@@ -168,7 +168,7 @@ def default_config(kernel: str, block_m: int, target: Target, itemsize: int) -> 
         if kernel in GRAMS:
             config = LaunchConfig(64, 64, 32, 4, 3)
     elif kernel == "gram_thin":
-        config = LaunchConfig(64, 128, 64, 4, 3)
+        config = LaunchConfig(64, 128, 32, 4, 3)
     elif kernel == "shrink":
         config = LaunchConfig(block_m, 64, 128, 4, 3, descriptor=hopper)
     elif kernel == "gram":
