@@ -12,9 +12,9 @@ Decoding sets the pace: on an H100 the up projection of a Qwen3-30B-A3B layer ta
 would take 70, and at 2048 tokens each further row tile of an expert costs twice its product. Lost there: nibbles looked up
 by ``tl.gather``, through shared memory (571 against 508 µs at 2048 tokens, 276 against 239 at 512); the weights as the left
 operand of the product, where they may stay in registers (312 against 276 at 512 tokens, then); tiles of 32 rows (16 rows
-are 11 % faster at 8 rows to an expert, 64 rows 17 % at 32); tiles of 256 rows (1156 against 807 µs
-at 4096 tokens, 1779 against 1425 at 8192, without spills; 16 warps are slower still), two programs of four warps in place
-of one of eight (874 against 807).
+are 11 % faster at 8 rows to an expert, 64 rows 17 % at 32); tiles of 256 rows (1156 against 807 µs at 4096 tokens, 1779
+against 1425 at 8192, without spills; 16 warps are slower still); two programs of four warps instead of one of eight (874
+against 807 µs).
 """
 
 import triton
