@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +83,11 @@ def _load(auto: Any, options: Options) -> Any:
         what = "config" if auto.__name__ == "AutoConfig" else "tokenizer"
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(f"--model {options.model} has no {what} that can be loaded: {reason}") from error
+
+
+def quantizes(options: Options, config: Any) -> bool:
+    """Whether experts and linear layers are in 4 bits, from the checkpoint or by the options."""
+    return options.quantization != "none" or getattr(config, "quantization_config", None) is not None
 
 
 def quantization_of(options: Options, config: Any, dtype: torch.dtype) -> Any:
@@ -198,35 +202,41 @@ def adapt(model: Any, options: Options) -> Any:
     from transformers import set_seed
 
     set_seed(options.seed)
-    adapted = get_peft_model(model, lora_config(options, model))
+    with warnings.catch_warnings():
+        # PEFT looks for patterns among modules only, not among the parameters that ours name.
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+        adapted = get_peft_model(model, lora_config(options, model))
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     if options.expert_rank and not any(".experts." in name for name in trained):
         raise RuntimeError(f"no experts of {type(model).__name__} were adapted, only {', '.join(trained[:3])}, …")
     return adapted
 
 
-def apply_liger(model: Any, options: Options, device: torch.device) -> bool:
-    """Puts Liger's rope and norms into ``model`` if that was asked for and can be; whether it did.
-
-    Not its loss, for which TRL has a fused head of its own and refuses Liger's, and not its experts.
+def liger_serves(options: Options, config: Any, device: torch.device) -> bool:
+    """Whether Liger's rope and norms are used: if asked for, or on GPUs where it knows the model.
 
     Raises:
         ValueError: asked for, but Liger does not know the model, or has no kernels for the device.
     """
-    wanted = options.liger
-    if wanted is False or (wanted is None and device.type != "cuda"):
+    if options.liger is False or (options.liger is None and device.type != "cuda"):
         return False
     if device.type == "cpu":
         raise ValueError("--liger: Liger's kernels need a GPU")
-    from liger_kernel.transformers import _apply_liger_kernel_to_instance
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        if wanted:
-            raise ValueError(f"--liger: Liger does not know models of type {model.config.model_type}")
-        return False
-    with contextlib.redirect_stdout(io.StringIO()):
-        _apply_liger_kernel_to_instance(
-            model=model, rope=True, rms_norm=True, swiglu=False, cross_entropy=False, fused_linear_cross_entropy=False
-        )
-    return True
+    known = config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
+    if options.liger and not known:
+        raise ValueError(f"--liger: Liger does not know models of type {config.model_type}")
+    return known
+
+
+def apply_liger(model: Any) -> None:
+    """Puts Liger's rope and norms into ``model``.
+
+    Not its loss: TRL has a fused head of its own, and refuses Liger's. Not its experts, which would replace ours.
+    """
+    from transformers.integrations.liger import apply_liger_kernel
+
+    parts = {"rope": True, "rms_norm": True}
+    others = {"swiglu": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
+    apply_liger_kernel(model, parts | others)

@@ -21,8 +21,9 @@ from moe_fused.signals import Interrupted, first_signal_noted
 
 from .command import CONFIG
 from .data import Rows, load_rows
-from .model import adapt, apply_liger, device_of, load_config, load_model, load_tokenizer
+from .model import adapt, apply_liger, device_of, liger_serves, load_config, load_model, load_tokenizer
 from .options import Options, write_yaml
+from .plan import Plan, make_plan
 from .progress import LOG, Log, Stop
 from .results import ADAPTER_CONFIG, write_results
 from .trainer import Finetuner, NotFinite, last_checkpoint, sft_config
@@ -67,13 +68,15 @@ def run(options: Options, *, resume: bool = False, overwrite: bool = False, dry_
     _check_rows(rows, tokenizer, options)
     for bad in rows.skipped:
         console.print(f"left out: {bad}", highlight=False, markup=False, soft_wrap=True)
+    plan = make_plan(options, config, device, plain_text=rows.kind == "text")
+    plan.show(console)
     if dry_run:
         return
     checkpoint = last_checkpoint(output) if resume else None
     _prepare_output(options, overwrite)
     begin = time.perf_counter()
     model = adapt(load_model(options, config, device), options)
-    trainer = make_trainer(model, tokenizer, rows.dataset(), options, device, plain_text=rows.kind == "text")
+    trainer = make_trainer(model, tokenizer, rows.dataset(), options, device, plan)
     log = Log(output / LOG, console, device, lambda: trainer.tokens)
     trainer.add_callback(log)
     try:
@@ -102,25 +105,13 @@ def run(options: Options, *, resume: bool = False, overwrite: bool = False, dry_
 
 
 def make_trainer(
-    model: Any,
-    tokenizer: Any,
-    dataset: datasets.Dataset,
-    options: Options,
-    device: torch.device,
-    *,
-    plain_text: bool = False,
-    length: int | None = None,
-    accumulation: int | None = None,
+    model: Any, tokenizer: Any, dataset: datasets.Dataset, options: Options, device: torch.device, plan: Plan
 ) -> Finetuner:
-    """The trainer of a run: what ``finetune`` trains with once it has a model and data."""
-    apply_liger(model.get_base_model(), options, device)
-    packing = options.packing if options.packing != "auto" else ("bfd_split" if plain_text else "bfd")
-    length = length or options.sequence_length or 1024
-    accumulation = accumulation or options.gradient_accumulation or 1
-    arguments = sft_config(options, device, packing, length, accumulation)
-    trainer = Finetuner(
-        model, options, device, args=arguments, train_dataset=dataset, processing_class=tokenizer
-    )
+    """The trainer of a run: what ``finetune`` trains with once it has a model with adapters, and data."""
+    if liger_serves(options, model.config, device):
+        apply_liger(model.get_base_model())
+    arguments = sft_config(options, device, plan.packing, plan.length, plan.accumulation)
+    trainer = Finetuner(model, options, device, args=arguments, train_dataset=dataset, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
