@@ -119,6 +119,7 @@ class Workload:
         checkpointing: layers are computed again in backward.
         masked: attention takes a mask of all pairs of tokens, as documents side by side need with SDPA.
         fused_norms: norms keep their input as it is, not in fp32.
+        gpu: whether what a GPU's libraries take counts.
     """
 
     batch: int = 1
@@ -134,6 +135,7 @@ class Workload:
     checkpointing: bool = True
     masked: bool = False
     fused_norms: bool = True
+    gpu: bool = True
 
     @property
     def tokens(self) -> int:
@@ -180,7 +182,9 @@ def sizes_of(config: Any) -> Sizes:
     text = config.get_text_config()
     hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
     if not hidden or not heads:
-        raise ValueError(f"no memory plan for {type(model).__name__}: its config lacks hidden_size or num_attention_heads")
+        raise ValueError(
+            f"no memory plan for {type(model).__name__}: its config lacks hidden_size or num_attention_heads"
+        )
     head_dim = getattr(text, "head_dim", None) or hidden // heads
     experts, stacks = 0, []
     inside = set()
@@ -252,8 +256,8 @@ def predict(sizes: Sizes, work: Workload) -> Prediction:
         "adapters": trainable * work.adapter_itemsize,
         "optimizer state": sum(states) - paged,
         "optimizer state, paged": paged,
-        "cuBLAS": CUBLAS_WORKSPACE,
-        "CUDA context": CONTEXT,
+        "cuBLAS": CUBLAS_WORKSPACE if work.gpu else 0,
+        "CUDA context": CONTEXT if work.gpu else 0,
     }
     gradients = trainable * work.adapter_itemsize
     kept_by_layer, layer = _layer(sizes, work)
@@ -380,7 +384,7 @@ def _experts(sizes: Sizes, work: Workload) -> tuple[int, int, int]:
     kept += work.tokens * up.experts * 4 + 3 * rows * 4
     # The gradient of gate_up beside weighted h (S, I), then beside the rows of x's gradient (S, H).
     made = rows * (up.out_features + max(down.in_features, up.in_features)) * item
-    packed = work.quantized and up.packable
+    packed = work.quantized and up.packable and work.gpu
     workspace = min(EXPERT_WORKSPACE, max(up.numel, down.numel) * item) if packed else 0
     return kept, made, workspace
 

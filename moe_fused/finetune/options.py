@@ -84,7 +84,10 @@ class Options:
     attention_rank: int = option(16, "Rank of the adapters of attention, 0 for none.", shapes_run=True)
     attention_alpha: float | None = option(None, "Their alpha.", shown="twice the rank", shapes_run=True)
     attention_modules: list[str] = option(
-        None, "Their layers' names; give the option again for each.", shown="q_proj k_proj v_proj o_proj", shapes_run=True
+        None,
+        "Their layers' names; give the option again for each.",
+        shown="q_proj k_proj v_proj o_proj",
+        shapes_run=True,
     )
     expert_rank: int = option(8, "Rank of the adapters of experts, 0 for none.", shapes_run=True)
     expert_alpha: float | None = option(None, "Their alpha.", shown="twice the rank", shapes_run=True)
@@ -223,7 +226,5 @@ def write_yaml(options: Options, path: Path) -> None:
     """Writes what ``read_yaml`` reads back, without what is at its default."""
     import yaml
 
-    values = {
-        name: getattr(options, name) for name, field in FIELDS.items() if getattr(options, name) != field.default
-    }
+    values = {name: getattr(options, name) for name, field in FIELDS.items() if getattr(options, name) != field.default}
     path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -110,6 +110,7 @@ def _plan(
         checkpointing=options.gradient_checkpointing,
         masked=packing.startswith("bfd") and options.attn in ("sdpa", "eager"),
         fused_norms=liger_serves(options, config, device),
+        gpu=device.type != "cpu",
     )
     return Plan(length, accumulation, packing, predict(sizes, work), limit, options.batch_size)
 
@@ -152,7 +153,7 @@ def _advice(plan: Plan, options: Options, config: Any, sizes: Sizes, device: tor
             words = flag(name) if value is True else f"{flag(name)} {value}"
             return f"{begin}; with {words} it would need {_gib(other.prediction.total + SLACK)}"
     largest = max(plan.prediction.parts.items(), key=lambda part: part[1])
-    return f"{begin}; no single option makes it fit, {largest[0]} alone take {_gib(largest[1])}"
+    return f"{begin}; no single option makes it fit, the largest part is {largest[0]}, {_gib(largest[1])}"
 
 
 def _gib(size: int) -> str:

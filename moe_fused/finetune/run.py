@@ -17,7 +17,8 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers import PrinterCallback
 
-from moe_fused.signals import Interrupted, first_signal_noted
+from moe_fused.signals import first_signal_noted
+from moe_fused.staging import is_partial, staged_file
 
 from .command import CONFIG
 from .data import Rows, load_rows
@@ -26,10 +27,7 @@ from .options import Options, write_yaml
 from .plan import Plan, make_plan
 from .progress import LOG, Log, Stop
 from .results import ADAPTER_CONFIG, write_results
-from .trainer import Finetuner, NotFinite, last_checkpoint, sft_config
-
-# Of a run at --output; --overwrite removes nothing else.
-_OWN = ("checkpoints",)
+from .trainer import CHECKPOINTS, Finetuner, NotFinite, last_checkpoint, sft_config
 
 
 class Stopped(RuntimeError):
@@ -85,7 +83,7 @@ def run(options: Options, *, resume: bool = False, overwrite: bool = False, dry_
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             trainer.check_finite()
     except NotFinite as error:
-        advice = "lower --learning-rate, or look at the data around it"
+        advice = "start again with a lower --learning-rate, or look at the rows around it"
         raise Stopped(f"{error}: {advice}; {_way_on(output)}") from error
     except (OSError, SafetensorError) as error:
         raise Stopped(f"stopped after step {trainer.state.global_step}: {error}; {_way_on(output)}") from error
@@ -125,24 +123,26 @@ def _quiet(console: Console) -> None:
 
 
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        if resume:
-            raise FileNotFoundError(f"--resume: {output} has no run to go on with")
-        return
-    if not output.is_dir() or not (output / CONFIG).is_file():
+    if (output / CONFIG).is_file():
+        if not resume and not overwrite:
+            raise FileExistsError(f"--output {output} holds a run: --resume goes on with it, --overwrite replaces it")
+    elif output.exists() and (not output.is_dir() or any(not is_partial(path) for path in output.iterdir())):
         raise FileExistsError(f"--output {output} exists and is not the directory of a run")
-    if not resume and not overwrite:
-        raise FileExistsError(f"--output {output} holds a run: --resume goes on with it, --overwrite replaces it")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"--output {output}: there is no directory {output.parent}")
 
 
 def _prepare_output(options: Options, overwrite: bool) -> None:
     output = options.output_directory
-    output.mkdir(parents=True, exist_ok=True)
+    output.mkdir(exist_ok=True)
+    for path in filter(is_partial, list(output.iterdir())):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     if overwrite:
-        (output / ADAPTER_CONFIG).unlink(missing_ok=True)  # first: without it, nothing takes the rest for an adapter
-        for name in _OWN:
-            shutil.rmtree(output / name, ignore_errors=True)
-    write_yaml(options, output / CONFIG)
+        # First: without it, nothing takes the rest for an adapter.
+        (output / ADAPTER_CONFIG).unlink(missing_ok=True)
+        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    with staged_file(output / CONFIG) as staged:
+        write_yaml(options, staged)
 
 
 def _check_rows(rows: Rows, tokenizer: Any, options: Options) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 from trl import SFTConfig, SFTTrainer
 
-from moe_fused.staging import staged_directory
+from moe_fused.staging import is_partial, staged_directory
 
 from .model import adapter_dtype, compute_dtype
 from .options import Options
@@ -167,7 +167,7 @@ def last_checkpoint(output: Path) -> Path | None:
     directory = output / CHECKPOINTS
     if not directory.is_dir():
         return None
-    for path in directory.glob(".*.partial"):
+    for path in filter(is_partial, list(directory.iterdir())):
         shutil.rmtree(path, ignore_errors=True)
     last = get_last_checkpoint(str(directory))
     return None if last is None else Path(last)
