@@ -10,6 +10,7 @@ the gate's R columns before the up's. Rows of B are those of the weights either 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
@@ -72,13 +73,15 @@ def as_list(loras: Loras) -> list[LoraWeights]:
     return [loras] if isinstance(loras, LoraWeights) else list(loras)
 
 
-def check(name: str, loras: Loras, weight: tuple[int, int, int], like: Tensor, halves: bool) -> list[LoraWeights]:
+def check(
+    name: str, loras: Loras, weight: tuple[int, int, int], like_name: str, like: Tensor, halves: bool
+) -> list[LoraWeights]:
     """``loras`` as a list.
 
     Args:
         name: of the argument.
         weight: (E, out, in) of the weights that they adapt.
-        like: a tensor on the device where they must be.
+        like: a tensor on the device where they must be, and its name.
         halves: gate and up features stand side by side, and so may have factors of their own.
 
     Raises:
@@ -86,6 +89,8 @@ def check(name: str, loras: Loras, weight: tuple[int, int, int], like: Tensor, h
         ValueError: a shape, device, scaling or dropout that does not fit.
     """
     num_experts, out_features, in_features = weight
+    if not isinstance(loras, Sequence | None):
+        raise TypeError(f"{name} must be LoraWeights or a sequence of them, got {type(loras).__name__}")
     adapters = as_list(loras)
     for lora in adapters:
         if not isinstance(lora, LoraWeights):
@@ -99,8 +104,9 @@ def check(name: str, loras: Loras, weight: tuple[int, int, int], like: Tensor, h
             raise ValueError(f"{name}.a must have {wanted} rows for a {name}.b of rank r >= 1, got {shapes}")
         for part, value in (("a", lora.a), ("b", lora.b)):
             checks.dtype(f"{name}.{part}", value, checks.FLOAT_DTYPES)
-            checks.device(f"{name}.{part}", value, "hidden_states" if halves else "input", like)
+            checks.device(f"{name}.{part}", value, like_name, like)
         checks.number(f"{name}.scaling", lora.scaling)
+        checks.number(f"{name}.dropout", lora.dropout)
         if not 0.0 <= lora.dropout < 1.0:
             raise ValueError(f"{name}.dropout must be in [0, 1), got {lora.dropout}")
     return adapters
@@ -112,16 +118,12 @@ def concatenate(adapters: Sequence[LoraWeights]) -> LoraWeights | None:
         return None
     if len(adapters) == 1:
         return adapters[0]
-    dtype = torch.promote_types(adapters[0].b.dtype, torch.float32 if _mixed(adapters) else adapters[0].b.dtype)
+    dtype = functools.reduce(torch.promote_types, (value.dtype for lora in adapters for value in lora[:2]))
     b = torch.cat([lora.b.to(dtype) * lora.scaling for lora in adapters], dim=2)
     if not any(lora.separate for lora in adapters):
         return LoraWeights(torch.cat([lora.a.to(dtype) for lora in adapters], dim=1), b)
     halves = [lora.a.to(dtype).chunk(2, dim=1) if lora.separate else (lora.a.to(dtype),) * 2 for lora in adapters]
     return LoraWeights(torch.cat([own[half] for half in (0, 1) for own in halves], dim=1), b)
-
-
-def _mixed(adapters: Sequence[LoraWeights]) -> bool:
-    return len({value.dtype for lora in adapters for value in (lora.a, lora.b)}) > 1
 
 
 class Adapter:
