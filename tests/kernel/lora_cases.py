@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernel.accuracy import assert_accurate
+from tests.kernel.accuracy import FLOOR, assert_accurate
 from tests.kernel.cases import Inputs, gradients, plain_experts, plain_gate, seeded, with_gaps
 from tests.kernel.machine import DEVICE, DTYPES, INTERPRETED, kernel, name_of
 from tests.kernel.packed_cases import PackedCase, PackedInputs, make_packed_inputs, packed_gradients, run_packed
@@ -40,6 +40,7 @@ class Factors:
     scaling: float = 0.5
     dtype: torch.dtype | None = None
     layout: str = "contiguous"
+    dropout: float = 0.0
 
     def make(self, rng: torch.Generator, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Random A and B for weights of ``shape`` (E, out, in)."""
@@ -65,18 +66,20 @@ class LoraCase(PackedCase):
 
     Attributes:
         up, down: adapters of the two projections.
+        trained: so are weights that are not packed, and biases; otherwise they are frozen, as under adapters they are.
         recompute: the argument of that name.
         function: the gate is a function of the caller's own.
         in_gemm: packed weights are decoded inside the products.
     """
 
-    tokens: int = 7
-    experts: int = 4
+    tokens: int = 5
+    experts: int = 3
     hidden: int = 32
-    intermediate: int = 24
+    intermediate: int = 16
     dense: tuple[str, ...] = ("gate_up_proj", "down_proj")
     up: tuple[Factors, ...] = (Factors(),)
     down: tuple[Factors, ...] = (Factors(),)
+    trained: bool = False
     recompute: bool = False
     function: bool = False
     in_gemm: bool = True
@@ -100,6 +103,9 @@ def lora_cases(cases: list[LoraCase]) -> pytest.MarkDecorator:
 def make_lora_inputs(case: LoraCase, dtype: torch.dtype) -> PackedInputs:
     """The tensors of ``make_packed_inputs``, and the factors as "gate_up_lora[0].a" among them."""
     inputs = make_packed_inputs(case, dtype)
+    for name in ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias"):
+        if not case.trained and name in inputs.inputs.tensors:
+            inputs.inputs.tensors[name].requires_grad_(False)
     rng = seeded(f"{case.id} adapters")
     shapes = {
         "gate_up_lora": (case.experts, case.columns, case.hidden),
@@ -123,13 +129,12 @@ def without_factors(inputs: Inputs) -> Inputs:
     return replace(inputs, tensors={name: value for name, value in inputs.tensors.items() if "_lora[" not in name})
 
 
-def run_lora(case: LoraCase, inputs: PackedInputs, dropout: float = 0.0, **options: Any) -> Tensor:
-    """``moe_experts`` with the case's adapters, all with ``dropout``; ``options`` override the case's."""
+def run_lora(case: LoraCase, inputs: PackedInputs, **options: Any) -> Tensor:
+    """``moe_experts`` with the case's adapters; ``options`` override the case's."""
     arguments: dict[str, Any] = {"recompute": case.recompute}
     for argument in ADAPTED:
-        loras = [
-            LoraWeights(a, b, own.scaling, dropout) for own, a, b in factors_of(case, argument, inputs.inputs.tensors)
-        ]
+        own_factors = factors_of(case, argument, inputs.inputs.tensors)
+        loras = [LoraWeights(a, b, own.scaling, own.dropout) for own, a, b in own_factors]
         # One adapter goes without a list, none as None.
         arguments[argument] = loras if len(loras) > 1 else next(iter(loras), None)
     if case.function:
@@ -139,8 +144,9 @@ def run_lora(case: LoraCase, inputs: PackedInputs, dropout: float = 0.0, **optio
 
 
 def lora_gradients(case: LoraCase, inputs: PackedInputs, **options: Any) -> dict[str, Tensor]:
-    """y and the gradients of all tensors that are not packed, by name."""
-    return packed_gradients(case, inputs, run_lora, **options)
+    """y and the gradients of all tensors that have one, by name."""
+    results = packed_gradients(case, inputs, run_lora, **options)
+    return {name: value for name, value in results.items() if value is not None}
 
 
 def delta(own: Factors, a: Tensor, b: Tensor) -> Tensor:
@@ -193,12 +199,16 @@ def plain_lora(case: LoraCase, inputs: Inputs) -> Tensor:
     return y
 
 
-def assert_equals_merged(
-    case: LoraCase, inputs: PackedInputs, ours: dict[str, Tensor], slack: float = 1.0
-) -> None:
+# Two more roundings than without adapters lie on the way to every value.
+SLACK = 3.0
+
+
+def assert_equals_merged(case: LoraCase, inputs: PackedInputs, ours: dict[str, Tensor], slack: float = SLACK) -> None:
     """Fails unless y and gradients, by name, are as accurate as plain torch's."""
     exact, plain = inputs.inputs.to(torch.float64), inputs.inputs.copy()
     truth = gradients(plain_experts(case, merged(case, exact)), exact)
     torchs = gradients(plain_lora(case, plain), plain)
     for name, value in ours.items():
-        assert_accurate(name, value, truth[name], torchs[name], slack)
+        # A gradient in fp32 over products in less is as exact as those.
+        wider = FLOOR[plain.grad.dtype] / FLOOR[value.dtype]
+        assert_accurate(name, value, truth[name], torchs[name], slack * max(1.0, wider))

@@ -15,6 +15,7 @@ from tests.kernel.accuracy import assert_accurate
 from tests.kernel.cases import plain_gate
 from tests.kernel.lora_cases import (
     ADAPTED,
+    SLACK,
     Factors,
     LoraCase,
     assert_equals_merged,
@@ -33,66 +34,67 @@ LoraWeights = kernel.LoraWeights
 
 SHARED, SEPARATE = (Factors(),), (Factors(separate=True),)
 FP32 = Factors(dtype=torch.float32)
-PACKED = {"dense": (), "hidden": 64, "intermediate": 32, "tokens": 5}
+PACKED = {"dense": (), "hidden": 64, "intermediate": 32}
 
 CASES = [
-    LoraCase("plain", "one adapter of each projection", half=True),
+    LoraCase("plain", "one adapter of each projection, weights trained with them", trained=True),
+    LoraCase("separate", "gate and up have an A each", up=SEPARATE, trained=True, half=True),
     *(
-        LoraCase(f"rank-{rank}", why, up=(Factors(rank),), down=(Factors(rank),))
-        for rank, why in {
-            1: "a vector: strides of the rank say nothing",
-            16: "exactly one block of the smallest kind",
-            20: "a whole block and a part of one",
-            64: "one block of the largest kind in 16 bits, two in fp32",
-            256: "a rank above any block, and above the features",
-        }.items()
+        LoraCase(f"rank-{rank}", why, up=(Factors(rank, separate),), down=(Factors(rank),))
+        for rank, separate, why in (
+            (1, True, "a vector: strides of the rank say nothing"),
+            (16, True, "exactly one block of the smallest kind"),
+            (20, False, "a whole block and a part of one"),
+            (64, True, "one block of the largest kind in 16 bits, two in fp32"),
+            (256, False, "above any block, and above the features"),
+        )
     ),
-    LoraCase("separate", "gate and up have an A each", up=SEPARATE, half=True),
-    LoraCase("separate-rank-1", "one column of left to a half", up=(Factors(1, separate=True),)),
-    LoraCase("separate-rank-16", "halves that are whole blocks", up=(Factors(16, separate=True),)),
-    LoraCase("separate-rank-40", "several blocks to a half", up=(Factors(40, separate=True),)),
     LoraCase("up-alone", "no adapter of the down projection", down=()),
     LoraCase("down-alone", "no adapter of the up projection", up=()),
-    LoraCase("different-ranks", "of the two projections", up=(Factors(3),), down=(Factors(20),)),
     LoraCase("one-expert-takes-all", "gradients of all other factors are zero", index="one"),
-    LoraCase("most-experts-empty", "empty experts between", experts=9, index="few", up=SEPARATE),
-    LoraCase("partly-mine", "id E: left products of nobody's rows count nowhere", index="partly mine", tokens=12, half=True),
-    LoraCase("separate-partly-mine", "the same of halves", index="partly mine", tokens=12, up=SEPARATE),
-    LoraCase("not-mine", "no slot is ours", index="not mine"),
-    LoraCase("out-of-range", "ids that read no factors", index="out of range"),
+    LoraCase(
+        "partly-mine", "left products of nobody's rows count nowhere", index="partly mine", up=SEPARATE, half=True
+    ),
+    LoraCase("not-mine", "no slot is ours", index="not mine", trained=True),
     LoraCase("no-tokens", "T=0", tokens=0, up=SEPARATE),
-    LoraCase("one-token", "T=1, which without adapters would not be routed", tokens=1, top_k=4),
-    LoraCase("one-expert", "E=1", experts=1, top_k=1),
-    LoraCase("odd-features", "no load is of a vector", hidden=27, intermediate=13, half=True),
-    LoraCase("odd-features-separate", "halves of an odd number of features", hidden=27, intermediate=13, up=SEPARATE),
-    LoraCase("even-features", "loads without masks", hidden=64, intermediate=128, tokens=3, up=(Factors(16),)),
+    LoraCase("one-token", "T=1, which without adapters would not be routed", tokens=1, top_k=3),
+    LoraCase("odd-features", "no load is of a vector", hidden=27, intermediate=13, up=SEPARATE, half=True),
+    LoraCase("even-features", "loads without masks", hidden=64, intermediate=64, tokens=3, up=(Factors(16),)),
     LoraCase("rows-of-64", "tile height 64", tokens=61, experts=2, top_k=1, hidden=24, up=SEPARATE),
-    LoraCase("several", "the sum of two", up=SHARED * 2, down=SHARED * 2, half=True),
+    LoraCase("several", "the sum of two", up=SHARED * 2, down=SHARED * 2),
     LoraCase(
         "several-ranks",
         "of different rank and scaling",
         up=(Factors(3, scaling=2.0), Factors(17, scaling=0.25), Factors(1)),
         down=(Factors(20), Factors(4, scaling=-1.0)),
     ),
-    LoraCase("several-separate", "halves of each stay together", up=(Factors(3, True), Factors(6, True))),
-    LoraCase("several-mixed", "a shared A counts in both halves", up=(Factors(3), Factors(6, separate=True)), half=True),
-    LoraCase("several-dtypes", "fp32 beside the dtype of the rest", up=(FP32, Factors()), down=(Factors(), FP32), half=True),
-    LoraCase("peft", "B as PEFT's parameter shows it", up=(Factors(layout="peft"),), down=(Factors(layout="peft"),), half=True),
+    LoraCase("several-mixed", "a shared A counts in both halves", up=(Factors(3), Factors(6, True), Factors(2, True))),
+    LoraCase("several-dtypes", "beside that of the rest", up=(FP32, Factors()), down=(Factors(), FP32), half=True),
     LoraCase(
-        "peft-separate",
-        "the same where halves are cut from it",
+        "peft",
+        "B as PEFT's parameter shows it, also where halves are cut from it",
         up=(Factors(separate=True, layout="peft"),),
-        down=(Factors(1, layout="peft"),),
+        down=(Factors(3, layout="peft"),),
+        half=True,
     ),
-    LoraCase("gaps", "views without a contiguous dimension", up=(Factors(layout="gaps"),), down=(Factors(layout="gaps"),)),
-    LoraCase("strided-x", "views of all else", strided=("hidden_states", "top_k_weights", "gate_up_proj", "grad")),
-    LoraCase("fp32-factors", "what adapters are trained in: gradients in fp32", up=(FP32,), down=(FP32,), half=True),
-    LoraCase("fp32-separate", "the same of halves", up=(replace(FP32, separate=True),), down=(FP32,), half=True),
+    LoraCase(
+        "strided",
+        "views without a contiguous dimension",
+        strided=("hidden_states", "top_k_weights", "gate_up_proj", "grad"),
+        up=(Factors(layout="gaps"),),
+        down=(Factors(layout="gaps"),),
+    ),
+    LoraCase(
+        "fp32-factors",
+        "what adapters are trained in: gradients in fp32",
+        up=(replace(FP32, separate=True),),
+        down=(FP32,),
+        half=True,
+    ),
     LoraCase("fp32-routing-weights", "in the weighted Gram product", routing_dtype=torch.float32, half=True),
-    LoraCase("zero-routing-weights", "their own gradient is not zero", zero_weights=True),
     LoraCase("transposed", "weights stored (E, in, out), factors not", transposed=True, up=SEPARATE),
-    LoraCase("interleaved", "rows of B alternate as those of the weights", interleaved=True, half=True),
-    LoraCase("bias", "adapters and biases add up", bias=True, half=True),
+    LoraCase("interleaved", "rows of B alternate as those of the weights", interleaved=True),
+    LoraCase("bias", "adapters and biases add up", bias=True, trained=True),
     LoraCase("no-gate", "no halves", gated=False, activation="relu2", bias=True),
     LoraCase(
         "gpt-oss",
@@ -104,30 +106,19 @@ CASES = [
         half=True,
     ),
     LoraCase("packed", "4-bit weights decoded in the products", **PACKED, half=True),
-    LoraCase("packed-separate", "the same with halves", **PACKED, up=SEPARATE, projections=2),
-    LoraCase("packed-parts", "decoded beforehand, some features at a time", **PACKED, in_gemm=False, half=True),
-    LoraCase("packed-parts-separate", "every part begins in the right half", **PACKED, in_gemm=False, up=SEPARATE),
-    LoraCase("packed-rank-40", "several blocks", **PACKED, up=(Factors(40),), down=(Factors(40),)),
-    LoraCase("packed-fp4", "another code, single quantization", **PACKED, quant_type="fp4", double_quant=False),
+    LoraCase("packed-rank-40", "halves of several blocks", **PACKED, up=(Factors(40, True),), projections=2),
+    LoraCase(
+        "packed-parts", "decoded beforehand: every part begins in the right half", **PACKED, in_gemm=False, up=SEPARATE
+    ),
     LoraCase(
         "packed-gpt-oss",
-        "all of its layout at once",
-        **(PACKED | {"intermediate": 64}),
-        activation="swiglu_oai",
-        interleaved=True,
-        transposed=True,
-        bias=True,
-    ),
-    LoraCase(
-        "packed-parts-gpt-oss",
-        "parts of alternating features",
-        **(PACKED | {"intermediate": 64}),
-        in_gemm=False,
+        "all of its layout at once, but for the transposition",
+        **PACKED,
         activation="swiglu_oai",
         interleaved=True,
         bias=True,
     ),
-    LoraCase("packed-up", "dense weights beside packed ones", **(PACKED | {"dense": ("down_proj",)}), up=SEPARATE),
+    LoraCase("packed-up", "dense weights beside packed ones", **(PACKED | {"dense": ("down_proj",)}), quant_type="fp4"),
 ]
 
 
@@ -145,13 +136,17 @@ def test_forward_and_gradients(case: LoraCase, dtype: torch.dtype) -> None:
 
 
 FUNCTIONS = [
-    LoraCase("gate-function", "between two grouped linear layers with adapters", function=True, half=True),
-    LoraCase("gate-function-separate", "halves apart there", function=True, up=SEPARATE, index="partly mine"),
-    LoraCase("gate-function-mixed", "fused and apart", function=True, up=(Factors(3), Factors(6, True)), down=SHARED * 2),
-    LoraCase("gate-function-fp32", "factors in fp32", function=True, up=(FP32,), down=(FP32,), half=True),
-    LoraCase("gate-function-peft", "strided factors", function=True, up=(Factors(separate=True, layout="peft"),)),
-    LoraCase("gate-function-gpt-oss", "its layout", function=True, interleaved=True, transposed=True, bias=True),
-    LoraCase("gate-function-packed", "4-bit weights", **PACKED, function=True, up=SEPARATE),
+    LoraCase("function", "between two grouped linear layers with adapters", function=True, trained=True),
+    LoraCase("function-separate", "halves apart there", function=True, up=SEPARATE, index="partly mine"),
+    LoraCase(
+        "function-mixed",
+        "fused and apart",
+        function=True,
+        up=(Factors(3), replace(FP32, separate=True)),
+        down=SHARED * 2,
+    ),
+    LoraCase("function-gpt-oss", "its layout", function=True, interleaved=True, transposed=True, bias=True),
+    LoraCase("function-packed", "4-bit weights", **PACKED, function=True, up=(Factors(separate=True, layout="peft"),)),
 ]
 
 
@@ -164,9 +159,8 @@ def test_gate_function(case: LoraCase, dtype: torch.dtype) -> None:
 
 
 WITHOUT_GRADIENTS = [
-    LoraCase("inference", "few slots, which are routed all the same", tokens=2),
-    LoraCase("inference-separate", "halves", tokens=2, up=SEPARATE, half=True),
-    LoraCase("inference-packed", "4-bit weights", **(PACKED | {"tokens": 1})),
+    LoraCase("inference", "few slots, which are routed all the same", tokens=2, up=SEPARATE, half=True),
+    LoraCase("inference-packed", "4-bit weights", **PACKED, tokens=1),
     LoraCase("inference-down", "the up projection as it is", tokens=2, up=()),
 ]
 
@@ -183,21 +177,12 @@ def test_forward_without_gradients(case: LoraCase, dtype: torch.dtype) -> None:
 # ----------------------------------------------------------------------------------------------------------- recompute
 
 RECOMPUTED = [
-    LoraCase("recompute", "gate_up is made again", half=True),
-    LoraCase("recompute-separate", "with halves", up=SEPARATE, index="partly mine", tokens=12),
-    LoraCase("recompute-no-adapters", "by itself", up=(), down=(), bias=True),
-    LoraCase("recompute-down-alone", "no left product of the up projection", up=()),
-    LoraCase("recompute-no-gate", "one column block", gated=False, activation="gelu"),
-    LoraCase(
-        "recompute-gpt-oss",
-        "in place in alternating columns",
-        activation="swiglu_oai",
-        interleaved=True,
-        transposed=True,
-        bias=True,
-    ),
-    LoraCase("recompute-packed", "decoded again", **PACKED, half=True),
-    LoraCase("recompute-packed-parts", "in place part by part", **PACKED, in_gemm=False, up=SEPARATE),
+    LoraCase("recompute", "gate_up is made again", trained=True, bias=True),
+    LoraCase("recompute-no-adapters", "by itself", up=(), down=()),
+    LoraCase("recompute-down-alone", "no left product of the up projection", up=(), gated=False, activation="gelu"),
+    LoraCase("recompute-gpt-oss", "in place in alternating columns", activation="swiglu_oai", interleaved=True),
+    LoraCase("recompute-packed", "decoded again", **PACKED, tokens=2),
+    LoraCase("recompute-packed-parts", "in place part by part", **PACKED, tokens=2, in_gemm=False, up=SEPARATE),
     LoraCase("recompute-no-tokens", "T=0", tokens=0),
 ]
 
@@ -283,31 +268,37 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return counted
 
 
+ONE_GRADIENT = LoraCase("one-gradient", "all else is frozen")
+
+
+@pytest.fixture(scope="module")
+def everything() -> dict[str, Tensor]:
+    """All gradients of ``ONE_GRADIENT``."""
+    return lora_gradients(ONE_GRADIENT, make_lora_inputs(ONE_GRADIENT, torch.float32))
+
+
 @pytest.mark.parametrize("wanted", NAMES)
-def test_only_the_gradient_asked_for_is_computed(wanted: str, calls: dict[str, int]) -> None:
-    case = LoraCase("one-gradient", "all else is frozen")
-    inputs = make_lora_inputs(case, torch.float32)
+def test_only_the_gradient_asked_for_is_computed(
+    wanted: str, everything: dict[str, Tensor], calls: dict[str, int]
+) -> None:
+    inputs = make_lora_inputs(ONE_GRADIENT, torch.float32)
     for name, value in inputs.inputs.tensors.items():
         value.requires_grad_(name == wanted)
-    y = run_lora(case, inputs)
+    y = run_lora(ONE_GRADIENT, inputs)
     calls.clear()
     y.backward(inputs.inputs.grad)
     assert calls == STAGES_OF[wanted]
     assert {name for name, value in inputs.inputs.tensors.items() if value.grad is not None} == {wanted}
-    everything = lora_gradients(case, make_lora_inputs(case, torch.float32))
     assert torch.equal(inputs.inputs.tensors[wanted].grad, everything[f"gradient of {wanted}"])
 
 
 def test_adapter_training_forms_no_gradients_of_weights(calls: dict[str, int]) -> None:
-    """Frozen experts: as many Gram products as there are factors, and each as thin as the rank."""
-    case = LoraCase("frozen-weights", "")
-    inputs = make_lora_inputs(case, torch.float32)
-    for name in ADAPTED.values():
-        inputs.inputs.tensors[name].requires_grad_(False)
-    y = run_lora(case, inputs)
-    y.backward(inputs.inputs.grad)
-    assert calls["grouped_gram"] == 4
-    assert calls["shrink"] == 4
+    """Frozen experts: as many Gram products as there are factors, with halves of B apart, and no more."""
+    case = LoraCase("frozen-weights", "", up=SEPARATE)
+    lora_gradients(case, make_lora_inputs(case, torch.float32))
+    # The gradients of both halves of the output read their own half of B, and make it.
+    assert calls["grouped_gram"] == 5
+    assert calls["shrink"] == 5
 
 
 def test_frozen_adapters_still_adapt() -> None:
@@ -317,7 +308,6 @@ def test_frozen_adapters_still_adapt() -> None:
     for name, value in inputs.inputs.tensors.items():
         value.requires_grad_("_lora[" not in name)
     ours = lora_gradients(case, inputs)
-    ours = {name: value for name, value in ours.items() if value is not None}
     assert set(ours) == {"y", *(f"gradient of {name}" for name in without_factors(inputs.inputs).tensors)}
     assert_equals_merged(case, inputs, ours)
 
@@ -333,8 +323,8 @@ def test_no_adapter_is_no_work(none: object, calls: dict[str, int]) -> None:
     ours = lora_gradients(case, inputs, gate_up_lora=none, down_lora=none)
     assert calls == expected
     assert "shrink" not in calls
-    for name, value in without.inputs.tensors.items():
-        assert torch.equal(ours[f"gradient of {name}"], value.grad), name
+    for name in ("hidden_states", "top_k_weights"):
+        assert torch.equal(ours[f"gradient of {name}"], without.inputs.tensors[name].grad), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -346,8 +336,8 @@ def test_an_untrained_adapter_changes_no_bit(dtype: torch.dtype) -> None:
         for argument in ADAPTED:
             inputs.inputs.tensors[f"{argument}[0].b"].zero_()
     ours = lora_gradients(case, inputs)
-    base = make_lora_inputs(replace(case, up=(), down=()), dtype)
-    expected = lora_gradients(replace(case, up=(), down=()), base)
+    alone = replace(case, up=(), down=())
+    expected = lora_gradients(alone, make_lora_inputs(alone, dtype))
     for name, value in expected.items():
         assert torch.equal(ours[name], value), name
     for argument in ADAPTED:
@@ -412,16 +402,21 @@ def masked_experts(case: LoraCase, inputs: Any, masks: dict[str, list[Tensor]]) 
     return torch.zeros_like(t["hidden_states"]).index_add(0, tokens, z.to(t["hidden_states"].dtype))
 
 
-DROPPED = [
-    LoraCase("dropout", "products of its own", half=True),
-    LoraCase("dropout-separate", "halves drop the same elements", up=SEPARATE, index="partly mine", tokens=12),
-    LoraCase("dropout-several", "each adapter drops its own", up=SHARED * 2, down=(Factors(3), Factors(6))),
-    LoraCase("dropout-function", "around a function of the caller's", function=True),
-    LoraCase("dropout-recompute", "which has nothing to save there", recompute=True, up=(FP32,), half=True),
-    LoraCase("dropout-bias", "biases are not dropped", bias=True, interleaved=True, transposed=True),
-    LoraCase("dropout-packed", "4-bit weights", **PACKED),
-]
 P = 0.3
+DROPS, SEPARATE_DROPS = (Factors(dropout=P),), (Factors(separate=True, dropout=P),)
+DROPPED = [
+    LoraCase("dropout", "products of its own", up=DROPS, down=DROPS, trained=True, half=True),
+    LoraCase("dropout-separate", "halves drop the same elements", up=SEPARATE_DROPS, down=DROPS, index="partly mine"),
+    LoraCase(
+        "dropout-several",
+        "each adapter drops its own, and those without are fused",
+        up=(Factors(3), Factors(6, dropout=0.5), Factors(2, dropout=P)),
+        recompute=True,
+    ),
+    LoraCase("dropout-bias", "biases are not dropped", up=DROPS, bias=True, interleaved=True, transposed=True),
+    LoraCase("dropout-function", "around a function of the caller's", up=(), down=DROPS, function=True),
+    LoraCase("dropout-packed", "4-bit weights", **PACKED, up=DROPS, down=DROPS),
+]
 
 
 @lora_cases(DROPPED)
@@ -430,57 +425,41 @@ def test_dropout(case: LoraCase, dtype: torch.dtype) -> None:
     inputs = make_lora_inputs(case, dtype)
     torch.manual_seed(5)
     with forced(case):
-        ours = lora_gradients(case, inputs, dropout=P)
+        ours = lora_gradients(case, inputs)
     torch.manual_seed(5)
     rows = inputs.inputs.index.numel()
     sizes = {"gate_up_lora": case.hidden, "down_lora": case.intermediate}
     masks = {
         argument: [
-            torch.nn.functional.dropout(torch.ones((rows, size), dtype=dtype, device=DEVICE), P)
-            for _ in case.adapters(argument)
+            torch.nn.functional.dropout(torch.ones((rows, size), dtype=dtype, device=DEVICE), own.dropout)
+            for own in case.adapters(argument)
         ]
         for argument, size in sizes.items()
     }
-    assert any((mask == 0).any() for own in masks.values() for mask in own)
+    assert any((mask == 0).any() for own in masks.values() for mask in own), "nothing is dropped"
     exact, plain = inputs.inputs.to(torch.float64), inputs.inputs.copy()
     masked_experts(case, exact, masks).backward(exact.grad)
     y = masked_experts(case, plain, masks)
     y.backward(plain.grad)
     with torch.no_grad():
         truth = masked_experts(case, exact, masks)
-    assert_accurate("y", ours.pop("y"), truth, y.detach())
+    assert_accurate("y", ours.pop("y"), truth, y.detach(), SLACK)
     for name, value in ours.items():
         leaf = name.removeprefix("gradient of ")
-        assert_accurate(name, value, exact.tensors[leaf].grad, plain.tensors[leaf].grad)
+        assert_accurate(name, value, exact.tensors[leaf].grad, plain.tensors[leaf].grad, SLACK)
 
 
-def test_dropout_of_one_among_several() -> None:
-    """Adapters without it stay fused; the mean over many masks is the sum without any."""
-    case = LoraCase("one-drops", "", tokens=4, up=SHARED, down=())
-    inputs = make_lora_inputs(case, torch.float32)
-    ((_, a, b),) = factors_of(case, "gate_up_lora", inputs.inputs.tensors)
-    fused, dropping = LoraWeights(a, b, 0.5), LoraWeights(a, b, 0.5, dropout=0.5)
-    identity = {"activation": lambda gate_up: gate_up[:, : case.intermediate]}
-    torch.manual_seed(0)
-    with torch.no_grad():
-        expected = run_lora(case, inputs, gate_up_lora=[fused, fused], **identity)
-        alone = run_lora(case, inputs, gate_up_lora=fused, **identity)
-        draws = torch.stack([run_lora(case, inputs, gate_up_lora=[fused, dropping], **identity) for _ in range(100)])
-    spread = draws.std(0).clamp(min=1e-3) / 10
-    assert ((draws.mean(0) - expected).abs() <= 6 * spread).all()
-    assert not torch.allclose(draws[0], draws[1])
-    assert not torch.allclose(draws.mean(0), alone, atol=float((expected - alone).abs().max()) / 2)
-
-
-def test_no_dropout_takes_the_fused_way(calls: dict[str, int]) -> None:
+def test_dropout_zero_takes_the_fused_way(calls: dict[str, int]) -> None:
+    """And one that is not zero does not."""
     case = LoraCase("dropout-0", "")
-    results = []
-    for options in ({}, {"dropout": 0.0}):
+    for dropout, fused in ((0.0, True), (P, False)):
+        own = (Factors(dropout=dropout),)
         calls.clear()
-        results.append(lora_gradients(case, make_lora_inputs(case, torch.float32), **options))
-        assert calls["grouped_up"] == 1
-    for name, value in results[0].items():
-        assert torch.equal(value, results[1][name]), name
+        with torch.no_grad():
+            inputs = make_lora_inputs(replace(case, up=own, down=own), torch.float32)
+            y = run_lora(replace(case, up=own, down=own), inputs)
+            assert ("grouped_up" in calls) is fused
+            assert torch.equal(y, run_lora(case, inputs)) is fused
 
 
 # --------------------------------------------------------------------------------------------- autocast, checkpointing
@@ -495,6 +474,7 @@ def test_autocast(low: torch.dtype, function: bool) -> None:
     with torch.autocast(DEVICE.type, dtype=low):
         y = run_lora(case, inputs)
     assert y.dtype == torch.float32
+    # As PyTorch's own layers: what is not a parameter of the product, the routing weights, is not cast.
     rounded = make_lora_inputs(case, torch.float32)
     for name, value in rounded.inputs.tensors.items():
         if "_lora[" not in name and name != "top_k_weights":
@@ -502,26 +482,29 @@ def test_autocast(low: torch.dtype, function: bool) -> None:
     assert torch.equal(y.to(low), run_lora(case, rounded))
     y.backward(inputs.inputs.grad)
     for name, value in inputs.inputs.tensors.items():
+        if not value.requires_grad:
+            continue
         assert value.grad.dtype == torch.float32, name
         assert value.grad.isfinite().all(), name
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
-@pytest.mark.parametrize("dropout", [0.0, P], ids=["", "dropout"])
-def test_checkpointing(dropout: float, recompute: bool) -> None:
+@pytest.mark.parametrize(
+    "up, recompute", [(SEPARATE, True), (SEPARATE_DROPS, False)], ids=["fused-recompute", "dropout"]
+)
+def test_checkpointing(up: tuple[Factors, ...], recompute: bool) -> None:
     """Non-reentrant: the forward run again in backward gives the same, masks included."""
-    case = LoraCase("checkpoint", "", up=SEPARATE)
+    case = LoraCase("checkpoint", "", up=up, recompute=recompute)
     results = []
     for checkpointed in (False, True):
         torch.manual_seed(3)
         inputs = make_lora_inputs(case, torch.float32)
 
         def run(*_: Tensor, inputs: Any = inputs) -> Tensor:
-            return run_lora(case, inputs, dropout=dropout, recompute=recompute)
+            return run_lora(case, inputs)
 
         y = checkpoint(run, inputs.inputs.tensors["hidden_states"], use_reentrant=False) if checkpointed else run()
         y.backward(inputs.inputs.grad)
-        grads = {name: value.grad for name, value in inputs.inputs.tensors.items()}
+        grads = {name: value.grad for name, value in inputs.inputs.tensors.items() if value.grad is not None}
         results.append({"y": y.detach()} | grads)
     for name, value in results[0].items():
         assert torch.equal(value, results[1][name]), name
@@ -535,20 +518,20 @@ def test_poisoned_factors_of_an_unused_expert_stay_alone(dtype: torch.dtype) -> 
     """Blocks that reach past the rank or the last feature of an expert touch the next expert's factors."""
     case = LoraCase("poisoned-factors", "", hidden=27, intermediate=13, up=SEPARATE)
     inputs = make_lora_inputs(case, dtype)
-    inputs.inputs.index[inputs.inputs.index == 2] = 4
+    inputs.inputs.index[inputs.inputs.index == 1] = 3
     with torch.no_grad():
         for argument in ADAPTED:
-            inputs.inputs.tensors[f"{argument}[0].a"][2] = float("nan")
-            inputs.inputs.tensors[f"{argument}[0].b"][2] = float("inf")
+            inputs.inputs.tensors[f"{argument}[0].a"][1] = float("nan")
+            inputs.inputs.tensors[f"{argument}[0].b"][1] = float("inf")
     for name, value in lora_gradients(case, inputs).items():
         assert value.isfinite().all(), name
         if "_lora[" in name:
-            assert value[2].count_nonzero() == 0, name
+            assert value[1].count_nonzero() == 0, name
 
 
 @pytest.mark.parametrize("poison", [float("inf"), float("nan")], ids=str)
 def test_a_poisoned_token_stays_alone(poison: float) -> None:
-    case = LoraCase("poisoned-token", "", tokens=11)
+    case = LoraCase("poisoned-token", "")
     clean, poisoned = make_lora_inputs(case, torch.float32), make_lora_inputs(case, torch.float32)
     # The first token alone has expert 1.
     for inputs in (clean.inputs, poisoned.inputs):
@@ -563,4 +546,4 @@ def test_a_poisoned_token_stays_alone(poison: float) -> None:
     for argument in ADAPTED:
         for part in "ab":
             name = f"gradient of {argument}[0].{part}"
-            assert torch.equal(got[name][[0, 2, 3]], expected[name][[0, 2, 3]]), name
+            assert torch.equal(got[name][[0, 2]], expected[name][[0, 2]]), name
