@@ -133,11 +133,12 @@ class Adapter:
         a: (E, R or 2·R, in). b: (E, out, R). Both contiguous.
     """
 
-    __slots__ = ("a", "b", "grad_dtypes", "scaling", "stages")
+    __slots__ = ("_whole", "a", "b", "grad_dtypes", "scaling", "stages")
 
     def __init__(self, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype, stages: ModuleType) -> None:
         self.a, self.b = a.to(dtype).contiguous(), b.to(dtype).contiguous()
         self.scaling = scaling
+        self._whole = a.shape[1] == b.shape[2]  # no factors of its own for gate and up
         self.grad_dtypes = a.dtype, b.dtype
         self.stages = stages
 
@@ -160,9 +161,12 @@ class Adapter:
     def grad_left(self, grad: Tensor, routing: Routing, num_rows: int, gather: bool) -> Tensor:
         """s·grad·b (S, R or 2·R) of the output's gradient (S, out), or (T, out) with ``gather``."""
         left = grad.new_empty((num_rows, self.a.shape[1]))
-        for columns, features in self._halves():
-            right = self.b[:, features].mT
-            self.stages.shrink(grad[:, features], right, routing, gather, self.scaling, left[:, columns])
+        if self._whole:
+            self.stages.shrink(grad, self.b.mT, routing, gather, self.scaling, left)
+            return left
+        halves = zip(grad.chunk(2, dim=1), self.b.chunk(2, dim=1), left.chunk(2, dim=1), strict=True)
+        for own_grad, b, own_left in halves:
+            self.stages.shrink(own_grad, b.mT, routing, gather, self.scaling, own_left)
         return left
 
     def grad_extension(self, grad_left: Tensor) -> Extension:
@@ -180,14 +184,10 @@ class Adapter:
     ) -> Tensor:
         """(E, out, R), of the output's gradient as for ``grad_left``, rows weighted by their slot's weight if given."""
         grad_b = torch.empty_like(self.b, dtype=self.grad_dtypes[1])
-        for columns, features in self._halves():
-            a, b, out = grad[:, features], left[:, columns], grad_b[:, features]
-            self.stages.grouped_gram(a, b, routing, gather_a=gather, gather_b=False, out=out, weights=weights)
+        if self._whole:
+            self.stages.grouped_gram(grad, left, routing, gather_a=gather, gather_b=False, out=grad_b, weights=weights)
+            return grad_b
+        halves = zip(grad.chunk(2, dim=1), left.chunk(2, dim=1), grad_b.chunk(2, dim=1), strict=True)
+        for own_grad, own_left, out in halves:
+            self.stages.grouped_gram(own_grad, own_left, routing, gather, False, out=out, weights=weights)
         return grad_b
-
-    def _halves(self) -> list[tuple[slice, slice]]:
-        """(columns of left, features of the output) that belong together."""
-        rank, features = self.b.shape[2], self.b.shape[1]
-        if self.a.shape[1] == rank:
-            return [(slice(None), slice(None))]
-        return [(slice(rank), slice(features // 2)), (slice(rank, None), slice(features // 2, None))]
