@@ -1,6 +1,6 @@
 """What fine-tuning a model takes of a GPU's memory, part by part, from its architecture alone.
 
-``sizes_of`` reads a model's sizes from its config, without weights; ``predict`` is arithmetic on them. Nothing here is fitted
+``sizes_of`` reads the sizes of a model, ``skeleton`` makes one of a config, without weights; ``predict`` is arithmetic. Nothing here is fitted
 to a measurement but ``CONTEXT``, what the driver and the libraries take for themselves.
 
 A step has three moments in which it may need the most, and the prediction is of the largest:
@@ -169,17 +169,21 @@ class Prediction:
         return sum(size for part, size in self.parts.items() if part not in self.outside)
 
 
-def sizes_of(config: Any) -> Sizes:
-    """The sizes of the causal language model that a config of Transformers describes; takes no memory for weights.
-
-    Raises:
-        ValueError: a config without the sizes of a decoder.
-    """
+def skeleton(config: Any) -> Any:
+    """The causal language model that a config of Transformers describes, without memory for its weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    text = config.get_text_config()
+        return AutoModelForCausalLM.from_config(config)
+
+
+def sizes_of(model: Any) -> Sizes:
+    """The sizes of a causal language model of Transformers, on whichever device, meta included.
+
+    Raises:
+        ValueError: its config lacks the sizes of a decoder.
+    """
+    text = model.config.get_text_config()
     hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
     if not hidden or not heads:
         raise ValueError(
@@ -306,10 +310,12 @@ def _adapters(sizes: Sizes, work: Workload) -> Iterator[int]:
 
 
 def _state_bytes(numel: int, work: Workload) -> int:
-    """Of Adam's two moments of a tensor."""
-    if "8bit" not in work.optimizer:
+    """Of Adam's two moments of a tensor: torch's in its dtype, bitsandbytes' in 32 bits or 8."""
+    if work.optimizer == "sgd":
+        return 0
+    if work.optimizer.startswith("adamw_torch"):
         return 2 * numel * work.adapter_itemsize
-    if numel < SMALLEST_8BIT:
+    if "8bit" not in work.optimizer or numel < SMALLEST_8BIT:
         return 2 * numel * 4
     return 2 * (numel + 4 * -(-numel // STATE_BLOCK))
 
@@ -320,7 +326,7 @@ def _is_paged(numel: int, work: Workload) -> bool:
 
 def _optimizer_step(trainable: int, work: Workload) -> int:
     """torch's Adam over all tensors at once makes a denominator for each; bitsandbytes' works in place."""
-    return trainable * work.adapter_itemsize if work.optimizer in ("adamw_torch", "adamw") else 0
+    return trainable * work.adapter_itemsize if work.optimizer == "adamw_torch" else 0
 
 
 def _mask_bytes(work: Workload) -> int:

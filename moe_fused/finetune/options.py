@@ -17,6 +17,10 @@ Quantization = Literal["nf4", "fp4", "none"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Packing = Literal["auto", "bfd", "bfd_split", "wrapped", "none"]
 Export = Literal["none", "per-expert", "original"]
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
+Optimizer = Literal[
+    "auto", "paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch", "adamw_torch_fused", "sgd"
+]
 
 
 def option(default: Any, help: str, *, shown: str | None = None, shapes_run: bool = False) -> Any:
@@ -100,12 +104,12 @@ class Options:
     epochs: float = option(1.0, "Passes over the data.")
     max_steps: int | None = option(None, "Steps after which to end, whatever --epochs says.")
     learning_rate: float = option(1e-4, "Highest learning rate.", shapes_run=True)
-    scheduler: str = option("cosine", "Course of the learning rate: linear, cosine, constant, ...", shapes_run=True)
+    scheduler: Scheduler = option("cosine", "Course of the learning rate.", shapes_run=True)
     warmup: float = option(0.03, "Warm-up of the learning rate, as a share of all steps.", shapes_run=True)
     weight_decay: float = option(0.0, "Weight decay.", shapes_run=True)
     max_grad_norm: float = option(1.0, "Norm to which gradients are clipped.", shapes_run=True)
-    optimizer: str = option(
-        "auto", "Optimizer of Transformers.", shown="paged_adamw_8bit; adamw_torch on a CPU", shapes_run=True
+    optimizer: Optimizer = option(
+        "auto", "Optimizer.", shown="paged_adamw_8bit; adamw_torch on a CPU", shapes_run=True
     )
     gradient_checkpointing: bool = option(True, "Compute layers again in backward instead of keeping what they made.")
     router_aux_loss: float = option(
@@ -132,8 +136,8 @@ class Options:
                 raise ValueError(f"{flag(name)} must be in [0, 1), got {getattr(self, name)}")
         if not self.attention_rank and not self.expert_rank and not self.router_rank:
             raise ValueError("--attention-rank, --expert-rank and --router-rank are all 0: there is nothing to train")
-        if self.packing == "none" and self.sequence_length == 0:
-            raise ValueError("--sequence-length must be at least 1, got 0")
+        if self.export != "none" and not self.expert_rank:
+            raise ValueError(f"--export {self.export} is a layout of adapters on experts, but --expert-rank is 0")
 
     def require(self) -> None:
         """Raises ValueError naming what a run cannot do without."""

@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moe_fused.memory import CONTEXT, GIB, MIB, Prediction, Sizes, Workload, predict, sizes_of
+from moe_fused.memory import CONTEXT, GIB, MIB, Prediction, Sizes, Workload, predict, sizes_of, skeleton
 
-from .model import ATTENTION, adapter_dtype, compute_dtype, liger_serves, quantizes
+from .model import ATTENTION, adapter_dtype, compute_dtype, liger_serves, lora_config, quantizes
 from .options import Options, flag
 
 # Tokens of a sequence that are tried, and of a step that are aimed at, unless the options say.
@@ -69,9 +69,11 @@ def make_plan(options: Options, config: Any, device: torch.device, *, plain_text
     """Chooses what the options leave open, by what fits.
 
     Raises:
-        ValueError: it cannot fit; says by which option it would.
+        ValueError: it cannot fit, says by which option it would; the model has not what the options adapt.
     """
-    sizes = sizes_of(config)
+    model = skeleton(config)
+    lora_config(options, model)
+    sizes = sizes_of(model)
     packing = options.packing if options.packing != "auto" else ("bfd_split" if plain_text else "bfd")
     limit = _limit(options, device)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or LENGTHS[0]

@@ -25,7 +25,7 @@ from .data import Rows, load_rows
 from .model import adapt, apply_liger, device_of, liger_serves, load_config, load_model, load_tokenizer
 from .options import Options, write_yaml
 from .plan import Plan, make_plan
-from .progress import LOG, Log, Stop
+from .progress import LOG, Log, Stop, memory_gib
 from .results import ADAPTER_CONFIG, write_results
 from .trainer import CHECKPOINTS, Finetuner, NotFinite, last_checkpoint, sft_config
 
@@ -80,8 +80,11 @@ def run(options: Options, *, resume: bool = False, overwrite: bool = False, dry_
     try:
         with first_signal_noted() as received:
             trainer.add_callback(Stop(received))
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            trainer.check_finite()
+            trainer.train_from(checkpoint)
+        signum = received()
+        if signum is not None and trainer.state.global_step < trainer.total_steps:
+            raise Stopped(f"interrupted by {signal.Signals(signum).name}; {_way_on(output)}", 128 + signum)
+        write_results(trainer.model, tokenizer, options, _facts(trainer, device, begin), output / LOG)
     except NotFinite as error:
         advice = "start again with a lower --learning-rate, or look at the rows around it"
         raise Stopped(f"{error}: {advice}; {_way_on(output)}") from error
@@ -89,17 +92,20 @@ def run(options: Options, *, resume: bool = False, overwrite: bool = False, dry_
         raise Stopped(f"stopped after step {trainer.state.global_step}: {error}; {_way_on(output)}") from error
     finally:
         log.close()
-    signum = received()
-    if signum is not None and trainer.state.global_step < trainer.state.max_steps:
-        raise Stopped(f"interrupted by {signal.Signals(signum).name}; {_way_on(output)}", 128 + signum)
+    _print_next(options)
+
+
+def _facts(trainer: Finetuner, device: torch.device, begin: float) -> dict[str, str]:
+    """What the card says of a run."""
     facts = {
         "steps": str(trainer.state.global_step),
         "tokens": f"{trainer.tokens:,}",
-        "time of this start": f"{time.perf_counter() - begin:.0f} s",
+        "time since the last start": f"{time.perf_counter() - begin:.0f} s",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
-    write_results(trainer.model, tokenizer, options, facts, output / LOG)
-    _print_next(options)
+    if (memory := memory_gib(device)) is not None:
+        facts["peak memory of tensors"] = f"{memory:.2f} GiB"
+    return facts
 
 
 def make_trainer(
@@ -172,5 +178,7 @@ def _print_next(options: Options) -> None:
     print(f"adapter: {options.output}")
     print("next:")
     print(f"  moe-fused generate --model {model} --adapter {output}")
-    print(f"  moe-fused convert adapter {output} {shlex.quote(options.output + '-per-expert')}")
-    print(f"  moe-fused merge {model} {output} {shlex.quote(options.output + '-merged')}")
+    if options.expert_rank and options.export == "none":
+        target = shlex.quote(f"{options.output.rstrip('/')}-per-expert")
+        print(f"  moe-fused convert adapter --from peft-fused --widen {output} {target}")
+    print(f"  moe-fused merge {model} {output} {shlex.quote(options.output.rstrip('/') + '-merged')}")

@@ -6,6 +6,7 @@ it from its arguments to its exit status; signals reach that process as they wou
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -64,7 +65,8 @@ class Command:
         self.process.start()
 
     def signal(self, signum: int) -> None:
-        os.kill(self.process.pid, signum)
+        with contextlib.suppress(ProcessLookupError):  # it ended before
+            os.kill(self.process.pid, signum)
 
     def end(self, timeout: float = 120) -> Ended:
         self.process.join(timeout)

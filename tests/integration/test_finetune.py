@@ -128,7 +128,7 @@ def test_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
 
 def test_bad_rows_are_named_and_can_be_left_out(model: Path, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "chat.jsonl", [*chats(4), "{not json", *chats(4)])
-    arguments = ("--model", model, "--dataset", "chat.jsonl", "--output", "out", "--max-steps", "1")
+    arguments = ("--model", model, "--dataset", "chat.jsonl", "--output", "out", *OPTIONS, "--max-steps", "1")
     assert_error(finetune(*arguments, cwd=tmp_path), "chat.jsonl:5 is not JSON", "--skip-bad-rows")
     assert not (tmp_path / "out").exists()
     ended = finetune(*arguments, "--skip-bad-rows", cwd=tmp_path)
@@ -164,8 +164,7 @@ def test_bad_rows_are_named_and_can_be_left_out(model: Path, tmp_path: Path) -> 
         (["--memory-limit", "0.0001"], ["GPU memory", "--memory-limit", "0.10 MiB"]),
         (["--device", "cuda"], ["--device cuda"]),
         (["--liger"], ["--liger", "GPU"]),
-        (["--scheduler", "zigzag"], ["--scheduler", "zigzag", "cosine"]),
-        (["--optimizer", "sgdm"], ["--optimizer", "sgdm", "adamw_torch"]),
+        (["--export", "original", "--expert-rank", "0"], ["--export original", "--expert-rank is 0"]),
         (["--chat-template", "nowhere.jinja"], ["nowhere.jinja"]),
         (["--resume"], ["--resume", "no run to go on with"]),
         (["--resume", "--overwrite"], ["--resume and --overwrite exclude each other"]),
@@ -193,8 +192,17 @@ def test_refuses(arguments: list[str], words: list[str], model: Path, tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".std")) == before
 
 
-def test_wrong_word_on_the_command_line(tmp_path: Path) -> None:
-    assert_error(finetune("--lerning-rate", "1", cwd=tmp_path), "--lerning-rate", "--learning-rate", status=2)
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--lerning-rate", "1"], ["--lerning-rate", "--learning-rate"]),
+        (["--scheduler", "zigzag"], ["--scheduler", "zigzag", "cosine"]),
+        (["--batch-size", "many"], ["--batch-size", "many"]),
+    ],
+    ids=" ".join,
+)
+def test_wrong_words_on_the_command_line(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+    assert_error(finetune(*arguments, cwd=tmp_path), *words, status=2)
 
 
 def test_memory_that_is_too_little_is_refused_with_advice(model: Path, tmp_path: Path) -> None:
@@ -211,7 +219,7 @@ def test_a_run_is_not_written_over(chat_run: tuple[Path, Ended], model: Path, tm
     write_jsonl(tmp_path / "chat.jsonl", chats())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
-    arguments = ("--model", model, "--dataset", "chat.jsonl", "--max-steps", "1")
+    arguments = ("--model", model, "--dataset", "chat.jsonl", *OPTIONS, "--max-steps", "1")
     for overwrite in ((), ("--overwrite",)):
         ended = finetune(*arguments, "--output", "mine", *overwrite, cwd=tmp_path)
         assert_error(ended, "--output mine exists and is not the directory of a run")
