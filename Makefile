@@ -44,10 +44,10 @@ $(READY): pyproject.toml
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) has no venv or ensurepip module: install them (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	@echo "Setting up $(VENV): $(TORCH), then the rest"
 	@"$(PYTHON)" -m venv "$(VENV)"
-	@# torch first and alone, so that nothing else decides which torch it is.
+	@# torch first and alone, so that nothing else decides which torch it is; then triton, which others want as well.
 	@$(PIP) "$(TORCH)"
-	@$(PIP) "$(TORCH)" --editable '.[dev]'
 	@if [ "$$(uname -s)" = Linux ] && ! $(BIN)/python -c 'import triton' 2>/dev/null; then $(PIP) "$(TRITON)"; fi
+	@$(PIP) "$(TORCH)" --editable '.[dev]'
 	@touch "$@"
 
 build: $(READY) ## Build the kernel into build/torch-*

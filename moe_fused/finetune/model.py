@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from pathlib import Path
@@ -12,23 +13,25 @@ from torch import nn
 
 import moe_fused
 
-from .options import Options
+from .options import Optimizer, Options
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def device_of(options: Options) -> torch.device:
-    """Where to train.
+    """Where to train: one device, with its number if it is a GPU.
 
     Raises:
-        ValueError: no such device here.
+        ValueError: no such device here; one of several processes.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("finetune trains on one GPU: start it without accelerate launch or torchrun")
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if options.device == "cpu" or (options.device == "auto" and accelerator is None):
         return torch.device("cpu")
     if accelerator is None or options.device not in ("auto", accelerator.type):
         raise ValueError(f"--device {options.device}: torch {torch.__version__} finds {accelerator or 'no GPU'} here")
-    return accelerator
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 
 def compute_dtype(options: Options, device: torch.device) -> torch.dtype:
@@ -44,6 +47,12 @@ def adapter_dtype(options: Options, device: torch.device) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, options.adapter_dtype)
         return dtype
     return torch.bfloat16 if compute_dtype(options, device) is torch.bfloat16 else torch.float32
+
+
+def optimizer_of(options: Options, device: torch.device) -> Optimizer:
+    if options.optimizer != "auto":
+        return options.optimizer
+    return "adamw_torch" if device.type == "cpu" else "paged_adamw_8bit"
 
 
 def load_config(options: Options) -> Any:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from moe_fused.memory import CONTEXT, GIB, MIB, Prediction, Sizes, Workload, predict, sizes_of, skeleton
 
-from .model import ATTENTION, adapter_dtype, compute_dtype, liger_serves, lora_config, quantizes
+from .model import ATTENTION, adapter_dtype, compute_dtype, liger_serves, lora_config, optimizer_of, quantizes
 from .options import Options, flag
 
 # Tokens of a sequence that are tried, and of a step that are aimed at, unless the options say.
@@ -45,6 +45,18 @@ class Plan:
     @property
     def step_tokens(self) -> int:
         return self.length * self.batch * self.accumulation
+
+    def settle(self, options: Options, device: torch.device) -> Options:
+        """``options`` with what they left open, so that a run that goes on elsewhere or later chooses nothing anew."""
+        settled: dict[str, Any] = {
+            "sequence_length": self.length,
+            "gradient_accumulation": self.accumulation,
+            "packing": self.packing,
+            "dtype": str(compute_dtype(options, device)).removeprefix("torch."),
+            "adapter_dtype": str(adapter_dtype(options, device)).removeprefix("torch."),
+            "optimizer": optimizer_of(options, device),
+        }
+        return dataclasses.replace(options, **settled)
 
     def show(self, console: Console) -> None:
         """Prints the plan: parts, and what a step is."""
@@ -94,9 +106,6 @@ def _plan(
     options: Options, config: Any, sizes: Sizes, device: torch.device, length: int, packing: str, limit: int | None
 ) -> Plan:
     accumulation = options.gradient_accumulation or max(1, STEP_TOKENS // (options.batch_size * length))
-    optimizer = options.optimizer
-    if optimizer == "auto":
-        optimizer = "adamw_torch" if device.type == "cpu" else "paged_adamw_8bit"
     work = Workload(
         # Documents side by side go through the model as one sequence, of a batch's tokens.
         batch=1 if packing.startswith("bfd") else options.batch_size,
@@ -108,7 +117,7 @@ def _plan(
         attention_rank=options.attention_rank,
         attention_modules=tuple(options.attention_modules or ATTENTION),
         expert_rank=options.expert_rank,
-        optimizer=optimizer,
+        optimizer=optimizer_of(options, device),
         checkpointing=options.gradient_checkpointing,
         masked=packing.startswith("bfd") and options.attn in ("sdpa", "eager"),
         fused_norms=liger_serves(options, config, device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import signal
@@ -17,6 +18,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers import PrinterCallback
 
+from moe_fused.memory import GIB
 from moe_fused.signals import first_signal_noted
 from moe_fused.staging import is_partial, staged_file
 
@@ -30,7 +32,7 @@ from .results import ADAPTER_CONFIG, write_results
 from .trainer import CHECKPOINTS, Finetuner, NotFinite, last_checkpoint, sft_config
 
 
-class Stopped(RuntimeError):
+class Stopped(Exception):
     """A run that ended early, with its checkpoints in place.
 
     Attributes:
@@ -50,6 +52,8 @@ def run(options: Options, *, resume: bool = False, overwrite: bool = False, dry_
         FileExistsError: there is something at the output directory, and neither ``resume`` nor ``overwrite``.
         Stopped: ended before its time, by a signal, a loss that is not finite or a full disk; says how to go on.
     """
+    # Before the first tensor on a GPU: blocks that grow leave no holes, and the plan counts on that.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     console = Console(stderr=True)
     _quiet(console)
     output = options.output_directory
@@ -71,6 +75,7 @@ def run(options: Options, *, resume: bool = False, overwrite: bool = False, dry_
     if dry_run:
         return
     checkpoint = last_checkpoint(output) if resume else None
+    options = plan.settle(options, device)
     _prepare_output(options, overwrite)
     begin = time.perf_counter()
     model = adapt(load_model(options, config, device), options)
@@ -84,18 +89,21 @@ def run(options: Options, *, resume: bool = False, overwrite: bool = False, dry_
         signum = received()
         if signum is not None and trainer.state.global_step < trainer.total_steps:
             raise Stopped(f"interrupted by {signal.Signals(signum).name}; {_way_on(output)}", 128 + signum)
-        write_results(trainer.model, tokenizer, options, _facts(trainer, device, begin), output / LOG)
+        write_results(trainer.model, tokenizer, options, _facts(trainer, device, plan, begin), output / LOG)
     except NotFinite as error:
         advice = "start again with a lower --learning-rate, or look at the rows around it"
         raise Stopped(f"{error}: {advice}; {_way_on(output)}") from error
-    except (OSError, SafetensorError) as error:
+    except torch.OutOfMemoryError as error:
+        advice = f"predicted were {plan.prediction.total / GIB:.2f} GiB; start again with a lower --sequence-length"
+        raise Stopped(f"out of memory after step {trainer.state.global_step}: {advice}; {_way_on(output)}") from error
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of these, depending on who writes
         raise Stopped(f"stopped after step {trainer.state.global_step}: {error}; {_way_on(output)}") from error
     finally:
         log.close()
     _print_next(options)
 
 
-def _facts(trainer: Finetuner, device: torch.device, begin: float) -> dict[str, str]:
+def _facts(trainer: Finetuner, device: torch.device, plan: Plan, begin: float) -> dict[str, str]:
     """What the card says of a run."""
     facts = {
         "steps": str(trainer.state.global_step),
@@ -104,7 +112,7 @@ def _facts(trainer: Finetuner, device: torch.device, begin: float) -> dict[str, 
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
     if (memory := memory_gib(device)) is not None:
-        facts["peak memory of tensors"] = f"{memory:.2f} GiB"
+        facts["peak memory of tensors"] = f"{memory:.2f} GiB, predicted {plan.prediction.allocated / GIB:.2f} GiB"
     return facts
 
 
@@ -177,7 +185,8 @@ def _print_next(options: Options) -> None:
     output, model = shlex.quote(options.output), shlex.quote(options.model)
     print(f"adapter: {options.output}")
     print("next:")
-    print(f"  moe-fused generate --model {model} --adapter {output}")
+    in_4bit = "" if options.quantization == "none" else " --load-in-4bit"
+    print(f'  moe-fused generate {model} --adapter {output}{in_4bit} --prompt "..."')
     if options.expert_rank and options.export == "none":
         target = shlex.quote(f"{options.output.rstrip('/')}-per-expert")
         print(f"  moe-fused convert adapter --from peft-fused --widen {output} {target}")

@@ -17,7 +17,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from moe_fused.staging import is_partial, staged_directory
 
-from .model import adapter_dtype, compute_dtype
+from .model import adapter_dtype, compute_dtype, optimizer_of
 from .options import Options
 
 CHECKPOINTS = "checkpoints"
@@ -38,10 +38,7 @@ def sft_config(options: Options, device: torch.device, packing: str, length: int
     dtype = compute_dtype(options, device)
     # Weights and adapters of one dtype need no autocast, which costs time on the host at every operator.
     mixed = dtype is not torch.float32 and adapter_dtype(options, device) is not dtype
-    optimizer = options.optimizer
-    if optimizer == "auto":
-        optimizer = "adamw_torch" if device.type == "cpu" else "paged_adamw_8bit"
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(options.output_directory / CHECKPOINTS),
         use_cpu=device.type == "cpu",
         bf16=mixed and dtype is torch.bfloat16,
@@ -59,7 +56,7 @@ def sft_config(options: Options, device: torch.device, packing: str, length: int
         warmup_steps=options.warmup,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
-        optim=optimizer,
+        optim=optimizer_of(options, device),
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
         router_aux_loss_coef=options.router_aux_loss,
@@ -71,6 +68,9 @@ def sft_config(options: Options, device: torch.device, packing: str, length: int
         report_to="none",
         disable_tqdm=True,
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # where several are visible, Trainer would replicate the model to all of them
+    return arguments
 
 
 class Finetuner(SFTTrainer):

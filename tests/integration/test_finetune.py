@@ -70,6 +70,16 @@ def test_says_what_it_needs_and_what_comes_next(chat_run: tuple[Path, Ended]) ->
         assert command in ended.stdout
 
 
+def test_settles_what_was_left_open(chat_run: tuple[Path, Ended]) -> None:
+    options = yaml.safe_load((chat_run[0] / "finetune.yaml").read_text())
+    assert {name: options[name] for name in ("packing", "dtype", "adapter_dtype", "optimizer")} == {
+        "packing": "bfd",
+        "dtype": "float32",
+        "adapter_dtype": "float32",
+        "optimizer": "adamw_torch",
+    }
+
+
 def test_learns(chat_run: tuple[Path, Ended]) -> None:
     loss = losses(chat_run[0])
     assert loss[STEPS] < loss[1] - 0.5

@@ -20,7 +20,16 @@ from .models import experts_modules
 
 # Larger than a block of absmax's absmax, so that the second level counts; 4 bits and 32 for adapters on a CPU.
 SHAPES = {"hidden_size": 128, "moe_intermediate_size": 64, "vocab_size": 96, "num_hidden_layers": 2}
-WORK = Workload(length=48, itemsize=4, adapter_itemsize=4, attention_rank=4, expert_rank=2, optimizer="adamw_torch", fused_norms=False, gpu=False)  # fmt: skip
+WORK = Workload(
+    length=48,
+    itemsize=4,
+    adapter_itemsize=4,
+    attention_rank=4,
+    expert_rank=2,
+    optimizer="adamw_torch",
+    fused_norms=False,
+    gpu=False,
+)
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
