@@ -82,6 +82,16 @@ class LoraModel(lora.LoraModel):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         setattr(config, PLACES, places_of(model, adapter_name))
 
+    def _check_new_adapter_config(self, config: Any) -> None:
+        planned = getattr(config, PLAN, None) is not None
+        parameters = config.target_parameters
+        if planned:  # PEFT compares names as they are written; _check_nesting has compared what they name
+            config.target_parameters = None
+        try:
+            super()._check_new_adapter_config(config)
+        finally:
+            config.target_parameters = parameters
+
     def _check_nesting(self, model: nn.Module, adapted: set[str], plan: Plan) -> None:
         """Raises ValueError unless all adapters of a layer's experts adapt the same parameters.
 

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from qwen3_moe_fused.lora import LoraWeights
     from qwen3_moe_fused.quantization import Packed4bitWeights
 
+# Once, and where tracers find them.
+_KERNEL = get_kernel()
+_LoraWeights = _KERNEL.LoraWeights
+_LAYERS = _KERNEL.layers.__name__
+_of_module = _KERNEL.Packed4bitWeights.of_module
+
 # The argument of the experts' forward that takes the adapters of a parameter.
 ARGUMENTS = {"gate_up_proj": "gate_up_lora", "up_proj": "gate_up_lora", "down_proj": "down_lora"}
 
@@ -35,7 +41,7 @@ ARGUMENTS = {"gate_up_proj": "gate_up_lora", "up_proj": "gate_up_lora", "down_pr
 def is_kernelized(module: Experts) -> bool:
     """Whether ``moe_fused.kernelize`` replaced the forward of ``module``."""
     forward = vars(module).get("forward")
-    return isinstance(forward, MethodType) and forward.__func__.__module__ == get_kernel().layers.__name__
+    return isinstance(forward, MethodType) and forward.__func__.__module__ == _LAYERS
 
 
 def takes_adapters(module: Experts) -> bool:
@@ -112,9 +118,7 @@ class ParamWrapper(stock.ParamWrapper):
 
     def get_param(self) -> Tensor | Packed4bitWeights:
         """The adapted weights, whose shape, dtype and device PEFT asks for."""
-        weights: Tensor | Packed4bitWeights = get_kernel().Packed4bitWeights.of_module(
-            self.get_base_layer(), self.parameter_name
-        )
+        weights: Tensor | Packed4bitWeights = _of_module(self.get_base_layer(), self.parameter_name)
         return weights
 
     @property
@@ -142,7 +146,7 @@ class ParamWrapper(stock.ParamWrapper):
             if isinstance(scaling, Tensor):  # so that swapping adapters does not recompile
                 b, scaling = b * scaling, 1.0
             dropout = getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0
-            loras.append(get_kernel().LoraWeights(a, b, scaling, dropout))
+            loras.append(_LoraWeights(a, b, scaling, dropout))
         return loras
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -244,4 +248,4 @@ class ParamWrapper(stock.ParamWrapper):
 def _experts_forward() -> Any:
     if IMPLEMENTATION in ALL_EXPERTS_FUNCTIONS:
         return ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION]
-    return implementation(get_kernel())
+    return implementation(_KERNEL)
