@@ -126,8 +126,10 @@ def serves(module: Experts) -> bool:
         return False
     if is_packed(module):
         return True
-    up = module.gate_up_proj if getattr(module, "has_gate", True) else module.up_proj
-    return weights_refusal(up, module.down_proj) is None
+    # Not the attributes, for reading those of a parametrized module computes them.
+    up = module._parameters.get("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj")
+    down = module._parameters.get("down_proj")
+    return up is not None and down is not None and weights_refusal(up, down) is None
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

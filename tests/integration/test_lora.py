@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import transformers_weight_conversion as conversion
 from torch import Tensor
 
 import moe_fused
@@ -99,8 +100,7 @@ def test_has_the_keys_and_shapes_of_peft(feature: str) -> None:
 
 def test_initial_values_are_those_of_peft() -> None:
     states = []
-    for make in (lambda: plain(), lambda: QWEN3_MOE.build()):
-        model = make()
+    for model in (plain(), QWEN3_MOE.build()):
         torch.manual_seed(0)
         adapted = get_peft_model(model, LoraConfig(**OPTIONS, target_parameters=BOTH, target_modules=[]))
         states.append(peft.get_peft_model_state_dict(adapted))
@@ -203,10 +203,22 @@ def test_linear_layers_beside_experts_are_adapted(case: ModelCase, targets: Any,
     assert others == adapted
     # As the user gave it, so that the file says what it holds.
     config = model.peft_config["default"]
+    wanted = adapted | set(LINEAR) if targets == "all-linear" else targets
+    assert config.target_modules == (wanted if isinstance(wanted, str) else set(wanted))
     assert config.target_parameters is None
-    assert config.target_modules == (targets if targets != "all-linear" else adapted | set(LINEAR)) or set(
-        targets
-    ) == set(config.target_modules)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"layers_to_transform": [1]}, {"exclude_modules": r".*layers\.0\..*"}],
+    ids=["layers_to_transform", "exclude_modules"],
+)
+def test_some_layers(options: dict[str, Any]) -> None:
+    model = ours(target_modules=["q_proj", *LINEAR], **options)
+    first, second = model.base_model.model.model.layers
+    assert not any(isinstance(module, BaseTunerLayer) for module in first.modules())
+    assert len(wrappers(second)) == 2
+    assert isinstance(second.self_attn.q_proj, BaseTunerLayer)
 
 
 # Adapters come and go.
@@ -272,8 +284,8 @@ def test_dropout_acts_in_training_only(targets: dict[str, Any], calls: Calls) ->
     torch.manual_seed(0)
     assert_near(forward_backward(with_dropout, tokens()), first, 0.0)
     assert (first.logits - expected.logits).abs().max() > 1e-3
+    with_dropout.base_model.model.set_experts_implementation("eager")
     with pytest.raises(NotImplementedError, match="lora_dropout on down_proj needs experts_implementation='moe_fused'"):
-        with_dropout.base_model.model.set_experts_implementation("eager")
         with_dropout(input_ids=tokens())
 
 
@@ -505,23 +517,22 @@ def test_copies() -> None:
 
 
 def test_disable_gives_peft_back() -> None:
+    functions = ("convert_peft_config_for_transformers", "build_peft_weight_mapping")
     table = peft.PEFT_TYPE_TO_TUNER_MAPPING
     assert table[peft.PeftType.LORA] is not LoraModel
+    moe_fused.enable()  # twice is once
     with disabled():
         assert table[peft.PeftType.LORA] is LoraModel
-        assert not any(map(is_ours, wrappers(get_peft_model(plain_eager(), LoraConfig(target_parameters=BOTH)))))
+        assert all(getattr(conversion, name).__module__ == conversion.__name__ for name in functions)
     assert table[peft.PeftType.LORA] is not LoraModel
-
-
-def plain_eager() -> Any:
-    return QWEN3_MOE.build()
 
 
 def test_waits_for_peft() -> None:
     """``enable`` imports no PEFT, and hooks in when somebody does."""
     script = """
-import sys, moe_fused
+import importlib.util, sys, moe_fused
 moe_fused.enable()
+assert importlib.util.find_spec("peft") is not None
 assert "peft" not in sys.modules
 import peft
 tuner = peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA]

@@ -19,7 +19,7 @@ from moe_fused.checkpoints.adapters import Layout
 from moe_fused.checkpoints.adapters.convert import convert_adapter
 
 from .compare import assert_near, forward_backward
-from .lora import BOTH, LINEAR, OPTIONS, RANK, adapt, disabled, is_ours, ours, plain, randomize, theirs, wrappers
+from .lora import BOTH, LINEAR, OPTIONS, RANK, disabled, is_ours, ours, plain, randomize, theirs, wrappers
 from .models import EXPERTS, HIDDEN, INTERMEDIATE, MODELS, QWEN3_MOE, ModelCase, tokens
 
 pytestmark = pytest.mark.usefixtures("enabled")
@@ -120,7 +120,7 @@ def test_files_of_linear_layers_are_those_of_transformers_4(
 def test_the_converter_reads_what_is_written(tmp_path: Path) -> None:
     model = ours(target_modules=["q_proj", *LINEAR], use_rslora=True)
     model.save_pretrained(tmp_path / "apart")
-    convert_adapter(tmp_path / "apart", tmp_path / "fused", Layout.PEFT_FUSED)
+    convert_adapter(tmp_path / "apart", tmp_path / "fused", to=Layout.PEFT_FUSED, widen=True)
     loaded = PeftModel.from_pretrained(plain(), tmp_path / "fused")
     logits = model(input_ids=tokens()).logits
     torch.testing.assert_close(loaded(input_ids=tokens()).logits, logits, atol=1e-5, rtol=1e-5)
@@ -234,4 +234,27 @@ def test_adapters_without_experts_do_not_warn(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         PeftModel.from_pretrained(plain(), tmp_path)
-        PeftModel.from_pretrained(adapt(QWEN3_MOE.build(), **KINDS["apart"]).unload(), tmp_path)
+        PeftModel.from_pretrained(QWEN3_MOE.build(), tmp_path)
+
+
+def test_empty_weights_first(tmp_path: Path) -> None:
+    model = ours(target_modules=LINEAR)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(plain(), tmp_path, low_cpu_mem_usage=True)
+    assert not any(parameter.is_meta for parameter in loaded.parameters())
+    assert torch.equal(loaded(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+
+
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match any targeted module")
+def test_a_config_that_was_used_before(tmp_path: Path) -> None:
+    """A config keeps nothing of the model that it was used for, nor does what PEFT makes of it get lost."""
+    config = LoraConfig(**OPTIONS, target_modules=LINEAR)
+    peft.get_peft_model(plain(), config)
+    eager = peft.get_peft_model(QWEN3_MOE.build(), config)
+    assert not any(map(is_ours, wrappers(eager)))
+    randomize(eager)
+    eager.save_pretrained(tmp_path)
+    for base in (QWEN3_MOE.build(), plain()):
+        loaded = PeftModel.from_pretrained(base, tmp_path)
+        logits = loaded(input_ids=tokens()).logits
+        torch.testing.assert_close(logits, eager(input_ids=tokens()).logits, atol=1e-5, rtol=1e-5)
