@@ -166,9 +166,10 @@ def implementation(kernel: ModuleType, recompute: bool = False) -> Callable[...,
     moe_experts, activation_of = kernel.moe_experts, kernel.layers.activation_of
     packed_weights, of_module = kernel.Packed4bitWeights, kernel.Packed4bitWeights.of_module
 
-    def refused(self: Experts, reason: str) -> ExpertsForward:
-        if is_packed(self):
-            raise NotImplementedError(f"{type(self).__name__} with 4-bit weights has no other implementation: {reason}")
+    def refused(self: Experts, reason: str, adapted: bool) -> ExpertsForward:
+        if adapted or is_packed(self):
+            what = "adapters" if adapted else "4-bit weights"
+            raise NotImplementedError(f"{type(self).__name__} with {what} has no other implementation: {reason}")
         return _own_forward(self, reason)
 
     def experts_forward(
@@ -183,15 +184,16 @@ def implementation(kernel: ModuleType, recompute: bool = False) -> Callable[...,
 
         Adapters come from the wrappers that ``moe_fused.peft`` puts around the module, if ``serves`` says yes.
         """
+        adapted = bool(gate_up_lora or down_lora)
         reason = layout_refusal(self)
         if reason is not None:
-            return refused(self, reason)(self, hidden_states, top_k_index, top_k_weights)
+            return refused(self, reason, adapted)(self, hidden_states, top_k_index, top_k_weights)
         gate = gate_of(self, activation_of)
         up = of_module(self, "gate_up_proj" if gate.gated else "up_proj")
         down = of_module(self, "down_proj")
         reason = None if isinstance(up, packed_weights) else weights_refusal(up, down)
         if reason is not None:
-            return refused(self, reason)(self, hidden_states, top_k_index, top_k_weights)
+            return refused(self, reason, adapted)(self, hidden_states, top_k_index, top_k_weights)
         up_bias = down_bias = None
         if getattr(self, "has_bias", False):
             up_bias = _cast(self.gate_up_proj_bias if gate.gated else self.up_proj_bias, up.dtype)
@@ -225,11 +227,14 @@ def implementation(kernel: ModuleType, recompute: bool = False) -> Callable[...,
         y = _cast(y, dtype)
         return y if is_flat else y.view(shape)
 
+    experts_forward.recompute = recompute  # type: ignore[attr-defined]
     return experts_forward
 
 
 def register(kernel: ModuleType, recompute: bool = False) -> None:
-    """Registers ``"moe_fused"`` with Transformers, in place of what an earlier call registered."""
+    """Registers ``"moe_fused"`` with Transformers; a second call changes nothing but ``recompute``."""
+    if IMPLEMENTATION in ALL_EXPERTS_FUNCTIONS and ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION].recompute is recompute:
+        return
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, implementation(kernel, recompute))
 
 

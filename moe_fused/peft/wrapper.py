@@ -116,6 +116,14 @@ class ParamWrapper(stock.ParamWrapper):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def get_base_layer(self) -> nn.Module:
+        # PEFT's asks every layer for an attribute that the last one has not, which nn.Module takes its time to say.
+        layer = self.base_layer
+        while isinstance(layer, stock.ParamWrapper):
+            layer = layer.base_layer
+        base: nn.Module = layer
+        return base
+
     def get_param(self) -> Tensor | Packed4bitWeights:
         """The adapted weights, whose shape, dtype and device PEFT asks for."""
         weights: Tensor | Packed4bitWeights = _of_module(self.get_base_layer(), self.parameter_name)
@@ -131,7 +139,8 @@ class ParamWrapper(stock.ParamWrapper):
         """A (E, r, in), or (E, 2r, in) with separate gate and up factors, and B (E, out, r)."""
         a: Any = self.lora_A[adapter_name].weight
         b: Any = self.lora_B[adapter_name].weight
-        return a.unflatten(0, (self.num_experts, -1)), b.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1)
+        experts = self.num_experts
+        return a.view(experts, -1, a.shape[1]), b.view(b.shape[0], -1, experts).permute(2, 0, 1)
 
     def active_loras(self) -> list[LoraWeights]:
         """The adapters that count on this pass, as the kernel takes them."""

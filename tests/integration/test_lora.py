@@ -343,6 +343,9 @@ def test_recompute(calls: Calls) -> None:
     moe_fused.enable(recompute=True)
     assert_near(forward_backward(model, tokens()), expected, 1e-6)
     assert calls.options[-1]["recompute"]
+    moe_fused.enable()
+    forward_backward(model, tokens())
+    assert not calls.options[-1]["recompute"]
 
 
 @pytest.mark.parametrize("fp32_adapter", [True, False])

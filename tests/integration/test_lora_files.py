@@ -71,6 +71,9 @@ def test_transformers_loads_and_adds_adapters(kind: str, tmp_path: Path) -> None
     loaded.set_adapter("default")
     state = peft.get_peft_model_state_dict(loaded)
     assert {f"base_model.model.{key}" for key in state} == saved(tmp_path).keys()
+    loaded.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(plain(), tmp_path / "again")
+    assert torch.equal(again(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
 
 
 def test_files_of_shared_factors_are_those_of_peft(tmp_path: Path) -> None:
