@@ -32,6 +32,7 @@ ExpertsForward: TypeAlias = Callable[[Experts, Tensor, Tensor, Tensor], Tensor]
 Loras: TypeAlias = "Sequence[LoraWeights]"
 
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+_FORMATS = tuple(f"{name}_format" for name in _PROJECTIONS)
 # Of packed weights, beside the packed bytes, which have the name of the dense ones.
 _COMPANIONS = ("absmax", "nested_absmax", "nested_offset")
 _PARAMETERS = frozenset(
@@ -86,7 +87,8 @@ def gate_of(module: Experts, activation_of: Callable[[object], str | None]) -> G
 
 def is_packed(module: Experts) -> bool:
     """Whether ``module`` holds 4-bit weights."""
-    return any(getattr(module, f"{name}_format", None) is not None for name in _PROJECTIONS)
+    own = vars(module)  # nn.Module takes its time to say what it has not
+    return any(own.get(name) is not None for name in _FORMATS)
 
 
 def layout_refusal(module: Experts) -> str | None:

@@ -36,6 +36,7 @@ _of_module = _KERNEL.Packed4bitWeights.of_module
 
 # The argument of the experts' forward that takes the adapters of a parameter.
 ARGUMENTS = {"gate_up_proj": "gate_up_lora", "up_proj": "gate_up_lora", "down_proj": "down_lora"}
+_ARGUMENTS = frozenset(ARGUMENTS.values())
 
 
 def is_kernelized(module: Experts) -> bool:
@@ -160,7 +161,8 @@ class ParamWrapper(stock.ParamWrapper):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()
-        if not takes_adapters(base):
+        # What a wrapper around this one found out need not be asked again.
+        if not (kwargs.keys() & _ARGUMENTS or takes_adapters(base)):
             self._check_composable()
             return super().forward(x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
