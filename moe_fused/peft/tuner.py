@@ -160,7 +160,12 @@ class LoraModel(lora.LoraModel):
                 to it. Layers that are not experts are not affected.
         """
         if dtype is not None:
+            merged = [(own, own.merged_adapters[:]) for _, own in wrappers(self.model) if own.merged]
+            for wrapper, _ in merged:
+                wrapper.unmerge()
             make_dense(self.model, dtype)
+            for wrapper, names in merged:
+                wrapper.merge(safe_merge, names)
         model: nn.Module = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         return model
 

@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moe_fused.experts import IMPLEMENTATION, Experts, implementation, serves
+from moe_fused.experts import IMPLEMENTATION, Experts, implementation, is_packed, serves
 from moe_fused.hub import get_kernel
 
 from .targets import Linear, linears_of
@@ -248,11 +248,11 @@ class ParamWrapper(stock.ParamWrapper):
 
     def unmerge(self) -> None:
         """Takes merged adapters out again; packed weights are, bit for bit, what they were before."""
-        if self.unmerged is None:
+        original, self.unmerged = self.unmerged, None
+        if original is None or not is_packed(self.get_base_layer()):  # which may have become dense meanwhile
             super().unmerge()
             return
-        self.unmerged.to(self.weight.device).attach(self.get_base_layer(), self.parameter_name)
-        self.unmerged = None
+        original.to(self.weight.device).attach(self.get_base_layer(), self.parameter_name)
         self.merged_adapters.clear()
 
 

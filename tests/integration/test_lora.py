@@ -90,6 +90,16 @@ def test_computes_what_peft_does(case: ModelCase, feature: str, calls: Calls) ->
     assert any(used["gate_up_lora"] or used["down_lora"] for used in calls.options)
 
 
+@pytest.mark.parametrize("case", MODELS, ids=lambda case: case.id)
+def test_every_model(case: ModelCase) -> None:
+    options = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "target_modules": []}
+    one, other = ours(case, **options), theirs(case, **options)
+    assert len(wrappers(one)) == 2 * case.moe_layers
+    assert all(map(is_ours, wrappers(one)))
+    expected = other(input_ids=tokens()).logits
+    torch.testing.assert_close(one(input_ids=tokens()).logits, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("feature", ["both", "down only", "attention, too", "modules to save"])
 def test_has_the_keys_and_shapes_of_peft(feature: str) -> None:
     one, other = (peft.get_peft_model_state_dict(make(**FEATURES[feature])) for make in (ours, theirs))

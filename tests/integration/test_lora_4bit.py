@@ -155,9 +155,12 @@ def test_several_adapters_are_quantized_once(dense: Path) -> None:
     assert same_weights(packed(model), one_by_one)
 
 
-def test_merging_into_dense_experts(dense: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("merged_before", [False, True])
+def test_merging_into_dense_experts(merged_before: bool, dense: Path, tmp_path: Path) -> None:
     model = adapt(quantized(dense))
     logits = model(input_ids=tokens()).logits
+    if merged_before:
+        model.merge_adapter()
     merged = model.merge_and_unload(dtype=torch.float32)
     assert not packed(merged)
     torch.testing.assert_close(merged(input_ids=tokens()).logits, logits, atol=1e-5, rtol=1e-5)

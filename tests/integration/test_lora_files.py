@@ -120,6 +120,20 @@ def test_files_of_linear_layers_are_those_of_transformers_4(
     torch.testing.assert_close(other(input_ids=tokens()).logits, logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3", "qwen3_next", "qwen3_5_moe"])
+def test_names_in_files_are_those_of_the_model(name: str, tmp_path: Path) -> None:
+    """Whatever checkpoints of the model add before them, as of a vision-language model."""
+    case = next(case for case in MODELS if case.id == name)
+    model = ours(case, target_modules="all-linear")
+    model.save_pretrained(tmp_path)
+    assert all(key.startswith("base_model.model.model.layers.") for key in saved(tmp_path))
+    logits = model(input_ids=tokens()).logits
+    assert torch.equal(PeftModel.from_pretrained(plain(case), tmp_path)(input_ids=tokens()).logits, logits)
+    loaded = plain(case)
+    assert not loaded.load_adapter(tmp_path).missing_keys
+    assert torch.equal(loaded(input_ids=tokens()).logits, logits)
+
+
 def test_the_converter_reads_what_is_written(tmp_path: Path) -> None:
     model = ours(target_modules=["q_proj", *LINEAR], use_rslora=True)
     model.save_pretrained(tmp_path / "apart")
