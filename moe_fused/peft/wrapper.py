@@ -9,6 +9,7 @@ Where the kernel does not run, because the model was set to another experts impl
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,11 @@ ARGUMENTS = {"gate_up_proj": "gate_up_lora", "up_proj": "gate_up_lora", "down_pr
 _ARGUMENTS = frozenset(ARGUMENTS.values())
 
 
+_INITIALIZATIONS = (True, False, "gaussian")
+# Beside the fields of LoraConfig that PEFT marks as variants.
+_OPTIONS = ("lora_bias", "fan_in_fan_out", "use_qalora", "layer_replication")
+
+
 def is_kernelized(module: Experts) -> bool:
     """Whether ``moe_fused.kernelize`` replaced the forward of ``module``."""
     forward = vars(module).get("forward")
@@ -51,6 +57,22 @@ def takes_adapters(module: Experts) -> bool:
         return False
     chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
     return (chosen == IMPLEMENTATION or is_kernelized(module)) and serves(module)
+
+
+def refuse_unsupported(config: Any) -> None:
+    """Raises NotImplementedError for options of ``LoraConfig`` that cannot hold for experts."""
+    variants = [own.name for own in dataclasses.fields(config) if own.metadata.get("is_lora_variant")]
+    for option in (*variants, *_OPTIONS):
+        if value := getattr(config, option, None):
+            raise NotImplementedError(
+                f"{option}={value!r} is not supported for LoRA on experts: leave it out, or leave the experts out of "
+                "target_modules and target_parameters"
+            )
+    if config.init_lora_weights not in _INITIALIZATIONS:
+        raise NotImplementedError(
+            f"init_lora_weights={config.init_lora_weights!r} is not supported for LoRA on experts: use one of "
+            f"{', '.join(map(repr, _INITIALIZATIONS))}, or leave the experts out of target_modules and target_parameters"
+        )
 
 
 class ParamWrapper(stock.ParamWrapper):
@@ -94,11 +116,13 @@ class ParamWrapper(stock.ParamWrapper):
         self.update_layer(adapter_name, r, lora_alpha, config)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
-        """Adds an adapter; ``config`` has been checked.
+        """Adds an adapter.
 
         Raises:
+            NotImplementedError: an option that cannot hold for experts.
             ValueError: a rank below 1.
         """
+        refuse_unsupported(config)
         if r <= 0:
             raise ValueError(f"r must be positive, got {r} for {self.parameter_name}")
         linears = linears_of(config)

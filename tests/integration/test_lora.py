@@ -272,6 +272,25 @@ def test_several_adapters() -> None:
     assert all((seen[i] - seen[j]).abs().max() > 1e-3 for i in range(4) for j in range(i))
 
 
+def test_a_second_adapter_beside_biases() -> None:
+    """Biases are adapted by PEFT's own layers, among ours."""
+    targets = [*BOTH, "mlp.experts.down_proj_bias"]
+    model = ours(GPT_OSS, target_parameters=targets, target_modules=[])
+    assert sum(map(is_ours, wrappers(model))) == 4
+    assert len(wrappers(model)) == 6
+    expected = forward_backward(theirs(GPT_OSS, target_parameters=targets, target_modules=[]), tokens())
+    assert_near(forward_backward(model, tokens()), expected, TOLERANCE)
+    model.add_adapter("second", LoraConfig(r=2, target_parameters=targets, target_modules=[]))
+    assert all("second" in wrapper.lora_A for wrapper in wrappers(model))
+
+
+def test_options_are_refused_under_another_implementation_too() -> None:
+    model = ours()
+    model.base_model.model.set_experts_implementation("eager")
+    with pytest.raises(NotImplementedError, match="use_dora"):
+        model.add_adapter("second", LoraConfig(use_dora=True, target_parameters=BOTH, target_modules=[]))
+
+
 def test_adapters_of_both_kinds_at_once() -> None:
     model = ours()
     model.add_adapter("apart", LoraConfig(**OPTIONS, target_modules=LINEAR))
