@@ -63,7 +63,11 @@ def enable(*, recompute: bool = False) -> None:
 
 
 def disable() -> None:
-    """Undoes ``enable``: a model still set to ``"moe_fused"`` raises Transformers' error for what is not registered."""
+    """Undoes ``enable``: a model still set to ``"moe_fused"`` raises Transformers' error for what is not registered.
+
+    Save adapters on experts before: without ``enable``, PEFT does not know how those with factors for each linear layer are
+    written.
+    """
     import sys
 
     for name in ("experts", "quantizer", "peft"):

@@ -32,6 +32,7 @@ ExpertsForward: TypeAlias = Callable[[Experts, Tensor, Tensor, Tensor], Tensor]
 Loras: TypeAlias = "Sequence[LoraWeights]"
 
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+_FORMATS = tuple(f"{name}_format" for name in _PROJECTIONS)
 # Of packed weights, beside the packed bytes, which have the name of the dense ones.
 _COMPANIONS = ("absmax", "nested_absmax", "nested_offset")
 _PARAMETERS = frozenset(
@@ -86,7 +87,8 @@ def gate_of(module: Experts, activation_of: Callable[[object], str | None]) -> G
 
 def is_packed(module: Experts) -> bool:
     """Whether ``module`` holds 4-bit weights."""
-    return any(getattr(module, f"{name}_format", None) is not None for name in _PROJECTIONS)
+    own = vars(module)  # nn.Module takes its time to say what it has not
+    return any(own.get(name) is not None for name in _FORMATS)
 
 
 def layout_refusal(module: Experts) -> str | None:
@@ -126,8 +128,10 @@ def serves(module: Experts) -> bool:
         return False
     if is_packed(module):
         return True
-    up = module.gate_up_proj if getattr(module, "has_gate", True) else module.up_proj
-    return weights_refusal(up, module.down_proj) is None
+    # Not the attributes, for reading those of a parametrized module computes them.
+    up = module._parameters.get("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj")
+    down = module._parameters.get("down_proj")
+    return up is not None and down is not None and weights_refusal(up, down) is None
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -164,9 +168,10 @@ def implementation(kernel: ModuleType, recompute: bool = False) -> Callable[...,
     moe_experts, activation_of = kernel.moe_experts, kernel.layers.activation_of
     packed_weights, of_module = kernel.Packed4bitWeights, kernel.Packed4bitWeights.of_module
 
-    def refused(self: Experts, reason: str) -> ExpertsForward:
-        if is_packed(self):
-            raise NotImplementedError(f"{type(self).__name__} with 4-bit weights has no other implementation: {reason}")
+    def refused(self: Experts, reason: str, adapted: bool) -> ExpertsForward:
+        if adapted or is_packed(self):
+            what = "adapters" if adapted else "4-bit weights"
+            raise NotImplementedError(f"{type(self).__name__} with {what} has no other implementation: {reason}")
         return _own_forward(self, reason)
 
     def experts_forward(
@@ -181,15 +186,16 @@ def implementation(kernel: ModuleType, recompute: bool = False) -> Callable[...,
 
         Adapters come from the wrappers that ``moe_fused.peft`` puts around the module, if ``serves`` says yes.
         """
+        adapted = bool(gate_up_lora or down_lora)
         reason = layout_refusal(self)
         if reason is not None:
-            return refused(self, reason)(self, hidden_states, top_k_index, top_k_weights)
+            return refused(self, reason, adapted)(self, hidden_states, top_k_index, top_k_weights)
         gate = gate_of(self, activation_of)
         up = of_module(self, "gate_up_proj" if gate.gated else "up_proj")
         down = of_module(self, "down_proj")
         reason = None if isinstance(up, packed_weights) else weights_refusal(up, down)
         if reason is not None:
-            return refused(self, reason)(self, hidden_states, top_k_index, top_k_weights)
+            return refused(self, reason, adapted)(self, hidden_states, top_k_index, top_k_weights)
         up_bias = down_bias = None
         if getattr(self, "has_bias", False):
             up_bias = _cast(self.gate_up_proj_bias if gate.gated else self.up_proj_bias, up.dtype)
@@ -223,11 +229,14 @@ def implementation(kernel: ModuleType, recompute: bool = False) -> Callable[...,
         y = _cast(y, dtype)
         return y if is_flat else y.view(shape)
 
+    experts_forward.recompute = recompute  # type: ignore[attr-defined]
     return experts_forward
 
 
 def register(kernel: ModuleType, recompute: bool = False) -> None:
-    """Registers ``"moe_fused"`` with Transformers, in place of what an earlier call registered."""
+    """Registers ``"moe_fused"`` with Transformers; a second call changes nothing but ``recompute``."""
+    if IMPLEMENTATION in ALL_EXPERTS_FUNCTIONS and ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION].recompute is recompute:
+        return
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, implementation(kernel, recompute))
 
 

@@ -23,25 +23,33 @@ _undo: list[Callable[[], None]] = []
 
 
 class _OnImport(MetaPathFinder):
-    """Finds nothing, but registers once PEFT has been imported."""
+    """Lets other finders find PEFT, and registers once it has been imported."""
+
+    def __init__(self) -> None:
+        self._asking_others = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "peft":
+        if fullname != "peft" or self._asking_others:
             return None
-        sys.meta_path.remove(self)  # or it would find itself
-        spec = find_spec(fullname)
+        self._asking_others = True
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self._asking_others = False
         if spec is None or spec.loader is None:
-            sys.meta_path.insert(0, self)
             return spec
-        loader, execute = spec.loader, spec.loader.exec_module
+        # Finding is not importing: Transformers looks whether PEFT is there.
+        execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            _patch()
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                _patch()
 
-        loader.exec_module = exec_module  # type: ignore[method-assign]
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 

@@ -23,6 +23,8 @@ from .wrapper import ParamWrapper, takes_adapters
 PEFT_PREFIX = "base_model.model."
 PLACES = "_moe_fused_places"
 
+# In any layout; the original project's has no module for the experts.
+_OF_EXPERTS = re.compile(r"\.(experts\.(.+\.)?|mlp\.(gate|up|down)_proj\.)lora_")
 _MATRIX = re.compile(r"(?P<block>.+)\.(?P<expert>\d+)\.(?P<leaf>[^.]+)\.lora_(?P<factor>[AB])\.")
 
 
@@ -224,7 +226,7 @@ def _warn_of_misses(adapter_name: str, missed: list[str], matched: list[str]) ->
 
 
 def _is_of_experts(key: str) -> bool:
-    return ".lora_" in key and ".experts." in key
+    return _OF_EXPERTS.search(key) is not None
 
 
 def check_matches(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
@@ -232,9 +234,12 @@ def check_matches(model: nn.Module, adapter_name: str, state_dict: Mapping[str, 
     if not any(takes_adapters(module) for module in model.modules()):
         return
     known = model.state_dict().keys()
-    adapter = [key for key in state_dict if ".lora_" in key]
-    matched = [key for key in adapter if key in known or key.removeprefix(PEFT_PREFIX) in known]
-    missed = [key for key in adapter if key not in set(matched) and _is_of_experts(key)]
+    matched, missed = [], []
+    for key in state_dict:
+        if key in known or key.removeprefix(PEFT_PREFIX) in known:
+            matched.append(key)
+        elif _is_of_experts(key):
+            missed.append(key)
     if missed:
         _warn_of_misses(adapter_name, missed, matched)
 

@@ -17,7 +17,7 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from moe_fused.checkpoints.names import is_per_expert
 from moe_fused.experts import Experts
@@ -106,12 +106,22 @@ def _linears(path: str, parameter: str, converters: list[WeightConverter], renam
             continue
         leaves = [source.rpartition("*.")[2].removesuffix(".weight") for source in converter._original_source_patterns]
         # Renamings are regular expressions on names with a number where we have none.
-        names = [apply_renamings(f"{path}.0.{leaf}.weight", renamings).removesuffix(".weight") for leaf in leaves]
-        return tuple(
-            Linear(path, leaf, re.sub(r"\.0\.([^.]+)$", r".*.\1", name))
-            for leaf, name in zip(leaves, names, strict=True)
-        )
+        names = [f"{path}.0.{leaf}.weight" for leaf in leaves]
+        for renaming in renamings:
+            names = [renaming.rename_source_key(name)[0] for name in names]
+        return tuple(Linear(path, leaf, _in_layer(path, name)) for leaf, name in zip(leaves, names, strict=True))
     return ()
+
+
+def _in_layer(path: str, name: str) -> str:
+    """What expert 0's weight is called in its layer, in checkpoints, after the model's own name of the layer.
+
+    PEFT writes the model's names, so those of a file's other tensors have nothing of what checkpoints add before them.
+    """
+    layer = re.match(r".*?\.\d+\.", path)
+    head = layer[0] if layer else ""
+    tail = re.sub(r"^.*?\.\d+\.", "", name) if layer else name
+    return head + re.sub(r"\.0\.([^.]+)\.weight$", r".*.\1", tail)
 
 
 @dataclass

@@ -5,7 +5,6 @@ PEFT looks its tuner for LoRA up in a table, where ``register`` puts ours: PEFT'
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,13 +19,9 @@ from moe_fused.quantizer import make_dense
 
 from .files import PLACES, check_matches, places_of, split, wrappers
 from .targets import ExpertLayer, Plan, config_for, expert_layers, plan_of, unwrapped
-from .wrapper import ARGUMENTS, ParamWrapper, takes_adapters
+from .wrapper import ARGUMENTS, ParamWrapper, refuse_unsupported, takes_adapters
 
 PLAN = "_moe_fused_plan"
-
-_INITIALIZATIONS = (True, False, "gaussian")
-# Beside the fields of LoraConfig that PEFT marks as variants.
-_OPTIONS = ("lora_bias", "fan_in_fan_out", "use_qalora", "layer_replication")
 
 
 def served_experts(model: nn.Module) -> Iterator[tuple[str, Experts]]:
@@ -34,22 +29,6 @@ def served_experts(model: nn.Module) -> Iterator[tuple[str, Experts]]:
     for name, module in model.named_modules():
         if takes_adapters(module):
             yield name, module
-
-
-def refuse_unsupported(config: Any) -> None:
-    """Raises NotImplementedError for options of ``LoraConfig`` that cannot hold for experts."""
-    variants = [own.name for own in dataclasses.fields(config) if own.metadata.get("is_lora_variant")]
-    for option in (*variants, *_OPTIONS):
-        if value := getattr(config, option, None):
-            raise NotImplementedError(
-                f"{option}={value!r} is not supported for LoRA on experts: leave it out, or leave the experts out of "
-                "target_modules and target_parameters"
-            )
-    if config.init_lora_weights not in _INITIALIZATIONS:
-        raise NotImplementedError(
-            f"init_lora_weights={config.init_lora_weights!r} is not supported for LoRA on experts: use one of "
-            f"{', '.join(map(repr, _INITIALIZATIONS))}, or leave the experts out of target_modules and target_parameters"
-        )
 
 
 def _named(config: Any, layers: list[ExpertLayer]) -> set[str]:
@@ -82,6 +61,16 @@ class LoraModel(lora.LoraModel):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         setattr(config, PLACES, places_of(model, adapter_name))
 
+    def _check_new_adapter_config(self, config: Any) -> None:
+        planned = getattr(config, PLAN, None) is not None
+        parameters = config.target_parameters
+        if planned:  # PEFT compares names as they are written; _check_nesting has compared what they name
+            config.target_parameters = None
+        try:
+            super()._check_new_adapter_config(config)
+        finally:
+            config.target_parameters = parameters
+
     def _check_nesting(self, model: nn.Module, adapted: set[str], plan: Plan) -> None:
         """Raises ValueError unless all adapters of a layer's experts adapt the same parameters.
 
@@ -94,7 +83,8 @@ class LoraModel(lora.LoraModel):
             there: dict[str, nn.Module] = {}
             layer: Any = module
             while isinstance(layer, lora.ParamWrapper):
-                there[f"{path}.{layer.parameter_name}"] = layer
+                if layer.parameter_name in ARGUMENTS:
+                    there[f"{path}.{layer.parameter_name}"] = layer
                 layer = layer.base_layer
             new = {name for name in adapted if name.rpartition(".")[0] == path}
             if not new:
@@ -150,7 +140,12 @@ class LoraModel(lora.LoraModel):
                 to it. Layers that are not experts are not affected.
         """
         if dtype is not None:
+            merged = [(own, own.merged_adapters[:]) for _, own in wrappers(self.model) if own.unmerged]
+            for wrapper, _ in merged:
+                wrapper.unmerge()
             make_dense(self.model, dtype)
+            for wrapper, names in merged:
+                wrapper.merge(safe_merge, names)
         model: nn.Module = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         return model
 

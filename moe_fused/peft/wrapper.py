@@ -9,6 +9,7 @@ Where the kernel does not run, because the model was set to another experts impl
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moe_fused.experts import IMPLEMENTATION, Experts, implementation, serves
+from moe_fused.experts import IMPLEMENTATION, Experts, implementation, is_packed, serves
 from moe_fused.hub import get_kernel
 
 from .targets import Linear, linears_of
@@ -28,14 +29,26 @@ if TYPE_CHECKING:
     from qwen3_moe_fused.lora import LoraWeights
     from qwen3_moe_fused.quantization import Packed4bitWeights
 
+# Once, and where tracers find them.
+_KERNEL = get_kernel()
+_LoraWeights = _KERNEL.LoraWeights
+_LAYERS = _KERNEL.layers.__name__
+_of_module = _KERNEL.Packed4bitWeights.of_module
+
 # The argument of the experts' forward that takes the adapters of a parameter.
 ARGUMENTS = {"gate_up_proj": "gate_up_lora", "up_proj": "gate_up_lora", "down_proj": "down_lora"}
+_ARGUMENTS = frozenset(ARGUMENTS.values())
+
+
+_INITIALIZATIONS = (True, False, "gaussian")
+# Beside the fields of LoraConfig that PEFT marks as variants.
+_OPTIONS = ("lora_bias", "fan_in_fan_out", "use_qalora", "layer_replication")
 
 
 def is_kernelized(module: Experts) -> bool:
     """Whether ``moe_fused.kernelize`` replaced the forward of ``module``."""
     forward = vars(module).get("forward")
-    return isinstance(forward, MethodType) and forward.__func__.__module__ == get_kernel().layers.__name__
+    return isinstance(forward, MethodType) and forward.__func__.__module__ == _LAYERS
 
 
 def takes_adapters(module: Experts) -> bool:
@@ -44,6 +57,22 @@ def takes_adapters(module: Experts) -> bool:
         return False
     chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
     return (chosen == IMPLEMENTATION or is_kernelized(module)) and serves(module)
+
+
+def refuse_unsupported(config: Any) -> None:
+    """Raises NotImplementedError for options of ``LoraConfig`` that cannot hold for experts."""
+    variants = [own.name for own in dataclasses.fields(config) if own.metadata.get("is_lora_variant")]
+    for option in (*variants, *_OPTIONS):
+        if value := getattr(config, option, None):
+            raise NotImplementedError(
+                f"{option}={value!r} is not supported for LoRA on experts: leave it out, or leave the experts out of "
+                "target_modules and target_parameters"
+            )
+    if config.init_lora_weights not in _INITIALIZATIONS:
+        raise NotImplementedError(
+            f"init_lora_weights={config.init_lora_weights!r} is not supported for LoRA on experts: use one of "
+            f"{', '.join(map(repr, _INITIALIZATIONS))}, or leave the experts out of target_modules and target_parameters"
+        )
 
 
 class ParamWrapper(stock.ParamWrapper):
@@ -87,11 +116,13 @@ class ParamWrapper(stock.ParamWrapper):
         self.update_layer(adapter_name, r, lora_alpha, config)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
-        """Adds an adapter; ``config`` has been checked.
+        """Adds an adapter.
 
         Raises:
+            NotImplementedError: an option that cannot hold for experts.
             ValueError: a rank below 1.
         """
+        refuse_unsupported(config)
         if r <= 0:
             raise ValueError(f"r must be positive, got {r} for {self.parameter_name}")
         linears = linears_of(config)
@@ -110,11 +141,17 @@ class ParamWrapper(stock.ParamWrapper):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def get_base_layer(self) -> nn.Module:
+        # PEFT's asks every layer for an attribute that the last one has not, which nn.Module takes its time to say.
+        layer = self.base_layer
+        while isinstance(layer, stock.ParamWrapper):
+            layer = layer.base_layer
+        base: nn.Module = layer
+        return base
+
     def get_param(self) -> Tensor | Packed4bitWeights:
         """The adapted weights, whose shape, dtype and device PEFT asks for."""
-        weights: Tensor | Packed4bitWeights = get_kernel().Packed4bitWeights.of_module(
-            self.get_base_layer(), self.parameter_name
-        )
+        weights: Tensor | Packed4bitWeights = _of_module(self.get_base_layer(), self.parameter_name)
         return weights
 
     @property
@@ -127,7 +164,8 @@ class ParamWrapper(stock.ParamWrapper):
         """A (E, r, in), or (E, 2r, in) with separate gate and up factors, and B (E, out, r)."""
         a: Any = self.lora_A[adapter_name].weight
         b: Any = self.lora_B[adapter_name].weight
-        return a.unflatten(0, (self.num_experts, -1)), b.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1)
+        experts = self.num_experts
+        return a.view(experts, -1, a.shape[1]), b.view(b.shape[0], -1, experts).permute(2, 0, 1)
 
     def active_loras(self) -> list[LoraWeights]:
         """The adapters that count on this pass, as the kernel takes them."""
@@ -142,12 +180,13 @@ class ParamWrapper(stock.ParamWrapper):
             if isinstance(scaling, Tensor):  # so that swapping adapters does not recompile
                 b, scaling = b * scaling, 1.0
             dropout = getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0
-            loras.append(get_kernel().LoraWeights(a, b, scaling, dropout))
+            loras.append(_LoraWeights(a, b, scaling, dropout))
         return loras
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()
-        if not takes_adapters(base):
+        # What a wrapper around this one found out need not be asked again.
+        if not (kwargs.keys() & _ARGUMENTS or takes_adapters(base)):
             self._check_composable()
             return super().forward(x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
@@ -233,15 +272,15 @@ class ParamWrapper(stock.ParamWrapper):
 
     def unmerge(self) -> None:
         """Takes merged adapters out again; packed weights are, bit for bit, what they were before."""
-        if self.unmerged is None:
+        original, self.unmerged = self.unmerged, None
+        if original is None or not is_packed(self.get_base_layer()):  # which may have become dense meanwhile
             super().unmerge()
             return
-        self.unmerged.to(self.weight.device).attach(self.get_base_layer(), self.parameter_name)
-        self.unmerged = None
+        original.to(self.weight.device).attach(self.get_base_layer(), self.parameter_name)
         self.merged_adapters.clear()
 
 
 def _experts_forward() -> Any:
     if IMPLEMENTATION in ALL_EXPERTS_FUNCTIONS:
         return ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION]
-    return implementation(get_kernel())
+    return implementation(_KERNEL)
