@@ -11,6 +11,8 @@ import typer
 from .options import DEFAULTS, HELP, TYPES, Options, flag, read_yaml
 
 CONFIG = "finetune.yaml"
+# What the extra brings that is imported at once.
+_EXTRA = ("datasets", "peft", "trl", "yaml")
 
 
 def _shown(name: str) -> str:
@@ -65,8 +67,13 @@ def finetune(config: Path | None, resume: bool, overwrite: bool, dry_run: bool, 
         started = _started(Path(said["output"]), said)
     options = Options(**(started | said))
     options.require()
-    from .run import run
-
+    try:
+        from .run import run
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRA:
+            raise
+        raise RuntimeError(f"{missing} is missing: pip install moe-fused[train]") from error
     run(options, resume=resume, overwrite=overwrite, dry_run=dry_run)
 
 

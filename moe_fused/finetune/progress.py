@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class Log(TrainerCallback):
         words, left = TextColumn("{task.description}"), TimeRemainingColumn(elapsed_when_finished=True)
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), words, left)
         self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._last = (0.0, 0)
+        self._last = self._first = (0.0, 0)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -61,6 +62,7 @@ class Log(TrainerCallback):
         with staged_file(self._path) as staged:
             staged.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         self._last = (time.perf_counter(), self._tokens())
+        self._first = (self._last[0], state.global_step)
         self._bar.start()
         self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step)
 
@@ -85,7 +87,9 @@ class Log(TrainerCallback):
         words = f"loss {record['loss']:.4f}, {rate:,.0f} tokens/s" + (f", {memory:.1f} GiB" if memory else "")
         self._bar.update(self._task, description=words)
         if not self._console.is_terminal:
-            self._console.print(f"step {state.global_step}/{state.max_steps}: {words}", highlight=False)
+            step = (now - self._first[0]) / (state.global_step - self._first[1])
+            left = timedelta(seconds=round(step * (state.max_steps - state.global_step)))
+            self._console.print(f"step {state.global_step}/{state.max_steps}: {words}, {left} left", highlight=False)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -53,7 +53,8 @@ def run(options: Options, *, resume: bool = False, overwrite: bool = False, dry_
         Stopped: ended before its time, by a signal, a loss that is not finite or a full disk; says how to go on.
     """
     # Before the first tensor on a GPU: blocks that grow leave no holes, and the plan counts on that.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     console = Console(stderr=True)
     _quiet(console)
     output = options.output_directory

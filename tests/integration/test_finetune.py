@@ -276,6 +276,17 @@ def test_a_run_is_not_written_over(chat_run: tuple[Path, Ended], model: Path, tm
 # --- the command line itself
 
 
+def _without_trl() -> None:
+    for name in ("run", "trainer"):
+        del sys.modules[f"moe_fused.finetune.{name}"]
+    sys.modules["trl.trainer.sft_config"] = None  # type: ignore[assignment]  # what import takes for "not installed"
+
+
+def test_without_the_extra(tmp_path: Path) -> None:
+    ended = finetune("--model", "m", "--dataset", "d", "--output", "o", cwd=tmp_path, before=_without_trl)
+    assert_error(ended, "trl is missing: pip install moe-fused[train]")
+
+
 def test_help_names_every_option_and_imports_nothing_heavy() -> None:
     program = """
 import sys
