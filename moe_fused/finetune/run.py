@@ -92,8 +92,9 @@ def run(options: Options, *, resume: bool = False, overwrite: bool = False, dry_
             raise Stopped(f"interrupted by {signal.Signals(signum).name}; {_way_on(output)}", 128 + signum)
         write_results(trainer.model, tokenizer, options, _facts(trainer, device, plan, begin), output / LOG)
     except NotFinite as error:
+        # Not --resume, which would come to the same.
         advice = "start again with a lower --learning-rate, or look at the rows around it"
-        raise Stopped(f"{error}: {advice}; {_way_on(output)}") from error
+        raise Stopped(f"{error}: {advice}; {_where(last_checkpoint(output))}") from error
     except torch.OutOfMemoryError as error:
         advice = f"predicted were {plan.prediction.total / GIB:.2f} GiB; start again with a lower --sequence-length"
         raise Stopped(f"out of memory after step {trainer.state.global_step}: {advice}; {_way_on(output)}") from error
@@ -171,15 +172,14 @@ def _check_rows(rows: Rows, tokenizer: Any, options: Options) -> None:
         raise ValueError(f"--assistant-only-loss is for chats, --dataset {options.dataset} is {rows.kind}")
 
 
-def _resume_command(output: Path) -> str:
-    return f"moe-fused finetune --resume --output {shlex.quote(str(output))}"
+def _where(checkpoint: Path | None) -> str:
+    return "no checkpoint was saved yet" if checkpoint is None else f"the last checkpoint is {checkpoint}"
 
 
 def _way_on(output: Path) -> str:
     checkpoint = last_checkpoint(output)
-    if checkpoint is None:
-        return "no checkpoint was saved yet"
-    return f"the last checkpoint is {checkpoint}, go on with: {_resume_command(output)}"
+    how = "" if checkpoint is None else f", go on with: moe-fused finetune --resume --output {shlex.quote(str(output))}"
+    return _where(checkpoint) + how
 
 
 def _print_next(options: Options) -> None:

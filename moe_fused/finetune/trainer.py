@@ -87,7 +87,7 @@ class Finetuner(SFTTrainer):
         self._options = options
         self._adapter_dtype = adapter_dtype(options, device)
         self._staging: Path | None = None
-        self._grad_norm: Tensor | None = None
+        self._grad_norm: Tensor | float | None = None
         super().__init__(model=model, **kwargs)
         self._cast_adapters()
 
@@ -137,8 +137,8 @@ class Finetuner(SFTTrainer):
             raise NotFinite(f"the loss of step {self.state.global_step + 1} is {loss.item()}")
         return result
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        self._grad_norm = norm = super()._clip_grad_norm(model)
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        self._grad_norm = norm = super()._get_grad_norm(*args, **kwargs)
         return norm
 
     def check_finite(self) -> None:

@@ -10,13 +10,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import Qwen3MoeConfig
+from transformers import Qwen3Config, Qwen3MoeConfig
 
 from moe_fused import memory
 from moe_fused.memory import GIB, Sizes, Workload, predict, sizes_of, skeleton
 
 from .four_bit import build, config, load, packed
-from .models import experts_modules
+from .models import MODELS, ModelCase, experts_modules
 
 # Larger than a block of absmax's absmax, so that the second level counts; 4 bits and 32 for adapters on a CPU.
 SHAPES = {"hidden_size": 128, "moe_intermediate_size": 64, "vocab_size": 96, "num_hidden_layers": 2}
@@ -116,6 +116,22 @@ def test_what_a_layer_keeps() -> None:
         parts = predict(sizes, replace(WORK, checkpointing=False, quantized=False)).parts
         predicted[layers] = parts["activations"]
     assert predicted[2] - predicted[1] == pytest.approx(kept[2] - kept[1], rel=0.1)
+
+
+@pytest.mark.parametrize("case", MODELS, ids=lambda case: case.id)
+def test_every_parameter_counts_once(case: ModelCase) -> None:
+    model = case.build()
+    sizes = sizes_of(model)
+    counted = sum(own.numel for own in (*sizes.stacks, *sizes.linears)) + sizes.others
+    assert counted == sum(parameter.numel() for parameter in model.parameters())
+    assert len(sizes.stacks) == 2 * case.moe_layers
+    assert predict(sizes, replace(WORK, quantized=False)).parts["experts"] == 4 * sum(own.numel for own in sizes.stacks)
+
+
+def test_a_model_without_experts() -> None:
+    sizes = sizes_of(skeleton(Qwen3Config(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=100)))
+    assert (sizes.experts, sizes.top_k, sizes.mlp) == (0, 0, 2 * 96 + 64)
+    assert "experts" not in predict(sizes, WORK).parts
 
 
 # --- of Qwen3-30B-A3B, whose numbers are known
