@@ -62,12 +62,11 @@ class Stack:
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer. Attributes: its name in the model, its shape, whether quantizing leaves it dense."""
+    """A linear layer: its name in the model, and its shape."""
 
     name: str
     out_features: int
     in_features: int
-    dense: bool
 
     @property
     def numel(self) -> int:
@@ -201,7 +200,7 @@ def sizes_of(model: Any) -> Sizes:
             inside |= {id(getattr(module, name)) for name in _projections(module)}
     head = model.get_output_embeddings()
     linears = tuple(
-        Linear(name, module.out_features, module.in_features, dense=False)
+        Linear(name, module.out_features, module.in_features)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     )
@@ -293,7 +292,7 @@ def _stack_bytes(stack: Stack, work: Workload) -> int:
 
 
 def _linear_bytes(linear: Linear, work: Workload) -> int:
-    if not work.quantized or linear.dense:
+    if not work.quantized:
         return linear.numel * work.itemsize
     blocks = -(-linear.numel // BLOCK)
     # Bytes, a byte to a block, 4 to a group of blocks; the two code tables and the offset.
@@ -342,27 +341,26 @@ def _norm_bytes(features: int, work: Workload) -> int:
 
 
 def _layer(sizes: Sizes, work: Workload) -> tuple[int, dict[str, int]]:
-    """What a layer keeps from forward to backward, and what there is during its backward beside that."""
+    """What a layer keeps from its forward until its backward, and what there is beside that during its backward."""
     tokens, item = work.tokens, work.itemsize
     hidden = tokens * sizes.hidden * item
-    attention = _attention_kept(sizes, work)
-    # The residual, its norm's input and output, and the linear layers beside the experts, each output twice: for what
-    # follows, and what that makes of it.
-    block = hidden + _norm_bytes(sizes.hidden, work) + 2 * tokens * sizes.mlp * item
-    experts_kept, experts_made, workspace = _experts(sizes, work)
-    kept = attention + block + experts_kept
-    # The gradients of the layer's output and of its residual, and a dense linear layer to multiply with.
-    passing = 2 * hidden + max((own.numel for own in sizes.linears), default=0) * item * work.quantized
-    # Attention goes back when experts have given up what they kept.
-    in_experts, in_attention = experts_kept + experts_made + workspace, _attention_made(sizes, work)
-    if in_experts >= in_attention:
-        made = {"expert rows": experts_kept + experts_made, "expert workspace": workspace}
-    else:
-        made = {"attention": in_attention}
+    experts, rows, workspace = _experts(sizes, work)
+    # The residual, its norm's input, and of the linear layers beside the experts each output twice: what they made, and
+    # what the gate makes of it.
+    rest = _attention_kept(sizes, work) + hidden + _norm_bytes(sizes.hidden, work) + 2 * tokens * sizes.mlp * item
+    # The gradients of the layer's output and of its residual, and a dense copy of the 4-bit layer that multiplies.
+    copy = max((own.numel for own in sizes.linears), default=0) * item if work.quantized else 0
+    passing = 2 * hidden + copy
+    attention = _attention_made(sizes, work)
+    if experts + rows + workspace >= attention:
+        operators = rest + experts
+        made = {"expert rows": rows, "expert workspace": workspace}
+    else:  # attention goes back when experts have given up what they kept
+        operators = rest
+        made = {"attention": attention}
     if work.checkpointing:
-        return hidden, {"layer": attention + block + passing, **made}
-    made_rows = made.get("expert rows", experts_kept) - experts_kept
-    return hidden + kept, {"layer": passing, **made, **({"expert rows": made_rows} if "expert rows" in made else {})}
+        return hidden, {"layer": operators + passing, **made}
+    return hidden + rest + experts, {"layer": passing, **made}
 
 
 def _attention_kept(sizes: Sizes, work: Workload) -> int:
