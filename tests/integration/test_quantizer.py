@@ -16,11 +16,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 from transformers.core_model_loading import ErnieFuseAndSplitTextVisionExperts, WeightConverter
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -35,6 +38,7 @@ from .four_bit import (
     BY_ID,
     MIXTRAL,
     NEMOTRON_H,
+    SIZES,
     build,
     config,
     load,
@@ -45,6 +49,7 @@ from .four_bit import (
     through_4bit,
 )
 from .models import QWEN3_MOE, ModelCase, experts_modules, tokens
+from .saved import same_tensors, tensors_of
 
 pytestmark = pytest.mark.usefixtures("enabled")
 
@@ -238,8 +243,6 @@ def test_sharded_checkpoints(layout: Any, dense: Path, tmp_path: Path) -> None:
 
 
 def test_base_model_and_auto_class(dense: Path, tmp_path: Path) -> None:
-    from transformers import AutoModel
-
     whole = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config())
     base = AutoModel.from_pretrained(dense, quantization_config=config())
     assert same_state(base, whole.model)
@@ -257,6 +260,67 @@ def test_a_head_that_the_checkpoint_does_not_have(dense: Path, tmp_path: Path) -
     assert type(classifier.score) is torch.nn.Linear
     assert classifier.score.weight.is_floating_point()
     assert same_state(classifier.model, model.model)
+
+
+@pytest.mark.parametrize("layout", ["per_expert", "fused"])
+@pytest.mark.parametrize(
+    ("case", "skip"),
+    [
+        pytest.param(QWEN3_MOE, None, id="qwen3_moe"),
+        # Called otherwise in the part, and so in its config.
+        pytest.param(
+            QWEN3_MOE, ["lm_head", "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.experts"], id="partly dense"
+        ),
+        pytest.param(MIXTRAL, None, id="mixtral-renamed keys"),
+    ],
+)
+def test_saving_a_model_without_its_head(case: ModelCase, skip: list[str] | None, layout: Any, tmp_path: Path) -> None:
+    build(case).save_pretrained(tmp_path / "dense")
+    model = load(tmp_path / "dense", case, quantization_config=config(llm_int8_skip_modules=skip))
+    moe_fused.save_format(model.model, layout)
+    for path in (tmp_path / "decoder", tmp_path / "again"):
+        model.model.save_pretrained(path)
+        decoder = AutoModel.from_pretrained(path)
+        assert len(packed(decoder)) == (2 if skip else 4)
+        assert same_state(decoder, model.model)
+    assert same_tensors(tmp_path / "decoder", tmp_path / "again")
+    fused = [key for key in tensors_of(tmp_path / "decoder") if "gate_up" in key]
+    assert bool(fused) == (layout == "fused")
+    model.save_pretrained(tmp_path / "whole")
+    assert same_state(load(tmp_path / "whole", case), model)
+
+
+def test_saving_the_text_model_of_another(tmp_path: Path) -> None:
+    """Which has a config of its own, that says nothing of 4 bits as long as it is part of the whole."""
+    sizes = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text = {**SIZES, **sizes, "num_experts": 6, "num_experts_per_tok": 3}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    vision |= {"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    original = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision))
+    original.to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    model = Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path / "dense", quantization_config=config())
+    part = model.model.language_model
+    assert len(packed(part)) == 4
+    part.save_pretrained(tmp_path / "text")
+    assert same_state(type(part).from_pretrained(tmp_path / "text"), part)
+    model.save_pretrained(tmp_path / "whole")
+    assert same_state(type(model).from_pretrained(tmp_path / "whole"), model)
+    model.dequantize()
+    for name, own in (("dense whole", model), ("dense text", part)):
+        own.save_pretrained(tmp_path / name)
+        assert "quantization_config" not in (tmp_path / name / "config.json").read_text(encoding="utf-8")
+        again = type(own).from_pretrained(tmp_path / name)
+        assert not packed(again)
+        assert same_state(again, own)
+
+
+def test_dequantizing_a_model_without_its_head(dense: Path, tmp_path: Path) -> None:
+    """Leaves the whole one as it would be had it been dequantized itself, for its head never was in 4 bits."""
+    model = load(dense, quantization_config=config())
+    model.model.dequantize()
+    model.save_pretrained(tmp_path)
+    assert tensors_of(tmp_path).keys() == tensors_of(dense).keys()
+    assert same_state(load(tmp_path), model)
 
 
 def test_default_checkpoint_is_that_of_bitsandbytes(dense: Path, tmp_path: Path) -> None:
