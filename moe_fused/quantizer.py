@@ -75,24 +75,21 @@ def packing_refusal(module: Experts, blocksize: int) -> str | None:
     """Why the weights of ``module`` cannot be held in 4 bits; None if they can."""
     if not hasattr(type(module), "_apply_gate"):
         return "it is not under Transformers' experts interface"
-    if getattr(module, "is_transposed", False):
-        return "its weights are transposed"
-    if not getattr(module, "is_concatenated", True):
-        return "its gate and up features alternate"
     if reason := layout_refusal(module):
         return reason
     format4bit = get_kernel().quantization.Format4bit
     try:
         for name in projections_of(module):
-            format4bit(tuple(getattr(module, name).shape), blocksize=blocksize, projections=_parts(name))
+            format4bit(tuple(getattr(module, name).shape), blocksize=blocksize, projections=_parts(module, name))
     except ValueError as error:
         return str(error)
     return None
 
 
-def _parts(name: str) -> int:
-    """Matrices of one expert in the parameter of that name."""
-    return 2 if name == "gate_up_proj" else 1
+def _parts(module: Experts, name: str) -> int:
+    """Matrices of one expert in the parameter of that name, one after the other."""
+    halves = getattr(module, "is_concatenated", True) and not getattr(module, "is_transposed", False)
+    return 2 if name == "gate_up_proj" and halves else 1
 
 
 def _holds_experts(module: nn.Module) -> bool:
@@ -226,7 +223,7 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
                         f"llm_int8_skip_modules must name all experts of a layer, {path}, or none, got {pattern}"
                     )
             targets += [
-                Target(f"{path}.{name}", tuple(getattr(module, name).shape), _parts(name))
+                Target(f"{path}.{name}", tuple(getattr(module, name).shape), _parts(module, name))
                 for name in projections_of(module)
             ]
         for class_name, reason in refused.items():

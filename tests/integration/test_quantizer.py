@@ -48,7 +48,7 @@ from .four_bit import (
     same_state,
     through_4bit,
 )
-from .models import QWEN3_MOE, ModelCase, experts_modules, tokens
+from .models import GPT_OSS, QWEN3_MOE, ModelCase, experts_modules, tokens
 from .saved import same_tensors, tensors_of
 
 pytestmark = pytest.mark.usefixtures("enabled")
@@ -75,6 +75,7 @@ def dequantized_matrices(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         pytest.param(MIXTRAL, "nf4", False, id="mixtral-renamed keys"),
         pytest.param(NEMOTRON_H, "nf4", True, id="nemotron_h-no gate"),
         pytest.param(BY_ID["granitemoe"], "nf4", True, id="granitemoe-fused in its checkpoints"),
+        pytest.param(GPT_OSS, "nf4", True, id="gpt_oss-transposed, gate and up alternate"),
     ],
 )
 def test_quantizes_on_loading_as_bitsandbytes(
@@ -114,6 +115,25 @@ def test_logits_equal_those_of_the_dequantized_model(dense: Path) -> None:
         unquantized = logits(load(dense, dtype=torch.float32, device_map=DEVICE))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert (ours - unquantized).abs().max() > 1e-2  # or 4 bits would not show
+
+
+def test_gpt_oss_is_trained_as_its_dequantized_self(tmp_path: Path) -> None:
+    """Weights of one input lie side by side, gate and up features alternate, and biases stay dense and trainable."""
+    build(GPT_OSS).save_pretrained(tmp_path)
+    model = load(tmp_path, GPT_OSS, quantization_config=config(llm_int8_skip_modules=LINEAR), dtype=torch.float32)
+    reference = load(tmp_path, GPT_OSS, dtype=torch.float32, experts_implementation="eager", device_map=DEVICE)
+    with torch.no_grad():
+        for name, weights in packed(model).items():
+            reference.get_parameter(name).copy_(weights.dequantize(torch.float32))
+    ids = tokens(device=DEVICE)
+    for own in (model, reference):
+        own(ids, labels=ids).loss.backward()
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model), logits(reference), rtol=1e-4, atol=1e-4)
+    wanted = {name: p.grad for name, p in reference.named_parameters() if name not in packed(model)}
+    assert {name for name in wanted if name.endswith("_bias")}
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
@@ -455,29 +475,18 @@ def test_disable_puts_the_own_quantizer_back() -> None:
     assert AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] is not Bnb4BitHfQuantizer
 
 
-@pytest.mark.parametrize(
-    ("case", "options", "reason"),
-    [
-        (BY_ID["gpt_oss"], {}, "GptOssExperts stays dense with load_in_4bit=True: its weights are transposed"),
-        (
-            QWEN3_MOE,
-            {"hidden_size": 40, "moe_intermediate_size": 12},
-            r"Qwen3MoeExperts stays dense .* multiple of the blocksize 64",
-        ),
-    ],
-    ids=["gpt_oss", "blocks"],
-)
-def test_what_is_not_supported_stays_dense(case: ModelCase, options: Any, reason: str, tmp_path: Path) -> None:
-    build(case, **options).save_pretrained(tmp_path / "dense")
+def test_what_is_not_supported_stays_dense(tmp_path: Path) -> None:
+    build(hidden_size=40, moe_intermediate_size=12).save_pretrained(tmp_path / "dense")
+    reason = r"Qwen3MoeExperts stays dense with load_in_4bit=True: .* multiple of the blocksize 64"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = load(tmp_path / "dense", case, quantization_config=config(), dtype=torch.bfloat16)
+        model = load(tmp_path / "dense", quantization_config=config(), dtype=torch.bfloat16)
     assert len([warning for warning in caught if re.search(reason, str(warning.message))]) == 1
     assert not packed(model)
     assert type(model.get_submodule("model.layers.0.self_attn.q_proj")).__name__ == "Linear4bit"
     assert all(experts.down_proj.dtype == torch.bfloat16 for experts in experts_modules(model))
     model.save_pretrained(tmp_path / "saved")
-    assert load(tmp_path / "saved", case).config.quantization_config.load_in_4bit
+    assert load(tmp_path / "saved").config.quantization_config.load_in_4bit
 
 
 def test_experts_that_checkpoints_hold_together_stay_dense() -> None:
