@@ -14,7 +14,10 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 OURS = "moe_fused"
 FLOOR = "floor"  # the implementation name of the rows that hold the least time the hardware allows
@@ -121,8 +124,8 @@ def replace_file(path: Path, content: bytes) -> None:
         raise
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Writes ``rows`` as a JSON list, one row a line, so that a new measurement is a readable diff."""
+def write_rows(path: Path, rows: Iterable[DataclassInstance]) -> None:
+    """Writes ``rows``, of whatever class, as a JSON list, one row a line, so that a new measurement is a readable diff."""
     lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
     replace_file(path, f"[\n{lines}\n]\n".encode())
 

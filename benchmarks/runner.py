@@ -440,7 +440,7 @@ def _run(
     return problems
 
 
-def _console() -> Console:
+def make_console() -> Console:
     console = Console()
     # A log has no width: 80 columns would cut names off.
     return console if console.is_terminal else Console(width=150)
@@ -476,7 +476,7 @@ def command(benchmark: Benchmark) -> Callable[..., None]:
         if chosen.type == "cpu" and layers != ["tiny"]:
             raise typer.BadParameter("a CPU is only for smoke tests: give --layer tiny", param_hint="--device")
 
-        console = _console()
+        console = make_console()
         start = time.perf_counter()
         prepare = benchmark.setup(names)
         if chosen.type == "cpu":

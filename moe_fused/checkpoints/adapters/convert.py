@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moe_fused.checkpoints.safetensors_file import TensorSpec, safetensors_writer
+from moe_fused.checkpoints.safetensors_file import TensorSpec, as_bytes, safetensors_writer
 from moe_fused.staging import staged_directory
 
 from .config import B_LAYOUT, CONFIG, DETAILS, AdapterConfig, module_of, repattern, retarget
@@ -178,7 +178,7 @@ class _Conversion:
         for key, tensor in self.tensors(blocks):
             if key in tensors:
                 raise ValueError(f"{key} would be written twice")
-            tensors[key] = TensorSpec.of(tensor)
+            tensors[key] = TensorSpec.of(key, tensor)
         if self.to.layout is Layout.PER_EXPERT and ranks.keys() not in ({DOWN}, {GATE, UP, DOWN}):
             notes.append("PEFT under Transformers 5 loads gate_proj and up_proj only together, and with down_proj.")
         if self.to.fused and self.config.content.get("lora_dropout"):
@@ -254,7 +254,7 @@ class _Conversion:
         metadata = {"format": "pt", **(self.file.metadata() or {}), MARKER: plan.target.value}
         with safetensors_writer(directory / WEIGHTS, plan.tensors, metadata) as write:
             for key, tensor in self.tensors(blocks()):
-                write(key, tensor)
+                write(key, [as_bytes(tensor)])
         text = json.dumps(plan.config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         (directory / CONFIG).write_text(text, encoding="utf-8")
         for name in plan.files:
