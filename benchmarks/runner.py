@@ -90,6 +90,7 @@ class Benchmark:
         layers, tokens, phases, lora_ranks: what is measured unless asked otherwise; there are no other phases and ranks.
         weights: how the weights are stored, of the floor.
         seconds: time per implementation and point.
+        tolerance: of results, relative to their norms.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Benchmark:
     lora_ranks: tuple[int, ...] = (0,)
     weights: str = "bf16"
     seconds: float = 0.4
+    tolerance: float = harness.TOLERANCE
 
     @property
     def baselines(self) -> tuple[str, ...]:
@@ -247,19 +249,23 @@ class Bench:
         reference: dict[str, Tensor] = {}
         # The baseline first: the others are compared with it, or with the first that works where it does not.
         for name in sorted(calls, key=lambda name: name != self.benchmark.baselines[0]):
-            want = harness.run_and_weigh(expected[name], self.device)[0] if name in expected else reference
-            outcomes[name] = self._try(name, calls[name], want)
-            del want
+            outcomes[name] = self._try(name, calls[name], reference, expected.get(name))
             harness.release_memory(self.device)
         return outcomes, {name: call for name, call in calls.items() if outcomes[name].problem is None}
 
-    def _try(self, name: str, call: Call, reference: dict[str, Tensor]) -> Outcome:
-        """The memory of ``call``, or why it has none to report; its results become an empty ``reference``."""
+    def _try(self, name: str, call: Call, reference: dict[str, Tensor], expected: Call | None) -> Outcome:
+        """The memory of ``call``, or why it has none to report.
+
+        Its results must be those of ``expected``, else those in ``reference``, which they fill if it is empty.
+        """
         try:
+            if expected is not None:
+                reference, _ = harness.run_and_weigh(expected, self.device)
             harness.poison(self.device, POISON_BYTES)
             got, grown = harness.run_and_weigh(call, self.device)
             self._kept[name] = self._kept.get(name, 0.0) + grown
-            harness.compare(name, got, reference or got)  # with itself: all finite
+            # With itself: all finite.
+            harness.compare(name, got, reference or got, tolerance=self.benchmark.tolerance)
             if not reference:
                 reference.update(got)
             del got
@@ -406,9 +412,7 @@ def _one_line_errors() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def _points(
-    layers: Sequence[Layer], tokens: Sequence[int], phases: Sequence[str], device: torch.device
-) -> list[Point]:
+def _points(layers: Sequence[Layer], tokens: Sequence[int], phases: Sequence[str], device: torch.device) -> list[Point]:
     points = []
     for layer in layers:
         for phase in phases:
@@ -464,7 +468,7 @@ def _run(
 def _console() -> Console:
     console = Console()
     # A log has no width: 80 columns would cut names off.
-    return console if console.is_terminal else Console(width=150)
+    return console if console.is_terminal else Console(width=180)
 
 
 def command(benchmark: Benchmark) -> Callable[..., None]:
