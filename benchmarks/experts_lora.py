@@ -1,6 +1,6 @@
 """Times training LoRA on 4-bit experts: adapters inside our kernels, against plain torch and against PEFT.
 
-    python -m benchmarks.experts_lora            one layer, ranks 16 and 64, within 6 minutes on an H100 (`make bench`)
+    python -m benchmarks.experts_lora            one layer, ranks 16 and 64 (`make bench`)
     python -m benchmarks.experts_lora --quick    three sizes of it, writes nothing
 
 A step is a forward and the gradients of the tokens, the routing weights and the adapters of both projections; the weights
