@@ -41,6 +41,7 @@ __all__ = [
     "MismatchError",
     "Row",
     "Timing",
+    "UnavailableError",
     "allocated_mib",
     "clock_for",
     "compare",
@@ -65,6 +66,7 @@ WARMUP_CALLS = 2
 ESTIMATE_CALLS = 3
 MAX_CALLS = 2000
 CACHE_MULTIPLE = 6  # the rotated inputs and weights exceed the L2 this many times
+TOLERANCE = 0.02  # half-precision sums in another order differ by 0.005 of the whole
 CHECK_CHUNK = 2**24  # elements compared at a time, so that the check needs little memory
 
 Call = Callable[[int], Any]
@@ -266,6 +268,10 @@ class MismatchError(RuntimeError):
     """An implementation whose results are not those of the others."""
 
 
+class UnavailableError(RuntimeError):
+    """An implementation that cannot run here, in a few words for a table."""
+
+
 def _relative_errors(got: Tensor, want: Tensor) -> tuple[float, float]:
     """The error of the whole and the largest error of a row (the last dimension), relative to their norms.
 
@@ -291,7 +297,7 @@ def compare(
     got: Mapping[str, Tensor],
     want: Mapping[str, Tensor],
     *,
-    tolerance: float = 0.02,
+    tolerance: float = TOLERANCE,
     row_tolerance: float = 0.25,
 ) -> None:
     """Checks the results ``got`` of the implementation ``name`` against ``want``, those of another.
