@@ -205,7 +205,8 @@ def test_rows_of_no_expert_are_nan(sizes: tuple[int, int], good_rows: int, dtype
     buffer = permute.route_sorted_op(m_sizes, 10, dtype, False)
     with torch.no_grad():
         y = ops.grouped_linear(
-            inputs.input, inputs.weight, inputs.bias, buffer, [], "", False, True, False, 1, float("nan")
+            *(inputs.input, inputs.weight, inputs.bias, None, None, buffer),
+            *([], "", False, True, False, 1, float("nan"), 1.0),
         )
     assert y[good_rows:].isnan().all()
     if good_rows:
