@@ -47,6 +47,12 @@ def optimizer(
     target_parameters: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The same of the run to be resumed.")
     ] = None,
+    align_steps: Annotated[
+        bool,
+        typer.Option(
+            "--align-steps", help="Allow experts to become one that were updated in different numbers of steps."
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TARGET's optimizer.pt.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done.")] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
@@ -74,6 +80,7 @@ def optimizer(
             given=from_,
             parameters=parameters,
             target_parameters=target_parameters,
+            align_steps=align_steps,
             overwrite=overwrite,
             progress=progress,
         )

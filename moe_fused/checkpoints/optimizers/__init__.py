@@ -17,7 +17,7 @@ What does more than that is refused:
   moments: the same learning rate would move ``s·B`` as far as it moved B.
 - ranks that were filled up: the new elements have no history.
 - tensors that become one and have made different numbers of steps, as experts do that saw no token in some of them: the
-  state has one number for all, on which the correction of its bias depends.
+  state has one number for all, on which the correction of its bias depends. On request the number becomes the largest.
 
 bitsandbytes' 8-bit AdamW has a scale for every 256 elements of a tensor. Where these blocks move as they are, so do their
 bytes; else their values are computed and quantized again. Tensors of less than 4096 elements are in 32 bits there: those

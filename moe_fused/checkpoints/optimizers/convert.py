@@ -24,7 +24,7 @@ from moe_fused.staging import staged_files
 from . import adapters
 from .models import ModelParameters
 from .parameters import Side, arrange, identify, read_names
-from .rearrange import Unit, rearrange
+from .rearrange import Unit, aligned, rearrange
 from .state import FILES, OptimizerState, ParameterState, pack
 
 if TYPE_CHECKING:
@@ -192,6 +192,7 @@ def plan_optimizer(
     given: str | None = None,
     parameters: Path | None = None,
     target_parameters: Path | None = None,
+    align_steps: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
@@ -231,7 +232,7 @@ def plan_optimizer(
     before, names = identify(state, kind.sides, kind.model, read_names(parameters) if parameters else None)
     if before.layout == kind.after.layout:
         raise ValueError(f"the parameters of {path} are in layout {before.layout} already")
-    conversion = _Conversion(state, before, names, kind)
+    conversion = _Conversion(state, before, names, kind, align_steps)
     conversion.run(progress)
     order = list(
         arrange(conversion.states, kind.after, kind.model, read_names(target_parameters) if target_parameters else None)
@@ -261,15 +262,17 @@ class _Conversion:
         requantized: names of parameters.
     """
 
-    def __init__(self, state: OptimizerState, before: Side, names: list[str], kind: _Kind) -> None:
+    def __init__(self, state: OptimizerState, before: Side, names: list[str], kind: _Kind, align_steps: bool) -> None:
         self.source = state
+        self.align_steps = align_steps
         self.kind = kind
         self.slots = {before.called(name): slot for name, slot in zip(names, state.slots, strict=True)}
         self.units = list(kind.units(before))
         self.states: dict[str, ParameterState | None] = {}
         self.groups: dict[str, int] = {}
         self.requantized: list[str] = []
-        self.narrowed = 0
+        self.aligned: list[str] = []
+        self.widened = 0
 
     def run(self, progress: Progress | None) -> None:
         done = 0
@@ -300,12 +303,15 @@ class _Conversion:
                     "become one"
                 )
         before = {name: ParameterState.read(name, self.slots[name].entry) for name in unit.sources}
+        if self.align_steps:
+            before, changed = aligned(unit, before, self.source.groups[self.slots[there[0]].group]["betas"])
+            self.aligned += changed
         after, requantized = rearrange(unit, before)
         self.requantized += requantized
         for name, own in after.items():
             self._put(name, own, self.slots[there[0]].group)
             if own and own.bits == 32 and any(one and one.bits == 8 for one in before.values()):
-                self.narrowed += 1
+                self.widened += 1
 
     def _put(self, name: str, state: ParameterState | None, group: int) -> None:
         shapes = self.kind.after.shapes
@@ -323,8 +329,13 @@ class _Conversion:
                 f"the 8-bit moments of {len(self.requantized)} parameters are quantized anew, as of {self.requantized[0]}: "
                 "their blocks are not those of the other layout"
             )
-        if self.narrowed:
-            notes.append(f"the moments of {self.narrowed} small parameters go from 8 to 32 bits, exactly")
+        if self.aligned:
+            notes.append(
+                f"the moments of {len(self.aligned)} parameters, as of {self.aligned[0]}, are scaled to the number of steps "
+                "of the others that they become one with"
+            )
+        if self.widened:
+            notes.append(f"the moments of {self.widened} small parameters go from 8 to 32 bits, exactly")
         return notes
 
 

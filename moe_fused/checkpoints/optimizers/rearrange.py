@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .state import BLOCK, SMALLEST, Blockwise, Moment, ParameterState, Shape
+from .state import BLOCK, FIRST_MOMENTS, SMALLEST, Blockwise, Moment, ParameterState, Shape
 
 Load = Callable[[str], Tensor]
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,52 @@ def _agreed(unit: Unit, states: Mapping[str, ParameterState | None]) -> Paramete
     return first
 
 
+def aligned(
+    unit: Unit, states: Mapping[str, ParameterState | None], betas: tuple[float, float]
+) -> tuple[dict[str, ParameterState | None], list[str]]:
+    """The states as if all had been updated as often as the one that was most often, and the names of those changed.
+
+    Adam divides its moments by ``1 - beta ** step``. They are scaled so that this gives what it gave before; those of
+    parameters that were not updated yet are zero.
+
+    Args:
+        states: of the sources of ``unit``.
+        betas: of the optimizer, for the moments and those of the squares.
+    """
+    present = [state for name in unit.sources if (state := states[name]) is not None]
+    if not present:
+        return dict(states), []
+    last = max(present, key=lambda state: float(state.step))
+    result, changed = dict(states), []
+    for name, shape in unit.sources.items():
+        state = states[name]
+        if state is not None and (float(state.step) == float(last.step) or _kind(state) != _kind(last)):
+            continue  # the latter cannot become one anyway
+        changed.append(name)
+        factors = (0.0, 0.0)
+        if state is not None and float(state.step):
+            factors = (_correction(betas[0], last, state), _correction(betas[1], last, state))
+        moments = {}
+        for key, example in last.moments.items():
+            own = _zeros(example, shape) if state is None else state.moments[key]
+            factor = factors[key not in FIRST_MOMENTS]
+            scaled = own._replace(absmax=own.absmax * factor) if isinstance(own, Blockwise) else own * factor
+            moments[key] = scaled
+        result[name] = replace(last, moments=moments)
+    return result, changed
+
+
+def _correction(beta: float, last: ParameterState, state: ParameterState) -> float:
+    return (1 - beta ** float(last.step)) / (1 - beta ** float(state.step))
+
+
+def _zeros(like: Moment, shape: Shape) -> Moment:
+    if not isinstance(like, Blockwise):
+        return torch.zeros(shape, dtype=like.dtype)
+    blocks = -(-torch.Size(shape).numel() // BLOCK)
+    return Blockwise(torch.zeros(shape, dtype=torch.uint8), torch.zeros(blocks), like.qmap)
+
+
 def _kind(state: ParameterState) -> str:
     kinds = (
         f"{key} in 8 bits" if isinstance(moment, Blockwise) else f"{key} in {str(moment.dtype).removeprefix('torch.')}"
@@ -129,20 +176,28 @@ class _Blocks:
         """The elements at ``places``, and whether they are exactly what they were."""
         if places.numel() < SMALLEST:
             return self.values[places], True
-        flat = places.reshape(-1)
-        heads = flat[::BLOCK]
-        part = torch.searchsorted(self.starts, heads, right=True) - 1
-        offset = heads - self.starts[part]
-        whole = (heads[:, None] + torch.arange(BLOCK)).reshape(-1)[: flat.numel()]
-        # A block that runs beyond the end of its part would go on in the next one.
-        if (
-            bool((offset % BLOCK == 0).all())
-            and torch.equal(whole, flat)
-            and bool((torch.searchsorted(self.starts, whole, right=True) - 1).eq(_spread(part, flat.numel())).all())
-        ):
-            absmax = self.absmax[self.first_blocks[part] + offset // BLOCK]
-            return Blockwise(self.codes[places], absmax, self.qmap), True
-        return self._quantize(self.values[places]), False
+        blocks = self._blocks(places.reshape(-1))
+        if blocks is None:
+            return self._quantize(self.values[places]), False
+        return Blockwise(self.codes[places], self.absmax[blocks], self.qmap), True
+
+    def _blocks(self, places: Tensor) -> Tensor | None:
+        """The blocks that ``places`` consist of; None if they have other elements, or in another order."""
+        result = []
+        for chunk in places.split(_CHUNK):
+            heads = chunk[::BLOCK].contiguous()
+            part = torch.searchsorted(self.starts, heads, right=True) - 1
+            offset = heads - self.starts[part]
+            if (offset % BLOCK).any():
+                return None
+            if not torch.equal((heads[:, None] + torch.arange(BLOCK)).reshape(-1)[: len(chunk)], chunk):
+                return None
+            # The last block of a part may be short, and what follows is of the next.
+            ends = torch.clamp(torch.arange(1, len(heads) + 1) * BLOCK, max=len(chunk))
+            if (offset + ends - torch.arange(len(heads)) * BLOCK > self.sizes[part]).any():
+                return None
+            result.append(self.first_blocks[part] + offset // BLOCK)
+        return torch.cat(result)
 
     @property
     def values(self) -> Tensor:
@@ -155,8 +210,3 @@ class _Blocks:
 
         codes, state = quantize_blockwise(values.reshape(-1), code=self.qmap, blocksize=BLOCK)
         return Blockwise(codes.view(values.shape), state.absmax, self.qmap)
-
-
-def _spread(blocks: Tensor, count: int) -> Tensor:
-    """A value for each element, from one for each block."""
-    return blocks.repeat_interleave(BLOCK)[:count]

@@ -17,6 +17,8 @@ FILES = ("optimizer.pt", "optimizer.bin")
 BLOCK, SMALLEST = 256, 4096
 # The dictionary within that of a parameter in which bitsandbytes hides from FSDP what FSDP could not gather.
 _WRAPPER = "__bnb_optimizer_quant_state__"
+# Those that are means of gradients; all others are of their squares.
+FIRST_MOMENTS = ("exp_avg", "state1")
 _TORCH = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _BNB = ("state1", "state2")
 _BNB_PARTS = tuple(f"{part}{number}" for part in ("state", "qmap", "absmax") for number in (1, 2))
