@@ -340,6 +340,34 @@ def test_factors_of_gate_and_up_there_and_back(tmp_path: Path) -> None:
     assert same(load_state(tmp_path / "back"), load_state(source))
 
 
+@pytest.mark.parametrize("layout", [Layout.UNSLOTH_GROUPED, Layout.PEFT_SWAPPED, Layout.UNSLOTH_SWAPPED])
+def test_common_factors_between_fused_layouts(layout: Layout, tmp_path: Path) -> None:
+    """With moments that are the factors: the converted state is the converted adapter."""
+    separated = per_expert_adapter(tmp_path / "separated", shared=True)
+    convert_adapter(separated, tmp_path / "source", to=Layout.PEFT_FUSED, scaling=ScalingChoice.KEEP)
+    convert_adapter(tmp_path / "source", tmp_path / "out", to=layout)
+    before, after = (read(tmp_path / name)[0] for name in ("source", "out"))
+    optimizer = torch.optim.AdamW([nn.Parameter(value) for value in before.values()])
+    for parameter in optimizer.param_groups[0]["params"]:
+        optimizer.state[parameter] = {
+            "step": torch.tensor(7.0),
+            "exp_avg": parameter.data,
+            "exp_avg_sq": parameter.data,
+        }
+    save_state(tmp_path / "source", optimizer)
+    plan = convert_optimizer(
+        tmp_path / "source",
+        tmp_path / "out",
+        parameters=write_names(tmp_path / "before.json", [list(before)]),
+        target_parameters=write_names(tmp_path / "after.json", [list(after)]),
+    )
+    assert plan.layouts == ("peft-fused", layout.value)
+    state = load_state(tmp_path / "out")["state"]
+    assert not same(before, after)
+    for number, (name, tensor) in enumerate(after.items()):
+        assert torch.equal(state[number]["exp_avg"], tensor), name
+
+
 # --- names
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -32,7 +32,11 @@ class ModelParameters:
             name: tuple(parameter.shape) for name, parameter in architecture.model.named_parameters()
         }
         self.places = {name: place for place, name in enumerate(self.parameters)}
-        self.decays = decaying(architecture.model)
+
+    @cached_property
+    def decays(self) -> Callable[[str], bool]:
+        """Whether Trainer lets a parameter decay. Importing it takes seconds, which one group does not need."""
+        return decaying(self.architecture.model)
 
     def names(self, target: Target, layout: str) -> list[str] | None:
         """Of the tensors of ``target``, expert by expert or all in one; None if ``layout`` has no such."""

@@ -20,7 +20,8 @@ class Unit:
 
     Attributes:
         sources: shapes by name.
-        rearrange: gives the others by name, from a function that gives the sources by name.
+        rearrange: gives the others by name, from a function that gives the sources by name: for each element of these
+            its number, int64.
     """
 
     sources: Mapping[str, Shape]
