@@ -32,7 +32,14 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 # What Trainer and accelerate need besides to resume, and what depends on no layout.
-_COMPANIONS = ("scheduler.pt", "scheduler.bin", "scaler.pt", "trainer_state.json", "rng_state*.pth")
+_COMPANIONS = (
+    "scheduler.pt",
+    "scheduler.bin",
+    "scaler.pt",
+    "trainer_state.json",
+    "rng_state*.pth",
+    "random_states_*.pkl",
+)
 
 
 @dataclass(frozen=True)

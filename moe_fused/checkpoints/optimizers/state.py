@@ -65,12 +65,12 @@ class ParameterState:
     @property
     def shape(self) -> Shape:
         """Of the parameter."""
-        moment = next(iter(self.moments.values()))
-        return tuple((moment.codes if isinstance(moment, Blockwise) else moment).shape)
+        return _shape_and_bits(next(iter(self.moments.values())))[0]
 
     @property
     def bits(self) -> int:
-        return 8 if any(isinstance(moment, Blockwise) for moment in self.moments.values()) else 32
+        """8 or 32, the latter for whatever is not quantized."""
+        return _shape_and_bits(next(iter(self.moments.values())))[1]
 
     @property
     def nbytes(self) -> int:
@@ -106,12 +106,10 @@ class ParameterState:
                 raise ValueError(f"{key} in the state of {name} must be a tensor, got {type(value).__name__}")
         keys = _BNB if "state1" in entries else [key for key in _TORCH if key in entries]
         moments = {key: _moment(name, key, entries) for key in keys}
-        state = cls(step, moments, wrapped)
-        for key in keys:
-            one = cls(step, {key: moments[key]}, wrapped)
-            if (one.shape, one.bits) != (state.shape, cls(step, {keys[0]: moments[keys[0]]}, wrapped).bits):
+        for key, moment in moments.items():
+            if _shape_and_bits(moment) != _shape_and_bits(moments[keys[0]]):
                 raise ValueError(f"{key} in the state of {name} is of another shape or dtype than {keys[0]}")
-        return state
+        return cls(step, moments, wrapped)
 
     def entry(self) -> dict[str, Any]:
         """The way back."""
@@ -123,6 +121,12 @@ class ParameterState:
             else:
                 moments[key] = moment
         return {"step": self.step, **({_WRAPPER: moments} if self.wrapped else moments)}
+
+
+def _shape_and_bits(moment: Moment) -> tuple[Shape, int]:
+    if isinstance(moment, Blockwise):
+        return tuple(moment.codes.shape), 8
+    return tuple(moment.shape), 32
 
 
 def _listed(keys: Mapping[Any, Any]) -> str:
