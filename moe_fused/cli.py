@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from moe_fused import convert_model_cli
+from moe_fused import convert_model_cli, convert_optimizer_cli
 from moe_fused.checkpoints.adapters import Layout, ScalingChoice
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 convert = typer.Typer(rich_markup_mode=None, help="Convert files between layouts.")
 app.add_typer(convert, name="convert")
 convert.command()(convert_model_cli.model)
+convert.command()(convert_optimizer_cli.optimizer)
 
 
 @app.callback()

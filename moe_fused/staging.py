@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all."""
+"""Directories, and files in them, that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -28,6 +28,24 @@ def _publish(staging: Path, target: Path, check_replaceable: Callable[[Path], No
 
 
 @contextlib.contextmanager
+def _staging(staging: Path, name: str, target: Path, needed_bytes: int) -> Iterator[None]:
+    """``staging`` as a new empty directory, gone after the block, with ``needed_bytes`` free for what becomes ``target``."""
+    # Not tempfile.mkdtemp: its mode 0700 would stay with the published directory.
+    try:
+        staging.mkdir()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot create {name}: {error.strerror}", str(target)) from error
+    try:
+        free = shutil.disk_usage(staging).free
+        if free < needed_bytes:
+            raise OSError(f"{needed_bytes >> 20} MiB are needed at {staging.parent}, only {free >> 20} MiB are free")
+        yield
+    finally:
+        with signals_ignored():
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def staged_directory(
     target: Path, name: str, check_replaceable: Callable[[Path], None], needed_bytes: int
 ) -> Iterator[Path]:
@@ -47,20 +65,38 @@ def staged_directory(
     """
     target = target.resolve()
     check_replaceable(target)
-    # Not tempfile.mkdtemp: its mode 0700 would stay with the published directory.
     staging = target.with_name(f".{target.name}-{secrets.token_hex(4)}.partial")
-    try:
-        staging.mkdir()
-    except OSError as error:
-        raise OSError(error.errno, f"cannot create {name}: {error.strerror}", str(target)) from error
-    try:
-        free = shutil.disk_usage(staging).free
-        if free < needed_bytes:
-            raise OSError(f"{needed_bytes >> 20} MiB are needed at {target.parent}, only {free >> 20} MiB are free")
+    with _staging(staging, name, target, needed_bytes):
         yield staging
         check_interrupted()
         with signals_ignored():
             _publish(staging, target, check_replaceable)
-    finally:
+
+
+@contextlib.contextmanager
+def staged_files(
+    directory: Path, name: str, check_replaceable: Callable[[], None], needed_bytes: int
+) -> Iterator[Path]:
+    """Gives a new empty directory within ``directory``, whose files move up to it if the block ends without an error.
+
+    Each of them appears whole, in the order of their names, and replaces one that is there.
+
+    Args:
+        directory: where the files will be; must exist.
+        name: of the argument that gave ``directory``, for messages.
+        check_replaceable: raises if files that are there must not be replaced.
+        needed_bytes: to be free in ``directory``.
+
+    Raises:
+        OSError: ``directory`` is missing or not writable, or has less than ``needed_bytes`` free.
+    """
+    directory = directory.resolve()
+    check_replaceable()
+    staging = directory / f".{secrets.token_hex(4)}.partial"
+    with _staging(staging, name, directory, needed_bytes):
+        yield staging
+        check_interrupted()
         with signals_ignored():
-            shutil.rmtree(staging, ignore_errors=True)
+            check_replaceable()  # again: the work takes minutes
+            for path in sorted(staging.iterdir()):
+                path.replace(directory / path.name)

@@ -25,6 +25,7 @@ from moe_fused.checkpoints.adapters import convert as conversion
 from moe_fused.checkpoints.adapters.convert import WEIGHTS, convert_adapter
 from moe_fused.checkpoints.safetensors_file import TensorSpec, as_bytes, safetensors_writer
 from tests.integration.adapters import PREFIX, edit, per_expert_adapter, read, same_tensors, write
+from tests.integration.commands import command, files
 from tests.support import REPOSITORY, python_path
 
 Config = dict[str, Any]
@@ -303,43 +304,17 @@ def test_original_of_other_ranks(source: Path, tmp_path: Path) -> None:
 # --- the command
 
 
-@dataclass(frozen=True)
-class Ended:
-    status: int
-    stdout: str
-    stderr: str
-
-
-def command(*options: str | Path, cwd: Path) -> Ended:
-    ended = subprocess.run(
-        [sys.executable, "-m", "moe_fused", "convert", "adapter", *map(str, options)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": python_path(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    return Ended(ended.returncode, ended.stdout, ended.stderr)
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
-    }
-
-
 def test_command(source: Path, tmp_path: Path) -> None:
     (source / "README.md").write_text("about")
     (source / "optimizer.pt").write_text("moments of other shapes")
     before = files(tmp_path)
-    ended = command("source", "out", "--to", "peft-fused", "--dry-run", cwd=tmp_path)
+    ended = command("adapter", "source", "out", "--to", "peft-fused", "--dry-run", cwd=tmp_path)
     assert ended.status == 0, ended
     assert ended.stdout.startswith("would convert source (per-expert) to out (peft-fused)\n2 layers of 6 experts")
     assert "optimizer.pt is not copied" in ended.stdout
     assert files(tmp_path) == before
 
-    ended = command("source", "out", "--to", "peft-fused", cwd=tmp_path)
+    ended = command("adapter", "source", "out", "--to", "peft-fused", cwd=tmp_path)
     assert ended.stdout.startswith("converted ")
     assert not ended.stderr
     assert files(tmp_path / "out").keys() == {"README.md", "adapter_config.json", WEIGHTS}
