@@ -109,12 +109,11 @@ def _adapted(dtype: torch.dtype, tokens: int, packed: bool) -> Iterator[tuple[st
         left, lefts = meta(rows, rank), meta(rows, 2 * rank)
         up_a, up_b = meta(EXPERTS, rank, HIDDEN), meta(EXPERTS, 2 * INTERMEDIATE, rank)
         down_a, down_b = meta(EXPERTS, rank, INTERMEDIATE), meta(EXPERTS, HIDDEN, rank)
-        for label, own in (("shared", extension(left, up_b)), ("separate", extension(lefts, up_b))):
-            yield (
-                f"up{suffix}, {label} rank {rank}",
-                f"up{suffix}",
-                _call(launch.grouped_up, x, up, routing, rows, None, gate, True, own),
-            )
+        # The smaller rank with one A for gate and up, the larger with two, and in place.
+        last = rank == RANKS[-1]
+        own = extension(lefts if last else left, up_b)
+        call = _call(launch.grouped_up, x, up, routing, rows, None, gate, True, own)
+        yield f"up{suffix}, rank {rank}{', separate' if last else ''}", f"up{suffix}", call
         for label, a, w, right in (("down", rows_i, down, down_b), ("up transposed", rows_2i, up.mT, up_a.mT)):
             family = "gemm" if w.shape[2] > module("tuning").SHORT_K else "gemm_short"
             if packed:
@@ -126,10 +125,12 @@ def _adapted(dtype: torch.dtype, tokens: int, packed: bool) -> Iterator[tuple[st
             )
         if packed:
             continue
-        for in_place in (False, True):
-            backward = (x, down, None, rows_2i, routing, weights, gate, True, extension(left, down_a.mT), in_place)
-            name = f"down backward, rank {rank}{', in place' if in_place else ''}"
-            yield name, "down_backward", _call(launch.down_backward, *backward)
+        backward = (x, down, None, rows_2i, routing, weights, gate, True, extension(left, down_a.mT), last)
+        yield (
+            f"down backward, rank {rank}{', in place' if last else ''}",
+            "down_backward",
+            _call(launch.down_backward, *backward),
+        )
         yield f"shrink, gather, rank {rank}", "shrink", _call(launch.shrink, x, up_a, routing, True, 1.0, left)
         yield f"shrink, rank {rank}", "shrink", _call(launch.shrink, rows_i, down_a, routing, False, 1.0, left)
         halves = (rows_2i[:, :INTERMEDIATE], up_b[:, :INTERMEDIATE].mT, routing, False, 1.0, lefts[:, :rank])
