@@ -22,6 +22,8 @@ from tests.kernel.offline_compile import compiling_for
 
 # One Qwen3-30B-A3B layer.
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 128, 2048, 768, 8
+# Of its adapters: one block, and one that is as wide as blocks get.
+RANKS = (16, 64)
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,65 @@ def _tiled(dtype: torch.dtype, tokens: int) -> Iterator[tuple[str, str, Callable
     )
     yield "gram, gather a", "gram", lambda: launch.grouped_gram(x, rows_i, routing, True, False, down)
     yield "gram, gather b", "gram", lambda: launch.grouped_gram(rows_2i, x, routing, False, True, up)
+
+
+def _adapted(dtype: torch.dtype, tokens: int, packed: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """As ``_tiled`` and ``_packed_tiled``, of what an adapter adds a product to."""
+    launch, gate, routing = _modules(tokens, packed)
+    rows = tokens * TOP_K
+    extension = module("lora").Extension
+
+    def meta(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, rows_i, rows_2i = meta(tokens, HIDDEN), meta(rows, INTERMEDIATE), meta(rows, 2 * INTERMEDIATE)
+    up: Any = meta(EXPERTS, 2 * INTERMEDIATE, HIDDEN)
+    down: Any = meta(EXPERTS, HIDDEN, INTERMEDIATE)
+    weights = torch.empty((tokens, TOP_K), device="meta")
+    if packed:
+        up, down = _packed_stacks(dtype)
+    suffix = "_4bit" if packed else ""
+    for rank in RANKS:
+        left, lefts = meta(rows, rank), meta(rows, 2 * rank)
+        up_a, up_b = meta(EXPERTS, rank, HIDDEN), meta(EXPERTS, 2 * INTERMEDIATE, rank)
+        down_a, down_b = meta(EXPERTS, rank, INTERMEDIATE), meta(EXPERTS, HIDDEN, rank)
+        # The smaller rank with one A for gate and up, the larger with two, and in place.
+        last = rank == RANKS[-1]
+        own = extension(lefts if last else left, up_b)
+        call = _call(launch.grouped_up, x, up, routing, rows, None, gate, True, own)
+        yield f"up{suffix}, rank {rank}{', separate' if last else ''}", f"up{suffix}", call
+        for label, a, w, right in (("down", rows_i, down, down_b), ("up transposed", rows_2i, up.mT, up_a.mT)):
+            family = "gemm" if w.shape[2] > module("tuning").SHORT_K else "gemm_short"
+            if packed:
+                family = "gemm_4bit" if label == "down" else "transposed_4bit"
+            yield (
+                f"gemm{suffix}, {label}, rank {rank}",
+                family,
+                _call(launch.grouped_gemm, a, w, routing, rows, None, False, 0.0, extension(left, right)),
+            )
+        if packed:
+            continue
+        backward = (x, down, None, rows_2i, routing, weights, gate, True, extension(left, down_a.mT), last)
+        yield (
+            f"down backward, rank {rank}{', in place' if last else ''}",
+            "down_backward",
+            _call(launch.down_backward, *backward),
+        )
+        yield f"shrink, gather, rank {rank}", "shrink", _call(launch.shrink, x, up_a, routing, True, 1.0, left)
+        yield f"shrink, rank {rank}", "shrink", _call(launch.shrink, rows_i, down_a, routing, False, 1.0, left)
+        halves = (rows_2i[:, :INTERMEDIATE], up_b[:, :INTERMEDIATE].mT, routing, False, 1.0, lefts[:, :rank])
+        yield f"shrink, across, rank {rank}", "shrink", _call(launch.shrink, *halves)
+        for label, a, b, gather_a, gather_b, of, by in (
+            ("grad a", left, x, False, True, up_a, None),
+            ("grad b", rows_2i, left, False, False, up_b, None),
+            ("weighted", x, left, True, False, down_b, weights),
+        ):
+            # Factors are trained in fp32.
+            out = torch.empty_like(of, dtype=torch.float32)
+            gram = (a, b, routing, gather_a, gather_b, out, by)
+            yield f"gram, {label}, rank {rank}", "gram_thin", _call(launch.grouped_gram, *gram)
+    if not packed:
+        yield "up, gate_up alone", "up", lambda: launch.grouped_up(x, up, routing, rows, None, gate, True, save_h=False)
 
 
 def _packed_stacks(dtype: torch.dtype) -> tuple[Any, Any]:
@@ -177,7 +238,9 @@ def _reciprocal() -> Iterator[tuple[str, str, Callable[[], object]]]:
 def tiled(dtype: torch.dtype, height: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
     """All stages with a tile to choose, in the bucket of tiles ``height`` high."""
     yield from _tiled(dtype, tokens_of_bucket(height))
+    yield from _adapted(dtype, tokens_of_bucket(height), packed=False)
     yield from _packed_tiled(dtype, packed_tokens_of_bucket(height))
+    yield from _adapted(dtype, packed_tokens_of_bucket(height), packed=True)
 
 
 def untiled(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], object]]]:
