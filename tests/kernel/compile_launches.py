@@ -36,6 +36,7 @@ class Launch:
     shared: int
     registers: int
     spills: int
+    narrow_stores: int
     seconds: float
 
 
