@@ -23,7 +23,7 @@ from tests.kernel.offline_compile import compiling_for
 # One Qwen3-30B-A3B layer.
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 128, 2048, 768, 8
 # Of its adapters: one block, and one that is as wide as blocks get.
-RANKS = (16, 64)
+RANK = 64
 
 
 @dataclass(frozen=True)
@@ -106,47 +106,38 @@ def _adapted(dtype: torch.dtype, tokens: int, packed: bool) -> Iterator[tuple[st
     if packed:
         up, down = _packed_stacks(dtype)
     suffix = "_4bit" if packed else ""
-    for rank in RANKS:
-        left, lefts = meta(rows, rank), meta(rows, 2 * rank)
-        up_a, up_b = meta(EXPERTS, rank, HIDDEN), meta(EXPERTS, 2 * INTERMEDIATE, rank)
-        down_a, down_b = meta(EXPERTS, rank, INTERMEDIATE), meta(EXPERTS, HIDDEN, rank)
-        # The smaller rank with one A for gate and up, the larger with two, and in place.
-        last = rank == RANKS[-1]
-        own = extension(lefts if last else left, up_b)
-        call = _call(launch.grouped_up, x, up, routing, rows, None, gate, True, own)
-        yield f"up{suffix}, rank {rank}{', separate' if last else ''}", f"up{suffix}", call
-        for label, a, w, right in (("down", rows_i, down, down_b), ("up transposed", rows_2i, up.mT, up_a.mT)):
-            family = "gemm" if w.shape[2] > module("tuning").SHORT_K else "gemm_short"
-            if packed:
-                family = "gemm_4bit" if label == "down" else "transposed_4bit"
-            yield (
-                f"gemm{suffix}, {label}, rank {rank}",
-                family,
-                _call(launch.grouped_gemm, a, w, routing, rows, None, False, 0.0, extension(left, right)),
-            )
+    # Factors of their own for gate and up; the largest block of ranks.
+    left, lefts = meta(rows, RANK), meta(rows, 2 * RANK)
+    up_a, up_b = meta(EXPERTS, 2 * RANK, HIDDEN), meta(EXPERTS, 2 * INTERMEDIATE, RANK)
+    down_a, down_b = meta(EXPERTS, RANK, INTERMEDIATE), meta(EXPERTS, HIDDEN, RANK)
+    call = _call(launch.grouped_up, x, up, routing, rows, None, gate, True, extension(lefts, up_b))
+    yield f"up{suffix}, adapter", f"up{suffix}", call
+    for label, a, w, own in (
+        ("down", rows_i, down, extension(left, down_b)),
+        ("up transposed", rows_2i, up.mT, extension(lefts, up_a.mT)),
+    ):
+        family = "gemm" if w.shape[2] > module("tuning").SHORT_K else "gemm_short"
         if packed:
-            continue
-        backward = (x, down, None, rows_2i, routing, weights, gate, True, extension(left, down_a.mT), last)
-        yield (
-            f"down backward, rank {rank}{', in place' if last else ''}",
-            "down_backward",
-            _call(launch.down_backward, *backward),
-        )
-        yield f"shrink, gather, rank {rank}", "shrink", _call(launch.shrink, x, up_a, routing, True, 1.0, left)
-        yield f"shrink, rank {rank}", "shrink", _call(launch.shrink, rows_i, down_a, routing, False, 1.0, left)
-        halves = (rows_2i[:, :INTERMEDIATE], up_b[:, :INTERMEDIATE].mT, routing, False, 1.0, lefts[:, :rank])
-        yield f"shrink, across, rank {rank}", "shrink", _call(launch.shrink, *halves)
-        for label, a, b, gather_a, gather_b, of, by in (
-            ("grad a", left, x, False, True, up_a, None),
-            ("grad b", rows_2i, left, False, False, up_b, None),
-            ("weighted", x, left, True, False, down_b, weights),
-        ):
-            # Factors are trained in fp32.
-            out = torch.empty_like(of, dtype=torch.float32)
-            gram = (a, b, routing, gather_a, gather_b, out, by)
-            yield f"gram, {label}, rank {rank}", "gram_thin", _call(launch.grouped_gram, *gram)
-    if not packed:
-        yield "up, gate_up alone", "up", lambda: launch.grouped_up(x, up, routing, rows, None, gate, True, save_h=False)
+            family = "gemm_4bit" if label == "down" else "transposed_4bit"
+        call = _call(launch.grouped_gemm, a, w, routing, rows, None, False, 0.0, own)
+        yield f"gemm{suffix}, {label}, adapter", family, call
+    if packed:
+        return
+    backward = (x, down, None, rows_2i, routing, weights, gate, True, extension(left, down_a.mT), True)
+    yield "down backward, adapter, in place", "down_backward", _call(launch.down_backward, *backward)
+    yield "shrink, gather", "shrink", _call(launch.shrink, x, up_a, routing, True, 1.0, lefts)
+    yield "shrink", "shrink", _call(launch.shrink, rows_i, down_a, routing, False, 1.0, left)
+    halves = (rows_2i[:, :INTERMEDIATE], up_b[:, :INTERMEDIATE].mT, routing, False, 1.0, lefts[:, :RANK])
+    yield "shrink, across", "shrink", _call(launch.shrink, *halves)
+    for label, a, b, gather_a, gather_b, of, by in (
+        ("grad a", left, rows_i, False, False, down_a, None),
+        ("grad b", rows_2i[:, :INTERMEDIATE], lefts[:, :RANK], False, False, up_b[:, :INTERMEDIATE], None),
+        ("weighted", x, left, True, False, down_b, weights),
+    ):
+        # Factors are trained in fp32.
+        out = torch.empty_like(of, dtype=torch.float32)
+        yield f"gram, {label}", "gram_thin", _call(launch.grouped_gram, a, b, routing, gather_a, gather_b, out, by)
+    yield "up, gate_up alone", "up", lambda: launch.grouped_up(x, up, routing, rows, None, gate, True, save_h=False)
 
 
 def _packed_stacks(dtype: torch.dtype) -> tuple[Any, Any]:

@@ -166,7 +166,8 @@ def default_config(kernel: str, block_m: int, target: Target, itemsize: int) -> 
         # fp32 runs on the FMA units (or tf32 at half rate): small tiles, registers are what is short.
         config = LaunchConfig(tile_height(block_m, itemsize), 64 if kernel != "up" else 32, 32, 4, 3)
         if kernel in GRAMS:
-            config = LaunchConfig(64, 64, 32, 4, 3)
+            # The thin one's weighted operand lies in registers.
+            config = LaunchConfig(64 if kernel == "gram" else 32, 64, 32, 4, 3)
     elif kernel == "gram_thin":
         config = LaunchConfig(64, 128, 32, 4, 3)
     elif kernel == "shrink":
