@@ -11,7 +11,7 @@ import torch
 
 import moe_fused
 
-from .commands import Command, runner
+from .cli import Command, runner
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

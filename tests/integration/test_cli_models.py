@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moe_fused
 from moe_fused.quantizer import packed_modules
 
-from .commands import Command, save_tokenizer
+from .cli import Command, save_tokenizer
 from .four_bit import build, load, logits, same_state
 from .models import tokens
 from .saved import config_of, tensors_of
