@@ -34,8 +34,8 @@ OPTIONAL = {
     "peft": (">=0.21.2", "adapters"),
     "accelerate": (">=1.10", "4-bit weights and training"),
     "bitsandbytes": (">=0.50", "4-bit weights"),
-    "trl": (">=0.20", "fine-tuning"),
-    "liger-kernel": (">=0.8", "fine-tuning in less memory"),
+    "trl": ("", "fine-tuning"),
+    "liger-kernel": ("", "fine-tuning in less memory"),
 }
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -131,7 +131,8 @@ class Requirement:
     problem: str | None
 
 
-def _installed(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """The version of a package, None without it."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -139,7 +140,7 @@ def _installed(package: str) -> str | None:
 
 
 def _requirement(package: str, needed: str) -> Requirement:
-    found = _installed(package)
+    found = installed(package)
     problem = None
     if found is None:
         problem = f"moe_fused needs {package}, which is not installed: pip install {package}"
@@ -170,7 +171,7 @@ def requirements() -> Iterator[Requirement]:
     own = _requirement("kernels", needed)
     if own.found is not None and own.problem is not None:
         problem = (
-            f"transformers {_installed('transformers')} needs kernels{needed}, found {own.found}: "
+            f"transformers {installed('transformers')} needs kernels{needed}, found {own.found}: "
             f"pip install 'kernels{needed}'"
         )
         own = replace(own, problem=problem)

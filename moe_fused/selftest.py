@@ -105,11 +105,11 @@ def _results(kernel: ModuleType, case: Case, inputs: list[Tensor], weights: list
     if not case.backward:
         with torch.no_grad():
             return {"output": kernel.moe_experts(x, ids, routing, *weights)}
+    x, routing = x.detach().requires_grad_(), routing.detach().requires_grad_()
     named = {"hidden_states": x, "top_k_weights": routing}
     if not case.packed:
-        named |= {"gate_up_proj": weights[0], "down_proj": weights[1]}
-    for value in named.values():
-        value.requires_grad_()
+        weights = [weight.detach().requires_grad_() for weight in weights]
+        named |= dict(zip(("gate_up_proj", "down_proj"), weights, strict=True))
     y = kernel.moe_experts(x, ids, routing, *weights)
     gradients = torch.autograd.grad(y, list(named.values()), grad)
     return {"output": y.detach(), **{f"{name}.grad": value for name, value in zip(named, gradients, strict=True)}}

@@ -195,9 +195,7 @@ def test_bad_overrides_are_refused(
     assert str(caught.value).startswith(f"{folder / 'sm_90.json'}")
 
 
-def test_own_overrides_lie_over_the_shipped(
-    configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_own_overrides_lie_over_the_shipped(configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Entry by entry: of one that both have nothing of the shipped one is left."""
     own = tmp_path / "own"
     own.mkdir()
