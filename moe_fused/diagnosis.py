@@ -148,10 +148,8 @@ def _gpus() -> Iterator[Check]:
         for index in range(torch.xpu.device_count()):
             yield Check(f"GPU {index}", Status.OK, torch.xpu.get_device_name(index))
     elif driver:
-        advice = (
-            f"torch {torch.__version__} sees no GPU, yet there is one with driver {driver}: see pytorch.org for a torch"
-        )
-        yield Check("GPU", Status.PROBLEM, "not usable", advice + " that fits the driver")
+        found = f"torch {torch.__version__} sees none, but there is one with driver {driver}"
+        yield Check("GPU", Status.PROBLEM, found, "install a torch for that driver: pytorch.org/get-started")
     else:
         yield Check("GPU", Status.ABSENT, "none", "without one everything runs, slowly")
 
@@ -190,7 +188,7 @@ def _path(kernel: ModuleType) -> Iterator[Check]:
     import torch
 
     device = _device()
-    backend: Any = kernel.backend
+    backend = hub.submodule(kernel, "backend")
     try:
         stages = backend.backend_for(torch.empty(0, device=device), torch.bfloat16)
     except RuntimeError as error:
@@ -206,7 +204,7 @@ def _configurations(kernel: ModuleType) -> Iterator[Check]:
     device = _device()
     if device.type == "cpu":
         return
-    tuning: Any = kernel.tuning
+    tuning = hub.submodule(kernel, "tuning")
     arch = tuning.target_of(device).arch
     tables = tuning.table_paths(arch)
     for path in tables:

@@ -12,6 +12,7 @@ Which variant (cpu, cuda, rocm, xpu) is up to ``kernels``; every variant serves 
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -113,6 +115,11 @@ def get_kernel() -> ModuleType:
     """
     check_versions()
     return load(KernelSource.find())
+
+
+def submodule(kernel: ModuleType, name: str) -> Any:
+    """A module of the kernel, whose own name changes with every build."""
+    return importlib.import_module(f"{kernel.__name__}.{name}")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import moe_fused
@@ -55,14 +56,13 @@ def load_model(model: str, dtype: torch.dtype | str, device: torch.device, quant
     options: dict[str, Any] = {"dtype": dtype, "experts_implementation": IMPLEMENTATION}
     if quantization is not None:
         options["quantization_config"] = quantization
-    if quantization is not None or is_quantized(read_config(model)):
+    in_4bit = quantization is not None or is_quantized(read_config(model))
+    if in_4bit:
         require_4bit("a model in 4 bits")
+    if in_4bit or importlib.util.find_spec("accelerate") is not None:
         return AutoModelForCausalLM.from_pretrained(model, device_map={"": device}, **options).eval()
-    if (
-        importlib.util.find_spec("accelerate") is not None
-    ):  # without it the whole model passes through the host's memory
-        options["device_map"] = {"": device}
-    return AutoModelForCausalLM.from_pretrained(model, **options).to(device).eval()
+    loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model, **options)
+    return loaded.to(device).eval()
 
 
 def load_adapter(model: PreTrainedModel, adapter: str) -> Any:

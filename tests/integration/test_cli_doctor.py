@@ -181,12 +181,12 @@ def test_a_gpu_that_the_kernels_do_not_run_on(kernel: ModuleType, monkeypatch: p
 
 def test_configurations_of_a_gpu(kernel: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(diagnosis, "_device", lambda: torch.device("cuda"))
-    target = kernel.tuning.TARGETS
-    monkeypatch.setattr(kernel.tuning, "target_of", lambda device: target[90])
+    tuning = hub.submodule(kernel, "tuning")
+    monkeypatch.setattr(tuning, "target_of", lambda device: tuning.TARGETS[90])
     (check,) = diagnosis._configurations(kernel)
     assert check.found.startswith("measured: ")
     assert check.found.endswith("sm_90.json")
-    monkeypatch.setattr(kernel.tuning, "target_of", lambda device: target[80])
+    monkeypatch.setattr(tuning, "target_of", lambda device: tuning.TARGETS[80])
     (check,) = diagnosis._configurations(kernel)
     assert "MOE_FUSED_CONFIGS" in str(check.advice)
     (tmp_path / "sm_80.json").write_text("[]")
