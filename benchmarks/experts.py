@@ -24,9 +24,10 @@ from transformers import Qwen3MoeConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from moe_fused.benchmark.harness import Call
+from moe_fused.benchmark.layers import DEFAULT_LAYERS, FORWARD_BACKWARD, Layer
+
 from . import runner
-from .harness import Call
-from .layers import DEFAULT_LAYERS, FORWARD_BACKWARD, Layer
 from .rows import OURS
 from .runner import Benchmark, Contenders, Implementation, Inputs, forward_call, random_weights
 

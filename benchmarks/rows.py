@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from moe_fused.benchmark.harness import Environment
+
 OURS = "moe_fused"
 FLOOR = "floor"  # the implementation name of the rows that hold the least time the hardware allows
 
@@ -57,6 +59,39 @@ class Row:
     def point(self) -> Point:
         """What was measured, whichever the implementation; rows of a point are comparable."""
         return (self.benchmark, self.gpu, self.layer, self.tokens, self.phase, self.lora_rank)
+
+
+def new_row(
+    environment: Environment,
+    *,
+    benchmark: str,
+    layer: str,
+    tokens: int,
+    implementation: str,
+    phase: str,
+    weights: str,
+    ms: float | None,
+    flops: float,
+    peak_mib: float | None = None,
+    lora_rank: int = 0,
+) -> Row:
+    """A row of a run in ``environment``; TFLOP/s are those of ``flops`` operations in ``ms``."""
+    return Row(
+        benchmark=benchmark,
+        gpu=environment.gpu,
+        date=environment.date,
+        torch=environment.torch,
+        triton=environment.triton,
+        layer=layer,
+        tokens=tokens,
+        implementation=implementation,
+        phase=phase,
+        weights=weights,
+        lora_rank=lora_rank,
+        ms=None if ms is None else round(ms, 5),
+        tflops=None if not ms else round(flops / ms / 1e9, 3),
+        peak_mib=None if peak_mib is None else round(peak_mib, 2),
+    )
 
 
 KEYS = tuple(field.name for field in fields(Row))

@@ -24,10 +24,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from . import harness, plot
-from .harness import Call, MismatchError, Timing, current_environment
-from .layers import FORWARD_CUDA_GRAPH, LAYERS, PHASES, Ceilings, Layer, floor_ms, flops
-from .rows import BASELINES, FLOOR, Row, merge, read_rows, slug, write_rows
+from moe_fused.benchmark import harness
+from moe_fused.benchmark.harness import Call, MismatchError, Timing, current_environment
+from moe_fused.benchmark.layers import FORWARD_CUDA_GRAPH, LAYERS, PHASES, Ceilings, Layer, floor_ms, flops
+
+from . import plot
+from .rows import BASELINES, FLOOR, Row, merge, new_row, read_rows, slug, write_rows
 
 ROOT = Path(__file__).resolve().parent
 DTYPE = torch.bfloat16
@@ -290,7 +292,8 @@ class Bench:
         operations = flops(layer, tokens, phase)
 
         def row(implementation: str, weights: str, ms: float | None, peak_mib: float | None = None) -> Row:
-            return self.environment.row(
+            return new_row(
+                self.environment,
                 benchmark=self.benchmark.name,
                 layer=layer.name,
                 tokens=tokens,

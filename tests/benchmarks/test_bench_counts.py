@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.layers import (
+from moe_fused.benchmark.layers import (
     DEFAULT_LAYERS,
     FORWARD,
     FORWARD_BACKWARD,

@@ -8,8 +8,8 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import experts, runner
-from benchmarks.layers import FORWARD, FORWARD_BACKWARD, LAYERS
 from benchmarks.rows import read_rows
+from moe_fused.benchmark.layers import FORWARD, FORWARD_BACKWARD, LAYERS
 
 SMOKE = ("--device", "cpu", "--layer", "tiny", "--seconds", "0.001")
 

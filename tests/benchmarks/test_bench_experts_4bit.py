@@ -11,10 +11,11 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import experts_4bit, harness, runner
+from benchmarks import experts_4bit, runner
 from benchmarks.experts_4bit import BitsandbytesStack, composed
-from benchmarks.layers import DEFAULT_LAYERS, LAYERS, Layer
 from benchmarks.rows import read_rows
+from moe_fused.benchmark import harness
+from moe_fused.benchmark.layers import DEFAULT_LAYERS, LAYERS, Layer
 from tests.support import load_kernel
 
 SMOKE = ("--device", "cpu", "--layer", "tiny", "--seconds", "0.001")
