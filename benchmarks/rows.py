@@ -9,14 +9,13 @@ point: that is what the implementations of one may differ in.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from moe_fused.benchmark.harness import Environment
+from moe_fused.staging import replace_file
 
 OURS = "moe_fused"
 FLOOR = "floor"  # the implementation name of the rows that hold the least time the hardware allows
@@ -138,22 +137,6 @@ def read_rows(path: Path) -> list[Row]:
         return [row_from_json(value) for value in values]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes ``content`` beside ``path`` and moves it into place: an interrupted run leaves the old file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp makes private files
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

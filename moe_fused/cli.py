@@ -11,10 +11,12 @@ from rich.progress import Progress, TaskID
 
 from moe_fused import convert_model_cli
 from moe_fused.checkpoints.adapters import Layout, ScalingChoice
+from moe_fused.commands.bench import bench
 from moe_fused.commands.doctor import doctor
 from moe_fused.commands.generate import generate
 from moe_fused.commands.merge import merge
 from moe_fused.commands.quantize import quantize
+from moe_fused.commands.tune import tune
 
 if TYPE_CHECKING:
     from moe_fused.checkpoints.adapters.convert import Plan
@@ -23,7 +25,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 convert = typer.Typer(rich_markup_mode=None, help="Convert files between layouts.")
 app.add_typer(convert, name="convert")
 convert.command()(convert_model_cli.model)
-for command in (generate, quantize, merge, doctor):
+for command in (generate, quantize, merge, doctor, tune, bench):
     app.command()(command)
 
 
