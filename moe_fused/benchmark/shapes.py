@@ -21,7 +21,7 @@ def layer_of(name: str, config: Any) -> Layer:
     for module in skeleton.modules():
         if not hasattr(type(module), "_apply_gate"):
             continue
-        down: torch.Tensor = module.down_proj  # type: ignore[assignment]
+        down: torch.Tensor = module.down_proj
         experts, *features = down.shape
         hidden, intermediate = reversed(features) if getattr(module, "is_transposed", False) else features
         return Layer(name, hidden, intermediate, experts, config.get_text_config().num_experts_per_tok)

@@ -63,8 +63,10 @@ def bench(
     if not console.is_terminal:
         console = Console(width=120)  # a log has no width: 80 columns would cut names off
     environment = harness.current_environment(chosen)
-    small = {"copy_bytes": 2**20, "matmul_size": 128, "seconds": 0.01} if chosen.type == "cpu" else {}
-    ceilings = harness.measure_ceilings(chosen, **small)
+    if chosen.type == "cpu":
+        ceilings = harness.measure_ceilings(chosen, copy_bytes=2**20, matmul_size=128, seconds=0.01)
+    else:
+        ceilings = harness.measure_ceilings(chosen)
     console.print(
         f"{environment.gpu}, torch {environment.torch}, Triton {environment.triton}: copies "
         f"{ceilings.bytes_per_second / 1e12:.2f} TB/s, multiplies {ceilings.flops_per_second / 1e12:.3g} TFLOP/s in bf16"
