@@ -61,7 +61,8 @@ def generate(
     if load_in_4bit and is_quantized(config):
         raise ValueError(f"MODEL {model} is quantized already: leave --load-in-4bit out")
     tokenizer = AutoTokenizer.from_pretrained(model)
-    inputs = _encode(tokenizer, model, prompt, chat)
+    encoded = _encode(tokenizer, model, prompt, chat)
+    inputs = {name: encoded[name].to(chosen) for name in ("input_ids", "attention_mask")}
     length = inputs["input_ids"].shape[1]
     _check_length(config, length, max_new_tokens)
     compute = getattr(torch, dtype.value) if dtype else "auto"
@@ -84,9 +85,7 @@ def generate(
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = time.perf_counter()
     with torch.inference_mode():
-        tokens = loaded.generate(
-            **inputs.to(chosen), max_new_tokens=max_new_tokens, streamer=streamer, use_cache=True, **options
-        )
+        tokens = loaded.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, use_cache=True, **options)
     seconds, new = time.perf_counter() - start, tokens.shape[1] - length
     print(f"{new} tokens in {seconds:.1f} s, {new / seconds:.1f} a second", file=sys.stderr)
 

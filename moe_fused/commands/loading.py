@@ -77,13 +77,19 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> Any:
     from peft import PeftModel
 
     with warnings.catch_warnings():
-        # PEFT leaves an adapter whose weights find no place in the model without effect.
+        # PEFT leaves what has no weights in the adapter without effect,
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
-            return PeftModel.from_pretrained(model, adapter)
+            adapted = PeftModel.from_pretrained(model, adapter)
         except (UserWarning, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"ADAPTER {adapter} does not fit {type(model).__name__}: {reason}") from error
+    # and says nothing of weights that have no place in the model, unless it is asked to load them into an adapter there.
+    unexpected = adapted.load_adapter(adapter, adapted.active_adapter).unexpected_keys
+    if unexpected:
+        reason = f"it has weights for {unexpected[0]}, which the model has not"
+        raise ValueError(f"ADAPTER {adapter} does not fit {type(model).__name__}: {reason}")
+    return adapted
 
 
 def check_output(model: str, output: Path, overwrite: bool) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_fused
 from moe_fused.quantizer import packed_modules
+from tests.support import REPOSITORY, python_path
 
 from .cli import Command, save_tokenizer
 from .four_bit import build, load, logits, same_state
@@ -92,6 +95,21 @@ def test_generates_what_the_model_says(model: Path, command: Command) -> None:
     assert ended.status == 0, ended
     assert ended.stdout.strip() == expected_text(load(model), model, "w7 w8", 6)
     assert "6 tokens in" in ended.stderr
+
+
+def test_as_a_user_types_it(model: Path) -> None:
+    """In a process of its own, between pipes: nothing but the text on standard output."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "moe_fused", "generate", model, "--no-chat", "--max-new-tokens", "4", "--device", "cpu"],
+        input="w7 w8\n",
+        env={**os.environ, "PYTHONPATH": python_path(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.strip() == expected_text(load(model), model, "w7 w8", 4)
 
 
 def test_the_prompt_is_a_turn_where_there_is_a_template(
@@ -326,6 +344,8 @@ def test_merge_refuses(model: Path, adapter: Path, tmp_path: Path, command: Comm
     # Without effect on the layer that it knows nothing of: not what anybody asked for.
     ended = command("merge", other, adapter, target)
     assert f"ADAPTER {adapter} does not fit Qwen3MoeForCausalLM" in ended.error
+    build(dtype=torch.float32, num_hidden_layers=1).save_pretrained(other)
+    assert "layers.1." in command("merge", other, adapter, target).error  # as with a layer too many
     build(dtype=torch.float32, num_attention_heads=2).save_pretrained(other)
     assert "does not fit" in command("merge", other, adapter, target).error
     assert "ADAPTER nowhere is neither" in command("merge", model, "nowhere", target).error
