@@ -20,9 +20,10 @@ import moe_fused
 from moe_fused.quantizer import packed_modules
 from tests.support import REPOSITORY, python_path
 
+from .adapters import peft_logits, per_expert_adapter
 from .cli import Command, save_tokenizer
 from .four_bit import build, load, logits, same_state
-from .models import tokens
+from .models import QWEN3_MOE, tokens
 from .saved import config_of, tensors_of
 
 ATTENTION = {"target_modules": ["q_proj", "v_proj"]}
@@ -309,6 +310,17 @@ def test_merges_into_a_dense_model(options: dict[str, object], model: Path, tmp_
     assert tensors_of(tmp_path / "out").keys() == tensors_of(model).keys()
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out"]
+
+
+def test_merges_an_adapter_of_separate_experts(tmp_path: Path, command: Command) -> None:
+    """Whose names PEFT converts while loading."""
+    QWEN3_MOE.build().save_pretrained(tmp_path / "model")
+    own = per_expert_adapter(tmp_path / "adapter", shared=True)
+    ended = command("merge", tmp_path / "model", own, tmp_path / "out")
+    assert ended.status == 0, ended
+    with torch.no_grad():
+        merged = load(tmp_path / "out")(tokens()).logits
+    torch.testing.assert_close(merged, peft_logits(own), rtol=1e-4, atol=1e-4)
 
 
 def test_merges_into_what_4_bits_dequantize_to(
