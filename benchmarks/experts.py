@@ -24,11 +24,13 @@ from transformers import Qwen3MoeConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from moe_fused.benchmark.harness import Call
+from moe_fused.benchmark.inputs import DTYPE, Inputs, random_weights
+from moe_fused.benchmark.layers import DEFAULT_LAYERS, FORWARD, FORWARD_BACKWARD, FORWARD_CUDA_GRAPH, Layer
+
 from . import runner
-from .harness import Call
-from .layers import DEFAULT_LAYERS, FORWARD, FORWARD_BACKWARD, FORWARD_CUDA_GRAPH, Layer
 from .rows import OURS
-from .runner import Benchmark, Contenders, Implementation, Inputs, forward_call, random_weights
+from .runner import Benchmark, Contenders, Implementation, forward_call
 
 # Our implementation's name in Transformers' table: not "moe_fused", which is the integration's to register.
 REGISTERED_NAME = "moe_fused_benchmark"
@@ -87,7 +89,7 @@ def setup(names: Sequence[str]) -> runner.Prepare:
     def prepare(layer: Layer, generator: torch.Generator) -> Contenders:
         experts = make_experts(layer, names, generator)
         calls = {name: functools.partial(make_call, module) for name, module in experts.items()}
-        return Contenders(calls, weight_bytes=runner.DTYPE.itemsize)
+        return Contenders(calls, weight_bytes=DTYPE.itemsize)
 
     return prepare
 

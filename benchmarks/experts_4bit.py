@@ -31,11 +31,13 @@ import torch
 import typer
 from torch import Tensor
 
+from moe_fused.benchmark.harness import Call
+from moe_fused.benchmark.inputs import Inputs, random_weights
+from moe_fused.benchmark.layers import DEFAULT_LAYERS, FORWARD, FORWARD_CUDA_GRAPH, Layer
+
 from . import runner
-from .harness import Call
-from .layers import DEFAULT_LAYERS, FORWARD, FORWARD_CUDA_GRAPH, Layer
 from .rows import OURS
-from .runner import Benchmark, Contenders, Forward, Implementation, Inputs, forward_call, random_weights
+from .runner import Benchmark, Contenders, Forward, Implementation, forward_call
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState

@@ -34,12 +34,15 @@ import typer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import harness, runner
+from moe_fused.benchmark import harness
+from moe_fused.benchmark.harness import Call, UnavailableError
+from moe_fused.benchmark.inputs import DTYPE, Inputs, random_weights
+from moe_fused.benchmark.layers import DEFAULT_LAYERS, FORWARD_BACKWARD, RECOMPUTE, Layer
+
+from . import runner
 from .experts_4bit import BLOCKSIZE, QUANT_TYPE, BitsandbytesStack, sort_slots, sum_by_token
-from .harness import Call, UnavailableError
-from .layers import DEFAULT_LAYERS, FORWARD_BACKWARD, RECOMPUTE, Layer
 from .rows import OURS
-from .runner import Benchmark, Contenders, Implementation, Inputs, MakeCall, random_weights
+from .runner import Benchmark, Contenders, Implementation, MakeCall
 
 SCALING = 2.0  # alpha is twice the rank
 # Outputs of an adapter over those of the weights: so much that an error in it cannot hide in the tolerance.
@@ -67,7 +70,7 @@ class Factors:
         """Normal, and unlike a new adapter's not zero in b, which would leave a without a gradient."""
 
         def normal(*shape: int, std: float) -> Tensor:
-            values = torch.randn(*shape, generator=generator, device=generator.device, dtype=runner.DTYPE)
+            values = torch.randn(*shape, generator=generator, device=generator.device, dtype=DTYPE)
             return values.mul_(std).requires_grad_()
 
         return cls(

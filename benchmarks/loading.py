@@ -33,9 +33,10 @@ import torch
 import typer
 from rich.table import Table
 
+from moe_fused.benchmark.harness import MIB, Environment, current_environment
+from moe_fused.benchmark.layers import LAYERS, Layer
+
 from . import runner
-from .harness import MIB, Environment, current_environment
-from .layers import LAYERS, Layer
 from .rows import OURS, slug, write_rows
 
 NAME = "loading"

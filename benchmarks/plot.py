@@ -16,7 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from .rows import FLOOR, OURS, Row, baselines_of, read_rows, replace_file, weights_of
+from moe_fused.staging import replace_file
+
+from .rows import FLOOR, OURS, Row, baselines_of, read_rows, weights_of
 
 METRICS = ("speedup", "ms")
 # A phase of fewer sizes (CUDA graphs stand at the smallest only) has a place in the tables, not in a curve.

@@ -9,8 +9,6 @@ point: that is what the implementations of one may differ in.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+from moe_fused.benchmark.harness import Environment
+from moe_fused.staging import replace_file
 
 OURS = "moe_fused"
 FLOOR = "floor"  # the implementation name of the rows that hold the least time the hardware allows
@@ -61,6 +62,39 @@ class Row:
     def point(self) -> Point:
         """What was measured, whichever the implementation; rows of a point are comparable."""
         return (self.benchmark, self.gpu, self.layer, self.tokens, self.phase, self.lora_rank)
+
+
+def new_row(
+    environment: Environment,
+    *,
+    benchmark: str,
+    layer: str,
+    tokens: int,
+    implementation: str,
+    phase: str,
+    weights: str,
+    ms: float | None,
+    flops: float,
+    peak_mib: float | None = None,
+    lora_rank: int = 0,
+) -> Row:
+    """A row of a run in ``environment``; TFLOP/s are those of ``flops`` operations in ``ms``."""
+    return Row(
+        benchmark=benchmark,
+        gpu=environment.gpu,
+        date=environment.date,
+        torch=environment.torch,
+        triton=environment.triton,
+        layer=layer,
+        tokens=tokens,
+        implementation=implementation,
+        phase=phase,
+        weights=weights,
+        lora_rank=lora_rank,
+        ms=None if ms is None else round(ms, 5),
+        tflops=None if not ms else round(flops / ms / 1e9, 3),
+        peak_mib=None if peak_mib is None else round(peak_mib, 2),
+    )
 
 
 KEYS = tuple(field.name for field in fields(Row))
@@ -107,22 +141,6 @@ def read_rows(path: Path) -> list[Row]:
         return [row_from_json(value) for value in values]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes ``content`` beside ``path`` and moves it into place: an interrupted run leaves the old file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp makes private files
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def write_rows(path: Path, rows: Iterable[DataclassInstance]) -> None:

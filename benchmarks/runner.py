@@ -25,13 +25,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from . import harness, plot
-from .harness import Call, MismatchError, Timing, UnavailableError, current_environment
-from .layers import FORWARD_CUDA_GRAPH, LAYERS, Ceilings, Layer, floor_ms, flops
-from .rows import BASELINES, FLOOR, Row, merge, read_rows, slug, write_rows
+from moe_fused.benchmark import harness
+from moe_fused.benchmark.harness import Call, MismatchError, Timing, UnavailableError, current_environment
+from moe_fused.benchmark.inputs import DTYPE, Inputs
+from moe_fused.benchmark.layers import FORWARD_CUDA_GRAPH, LAYERS, Ceilings, Layer, floor_ms, flops
+
+from . import plot
+from .rows import BASELINES, FLOOR, Row, merge, new_row, read_rows, slug, write_rows
 
 ROOT = Path(__file__).resolve().parent
-DTYPE = torch.bfloat16
 GRAPH_TOKENS = (1, 8)  # beyond, the GPU takes longer than the launches
 POISON_BYTES = 8 * 2**30
 T = TypeVar("T")
@@ -131,42 +133,6 @@ def load_kernel() -> ModuleType:
     repo_id = general["hub"]["repo-id"]
     # A revision, not a version: only so does `kernels` leave the Hub alone where LOCAL_KERNELS names a build.
     return get_kernel(repo_id, revision=f"v{general['version']}", trust_remote_code=[repo_id])
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """One input set of a layer, the output's gradient included."""
-
-    hidden_states: Tensor
-    top_k_index: Tensor
-    top_k_weights: Tensor
-    grad_output: Tensor
-
-    @classmethod
-    def random(cls, layer: Layer, tokens: int, generator: torch.Generator) -> Inputs:
-        """Normal tokens, routed as a router with random logits does; the weights of a token sum to one."""
-        device = generator.device
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
-
-        weights, index = torch.topk(normal(tokens, layer.experts).softmax(-1), layer.top_k, dim=-1)
-        weights = (weights / weights.sum(-1, keepdim=True)).to(DTYPE)
-        x = normal(tokens, layer.hidden).to(DTYPE)
-        return cls(x.requires_grad_(), index, weights.requires_grad_(), normal(tokens, layer.hidden).to(DTYPE))
-
-
-def random_weights(layer: Layer, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """gate_up (E, 2·I, H) and down (E, H, I), normal, scaled so that the outputs stay near unit size."""
-
-    def weight(*shape: int) -> Tensor:
-        values = torch.randn(*shape, generator=generator, device=generator.device, dtype=DTYPE)
-        return values.mul_(shape[-1] ** -0.5)
-
-    return (
-        weight(layer.experts, 2 * layer.intermediate, layer.hidden),
-        weight(layer.experts, layer.hidden, layer.intermediate),
-    )
 
 
 def forward_call(forward: Forward, inputs: Sequence[Inputs]) -> Call:
@@ -313,7 +279,8 @@ class Bench:
         operations = flops(layer, tokens, phase)
 
         def row(implementation: str, weights: str, ms: float | None, peak_mib: float | None = None) -> Row:
-            return self.environment.row(
+            return new_row(
+                self.environment,
                 benchmark=self.benchmark.name,
                 layer=layer.name,
                 tokens=tokens,

@@ -21,7 +21,9 @@ from typing import Annotated
 
 import typer
 
-from .rows import FLOOR, KEYS, OURS, Row, baselines_of, read_rows, replace_file, weights_of
+from moe_fused.staging import replace_file
+
+from .rows import FLOOR, KEYS, OURS, Row, baselines_of, read_rows, weights_of
 
 _BEGIN = re.compile(r"<!-- rows: (?P<file>\S+)(?P<filters>(?: \S+=\S+)*) -->")
 _END = "<!-- rows end -->"

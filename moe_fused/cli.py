@@ -11,6 +11,12 @@ from rich.progress import Progress, TaskID
 
 from moe_fused import convert_model_cli, convert_optimizer_cli
 from moe_fused.checkpoints.adapters import Layout, ScalingChoice
+from moe_fused.commands.bench import bench
+from moe_fused.commands.doctor import doctor
+from moe_fused.commands.generate import generate
+from moe_fused.commands.merge import merge
+from moe_fused.commands.quantize import quantize
+from moe_fused.commands.tune import tune
 
 if TYPE_CHECKING:
     from moe_fused.checkpoints.adapters.convert import Plan
@@ -20,6 +26,8 @@ convert = typer.Typer(rich_markup_mode=None, help="Convert files between layouts
 app.add_typer(convert, name="convert")
 convert.command()(convert_model_cli.model)
 convert.command()(convert_optimizer_cli.optimizer)
+for command in (generate, quantize, merge, doctor, tune, bench):
+    app.command()(command)
 
 
 @app.callback()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -100,3 +102,19 @@ def staged_files(
             check_replaceable()  # again: the work takes minutes
             for path in sorted(staging.iterdir()):
                 path.replace(directory / path.name)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes ``content`` beside ``path`` and moves it into place: an interrupted run leaves the old file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # mkstemp makes private files
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from benchmarks.layers import (
+from moe_fused.benchmark.layers import (
     DEFAULT_LAYERS,
     FORWARD,
     FORWARD_BACKWARD,

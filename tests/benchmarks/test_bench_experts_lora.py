@@ -11,10 +11,12 @@ import typer
 from torch import Tensor
 from typer.testing import CliRunner
 
-from benchmarks import experts_lora, harness, runner
+from benchmarks import experts_lora, runner
 from benchmarks.experts_lora import SCALING, Adapters, Trained, composed
-from benchmarks.layers import FORWARD_BACKWARD, LAYERS, RECOMPUTE, Layer
 from benchmarks.rows import read_rows
+from moe_fused.benchmark import harness
+from moe_fused.benchmark.inputs import DTYPE, random_weights
+from moe_fused.benchmark.layers import FORWARD_BACKWARD, LAYERS, RECOMPUTE, Layer
 from tests.support import load_kernel
 
 SMOKE = ("--device", "cpu", "--layer", "tiny", "--seconds", "0.001")
@@ -66,7 +68,7 @@ def loop(own: runner.Inputs, gate_up: Tensor, down: Tensor, adapters: Adapters) 
 def test_composed(tokens, phase):
     """With one token, most experts have no row."""
     generator = torch.Generator().manual_seed(tokens)
-    gate_up, down = map(Dense, runner.random_weights(LAYER, generator))
+    gate_up, down = map(Dense, random_weights(LAYER, generator))
     adapters = Adapters.random(LAYER, generator)
     own = runner.Inputs.random(LAYER, tokens, generator)
 
@@ -83,7 +85,7 @@ def test_composed(tokens, phase):
 
 def test_composed_keeps_no_weights():
     generator = torch.Generator().manual_seed(0)
-    stacks = [Dense(weight.requires_grad_()) for weight in runner.random_weights(LAYER, generator)]
+    stacks = [Dense(weight.requires_grad_()) for weight in random_weights(LAYER, generator)]
     own = runner.Inputs.random(LAYER, 8, generator)
     saved: list[torch.Size] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
@@ -141,7 +143,7 @@ def test_recomputing_keeps_less():
             contenders.make_call[name](inputs, phase)(0)
         return sum(sizes)
 
-    rows = 64 * layer.top_k * layer.hidden * runner.DTYPE.itemsize
+    rows = 64 * layer.top_k * layer.hidden * DTYPE.itemsize
     for name in names:
         assert saved_bytes(name, RECOMPUTE) < rows < saved_bytes(name, FORWARD_BACKWARD)
 

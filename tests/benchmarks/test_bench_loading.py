@@ -17,7 +17,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import loading
-from benchmarks.layers import LAYERS, Layer
+from moe_fused.benchmark.layers import LAYERS, Layer
 
 CPU = torch.device("cpu")
 app = typer.Typer()

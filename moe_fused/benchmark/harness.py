@@ -30,34 +30,6 @@ import torch
 from torch import Tensor
 
 from .layers import Ceilings
-from .rows import Row, merge, read_rows, write_rows
-
-__all__ = [
-    "Call",
-    "Clock",
-    "CpuClock",
-    "CudaClock",
-    "Environment",
-    "MismatchError",
-    "Row",
-    "Timing",
-    "UnavailableError",
-    "allocated_mib",
-    "clock_for",
-    "compare",
-    "current_environment",
-    "graph_of",
-    "input_sets",
-    "measure_ceilings",
-    "merge",
-    "peak_mib",
-    "poison",
-    "read_rows",
-    "release_memory",
-    "run_and_weigh",
-    "time_interleaved",
-    "write_rows",
-]
 
 MIB = 2**20
 ALLOCATION = 512  # what torch rounds the size of a tensor's memory on a GPU up to
@@ -394,38 +366,6 @@ class Environment:
     date: str
     torch: str
     triton: str
-
-    def row(
-        self,
-        *,
-        benchmark: str,
-        layer: str,
-        tokens: int,
-        implementation: str,
-        phase: str,
-        weights: str,
-        ms: float | None,
-        flops: float,
-        peak_mib: float | None = None,
-        lora_rank: int = 0,
-    ) -> Row:
-        """A row of this run; TFLOP/s are those of ``flops`` operations in ``ms``."""
-        return Row(
-            benchmark=benchmark,
-            gpu=self.gpu,
-            date=self.date,
-            torch=self.torch,
-            triton=self.triton,
-            layer=layer,
-            tokens=tokens,
-            implementation=implementation,
-            phase=phase,
-            weights=weights,
-            lora_rank=lora_rank,
-            ms=None if ms is None else round(ms, 5),
-            tflops=None if not ms else round(flops / ms / 1e9, 3),
-            peak_mib=None if peak_mib is None else round(peak_mib, 2),
-        )
 
 
 def current_environment(device: torch.device) -> Environment:
