@@ -163,8 +163,9 @@ _backward_of_linear = eager(grouped_linear_backward_op, _grouped_linear_backward
 
 def _backward(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def]
     needs = list(ctx.needs_input_grad[:5])
-    *saved, routing = ctx.saved_tensors[:5]
-    scales = list(ctx.saved_tensors[5:])
+    tensors = ctx.saved_tensors  # once: checkpointing hands each of them out once
+    *saved, routing = tensors[:5]
+    scales = list(tensors[5:])
     grads = _backward_of_linear(grad_output, *saved, routing, scales, *ctx.options, needs)
     grads = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return (*grads, None, [None] * len(scales), *(None for _ in ctx.options))
