@@ -56,7 +56,7 @@ def test_attention_lora(case: ModelCase, enable_first: bool, device: str, calls:
 
 @pytest.mark.parametrize("case", [QWEN3_MOE, GPT_OSS], ids=lambda case: case.id)
 def test_experts_lora(case: ModelCase, device: str, calls: Calls) -> None:
-    """PEFT's ``target_parameters`` parametrizes the experts' weights: the factors train through the kernel."""
+    """Under another implementation PEFT parametrizes the experts' weights: the factors train through the kernel."""
     config = LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
     ids = tokens(device=device)
     wrapped = _with_lora(case.build().to(device), config)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tests.kernel.accuracy import assert_accurate
 from tests.kernel.cases import seeded, with_gaps
@@ -168,6 +169,21 @@ def test_only_the_gradient_asked_for_is_computed(wanted: str, monkeypatch: pytes
     y.backward(inputs.grad)
     assert getattr(inputs, wanted).grad is not None
     assert [name for name in needed if getattr(inputs, name).grad is not None] == [wanted]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_checkpointing(use_reentrant: bool) -> None:
+    inputs = make_inputs(CASES[0], torch.float32)
+    leaves = [leaf for leaf in (inputs.input, inputs.weight, inputs.bias) if leaf is not None]
+
+    def run(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return kernel.moe_fused_linear(rows, weight, inputs.m_sizes, bias=bias)
+
+    expected = torch.autograd.grad(run(*leaves), leaves, inputs.grad)
+    y = checkpoint(run, *leaves, use_reentrant=use_reentrant)
+    y.backward(inputs.grad)  # which reentrant checkpoints need
+    for leaf, gradient in zip(leaves, expected, strict=True):
+        assert torch.equal(leaf.grad, gradient)
 
 
 def test_weight_gradient_keeps_the_layout_of_the_weight() -> None:
