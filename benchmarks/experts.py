@@ -24,11 +24,13 @@ from transformers import Qwen3MoeConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from moe_fused.benchmark.harness import Call
+from moe_fused.benchmark.inputs import DTYPE, Inputs, random_weights
+from moe_fused.benchmark.layers import DEFAULT_LAYERS, FORWARD, FORWARD_BACKWARD, FORWARD_CUDA_GRAPH, Layer
+
 from . import runner
-from .harness import Call
-from .layers import DEFAULT_LAYERS, FORWARD_BACKWARD, Layer
 from .rows import OURS
-from .runner import Benchmark, Contenders, Implementation, Inputs, forward_call, random_weights
+from .runner import Benchmark, Contenders, Implementation, forward_call
 
 # Our implementation's name in Transformers' table: not "moe_fused", which is the integration's to register.
 REGISTERED_NAME = "moe_fused_benchmark"
@@ -46,22 +48,24 @@ def register_kernel(kernel: ModuleType) -> None:
 
 def make_experts(layer: Layer, names: Sequence[str], generator: torch.Generator) -> dict[str, Qwen3MoeExperts]:
     """Transformers' experts by implementation name, all over the same two random weights."""
-    gate_up, down = map(nn.Parameter, random_weights(layer, generator))
-    experts: dict[str, Qwen3MoeExperts] = {}
-    for name in names:
-        config = Qwen3MoeConfig(
-            hidden_size=layer.hidden,
-            moe_intermediate_size=layer.intermediate,
-            num_experts=layer.experts,
-            num_experts_per_tok=layer.top_k,
-            hidden_act="silu",
-        )
-        config._experts_implementation = REGISTERED_NAME if name == OURS else name
-        with torch.device("meta"):
-            module = Qwen3MoeExperts(config)
-        module.gate_up_proj, module.down_proj = gate_up, down
-        experts[name] = module
-    return experts
+    weights = [nn.Parameter(weight) for weight in random_weights(layer, generator)]
+    return {name: experts_module(layer, REGISTERED_NAME if name == OURS else name, *weights) for name in names}
+
+
+def experts_module(layer: Layer, implementation: str, gate_up: nn.Parameter, down: nn.Parameter) -> Qwen3MoeExperts:
+    """Transformers' experts over these very parameters."""
+    config = Qwen3MoeConfig(
+        hidden_size=layer.hidden,
+        moe_intermediate_size=layer.intermediate,
+        num_experts=layer.experts,
+        num_experts_per_tok=layer.top_k,
+        hidden_act="silu",
+    )
+    config._experts_implementation = implementation
+    with torch.device("meta"):
+        module = Qwen3MoeExperts(config)
+    module.gate_up_proj, module.down_proj = gate_up, down
+    return module
 
 
 def make_call(module: Qwen3MoeExperts, inputs: Sequence[Inputs], phase: str) -> Call:
@@ -85,7 +89,7 @@ def setup(names: Sequence[str]) -> runner.Prepare:
     def prepare(layer: Layer, generator: torch.Generator) -> Contenders:
         experts = make_experts(layer, names, generator)
         calls = {name: functools.partial(make_call, module) for name, module in experts.items()}
-        return Contenders(calls, weight_bytes=runner.DTYPE.itemsize)
+        return Contenders(calls, weight_bytes=DTYPE.itemsize)
 
     return prepare
 
@@ -105,6 +109,7 @@ BENCHMARK = Benchmark(
     layers=DEFAULT_LAYERS,
     tokens=(1, 8, 32, 128, 512, 2048, 4096, 16384),
     quick_tokens=(1, 512, 4096),
+    phases=(FORWARD, FORWARD_BACKWARD, FORWARD_CUDA_GRAPH),
 )
 main = runner.command(BENCHMARK)
 

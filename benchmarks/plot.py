@@ -1,4 +1,4 @@
-"""Draws benchmark rows: a panel per layer (columns) and phase (rows), tokens across.
+"""Draws benchmark rows: a panel per layer and LoRA rank (columns) and phase (rows), tokens across.
 
 ``python -m benchmarks.plot benchmarks/results/FILE.json`` writes ``FILE.png`` beside it.
 """
@@ -16,7 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from .rows import FLOOR, OURS, Row, baselines_of, read_rows, replace_file, weights_of
+from moe_fused.staging import replace_file
+
+from .rows import FLOOR, OURS, Row, baselines_of, read_rows, weights_of
 
 METRICS = ("speedup", "ms")
 # A phase of fewer sizes (CUDA graphs stand at the smallest only) has a place in the tables, not in a curve.
@@ -63,10 +65,10 @@ def _count(tokens: float, _: object = None) -> str:
 def _speedups(rows: Sequence[Row], implementation: str) -> list[tuple[int, float]]:
     """(tokens, baseline's time over the implementation's) where both have a time."""
     baseline = baselines_of(rows)[0]
-    times = {(row.layer, row.phase, row.tokens): row.ms for row in rows if row.implementation == baseline}
+    times = {row.point: row.ms for row in rows if row.implementation == baseline}
     pairs = []
     for row in rows:
-        base = times.get((row.layer, row.phase, row.tokens))
+        base = times.get(row.point)
         if row.implementation == implementation and row.ms and base:
             pairs.append((row.tokens, base / row.ms))
     return sorted(pairs)
@@ -128,22 +130,23 @@ def figure(rows: Sequence[Row], metric: str = "speedup") -> Figure:
     if not phases:
         raise ValueError(f"rows must have a phase with at least {LEAST_SIZES} token counts to draw, got none")
     rows = [row for row in rows if row.phase in phases]
-    layers = _ordered(row.layer for row in rows)
+    layers = list(dict.fromkeys((row.layer, row.lora_rank) for row in rows))
     baseline = baselines_of(rows)[0]
     styles = _styles(rows)
 
-    # A layer a column; a single layer has its phases side by side instead, or it would be too narrow for the legend.
+    # A layer and rank a column; a single one has its phases side by side, or it would be too narrow for the legend.
     flat = len(layers) == 1
     height, width = (1, len(phases)) if flat else (len(phases), len(layers))
     drawing = Figure(figsize=(max(9.0, 1.2 + 3.2 * width), 1.3 + 2.6 * height), dpi=150, layout="constrained")
     grid = drawing.subplots(height, width, squeeze=False, sharex=not flat and "col", sharey=not flat and "row")
     for i, phase in enumerate(phases):
-        for j, layer in enumerate(layers):
+        for j, (layer, rank) in enumerate(layers):
             axes = grid[j][i] if flat else grid[i][j]
-            own = [row for row in rows if (row.phase, row.layer) == (phase, layer)]
+            own = [row for row in rows if (row.phase, row.layer, row.lora_rank) == (phase, layer, rank)]
             if own:  # none in a run that was cut short
                 _draw(axes, own, styles, metric)
-            axes.set_title(f"{layer}, {phase.replace('_', ' + ', 1)}", fontsize=9)
+            lora = f", LoRA rank {rank}" if rank else ""
+            axes.set_title(f"{layer}{lora}, {phase.replace('_', ' + ', 1)}", fontsize=9)
             if flat or i + 1 == len(phases):
                 axes.set_xlabel("tokens", fontsize=9)
             if (i if flat else j) == 0:

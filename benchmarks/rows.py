@@ -9,12 +9,16 @@ point: that is what the implementations of one may differ in.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+from moe_fused.benchmark.harness import Environment
+from moe_fused.staging import replace_file
 
 OURS = "moe_fused"
 FLOOR = "floor"  # the implementation name of the rows that hold the least time the hardware allows
@@ -23,6 +27,7 @@ FLOOR = "floor"  # the implementation name of the rows that hold the least time 
 BASELINES: dict[str, tuple[str, ...]] = {
     "experts": ("grouped_mm",),
     "experts_4bit": ("composed", "dequantize_first", "moe_fused_bf16"),
+    "experts_lora": ("composed", "peft", "attention_only", "moe_fused_bf16"),
 }
 
 Point = tuple[str, str, str, int, str, int]
@@ -57,6 +62,39 @@ class Row:
     def point(self) -> Point:
         """What was measured, whichever the implementation; rows of a point are comparable."""
         return (self.benchmark, self.gpu, self.layer, self.tokens, self.phase, self.lora_rank)
+
+
+def new_row(
+    environment: Environment,
+    *,
+    benchmark: str,
+    layer: str,
+    tokens: int,
+    implementation: str,
+    phase: str,
+    weights: str,
+    ms: float | None,
+    flops: float,
+    peak_mib: float | None = None,
+    lora_rank: int = 0,
+) -> Row:
+    """A row of a run in ``environment``; TFLOP/s are those of ``flops`` operations in ``ms``."""
+    return Row(
+        benchmark=benchmark,
+        gpu=environment.gpu,
+        date=environment.date,
+        torch=environment.torch,
+        triton=environment.triton,
+        layer=layer,
+        tokens=tokens,
+        implementation=implementation,
+        phase=phase,
+        weights=weights,
+        lora_rank=lora_rank,
+        ms=None if ms is None else round(ms, 5),
+        tflops=None if not ms else round(flops / ms / 1e9, 3),
+        peak_mib=None if peak_mib is None else round(peak_mib, 2),
+    )
 
 
 KEYS = tuple(field.name for field in fields(Row))
@@ -105,24 +143,8 @@ def read_rows(path: Path) -> list[Row]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes ``content`` beside ``path`` and moves it into place: an interrupted run leaves the old file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp makes private files
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Writes ``rows`` as a JSON list, one row a line, so that a new measurement is a readable diff."""
+def write_rows(path: Path, rows: Iterable[DataclassInstance]) -> None:
+    """Writes ``rows``, of whatever class, as a JSON list, one row a line, so that a new measurement is a readable diff."""
     lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
     replace_file(path, f"[\n{lines}\n]\n".encode())
 

@@ -7,15 +7,16 @@ the plot go to ``benchmarks/results``.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import torch
 import typer
@@ -24,15 +25,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from . import harness, plot
-from .harness import Call, MismatchError, Timing, current_environment
-from .layers import FORWARD_CUDA_GRAPH, LAYERS, PHASES, Ceilings, Layer, floor_ms, flops
-from .rows import BASELINES, FLOOR, Row, merge, read_rows, slug, write_rows
+from moe_fused.benchmark import harness
+from moe_fused.benchmark.harness import Call, MismatchError, Timing, UnavailableError, current_environment
+from moe_fused.benchmark.inputs import DTYPE, Inputs
+from moe_fused.benchmark.layers import FORWARD_CUDA_GRAPH, LAYERS, Ceilings, Layer, floor_ms, flops
+
+from . import plot
+from .rows import BASELINES, FLOOR, Row, merge, new_row, read_rows, slug, write_rows
 
 ROOT = Path(__file__).resolve().parent
-DTYPE = torch.bfloat16
 GRAPH_TOKENS = (1, 8)  # beyond, the GPU takes longer than the launches
 POISON_BYTES = 8 * 2**30
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,18 @@ MakeCall = Callable[[Sequence["Inputs"], str], Call]
 
 @dataclass(frozen=True)
 class Contenders:
-    """The implementations of one layer, all over the same weights."""
+    """The implementations of one layer, all over the same weights.
+
+    Attributes:
+        weight_bytes: of a weight, as the floor counts them.
+        remark: a line for the terminal.
+        expected: by name of those that compute something else than the baseline does, what they must agree with.
+    """
 
     make_call: Mapping[str, MakeCall]
-    weight_bytes: float  # of a parameter, as the floor counts them
-    remark: str = ""  # a line for the terminal
+    weight_bytes: float
+    remark: str = ""
+    expected: Mapping[str, MakeCall] = field(default_factory=dict)
 
 
 Prepare = Callable[[Layer, torch.Generator], Contenders]
@@ -78,9 +89,10 @@ class Benchmark:
         about: what ``--help`` says.
         implementations: in the order in which tables list them.
         setup: given the names that compete, loads what they need, once; what it returns makes the contenders of a layer.
-        layers, tokens, phases: what is measured unless asked otherwise; there are no other phases.
+        layers, tokens, phases, lora_ranks: what is measured unless asked otherwise; there are no other phases and ranks.
         weights: how the weights are stored, of the floor.
         seconds: time per implementation and point.
+        tolerance: of results, relative to their norms.
     """
 
     name: str
@@ -90,9 +102,11 @@ class Benchmark:
     layers: tuple[str, ...]
     tokens: tuple[int, ...]
     quick_tokens: tuple[int, ...]
-    phases: tuple[str, ...] = PHASES
+    phases: tuple[str, ...]
+    lora_ranks: tuple[int, ...] = (0,)
     weights: str = "bf16"
     seconds: float = 0.4
+    tolerance: float = harness.TOLERANCE
 
     @property
     def baselines(self) -> tuple[str, ...]:
@@ -119,42 +133,6 @@ def load_kernel() -> ModuleType:
     repo_id = general["hub"]["repo-id"]
     # A revision, not a version: only so does `kernels` leave the Hub alone where LOCAL_KERNELS names a build.
     return get_kernel(repo_id, revision=f"v{general['version']}", trust_remote_code=[repo_id])
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """One input set of a layer, the output's gradient included."""
-
-    hidden_states: Tensor
-    top_k_index: Tensor
-    top_k_weights: Tensor
-    grad_output: Tensor
-
-    @classmethod
-    def random(cls, layer: Layer, tokens: int, generator: torch.Generator) -> Inputs:
-        """Normal tokens, routed as a router with random logits does; the weights of a token sum to one."""
-        device = generator.device
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
-
-        weights, index = torch.topk(normal(tokens, layer.experts).softmax(-1), layer.top_k, dim=-1)
-        weights = (weights / weights.sum(-1, keepdim=True)).to(DTYPE)
-        x = normal(tokens, layer.hidden).to(DTYPE)
-        return cls(x.requires_grad_(), index, weights.requires_grad_(), normal(tokens, layer.hidden).to(DTYPE))
-
-
-def random_weights(layer: Layer, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """gate_up (E, 2·I, H) and down (E, H, I), normal, scaled so that the outputs stay near unit size."""
-
-    def weight(*shape: int) -> Tensor:
-        values = torch.randn(*shape, generator=generator, device=generator.device, dtype=DTYPE)
-        return values.mul_(shape[-1] ** -0.5)
-
-    return (
-        weight(layer.experts, 2 * layer.intermediate, layer.hidden),
-        weight(layer.experts, layer.hidden, layer.intermediate),
-    )
 
 
 def forward_call(forward: Forward, inputs: Sequence[Inputs]) -> Call:
@@ -205,7 +183,8 @@ class Bench:
         """Rows of ``names`` and of the floor at ``point``; an implementation with wrong results gets none."""
         inputs = self._inputs(point, contenders.weight_bytes)
         calls = {name: contenders.make_call[name](inputs, point.phase) for name in names}
-        outcomes, ready = self._check(calls)
+        expected = {name: make(inputs, point.phase) for name, make in contenders.expected.items()}
+        outcomes, ready = self._check(calls, expected)
         replayed = 1
         if point.phase == FORWARD_CUDA_GRAPH:
             replayed = len(inputs)
@@ -228,23 +207,31 @@ class Bench:
         count = harness.input_sets(touched, self.device, least=least)
         return [first] + [Inputs.random(layer, tokens, self.generator) for _ in range(count - 1)]
 
-    def _check(self, calls: Mapping[str, Call]) -> tuple[dict[str, Outcome], dict[str, Call]]:
+    def _check(
+        self, calls: Mapping[str, Call], expected: Mapping[str, Call]
+    ) -> tuple[dict[str, Outcome], dict[str, Call]]:
         """Runs each call once, which also compiles it, and once more for its memory; those to be timed come back."""
         outcomes: dict[str, Outcome] = {}
         reference: dict[str, Tensor] = {}
         # The baseline first: the others are compared with it, or with the first that works where it does not.
         for name in sorted(calls, key=lambda name: name != self.benchmark.baselines[0]):
-            outcomes[name] = self._try(name, calls[name], reference)
+            outcomes[name] = self._try(name, calls[name], reference, expected.get(name))
             harness.release_memory(self.device)
         return outcomes, {name: call for name, call in calls.items() if outcomes[name].problem is None}
 
-    def _try(self, name: str, call: Call, reference: dict[str, Tensor]) -> Outcome:
-        """The memory of ``call``, or why it has none to report; its results become an empty ``reference``."""
+    def _try(self, name: str, call: Call, reference: dict[str, Tensor], expected: Call | None) -> Outcome:
+        """The memory of ``call``, or why it has none to report.
+
+        Its results must be those of ``expected``, else those in ``reference``, which they fill if it is empty.
+        """
         try:
+            if expected is not None:
+                reference, _ = harness.run_and_weigh(expected, self.device)
             harness.poison(self.device, POISON_BYTES)
             got, grown = harness.run_and_weigh(call, self.device)
             self._kept[name] = self._kept.get(name, 0.0) + grown
-            harness.compare(name, got, reference or got)  # with itself: all finite
+            # With itself: all finite.
+            harness.compare(name, got, reference or got, tolerance=self.benchmark.tolerance)
             if not reference:
                 reference.update(got)
             del got
@@ -252,6 +239,8 @@ class Bench:
             return Outcome(peak_mib=None if peak is None else peak + self._kept[name])
         except torch.OutOfMemoryError:
             return Outcome(problem="out of memory")
+        except UnavailableError as error:
+            return Outcome(problem=str(error))
         except MismatchError as error:
             return Outcome(problem=str(error), wrong=True)
 
@@ -290,7 +279,8 @@ class Bench:
         operations = flops(layer, tokens, phase)
 
         def row(implementation: str, weights: str, ms: float | None, peak_mib: float | None = None) -> Row:
-            return self.environment.row(
+            return new_row(
+                self.environment,
                 benchmark=self.benchmark.name,
                 layer=layer.name,
                 tokens=tokens,
@@ -300,6 +290,7 @@ class Bench:
                 ms=ms,
                 flops=operations,
                 peak_mib=peak_mib,
+                lora_rank=layer.lora_rank,
             )
 
         rows = [
@@ -321,7 +312,8 @@ def results_table(
 ) -> Table:
     """What was measured of one layer and phase, for the terminal."""
     shape = f"H{layer.hidden} I{layer.intermediate} E{layer.experts} k{layer.top_k}"
-    table = Table(title=f"{layer.name} ({shape}, {benchmark.weights}), {phase}", title_justify="left")
+    lora = f", LoRA rank {layer.lora_rank}" if layer.lora_rank else ""
+    table = Table(title=f"{layer.name} ({shape}, {benchmark.weights}{lora}), {phase}", title_justify="left")
     ratios = [f"× {name}" for name in benchmark.baselines]
     for column in ("tokens", "implementation", "ms", "±", *ratios, "TFLOP/s", "of the floor", "peak MiB"):
         table.add_column(column, justify="left" if column == "implementation" else "right", no_wrap=True)
@@ -370,10 +362,10 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _choices(option: str, given: Sequence[str] | None, known: Sequence[str], default: Sequence[str]) -> list[str]:
+def _choices(option: str, given: Sequence[T] | None, known: Sequence[T], default: Sequence[T]) -> list[T]:
     for value in given or ():
         if value not in known:
-            raise typer.BadParameter(f"{value!r} is none of {', '.join(known)}", param_hint=f"--{option}")
+            raise typer.BadParameter(f"{value!r} is none of {', '.join(map(str, known))}", param_hint=f"--{option}")
     return list(dict.fromkeys(given or default))
 
 
@@ -387,14 +379,14 @@ def _one_line_errors() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def _points(layers: Sequence[str], tokens: Sequence[int], phases: Sequence[str], device: torch.device) -> list[Point]:
+def _points(layers: Sequence[Layer], tokens: Sequence[int], phases: Sequence[str], device: torch.device) -> list[Point]:
     points = []
     for layer in layers:
         for phase in phases:
             graph = phase == FORWARD_CUDA_GRAPH
             if graph and device.type != "cuda":
                 continue
-            points += [Point(LAYERS[layer], t, phase) for t in tokens if not graph or t in GRAPH_TOKENS]
+            points += [Point(layer, t, phase) for t in tokens if not graph or t in GRAPH_TOKENS]
     return points
 
 
@@ -440,10 +432,10 @@ def _run(
     return problems
 
 
-def _console() -> Console:
+def make_console() -> Console:
     console = Console()
     # A log has no width: 80 columns would cut names off.
-    return console if console.is_terminal else Console(width=150)
+    return console if console.is_terminal else Console(width=180)
 
 
 def command(benchmark: Benchmark) -> Callable[..., None]:
@@ -456,6 +448,7 @@ def command(benchmark: Benchmark) -> Callable[..., None]:
             list[str] | None, typer.Option(help="An implementation; may be given again. Writes only to --output.")
         ] = None,
         phase: Annotated[list[str] | None, typer.Option(help="A phase; may be given again.")] = None,
+        lora_rank: Annotated[list[int] | None, typer.Option(help="A rank of LoRA; may be given again.")] = None,
         output: Annotated[Path | None, typer.Option(help="The JSON to write; the plot stands beside it.")] = None,
         quick: Annotated[
             bool, typer.Option("--quick", help="A few sizes of one layer. Writes only to --output.")
@@ -469,6 +462,8 @@ def command(benchmark: Benchmark) -> Callable[..., None]:
         layers = _choices("layer", layer, tuple(LAYERS), benchmark.layers[:1] if quick else benchmark.layers)
         names = _choices("implementation", implementation, every, every)
         phases = _choices("phase", phase, benchmark.phases, benchmark.phases)
+        ranks = _choices("lora-rank", lora_rank, benchmark.lora_ranks, benchmark.lora_ranks)
+        adapted = [dataclasses.replace(LAYERS[name], lora_rank=rank) for name in layers for rank in ranks]
         sizes = list(dict.fromkeys(tokens or (benchmark.quick_tokens if quick else benchmark.tokens)))
         if min(sizes) < 1:
             raise typer.BadParameter(f"{min(sizes)} is not a positive number of tokens", param_hint="--tokens")
@@ -476,7 +471,7 @@ def command(benchmark: Benchmark) -> Callable[..., None]:
         if chosen.type == "cpu" and layers != ["tiny"]:
             raise typer.BadParameter("a CPU is only for smoke tests: give --layer tiny", param_hint="--device")
 
-        console = _console()
+        console = make_console()
         start = time.perf_counter()
         prepare = benchmark.setup(names)
         if chosen.type == "cpu":
@@ -508,7 +503,7 @@ def command(benchmark: Benchmark) -> Callable[..., None]:
 
         gc.freeze()  # a collection takes a quarter of a second otherwise, most of it over what the imports made
         try:
-            problems = _run(bench, _points(layers, sizes, phases, chosen), names, prepare, console, save)
+            problems = _run(bench, _points(adapted, sizes, phases, chosen), names, prepare, console, save)
         finally:
             gc.unfreeze()
         if path is not None and rows:

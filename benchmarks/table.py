@@ -21,7 +21,9 @@ from typing import Annotated
 
 import typer
 
-from .rows import FLOOR, KEYS, OURS, Row, baselines_of, read_rows, replace_file, weights_of
+from moe_fused.staging import replace_file
+
+from .rows import FLOOR, KEYS, OURS, Row, baselines_of, read_rows, weights_of
 
 _BEGIN = re.compile(r"<!-- rows: (?P<file>\S+)(?P<filters>(?: \S+=\S+)*) -->")
 _END = "<!-- rows end -->"
@@ -29,6 +31,7 @@ _TITLES = {
     "forward": "forward",
     "forward_backward": "forward + backward",
     "forward_cuda_graph": "forward in a CUDA graph",
+    "recompute": "forward + backward with recomputation",
 }
 
 
@@ -62,6 +65,16 @@ def _share(row: Row | None, floor: Row | None) -> str:
     return f"{floor.ms / row.ms:.0%}" if row and row.ms and floor and floor.ms else ""
 
 
+def _peak(row: Row | None, baseline: Row | None) -> str:
+    if row is None or row.peak_mib is None:
+        return ""
+    if (
+        row is baseline or baseline is None or not baseline.peak_mib or baseline.peak_mib < 1
+    ):  # a share of next to nothing
+        return f"{row.peak_mib:.0f}"
+    return f"{row.peak_mib:.0f} ({row.peak_mib / baseline.peak_mib:.0%})"
+
+
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -87,9 +100,9 @@ def _phase_table(rows: Sequence[Row]) -> list[str]:
         shares = [_share(by_key.get((OURS, t)), by_key.get((FLOOR, t))) for t in sizes]
         lines.append(_line([f"{OURS}, share of the floor reached", *shares]))
     for name in (OURS, baseline, *others):
-        peaks = [row.peak_mib if (row := by_key.get((name, t))) else None for t in sizes]
-        if any(peak is not None for peak in peaks):
-            lines.append(_line([f"{name}, peak MiB", *("" if peak is None else f"{peak:.0f}" for peak in peaks)]))
+        peaks = [_peak(by_key.get((name, t)), by_key.get((baseline, t))) for t in sizes]
+        if any(peaks):
+            lines.append(_line([f"{name}, peak MiB", *peaks]))
     return lines
 
 
@@ -102,7 +115,9 @@ def render(rows: Sequence[Row]) -> str:
     if not rows:
         raise ValueError("rows must hold at least one row to make a table of, got none")
     blocks: list[str] = []
-    legend = f"In brackets: speed over {baselines_of(rows)[0]}'s; –: out of memory or could not run."
+    legend = (
+        f"In brackets: speed over {baselines_of(rows)[0]}'s, and share of its peak; –: out of memory or could not run."
+    )
     for gpu, layer, rank in dict.fromkeys((row.gpu, row.layer, row.lora_rank) for row in rows):
         own = [row for row in rows if (row.gpu, row.layer, row.lora_rank) == (gpu, layer, rank)]
         runs = "; ".join(_ordered(f"torch {row.torch}, Triton {row.triton}, {row.date}" for row in own))

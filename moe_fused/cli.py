@@ -9,8 +9,14 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from moe_fused import convert_model_cli
+from moe_fused import convert_model_cli, convert_optimizer_cli
 from moe_fused.checkpoints.adapters import Layout, ScalingChoice
+from moe_fused.commands.bench import bench
+from moe_fused.commands.doctor import doctor
+from moe_fused.commands.generate import generate
+from moe_fused.commands.merge import merge
+from moe_fused.commands.quantize import quantize
+from moe_fused.commands.tune import tune
 from moe_fused.finetune.command import finetune
 
 if TYPE_CHECKING:
@@ -20,7 +26,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 convert = typer.Typer(rich_markup_mode=None, help="Convert files between layouts.")
 app.add_typer(convert, name="convert")
 convert.command()(convert_model_cli.model)
-app.command()(finetune)
+convert.command()(convert_optimizer_cli.optimizer)
+for command in (finetune, generate, quantize, merge, doctor, tune, bench):
+    app.command()(command)
 
 
 @app.callback()

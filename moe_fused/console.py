@@ -28,7 +28,7 @@ def run(load: Callable[[], Callable[..., object]]) -> int:
     raise_on_signals()
     try:
         try:
-            load()(standalone_mode=False)
+            status = load()(standalone_mode=False)
         except Exception:
             check_interrupted()  # a library may have turned the interruption into an error of its own
             raise
@@ -37,4 +37,4 @@ def run(load: Callable[[], Callable[..., object]]) -> int:
             raise
         print(f"error: {_describe(error)}", file=sys.stderr)
         return int(getattr(error, "exit_code", 1))
-    return 0
+    return status if isinstance(status, int) else 0  # of typer.Exit, which comes back as a value

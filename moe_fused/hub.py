@@ -12,12 +12,15 @@ Which variant (cpu, cuda, rocm, xpu) is up to ``kernels``; every variant serves 
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,6 +29,16 @@ else:
 
 MIN_TORCH = "2.9"
 MIN_TRANSFORMERS = "5.17"
+MIN_TRITON = "3.4"  # on a GPU
+# What parts of this package, or of training with it, need: the versions, and for what. As in pyproject.toml.
+OPTIONAL = {
+    "triton": (f">={MIN_TRITON}", "the kernels on a GPU"),
+    "peft": (">=0.21.2", "adapters"),
+    "accelerate": (">=1.10", "4-bit weights and training"),
+    "bitsandbytes": (">=0.50", "4-bit weights"),
+    "trl": ("", "fine-tuning"),
+    "liger-kernel": ("", "fine-tuning in less memory"),
+}
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -104,31 +117,76 @@ def get_kernel() -> ModuleType:
     return load(KernelSource.find())
 
 
-def _installed(package: str) -> str:
+def submodule(kernel: ModuleType, name: str) -> Any:
+    """A module of the kernel, whose own name changes with every build."""
+    return importlib.import_module(f"{kernel.__name__}.{name}")
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A package that must be there.
+
+    Attributes:
+        found: its version, None without it.
+        needed: the versions that fit, as pip takes them.
+        problem: what is wrong, in one line that says what to do; None if nothing is.
+    """
+
+    package: str
+    found: str | None
+    needed: str
+    problem: str | None
+
+
+def installed(package: str) -> str | None:
+    """The version of a package, None without it."""
     try:
         return version(package)
-    except PackageNotFoundError as error:
-        raise RuntimeError(f"moe_fused needs {package}, which is not installed: pip install {package}") from error
+    except PackageNotFoundError:
+        return None
 
 
-def check_versions() -> None:
-    """Raises RuntimeError unless torch and transformers are recent enough and transformers can use this kernels.
+def _requirement(package: str, needed: str) -> Requirement:
+    found = installed(package)
+    problem = None
+    if found is None:
+        problem = f"moe_fused needs {package}, which is not installed: pip install {package}"
+    elif not fits(found, needed):
+        problem = f"moe_fused needs {package}{needed}, found {found}"
+    return Requirement(package, found, needed, problem)
+
+
+def fits(found: str, needed: str) -> bool:
+    """Whether a version is one of those needed; by its base version, so that 2.9.0a0+git counts as 2.9."""
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import Version
+
+    return SpecifierSet(needed).contains(Version(found).base_version)
+
+
+def requirements() -> Iterator[Requirement]:
+    """torch, transformers and kernels, in an order in which each can be asked once those before have no problem.
 
     Each transformers release declares the range of kernels it works with, and otherwise acts as if kernels were absent.
     """
-    from packaging.version import Version
-
-    for package, minimum in (("torch", MIN_TORCH), ("transformers", MIN_TRANSFORMERS)):
-        found = _installed(package)
-        # The base version, so that 2.9.0a0+git counts as 2.9.
-        if Version(Version(found).base_version) < Version(minimum):
-            raise RuntimeError(f"moe_fused needs {package}>={minimum}, found {found}")
+    yield _requirement("torch", f">={MIN_TORCH}")
+    yield _requirement("transformers", f">={MIN_TRANSFORMERS}")
 
     from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION
 
-    found = _installed("kernels")
-    if not Version(KERNELS_MIN_VERSION) <= Version(found) < Version(KERNELS_MAX_VERSION):
-        raise RuntimeError(
-            f"transformers {_installed('transformers')} needs kernels>={KERNELS_MIN_VERSION},<{KERNELS_MAX_VERSION}, "
-            f"found {found}: pip install 'kernels>={KERNELS_MIN_VERSION},<{KERNELS_MAX_VERSION}'"
+    needed = f">={KERNELS_MIN_VERSION},<{KERNELS_MAX_VERSION}"
+    own = _requirement("kernels", needed)
+    if own.found is not None and own.problem is not None:
+        problem = (
+            f"transformers {installed('transformers')} needs kernels{needed}, found {own.found}: "
+            f"pip install 'kernels{needed}'"
         )
+        own = replace(own, problem=problem)
+    yield own
+
+
+def check_versions() -> None:
+    """Raises RuntimeError unless torch and transformers are recent enough and transformers can use this kernels."""
+    for requirement in requirements():
+        if requirement.problem is not None:
+            raise RuntimeError(requirement.problem)

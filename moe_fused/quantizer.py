@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter, revert_weight_conversion
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter, revert_weight_conversion
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
@@ -73,24 +75,21 @@ def packing_refusal(module: Experts, blocksize: int) -> str | None:
     """Why the weights of ``module`` cannot be held in 4 bits; None if they can."""
     if not hasattr(type(module), "_apply_gate"):
         return "it is not under Transformers' experts interface"
-    if getattr(module, "is_transposed", False):
-        return "its weights are transposed"
-    if not getattr(module, "is_concatenated", True):
-        return "its gate and up features alternate"
     if reason := layout_refusal(module):
         return reason
     format4bit = get_kernel().quantization.Format4bit
     try:
         for name in projections_of(module):
-            format4bit(tuple(getattr(module, name).shape), blocksize=blocksize, projections=_parts(name))
+            format4bit(tuple(getattr(module, name).shape), blocksize=blocksize, projections=_parts(module, name))
     except ValueError as error:
         return str(error)
     return None
 
 
-def _parts(name: str) -> int:
-    """Matrices of one expert in the parameter of that name."""
-    return 2 if name == "gate_up_proj" else 1
+def _parts(module: Experts, name: str) -> int:
+    """Matrices of one expert in the parameter of that name, one after the other."""
+    halves = getattr(module, "is_concatenated", True) and not getattr(module, "is_transposed", False)
+    return 2 if name == "gate_up_proj" and halves else 1
 
 
 def _holds_experts(module: nn.Module) -> bool:
@@ -110,12 +109,12 @@ class _DenseOnly(WeightConverter):
     packed: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, converter: WeightConverter, packed: frozenset[str]) -> _DenseOnly:
+    def of(cls, converter: WeightConverter) -> _DenseOnly:
         own = cls(
             list(converter._original_source_patterns), list(converter._original_target_patterns), converter.operations
         )
         own.scope_prefix, own.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
-        own._was_used, own.packed = True, packed
+        own._was_used = True
         return own
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
@@ -127,6 +126,14 @@ class _DenseOnly(WeightConverter):
         reverse: Any = super().reverse_transform()
         reverse.packed = self.packed
         return reverse
+
+
+def _leave_packed_alone(model: Any) -> None:
+    """Tells the conversions on ``model`` which of its modules are packed."""
+    packed = frozenset(name for name, _ in packed_modules(model))
+    for conversion in model._weight_conversions:
+        if isinstance(conversion, _DenseOnly):
+            conversion.packed = packed
 
 
 class _Deserialize(ConversionOps):
@@ -216,7 +223,7 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
                         f"llm_int8_skip_modules must name all experts of a layer, {path}, or none, got {pattern}"
                     )
             targets += [
-                Target(f"{path}.{name}", tuple(getattr(module, name).shape), _parts(name))
+                Target(f"{path}.{name}", tuple(getattr(module, name).shape), _parts(module, name))
                 for name in projections_of(module)
             ]
         for class_name, reason in refused.items():
@@ -311,7 +318,6 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
         for name in self.names.targets:
             if name not in self.converter.loaded:
                 raise ValueError(f"{name} is missing from the checkpoint, in every layout that is known")
-        packed = frozenset(name for name, _ in packed_modules(model))
         for path, module in packed_modules(model):
             for name in projections_of(module):
                 if getattr(module, f"{name}_format", None) is None:
@@ -319,22 +325,40 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
                         f"{path}.{name} must be of 4-bit weights like the rest of its module, but is dense"
                     )
             pin(module)
-        self._keep_conversions(model, packed)
+        self._keep_conversions(model)
+        for part in model.modules():
+            if part is not model and isinstance(part, PreTrainedModel) and next(packed_modules(part), None):
+                self._adopt(part)
         return model
 
-    def _keep_conversions(self, model: Any, packed: frozenset[str]) -> None:
+    def _keep_conversions(self, model: Any) -> None:
         """Leaves the conversions on ``model`` that saving has to revert: of packed weights none, in any layer."""
         model._weight_conversions = [
             conversion
             for conversion in model._weight_conversions
-            if not isinstance(conversion, (ExpertsConverter, _DenseOnly))
+            if not isinstance(conversion, ExpertsConverter)
             and conversion not in self.names.converters
             and not any(isinstance(op, _Deserialize) for op in getattr(conversion, "operations", ()))
-        ] + [_DenseOnly.of(converter, packed) for converter in self.names.converters]
+        ] + [_DenseOnly.of(converter) for converter in self.names.converters]
+        _leave_packed_alone(model)
+
+    def _adopt(self, part: Any) -> None:
+        """Lets a model inside the one that was loaded be saved by itself, which goes by what is on it alone."""
+        part.hf_quantizer = self
+        stacks = [f"{path}.{name}" for path, module in packed_modules(part) for name in projections_of(module)]
+        part._weight_conversions = [
+            _DenseOnly.of(conversion)
+            if isinstance(conversion, WeightConverter)
+            and any(stack.endswith(tuple(conversion.target_patterns)) for stack in stacks)
+            else conversion
+            for conversion in get_model_conversion_mapping(part, add_legacy=False)
+            if not isinstance(conversion, PrefixChange)  # of the whole model's checkpoint
+        ]
 
     # Saving.
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+        _leave_packed_alone(model)  # a part of it may have been dequantized
         if getattr(model, "_hf_peft_config_loaded", False) or next(packed_modules(model), None) is None:
             result: tuple[dict[str, Tensor] | None, dict[str, Any]] = super().get_state_dict_and_metadata(model)
             return result
@@ -356,21 +380,35 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
                         key = pattern.replace("*", str(expert))
                         parts = write_matrix(weights, expert, projection, dtype)
                         state_dict |= {f"{key}.{part}" if part else key: value for part, value in parts.items()}
-        self._skip_routers(model)
+        self.quantization_config.llm_int8_skip_modules = self._not_quantized(model)
+        # The config of a model inside another may be one of its own.
+        model.config.quantization_config = self.quantization_config
         return state_dict, {}
 
-    def _skip_routers(self, model: Any) -> None:
-        """Names the routers in ``llm_int8_skip_modules``: for Transformers 4 they are linear layers, but not quantized."""
-        routers = []
+    def _not_quantized(self, model: Any) -> list[str]:
+        """What ``llm_int8_skip_modules`` has to name.
+
+        Of a model inside the one that was loaded, also linear layers that were skipped by their name in the whole. And
+        routers: for Transformers 4 they are linear layers, but not quantized.
+        """
+        from bitsandbytes.nn.modules import Linear4bit
+
+        def in_checkpoint(path: str, weight: Tensor) -> str:
+            (key,) = revert_weight_conversion(model, {f"{path}.weight": weight})
+            return key.removesuffix(".weight")
+
+        skipped = set(self.modules_to_not_convert)
+        for path, module in model.named_modules():
+            is_dense = isinstance(module, nn.Linear) and not isinstance(module, Linear4bit)
+            if is_dense and should_convert_module(path, self.modules_to_not_convert):
+                skipped |= {path, in_checkpoint(path, module.weight)}
         for path, _ in packed_modules(model):
             block = path.rpartition(".")[0]
             for name, module in model.get_submodule(block).named_children():
                 weight = getattr(module, "weight", None)
                 if isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Linear):
-                    key = f"{block}.{name}.weight"
-                    (key,) = revert_weight_conversion(model, {key: weight})
-                    routers.append(key.removesuffix(".weight"))
-        self.quantization_config.llm_int8_skip_modules = sorted({*self.modules_to_not_convert, *routers})
+                    skipped.add(in_checkpoint(f"{block}.{name}", weight))
+        return sorted(skipped)
 
     # The way back.
 
@@ -382,8 +420,10 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
         if any(isinstance(module, Linear4bit) for module in model.modules()):  # Transformers takes that for granted
             model = super()._dequantize(model, dtype=dense_dtype)
         unpack_experts(model, dense_dtype)
-        if self.converter is not None:
-            self._keep_conversions(model, frozenset())
+        for part in list(model.modules()):
+            if getattr(part, "hf_quantizer", None) is self:
+                _leave_packed_alone(part)
+                self.remove_quantization_config(part)
         return model
 
 

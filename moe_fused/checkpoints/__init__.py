@@ -14,5 +14,6 @@ Fused:
 ``entries`` what the tensors of one parameter make up. ``converter`` puts them together while Transformers loads them.
 
 ``models`` rewrites saved models: ``tensor_files`` reads and writes files, ``architecture`` knows what model they are of,
-``checkpoint`` finds the experts among the tensors, and ``stacks`` brings those from one layout into another.
+``checkpoint`` finds the experts among the tensors, and ``stacks`` brings those from one layout into another. ``adapters``
+does so for LoRA on experts, and ``optimizers`` for what AdamW remembers of either.
 """

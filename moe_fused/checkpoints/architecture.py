@@ -109,6 +109,19 @@ def _renamed(name: str, renamings: list[WeightRenaming]) -> str:
     return name
 
 
+def read_model(name: str) -> nn.Module:
+    """The model on meta that the config at ``name``, a directory or a repository of the Hub, describes.
+
+    Raises:
+        OSError, ValueError: there is no such config, or Transformers does not know the model.
+    """
+    if not (Path(name) / CONFIG).is_file() and Path(name).is_dir():
+        raise FileNotFoundError(f"{Path(name) / CONFIG} is missing")
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    model: nn.Module = _on_meta(Path(name), config.to_dict())
+    return model
+
+
 def _on_meta(directory: Path, config: dict[str, Any]) -> Any:
     names = [ORIGINAL_CLASSES.get(name, name) for name in config.get("architectures") or ()]
     known = [name for name in names if hasattr(transformers, name)]

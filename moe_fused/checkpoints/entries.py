@@ -27,11 +27,19 @@ class Entry(NamedTuple):
 
 
 def layout_of(name: str, entries: list[Entry]) -> str:
-    """The layout that all entries share.
+    """The layout that all entries of the parameter ``name`` share.
 
     Raises:
-        ValueError: they are of several.
+        ValueError: they are of several, or two are the same part of the same matrix.
     """
+    seen: dict[tuple[str, int, int, str], str] = {}
+    for entry in entries:
+        place = entry.place
+        part = (place.layout, place.expert, place.projection, place.part)
+        # A checkpoint may name a tensor with the prefix of the base model and without. How many make up a stack that only
+        # Transformers can put together, it alone knows.
+        if (other := seen.setdefault(part, entry.key)) != entry.key and place.layout != "other":
+            raise ValueError(f"{name} must have each tensor once, got {other} and {entry.key}, which are the same")
     keys = {entry.place.layout: entry.key for entry in reversed(entries)}
     # The same name is that of dense weights for a converter of Transformers, and of packed ones in our layout.
     if keys.keys() == {"fused", "other"} and all(not e.place.part for e in entries if e.place.layout == "other"):

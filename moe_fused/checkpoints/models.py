@@ -89,7 +89,7 @@ class Plan:
             if progress is not None:
                 progress(done, total)
 
-        check = partial(_check_replaceable, overwrite=self.overwrite)
+        check = partial(check_replaceable, overwrite=self.overwrite)
         with staged_directory(self.target, "the target", check, total) as staging:
             for name in self.others:
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
@@ -180,8 +180,8 @@ def plan_model(
     if dtype not in (None, torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype}")
     source, target = Path(source), Path(target)
-    _check_apart(source, target)
-    _check_replaceable(target, overwrite)
+    check_apart(source, target)
+    check_replaceable(target, overwrite)
     config, tensors = read_config(source), read_checkpoint(source)
     checkpoint = Checkpoint(Architecture.read(source, config), tensors, "quantization_config" in config)
     if dequantize and not checkpoint.packed:
@@ -206,7 +206,7 @@ def plan_model(
         (len(tensors), len(outputs)),
         (sum(own.nbytes for own in tensors.values()), sum(own.nbytes for own in outputs.values())),
         split(outputs, max_shard_size),
-        tuple(_other_files(source)),
+        tuple(other_files(source)),
         (*checkpoint.notes, *(() if unchanged or dequantize else _losses(checkpoint.stacks))),
         overwrite,
         outputs,
@@ -218,13 +218,15 @@ def _list(values: Iterable[str]) -> str:
     return " and ".join(sorted(set(values)))
 
 
-def _check_apart(source: Path, target: Path) -> None:
+def check_apart(source: Path, target: Path) -> None:
+    """Raises ValueError if one of the directories is the other or holds it."""
     one, other = source.resolve(), target.resolve()
     if one == other or one in other.parents or other in one.parents:
         raise ValueError(f"source and target must be apart, got {source} and {target}")
 
 
-def _check_replaceable(target: Path, overwrite: bool) -> None:
+def check_replaceable(target: Path, overwrite: bool) -> None:
+    """Raises FileExistsError unless a model may be written to ``target``: nothing is there, or a model to overwrite."""
     if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
         return
     if not target.is_dir():
@@ -258,7 +260,7 @@ def _adjusted(config: dict[str, Any], layout: Layout, dtype: torch.dtype | None,
     return result
 
 
-def _other_files(source: Path) -> Iterator[str]:
+def other_files(source: Path) -> Iterator[str]:
     """What is copied as it is: a tokenizer, a generation config and so on, but no weights and nothing hidden."""
     for path in sorted(source.rglob("*")):
         name = path.relative_to(source)

@@ -22,7 +22,8 @@ from .entries import Entry, by_matrix, by_projection, layout_of, read_packed
 from .fused import write_fused
 from .names import Names, Place, Target, stacked_names
 from .quant_state import read_format, write_matrix, write_piece
-from .tensor_files import DTYPES, FLOATS, Output, Stored, as_bytes, cast_chunks, cast_name, dtype_name
+from .safetensors_file import DTYPES, Chunks, as_bytes, dtype_name
+from .tensor_files import FLOATS, Output, Stored, cast_chunks, cast_name
 
 if TYPE_CHECKING:
     from qwen3_moe_fused.quantization import Packed4bitWeights
@@ -304,7 +305,7 @@ def _dense_outputs(
     names: Names,
     layout: str,
     dtype: str,
-    chunks: Callable[[int, int], Iterable[bytearray | memoryview]],
+    chunks: Callable[[int, int], Chunks],
 ) -> dict[str, Output]:
     """The tensors in ``layout`` of a stack whose matrices ``chunks`` gives by expert and projection."""
     everything = [(expert, part) for expert in range(target.shape[0]) for part in range(target.projections)]

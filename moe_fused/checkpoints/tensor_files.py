@@ -1,40 +1,27 @@
 """Safetensors files of a model, read and written a piece at a time.
 
-``safetensors`` writes a file from tensors that are all in memory, which for a shard is gigabytes. Its format is a length, a
-JSON header and the bytes of the tensors, so that whoever knows names, dtypes and shapes beforehand can write the header
-first and the bytes as they come. Its own reader checks every file before ours reads it.
+``safetensors`` reads and writes tensors that are all in memory. Its own reader checks every file before ours reads it;
+``safetensors_file`` writes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .safetensors_file import DTYPES, Chunks, TensorSpec, as_bytes, dtype_name, safetensors_writer
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _CHUNK = 1 << 20
-# Those that weights are in, and what stands beside packed ones. Tensors of others are copied, never read.
-DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "U8": torch.uint8,
-}
 FLOATS = ("BF16", "F16", "F32")
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """What safetensors calls ``dtype``, one of ``DTYPES``."""
-    return _NAMES[dtype]
 
 
 @dataclass(frozen=True)
@@ -86,26 +73,21 @@ class Stored:
         return torch.empty(self.shape, dtype=self.torch_dtype(key), device="meta")
 
     def torch_dtype(self, key: str) -> torch.dtype:
-        if self.dtype not in DTYPES:
+        # What weights are in, and what stands beside packed ones. Tensors of other dtypes are copied, never read.
+        if self.dtype not in (*FLOATS, "U8"):
             raise ValueError(f"{key} must be bfloat16, float16, float32 or uint8, got safetensors' {self.dtype}")
         return DTYPES[self.dtype]
 
 
 @dataclass(frozen=True)
-class Output:
+class Output(TensorSpec):
     """A tensor to be written.
 
     Attributes:
-        dtype: as safetensors calls it.
-        shape: of the tensor.
-        nbytes: of the tensor.
         chunks: gives its bytes, in order.
     """
 
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    chunks: Callable[[], Iterable[bytearray | memoryview]]
+    chunks: Callable[[], Chunks]
 
     @classmethod
     def of_tensor(cls, example: Tensor, make: Callable[[], Tensor]) -> Output:
@@ -132,11 +114,6 @@ def cast_chunks(stored: Stored, name: str) -> Iterator[bytearray | memoryview]:
             yield chunk
         else:  # chunks are of whole values, for their size is a multiple of any
             yield as_bytes(torch.frombuffer(chunk, dtype=DTYPES[stored.dtype]).to(DTYPES[name]))
-
-
-def as_bytes(value: Tensor) -> memoryview:
-    """The bytes of a tensor, row-major."""
-    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _header(path: Path) -> dict[str, Stored]:
@@ -215,42 +192,19 @@ def write_checkpoint(
     Args:
         progress: is told the number of bytes that were written since it was last called.
     """
+
+    def counted(chunks: Chunks) -> Chunks:
+        for chunk in chunks:
+            yield chunk
+            progress(len(chunk))
+
     for name, keys in shards.items():
-        with (directory / name).open("wb") as file:
-            _write_file(file, {key: outputs[key] for key in keys}, progress)
+        with safetensors_writer(directory / name, {key: outputs[key] for key in keys}, {"format": "pt"}) as write:
+            for key in keys:  # neighbours come from the same experts
+                write(key, counted(outputs[key].chunks()))
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(output.nbytes for output in outputs.values())},
             "weight_map": {key: name for name, keys in shards.items() for key in keys},
         }
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _write_file(file: BinaryIO, outputs: Mapping[str, Output], progress: Callable[[int], None]) -> None:
-    # Readers map the file, and take no tensor that begins where its values may not: wide ones first, as safetensors does.
-    order = sorted(outputs, key=lambda key: -_alignment(outputs[key]))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offsets: dict[str, int] = {}
-    end = 0
-    for key in order:
-        own = outputs[key]
-        offsets[key], end = end, end + own.nbytes
-        header[key] = {"dtype": own.dtype, "shape": own.shape, "data_offsets": [offsets[key], end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    # In the order given, whose neighbours come from the same experts, and not in that of the file.
-    for key, own in outputs.items():
-        file.seek(8 + len(text) + offsets[key])
-        written = 0
-        for chunk in own.chunks():
-            file.write(chunk)
-            written += len(chunk)
-            progress(len(chunk))
-        if written != own.nbytes:
-            raise RuntimeError(f"{key} came to {written} bytes, but was planned with {own.nbytes}")
-
-
-def _alignment(output: Output) -> int:
-    count = prod(output.shape)
-    return output.nbytes // count if count else 0

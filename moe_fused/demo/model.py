@@ -34,27 +34,6 @@ CPU_SIZE = Size(128, 128, 2, 8, 2, batch_size=8, sequence_length=128, steps=500,
 GPU_SIZE = Size(256, 128, 4, 16, 4, batch_size=16, sequence_length=256, steps=600, learning_rate=3e-3)
 
 
-def choose_device(name: str) -> torch.device:
-    """``auto`` is a GPU that the kernels support, if there is one, and otherwise the CPU.
-
-    Raises:
-        ValueError: no such device on this machine.
-    """
-    cuda = torch.cuda.is_available()
-    if name == "auto":
-        if cuda and (torch.version.hip or torch.cuda.get_device_capability() >= (8, 0)):
-            return torch.device("cuda")
-        return torch.device("xpu" if torch.xpu.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    if device.type not in ("cpu", "cuda", "xpu"):
-        raise ValueError(f"--device {name} is not served by the kernels: use auto, cpu, cuda or xpu")
-    return device
-
-
 def new_model(size: Size, tokenizer: PreTrainedTokenizerFast, device: torch.device) -> Qwen3MoeForCausalLM:
     """A randomly initialised float32 model whose experts are the fused ones. ``moe_fused.enable()`` comes first."""
     options: dict[str, Any] = {

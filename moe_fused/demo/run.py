@@ -16,11 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
 import moe_fused
+from moe_fused.devices import choose_device
 from moe_fused.signals import check_interrupted
 
 from . import compare, four_bit, report
 from .data import Corpus, byte_tokenizer
-from .model import CPU_SIZE, GPU_SIZE, Size, choose_device, new_model
+from .model import CPU_SIZE, GPU_SIZE, Size, new_model
 from .output import write_results
 from .train import History, autocast, train
 

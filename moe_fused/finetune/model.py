@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import moe_fused
+from moe_fused.devices import choose_device
 
 from .options import Optimizer, Options
 
@@ -26,12 +27,10 @@ def device_of(options: Options) -> torch.device:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("finetune trains on one GPU: start it without accelerate launch or torchrun")
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if options.device == "cpu" or (options.device == "auto" and accelerator is None):
-        return torch.device("cpu")
-    if accelerator is None or options.device not in ("auto", accelerator.type):
-        raise ValueError(f"--device {options.device}: torch {torch.__version__} finds {accelerator or 'no GPU'} here")
-    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+    device = choose_device(options.device)
+    if device.type == "cpu" or device.index is not None:
+        return device
+    return torch.device(device.type, torch.accelerator.current_device_index())
 
 
 def compute_dtype(options: Options, device: torch.device) -> torch.dtype:

@@ -253,9 +253,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def write_yaml(options: Options, path: Path) -> None:
-    """Writes what ``read_yaml`` reads back, without what is at its default."""
+def to_yaml(options: Options) -> str:
+    """What ``read_yaml`` reads back, without what is at its default."""
     import yaml
 
     values = {name: getattr(options, name) for name, default in DEFAULTS.items() if getattr(options, name) != default}
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from moe_fused.staging import staged_file
+from moe_fused.staging import replace_file
 
 LOG = "log.jsonl"
 # Of what the trainer logs, by the names in log.jsonl.
@@ -59,8 +59,7 @@ class Log(TrainerCallback):
     ) -> None:
         kept = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
         lines = [line for line in kept if _step_of(line) <= state.global_step] if state.global_step else []
-        with staged_file(self._path) as staged:
-            staged.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        replace_file(self._path, "".join(f"{line}\n" for line in lines).encode())
         self._last = (time.perf_counter(), self._tokens())
         self._first = (self._last[0], state.global_step)
         self._bar.start()

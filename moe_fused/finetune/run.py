@@ -20,12 +20,12 @@ from transformers import PrinterCallback
 
 from moe_fused.memory import GIB
 from moe_fused.signals import first_signal_noted
-from moe_fused.staging import is_partial, staged_file
+from moe_fused.staging import is_partial, replace_file
 
 from .command import CONFIG
 from .data import Rows, load_rows
 from .model import adapt, apply_liger, device_of, liger_serves, load_config, load_model, load_tokenizer
-from .options import Options, write_yaml
+from .options import Options, to_yaml
 from .plan import Plan, make_plan
 from .progress import LOG, Log, Stop, memory_gib
 from .results import ADAPTER_CONFIG, write_results
@@ -157,8 +157,7 @@ def _prepare_output(options: Options, overwrite: bool) -> None:
         # First: without it, nothing takes the rest for an adapter.
         (output / ADAPTER_CONFIG).unlink(missing_ok=True)
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-    with staged_file(output / CONFIG) as staged:
-        write_yaml(options, staged)
+    replace_file(output / CONFIG, to_yaml(options).encode())
 
 
 def _check_rows(rows: Rows, tokenizer: Any, options: Options) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from benchmarks.layers import (
+from moe_fused.benchmark.layers import (
     DEFAULT_LAYERS,
     FORWARD,
     FORWARD_BACKWARD,
     FORWARD_CUDA_GRAPH,
     LAYERS,
+    RECOMPUTE,
     Ceilings,
     Layer,
     compulsory_bytes,
@@ -18,6 +21,7 @@ from benchmarks.layers import (
 )
 
 SMALL = Layer("small", hidden=4, intermediate=3, experts=5, top_k=2)  # an expert has 2·3·4 + 4·3 = 36 parameters
+ADAPTED = dataclasses.replace(SMALL, lora_rank=2)  # its adapters 2·4 + 6·2 of gate and up, 2·3 + 4·2 of down: 34
 
 
 def test_shapes_are_those_of_the_models():
@@ -54,6 +58,28 @@ def test_forward_backward_bytes():
     weight_gradients = 5 * 36 * 2  # dense: also of the expert that nobody chose
     backward_writes = weight_gradients + tokens + 6 * 2  # and of x and of the routing weights
     assert compulsory_bytes(SMALL, 3, 4, FORWARD_BACKWARD) == 396 + backward_reads + backward_writes
+
+
+def test_flops_of_lora():
+    # 6 rows through 36 weights and 34 adapter parameters: there, back, and once more for the adapters alone.
+    assert ADAPTED.adapter_parameters == 34
+    assert flops(ADAPTED, 3, FORWARD) == 2 * 6 * (36 + 34)
+    assert flops(ADAPTED, 3, FORWARD_BACKWARD) == 2 * 6 * (2 * (36 + 34) + 34)
+
+
+def test_bytes_of_lora():
+    """Adapters are read with the weights of their experts, in their own dtype; only their gradients are written."""
+    packed, adapters, tokens, routing = 4 * 36 * 0.5, 4 * 34 * 2, 3 * 4 * 2, 6 * (8 + 2)
+    forward = packed + adapters + 2 * tokens + routing
+    assert compulsory_bytes(ADAPTED, 3, 4, FORWARD, weight_bytes=0.5) == forward
+    writes = 5 * 34 * 2 + tokens + 6 * 2
+    assert compulsory_bytes(ADAPTED, 3, 4, FORWARD_BACKWARD, weight_bytes=0.5) == 2 * forward + writes
+
+
+@pytest.mark.parametrize("layer", [SMALL, ADAPTED])
+def test_recomputing_is_no_work_that_counts(layer):
+    assert flops(layer, 3, RECOMPUTE) == flops(layer, 3, FORWARD_BACKWARD)
+    assert compulsory_bytes(layer, 3, 4, RECOMPUTE) == compulsory_bytes(layer, 3, 4, FORWARD_BACKWARD)
 
 
 def test_bytes_scale_with_the_dtype_but_for_the_ids():

@@ -8,8 +8,9 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import experts, runner
-from benchmarks.layers import FORWARD, FORWARD_BACKWARD, LAYERS
 from benchmarks.rows import read_rows
+from moe_fused.benchmark.inputs import Inputs
+from moe_fused.benchmark.layers import FORWARD, FORWARD_BACKWARD, LAYERS
 
 SMOKE = ("--device", "cpu", "--layer", "tiny", "--seconds", "0.001")
 
@@ -76,7 +77,7 @@ def test_implementations_share_weights_and_agree():
     modules = experts.make_experts(layer, ("grouped_mm", "batched_mm", "eager"), generator)
     assert len({id(module.gate_up_proj) for module in modules.values()}) == 1
     assert modules["eager"].gate_up_proj.shape == (8, 64, 64)
-    inputs = [runner.Inputs.random(layer, 5, generator) for _ in range(2)]
+    inputs = [Inputs.random(layer, 5, generator) for _ in range(2)]
     for own in inputs:
         assert all(len(set(chosen)) == layer.top_k for chosen in own.top_k_index.tolist())
         torch.testing.assert_close(own.top_k_weights.float().sum(-1), torch.ones(5), atol=1e-2, rtol=0)

@@ -11,10 +11,12 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import experts_4bit, harness, runner
+from benchmarks import experts_4bit, runner
 from benchmarks.experts_4bit import BitsandbytesStack, composed
-from benchmarks.layers import DEFAULT_LAYERS, LAYERS, Layer
 from benchmarks.rows import read_rows
+from moe_fused.benchmark import harness
+from moe_fused.benchmark.inputs import Inputs, random_weights
+from moe_fused.benchmark.layers import DEFAULT_LAYERS, LAYERS, Layer
 from tests.support import load_kernel
 
 SMOKE = ("--device", "cpu", "--layer", "tiny", "--seconds", "0.001")
@@ -47,9 +49,9 @@ def test_composed(tokens):
     """Against a loop over tokens; with one token, most experts have no row."""
     layer = Layer("small", hidden=32, intermediate=16, experts=6, top_k=3)
     generator = torch.Generator().manual_seed(tokens)
-    stacks = [BitsandbytesStack.quantize(weight) for weight in runner.random_weights(layer, generator)]
+    stacks = [BitsandbytesStack.quantize(weight) for weight in random_weights(layer, generator)]
     gate_up, down = (stack.dequantize() for stack in stacks)
-    own = runner.Inputs.random(layer, tokens, generator)
+    own = Inputs.random(layer, tokens, generator)
     want = torch.zeros(tokens, layer.hidden)
     for t, (chosen, weights) in enumerate(zip(own.top_k_index, own.top_k_weights.detach().float(), strict=True)):
         x = own.hidden_states[t].detach().float()
@@ -66,7 +68,7 @@ def test_all_implementations_agree_whoever_quantized(kernel):
     generator = torch.Generator().manual_seed(0)
     layer = LAYERS["tiny"]
     contenders = experts_4bit.setup(NAMES)(layer, generator)
-    inputs = [runner.Inputs.random(layer, 64, generator) for _ in range(2)]
+    inputs = [Inputs.random(layer, 64, generator) for _ in range(2)]
     results = {name: make_call(inputs, "forward")(1) for name, make_call in contenders.make_call.items()}
     assert list(results) == NAMES
     assert not results["moe_fused"]["output"].requires_grad

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import harness
-from benchmarks.harness import CpuClock, MismatchError, Timing, compare, time_interleaved
+from moe_fused.benchmark import harness
+from moe_fused.benchmark.harness import CpuClock, MismatchError, Timing, compare, time_interleaved
 
 
 class FakeClock:

@@ -42,7 +42,7 @@ class TestTable:
         assert cells(markdown, "grouped_mm") == ["0.500", "256", "8192"]
         assert cells(markdown, "eager") == ["4.00 (0.12×)", "2048 (0.12×)", "–"]
         assert cells(markdown, "moe_fused, share of the floor reached") == ["40%"] * 3
-        assert cells(markdown, "moe_fused, peak MiB") == ["12"] * 3
+        assert cells(markdown, "moe_fused, peak MiB") == ["12 (31%)"] * 3
         assert cells(markdown, "grouped_mm, peak MiB") == ["40"] * 3
 
     def test_where_the_numbers_come_from(self, rows):
@@ -99,7 +99,41 @@ class TestTable:
         assert cells(markdown, "moe_fused, speed over dequantize_first's") == ["2.50×", ""]
         assert cells(markdown, "moe_fused, speed over moe_fused_bf16's") == ["0.50×", "2.00×"]
         assert cells(markdown, "moe_fused, share of the floor reached") == ["20%", "50%"]
-        assert cells(markdown, "dequantize_first, peak MiB") == ["12", "12"]
+        assert cells(markdown, "dequantize_first, peak MiB") == ["12 (100%)", "12 (100%)"]
+
+    def test_memory_without_a_share(self, make_row):
+        """Of a baseline that ran out of memory, was not there, or needed none to speak of."""
+        baselines = [make_row(tokens=t, implementation="grouped_mm", peak_mib=p) for t, p in ((1, None), (2, 0.2))]
+        markdown = table.render([*(make_row(tokens=t) for t in (1, 2, 3)), *baselines])
+        assert cells(markdown, "moe_fused, peak MiB") == ["12", "12", "12"]
+        assert cells(markdown, "grouped_mm, peak MiB") == ["", "0", ""]
+
+    def test_ranks_of_lora(self, make_row):
+        """A table each: the ratios of one rank are not those of another."""
+        rows = [
+            make_row(
+                benchmark="experts_lora",
+                phase=phase,
+                lora_rank=rank,
+                implementation=name,
+                weights="bf16" if name == "peft" else "nf4",
+                ms=ms * rank,
+                peak_mib=peak,
+            )
+            for rank in (16, 64)
+            for phase in ("forward_backward", "recompute")
+            for name, ms, peak in (("moe_fused", 1.0, 300.0), ("composed", rank / 8, 600.0), ("peft", 8.0, 2400.0))
+        ]
+        low, high = table.render(rows).split("LoRA rank 64")
+        assert "**qwen3-30b-a3b**, nf4, LoRA rank 16 on NVIDIA H100" in low
+        for markdown, ours, ratio in ((low, "16.0", "2.00"), (high, "64.0", "8.00")):
+            assert cells(markdown, "forward + backward, ms") == ["T=512"]
+            assert cells(markdown, "forward + backward with recomputation, ms") == ["T=512"]
+            assert cells(markdown, "moe_fused") == [f"**{ours} ({ratio}×)**"]
+            assert cells(markdown, "moe_fused, speed over peft's") == ["8.00×"]
+            assert cells(markdown, "moe_fused, peak MiB") == ["300 (50%)"]
+            assert cells(markdown, "composed, peak MiB") == ["600"]
+            assert cells(markdown, "peft, peak MiB") == ["2400 (400%)"]
 
     def test_no_rows(self):
         with pytest.raises(ValueError, match="at least one row"):
@@ -248,6 +282,31 @@ class TestPlot:
         assert ", nf4, torch" in drawn.get_suptitle()
         with pytest.raises(ValueError, match="one benchmark of"):
             plot.figure([*rows, make_row()])
+
+    def test_ranks_of_lora_are_panels_of_their_own(self, make_row):
+        rows = [
+            make_row(
+                benchmark="experts_lora",
+                phase=phase,
+                lora_rank=rank,
+                implementation=name,
+                tokens=tokens,
+                ms=ms * tokens,
+            )
+            for rank in (16, 64)
+            for phase in ("forward_backward", "recompute")
+            for tokens in (512, 4096, 16384)
+            for name, ms in (("moe_fused", 1.0), ("composed", rank / 8))
+        ]
+        drawn = plot.figure(rows)
+        assert [axes.get_title() for axes in drawn.axes] == [
+            "qwen3-30b-a3b, LoRA rank 16, forward + backward",
+            "qwen3-30b-a3b, LoRA rank 64, forward + backward",
+            "qwen3-30b-a3b, LoRA rank 16, recompute",
+            "qwen3-30b-a3b, LoRA rank 64, recompute",
+        ]
+        ours = [axes.lines[0].get_xydata()[:, 1].tolist() for axes in drawn.axes]
+        assert ours == [[2.0] * 3, [8.0] * 3] * 2
 
     def test_several_gpus(self, rows, make_row):
         with pytest.raises(ValueError, match="one GPU, got NVIDIA H100 80GB HBM3, NVIDIA L4"):

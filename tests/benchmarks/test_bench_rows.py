@@ -110,7 +110,9 @@ def test_baselines_are_those_of_the_benchmark(make_row):
     ("benchmarks", "got"), [(("experts", "experts_4bit"), "experts, experts_4bit"), (("gemm",), "gemm"), ((), "none")]
 )
 def test_no_common_baseline(make_row, benchmarks, got):
-    with pytest.raises(ValueError, match=f"rows must be of one benchmark of experts, experts_4bit, got {got}$"):
+    with pytest.raises(
+        ValueError, match=f"rows must be of one benchmark of experts, experts_4bit, experts_lora, got {got}$"
+    ):
         baselines_of([make_row(benchmark=name) for name in benchmarks])
 
 

@@ -11,6 +11,8 @@ import torch
 
 import moe_fused
 
+from .cli import Command, runner
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -44,6 +46,13 @@ def enabled() -> Iterator[None]:
     """``moe_fused.enable()``, undone after the test."""
     moe_fused.enable()
     yield
+    moe_fused.disable()
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    """The command ``moe-fused``; what it enables is disabled after the test."""
+    yield runner(monkeypatch, capsys)
     moe_fused.disable()
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import moe_fused.__main__ as entry
@@ -22,8 +23,9 @@ from moe_fused import console
 from moe_fused.checkpoints.adapters import Layout, ScalingChoice
 from moe_fused.checkpoints.adapters import convert as conversion
 from moe_fused.checkpoints.adapters.convert import WEIGHTS, convert_adapter
-from moe_fused.checkpoints.safetensors_file import TensorSpec, safetensors_writer
+from moe_fused.checkpoints.safetensors_file import TensorSpec, as_bytes, safetensors_writer
 from tests.integration.adapters import PREFIX, edit, per_expert_adapter, read, same_tensors, write
+from tests.integration.commands import command, files
 from tests.support import REPOSITORY, python_path
 
 Config = dict[str, Any]
@@ -302,43 +304,17 @@ def test_original_of_other_ranks(source: Path, tmp_path: Path) -> None:
 # --- the command
 
 
-@dataclass(frozen=True)
-class Ended:
-    status: int
-    stdout: str
-    stderr: str
-
-
-def command(*options: str | Path, cwd: Path) -> Ended:
-    ended = subprocess.run(
-        [sys.executable, "-m", "moe_fused", "convert", "adapter", *map(str, options)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": python_path(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    return Ended(ended.returncode, ended.stdout, ended.stderr)
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
-    }
-
-
 def test_command(source: Path, tmp_path: Path) -> None:
     (source / "README.md").write_text("about")
     (source / "optimizer.pt").write_text("moments of other shapes")
     before = files(tmp_path)
-    ended = command("source", "out", "--to", "peft-fused", "--dry-run", cwd=tmp_path)
+    ended = command("adapter", "source", "out", "--to", "peft-fused", "--dry-run", cwd=tmp_path)
     assert ended.status == 0, ended
     assert ended.stdout.startswith("would convert source (per-expert) to out (peft-fused)\n2 layers of 6 experts")
     assert "optimizer.pt is not copied" in ended.stdout
     assert files(tmp_path) == before
 
-    ended = command("source", "out", "--to", "peft-fused", cwd=tmp_path)
+    ended = command("adapter", "source", "out", "--to", "peft-fused", cwd=tmp_path)
     assert ended.stdout.startswith("converted ")
     assert not ended.stderr
     assert files(tmp_path / "out").keys() == {"README.md", "adapter_config.json", WEIGHTS}
@@ -490,27 +466,37 @@ def test_options_are_read_without_torch() -> None:
 
 
 def test_writer_keeps_to_what_was_announced(tmp_path: Path) -> None:
-    specs = {"a": TensorSpec(torch.float32, (2,)), "b": TensorSpec(torch.int8, (1,))}
+    a, b = torch.ones(2), torch.ones(3, dtype=torch.int8)
+    specs = {"b": TensorSpec.of("b", b), "a": TensorSpec.of("a", a)}
 
-    def make(name: str, **tensors: Tensor) -> None:
-        with safetensors_writer(tmp_path / name, specs, {}) as put:
-            for _ in range(1 + ("twice" in name)):
-                for key, tensor in tensors.items():
-                    put(key, tensor)
+    def make(name: str, *tensors: tuple[str, Tensor]) -> None:
+        with safetensors_writer(tmp_path / name, specs, {"format": "pt"}) as put:
+            for key, tensor in tensors:
+                put(key, [as_bytes(tensor)])
 
-    a, b = torch.ones(2), torch.ones(1, dtype=torch.int8)
-    make("right", b=b, a=a)
+    make("right", ("b", b), ("a", a))
+    found = load_file(tmp_path / "right")
+    assert torch.equal(found["a"], a)
+    assert torch.equal(found["b"], b)
+    # Readers view the bytes where they are: the wide tensor comes first, however they were announced.
+    data = (tmp_path / "right").read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert header["a"]["data_offsets"] == [0, 8]
+    assert (len(data) - len(a) * 4 - len(b)) % 8 == 0
+    with pytest.raises(FileExistsError):
+        make("right", ("b", b), ("a", a))
     with pytest.raises(ValueError, match="b was announced and not written"):
-        make("one missing", a=a)
-    with pytest.raises(ValueError, match="announced was"):
-        make("another shape", a=torch.ones(3), b=b)
-    with pytest.raises(ValueError, match="announced was"):
-        make("another dtype", a=a.half(), b=b)
-    with pytest.raises(ValueError, match="once"):
-        make("twice", a=a, b=b)
-    specs["c"] = TensorSpec(torch.complex64, (1,))
-    with pytest.raises(TypeError, match=r"c is torch\.complex64"):
-        make("no name for it", a=a, b=b)
+        make("one missing", ("a", a))
+    with pytest.raises(ValueError, match="a must have the 8 bytes announced, got 12"):
+        make("too long", ("a", torch.ones(3)), ("b", b))
+    with pytest.raises(ValueError, match="a must have the 8 bytes announced, got 4"):
+        make("another dtype", ("a", a.half()), ("b", b))
+    with pytest.raises(ValueError, match="a must be announced, and written once"):
+        make("twice", ("a", a), ("a", a))
+    with pytest.raises(ValueError, match="c must be announced, and written once"):
+        make("one too many", ("c", a))
+    with pytest.raises(TypeError, match=r"c is torch\.complex64, which safetensors cannot hold"):
+        TensorSpec.of("c", torch.ones(1, dtype=torch.complex64))
 
 
 def test_mark_is_in_the_header_only(source: Path, tmp_path: Path) -> None:

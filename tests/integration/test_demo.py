@@ -342,7 +342,7 @@ def test_refused(case: Refused, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name, why", [("abacus", "cannot be used here"), ("meta", "not served by the kernels")])
 def test_device_that_cannot_serve(name: str, why: str) -> None:
-    from moe_fused.demo.model import choose_device
+    from moe_fused.devices import choose_device
 
     with pytest.raises(ValueError, match=f"--device {name} .*{why}"):
         choose_device(name)

@@ -16,11 +16,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 from transformers.core_model_loading import ErnieFuseAndSplitTextVisionExperts, WeightConverter
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -35,6 +38,7 @@ from .four_bit import (
     BY_ID,
     MIXTRAL,
     NEMOTRON_H,
+    SIZES,
     build,
     config,
     load,
@@ -44,7 +48,8 @@ from .four_bit import (
     same_state,
     through_4bit,
 )
-from .models import QWEN3_MOE, ModelCase, experts_modules, tokens
+from .models import GPT_OSS, QWEN3_MOE, ModelCase, experts_modules, tokens
+from .saved import same_tensors, tensors_of
 
 pytestmark = pytest.mark.usefixtures("enabled")
 
@@ -70,6 +75,7 @@ def dequantized_matrices(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         pytest.param(MIXTRAL, "nf4", False, id="mixtral-renamed keys"),
         pytest.param(NEMOTRON_H, "nf4", True, id="nemotron_h-no gate"),
         pytest.param(BY_ID["granitemoe"], "nf4", True, id="granitemoe-fused in its checkpoints"),
+        pytest.param(GPT_OSS, "nf4", True, id="gpt_oss-transposed, gate and up alternate"),
     ],
 )
 def test_quantizes_on_loading_as_bitsandbytes(
@@ -109,6 +115,25 @@ def test_logits_equal_those_of_the_dequantized_model(dense: Path) -> None:
         unquantized = logits(load(dense, dtype=torch.float32, device_map=DEVICE))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert (ours - unquantized).abs().max() > 1e-2  # or 4 bits would not show
+
+
+def test_gpt_oss_is_trained_as_its_dequantized_self(tmp_path: Path) -> None:
+    """Weights of one input lie side by side, gate and up features alternate, and biases stay dense and trainable."""
+    build(GPT_OSS).save_pretrained(tmp_path)
+    model = load(tmp_path, GPT_OSS, quantization_config=config(llm_int8_skip_modules=LINEAR), dtype=torch.float32)
+    reference = load(tmp_path, GPT_OSS, dtype=torch.float32, experts_implementation="eager", device_map=DEVICE)
+    with torch.no_grad():
+        for name, weights in packed(model).items():
+            reference.get_parameter(name).copy_(weights.dequantize(torch.float32))
+    ids = tokens(device=DEVICE)
+    for own in (model, reference):
+        own(ids, labels=ids).loss.backward()
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model), logits(reference), rtol=1e-4, atol=1e-4)
+    wanted = {name: p.grad for name, p in reference.named_parameters() if name not in packed(model)}
+    assert {name for name in wanted if name.endswith("_bias")}
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
@@ -238,8 +263,6 @@ def test_sharded_checkpoints(layout: Any, dense: Path, tmp_path: Path) -> None:
 
 
 def test_base_model_and_auto_class(dense: Path, tmp_path: Path) -> None:
-    from transformers import AutoModel
-
     whole = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config())
     base = AutoModel.from_pretrained(dense, quantization_config=config())
     assert same_state(base, whole.model)
@@ -257,6 +280,67 @@ def test_a_head_that_the_checkpoint_does_not_have(dense: Path, tmp_path: Path) -
     assert type(classifier.score) is torch.nn.Linear
     assert classifier.score.weight.is_floating_point()
     assert same_state(classifier.model, model.model)
+
+
+@pytest.mark.parametrize("layout", ["per_expert", "fused"])
+@pytest.mark.parametrize(
+    ("case", "skip"),
+    [
+        pytest.param(QWEN3_MOE, None, id="qwen3_moe"),
+        # Called otherwise in the part, and so in its config.
+        pytest.param(
+            QWEN3_MOE, ["lm_head", "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.experts"], id="partly dense"
+        ),
+        pytest.param(MIXTRAL, None, id="mixtral-renamed keys"),
+    ],
+)
+def test_saving_a_model_without_its_head(case: ModelCase, skip: list[str] | None, layout: Any, tmp_path: Path) -> None:
+    build(case).save_pretrained(tmp_path / "dense")
+    model = load(tmp_path / "dense", case, quantization_config=config(llm_int8_skip_modules=skip))
+    moe_fused.save_format(model.model, layout)
+    for path in (tmp_path / "decoder", tmp_path / "again"):
+        model.model.save_pretrained(path)
+        decoder = AutoModel.from_pretrained(path)
+        assert len(packed(decoder)) == (2 if skip else 4)
+        assert same_state(decoder, model.model)
+    assert same_tensors(tmp_path / "decoder", tmp_path / "again")
+    fused = [key for key in tensors_of(tmp_path / "decoder") if "gate_up" in key]
+    assert bool(fused) == (layout == "fused")
+    model.save_pretrained(tmp_path / "whole")
+    assert same_state(load(tmp_path / "whole", case), model)
+
+
+def test_saving_the_text_model_of_another(tmp_path: Path) -> None:
+    """Which has a config of its own, that says nothing of 4 bits as long as it is part of the whole."""
+    sizes = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text = {**SIZES, **sizes, "num_experts": 6, "num_experts_per_tok": 3}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    vision |= {"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    original = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision))
+    original.to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    model = Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path / "dense", quantization_config=config())
+    part = model.model.language_model
+    assert len(packed(part)) == 4
+    part.save_pretrained(tmp_path / "text")
+    assert same_state(type(part).from_pretrained(tmp_path / "text"), part)
+    model.save_pretrained(tmp_path / "whole")
+    assert same_state(type(model).from_pretrained(tmp_path / "whole"), model)
+    model.dequantize()
+    for name, own in (("dense whole", model), ("dense text", part)):
+        own.save_pretrained(tmp_path / name)
+        assert "quantization_config" not in (tmp_path / name / "config.json").read_text(encoding="utf-8")
+        again = type(own).from_pretrained(tmp_path / name)
+        assert not packed(again)
+        assert same_state(again, own)
+
+
+def test_dequantizing_a_model_without_its_head(dense: Path, tmp_path: Path) -> None:
+    """Leaves the whole one as it would be had it been dequantized itself, for its head never was in 4 bits."""
+    model = load(dense, quantization_config=config())
+    model.model.dequantize()
+    model.save_pretrained(tmp_path)
+    assert tensors_of(tmp_path).keys() == tensors_of(dense).keys()
+    assert same_state(load(tmp_path), model)
 
 
 def test_default_checkpoint_is_that_of_bitsandbytes(dense: Path, tmp_path: Path) -> None:
@@ -391,29 +475,18 @@ def test_disable_puts_the_own_quantizer_back() -> None:
     assert AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] is not Bnb4BitHfQuantizer
 
 
-@pytest.mark.parametrize(
-    ("case", "options", "reason"),
-    [
-        (BY_ID["gpt_oss"], {}, "GptOssExperts stays dense with load_in_4bit=True: its weights are transposed"),
-        (
-            QWEN3_MOE,
-            {"hidden_size": 40, "moe_intermediate_size": 12},
-            r"Qwen3MoeExperts stays dense .* multiple of the blocksize 64",
-        ),
-    ],
-    ids=["gpt_oss", "blocks"],
-)
-def test_what_is_not_supported_stays_dense(case: ModelCase, options: Any, reason: str, tmp_path: Path) -> None:
-    build(case, **options).save_pretrained(tmp_path / "dense")
+def test_what_is_not_supported_stays_dense(tmp_path: Path) -> None:
+    build(hidden_size=40, moe_intermediate_size=12).save_pretrained(tmp_path / "dense")
+    reason = r"Qwen3MoeExperts stays dense with load_in_4bit=True: .* multiple of the blocksize 64"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = load(tmp_path / "dense", case, quantization_config=config(), dtype=torch.bfloat16)
+        model = load(tmp_path / "dense", quantization_config=config(), dtype=torch.bfloat16)
     assert len([warning for warning in caught if re.search(reason, str(warning.message))]) == 1
     assert not packed(model)
     assert type(model.get_submodule("model.layers.0.self_attn.q_proj")).__name__ == "Linear4bit"
     assert all(experts.down_proj.dtype == torch.bfloat16 for experts in experts_modules(model))
     model.save_pretrained(tmp_path / "saved")
-    assert load(tmp_path / "saved", case).config.quantization_config.load_in_4bit
+    assert load(tmp_path / "saved").config.quantization_config.load_in_4bit
 
 
 def test_experts_that_checkpoints_hold_together_stay_dense() -> None:

@@ -194,6 +194,10 @@ def drop(key: str) -> Change:
     return lambda tensors: tensors.pop(key)
 
 
+def repeat(key: str, twin: str) -> Change:
+    return lambda tensors: tensors.update({twin: tensors[key].clone()})
+
+
 def edit(key: str, **values: Any) -> Change:
     """Changes fields of a JSON object in a tensor."""
 
@@ -222,6 +226,14 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "renamed expert": (
         rename(UP, f"{EXPERTS}.6.up_proj.weight"),
         r"\.experts\.6\.up_proj\.weight is of expert 6, but .* has 6",
+    ),
+    "the same weight without the prefix": (
+        repeat(UP, UP.removeprefix("model.")),
+        rf"{EXPERTS}\.gate_up_proj must have each tensor once, got {UP.removeprefix('model.')} and {UP}, which are the same",
+    ),
+    "the same absmax by another number": (
+        repeat(f"{UP}.absmax", f"{EXPERTS}.03.up_proj.weight.absmax"),
+        rf"{EXPERTS}\.gate_up_proj must have each tensor once, got {EXPERTS}\.\d+\.up_proj\.weight\.absmax and .*\.absmax,",
     ),
     "nf4 called fp4": (
         rename(STATE, STATE.replace("nf4", "fp4")),

@@ -22,6 +22,8 @@ from tests.kernel.offline_compile import compiling_for
 
 # One Qwen3-30B-A3B layer.
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 128, 2048, 768, 8
+# Of its adapters: one block, and one that is as wide as blocks get.
+RANK = 64
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Launch:
     shared: int
     registers: int
     spills: int
+    narrow_stores: int
     seconds: float
 
 
@@ -85,6 +88,56 @@ def _tiled(dtype: torch.dtype, tokens: int) -> Iterator[tuple[str, str, Callable
     )
     yield "gram, gather a", "gram", lambda: launch.grouped_gram(x, rows_i, routing, True, False, down)
     yield "gram, gather b", "gram", lambda: launch.grouped_gram(rows_2i, x, routing, False, True, up)
+
+
+def _adapted(dtype: torch.dtype, tokens: int, packed: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """As ``_tiled`` and ``_packed_tiled``, of what an adapter adds a product to."""
+    launch, gate, routing = _modules(tokens, packed)
+    rows = tokens * TOP_K
+    extension = module("lora").Extension
+
+    def meta(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, rows_i, rows_2i = meta(tokens, HIDDEN), meta(rows, INTERMEDIATE), meta(rows, 2 * INTERMEDIATE)
+    up: Any = meta(EXPERTS, 2 * INTERMEDIATE, HIDDEN)
+    down: Any = meta(EXPERTS, HIDDEN, INTERMEDIATE)
+    weights = torch.empty((tokens, TOP_K), device="meta")
+    if packed:
+        up, down = _packed_stacks(dtype)
+    suffix = "_4bit" if packed else ""
+    # Factors of their own for gate and up; the largest block of ranks.
+    left, lefts = meta(rows, RANK), meta(rows, 2 * RANK)
+    up_a, up_b = meta(EXPERTS, 2 * RANK, HIDDEN), meta(EXPERTS, 2 * INTERMEDIATE, RANK)
+    down_a, down_b = meta(EXPERTS, RANK, INTERMEDIATE), meta(EXPERTS, HIDDEN, RANK)
+    call = _call(launch.grouped_up, x, up, routing, rows, None, gate, True, extension(lefts, up_b))
+    yield f"up{suffix}, adapter", f"up{suffix}", call
+    for label, a, w, own in (
+        ("down", rows_i, down, extension(left, down_b)),
+        ("up transposed", rows_2i, up.mT, extension(lefts, up_a.mT)),
+    ):
+        family = "gemm" if w.shape[2] > module("tuning").SHORT_K else "gemm_short"
+        if packed:
+            family = "gemm_4bit" if label == "down" else "transposed_4bit"
+        call = _call(launch.grouped_gemm, a, w, routing, rows, None, False, 0.0, own)
+        yield f"gemm{suffix}, {label}, adapter", family, call
+    if packed:
+        return
+    backward = (x, down, None, rows_2i, routing, weights, gate, True, extension(left, down_a.mT), True)
+    yield "down backward, adapter, in place", "down_backward", _call(launch.down_backward, *backward)
+    yield "shrink, gather", "shrink", _call(launch.shrink, x, up_a, routing, True, 1.0, lefts)
+    yield "shrink", "shrink", _call(launch.shrink, rows_i, down_a, routing, False, 1.0, left)
+    halves = (rows_2i[:, :INTERMEDIATE], up_b[:, :INTERMEDIATE].mT, routing, False, 1.0, lefts[:, :RANK])
+    yield "shrink, across", "shrink", _call(launch.shrink, *halves)
+    for label, a, b, gather_a, gather_b, of, by in (
+        ("grad a", left, rows_i, False, False, down_a, None),
+        ("grad b", rows_2i[:, :INTERMEDIATE], lefts[:, :RANK], False, False, up_b[:, :INTERMEDIATE], None),
+        ("weighted", x, left, True, False, down_b, weights),
+    ):
+        # Factors are trained in fp32.
+        out = torch.empty_like(of, dtype=torch.float32)
+        yield f"gram, {label}", "gram_thin", _call(launch.grouped_gram, a, b, routing, gather_a, gather_b, out, by)
+    yield "up, gate_up alone", "up", lambda: launch.grouped_up(x, up, routing, rows, None, gate, True, save_h=False)
 
 
 def _packed_stacks(dtype: torch.dtype) -> tuple[Any, Any]:
@@ -177,7 +230,9 @@ def _reciprocal() -> Iterator[tuple[str, str, Callable[[], object]]]:
 def tiled(dtype: torch.dtype, height: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
     """All stages with a tile to choose, in the bucket of tiles ``height`` high."""
     yield from _tiled(dtype, tokens_of_bucket(height))
+    yield from _adapted(dtype, tokens_of_bucket(height), packed=False)
     yield from _packed_tiled(dtype, packed_tokens_of_bucket(height))
+    yield from _adapted(dtype, packed_tokens_of_bucket(height), packed=True)
 
 
 def untiled(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], object]]]:

@@ -23,12 +23,16 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled launch takes: bytes of shared memory, registers a thread, bytes of spills a thread."""
+    """What a compiled launch takes: bytes of shared memory, registers a thread, bytes of spills a thread.
+
+    And how many of its instructions store a single 16-bit number, where eight side by side fit into one: of NVIDIA GPUs.
+    """
 
     kernel: str
     shared: int
     registers: int
     spills: int
+    narrow_stores: int = 0
 
 
 def gpu_target(arch: int | str) -> GPUTarget:
@@ -60,7 +64,8 @@ def _resources(kernel: triton.compiler.CompiledKernel, name: str, target: GPUTar
         usage = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     # The stack frame holds what did not fit into registers; these kernels have no arrays of their own.
-    return Resources(name, shared, registers, int(re.search(r"STACK:(\d+)", usage)[1]))
+    narrow_stores = len(re.findall(r"st\.global(?:\.\w+)*\.b16\b", kernel.asm["ptx"]))
+    return Resources(name, shared, registers, int(re.search(r"STACK:(\d+)", usage)[1]), narrow_stores)
 
 
 @contextlib.contextmanager

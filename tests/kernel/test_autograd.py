@@ -95,7 +95,15 @@ def operators() -> dict[str, tuple[object, tuple]]:
     order = ("top_k_weights", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
     weights, up, down, up_bias, down_bias = (t[name] for name in order)
     x = t["hidden_states"]
-    options = ("silu", True, False, 1.702, 7.0, False, "", "")
+    # Of the up projection separate ones. In fp64: gradients have the dtype of the factors.
+    factors = tuple(
+        torch.randn(shape, device=DEVICE, dtype=torch.float64).requires_grad_()
+        for shape in ((3, 4, 5), (3, 6, 2), (3, 2, 3), (3, 5, 2))
+    )
+    no_factors = (None,) * 4
+    gate = ("silu", True, False, 1.702, 7.0, False)
+    options = (*gate, "", "", 0.5, 2.0, False)
+    recompute = (*options[:-1], True)
     dense = ([], [])
     up4, down4 = (
         kernel.Packed4bitWeights.quantize(torch.randn(3, *shape, device=DEVICE), projections=projections)
@@ -105,43 +113,70 @@ def operators() -> dict[str, tuple[object, tuple]]:
         module("weights").operands, (up4, down4)
     )
     x4 = torch.randn(case.tokens, 4, device=DEVICE).requires_grad_()
-    packed = (up_bytes, down_bytes, None, None, up_scales, down_scales)
-    packed_options = ("silu", True, False, 1.702, 7.0, False, up_format, down_format)
+    packed = (up_bytes, down_bytes, None, None, *no_factors, up_scales, down_scales)
+    packed_options = (*gate, up_format, down_format, 1.0, 1.0, False)
     rows, weight, m_sizes, bias = linear_arguments((2, 0, 3), True, torch.float32)
+    lora_a = torch.randn((3, 2, 3), device=DEVICE, dtype=torch.float64).requires_grad_()
+    lora_b = torch.randn((3, 4, 2), device=DEVICE).requires_grad_()
+    tensors = (x, inputs.index, weights, up, down, up_bias, down_bias)
+    frozen = (x.detach(), weights.detach(), up.detach(), down.detach(), up_bias.detach(), down_bias.detach())
+    frozen_factors = tuple(factor.detach() for factor in factors)
     with torch.no_grad():
-        y, gate_up, buffer = experts.experts_op(
-            x, inputs.index, weights, up, down, up_bias, down_bias, *dense, *options, True
-        )
+        y, *saved = experts.experts_op(*tensors, *no_factors, *dense, *options, True)
+        _, *adapted = experts.experts_op(*tensors, *factors, *dense, *options, True)
+        _, *remade = experts.experts_op(*tensors, *factors, *dense, *recompute, True)
         sorted_buffer = permute.route_sorted_op(m_sizes, 5, torch.float32, False)
-        y4, gate_up4, buffer4 = experts.experts_op(x4, inputs.index, weights, *packed, *packed_options, True)
+        y4, *saved4 = experts.experts_op(x4, inputs.index, weights, *packed, *packed_options, True)
+    grad = y.detach()
+    buffer = saved[1]
     z = torch.randn(8, 5, device=DEVICE).requires_grad_()
-    saved = (x.detach(), weights.detach(), up.detach(), down.detach(), down_bias.detach(), gate_up, buffer, *dense)
-    saved4 = (x4.detach(), weights.detach(), up_bytes, down_bytes, None, gate_up4, buffer4, up_scales, down_scales)
+    without = (*frozen, *no_factors, *saved, *dense)
+    frozen4 = (x4.detach(), weights.detach(), up_bytes, down_bytes, None, None, *no_factors, *saved4)
     out = torch.ones(5, 4, device=DEVICE)
-    sorted_rows = ([], "", False, True, False, 1, 0.0)
-    linear_backward = (out, rows.detach(), weight.detach(), sorted_buffer, *sorted_rows)
+    sorted_rows = ([], "", False, True, False, 1, 0.0, 0.5)
+    linear_backward = (out, rows.detach(), weight.detach(), None, None, sorted_buffer, *sorted_rows)
+    linear_adapted = (*linear_backward[:3], lora_a.detach(), lora_b.detach(), *linear_backward[5:])
+    backward = experts.experts_backward_op
     return {
-        "experts, partly mine": (
-            experts.experts_op,
-            (x, inputs.index, weights, up, down, up_bias, down_bias, *dense, *options, True),
-        ),
+        "experts, partly mine": (experts.experts_op, (*tensors, *no_factors, *dense, *options, True)),
         "experts": (
             experts.experts_op,
-            (x, inputs.index % 3, weights, up, down, up_bias, down_bias, *dense, *options, True),
+            (x, inputs.index % 3, weights, up, down, up_bias, down_bias, *no_factors, *dense, *options, True),
         ),
         "experts, inference": (
             experts.experts_op,
-            (*(v.detach() for v in (x, inputs.index, weights, up, down)), None, None, *dense, *options, False),
+            (*(v.detach() for v in tensors[:5]), None, None, *no_factors, *dense, *options, False),
         ),
-        "experts backward": (experts.experts_backward_op, (y.detach(), *saved, *options, [True] * 6)),
+        "experts, adapted": (experts.experts_op, (*tensors, *factors, *dense, *options, True)),
+        "experts, adapted, recompute": (experts.experts_op, (*tensors, *factors, *dense, *recompute, True)),
+        "experts backward": (backward, (grad, *without, *options, [True] * 6 + [False] * 4)),
         "experts backward, some": (
-            experts.experts_backward_op,
-            (y.detach(), *saved, *options, [True, False, False, True, False, False]),
+            backward,
+            (grad, *without, *options, [True, False, False, True, False, False, *[False] * 4]),
         ),
-        "linear": (linear.grouped_linear_op, (rows, weight, bias, sorted_buffer, *sorted_rows)),
-        "linear, no bias": (linear.grouped_linear_op, (rows, weight, None, sorted_buffer, *sorted_rows)),
-        "linear backward": (linear.grouped_linear_backward_op, (*linear_backward, [True, True, True])),
-        "linear backward, input": (linear.grouped_linear_backward_op, (*linear_backward, [True, False, False])),
+        "experts backward, adapted": (
+            backward,
+            (grad, *frozen, *frozen_factors, *adapted, *dense, *options, [True] * 10),
+        ),
+        "experts backward, factors": (
+            backward,
+            (grad, *frozen, *frozen_factors, *remade, *dense, *recompute, [False] * 6 + [True, False, False, True]),
+        ),
+        "linear": (linear.grouped_linear_op, (rows, weight, bias, None, None, sorted_buffer, *sorted_rows)),
+        "linear, no bias": (linear.grouped_linear_op, (rows, weight, None, None, None, sorted_buffer, *sorted_rows)),
+        "linear, adapted": (
+            linear.grouped_linear_op,
+            (rows, weight, bias, lora_a, lora_b, sorted_buffer, *sorted_rows),
+        ),
+        "linear backward": (
+            linear.grouped_linear_backward_op,
+            (*linear_backward, [True, True, True, False, False]),
+        ),
+        "linear backward, input": (
+            linear.grouped_linear_backward_op,
+            (*linear_backward, [True, False, False, False, False]),
+        ),
+        "linear backward, adapted": (linear.grouped_linear_backward_op, (*linear_adapted, [True] * 5)),
         "dispatch": (permute.dispatch_op, (x, buffer, 3, 2)),
         "combine": (permute.combine_op, (z, weights, buffer, 3, 2)),
         "combine, no weights": (permute.combine_op, (z, None, buffer, 3, 2)),
@@ -150,8 +185,8 @@ def operators() -> dict[str, tuple[object, tuple]]:
         "route sorted": (permute.route_sorted_op, (m_sizes, 5, torch.float32, False)),
         "experts, packed": (experts.experts_op, (x4, inputs.index, weights, *packed, *packed_options, True)),
         "experts backward, packed": (
-            experts.experts_backward_op,
-            (y4.detach(), *saved4, *packed_options, [True, True, False, False, False, False]),
+            backward,
+            (y4.detach(), *frozen4, up_scales, down_scales, *packed_options, [True, True, *[False] * 8]),
         ),
     }
 

@@ -128,7 +128,7 @@ LINEAR = [
 @pytest.fixture(autouse=True)
 def _no_kernel_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Arguments are refused before anything runs."""
-    for name in ("route", "route_sorted", "grouped_up", "grouped_gemm", "dispatch"):
+    for name in ("route", "route_sorted", "shrink", "grouped_up", "grouped_gemm", "dispatch"):
         monkeypatch.setattr(stages(torch.float32), name, None)
     if hasattr(stages(torch.float32), "decode"):
         monkeypatch.setattr(stages(torch.float32), "decode", None)
@@ -153,6 +153,84 @@ def test_experts(case: BadCase) -> None:
 
 @pytest.mark.parametrize("case", LINEAR, ids=lambda case: case.id)
 def test_linear(case: BadCase) -> None:
+    assert_refused(kernel.moe_fused_linear, case, linear_arguments())
+
+
+# An adapter of rank 3 of the up projection (4, 12, 8), of the down projection (4, 8, 6) or of the linear layer (4, 6, 8).
+R = 3
+
+
+def adapter(rows: int = R, a: Any = None, b: Any = None, rank: int = R, out: int = 2 * N, **options: Any) -> Any:
+    """``LoraWeights`` of the up projection unless ``out`` says otherwise; ``a`` and ``b`` in place of the right ones."""
+    in_features = N if out == H else H
+    a = torch.ones((E, rows, in_features), device=DEVICE) if a is None else a
+    return kernel.LoraWeights(a, torch.ones((E, out, rank), device=DEVICE) if b is None else b, **options)
+
+
+def ones(*size: int, **options: Any) -> torch.Tensor:
+    return torch.ones(size, **{"device": DEVICE, **options})
+
+
+UP, DOWN = "gate_up_lora", "down_lora"
+LORA = [
+    BadCase("not-an-adapter", UP, ones(E, R, H), TypeError, ("LoraWeights or a sequence of them", "Tensor")),
+    BadCase("a-pair", UP, (ones(E, R, H), ones(E, 2 * N, R)), TypeError, ("LoraWeights", "Tensor")),
+    BadCase("a-number", DOWN, 3, TypeError, ("LoraWeights or a sequence of them", "int")),
+    BadCase("none-among-several", DOWN, [adapter(out=H), None], TypeError, ("LoraWeights", "NoneType")),
+    BadCase("a-not-a-tensor", UP, adapter(a=[1.0]), TypeError, ("gate_up_lora.a must be a tensor", "list")),
+    BadCase("b-not-a-tensor", DOWN, adapter(b="b", out=H), TypeError, ("down_lora.b must be a tensor", "str")),
+    BadCase("flat-a", UP, adapter(a=ones(E * R, H)), ValueError, ("gate_up_lora.a", "(4, r, 8)", "(12, 8)")),
+    BadCase("other-experts", UP, adapter(a=ones(E + 1, R, H)), ValueError, ("(4, r, 8)", "(5, 3, 8)")),
+    BadCase("other-in", DOWN, adapter(a=ones(E, R, H), out=H), ValueError, ("down_lora.a", "(4, r, 6)", "(4, 3, 8)")),
+    BadCase("other-out", UP, adapter(b=ones(E, N, R)), ValueError, ("gate_up_lora.b", "(4, 12, r)", "(4, 6, 3)")),
+    BadCase("b-turned", DOWN, adapter(b=ones(E, R, H), out=H), ValueError, ("(4, 8, r)", "(4, 3, 8)")),
+    BadCase("other-rank", UP, adapter(rank=4), ValueError, ("r or", "2·r", "(4, 3, 8) and (4, 12, 4)")),
+    BadCase("rank-0", UP, adapter(0, rank=0), ValueError, ("r >= 1", "(4, 0, 8) and (4, 12, 0)")),
+    BadCase("halves-of-down", DOWN, adapter(2 * R, out=H), ValueError, ("have r rows", "(4, 6, 6) and (4, 8, 3)")),
+    BadCase("integer-a", UP, adapter(a=ones(E, R, H, dtype=torch.int8)), TypeError, ("lora.a", "float32", "int8")),
+    BadCase("integer-b", UP, adapter(b=ones(E, 2 * N, R, dtype=torch.int8)), TypeError, ("lora.b", "float32", "int8")),
+    BadCase(
+        "a-elsewhere", UP, adapter(a=ones(E, R, H, device="meta")), ValueError, ("lora.a", "like hidden_states", "meta")
+    ),
+    BadCase(
+        "b-elsewhere", DOWN, adapter(b=ones(E, H, R, device="meta"), out=H), ValueError, ("like hidden_states", "meta")
+    ),
+    BadCase("scaling-not-a-number", UP, adapter(scaling=ones(1)), TypeError, ("scaling must be a number", "Tensor")),
+    BadCase("scaling-none", DOWN, adapter(scaling=None, out=H), TypeError, ("scaling must be a number", "NoneType")),
+    BadCase("dropout-not-a-number", UP, adapter(dropout="0.1"), TypeError, ("dropout must be a number", "str")),
+    BadCase("dropout-1", UP, adapter(dropout=1.0), ValueError, ("dropout must be in [0, 1)", "1.0")),
+    BadCase("dropout-negative", DOWN, adapter(dropout=-0.1, out=H), ValueError, ("in [0, 1)", "-0.1")),
+    BadCase("dropout-nan", UP, adapter(dropout=float("nan")), ValueError, ("in [0, 1)", "nan")),
+    BadCase("second", UP, [adapter(), adapter(rank=4)], ValueError, ("(4, 3, 8) and (4, 12, 4)",)),
+]
+
+
+@pytest.mark.parametrize("case", LORA, ids=lambda case: case.id)
+def test_adapters_of_experts(case: BadCase) -> None:
+    assert_refused(kernel.moe_experts, case, experts_arguments())
+
+
+@pytest.mark.parametrize("options", [{"interleaved": True}, {"gated": False}], ids=["interleaved", "no-gate"])
+def test_halves_apart_where_there_are_none(options: dict[str, bool]) -> None:
+    arguments = experts_arguments() | options
+    if not arguments.get("gated", True):
+        arguments["down_proj"] = ones(E, H, 2 * N)
+    case = BadCase("", UP, adapter(2 * R), ValueError, ("have r rows", "(4, 6, 8) and (4, 12, 3)"))
+    assert_refused(kernel.moe_experts, case, arguments)
+
+
+LINEAR_LORA = [
+    BadCase("not-an-adapter", "lora", ones(E, R, H), TypeError, ("LoraWeights or a sequence of them", "Tensor")),
+    BadCase("other-in", "lora", adapter(a=ones(E, R, N), out=N), ValueError, ("lora.a", "(4, r, 8)", "(4, 3, 6)")),
+    BadCase("other-out", "lora", adapter(), ValueError, ("lora.b", "(4, 6, r)", "(4, 12, 3)")),
+    BadCase("halves", "lora", adapter(2 * R, out=N), ValueError, ("have r rows", "(4, 6, 8) and (4, 6, 3)")),
+    BadCase("a-elsewhere", "lora", adapter(a=ones(E, R, H, device="meta"), out=N), ValueError, ("like input", "meta")),
+    BadCase("dropout-1", "lora", adapter(dropout=1, out=N), ValueError, ("lora.dropout must be in [0, 1)", "1")),
+]
+
+
+@pytest.mark.parametrize("case", LINEAR_LORA, ids=lambda case: case.id)
+def test_adapters_of_linear(case: BadCase) -> None:
     assert_refused(kernel.moe_fused_linear, case, linear_arguments())
 
 

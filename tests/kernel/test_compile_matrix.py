@@ -88,6 +88,8 @@ def test_every_launch_fits_its_target(case: MatrixCase) -> None:
     assert spilling == [], "\n".join(
         f"{launch.stage}: {launch.spills} bytes of spills a thread, {launch.config}" for launch in spilling
     )
+    scattered = [launch.stage for launch in launches if launch.config and launch.narrow_stores]
+    assert scattered == [], "results of 16 bits are written one by one"
     # The matrix covers what it says: every family in every bucket, up to configurations that buckets share.
     itemsize = 4 if case.dtype == "float32" else 2
     shipped = {

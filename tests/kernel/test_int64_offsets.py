@@ -7,6 +7,7 @@ the last expert and the last token as far out; the interpreter computes offsets 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from tests.kernel.accuracy import assert_accurate
 from tests.kernel.cases import ExpertsCase, Inputs, gradients, make_inputs, plain_experts, run_experts
-from tests.kernel.machine import DEVICE, INTERPRETED, ON_GPU, kernel, module
+from tests.kernel.machine import DEVICE, INTERPRETED, ON_GPU, kernel, module, stages
+from tests.kernel.packed_cases import Packed4bitWeights, PackedCase, decoding, dequantized, make_packed_inputs
 
 LIMIT = 2**31
 # Elements between the experts or tokens of a far view: the last of three starts beyond the limit.
@@ -119,6 +121,83 @@ def test_far_tokens_of_dispatch() -> None:
     x = torch.randn(3, 40).half()
     view = permute.route(torch.tensor([[1], [0], [0]]), 2, torch.float16)
     assert torch.equal(launch.dispatch(far(x), view, 3), x[[1, 2, 0]])
+
+
+# Of experts whose packed bytes pass the limit together: in products, and where a single one is decoded.
+PACKED_FEATURES, DECODED_FEATURES = 4096, 256
+packed = pytest.mark.skipif(not ON_GPU or gpu_memory() < 12 * 10**9, reason="needs a GPU with 12 GB of free memory")
+
+
+def packed_expert(features: int) -> Any:
+    weight = torch.randn((1, features, features), generator=torch.Generator().manual_seed(0)) * features**-0.5
+    return Packed4bitWeights.quantize(weight.half().to(DEVICE))
+
+
+def as_last_expert(weights: Any, experts: int) -> Any:
+    """``weights``, of one expert, behind others that are all zeros: without a GPU that is memory never touched."""
+    assert weights.shape[0] == 1
+    storage = {}
+    for part, own in weights.tensors().items():
+        try:
+            storage[part] = torch.zeros((experts, own.shape[1]), dtype=torch.uint8, device=DEVICE)
+        except RuntimeError as error:
+            pytest.skip(f"no address space for {experts * own.shape[1]} bytes: {error}")
+        storage[part][-1] = own[0]
+    assert (experts - 1) * storage["packed"].shape[1] >= LIMIT
+    return Packed4bitWeights(replace(weights.format, shape=(experts, *weights.shape[1:])), **storage)
+
+
+@pytest.mark.skipif(
+    not INTERPRETED and (not ON_GPU or gpu_memory() < 4 * 10**9), reason="needs 4 GB of free GPU memory"
+)
+def test_far_packed_expert_dequantizes() -> None:
+    near = packed_expert(DECODED_FEATURES)
+    experts = LIMIT // near.packed.shape[1] + 1
+    out = torch.empty(near.shape, dtype=torch.float16, device=DEVICE)
+    stages(torch.float16).dequantize(as_last_expert(near, experts), experts - 1, 1, out)
+    assert torch.equal(out, dequantized(near))
+
+
+@packed
+@pytest.mark.parametrize("in_gemm", [True, False], ids=["decoded in the products", "decoded first"])
+def test_large_packed_weights(in_gemm: bool) -> None:
+    near = packed_expert(PACKED_FEATURES)
+    weights = as_last_expert(near, experts := LIMIT // near.packed.shape[1] + 1)
+
+    def normal(seed: int) -> Tensor:
+        values = torch.randn((20, PACKED_FEATURES), generator=torch.Generator().manual_seed(seed))
+        return values.half().to(DEVICE)
+
+    rows, grad = normal(1).requires_grad_(), normal(2)
+    m_sizes = torch.zeros(experts, dtype=torch.int64, device=DEVICE)
+    m_sizes[-1] = len(rows)
+    with decoding(in_gemm, workspace=2**28) as taken:
+        y = kernel.moe_fused_linear(rows, weights, m_sizes)
+        y.backward(grad)
+    assert set(taken) == ({"gemm", "transposed"} if in_gemm else {"part"})
+    (dense,) = dequantized(near)
+    with torch.no_grad():
+        assert_accurate("y", y, rows.double() @ dense.double().T, rows @ dense.T)
+        assert_accurate("gradient of rows", rows.grad, grad.double() @ dense.double(), grad @ dense)
+
+
+@packed
+def test_large_packed_experts_of_few_slots() -> None:
+    """A matrix-vector product for each."""
+    sizes = {"hidden": PACKED_FEATURES, "intermediate": PACKED_FEATURES}
+    case = PackedCase("few of many", "", tokens=2, top_k=1, experts=1, projections=2, **sizes)
+    near = make_packed_inputs(case, torch.float16)
+    experts = LIMIT // near.packed["down_proj"].packed.shape[1] + 1
+    last = torch.full_like(near.inputs.index, experts - 1)
+    assert not near.inputs.index.any()
+    weights = {name: as_last_expert(own, experts) for name, own in near.packed.items()}
+    inputs = replace(near.inputs, index=last, tensors={**near.inputs.tensors, **weights})
+    with torch.no_grad(), decoding(in_gemm=True) as taken:
+        y = run_experts(case, inputs)
+    assert not taken
+    with torch.no_grad():
+        truth = plain_experts(case, near.inputs.to(torch.float64))
+        assert_accurate("y", y, truth, plain_experts(case, near.inputs))
 
 
 @large

@@ -26,6 +26,7 @@ SIGNATURES = {
     "Qwen3MoeExperts": ["self", "hidden_states", "top_k_index", "top_k_weights"],
     "Qwen3MoeSparseMoeBlock": ["self", "hidden_states"],
     "MoeFusedLinear": ["self", "input", "m_sizes"],
+    "LoraMoeFusedLinear": ["self", "input", "m_sizes"],
 }
 
 
@@ -118,6 +119,90 @@ def test_linear() -> None:
     assert layer.weight.grad is not None
 
 
+class Factor(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape, device=DEVICE))
+
+
+class LoraLinear(nn.Module):
+    """The attributes of PEFT's layer of that kind over a grouped linear layer (3, 5, 4), with two adapters."""
+
+    def __init__(self, base: nn.Module | None = None, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.base_layer = Factor(3, 5, 4) if base is None else base
+        out_features, in_features = (5, 4) if base is None else (32, 64)
+        ranks = {"default": 2, "other": 3}
+        self.lora_A = nn.ModuleDict({name: Factor(3, rank, in_features) for name, rank in ranks.items()})
+        self.lora_B = nn.ModuleDict({name: Factor(3, out_features, rank) for name, rank in ranks.items()})
+        self.lora_dropout = nn.ModuleDict(
+            {"default": nn.Identity(), "other": nn.Dropout(dropout) if dropout else nn.Identity()}
+        )
+        self.scaling = {"default": 0.5, "other": 2.0}
+        self.active_adapters = ["default"]
+        self.disable_adapters = self.merged = False
+
+    def lora(self, name: str, dropout: float = 0.0) -> Any:
+        weights = (self.lora_A[name].weight, self.lora_B[name].weight)
+        return kernel.LoraWeights(*weights, self.scaling[name], dropout)
+
+
+ROWS, SIZES = (6, 4), (1, 0, 5)
+
+
+@pytest.mark.parametrize("active", [[], ["default"], ["other", "default"], ["default", "of another layer"]], ids=str)
+def test_lora_linear(active: list[str]) -> None:
+    """Active adapters that this layer has count, by their own scaling; only they get gradients."""
+    layer = bind("LoraMoeFusedLinear", LoraLinear())
+    layer.active_adapters = active
+    rows, sizes = torch.randn(ROWS, device=DEVICE), torch.tensor(SIZES, device=DEVICE)
+    y = layer(rows, sizes)
+    loras = [layer.lora(name) for name in active if name in layer.scaling]
+    assert torch.equal(y, kernel.moe_fused_linear(rows, layer.base_layer.weight, sizes, lora=loras))
+    y.sum().backward()
+    for name in layer.scaling:
+        for factors in (layer.lora_A, layer.lora_B):
+            assert (factors[name].weight.grad is not None) is (name in active)
+
+
+@pytest.mark.parametrize("switch", ["disable_adapters", "merged"])
+def test_lora_linear_without_its_adapters(switch: str) -> None:
+    layer = bind("LoraMoeFusedLinear", LoraLinear())
+    rows, sizes = torch.randn(ROWS, device=DEVICE), torch.tensor(SIZES, device=DEVICE)
+    adapted = layer(rows, sizes)
+    setattr(layer, switch, True)
+    y = layer(rows, sizes)
+    assert torch.equal(y, kernel.moe_fused_linear(rows, layer.base_layer.weight, sizes))
+    assert not torch.equal(y, adapted)
+
+
+def test_lora_linear_drops_in_training_only() -> None:
+    layer = bind("LoraMoeFusedLinear", LoraLinear(dropout=0.5))
+    layer.active_adapters = ["default", "other"]
+    rows, sizes = torch.randn(ROWS, device=DEVICE), torch.tensor(SIZES, device=DEVICE)
+    weight = layer.base_layer.weight
+    for training, dropout in ((True, 0.5), (False, 0.0)):
+        layer.train(training)
+        torch.manual_seed(1)
+        y = layer(rows, sizes)
+        torch.manual_seed(1)
+        loras = [layer.lora("default"), layer.lora("other", dropout)]
+        assert torch.equal(y, kernel.moe_fused_linear(rows, weight, sizes, lora=loras))
+
+
+def test_packed_lora_linear() -> None:
+    """As in QLoRA: the base layer in 4 bits, factors in fp32 and their gradients too."""
+    base = nn.Module()
+    weight = pack(base, "weight", (3, 32, 64), 1)
+    layer = bind("LoraMoeFusedLinear", LoraLinear(base))
+    rows, sizes = torch.randn((6, 64), device=DEVICE).half(), torch.tensor(SIZES, device=DEVICE)
+    y = layer(rows, sizes)
+    assert torch.equal(y, kernel.moe_fused_linear(rows, weight, sizes, lora=layer.lora("default")))
+    y.float().sum().backward()
+    assert layer.lora_A["default"].weight.grad.dtype == torch.float32
+
+
 def pack(to: nn.Module, name: str, shape: tuple[int, int, int], projections: int) -> Any:
     """Random packed weights that ``to`` owns, computing in fp16."""
     dense = torch.randn(shape, device=DEVICE) * shape[2] ** -0.5
@@ -208,7 +293,7 @@ def test_experts_equal_truth() -> None:
     assert_accurate("y", y, truth, plain_experts(CASE, inputs))
 
 
-@pytest.mark.parametrize("name", ["Qwen3MoeExperts", "Qwen3MoeSparseMoeBlock", "MoeFusedLinear"])
+@pytest.mark.parametrize("name", SIGNATURES)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_layers_compile_without_graph_breaks(name: str, dynamic: bool) -> None:
     inputs = make_inputs(CASE, torch.float32)
@@ -217,6 +302,9 @@ def test_layers_compile_without_graph_breaks(name: str, dynamic: bool) -> None:
         layer = bind(name, nn.Module())
         layer.weight = nn.Parameter(torch.randn(3, 5, 4, device=DEVICE))
         arguments = (torch.randn(6, 4, device=DEVICE), torch.tensor([1, 0, 5], device=DEVICE))
+    elif name == "LoraMoeFusedLinear":
+        layer = bind(name, LoraLinear())
+        arguments = (torch.randn(ROWS, device=DEVICE), torch.tensor(SIZES, device=DEVICE))
     elif name == "Qwen3MoeExperts":
         layer, arguments = bind(name, Experts(nn.SiLU())), (x, inputs.index, inputs.tensors["top_k_weights"].detach())
     else:
@@ -225,10 +313,11 @@ def test_layers_compile_without_graph_breaks(name: str, dynamic: bool) -> None:
     torch._dynamo.reset()
     eager = layer(*arguments)
     eager.sum().backward()
-    grads = {key: parameter.grad.clone() for key, parameter in layer.named_parameters()}
+    grads = {key: own.grad.clone() for key, own in layer.named_parameters() if own.grad is not None}
     layer.zero_grad()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)(*arguments)
     compiled.sum().backward()
     assert torch.equal(eager, compiled)
     for key, parameter in layer.named_parameters():
-        assert torch.equal(parameter.grad, grads[key]), key
+        assert (parameter.grad is not None) is (key in grads), key
+        assert parameter.grad is None or torch.equal(parameter.grad, grads[key]), key

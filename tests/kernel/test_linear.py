@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tests.kernel.accuracy import assert_accurate
 from tests.kernel.cases import seeded, with_gaps
@@ -170,6 +171,21 @@ def test_only_the_gradient_asked_for_is_computed(wanted: str, monkeypatch: pytes
     assert [name for name in needed if getattr(inputs, name).grad is not None] == [wanted]
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_checkpointing(use_reentrant: bool) -> None:
+    inputs = make_inputs(CASES[0], torch.float32)
+    leaves = [leaf for leaf in (inputs.input, inputs.weight, inputs.bias) if leaf is not None]
+
+    def run(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return kernel.moe_fused_linear(rows, weight, inputs.m_sizes, bias=bias)
+
+    expected = torch.autograd.grad(run(*leaves), leaves, inputs.grad)
+    y = checkpoint(run, *leaves, use_reentrant=use_reentrant)
+    y.backward(inputs.grad)  # which reentrant checkpoints need
+    for leaf, gradient in zip(leaves, expected, strict=True):
+        assert torch.equal(leaf.grad, gradient)
+
+
 def test_weight_gradient_keeps_the_layout_of_the_weight() -> None:
     inputs = make_inputs(LinearCase("layout", "", strided=("weight.T",)), torch.float32)
     results(linear(inputs), inputs)
@@ -205,7 +221,8 @@ def test_rows_of_no_expert_are_nan(sizes: tuple[int, int], good_rows: int, dtype
     buffer = permute.route_sorted_op(m_sizes, 10, dtype, False)
     with torch.no_grad():
         y = ops.grouped_linear(
-            inputs.input, inputs.weight, inputs.bias, buffer, [], "", False, True, False, 1, float("nan")
+            *(inputs.input, inputs.weight, inputs.bias, None, None, buffer),
+            *([], "", False, True, False, 1, float("nan"), 1.0),
         )
     assert y[good_rows:].isnan().all()
     if good_rows:

@@ -24,6 +24,7 @@ from tests.kernel.cases import (
     plain_gate,
     run_experts,
 )
+from tests.kernel.lora_cases import Factors, LoraCase, assert_equals_merged, lora_gradients, make_lora_inputs
 from tests.kernel.machine import DTYPES, ON_GPU
 from tests.kernel.packed_cases import ALL, ONE, PackedCase, decoding, make_packed_inputs, packed_gradients
 from tests.kernel.packed_cases import DTYPES as PACKED_DTYPES
@@ -164,3 +165,53 @@ def test_packed_experts(case: PackedCase, dtype: torch.dtype, in_gemm: bool, wor
     torchs = gradients(plain_experts(case, plain := inputs.inputs.copy()), plain)
     for name, value in ours.items():
         assert_accurate(name, value, truth[name], torchs[name], SLACK)
+
+
+@st.composite
+def lora_cases(draw: st.DrawFn) -> LoraCase:
+    gated = draw(st.booleans())
+    interleaved = gated and draw(st.booleans())
+    packed = draw(st.booleans())
+    sizes = st.sampled_from([8, 24, 64]) if packed else widths
+
+    def adapters(halves: bool) -> tuple[Factors, ...]:
+        one = st.builds(
+            Factors,
+            rank=st.sampled_from([1, 3, 8, 16, 17, 40]),
+            separate=st.booleans() if halves else st.just(False),
+            scaling=st.sampled_from([1.0, 0.25, -2.0]),
+            dtype=st.sampled_from([None, torch.float32]),
+            layout=st.sampled_from(["contiguous", "peft", "gaps"]),
+        )
+        return tuple(draw(st.lists(one, max_size=2)))
+
+    return LoraCase(
+        id="random",
+        why="",
+        tokens=draw(st.integers(0, 200 if ON_GPU else 10)),
+        top_k=draw(st.integers(1, 2)),
+        experts=draw(st.integers(2, 5)),
+        hidden=draw(sizes),
+        intermediate=draw(sizes),
+        index=draw(st.sampled_from(sorted(INDEX))),
+        activation=draw(st.sampled_from(sorted(PLAIN_ACTIVATIONS))),
+        gated=gated,
+        interleaved=interleaved,
+        transposed=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        dense=() if packed else ("gate_up_proj", "down_proj"),
+        up=adapters(gated and not interleaved),
+        down=adapters(False),
+        trained=draw(st.booleans()),
+        recompute=draw(st.booleans()),
+        function=draw(st.booleans()),
+    )
+
+
+@bounded
+@given(case=lora_cases(), dtype=st.sampled_from(PACKED_DTYPES), in_gemm=st.booleans())
+def test_adapted_experts(case: LoraCase, dtype: torch.dtype, in_gemm: bool) -> None:
+    inputs = make_lora_inputs(case, dtype)
+    with decoding(in_gemm, ALL if in_gemm else ONE):
+        ours = lora_gradients(case, inputs)
+    assert_equals_merged(case, inputs, ours, SLACK)

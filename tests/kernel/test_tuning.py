@@ -85,7 +85,7 @@ def test_every_default_and_override_is_valid(kernel: str, block_m: int, itemsize
     tuning.check(kernel, tuning.default_config(kernel, block_m, target, itemsize), target, itemsize)
     config = tuning.launch_config(kernel, block_m, target, itemsize)
     # All kernels of a bucket walk the same map of row tiles.
-    if kernel != "gram":
+    if kernel not in tuning.GRAMS:
         assert config.block_m == tuning.tile_height(block_m, itemsize)
 
 
@@ -138,10 +138,12 @@ def test_many_rows_are_not_decoded_in_products(arch: int | str, rows: int) -> No
 def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder in place of the measured configurations."""
     caches = (tuning._overrides, tuning.launch_config)
-    monkeypatch.setattr(tuning, "_CONFIGS", tmp_path)
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    monkeypatch.setattr(tuning, "_CONFIGS", shipped)
     for cached in caches:
         cached.cache_clear()
-    yield tmp_path
+    yield shipped
     for cached in caches:
         cached.cache_clear()
 
@@ -167,13 +169,84 @@ def test_no_overrides(configs: Path) -> None:
         ({"gemm": {"2": {"64": {"block_n": 33}}}}, "block_n must be a power of two"),
         ({"gemm": {"2": {"64": {"block_m": 128}}}}, "gemm: block_m must be the 64 of its bucket, got 128"),
         ({"gemm": {"2": {"64": {"block_m": 32}}}}, "gemm: block_m must be the 64 of its bucket, got 32"),
+        ({"gemm": {"8": {"64": {"block_n": 32}}}}, "gemm/8/64 does not describe a LaunchConfig"),
+        ({"gemm": {"2": {"48": {"block_n": 32}}}}, "gemm/2/48 does not describe a LaunchConfig"),
+        ({"gemm": {"2": {"64": {"block_n": "32"}}}}, "gemm/2/64 must have whole numbers and booleans"),
+        ({"gemm": {"2": [64]}}, r"gemm/2 must be an object, got \[64\]"),
+        ([], r"the table must be an object, got \[\]"),
+        ("not JSON", "sm_90.json is not JSON: Expecting value"),
     ],
-    ids=["unknown-kernel", "unknown-field", "invalid", "too-tall", "too-short"],
+    ids=str,
 )
-def test_bad_overrides_are_refused(configs: Path, table: dict, message: str) -> None:
-    (configs / "sm_90.json").write_text(json.dumps(table))
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("own", [False, True], ids=["shipped", "own"])
+def test_bad_overrides_are_refused(
+    configs: Path, table: object, message: str, own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user's table by the rule, and with the messages, of ours: with the path of the one that is wrong."""
+    folder = configs
+    if own:
+        folder = tmp_path / "own"
+        folder.mkdir()
+        monkeypatch.setenv("MOE_FUSED_CONFIGS", str(folder))
+        (configs / "sm_90.json").write_text(json.dumps({"gemm": {"2": {"64": {"block_n": 32}}}}))
+    (folder / "sm_90.json").write_text(table if isinstance(table, str) else json.dumps(table))
+    with pytest.raises(ValueError, match=message) as caught:
         tuning.launch_config("gemm", 64, H100, 2)
+    assert str(caught.value).startswith(f"{folder / 'sm_90.json'}")
+
+
+def test_own_overrides_lie_over_the_shipped(configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entry by entry: of one that both have nothing of the shipped one is left."""
+    own = tmp_path / "own"
+    own.mkdir()
+    shipped = {"gemm": {"2": {"32": {"block_n": 32}, "64": {"block_n": 32, "num_warps": 2}}}}
+    (configs / "sm_90.json").write_text(json.dumps(shipped))
+    (own / "sm_90.json").write_text(json.dumps({"gemm": {"2": {"64": {"num_stages": 2}}}, "up": {"4": {"16": {}}}}))
+    monkeypatch.setenv("MOE_FUSED_CONFIGS", str(own))
+    default = {height: tuning.default_config("gemm", height, H100, 2) for height in (32, 64)}
+    assert tuning.launch_config("gemm", 64, H100, 2) == replace(default[64], num_stages=2)
+    assert tuning.launch_config("gemm", 32, H100, 2) == replace(default[32], block_n=32)
+    assert tuning.launch_config("up", 16, H100, 4) == tuning.default_config("up", 16, H100, 4)
+    assert tuning.launch_config("gemm", 64, A100, 2) == tuning.default_config("gemm", 64, A100, 2)
+    assert tuning.table_paths(90) == [configs / "sm_90.json", own / "sm_90.json"]
+    assert tuning.table_paths(80) == []
+
+
+@pytest.mark.parametrize("value", ["no/such/directory", __file__])
+def test_own_overrides_need_a_directory(configs: Path, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_FUSED_CONFIGS", value)
+    with pytest.raises(ValueError, match=r"MOE_FUSED_CONFIGS must be a directory with tables as sm_90\.json, got"):
+        tuning.launch_config("gemm", 64, H100, 2)
+
+
+def test_trying_a_configuration(configs: Path) -> None:
+    usual = tuning.launch_config("gemm", 64, H100, 2)
+    with tuning.trying("gemm", 64, 2, GOOD):
+        assert tuning.launch_config("gemm", 64, H100, 2) is GOOD
+        assert tuning.launch_config("gemm", 32, H100, 2) != GOOD
+    assert tuning.launch_config("gemm", 64, H100, 2) == usual
+
+
+def test_compiling_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches nothing, and only within the block."""
+    plan = module("plan")
+    asked: list[str] = []
+
+    class Kernel:
+        arg_names = ("x", "N")
+
+        def __getitem__(self, grid: tuple) -> object:
+            return lambda *args, **options: asked.append(f"launch {args} {options}")
+
+        def warmup(self, *args: object, grid: tuple, **options: object) -> None:
+            asked.append(f"compile {args} {grid} {options}")
+
+    own = plan.Plan(Kernel(), {"N": 3}, num_warps=8, num_stages=2)
+    with plan.compiling_only():
+        own(0, (1, 1, 1), 5)
+    own(0, (1, 1, 1), 5)
+    options = "{'num_warps': 8, 'num_stages': 2}"
+    assert asked == [f"compile (5, 3) (1, 1, 1) {options}", f"launch (5, 3) {options}"]
 
 
 @pytest.mark.parametrize("path", sorted(Path(tuning._CONFIGS).glob("*.json")), ids=lambda path: path.name)

@@ -12,8 +12,9 @@ allocator gives activations the same few addresses again, so the maps are kept.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -59,8 +60,24 @@ def _front_door() -> bool:
 
 # Where the arguments of the compiled launcher are known to be as below.
 _KNOWN_LAUNCHER = triton.__version__.startswith("3.6.")
+# Whether plans only compile, see ``compiling_only``.
+_compiling_only = False
 # Tensor maps a compiled kernel keeps, of 128 bytes each.
 _MAX_TENSOR_MAPS = 256
+
+
+@contextlib.contextmanager
+def compiling_only() -> Iterator[None]:
+    """Plans that were never launched compile within the block, and launch nothing; for who measures.
+
+    Under Triton's ``AsyncCompileMode`` they do so side by side.
+    """
+    global _compiling_only  # noqa: PLW0603 - read by every plan
+    _compiling_only = True
+    try:
+        yield
+    finally:
+        _compiling_only = False
 
 
 class _Compiled:
@@ -171,6 +188,9 @@ class Plan:
         if compiled is None or pointers & 15 or _front_door():
             # What it compiled for aligned pointers is kept. The interpreter compiles nothing.
             checked = [arg.checked() if isinstance(arg, Descriptor) else arg for arg in args]
+            if _compiling_only:
+                self.kernel.warmup(*checked, *self.constants, grid=grid, **self.options)
+                return
             kernel = self.kernel[grid](*checked, *self.constants, **self.options)
             if pointers & 15 == 0 and kernel is not None:
                 self._compiled[tuple(key)] = _Compiled(kernel)

@@ -3,12 +3,17 @@
 A configuration is looked up by kernel family, target and *bucket*, the typical number of rows an expert gets: with the
 expected S/E rows, a tile taller than that is mostly empty, and below a few hundred rows the weights' bytes, not the tensor
 cores, set the pace. ``configs/*.json`` replaces the default where something measured better; nobody waits for autotuning.
+Tables of one's own, named the same, in the directory ``MOE_FUSED_CONFIGS`` come before them: entry by entry, a kernel in a
+bucket for a size of element, with the fields that an entry leaves out as in the default.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +40,7 @@ DECODE_ROWS: dict[int | str, int] = {90: 288}
 DEFAULT_DECODE_ROWS = 128
 
 _CONFIGS = Path(__file__).parent / "configs"
+CONFIGS_VARIABLE = "MOE_FUSED_CONFIGS"
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,8 @@ def default_config(kernel: str, block_m: int, target: Target, itemsize: int) -> 
         # fp32 runs on the FMA units (or tf32 at half rate): small tiles, registers are what is short.
         config = LaunchConfig(tile_height(block_m, itemsize), 64 if kernel != "up" else 32, 32, 4, 3)
         if kernel in GRAMS:
-            config = LaunchConfig(64, 64, 32, 4, 3)
+            # The thin one's weighted operand lies in registers.
+            config = LaunchConfig(64 if kernel == "gram" else 32, 64, 32, 4, 3)
     elif kernel == "gram_thin":
         config = LaunchConfig(64, 128, 32, 4, 3)
     elif kernel == "shrink":
@@ -195,37 +202,116 @@ def default_config(kernel: str, block_m: int, target: Target, itemsize: int) -> 
     return config
 
 
-@functools.cache
-def _overrides(arch: int | str) -> dict[str, Any]:
-    """The measured configurations for ``arch``: {kernel: {bytes per element: {block_m: LaunchConfig}}}."""
-    path = _CONFIGS / f"{f'sm_{arch}' if isinstance(arch, int) else arch}.json"
-    if not path.exists():
-        return {}
-    table = json.loads(path.read_text())
+Table = dict[str, dict[str, dict[str, dict[str, Any]]]]
+"""Measured configurations, as JSON has them: {kernel: {bytes per element: {block_m: fields of a LaunchConfig}}}."""
+
+
+def table_name(arch: int | str) -> str:
+    """The file name of a table for ``arch``."""
+    return f"{f'sm_{arch}' if isinstance(arch, int) else arch}.json"
+
+
+def table_paths(arch: int | str) -> list[Path]:
+    """The tables for ``arch`` that exist, each laid over those before it.
+
+    Raises:
+        ValueError: ``MOE_FUSED_CONFIGS`` is no directory.
+    """
+    folders = [_CONFIGS]
+    if own := os.environ.get(CONFIGS_VARIABLE):
+        folders.append(Path(own))
+        if not folders[-1].is_dir():
+            raise ValueError(f"{CONFIGS_VARIABLE} must be a directory with tables as {table_name(arch)}, got {own}")
+    return [path for folder in folders if (path := folder / table_name(arch)).exists()]
+
+
+def read_table(path: Path) -> Table:
+    """The table in ``path``.
+
+    Raises:
+        ValueError: it is none; says what is wrong with which entry.
+        OSError: it cannot be read.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
     names = {field.name for field in fields(LaunchConfig)}
-    for kernel, by_size in table.items():
-        for size, by_bucket in by_size.items():
-            for block_m, values in by_bucket.items():
-                if kernel not in KERNELS or not set(values) <= names:
-                    raise ValueError(
-                        f"{path.name}: {kernel}/{size}/{block_m} does not describe a LaunchConfig: {values}"
-                    )
+
+    def level(value: Any, *place: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: {'/'.join(place) or 'the table'} must be an object, got {json.dumps(value)}")
+        return value
+
+    for kernel, by_size in level(table).items():
+        for size, by_bucket in level(by_size, kernel).items():
+            for block_m, values in level(by_bucket, kernel, size).items():
+                place = (kernel, size, block_m)
+                known = kernel in KERNELS and size in ("2", "4") and block_m in map(str, BUCKETS)
+                if not known or not set(level(values, *place)) <= names:
+                    raise ValueError(f"{path}: {'/'.join(place)} does not describe a LaunchConfig: {values}")
+                if not all(isinstance(value, int) for value in values.values()):
+                    raise ValueError(f"{path}: {'/'.join(place)} must have whole numbers and booleans, got {values}")
     return table
 
 
 @functools.cache
+def _overrides(arch: int | str) -> dict[tuple[str, int, int], tuple[Path, dict[str, Any]]]:
+    """Where each measured configuration for ``arch`` stands, and its fields: by kernel, bucket and bytes per element."""
+    return {
+        (kernel, int(block_m), int(size)): (path, values)
+        for path in table_paths(arch)
+        for kernel, by_size in read_table(path).items()
+        for size, by_bucket in by_size.items()
+        for block_m, values in by_bucket.items()
+    }
+
+
+# What ``trying`` asks for.
+_trial: dict[tuple[str, int, int], LaunchConfig] = {}
+
+
+@functools.cache
 def launch_config(kernel: str, block_m: int, target: Target, itemsize: int) -> LaunchConfig:
-    """The configuration of ``kernel`` in bucket ``block_m`` on ``target``, elements of ``itemsize`` bytes."""
+    """The configuration of ``kernel`` in bucket ``block_m`` on ``target``, elements of ``itemsize`` bytes.
+
+    Raises:
+        ValueError: a measured one is not valid; says which, and why.
+    """
+    key = (kernel, block_m, itemsize)
+    if key in _trial:
+        return _trial[key]
     config = default_config(kernel, block_m, target, itemsize)
-    values = _overrides(target.arch).get(kernel, {}).get(str(itemsize), {}).get(str(block_m))
-    if values is not None:
-        config = replace(config, **values)
+    path, values = _overrides(target.arch).get(key, (None, {}))
+    config = replace(config, **values)
+    try:
+        check_bucket(kernel, block_m, config, itemsize)
+        check(kernel, config, target, itemsize)
+    except ValueError as error:
+        if path is None:
+            raise
+        raise ValueError(f"{path}: {kernel}/{itemsize}/{block_m}: {error}") from error
+    return config
+
+
+def check_bucket(kernel: str, block_m: int, config: LaunchConfig, itemsize: int) -> None:
+    """Raises ValueError unless ``config`` has the row tiles of its bucket, which all kernels of a call share."""
     if kernel not in GRAMS and config.block_m != tile_height(block_m, itemsize):
         raise ValueError(
             f"{kernel}: block_m must be the {tile_height(block_m, itemsize)} of its bucket, got {config.block_m}"
         )
-    check(kernel, config, target, itemsize)
-    return config
+
+
+@contextlib.contextmanager
+def trying(kernel: str, block_m: int, itemsize: int, config: LaunchConfig) -> Iterator[None]:
+    """Launches of ``kernel`` in that bucket use ``config`` within the block; for who measures."""
+    _trial[kernel, block_m, itemsize] = config
+    launch_config.cache_clear()
+    try:
+        yield
+    finally:
+        del _trial[kernel, block_m, itemsize]
+        launch_config.cache_clear()
 
 
 @functools.cache

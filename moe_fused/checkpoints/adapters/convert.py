@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from moe_fused.checkpoints.safetensors_file import TensorSpec, safetensors_writer
+from moe_fused.checkpoints.safetensors_file import TensorSpec, as_bytes, safetensors_writer
 from moe_fused.staging import staged_directory
 
-from .config import B_LAYOUT, CONFIG, DETAILS, AdapterConfig, module_of, repattern, retarget
-from .detect import MARKER, detect
-from .factors import DOWN, GATE, PROJECTIONS, UP, Block, Factors, Scaling, fold, fuse, pad, split
-from .layouts import LAYOUTS, Fused, Grouped, Place, unprefixed
+from .config import B_LAYOUT, CONFIG, DETAILS, repattern, retarget
+from .detect import MARKER
+from .factors import DOWN, GATE, UP, Block, Factors, Scaling, fold, fuse, pad, split
+from .layouts import LAYOUTS, Fused, Grouped, unprefixed
 from .names import Layout, ScalingChoice
+from .saved import WEIGHTS, SavedAdapter
 
-WEIGHTS = "adapter_model.safetensors"
 Progress = Callable[[str, int, int], None]
 
 
@@ -55,7 +55,7 @@ class Plan:
         return sum(spec.nbytes for spec in self.tensors.values())
 
 
-class _Conversion:
+class _Conversion(SavedAdapter):
     """One adapter on its way to another layout.
 
     Tensors are read twice: once to find out whether all of it can be converted and how large the result is, and once to
@@ -65,20 +65,7 @@ class _Conversion:
     def __init__(
         self, source: Path, to: Layout, given: Layout | None, scaling: ScalingChoice | None, widen: bool
     ) -> None:
-        self.source = source
-        if not source.is_dir():
-            raise FileNotFoundError(f"SOURCE {source} is not a directory")
-        for name in (CONFIG, WEIGHTS):
-            if not (source / name).is_file():
-                hint = ", only safetensors are read" if (source / "adapter_model.bin").exists() else ""
-                raise FileNotFoundError(f"SOURCE {source} has no {name}{hint}")
-        self.config = AdapterConfig.load(source / CONFIG)
-        try:
-            self.file = safe_open(source / WEIGHTS, "pt")
-        except SafetensorError as error:
-            raise ValueError(f"{source / WEIGHTS}: {error}") from error
-        self.shapes = {key: tuple(self.file.get_slice(key).get_shape()) for key in self.file.keys()}  # noqa: SIM118
-        self.layout, self.places = detect(self.shapes, self.config, self.file.metadata() or {}, given)
+        super().__init__(source, "SOURCE", given)
         self.to = LAYOUTS[to]
         self.widen = widen
         self.fold = to is Layout.PER_EXPERT if scaling is None else scaling is ScalingChoice.FOLD
@@ -88,21 +75,11 @@ class _Conversion:
                 f"gate and up of gpt-oss take turns in gate_up_proj, no tool reads them apart: {to.value} is not possible "
                 f"from {self.layout.layout.value}"
             )
-        self.others = {key: module_of(key) for key in self.shapes if key not in self.places}
         self.rank = 0  # that all LoRA gets; 0: each its own
-
-    def groups(self) -> Iterator[Grouped]:
-        """The experts of each layer, in the file's order of numbers."""
-        blocks: dict[str, dict[Place, str]] = {}
-        for key, place in self.places.items():
-            blocks.setdefault(place.block, {})[place] = key
-        for name in sorted(blocks, key=lambda name: [int(part) if part.isdigit() else 0 for part in name.split(".")]):
-            present = {place.projection for place in blocks[name]}
-            yield Grouped(name, blocks[name], tuple(part for part in PROJECTIONS if part in present))
 
     def convert(self, group: Grouped) -> Block:
         # Opened for each layer: what a mapped file has read stays in memory until it is closed.
-        with safe_open(self.source / WEIGHTS, "pt") as file:
+        with safe_open(self.directory / WEIGHTS, "pt") as file:
             block = self.layout.read(group, self.config, file.get_tensor)
         if self.to.fused:
             return fuse(block, self.widen)
@@ -178,13 +155,15 @@ class _Conversion:
         for key, tensor in self.tensors(blocks):
             if key in tensors:
                 raise ValueError(f"{key} would be written twice")
-            tensors[key] = TensorSpec.of(tensor)
+            tensors[key] = TensorSpec.of(key, tensor)
         if self.to.layout is Layout.PER_EXPERT and ranks.keys() not in ({DOWN}, {GATE, UP, DOWN}):
             notes.append("PEFT under Transformers 5 loads gate_proj and up_proj only together, and with down_proj.")
         if self.to.fused and self.config.content.get("lora_dropout"):
             notes.append("lora_dropout becomes 0: PEFT has no dropout on target_parameters.")
         files, left = self._files()
         notes += [f"{name} is not copied: it belongs to the source's layout." for name in left]
+        if any(name.startswith("optimizer.") for name in left):
+            notes.append("moe-fused convert optimizer brings an optimizer's state into another layout.")
         experts = next(iter(blocks[0].projections.values())).experts
         return Plan(
             self.layout.layout,
@@ -238,7 +217,7 @@ class _Conversion:
 
     def _files(self) -> tuple[list[str], list[str]]:
         """Names of files that go along, and of those that do not fit any more."""
-        names = sorted(path.name for path in self.source.iterdir() if path.is_file())
+        names = sorted(path.name for path in self.directory.iterdir() if path.is_file())
         left = [name for name in names if name.startswith(("optimizer.", "adapter_model.")) and name != WEIGHTS]
         return [name for name in names if name not in {CONFIG, WEIGHTS, *left}], left
 
@@ -254,11 +233,11 @@ class _Conversion:
         metadata = {"format": "pt", **(self.file.metadata() or {}), MARKER: plan.target.value}
         with safetensors_writer(directory / WEIGHTS, plan.tensors, metadata) as write:
             for key, tensor in self.tensors(blocks()):
-                write(key, tensor)
+                write(key, [as_bytes(tensor)])
         text = json.dumps(plan.config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         (directory / CONFIG).write_text(text, encoding="utf-8")
         for name in plan.files:
-            shutil.copyfile(self.source / name, directory / name)
+            shutil.copyfile(self.directory / name, directory / name)
 
 
 def _shapes_only(block: Block) -> Block:

@@ -30,33 +30,6 @@ import torch
 from torch import Tensor
 
 from .layers import Ceilings
-from .rows import Row, merge, read_rows, write_rows
-
-__all__ = [
-    "Call",
-    "Clock",
-    "CpuClock",
-    "CudaClock",
-    "Environment",
-    "MismatchError",
-    "Row",
-    "Timing",
-    "allocated_mib",
-    "clock_for",
-    "compare",
-    "current_environment",
-    "graph_of",
-    "input_sets",
-    "measure_ceilings",
-    "merge",
-    "peak_mib",
-    "poison",
-    "read_rows",
-    "release_memory",
-    "run_and_weigh",
-    "time_interleaved",
-    "write_rows",
-]
 
 MIB = 2**20
 ALLOCATION = 512  # what torch rounds the size of a tensor's memory on a GPU up to
@@ -65,6 +38,7 @@ WARMUP_CALLS = 2
 ESTIMATE_CALLS = 3
 MAX_CALLS = 2000
 CACHE_MULTIPLE = 6  # the rotated inputs and weights exceed the L2 this many times
+TOLERANCE = 0.02  # half-precision sums in another order differ by 0.005 of the whole
 CHECK_CHUNK = 2**24  # elements compared at a time, so that the check needs little memory
 
 Call = Callable[[int], Any]
@@ -266,6 +240,10 @@ class MismatchError(RuntimeError):
     """An implementation whose results are not those of the others."""
 
 
+class UnavailableError(RuntimeError):
+    """An implementation that cannot run here, in a few words for a table."""
+
+
 def _relative_errors(got: Tensor, want: Tensor) -> tuple[float, float]:
     """The error of the whole and the largest error of a row (the last dimension), relative to their norms.
 
@@ -291,7 +269,7 @@ def compare(
     got: Mapping[str, Tensor],
     want: Mapping[str, Tensor],
     *,
-    tolerance: float = 0.02,
+    tolerance: float = TOLERANCE,
     row_tolerance: float = 0.25,
 ) -> None:
     """Checks the results ``got`` of the implementation ``name`` against ``want``, those of another.
@@ -388,38 +366,6 @@ class Environment:
     date: str
     torch: str
     triton: str
-
-    def row(
-        self,
-        *,
-        benchmark: str,
-        layer: str,
-        tokens: int,
-        implementation: str,
-        phase: str,
-        weights: str,
-        ms: float | None,
-        flops: float,
-        peak_mib: float | None = None,
-        lora_rank: int = 0,
-    ) -> Row:
-        """A row of this run; TFLOP/s are those of ``flops`` operations in ``ms``."""
-        return Row(
-            benchmark=benchmark,
-            gpu=self.gpu,
-            date=self.date,
-            torch=self.torch,
-            triton=self.triton,
-            layer=layer,
-            tokens=tokens,
-            implementation=implementation,
-            phase=phase,
-            weights=weights,
-            lora_rank=lora_rank,
-            ms=None if ms is None else round(ms, 5),
-            tflops=None if not ms else round(flops / ms / 1e9, 3),
-            peak_mib=None if peak_mib is None else round(peak_mib, 2),
-        )
 
 
 def current_environment(device: torch.device) -> Environment:

@@ -1,0 +1,50 @@
+"""Options that several commands have, and checks of them that need nothing but the standard library."""
+
+from __future__ import annotations
+
+import importlib.util
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done.")]
+ShardSize = Annotated[str, typer.Option(help="Of a file, as 500MB or 5GB.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Directory of a model, or its name on the Hub.")]
+
+
+class Dtype(str, Enum):
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+def require(what: str, *packages: str, extra: str) -> None:
+    """Raises RuntimeError if one of ``packages``, which ``what`` needs and an extra of ours brings, is not installed."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise RuntimeError(f"{what} needs {package}, which is not installed: pip install 'moe-fused[{extra}]'")
+
+
+def require_4bit(what: str) -> None:
+    require(what, "bitsandbytes", "accelerate", extra="bnb")
+
+
+def require_peft(what: str) -> None:
+    require(what, "peft", "accelerate", extra="train")
+
+
+def check_source(argument: str, name: str, file: str) -> None:
+    """Fails at once on what is neither a directory with ``file`` in it nor could be a name on the Hub.
+
+    Raises:
+        FileNotFoundError: says which.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / file).is_file():
+            raise FileNotFoundError(f"{argument} {name} has no {file}")
+    elif path.exists() or path.is_absolute() or name.startswith(".") or len(path.parts) != 2:
+        raise FileNotFoundError(f"{argument} {name} is neither a directory nor a name on the Hub as org/name")

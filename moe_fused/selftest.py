@@ -1,0 +1,119 @@
+"""Whether the kernel computes here what it should: small, random experts against float64 in plain torch on the CPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Of a result's norm. Half precision is off by 0.003 to 0.006 here, float32 by 3e-7.
+TOLERANCE = {torch.bfloat16: 0.02, torch.float16: 0.004, torch.float32: 1e-5}
+
+TOKENS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 96, 8, 2, 128, 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is compared: forward and backward of ``tokens``, or forward alone, over dense or 4-bit weights."""
+
+    name: str
+    dtype: torch.dtype
+    packed: bool = False
+    tokens: int = TOKENS
+    backward: bool = True
+
+
+CASES = (
+    Case("dense float32, forward and backward", torch.float32),
+    Case("dense bfloat16, forward and backward", torch.bfloat16),
+    Case("4-bit bfloat16, forward and backward", torch.bfloat16, packed=True),
+    Case("dense bfloat16, one token", torch.bfloat16, tokens=1, backward=False),
+    Case("4-bit bfloat16, one token", torch.bfloat16, packed=True, tokens=1, backward=False),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a case came out.
+
+    Attributes:
+        errors: by result, the output and the gradients: the norm of the difference as a share of the truth's; nan
+            if something is not finite.
+        seconds: it took, compilation included.
+    """
+
+    case: Case
+    errors: dict[str, float]
+    seconds: float
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCE[self.case.dtype]
+
+    @property
+    def passed(self) -> bool:
+        return all(error <= self.tolerance for error in self.errors.values())  # nan is not
+
+
+def run(kernel: ModuleType, device: torch.device) -> Iterator[Result]:
+    """The results of ``CASES`` for the kernel's ``moe_experts`` on ``device``, each as it comes."""
+    for case in CASES:
+        start = time.perf_counter()
+        inputs, weights = _make(kernel, case)
+        got = _results(kernel, case, [value.to(device) for value in inputs], [weight.to(device) for weight in weights])
+        truth = _results(
+            kernel,
+            case,
+            [value.double() if value.is_floating_point() else value for value in inputs],
+            [_dense(weight).double() for weight in weights],
+        )
+        errors = {name: _error(value, truth[name]) for name, value in got.items()}
+        yield Result(case, errors, time.perf_counter() - start)
+
+
+def _make(kernel: ModuleType, case: Case) -> tuple[list[Tensor], list[Any]]:
+    """Tokens, expert ids, routing weights and the output's gradient; gate_up and down. On the CPU."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(case.dtype)
+
+    routing, ids = torch.randn(case.tokens, EXPERTS, generator=generator).softmax(-1).topk(TOP_K)
+    inputs = [normal(case.tokens, HIDDEN), ids, routing.to(case.dtype), normal(case.tokens, HIDDEN)]
+    weights = [
+        normal(EXPERTS, 2 * INTERMEDIATE, HIDDEN, scale=HIDDEN**-0.5),
+        normal(EXPERTS, HIDDEN, INTERMEDIATE, scale=INTERMEDIATE**-0.5),
+    ]
+    if not case.packed:
+        return inputs, weights
+    quantize = kernel.Packed4bitWeights.quantize
+    return inputs, [quantize(weights[0], projections=2), quantize(weights[1])]
+
+
+def _dense(weight: Any) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight.dequantize()
+
+
+def _results(kernel: ModuleType, case: Case, inputs: list[Tensor], weights: list[Any]) -> dict[str, Tensor]:
+    """The output, and the gradients of all that can have one over these weights."""
+    x, ids, routing, grad = inputs
+    if not case.backward:
+        with torch.no_grad():
+            return {"output": kernel.moe_experts(x, ids, routing, *weights)}
+    x, routing = x.detach().requires_grad_(), routing.detach().requires_grad_()
+    named = {"hidden_states": x, "top_k_weights": routing}
+    if not case.packed:
+        weights = [weight.detach().requires_grad_() for weight in weights]
+        named |= dict(zip(("gate_up_proj", "down_proj"), weights, strict=True))
+    y = kernel.moe_experts(x, ids, routing, *weights)
+    gradients = torch.autograd.grad(y, list(named.values()), grad)
+    return {"output": y.detach(), **{f"{name}.grad": value for name, value in zip(named, gradients, strict=True)}}
+
+
+def _error(got: Tensor, truth: Tensor) -> float:
+    return float((got.cpu().double() - truth).norm() / truth.norm())
