@@ -473,7 +473,7 @@ def make_dense(model: Any, dtype: torch.dtype) -> None:
     unpack_experts(model, dtype)
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, Experts4bitQuantizer) and quantizer.converter is not None:
-        quantizer._keep_conversions(model, frozenset())
+        quantizer._keep_conversions(model)
 
 
 _replaced: list[Any] = []

@@ -28,7 +28,7 @@ def device_of(options: Options) -> torch.device:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("finetune trains on one GPU: start it without accelerate launch or torchrun")
     device = choose_device(options.device)
-    if device.type == "cpu" or device.index is not None:
+    if device.type == "cpu" or ":" in options.device:
         return device
     return torch.device(device.type, torch.accelerator.current_device_index())
 

@@ -68,9 +68,7 @@ class Options:
         bool | None,
         Help("Liger's kernels for rope and norms, where Liger knows the model.", shown="on NVIDIA and AMD GPUs"),
     ] = None
-    device: Annotated[Literal["auto", "cpu", "cuda", "xpu"], Help("Where to train.", shown="a GPU if there is one")] = (
-        "auto"
-    )
+    device: Annotated[str, Help("Where to train: cpu, cuda, cuda:1, xpu.", shown="a GPU if there is one")] = "auto"
 
     dataset_config: Annotated[str | None, Help("Configuration of the data set on the Hub.", shapes_run=True)] = None
     split: Annotated[str, Help("Split of the data set on the Hub.", shapes_run=True)] = "train"
