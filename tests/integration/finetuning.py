@@ -48,10 +48,10 @@ class Ended:
 
 
 class Command:
-    """A ``moe-fused finetune`` that runs in ``cwd``.
+    """A ``moe-fused`` that runs in ``cwd``.
 
     Args:
-        arguments: after ``finetune``.
+        arguments: of the command, as ``finetune`` and its options.
         before: called in the process before the command.
     """
 
@@ -85,7 +85,7 @@ def _run(arguments: list[str], cwd: Path, streams: list[Path], before: Callable[
         file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
         os.dup2(file, number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8") for number in (1, 2))
-    sys.argv = ["moe-fused", "finetune", *arguments]
+    sys.argv = ["moe-fused", *arguments]
     if before is not None:
         before()
     status = main()
@@ -95,7 +95,7 @@ def _run(arguments: list[str], cwd: Path, streams: list[Path], before: Callable[
 
 
 def finetune(*arguments: str | Path, cwd: Path, before: Callable[[], object] | None = None) -> Ended:
-    return Command(*arguments, cwd=cwd, before=before).end()
+    return Command("finetune", *arguments, cwd=cwd, before=before).end()
 
 
 def save_model(path: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moe_fused.finetune.options import HELP, flag
 from tests.support import REPOSITORY, python_path
 
-from .finetuning import OPTIONS, STEPS, Ended, assert_error, chats, finetune, leftovers, losses, save_model, write_jsonl
+from .finetuning import (
+    OPTIONS,
+    STEPS,
+    Command,
+    Ended,
+    assert_error,
+    chats,
+    finetune,
+    leftovers,
+    losses,
+    save_model,
+    write_jsonl,
+)
 
 RESULTS = {
     "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "finetune.yaml", "log.jsonl",
@@ -66,8 +79,22 @@ def test_says_what_it_needs_and_what_comes_next(chat_run: tuple[Path, Ended]) ->
         f"step {STEPS}/{STEPS}: loss",
     ):
         assert words in ended.stderr
-    for command in ("moe-fused generate", "moe-fused convert adapter", "moe-fused merge"):
-        assert command in ended.stdout
+
+
+def test_the_next_commands_run_as_printed(chat_run: tuple[Path, Ended]) -> None:
+    output, ended = chat_run
+    adapter, following = ended.stdout.split("next:")
+    assert adapter == "adapter: out\n"
+    commands = [shlex.split(line) for line in following.splitlines()[1:]]
+    assert [command[1] for command in commands] == ["generate", "convert", "merge"]
+    for program, *arguments in commands:
+        assert program == "moe-fused"
+        if arguments[0] == "generate":
+            arguments += ["--max-new-tokens", "2"]
+        following_ended = Command(*arguments, cwd=output.parent).end()
+        assert following_ended.status == 0, following_ended
+    assert (output.parent / "out-per-expert" / "adapter_config.json").is_file()
+    assert (output.parent / "out-merged" / "config.json").is_file()
 
 
 def test_settles_what_was_left_open(chat_run: tuple[Path, Ended]) -> None:

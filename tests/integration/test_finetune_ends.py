@@ -70,15 +70,10 @@ def checkpoints(output: Path) -> list[int]:
     return sorted(steps)
 
 
-def test_a_run_is_repeatable(whole: Run, tmp_path: Path) -> None:
-    assert finetune(*whole.arguments, "--output", "out", cwd=tmp_path).status == 0
-    whole.assert_as_uninterrupted(tmp_path / "out")
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_saves_a_checkpoint(signum: signal.Signals, whole: Run, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    command = Command(*whole.arguments, "--save-steps", "100", "--output", "out", cwd=tmp_path)
+    command = Command("finetune", *whole.arguments, "--save-steps", "100", "--output", "out", cwd=tmp_path)
     wait_for_step(command, output, 3)
     command.signal(signum)
     ended = command.end()
@@ -96,7 +91,7 @@ def test_a_signal_saves_a_checkpoint(signum: signal.Signals, whole: Run, tmp_pat
 
 
 def test_a_signal_before_the_first_step(whole: Run, tmp_path: Path) -> None:
-    command = Command(*whole.arguments, "--output", "out", cwd=tmp_path, before=_interrupt_while_loading)
+    command = Command("finetune", *whole.arguments, "--output", "out", cwd=tmp_path, before=_interrupt_while_loading)
     assert_error(command.end(), "interrupted by SIGINT", status=130)
     assert finetune("--resume", "--output", "out", cwd=tmp_path).status == 0
     whole.assert_as_uninterrupted(tmp_path / "out")
@@ -116,7 +111,7 @@ def _kill_and_resume(whole: Run, tmp_path: Path, kills: int, seed: int) -> None:
     for _ in range(kills):
         started = (output / "finetune.yaml").exists()
         arguments = ("--resume",) if started else whole.arguments
-        command = Command(*arguments, "--output", "out", cwd=tmp_path)
+        command = Command("finetune", *arguments, "--output", "out", cwd=tmp_path)
         time.sleep(times.uniform(0, whole.seconds))
         command.signal(signal.SIGKILL)
         command.process.join()
