@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from moe_fused.experts import Experts
-from moe_fused.quantizer import make_dense
+from moe_fused.quantizer import unpack_experts
 
 from .files import PLACES, check_matches, places_of, split, wrappers
 from .targets import ExpertLayer, Plan, config_for, expert_layers, plan_of, unwrapped
@@ -143,7 +143,7 @@ class LoraModel(lora.LoraModel):
             merged = [(own, own.merged_adapters[:]) for _, own in wrappers(self.model) if own.unmerged]
             for wrapper, _ in merged:
                 wrapper.unmerge()
-            make_dense(self.model, dtype)
+            unpack_experts(self.model, dtype)
             for wrapper, names in merged:
                 wrapper.merge(safe_merge, names)
         model: nn.Module = super().merge_and_unload(progressbar, safe_merge, adapter_names)
