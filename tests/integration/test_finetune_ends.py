@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 import resource
+import shutil
 import signal
 import time
 from functools import partial
@@ -40,6 +41,7 @@ class Run:
         save_model(directory / "model")
         write_jsonl(directory / "chat.jsonl", chats())
         self.arguments = ("--model", directory / "model", "--dataset", directory / "chat.jsonl", *OPTIONS)
+        finetune("--help", cwd=directory)  # so that the server's start does not count
         begin = time.monotonic()
         ended = finetune(*self.arguments, "--output", "out", cwd=directory)
         self.seconds = time.monotonic() - begin
@@ -117,8 +119,9 @@ def _kill_and_resume(whole: Run, tmp_path: Path, kills: int, seed: int) -> None:
         command.process.join()
         if (output / "checkpoints").exists():
             checkpoints(output)
-        if (output / "adapter_config.json").exists():  # it was done before it was killed, then it is whole
+        if (output / "adapter_config.json").exists():  # it was done before it was killed: the next begins anew
             whole.assert_as_uninterrupted(output)
+            shutil.rmtree(output)
     arguments = ("--resume",) if (output / "finetune.yaml").exists() else whole.arguments
     ended = finetune(*arguments, "--output", "out", cwd=tmp_path)
     assert ended.status == 0, ended
