@@ -19,7 +19,7 @@ class Pass(NamedTuple):
 def forward_backward(model: torch.nn.Module, ids: Tensor) -> Pass:
     """One pass with a loss to which every logit counts."""
     model.zero_grad(set_to_none=True)
-    logits = model(input_ids=ids).logits
+    logits = model(input_ids=ids.to(next(model.parameters()).device)).logits
     weights = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).view(logits.shape).to(logits)
     (logits * weights).sum().backward()
     gradients = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}

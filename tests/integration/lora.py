@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 import moe_fused
 
-from .models import EXPERTS, QWEN3_MOE, ModelCase
+from .conftest import DEVICE
+from .models import EXPERTS, QWEN3_MOE, ModelCase, tokens
 
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 LINEAR = ["gate_proj", "up_proj", "down_proj"]
@@ -44,7 +45,7 @@ def randomize(model: nn.Module, adapter: str = "default", seed: int = 3) -> None
 
 def plain(case: ModelCase = QWEN3_MOE, **options: Any) -> PreTrainedModel:
     """The model without an adapter, set to run in the kernel."""
-    model = case.build(**options)
+    model = case.build(**options).to(DEVICE)
     model.set_experts_implementation("moe_fused")
     return model
 
@@ -57,7 +58,12 @@ def ours(case: ModelCase = QWEN3_MOE, **options: Any) -> PeftModel:
 def theirs(case: ModelCase = QWEN3_MOE, **options: Any) -> PeftModel:
     """The same with PEFT's own adapter on eager experts."""
     with disabled():
-        return adapt(case.build(), **options)
+        return adapt(case.build().to(DEVICE), **options)
+
+
+def run(model: nn.Module) -> Any:
+    """The output of a pass."""
+    return model(input_ids=tokens(device=str(model.device)))
 
 
 def adapt(model: PreTrainedModel, **options: Any) -> PeftModel:

@@ -34,6 +34,7 @@ from .lora import (
     own_blocks,
     plain,
     randomize,
+    run,
     theirs,
     wrappers,
 )
@@ -96,8 +97,8 @@ def test_every_model(case: ModelCase) -> None:
     one, other = ours(case, **options), theirs(case, **options)
     assert len(wrappers(one)) == 2 * case.moe_layers
     assert all(map(is_ours, wrappers(one)))
-    expected = other(input_ids=tokens()).logits
-    torch.testing.assert_close(one(input_ids=tokens()).logits, expected, atol=1e-4, rtol=1e-4)
+    expected = run(other).logits
+    torch.testing.assert_close(run(one).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("feature", ["both", "down only", "attention, too", "modules to save"])
@@ -143,7 +144,7 @@ def test_linear_layers_get_factors_of_their_own() -> None:
 
 def _merged_by_hand(model: PeftModel, scaling: float) -> Tensor:
     """Logits with the matrices of the adapter's file added to every expert's."""
-    plain_model = QWEN3_MOE.build()
+    plain_model = QWEN3_MOE.build().to(DEVICE)
     weights = dict(plain_model.named_parameters())
     files = peft.get_peft_model_state_dict(model)
     with torch.no_grad():
@@ -163,7 +164,7 @@ def _merged_by_hand(model: PeftModel, scaling: float) -> Tensor:
                 "down_proj": slice(None),
             }
             stack[int(expert), rows[leaf]] += delta
-    logits: Tensor = plain_model(input_ids=tokens()).logits
+    logits: Tensor = run(plain_model).logits
     return logits.detach()
 
 
@@ -172,7 +173,7 @@ def test_scaling_is_by_the_rank_of_each_linear_layer(rslora: bool) -> None:
     model = ours(target_modules=LINEAR, use_rslora=rslora)
     scaling = OPTIONS["lora_alpha"] / (RANK**0.5 if rslora else RANK)
     expected = _merged_by_hand(model, scaling)
-    torch.testing.assert_close(model(input_ids=tokens()).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(run(model).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_ranks_of_linear_layers_by_pattern() -> None:
@@ -262,8 +263,8 @@ def test_several_adapters() -> None:
             change(model)
         seen.append(same())
     with one.disable_adapter(), other.disable_adapter():
-        base = one(input_ids=tokens()).logits
-        torch.testing.assert_close(base, other(input_ids=tokens()).logits)
+        base = run(one).logits
+        torch.testing.assert_close(base, run(other).logits)
         seen.append(base)
     for model in models:
         model.set_adapter("default")
@@ -296,9 +297,9 @@ def test_adapters_of_both_kinds_at_once() -> None:
     model.add_adapter("apart", LoraConfig(**OPTIONS, target_modules=LINEAR))
     randomize(model, "apart", seed=4)
     model.base_model.set_adapter(["default", "apart"])
-    together = model(input_ids=tokens()).logits
+    together = run(model).logits
     merged = model.merge_and_unload(adapter_names=["default", "apart"])
-    torch.testing.assert_close(merged(input_ids=tokens()).logits, together, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(run(merged).logits, together, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("targets", [{}, {"target_modules": LINEAR}], ids=["shared", "apart"])
@@ -315,7 +316,7 @@ def test_dropout_acts_in_training_only(targets: dict[str, Any], calls: Calls) ->
     assert (first.logits - expected.logits).abs().max() > 1e-3
     with_dropout.base_model.model.set_experts_implementation("eager")
     with pytest.raises(NotImplementedError, match="lora_dropout on down_proj needs experts_implementation='moe_fused'"):
-        with_dropout(input_ids=tokens())
+        run(with_dropout)
 
 
 @pytest.mark.parametrize("safe", [False, True])
@@ -334,13 +335,11 @@ def test_merges_bit_for_bit_as_peft(safe: bool) -> None:
 
 def test_merging_factors_of_gate_and_up() -> None:
     model = ours(target_modules=LINEAR)
-    logits = model(input_ids=tokens()).logits
+    logits = run(model).logits
     model.merge_adapter()
-    torch.testing.assert_close(model(input_ids=tokens()).logits, logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(run(model).logits, logits, atol=1e-5, rtol=1e-5)
     with model.disable_adapter():
-        torch.testing.assert_close(
-            model(input_ids=tokens()).logits, plain()(input_ids=tokens()).logits, atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(run(model).logits, run(plain()).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_safe_merge_refuses_broken_adapters() -> None:
@@ -387,7 +386,7 @@ def test_recompute(calls: Calls) -> None:
 def test_dtypes_of_adapters(fp32_adapter: bool) -> None:
     passes = []
     for implementation in ("moe_fused", "eager"):
-        model = QWEN3_MOE.build().to(torch.bfloat16)
+        model = QWEN3_MOE.build().to(DEVICE, torch.bfloat16)
         model.set_experts_implementation(implementation)
         config = LoraConfig(**OPTIONS, target_parameters=BOTH, target_modules=["q_proj"])
         adapted = get_peft_model(model, config, autocast_adapter_dtype=fp32_adapter)
@@ -414,8 +413,8 @@ def test_autocast() -> None:
 @pytest.mark.parametrize("targets", [{}, {"target_modules": LINEAR}], ids=["shared", "apart"])
 def test_compiles_without_a_break(targets: dict[str, Any]) -> None:
     experts = ours(**targets).base_model.model.model.layers[0].mlp.experts
-    hidden = torch.randn(7, 40, requires_grad=True)
-    index, weights = torch.randint(0, EXPERTS, (7, 3)), torch.rand(7, 3)
+    hidden = torch.randn(7, 40, device=DEVICE, requires_grad=True)
+    index, weights = torch.randint(0, EXPERTS, (7, 3), device=DEVICE), torch.rand(7, 3, device=DEVICE)
     expected = experts(hidden, index, weights)
     expected.sum().backward()
     gradient = experts.lora_A["default"].weight.grad.clone()
@@ -428,13 +427,14 @@ def test_compiles_without_a_break(targets: dict[str, Any]) -> None:
     torch.testing.assert_close(experts.lora_A["default"].weight.grad, gradient)
 
 
-def losses(model: PeftModel, steps: int = 20) -> list[float]:
+def losses(model: PeftModel, steps: int = 100) -> list[float]:
     """Of training on one batch."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     curve = []
     for _ in range(steps):
-        loss = model(input_ids=tokens(), labels=tokens()).loss
+        ids = tokens(device=str(model.device))
+        loss = model(input_ids=ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -13,8 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import PreTrainedModel
 
 from .compare import Pass, assert_near, forward_backward
+from .conftest import DEVICE
 from .four_bit import config, load, packed, same_bits
-from .lora import BOTH, LINEAR, OPTIONS, adapt, disabled, is_ours, randomize, wrappers
+from .lora import BOTH, LINEAR, OPTIONS, adapt, disabled, is_ours, randomize, run, wrappers
 from .models import tokens
 from .test_lora import losses
 
@@ -130,14 +131,14 @@ def same_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def test_merging_quantizes_again(targets: dict[str, Any], double_quant: bool, dense: Path) -> None:
     model = adapt(quantized(dense, bnb_4bit_use_double_quant=double_quant), **targets)
     before, expected = packed(model), expected_merge(model)
-    logits = model(input_ids=tokens()).logits
+    logits = run(model).logits
     model.merge_adapter(safe_merge=True)
     assert same_weights(packed(model), expected)
     assert not same_weights(packed(model), before)
     with model.disable_adapter():  # which unmerges
-        model(input_ids=tokens())
+        run(model)
     assert same_weights(packed(model), before)
-    assert torch.equal(model(input_ids=tokens()).logits, logits)
+    assert torch.equal(run(model).logits, logits)
     merged = model.merge_and_unload()
     assert same_weights(packed(merged), expected)
 
@@ -158,14 +159,14 @@ def test_several_adapters_are_quantized_once(dense: Path) -> None:
 @pytest.mark.parametrize("merged_before", [False, True])
 def test_merging_into_dense_experts(merged_before: bool, dense: Path, tmp_path: Path) -> None:
     model = adapt(quantized(dense))
-    logits = model(input_ids=tokens()).logits
+    logits = run(model).logits
     if merged_before:
         model.merge_adapter()
     merged = model.merge_and_unload(dtype=torch.float32)
     assert not packed(merged)
-    torch.testing.assert_close(merged(input_ids=tokens()).logits, logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(run(merged).logits, logits, atol=1e-5, rtol=1e-5)
     merged.save_pretrained(tmp_path)
-    torch.testing.assert_close(load(tmp_path)(input_ids=tokens()).logits, logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(run(load(tmp_path).to(DEVICE)).logits, logits, atol=1e-5, rtol=1e-5)
 
 
 def test_safe_merge_leaves_the_experts(dense: Path) -> None:
@@ -191,5 +192,5 @@ def test_saves_and_loads(targets: dict[str, Any], dense: Path, tmp_path: Path) -
         forward_backward(PeftModel.from_pretrained(fresh, tmp_path, is_trainable=True), tokens()), expected, 0.0
     )
     another.load_adapter(tmp_path)
-    result = Pass(another(input_ids=tokens()).logits.detach(), {})
+    result = Pass(run(another).logits.detach(), {})
     assert torch.equal(result.logits, expected.logits)

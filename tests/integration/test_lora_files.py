@@ -19,7 +19,8 @@ from moe_fused.checkpoints.adapters import Layout
 from moe_fused.checkpoints.adapters.convert import convert_adapter
 
 from .compare import assert_near, forward_backward
-from .lora import BOTH, LINEAR, OPTIONS, RANK, disabled, is_ours, ours, plain, randomize, theirs, wrappers
+from .conftest import DEVICE
+from .lora import BOTH, LINEAR, OPTIONS, RANK, disabled, is_ours, ours, plain, randomize, run, theirs, wrappers
 from .models import EXPERTS, HIDDEN, INTERMEDIATE, MODELS, QWEN3_MOE, ModelCase, tokens
 
 pytestmark = pytest.mark.usefixtures("enabled")
@@ -66,16 +67,16 @@ def test_transformers_loads_and_adds_adapters(kind: str, tmp_path: Path) -> None
     info = loaded.load_adapter(tmp_path)
     assert not info.missing_keys
     assert not info.unexpected_keys
-    assert torch.equal(loaded(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+    assert torch.equal(run(loaded).logits, run(model).logits)
     loaded.add_adapter(LoraConfig(**{**OPTIONS, **options}), "second")
     randomize(loaded, "second", seed=4)
-    assert (loaded(input_ids=tokens()).logits - model(input_ids=tokens()).logits).abs().max() > 1e-3
+    assert (run(loaded).logits - run(model).logits).abs().max() > 1e-3
     loaded.set_adapter("default")
     state = peft.get_peft_model_state_dict(loaded)
     assert {f"base_model.model.{key}" for key in state} == saved(tmp_path).keys()
     loaded.save_pretrained(tmp_path / "again")
     again = PeftModel.from_pretrained(plain(), tmp_path / "again")
-    assert torch.equal(again(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+    assert torch.equal(run(again).logits, run(model).logits)
 
 
 def test_files_of_shared_factors_are_those_of_peft(tmp_path: Path) -> None:
@@ -116,10 +117,10 @@ def test_files_of_linear_layers_are_those_of_transformers_4(
     assert {key: tuple(value.shape) for key, value in tensors.items() if ".experts." in key} == shapes
     # PEFT reads them: into one A of twice the rank, exactly.
     with disabled():
-        other = PeftModel.from_pretrained(case.build(), tmp_path / "own")
+        other = PeftModel.from_pretrained(case.build().to(DEVICE), tmp_path / "own")
     assert not any(map(is_ours, wrappers(other)))
-    logits = model(input_ids=tokens()).logits
-    torch.testing.assert_close(other(input_ids=tokens()).logits, logits, atol=1e-5, rtol=1e-5)
+    logits = run(model).logits
+    torch.testing.assert_close(run(other).logits, logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3", "qwen3_next", "qwen3_5_moe"])
@@ -129,11 +130,11 @@ def test_names_in_files_are_those_of_the_model(name: str, tmp_path: Path) -> Non
     model = ours(case, target_modules="all-linear")
     model.save_pretrained(tmp_path)
     assert all(key.startswith("base_model.model.model.layers.") for key in saved(tmp_path))
-    logits = model(input_ids=tokens()).logits
-    assert torch.equal(PeftModel.from_pretrained(plain(case), tmp_path)(input_ids=tokens()).logits, logits)
+    logits = run(model).logits
+    assert torch.equal(run(PeftModel.from_pretrained(plain(case), tmp_path)).logits, logits)
     loaded = plain(case)
     assert not loaded.load_adapter(tmp_path).missing_keys
-    assert torch.equal(loaded(input_ids=tokens()).logits, logits)
+    assert torch.equal(run(loaded).logits, logits)
 
 
 def test_the_converter_reads_what_is_written(tmp_path: Path) -> None:
@@ -141,8 +142,8 @@ def test_the_converter_reads_what_is_written(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "apart")
     convert_adapter(tmp_path / "apart", tmp_path / "fused", to=Layout.PEFT_FUSED, widen=True)
     loaded = PeftModel.from_pretrained(plain(), tmp_path / "fused")
-    logits = model(input_ids=tokens()).logits
-    torch.testing.assert_close(loaded(input_ids=tokens()).logits, logits, atol=1e-5, rtol=1e-5)
+    logits = run(model).logits
+    torch.testing.assert_close(run(loaded).logits, logits, atol=1e-5, rtol=1e-5)
 
 
 def test_from_pretrained_finds_the_adapter(tmp_path: Path) -> None:
@@ -150,9 +151,9 @@ def test_from_pretrained_finds_the_adapter(tmp_path: Path) -> None:
     model = ours(target_modules=LINEAR)
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     model.save_pretrained(tmp_path / "adapter")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", experts_implementation="moe_fused")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", experts_implementation="moe_fused").to(DEVICE)
     assert all(map(is_ours, wrappers(loaded)))
-    torch.testing.assert_close(loaded(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+    torch.testing.assert_close(run(loaded).logits, run(model).logits)
 
 
 def test_a_model_without_the_head(tmp_path: Path) -> None:
@@ -160,11 +161,11 @@ def test_a_model_without_the_head(tmp_path: Path) -> None:
     QWEN3_MOE.build().save_pretrained(tmp_path / "base")
     model = ours(target_modules=LINEAR)
     model.save_pretrained(tmp_path / "adapter")
-    body = AutoModel.from_pretrained(tmp_path / "base", experts_implementation="moe_fused")
+    body = AutoModel.from_pretrained(tmp_path / "base", experts_implementation="moe_fused").to(DEVICE)
     info = body.load_adapter(tmp_path / "adapter")
     assert not info.missing_keys
-    expected = model.base_model.model.model(input_ids=tokens()).last_hidden_state
-    torch.testing.assert_close(body(input_ids=tokens()).last_hidden_state, expected)
+    expected = run(model.base_model.model.model).last_hidden_state
+    torch.testing.assert_close(run(body).last_hidden_state, expected)
 
 
 def test_second_adapter_from_a_file(tmp_path: Path) -> None:
@@ -172,8 +173,8 @@ def test_second_adapter_from_a_file(tmp_path: Path) -> None:
     model = ours(target_modules=LINEAR)
     model.load_adapter(tmp_path, "second")
     model.set_adapter("second")
-    expected = ours(target_modules=LINEAR, lora_alpha=7)(input_ids=tokens()).logits
-    assert torch.equal(model(input_ids=tokens()).logits, expected)
+    expected = run(ours(target_modules=LINEAR, lora_alpha=7)).logits
+    assert torch.equal(run(model).logits, expected)
 
 
 # Swapping.
@@ -188,8 +189,8 @@ def test_hotswap(kind: str, compiled: bool, tmp_path: Path) -> None:
     model = ours(**KINDS[kind])
     if compiled:
         prepare_model_for_compiled_hotswap(model)
-    hotswap_adapter(model, tmp_path, "default", torch_device="cpu")
-    torch.testing.assert_close(model(input_ids=tokens()).logits, second(input_ids=tokens()).logits)
+    hotswap_adapter(model, tmp_path, "default", torch_device=DEVICE)
+    torch.testing.assert_close(run(model).logits, run(second).logits)
 
 
 @pytest.mark.parametrize(
@@ -204,10 +205,10 @@ def test_hotswap_of_what_does_not_fit(
 ) -> None:
     ours(**KINDS["apart"], **options).save_pretrained(tmp_path)
     model = ours(**KINDS["apart"])
-    before = model(input_ids=tokens()).logits
+    before = run(model).logits
     with pytest.raises(error, match=message):
-        hotswap_adapter(model, tmp_path, "default", torch_device="cpu")
-    assert torch.equal(model(input_ids=tokens()).logits, before)
+        hotswap_adapter(model, tmp_path, "default", torch_device=DEVICE)
+    assert torch.equal(run(model).logits, before)
 
 
 # What does not fit the model.
@@ -261,7 +262,7 @@ def test_empty_weights_first(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(plain(), tmp_path, low_cpu_mem_usage=True)
     assert not any(parameter.is_meta for parameter in loaded.parameters())
-    assert torch.equal(loaded(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+    assert torch.equal(run(loaded).logits, run(model).logits)
 
 
 @pytest.mark.filterwarnings("ignore:The following .* keys did not match any targeted module")
@@ -269,11 +270,11 @@ def test_a_config_that_was_used_before(tmp_path: Path) -> None:
     """A config keeps nothing of the model that it was used for, nor does what PEFT makes of it get lost."""
     config = LoraConfig(**OPTIONS, target_modules=LINEAR)
     peft.get_peft_model(plain(), config)
-    eager = peft.get_peft_model(QWEN3_MOE.build(), config)
+    eager = peft.get_peft_model(QWEN3_MOE.build().to(DEVICE), config)
     assert not any(map(is_ours, wrappers(eager)))
     randomize(eager)
     eager.save_pretrained(tmp_path)
-    for base in (QWEN3_MOE.build(), plain()):
+    for base in (QWEN3_MOE.build().to(DEVICE), plain()):
         loaded = PeftModel.from_pretrained(base, tmp_path)
-        logits = loaded(input_ids=tokens()).logits
-        torch.testing.assert_close(logits, eager(input_ids=tokens()).logits, atol=1e-5, rtol=1e-5)
+        logits = run(loaded).logits
+        torch.testing.assert_close(logits, run(eager).logits, atol=1e-5, rtol=1e-5)

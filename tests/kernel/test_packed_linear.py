@@ -213,11 +213,11 @@ def test_rows_of_no_expert_are_nan(sizes: tuple[int, int], good_rows: int, place
     inputs, weight = make_inputs(PackedLinearCase("misfit", "", sizes=(6, 4), bias=True), torch.float32)
     m_sizes = torch.tensor(sizes, dtype=torch.int32, device=DEVICE)
     values, scales, spec = operands(weight)
-    options = (scales, spec, False, True, True, 1, float("nan"))
+    options = (scales, spec, False, True, True, 1, float("nan"), 1.0)
     with torch.no_grad(), decoding(*place):
         # Below the check of the public function, which a CPU always makes.
         buffer = permute.route_sorted_op(m_sizes, 10, torch.float32, True)
-        y = ops.grouped_linear(inputs.input, values, inputs.bias, buffer, *options)
+        y = ops.grouped_linear(inputs.input, values, inputs.bias, None, None, buffer, *options)
         assert y[good_rows:].isnan().all()
         rows = inputs.input[:good_rows]
         if good_rows:
