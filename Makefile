@@ -78,7 +78,7 @@ lint: $(READY) ## Run ruff and mypy
 format: $(READY) ## Format the code and fix what ruff can fix
 	@$(BIN)/python -m ruff check --fix . ; $(BIN)/python -m ruff format .
 
-BENCHMARKS ?= experts experts_4bit
+BENCHMARKS ?= experts experts_4bit experts_lora
 
 bench: ## Benchmark on the GPU with PYTHON as it is; ARGS are passed on, BENCHMARKS chooses
 	@"$(PYTHON)" scripts/build_kernel.py --quiet

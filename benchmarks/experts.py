@@ -26,7 +26,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from . import runner
 from .harness import Call
-from .layers import DEFAULT_LAYERS, FORWARD_BACKWARD, Layer
+from .layers import DEFAULT_LAYERS, FORWARD, FORWARD_BACKWARD, FORWARD_CUDA_GRAPH, Layer
 from .rows import OURS
 from .runner import Benchmark, Contenders, Implementation, Inputs, forward_call, random_weights
 
@@ -46,22 +46,24 @@ def register_kernel(kernel: ModuleType) -> None:
 
 def make_experts(layer: Layer, names: Sequence[str], generator: torch.Generator) -> dict[str, Qwen3MoeExperts]:
     """Transformers' experts by implementation name, all over the same two random weights."""
-    gate_up, down = map(nn.Parameter, random_weights(layer, generator))
-    experts: dict[str, Qwen3MoeExperts] = {}
-    for name in names:
-        config = Qwen3MoeConfig(
-            hidden_size=layer.hidden,
-            moe_intermediate_size=layer.intermediate,
-            num_experts=layer.experts,
-            num_experts_per_tok=layer.top_k,
-            hidden_act="silu",
-        )
-        config._experts_implementation = REGISTERED_NAME if name == OURS else name
-        with torch.device("meta"):
-            module = Qwen3MoeExperts(config)
-        module.gate_up_proj, module.down_proj = gate_up, down
-        experts[name] = module
-    return experts
+    weights = [nn.Parameter(weight) for weight in random_weights(layer, generator)]
+    return {name: experts_module(layer, REGISTERED_NAME if name == OURS else name, *weights) for name in names}
+
+
+def experts_module(layer: Layer, implementation: str, gate_up: nn.Parameter, down: nn.Parameter) -> Qwen3MoeExperts:
+    """Transformers' experts over these very parameters."""
+    config = Qwen3MoeConfig(
+        hidden_size=layer.hidden,
+        moe_intermediate_size=layer.intermediate,
+        num_experts=layer.experts,
+        num_experts_per_tok=layer.top_k,
+        hidden_act="silu",
+    )
+    config._experts_implementation = implementation
+    with torch.device("meta"):
+        module = Qwen3MoeExperts(config)
+    module.gate_up_proj, module.down_proj = gate_up, down
+    return module
 
 
 def make_call(module: Qwen3MoeExperts, inputs: Sequence[Inputs], phase: str) -> Call:
@@ -105,6 +107,7 @@ BENCHMARK = Benchmark(
     layers=DEFAULT_LAYERS,
     tokens=(1, 8, 32, 128, 512, 2048, 4096, 16384),
     quick_tokens=(1, 512, 4096),
+    phases=(FORWARD, FORWARD_BACKWARD, FORWARD_CUDA_GRAPH),
 )
 main = runner.command(BENCHMARK)
 

@@ -69,6 +69,19 @@ class BitsandbytesStack:
         return weight.view(self.shape)
 
 
+def sort_slots(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The slot of each row (T·K,), rows sorted by expert, and where the rows of each expert end (E,) int32."""
+    expert_of_row, slot_of_row = top_k_index.flatten().sort()
+    # One launch, where counting and summing up would be four.
+    next_expert = torch.arange(1, num_experts + 1, device=expert_of_row.device)
+    return slot_of_row, torch.searchsorted(expert_of_row, next_expert, out_int32=True)
+
+
+def sum_by_token(rows: Tensor, slot_of_row: Tensor, top_k: int) -> Tensor:
+    """The sum (T, H) of each token's ``top_k`` rows of ``rows`` (T·K, H)."""
+    return torch.empty_like(rows).index_copy_(0, slot_of_row, rows).view(-1, top_k, rows.shape[1]).sum(1)
+
+
 def composed(
     hidden_states: Tensor,
     top_k_index: Tensor,
@@ -77,17 +90,14 @@ def composed(
     down_proj: BitsandbytesStack,
 ) -> Tensor:
     """The experts as plain torch around ``torch._grouped_mm``; never waits for the GPU, one dense stack at a time."""
-    tokens, top_k = top_k_index.shape
-    expert_of_row, slot_of_row = top_k_index.flatten().sort()
-    # Where the rows of each expert end: one launch, where counting and summing up would be four.
-    next_expert = torch.arange(1, gate_up_proj.shape[0] + 1, device=expert_of_row.device)
-    ends = torch.searchsorted(expert_of_row, next_expert, out_int32=True)
+    top_k = top_k_index.shape[1]
+    slot_of_row, ends = sort_slots(top_k_index, gate_up_proj.shape[0])
     rows = hidden_states[slot_of_row // top_k]
     gate, up = torch._grouped_mm(rows, gate_up_proj.dequantize().mT, offs=ends).chunk(2, dim=-1)
     h = torch.nn.functional.silu(gate) * up
     z = torch._grouped_mm(h, down_proj.dequantize().mT, offs=ends)
     z = z * top_k_weights.flatten()[slot_of_row, None]
-    return torch.empty_like(z).index_copy_(0, slot_of_row, z).view(tokens, top_k, -1).sum(1)
+    return sum_by_token(z, slot_of_row, top_k)
 
 
 def make_forwards(

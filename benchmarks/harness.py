@@ -41,6 +41,7 @@ __all__ = [
     "MismatchError",
     "Row",
     "Timing",
+    "UnavailableError",
     "allocated_mib",
     "clock_for",
     "compare",
@@ -264,6 +265,10 @@ def poison(device: torch.device, num_bytes: int) -> None:
 
 class MismatchError(RuntimeError):
     """An implementation whose results are not those of the others."""
+
+
+class UnavailableError(RuntimeError):
+    """An implementation that cannot run here, in a few words for a table."""
 
 
 def _relative_errors(got: Tensor, want: Tensor) -> tuple[float, float]:

@@ -11,20 +11,25 @@ from dataclasses import dataclass
 FORWARD = "forward"
 FORWARD_BACKWARD = "forward_backward"
 FORWARD_CUDA_GRAPH = "forward_cuda_graph"
-PHASES = (FORWARD, FORWARD_BACKWARD, FORWARD_CUDA_GRAPH)
+RECOMPUTE = "recompute"  # forward and backward that keeps as little as activation checkpointing does
+PHASES = (FORWARD, FORWARD_BACKWARD, FORWARD_CUDA_GRAPH, RECOMPUTE)
 
 INDEX_BYTES = 8  # routers hand out int64 expert ids
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The experts of one SwiGLU mixture-of-experts layer."""
+    """The experts of one SwiGLU mixture-of-experts layer.
+
+    With a ``lora_rank`` both projections have an adapter of that rank, and only adapters are trained.
+    """
 
     name: str
     hidden: int
     intermediate: int
     experts: int
     top_k: int
+    lora_rank: int = 0
 
     @property
     def expert_parameters(self) -> int:
@@ -34,6 +39,11 @@ class Layer:
     @property
     def parameters(self) -> int:
         return self.experts * self.expert_parameters
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Parameters of one expert's adapters: A (r, H) and B (2·I, r) of gate and up, A (r, I) and B (H, r) of down."""
+        return self.lora_rank * (2 * self.hidden + 3 * self.intermediate)
 
 
 @dataclass(frozen=True)
@@ -66,11 +76,14 @@ def flops(layer: Layer, tokens: int, phase: str) -> int:
     """Floating point operations of the grouped products; a multiply-add is two.
 
     Forward: two per weight and routed row. Backward: the same again for the gradient of the input, and again for that
-    of the weights. Gate, combine and routing are left out: they are below a thousandth.
+    of what is trained, all weights or the adapters. Gate, combine and routing are left out: they are below a thousandth.
     """
     _check_phase(phase)
-    forward = 2 * tokens * layer.top_k * layer.expert_parameters
-    return 3 * forward if phase == FORWARD_BACKWARD else forward
+    weights, adapters = layer.expert_parameters, layer.adapter_parameters
+    products = weights + adapters
+    if phase in (FORWARD_BACKWARD, RECOMPUTE):
+        products = 2 * products + (adapters or weights)
+    return 2 * tokens * layer.top_k * products
 
 
 def compulsory_bytes(
@@ -83,23 +96,25 @@ def compulsory_bytes(
 ) -> float:
     """Bytes that must cross the memory bus, for activations and routing weights of ``itemsize`` bytes.
 
-    A parameter takes ``weight_bytes`` to read, ``itemsize`` unless given.
+    A weight takes ``weight_bytes`` to read, ``itemsize`` unless given; adapters take ``itemsize``.
 
     Forward reads the weights of the experts that were chosen (``active_experts``, a mean over the inputs timed), the
     tokens and the routing, and writes a row per token. Backward reads the same weights and tokens again (they outlast
     the cache), the routing weights and the output's gradient, and writes the gradients of tokens, routing weights and
-    of *all* weights, as a parameter's gradient is dense. What an implementation keeps between its own stages is not
-    compulsory: it is not counted.
+    of *all* experts' weights, or adapters, as a parameter's gradient is dense. What an implementation keeps between its
+    own stages is not compulsory, nor is recomputing it: neither is counted.
     """
     _check_phase(phase)
     rows = tokens * layer.hidden * itemsize
     slots = tokens * layer.top_k
-    chosen_weights = active_experts * layer.expert_parameters * (itemsize if weight_bytes is None else weight_bytes)
+    expert_bytes = layer.expert_parameters * (itemsize if weight_bytes is None else weight_bytes)
+    chosen_weights = active_experts * (expert_bytes + layer.adapter_parameters * itemsize)
     forward = chosen_weights + 2 * rows + slots * (INDEX_BYTES + itemsize)
-    if phase != FORWARD_BACKWARD:
+    if phase not in (FORWARD_BACKWARD, RECOMPUTE):
         return forward
     backward_reads = chosen_weights + 2 * rows + slots * (INDEX_BYTES + itemsize)
-    backward_writes = layer.parameters * itemsize + rows + slots * itemsize
+    trained = layer.experts * (layer.adapter_parameters or layer.expert_parameters)
+    backward_writes = trained * itemsize + rows + slots * itemsize
     return forward + backward_reads + backward_writes
 
 

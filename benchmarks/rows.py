@@ -23,6 +23,7 @@ FLOOR = "floor"  # the implementation name of the rows that hold the least time 
 BASELINES: dict[str, tuple[str, ...]] = {
     "experts": ("grouped_mm",),
     "experts_4bit": ("composed", "dequantize_first", "moe_fused_bf16"),
+    "experts_lora": ("composed", "peft", "attention_only", "moe_fused_bf16"),
 }
 
 Point = tuple[str, str, str, int, str, int]

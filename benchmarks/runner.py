@@ -7,15 +7,16 @@ the plot go to ``benchmarks/results``.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import torch
 import typer
@@ -25,14 +26,15 @@ from rich.table import Table
 from torch import Tensor
 
 from . import harness, plot
-from .harness import Call, MismatchError, Timing, current_environment
-from .layers import FORWARD_CUDA_GRAPH, LAYERS, PHASES, Ceilings, Layer, floor_ms, flops
+from .harness import Call, MismatchError, Timing, UnavailableError, current_environment
+from .layers import FORWARD_CUDA_GRAPH, LAYERS, Ceilings, Layer, floor_ms, flops
 from .rows import BASELINES, FLOOR, Row, merge, read_rows, slug, write_rows
 
 ROOT = Path(__file__).resolve().parent
 DTYPE = torch.bfloat16
 GRAPH_TOKENS = (1, 8)  # beyond, the GPU takes longer than the launches
 POISON_BYTES = 8 * 2**30
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,18 @@ MakeCall = Callable[[Sequence["Inputs"], str], Call]
 
 @dataclass(frozen=True)
 class Contenders:
-    """The implementations of one layer, all over the same weights."""
+    """The implementations of one layer, all over the same weights.
+
+    Attributes:
+        weight_bytes: of a weight, as the floor counts them.
+        remark: a line for the terminal.
+        expected: by name of those that compute something else than the baseline does, what they must agree with.
+    """
 
     make_call: Mapping[str, MakeCall]
-    weight_bytes: float  # of a parameter, as the floor counts them
-    remark: str = ""  # a line for the terminal
+    weight_bytes: float
+    remark: str = ""
+    expected: Mapping[str, MakeCall] = field(default_factory=dict)
 
 
 Prepare = Callable[[Layer, torch.Generator], Contenders]
@@ -78,7 +87,7 @@ class Benchmark:
         about: what ``--help`` says.
         implementations: in the order in which tables list them.
         setup: given the names that compete, loads what they need, once; what it returns makes the contenders of a layer.
-        layers, tokens, phases: what is measured unless asked otherwise; there are no other phases.
+        layers, tokens, phases, lora_ranks: what is measured unless asked otherwise; there are no other phases and ranks.
         weights: how the weights are stored, of the floor.
         seconds: time per implementation and point.
     """
@@ -90,7 +99,8 @@ class Benchmark:
     layers: tuple[str, ...]
     tokens: tuple[int, ...]
     quick_tokens: tuple[int, ...]
-    phases: tuple[str, ...] = PHASES
+    phases: tuple[str, ...]
+    lora_ranks: tuple[int, ...] = (0,)
     weights: str = "bf16"
     seconds: float = 0.4
 
@@ -205,7 +215,8 @@ class Bench:
         """Rows of ``names`` and of the floor at ``point``; an implementation with wrong results gets none."""
         inputs = self._inputs(point, contenders.weight_bytes)
         calls = {name: contenders.make_call[name](inputs, point.phase) for name in names}
-        outcomes, ready = self._check(calls)
+        expected = {name: make(inputs, point.phase) for name, make in contenders.expected.items()}
+        outcomes, ready = self._check(calls, expected)
         replayed = 1
         if point.phase == FORWARD_CUDA_GRAPH:
             replayed = len(inputs)
@@ -228,13 +239,17 @@ class Bench:
         count = harness.input_sets(touched, self.device, least=least)
         return [first] + [Inputs.random(layer, tokens, self.generator) for _ in range(count - 1)]
 
-    def _check(self, calls: Mapping[str, Call]) -> tuple[dict[str, Outcome], dict[str, Call]]:
+    def _check(
+        self, calls: Mapping[str, Call], expected: Mapping[str, Call]
+    ) -> tuple[dict[str, Outcome], dict[str, Call]]:
         """Runs each call once, which also compiles it, and once more for its memory; those to be timed come back."""
         outcomes: dict[str, Outcome] = {}
         reference: dict[str, Tensor] = {}
         # The baseline first: the others are compared with it, or with the first that works where it does not.
         for name in sorted(calls, key=lambda name: name != self.benchmark.baselines[0]):
-            outcomes[name] = self._try(name, calls[name], reference)
+            want = harness.run_and_weigh(expected[name], self.device)[0] if name in expected else reference
+            outcomes[name] = self._try(name, calls[name], want)
+            del want
             harness.release_memory(self.device)
         return outcomes, {name: call for name, call in calls.items() if outcomes[name].problem is None}
 
@@ -252,6 +267,8 @@ class Bench:
             return Outcome(peak_mib=None if peak is None else peak + self._kept[name])
         except torch.OutOfMemoryError:
             return Outcome(problem="out of memory")
+        except UnavailableError as error:
+            return Outcome(problem=str(error))
         except MismatchError as error:
             return Outcome(problem=str(error), wrong=True)
 
@@ -300,6 +317,7 @@ class Bench:
                 ms=ms,
                 flops=operations,
                 peak_mib=peak_mib,
+                lora_rank=layer.lora_rank,
             )
 
         rows = [
@@ -321,7 +339,8 @@ def results_table(
 ) -> Table:
     """What was measured of one layer and phase, for the terminal."""
     shape = f"H{layer.hidden} I{layer.intermediate} E{layer.experts} k{layer.top_k}"
-    table = Table(title=f"{layer.name} ({shape}, {benchmark.weights}), {phase}", title_justify="left")
+    lora = f", LoRA rank {layer.lora_rank}" if layer.lora_rank else ""
+    table = Table(title=f"{layer.name} ({shape}, {benchmark.weights}{lora}), {phase}", title_justify="left")
     ratios = [f"× {name}" for name in benchmark.baselines]
     for column in ("tokens", "implementation", "ms", "±", *ratios, "TFLOP/s", "of the floor", "peak MiB"):
         table.add_column(column, justify="left" if column == "implementation" else "right", no_wrap=True)
@@ -370,10 +389,10 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _choices(option: str, given: Sequence[str] | None, known: Sequence[str], default: Sequence[str]) -> list[str]:
+def _choices(option: str, given: Sequence[T] | None, known: Sequence[T], default: Sequence[T]) -> list[T]:
     for value in given or ():
         if value not in known:
-            raise typer.BadParameter(f"{value!r} is none of {', '.join(known)}", param_hint=f"--{option}")
+            raise typer.BadParameter(f"{value!r} is none of {', '.join(map(str, known))}", param_hint=f"--{option}")
     return list(dict.fromkeys(given or default))
 
 
@@ -387,14 +406,16 @@ def _one_line_errors() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def _points(layers: Sequence[str], tokens: Sequence[int], phases: Sequence[str], device: torch.device) -> list[Point]:
+def _points(
+    layers: Sequence[Layer], tokens: Sequence[int], phases: Sequence[str], device: torch.device
+) -> list[Point]:
     points = []
     for layer in layers:
         for phase in phases:
             graph = phase == FORWARD_CUDA_GRAPH
             if graph and device.type != "cuda":
                 continue
-            points += [Point(LAYERS[layer], t, phase) for t in tokens if not graph or t in GRAPH_TOKENS]
+            points += [Point(layer, t, phase) for t in tokens if not graph or t in GRAPH_TOKENS]
     return points
 
 
@@ -456,6 +477,7 @@ def command(benchmark: Benchmark) -> Callable[..., None]:
             list[str] | None, typer.Option(help="An implementation; may be given again. Writes only to --output.")
         ] = None,
         phase: Annotated[list[str] | None, typer.Option(help="A phase; may be given again.")] = None,
+        lora_rank: Annotated[list[int] | None, typer.Option(help="A rank of LoRA; may be given again.")] = None,
         output: Annotated[Path | None, typer.Option(help="The JSON to write; the plot stands beside it.")] = None,
         quick: Annotated[
             bool, typer.Option("--quick", help="A few sizes of one layer. Writes only to --output.")
@@ -469,6 +491,8 @@ def command(benchmark: Benchmark) -> Callable[..., None]:
         layers = _choices("layer", layer, tuple(LAYERS), benchmark.layers[:1] if quick else benchmark.layers)
         names = _choices("implementation", implementation, every, every)
         phases = _choices("phase", phase, benchmark.phases, benchmark.phases)
+        ranks = _choices("lora-rank", lora_rank, benchmark.lora_ranks, benchmark.lora_ranks)
+        adapted = [dataclasses.replace(LAYERS[name], lora_rank=rank) for name in layers for rank in ranks]
         sizes = list(dict.fromkeys(tokens or (benchmark.quick_tokens if quick else benchmark.tokens)))
         if min(sizes) < 1:
             raise typer.BadParameter(f"{min(sizes)} is not a positive number of tokens", param_hint="--tokens")
@@ -508,7 +532,7 @@ def command(benchmark: Benchmark) -> Callable[..., None]:
 
         gc.freeze()  # a collection takes a quarter of a second otherwise, most of it over what the imports made
         try:
-            problems = _run(bench, _points(layers, sizes, phases, chosen), names, prepare, console, save)
+            problems = _run(bench, _points(adapted, sizes, phases, chosen), names, prepare, console, save)
         finally:
             gc.unfreeze()
         if path is not None and rows:
