@@ -11,9 +11,9 @@ A module that cannot be served keeps its own implementation, and a warning says 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,15 @@ from torch._subclasses import FakeTensor
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
+if TYPE_CHECKING:
+    from qwen3_moe_fused.lora import LoraWeights
+
 IMPLEMENTATION = "moe_fused"
 
 # An experts module of Transformers; its flags and weights are attributes that nn.Module's type does not know.
 Experts: TypeAlias = Any
 ExpertsForward: TypeAlias = Callable[[Experts, Tensor, Tensor, Tensor], Tensor]
+Loras: TypeAlias = "Sequence[LoraWeights]"
 
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 # Of packed weights, beside the packed bytes, which have the name of the dense ones.
@@ -116,6 +120,16 @@ def weights_refusal(up: Tensor, down: Tensor) -> str | None:
     return None
 
 
+def serves(module: Experts) -> bool:
+    """Whether ``module`` is an experts module whose forward under ``"moe_fused"`` is the kernel's, and takes adapters."""
+    if not hasattr(type(module), "_apply_gate") or layout_refusal(module) is not None:
+        return False
+    if is_packed(module):
+        return True
+    up = module.gate_up_proj if getattr(module, "has_gate", True) else module.up_proj
+    return weights_refusal(up, module.down_proj) is None
+
+
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     # A no-op `to` takes longer than everything else here.
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
@@ -141,8 +155,12 @@ def _own_forward(module: Experts, reason: str) -> ExpertsForward:
     return original
 
 
-def implementation(kernel: ModuleType) -> ExpertsForward:
-    """The function that Transformers calls as the forward of an experts module, bound to the kernel module."""
+def implementation(kernel: ModuleType, recompute: bool = False) -> Callable[..., Tensor]:
+    """The function that Transformers calls as the forward of an experts module, bound to the kernel module.
+
+    Args:
+        recompute: as ``moe_experts`` takes it.
+    """
     moe_experts, activation_of = kernel.moe_experts, kernel.layers.activation_of
     packed_weights, of_module = kernel.Packed4bitWeights, kernel.Packed4bitWeights.of_module
 
@@ -151,8 +169,18 @@ def implementation(kernel: ModuleType) -> ExpertsForward:
             raise NotImplementedError(f"{type(self).__name__} with 4-bit weights has no other implementation: {reason}")
         return _own_forward(self, reason)
 
-    def experts_forward(self: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The experts' output, like hidden_states (…, H), for top_k_index and top_k_weights (…, K)."""
+    def experts_forward(
+        self: Experts,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        gate_up_lora: Loras = (),
+        down_lora: Loras = (),
+    ) -> Tensor:
+        """The experts' output, like hidden_states (…, H), for top_k_index and top_k_weights (…, K).
+
+        Adapters come from the wrappers that ``moe_fused.peft`` puts around the module, if ``serves`` says yes.
+        """
         reason = layout_refusal(self)
         if reason is not None:
             return refused(self, reason)(self, hidden_states, top_k_index, top_k_weights)
@@ -188,6 +216,9 @@ def implementation(kernel: ModuleType) -> ExpertsForward:
             transposed=getattr(self, "is_transposed", False),
             swiglu_alpha=gate.alpha,
             swiglu_limit=gate.limit,
+            gate_up_lora=gate_up_lora,
+            down_lora=down_lora,
+            recompute=recompute,
         )
         y = _cast(y, dtype)
         return y if is_flat else y.view(shape)
@@ -195,10 +226,9 @@ def implementation(kernel: ModuleType) -> ExpertsForward:
     return experts_forward
 
 
-def register(kernel: ModuleType) -> None:
-    """Registers ``"moe_fused"`` with Transformers; a second call changes nothing."""
-    if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
-        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, implementation(kernel))
+def register(kernel: ModuleType, recompute: bool = False) -> None:
+    """Registers ``"moe_fused"`` with Transformers, in place of what an earlier call registered."""
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, implementation(kernel, recompute))
 
 
 def unregister() -> None:
