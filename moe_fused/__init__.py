@@ -38,29 +38,35 @@ def get_kernel() -> ModuleType:
     return hub.get_kernel()
 
 
-def enable() -> None:
-    """Registers with Transformers what this package adds; a second call changes nothing.
+def enable(*, recompute: bool = False) -> None:
+    """Registers with Transformers and PEFT what this package adds; a second call changes nothing but ``recompute``.
 
     From then on ``from_pretrained(..., experts_implementation="moe_fused")`` and
     ``model.set_experts_implementation("moe_fused")`` work, for every model whose experts Transformers can exchange, and
-    ``BitsAndBytesConfig(load_in_4bit=True)`` holds the weights of such experts in 4 bits, too.
+    ``BitsAndBytesConfig(load_in_4bit=True)`` holds the weights of such experts in 4 bits, too. LoRA that PEFT adds to
+    experts of such a model runs inside the kernel. PEFT need not be installed, nor be imported first.
+
+    Args:
+        recompute: whether backward computes the experts' up projection again instead of keeping its output, (T·top_k, 2·I)
+            for each layer. Under gradient checkpointing, which computes everything again, leave it off.
 
     Raises:
         RuntimeError: torch, transformers or kernels is missing or does not fit.
         FileNotFoundError: there is no build of the kernel for this machine.
     """
     kernel = get_kernel()
-    from . import experts, quantizer
+    from . import experts, peft, quantizer
 
-    experts.register(kernel)
+    experts.register(kernel, recompute)
     quantizer.register()
+    peft.register()
 
 
 def disable() -> None:
     """Undoes ``enable``: a model still set to ``"moe_fused"`` raises Transformers' error for what is not registered."""
     import sys
 
-    for name in ("experts", "quantizer"):
+    for name in ("experts", "quantizer", "peft"):
         module = sys.modules.get(f"{__name__}.{name}")
         if module is not None:
             module.unregister()

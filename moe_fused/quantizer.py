@@ -428,6 +428,14 @@ def unpack_experts(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         module.config = module.config.model_config
 
 
+def make_dense(model: Any, dtype: torch.dtype) -> None:
+    """``unpack_experts``, after which ``model.save_pretrained`` writes dense experts."""
+    unpack_experts(model, dtype)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, Experts4bitQuantizer) and quantizer.converter is not None:
+        quantizer._keep_conversions(model, frozenset())
+
+
 _replaced: list[Any] = []
 
 

@@ -16,7 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from moe_fused.experts import Experts
+from moe_fused.quantizer import make_dense
 
+from .files import PLACES, check_matches, places_of, split, wrappers
 from .targets import ExpertLayer, Plan, config_for, expert_layers, plan_of, unwrapped
 from .wrapper import ARGUMENTS, ParamWrapper, takes_adapters
 
@@ -61,18 +63,12 @@ def _named(config: Any, layers: list[ExpertLayer]) -> set[str]:
     }
 
 
-def wrappers(model: nn.Module) -> Iterator[tuple[str, ParamWrapper]]:
-    """Our layers in ``model``, with their names."""
-    for name, module in model.named_modules():
-        if isinstance(module, ParamWrapper):
-            yield name.removeprefix("_fsdp_wrapped_module."), module
-
-
 class LoraModel(lora.LoraModel):
     """PEFT's tuner for LoRA, with experts."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
+        vars(config).pop(PLACES, None)  # of another model that the config was used for
         layers = expert_layers(model, served_experts(model))
         plan = plan_of(config, model, layers) if layers else Plan()
         adapted = _named(config, layers) | plan.targets.keys()
@@ -84,6 +80,7 @@ class LoraModel(lora.LoraModel):
             return
         with _planned(config, plan):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+        setattr(config, PLACES, places_of(model, adapter_name))
 
     def _check_nesting(self, model: nn.Module, adapted: set[str], plan: Plan) -> None:
         """Raises ValueError unless all adapters of a layer's experts adapt the same parameters.
@@ -129,6 +126,54 @@ class LoraModel(lora.LoraModel):
         module: nn.Module = lora.LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
         return module
 
+    def _check_add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
+        for name, wrapper in wrappers(self.model):
+            for adapter in adapters:
+                if adapter in wrapper.lora_A:
+                    raise ValueError(
+                        f"add_weighted_adapter cannot mix LoRA on experts, which adapter {adapter!r} has on {name}: "
+                        "activate several adapters with base_model.set_adapter([...]), or merge them"
+                    )
+        return super()._check_add_weighted_adapter(adapters, *args, **kwargs)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> nn.Module:
+        """PEFT's, with a choice for 4-bit experts.
+
+        Args:
+            progressbar, safe_merge, adapter_names: as PEFT has them.
+            dtype: None quantizes merged 4-bit experts again; a dtype makes them dense, which loses nothing but the rounding
+                to it. Layers that are not experts are not affected.
+        """
+        if dtype is not None:
+            make_dense(self.model, dtype)
+        model: nn.Module = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        return model
+
+    # What PEFT calls to save and load; see ``files`` for what it calls before.
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        return split(model, adapter_name, own)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        check_matches(model, adapter_name, remapped)
+        return remapped
+
 
 @contextmanager
 def _planned(config: Any, plan: Plan) -> Iterator[None]:
@@ -145,6 +190,7 @@ def _planned(config: Any, plan: Plan) -> Iterator[None]:
     try:
         yield
     finally:
+        delattr(config, PLAN)
         config.target_modules = plan.resolved
         for name, value in before.items():
             setattr(config, name, value)
