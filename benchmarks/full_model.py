@@ -9,7 +9,7 @@ bitsandbytes quantizes each stack of experts as one matrix. Experts then share t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 import moe_fused
 from moe_fused.checkpoints.converter import attach
+from moe_fused import experts as integration
 from moe_fused.experts import IMPLEMENTATION
 from moe_fused.quantizer import get_packed, pin, projections_of
 
@@ -188,8 +189,23 @@ def build(model: Model, device: torch.device, *, dense_experts: bool = False, se
     return made
 
 
-def composed_forward(model: nn.Module) -> Callable[..., Tensor]:
-    """The experts' forward in plain torch, with adapters as PEFT's layers hand them to ours, for the experts of ``model``."""
+def storage(model: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that ``model`` holds: parameters, buffers, and the scales of linear layers in 4 bits."""
+    for parameter in model.parameters():
+        yield parameter
+        state = getattr(parameter, "quant_state", None)
+        for own in (state, getattr(state, "state2", None)):
+            if own is not None:
+                yield own.absmax
+    yield from model.buffers()
+
+
+def composed_forward(model: nn.Module, recompute: bool = False) -> Callable[..., Tensor]:
+    """The experts' forward in plain torch, with adapters as PEFT's layers hand them to ours, for the experts of ``model``.
+
+    Args:
+        recompute: under ``torch.utils.checkpoint``.
+    """
     stacks = {
         module: tuple(as_bitsandbytes(get_packed(module, name)) for name in projections_of(module))
         for module in model.modules()
@@ -207,15 +223,22 @@ def composed_forward(model: nn.Module) -> Callable[..., Tensor]:
         gate_up, down = stacks[self]
         adapters = None
         if gate_up_lora and down_lora:
+            if any(own.scaling != experts_lora.SCALING for own in (*gate_up_lora, *down_lora)):
+                raise ValueError(f"adapters must be scaled by {experts_lora.SCALING}, as plain torch does here")
             # Grouped products want factors whose rows or columns are contiguous; PEFT keeps experts innermost.
             adapters = Adapters(*(Factors(own.a, own.b.contiguous()) for (own,) in (gate_up_lora, down_lora)))
         return experts_lora.composed(
-            hidden_states, top_k_index, top_k_weights, False, gate_up, down, adapters, gate_up.shape[0]
+            hidden_states, top_k_index, top_k_weights, recompute, gate_up, down, adapters, gate_up.shape[0]
         )
 
     return forward
 
 
-def run_composed(model: nn.Module) -> None:
+def run_composed(model: nn.Module, recompute: bool = False) -> None:
     """Makes ``model`` multiply with its experts in plain torch: PEFT's layers and all else stay as they are for ours."""
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, composed_forward(model))
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, composed_forward(model, recompute))
+
+
+def run_fused(recompute: bool = False) -> None:
+    """Makes models with 4-bit experts run them in the kernel, making the up projection again in backward if asked to."""
+    integration.register(moe_fused.get_kernel(), recompute)

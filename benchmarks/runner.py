@@ -389,7 +389,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _choices(option: str, given: Sequence[T] | None, known: Sequence[T], default: Sequence[T]) -> list[T]:
+def choices(option: str, given: Sequence[T] | None, known: Sequence[T], default: Sequence[T]) -> list[T]:
     for value in given or ():
         if value not in known:
             raise typer.BadParameter(f"{value!r} is none of {', '.join(map(str, known))}", param_hint=f"--{option}")
@@ -397,7 +397,7 @@ def _choices(option: str, given: Sequence[T] | None, known: Sequence[T], default
 
 
 @contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
+def one_line_errors() -> Iterator[None]:
     """File errors, as one line on stderr and exit code 1."""
     try:
         yield
@@ -461,7 +461,7 @@ def _run(
     return problems
 
 
-def _console() -> Console:
+def make_console() -> Console:
     console = Console()
     # A log has no width: 80 columns would cut names off.
     return console if console.is_terminal else Console(width=150)
@@ -488,10 +488,10 @@ def command(benchmark: Benchmark) -> Callable[..., None]:
         if device not in ("cuda", "cpu"):
             raise typer.BadParameter(f"{device!r} is none of cuda, cpu", param_hint="--device")
         every = [competitor.name for competitor in benchmark.implementations]
-        layers = _choices("layer", layer, tuple(LAYERS), benchmark.layers[:1] if quick else benchmark.layers)
-        names = _choices("implementation", implementation, every, every)
-        phases = _choices("phase", phase, benchmark.phases, benchmark.phases)
-        ranks = _choices("lora-rank", lora_rank, benchmark.lora_ranks, benchmark.lora_ranks)
+        layers = choices("layer", layer, tuple(LAYERS), benchmark.layers[:1] if quick else benchmark.layers)
+        names = choices("implementation", implementation, every, every)
+        phases = choices("phase", phase, benchmark.phases, benchmark.phases)
+        ranks = choices("lora-rank", lora_rank, benchmark.lora_ranks, benchmark.lora_ranks)
         adapted = [dataclasses.replace(LAYERS[name], lora_rank=rank) for name in layers for rank in ranks]
         sizes = list(dict.fromkeys(tokens or (benchmark.quick_tokens if quick else benchmark.tokens)))
         if min(sizes) < 1:
@@ -500,7 +500,7 @@ def command(benchmark: Benchmark) -> Callable[..., None]:
         if chosen.type == "cpu" and layers != ["tiny"]:
             raise typer.BadParameter("a CPU is only for smoke tests: give --layer tiny", param_hint="--device")
 
-        console = _console()
+        console = make_console()
         start = time.perf_counter()
         prepare = benchmark.setup(names)
         if chosen.type == "cpu":
@@ -521,13 +521,13 @@ def command(benchmark: Benchmark) -> Callable[..., None]:
 
         rows: list[Row] = []
         if path is not None:
-            with _one_line_errors():
+            with one_line_errors():
                 rows = read_rows(path) if path.exists() else []
 
         def save(new: list[Row]) -> None:
             rows[:] = merge(rows, new)
             if path is not None:
-                with _one_line_errors():
+                with one_line_errors():
                     write_rows(path, rows)
 
         gc.freeze()  # a collection takes a quarter of a second otherwise, most of it over what the imports made
@@ -537,7 +537,7 @@ def command(benchmark: Benchmark) -> Callable[..., None]:
             gc.unfreeze()
         if path is not None and rows:
             picture = path.with_suffix(".png")
-            with _one_line_errors():
+            with one_line_errors():
                 plot.save(rows, picture)
             console.print(f"Wrote {path} and {picture}")
         console.print(f"Took {time.perf_counter() - start:.0f} s")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 EXPERTS, ATTENTION, LOSS, OPTIMIZER, OTHER = PARTS = ("experts", "attention", "loss", "optimizer", "other")
@@ -221,6 +221,12 @@ def _innermost(ranges: list[tuple[float, float, str]], moment: float) -> str:
     return next((part for _, end, part in reversed(ranges[:last]) if end >= moment), OTHER)
 
 
+def wall_ms(events: Events) -> float:
+    """Milliseconds from the first launch to the end of the last kernel, or, without a GPU, of operators."""
+    own = [event for event in events if event.get("cat") in _LAUNCHES | _KERNELS | {"cpu_op"}]
+    return (max(event["ts"] + event["dur"] for event in own) - min(event["ts"] for event in own)) / 1e3
+
+
 def busy_ms(events: Events) -> float:
     """Milliseconds in which a kernel ran, however many at once; of a CPU's trace, in which an operator did."""
     return _union((work.start, work.start + work.duration) for work in _work(events)) / 1e3
@@ -233,7 +239,3 @@ def _union(intervals: Iterable[tuple[float, float]]) -> float:
         reached = max(reached, end)
     return total
 
-
-def decoder_layers(model: Any) -> Iterable[nn.Module]:
-    layers: Iterable[nn.Module] = model.model.layers
-    return layers
