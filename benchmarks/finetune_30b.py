@@ -1,4 +1,4 @@
-"""Trains Qwen3-30B-A3B as a 4-bit QLoRA on a GPU of which 24 GiB may be used: how fast, in how much memory, and where time goes.
+"""Trains Qwen3-30B-A3B as a 4-bit QLoRA in 24 GiB of a GPU: how fast, in how much memory, and where the time goes.
 
     python -m benchmarks.finetune_30b                    48 layers, five lengths, two implementations; 4 minutes on an H100
     python -m benchmarks.finetune_30b --layers 4         a short model to try things on, writes nothing
@@ -32,7 +32,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -46,7 +46,7 @@ import moe_fused
 from . import full_model, harness, runner
 from .experts_4bit import QUANT_TYPE
 from .full_model import Model
-from .harness import MIB, current_environment, release_memory
+from .harness import current_environment, release_memory
 from .layers import LAYERS, Ceilings, Layer
 from .rows import OURS, Row, merge, read_rows, slug, write_rows
 from .step_trace import PARTS
@@ -64,7 +64,7 @@ SEED = 0
 LOSS_TOLERANCE = 0.005
 
 Implementation = Literal["moe_fused", "composed", "peft"]
-DEFAULT_IMPLEMENTATIONS: tuple[Implementation, ...] = (OURS, "composed")
+DEFAULT_IMPLEMENTATIONS: tuple[Implementation, ...] = ("moe_fused", "composed")
 
 SetUp = Callable[[Any, Recipe], Training]
 """What makes a model trainable; the benchmark measures whatever it gives."""
@@ -91,6 +91,7 @@ class Bench:
     recipe: Recipe
     cap_gib: float
     steps: int
+    kernels: int
     set_up: SetUp
     console: Console
 
@@ -119,6 +120,8 @@ class Bench:
                 measured = measure(training, tokens, weights, steps=self.steps)
             except torch.OutOfMemoryError:
                 measured = None
+            if measured is not None and self.kernels:
+                self.console.print(kernels_table(f"{name}, {length} tokens", measured.kernels, self.kernels))
             if measured is None:
                 training.optimizer.zero_grad(set_to_none=True)
             else:
@@ -133,7 +136,11 @@ class Bench:
             torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total) if gib else 1.0, self.device)
 
     def _row(self, name: Implementation, tokens: int, measured: Measurement | None) -> Row:
-        layers = "" if self.model == QWEN3_30B or self.model.experts.name != "qwen3-30b-a3b" else f"-{self.model.layers}-layers"
+        layers = (
+            ""
+            if self.model == QWEN3_30B or self.model.experts.name != "qwen3-30b-a3b"
+            else f"-{self.model.layers}-layers"
+        )
         operations = model_flops(self.model, tokens)
         row = current_environment(self.device).row(
             benchmark=NAME,
@@ -166,35 +173,62 @@ class Bench:
         return dataclasses.replace(row, details={key: round(value, 4) for key, value in details.items()})
 
 
-def results_table(rows: Sequence[Row]) -> Table:
-    """What was measured, for the terminal."""
-    table = Table(title=f"{rows[0].layer}, LoRA r={rows[0].lora_rank} on experts, one sequence a step", title_justify="left")
-    columns = ("tokens", "implementation", "ms", "tok/s", "× composed", "MFU", "HFU", "busy")
-    memory = ("peak GiB", "weights", "training", "transient", "reserved")
-    for column in (*columns, *memory, *(f"{part} ms" for part in PARTS)):
-        table.add_column(column, justify="left" if column == "implementation" else "right", no_wrap=True)
+def results_tables(rows: Sequence[Row]) -> list[Table]:
+    """What was measured, for the terminal: speed and memory, then where time goes."""
+    columns = ("ms", "tok/s", "× composed", "MFU", "HFU", "peak GiB", "weights", "training", "transient", "reserved")
+    title = f"{rows[0].layer}, 4-bit QLoRA with rank {rows[0].lora_rank} on experts, a sequence a step"
+    speed, split = _table(title, columns), _table("ms of GPU time", (*PARTS, "all kernels", "GPU busy", "first step"))
     composed = {row.tokens: row.ms for row in rows if row.implementation == "composed"}
     for tokens in sorted({row.tokens for row in rows}):
         for row in (row for row in rows if row.tokens == tokens):
-            table.add_row(*_cells(row, composed.get(tokens)))
-        table.add_section()
+            first = (str(tokens), row.implementation)
+            speed.add_row(*first, *_speed(row, composed.get(tokens)))
+            if row.ms is not None:
+                keys = [*(f"{part}_ms" for part in PARTS), "gpu_busy_ms"]
+                cells = [
+                    *(_shown(row, key) for key in keys),
+                    _shown(row, "gpu_busy", ".0%"),
+                    _shown(row, "first_step_ms"),
+                ]
+                split.add_row(*first, *cells)
+        speed.add_section()
+        split.add_section()
+    return [speed, split]
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in ("tokens", "implementation", *columns):
+        table.add_column(column, justify="left" if column == "implementation" else "right", no_wrap=True)
     return table
 
 
-def _cells(row: Row, composed_ms: float | None) -> list[str]:
-    cells = [str(row.tokens), row.implementation]
+def _shown(row: Row, key: str, form: str = ".0f", divisor: float = 1.0) -> str:
+    return format(row.details[key] / divisor, form) if key in row.details else "–"
+
+
+def _speed(row: Row, composed_ms: float | None) -> list[str]:
     if row.ms is None:
-        return [*cells, "no memory"]
-    details = row.details
+        return ["no memory"]
+    return [
+        f"{row.ms:.0f}",
+        _shown(row, "tokens_per_second"),
+        f"{composed_ms / row.ms:.2f}" if composed_ms else "–",
+        _shown(row, "mfu", ".1%"),
+        _shown(row, "hfu", ".1%"),
+        "–" if row.peak_mib is None else f"{row.peak_mib / 1024:.2f}",
+        *(_shown(row, f"{part}_mib", ".2f", 1024) for part in ("weights", "training", "transient", "reserved")),
+    ]
 
-    def shown(key: str, form: str, divisor: float = 1.0) -> str:
-        return format(details[key] / divisor, form) if key in details else "–"
 
-    cells += [f"{row.ms:.0f}", shown("tokens_per_second", ".0f"), f"{composed_ms / row.ms:.2f}" if composed_ms else "–"]
-    cells += [shown(key, ".1%") for key in ("mfu", "hfu", "gpu_busy")]
-    cells.append("–" if row.peak_mib is None else f"{row.peak_mib / 1024:.2f}")
-    cells += [shown(f"{part}_mib", ".2f", 1024) for part in ("weights", "training", "transient", "reserved")]
-    return cells + [shown(f"{part}_ms", ".0f") for part in PARTS]
+def kernels_table(title: str, kernels: Mapping[str, tuple[float, int]], most: int) -> Table:
+    """The kernels of a step that took longest."""
+    table = Table(title=title, title_justify="left")
+    for column in ("ms", "runs", "kernel"):
+        table.add_column(column, justify="left" if column == "kernel" else "right")
+    for name, (ms, runs) in list(kernels.items())[:most]:
+        table.add_row(f"{ms:.2f}", str(runs), name[:100])
+    return table
 
 
 def disagreements(losses: dict[str, dict[int, float]]) -> list[str]:
@@ -215,13 +249,22 @@ def main(
         list[str] | None, typer.Option(help="moe_fused, composed or peft; may be given again. Writes only to --output.")
     ] = None,
     layers: Annotated[int | None, typer.Option(help="Decoder layers. Writes only to --output.", min=1)] = None,
-    cap_gib: Annotated[float, typer.Option(help="GiB that the allocator may take; 0 for all there are.", min=0)] = CAP_GIB,
+    cap_gib: Annotated[
+        float, typer.Option(help="GiB that the allocator may take; 0 for all there are.", min=0)
+    ] = CAP_GIB,
     steps: Annotated[int, typer.Option(help="Steps that are timed.", min=1)] = 3,
-    recompute: Annotated[str, typer.Option(help="layers, or selective: attention, and of the experts the up projection.")] = "layers",
-    compile_layers: Annotated[bool, typer.Option("--compile", help="torch.compile for the layers around the experts.")] = False,
+    recompute: Annotated[
+        str, typer.Option(help="layers, or selective: attention, and of the experts the up projection.")
+    ] = "layers",
+    compile_layers: Annotated[
+        bool, typer.Option("--compile", help="torch.compile for the layers around the experts.")
+    ] = False,
     cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="The decoder's passes as CUDA graphs.")] = False,
     paged: Annotated[bool, typer.Option("--paged", help="The paged variant of the optimizer.")] = False,
-    expandable_segments: Annotated[bool, typer.Option("--expandable-segments", help="An option of torch's allocator.")] = False,
+    kernels: Annotated[int, typer.Option(help="How many kernels of each step to list.", min=0)] = 0,
+    expandable_segments: Annotated[
+        bool, typer.Option("--expandable-segments", help="An option of torch's allocator.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="The JSON to write.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A tiny model. Writes only to --output.")] = False,
     device: Annotated[str, typer.Option(help="cuda, or cpu to smoke-test the benchmark.")] = "cuda",
@@ -242,7 +285,7 @@ def main(
     model = TINY if quick else QWEN3_30B
     if layers is not None:
         model = dataclasses.replace(model, layers=layers)
-    recipe = Recipe(recompute=chosen_recompute, compile_layers=compile_layers, cuda_graphs=cuda_graphs, paged=paged)  # type: ignore[arg-type]
+    recipe = Recipe(recompute=chosen_recompute, compile_layers=compile_layers, cuda_graphs=cuda_graphs, paged=paged)
 
     start = time.perf_counter()
     console = runner.make_console()
@@ -270,7 +313,7 @@ def main(
             with runner.one_line_errors():
                 write_rows(path, merge(kept, rows))
 
-    bench = Bench(model, chosen, ceilings, recipe, cap_gib, steps, set_up, console)
+    bench = Bench(model, chosen, ceilings, recipe, cap_gib, steps, kernels, set_up, console)
     losses: dict[str, dict[int, float]] = {}
     try:
         for name in names:
@@ -278,7 +321,8 @@ def main(
             release_memory(chosen)
     finally:
         moe_fused.disable()
-    console.print(results_table(rows))
+    for table in results_tables(rows):
+        console.print(table)
     if path is not None:
         console.print(f"Wrote {path}")
     console.print(f"Took {time.perf_counter() - start:.0f} s")

@@ -1,4 +1,4 @@
-"""Whole Qwen3-MoE models with random weights in 4 bits, made where they are used: nothing is downloaded or ever dense as a whole.
+"""Whole Qwen3-MoE models with random weights in 4 bits, made where they are used; nothing is downloaded.
 
 A model is what ``from_pretrained`` with ``BitsAndBytesConfig(load_in_4bit=True)`` gives while ``moe_fused`` is enabled, made
 with the quantizer's own steps around a loop that draws a weight, quantizes it, and goes on to the next.
@@ -20,8 +20,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import AutoHfQuantizer
 
 import moe_fused
-from moe_fused.checkpoints.converter import attach
 from moe_fused import experts as integration
+from moe_fused.checkpoints.converter import attach
 from moe_fused.experts import IMPLEMENTATION
 from moe_fused.quantizer import get_packed, pin, projections_of
 
@@ -54,7 +54,7 @@ class Model:
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             num_key_value_heads=self.kv_heads,
-            head_dim=self.head_dim,
+            head_dim=self.head_dim,  # type: ignore[call-arg]
             moe_intermediate_size=self.experts.intermediate,
             num_experts=self.experts.experts,
             num_experts_per_tok=self.experts.top_k,
@@ -102,7 +102,9 @@ def _experts_in_4bit(kernel: Any, weight: Tensor, projections: int) -> Any:
         "nested_absmax": state.state2.absmax,
         "nested_offset": state.offset.expand(experts * projections).contiguous(),
     }
-    return kernel.Packed4bitWeights(form, **{part: value.view(torch.uint8).view(experts, -1) for part, value in parts.items()})
+    return kernel.Packed4bitWeights(
+        form, **{part: value.view(torch.uint8).view(experts, -1) for part, value in parts.items()}
+    )
 
 
 def as_bitsandbytes(weights: Any) -> BitsandbytesStack:

@@ -1,9 +1,9 @@
 """Benchmark rows: what every benchmark of the project writes, and the files they stand in.
 
-A file is a JSON list of objects with the keys of ``Row``, ``details`` only where there are any. All rows of one *point* (the
-same benchmark, GPU, layer, tokens, phase and LoRA rank) come from one run, so a ratio between two of them is a ratio under the
-same clocks: ``merge`` replaces a point as a whole, never single implementations of it. How the weights are stored is no part of
-a point: that is what the implementations of one may differ in.
+A file is a JSON list of objects with the keys of ``Row``, ``details`` only where there are any. All rows of one *point*
+(the same benchmark, GPU, layer, tokens, phase and LoRA rank) come from one run, so a ratio between two of them is a ratio
+under the same clocks: ``merge`` replaces a point as a whole, never single implementations of it. How the weights are stored
+is no part of a point: that is what the implementations of one may differ in.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ class Row:
     """One measurement.
 
     ``ms`` is None where the implementation ran out of memory or could not run; ``tflops`` then is None too.
-    ``peak_mib`` is memory allocated on top of inputs and weights, of whole models with them, None where it was not measured.
-    ``lora_rank`` is 0 without LoRA. Rows of the implementation ``floor`` are not timed: they hold the larger of the compulsory bytes and
-    operations at the ceilings that the same run measured. ``details`` are further numbers, which the benchmark explains.
+    ``peak_mib`` is memory allocated on top of inputs and weights, of whole models with them, None where it was not
+    measured. ``lora_rank`` is 0 without LoRA. Rows of the implementation ``floor`` are not timed: they hold the larger of
+    the compulsory bytes and operations at the ceilings that the same run measured. ``details`` are further numbers, which
+    the benchmark explains.
     """
 
     benchmark: str

@@ -406,9 +406,7 @@ def one_line_errors() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def _points(
-    layers: Sequence[Layer], tokens: Sequence[int], phases: Sequence[str], device: torch.device
-) -> list[Point]:
+def _points(layers: Sequence[Layer], tokens: Sequence[int], phases: Sequence[str], device: torch.device) -> list[Point]:
     points = []
     for layer in layers:
         for phase in phases:

@@ -173,6 +173,7 @@ def trace(step: Callable[[], object], device: torch.device, *, ranges: bool) -> 
 class _Work:
     """Something that took ``duration`` µs, asked for at ``moment`` by ``thread``; of kernels, run from ``start`` on."""
 
+    name: str
     thread: Any
     moment: float
     start: float
@@ -181,19 +182,22 @@ class _Work:
 
 def _work(events: Events) -> list[_Work]:
     """The kernels and copies of a GPU, or, of a trace without any, the innermost operators of the CPU."""
-    launches = {event["args"]["correlation"]: event for event in events if event.get("cat") in _LAUNCHES}
+    launches = {event["args"].get("correlation"): event for event in events if event.get("cat") in _LAUNCHES}
     work = []
     for event in events:
         if event.get("cat") in _KERNELS:
-            launch = launches.get(event["args"]["correlation"], event)
-            work.append(_Work(launch["tid"], launch["ts"], event["ts"], event["dur"]))
-    return work or [_Work(event["tid"], event["ts"], event["ts"], event["dur"]) for event in _leaves(events)]
+            launch = launches.get(event["args"].get("correlation"), event)
+            work.append(_Work(event["name"], launch["tid"], launch["ts"], event["ts"], event["dur"]))
+    if work:
+        return work
+    return [_Work(event["name"], event["tid"], event["ts"], event["ts"], event["dur"]) for event in _leaves(events)]
 
 
 def _leaves(events: Events) -> Iterator[dict[str, Any]]:
     """Operators that call no others."""
     operators = sorted(
-        (event for event in events if event.get("cat") == "cpu_op"), key=lambda event: (event["tid"], event["ts"], -event["dur"])
+        (event for event in events if event.get("cat") == "cpu_op"),
+        key=lambda event: (event["tid"], event["ts"], -event["dur"]),
     )
     for event, after in zip(operators, [*operators[1:], None], strict=True):
         if after is None or after["tid"] != event["tid"] or after["ts"] >= event["ts"] + event["dur"]:
@@ -221,6 +225,15 @@ def _innermost(ranges: list[tuple[float, float, str]], moment: float) -> str:
     return next((part for _, end, part in reversed(ranges[:last]) if end >= moment), OTHER)
 
 
+def time_by_kernel(events: Events) -> dict[str, tuple[float, int]]:
+    """Milliseconds and number of runs of each kernel (of a CPU's trace, operator) by its name, the longest first."""
+    times: dict[str, tuple[float, int]] = {}
+    for work in _work(events):
+        ms, runs = times.get(work.name, (0.0, 0))
+        times[work.name] = ms + work.duration / 1e3, runs + 1
+    return dict(sorted(times.items(), key=lambda item: -item[1][0]))
+
+
 def wall_ms(events: Events) -> float:
     """Milliseconds from the first launch to the end of the last kernel, or, without a GPU, of operators."""
     own = [event for event in events if event.get("cat") in _LAUNCHES | _KERNELS | {"cpu_op"}]
@@ -238,4 +251,3 @@ def _union(intervals: Iterable[tuple[float, float]]) -> float:
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
-

@@ -9,6 +9,7 @@ import functools
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -27,7 +28,7 @@ Recompute = Literal["layers", "selective"]
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERT_PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
-CHECKPOINT = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
+CHECKPOINT: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
 # Attention without a mask but the causal one. Transformers looks, on the GPU, whether "sdpa" needs another, and waits.
 CAUSAL = "sdpa_causal"
 
@@ -62,12 +63,15 @@ class Training:
         model: the causal language model of Transformers, with adapters inside.
         optimizer: of the adapters.
         backward: from tokens (1, T) on the model's device to the loss, once its gradients are there.
+        keeps_gradients: the next backward writes over them.
+        has_parts: modules run one by one, as ``step_trace.parts`` wants it.
     """
 
     model: Any
     optimizer: torch.optim.Optimizer
     backward: Callable[[Tensor], Tensor]
     keeps_gradients: bool = False
+    has_parts: bool = True
 
     def step(self, tokens: Tensor) -> Tensor:
         """One step of the optimizer on tokens (1, T); their loss."""
@@ -94,7 +98,10 @@ def add_adapters(model: Any, recipe: Recipe) -> None:
         rank_pattern=dict.fromkeys(EXPERT_PARAMETERS, recipe.expert_rank),
         alpha_pattern=dict.fromkeys(EXPERT_PARAMETERS, round(SCALING * recipe.expert_rank)),
     )
-    get_peft_model(model, config, autocast_adapter_dtype=False)  # in place; the layers are all we need of it
+    with warnings.catch_warnings():
+        # PEFT 0.21 looks for the patterns of parameters among modules.
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
+        get_peft_model(model, config, autocast_adapter_dtype=False)  # in place; the layers are all we need of it
 
 
 def _checkpointed(model: Any, recompute: Recompute) -> None:
@@ -114,9 +121,9 @@ def _compiled(model: Any) -> None:
 def _optimizer(parameters: list[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
     if parameters[0].device.type == "cpu":
         return torch.optim.AdamW(parameters, lr=recipe.learning_rate)
-    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+    from bitsandbytes import optim
 
-    optimizer: torch.optim.Optimizer = (PagedAdamW8bit if recipe.paged else AdamW8bit)(
+    optimizer: torch.optim.Optimizer = (optim.PagedAdamW8bit if recipe.paged else optim.AdamW8bit)(
         parameters, lr=recipe.learning_rate
     )
     return optimizer
@@ -141,14 +148,14 @@ def set_up(model: Any, recipe: Recipe) -> Training:
         _compiled(model)
     optimizer = _optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], recipe)
     if recipe.cuda_graphs:
-        return Training(model, optimizer, _GraphedBackward(model), keeps_gradients=True)
+        return Training(model, optimizer, _GraphedBackward(model), keeps_gradients=True, has_parts=False)
 
     def backward(tokens: Tensor) -> Tensor:
         loss: Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         torch.autograd.backward(loss)
         return loss.detach()
 
-    return Training(model, optimizer, backward)
+    return Training(model, optimizer, backward, has_parts=not recipe.compile_layers)
 
 
 class _GraphedBackward:
@@ -228,9 +235,10 @@ class Measurement:
         memory: MiB by part: "peak" is the most that was allocated at once, of which "weights" are what the model had
             without adapters, "training" adapters, gradients and what of the optimizer's state is on the GPU, and
             "transient" the rest; "reserved" is what the allocator held. Empty on a CPU.
-        parts: milliseconds of GPU time by part of the model; empty where the trace cannot tell.
+        parts: milliseconds of GPU time by part of the model; empty where modules do not run one by one.
         busy: the share of a traced step in which a kernel ran.
         busy_ms: how long that was, of a step traced without ranges.
+        kernels: milliseconds by name of a kernel, and how many ran, in that step.
     """
 
     ms: float
@@ -240,6 +248,7 @@ class Measurement:
     parts: Mapping[str, float] = field(default_factory=dict)
     busy: float = 0.0
     busy_ms: float = 0.0
+    kernels: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -296,13 +305,14 @@ def measure(training: Training, tokens: Tensor, weights: int, *, steps: int = 3)
     events = step_trace.trace(step, device, ranges=False)
     wall, busy = step_trace.wall_ms(events), step_trace.busy_ms(events)
     parts: dict[str, float] = {}
-    if not training.keeps_gradients:
+    if training.has_parts:
         with step_trace.parts(training.model, training.optimizer):
             parts = step_trace.time_by_part(step_trace.trace(step, device, ranges=True))
     values = tuple(float(loss) for loss in losses)
     if not all(map(math.isfinite, values)):
         raise FloatingPointError(f"losses must be finite, got {values}")
-    return Measurement(statistics.median(times), first, values, memory, parts, busy / wall, busy)
+    kernels = step_trace.time_by_kernel(events)
+    return Measurement(statistics.median(times), first, values, memory, parts, busy / wall, busy, kernels)
 
 
 def _memory(training: Training, weights: int, device: torch.device) -> dict[str, float]:
