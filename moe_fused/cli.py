@@ -11,6 +11,7 @@ from rich.progress import Progress, TaskID
 
 from moe_fused import convert_model_cli
 from moe_fused.checkpoints.adapters import Layout, ScalingChoice
+from moe_fused.finetune.command import finetune
 
 if TYPE_CHECKING:
     from moe_fused.checkpoints.adapters.convert import Plan
@@ -19,6 +20,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 convert = typer.Typer(rich_markup_mode=None, help="Convert files between layouts.")
 app.add_typer(convert, name="convert")
 convert.command()(convert_model_cli.model)
+app.command()(finetune)
 
 
 @app.callback()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -50,6 +50,28 @@ def signals_ignored() -> Iterator[None]:
     previous = {signum: signal.signal(signum, signal.SIG_IGN) for signum in _ENDING}
     try:
         yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def first_signal_noted() -> Iterator[Callable[[], int | None]]:
+    """For work that ends by itself soon after it is asked to: gives a function that returns the signal that came, or None.
+
+    The first SIGINT, SIGTERM or SIGHUP is noted; a second raises Interrupted, for who does not want to wait.
+    """
+    noted: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        if noted:
+            _raise(signum, frame)
+        noted.append(signum)
+
+    handled = [signum for signum in _ENDING if signal.getsignal(signum) != signal.SIG_IGN]
+    previous = {signum: signal.signal(signum, note) for signum in handled}
+    try:
+        yield lambda: noted[0] if noted else None
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)

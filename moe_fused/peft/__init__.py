@@ -71,7 +71,9 @@ def _patch() -> None:
     from packaging.version import Version
 
     if Version(peft.__version__) < Version(MIN_PEFT):
-        warnings.warn(f"LoRA on experts needs peft>={MIN_PEFT}, found {peft.__version__}: PEFT does it its own way", stacklevel=2)
+        warnings.warn(
+            f"LoRA on experts needs peft>={MIN_PEFT}, found {peft.__version__}: PEFT does it its own way", stacklevel=2
+        )
         return
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils import hotswap, transformers_weight_conversion

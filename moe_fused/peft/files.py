@@ -71,9 +71,7 @@ def split(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) ->
     return result
 
 
-def fuse(
-    model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor], infix: str = ""
-) -> dict[str, Tensor]:
+def fuse(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor], infix: str = "") -> dict[str, Tensor]:
     """The tensors of a file, with the factors of our layers in place of the experts' matrices.
 
     Args:
@@ -173,13 +171,16 @@ class AdapterConverter(WeightConverter):
             return source_key, None
         # A model with another head, or none, has another prefix.
         known = (block for block, leaf in places if leaf == match["leaf"])
-        block = next((own for own in known if f".{match['block']}".endswith(f".{own}") or own.endswith(f".{match['block']}")), None)
+        block = next(
+            (own for own in known if f".{match['block']}".endswith(f".{own}") or own.endswith(f".{match['block']}")),
+            None,
+        )
         if block is None:
             return source_key, None
         place = places[block, match["leaf"]]
         pattern = _Pattern(self.source_patterns[0])
         pattern.matrix = (int(match["expert"]), place, match["leaf"], match["factor"])
-        return f"{place.wrapper}.lora_{match['factor']}.{source_key[match.end():]}", pattern
+        return f"{place.wrapper}.lora_{match['factor']}.{source_key[match.end() :]}", pattern
 
     def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
         assert isinstance(source_pattern, _Pattern)
@@ -213,10 +214,7 @@ class AdapterConverter(WeightConverter):
 
 def _warn_of_misses(adapter_name: str, missed: list[str], matched: list[str]) -> None:
     """Warns that tensors for experts find no place in the model."""
-    if matched:
-        others = f"{len(matched)} others are loaded, such as {matched[0]}"
-    else:
-        others = "nothing else is loaded either"
+    others = f"{len(matched)} others are loaded, such as {matched[0]}" if matched else "no others are there"
     warnings.warn(
         f"adapter {adapter_name!r}: {len(missed)} tensors for experts match nothing in the model and are not loaded, such "
         f"as {missed[0]}; {others}. moe-fused convert adapter SOURCE TARGET --to peft-fused writes them so that "
@@ -261,9 +259,7 @@ def file_conversion(original: Callable[..., dict[str, Tensor]]) -> Callable[...,
         model: nn.Module, peft_config: Any, adapter_state_dict: dict[str, Tensor], adapter_name: str = "default"
     ) -> dict[str, Tensor]:
         fused = fuse(model, adapter_name, adapter_state_dict)
-        return original(
-            model=model, peft_config=peft_config, adapter_state_dict=fused, adapter_name=adapter_name
-        )
+        return original(model=model, peft_config=peft_config, adapter_state_dict=fused, adapter_name=adapter_name)
 
     return convert_peft_adapter_state_dict_for_transformers
 

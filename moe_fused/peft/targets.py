@@ -1,7 +1,7 @@
 """Which experts a LoRA config asks for by the names of linear layers that they no longer have.
 
-In Transformers 4 an expert had three linear layers, ``experts.{i}.gate_proj``, ``up_proj`` and ``down_proj``, and that is how
-configs (``target_modules``) and files of adapters still call them. A ``Plan`` says which stacked parameters that means.
+In Transformers 4 an expert had three linear layers, ``experts.{i}.gate_proj``, ``up_proj`` and ``down_proj``, and so configs
+(``target_modules``) and files of adapters still call them. A ``Plan`` says which stacked parameters that means.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class ExpertLayer:
         return tuple(f"{self.path}.{name}" for name in projections_of(self.module))
 
 
-def expert_layers(model: nn.Module, modules: Iterable[tuple[str, Experts]]) -> list[ExpertLayer]:
+def expert_layers(model: Any, modules: Iterable[tuple[str, Experts]]) -> list[ExpertLayer]:
     """The layers of the experts modules that are given with their names in ``model``."""
     conversions = get_model_conversion_mapping(model, add_legacy=False) if hasattr(model, "config") else []
     converters = [own for own in conversions if isinstance(own, WeightConverter) and is_per_expert(own)]
@@ -94,16 +94,12 @@ def expert_layers(model: nn.Module, modules: Iterable[tuple[str, Experts]]) -> l
     layers = []
     for name, module in modules:
         path = unwrapped(name)
-        linears = {
-            parameter: _linears(path, parameter, converters, renamings) for parameter in projections_of(module)
-        }
+        linears = {parameter: _linears(path, parameter, converters, renamings) for parameter in projections_of(module)}
         layers.append(ExpertLayer(path, module, int(module.num_experts), linears))
     return layers
 
 
-def _linears(
-    path: str, parameter: str, converters: list[WeightConverter], renamings: list[WeightRenaming]
-) -> tuple[Linear, ...]:
+def _linears(path: str, parameter: str, converters: list[WeightConverter], renamings: list[Any]) -> tuple[Linear, ...]:
     for converter in converters:
         stack = converter._original_target_patterns[0]
         if not f"{path}.{parameter}".endswith(stack):
@@ -112,7 +108,8 @@ def _linears(
         # Renamings are regular expressions on names with a number where we have none.
         names = [apply_renamings(f"{path}.0.{leaf}.weight", renamings).removesuffix(".weight") for leaf in leaves]
         return tuple(
-            Linear(path, leaf, re.sub(r"\.0\.([^.]+)$", r".*.\1", name)) for leaf, name in zip(leaves, names, strict=True)
+            Linear(path, leaf, re.sub(r"\.0\.([^.]+)$", r".*.\1", name))
+            for leaf, name in zip(leaves, names, strict=True)
         )
     return ()
 
@@ -148,9 +145,9 @@ def plan_of(config: Any, model: nn.Module, layers: list[ExpertLayer]) -> Plan:
         return plan
     own = copy.copy(config)
     if isinstance(own.target_modules, str) and own.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-        found = _maybe_include_all_linear_layers(copy.copy(config), model).target_modules
-        leaves = {linear.leaf for layer in layers for linears in layer.linears.values() for linear in linears}
-        own.target_modules = {name.rpartition(".")[2] for name in found} | leaves
+        linear: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
+        leaves = {own.leaf for layer in layers for linears in layer.linears.values() for own in linears}
+        own.target_modules = {name.rpartition(".")[2] for name in linear.target_modules} | leaves
         plan.resolved = own.target_modules
     for layer in layers:
         for parameter, linears in layer.linears.items():

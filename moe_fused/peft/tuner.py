@@ -92,9 +92,10 @@ class LoraModel(lora.LoraModel):
             if name != path or not isinstance(module, lora.ParamWrapper):
                 continue
             there: dict[str, nn.Module] = {}
-            while isinstance(module, lora.ParamWrapper):
-                there[f"{path}.{module.parameter_name}"] = module
-                module = module.base_layer
+            layer: Any = module
+            while isinstance(layer, lora.ParamWrapper):
+                there[f"{path}.{layer.parameter_name}"] = layer
+                layer = layer.base_layer
             new = {name for name in adapted if name.rpartition(".")[0] == path}
             if not new:
                 continue
@@ -108,15 +109,13 @@ class LoraModel(lora.LoraModel):
                     'set_experts_implementation("moe_fused"), or use target_parameters'
                 )
 
-    def _create_and_replace(
-        self, lora_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str, **kwargs: Any
+    def _create_and_replace(  # type: ignore[override]  # named as in PEFT's LoraModel
+        self, lora_config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         plan: Plan | None = getattr(lora_config, PLAN, None)
-        if plan is not None and current_key in plan.targets:
-            lora_config = config_for(lora_config, *plan.targets[current_key])
-        super()._create_and_replace(
-            lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
-        )
+        if plan is not None and kwargs["current_key"] in plan.targets:
+            lora_config = config_for(lora_config, *plan.targets[kwargs["current_key"]])
+        super()._create_and_replace(lora_config, adapter_name, *args, **kwargs)
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
@@ -178,9 +177,7 @@ class LoraModel(lora.LoraModel):
 @contextmanager
 def _planned(config: Any, plan: Plan) -> Iterator[None]:
     """Makes ``config`` ask for what is planned, as PEFT understands it, and leaves it asking for what it did."""
-    before = {
-        name: getattr(config, name) for name in ("target_parameters", "rank_pattern", "alpha_pattern")
-    }
+    before = {name: getattr(config, name) for name in ("target_parameters", "rank_pattern", "alpha_pattern")}
     config.target_modules = plan.modules
     config.target_parameters = sorted({*(config.target_parameters or ()), *plan.parameters, *plan.targets})
     for name in ("rank_pattern", "alpha_pattern"):

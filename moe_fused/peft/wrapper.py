@@ -10,7 +10,6 @@ Where the kernel does not run, because the model was set to another experts impl
 from __future__ import annotations
 
 import math
-import warnings
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moe_fused.experts import IMPLEMENTATION, Experts, implementation, is_packed, serves
+from moe_fused.experts import IMPLEMENTATION, Experts, implementation, serves
 from moe_fused.hub import get_kernel
 
 from .targets import Linear, linears_of
@@ -54,7 +53,12 @@ class ParamWrapper(stock.ParamWrapper):
         linears: by adapter, the linear layers of an expert that it was asked for by, empty if it was asked for by the name
             of the parameter. Gate and up have factors of their own then, ``lora_A`` (E·2r, in) with the gate's rows first
             in each expert, and files have a matrix for each expert.
+        unmerged: packed weights as they were before adapters were merged into them, on the CPU.
     """
+
+    in_features: int
+    out_features: int
+    num_experts: int
 
     other_param_names = (*stock.ParamWrapper.other_param_names, "linears")
 
@@ -72,6 +76,7 @@ class ParamWrapper(stock.ParamWrapper):
         nn.Module.__init__(self)
         self.parameter_name = parameter_name
         self.linears: dict[str, tuple[Linear, ...]] = {}
+        self.unmerged: Packed4bitWeights | None = None
         self.fan_in_fan_out = False
         self._did_swap_in_out_features = False
         stock.LoraLayer.__init__(self, base_layer, **kwargs)
@@ -120,9 +125,9 @@ class ParamWrapper(stock.ParamWrapper):
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """A (E, r, in), or (E, 2r, in) with separate gate and up factors, and B (E, out, r)."""
-        a, b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-        experts = self.num_experts
-        return a.view(experts, -1, a.shape[1]), b.view(b.shape[0], -1, experts).permute(2, 0, 1)
+        a: Any = self.lora_A[adapter_name].weight
+        b: Any = self.lora_B[adapter_name].weight
+        return a.unflatten(0, (self.num_experts, -1)), b.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1)
 
     def active_loras(self) -> list[LoraWeights]:
         """The adapters that count on this pass, as the kernel takes them."""
@@ -192,42 +197,29 @@ class ParamWrapper(stock.ParamWrapper):
         return len(self.linears[adapter_name]) == 2
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds adapters to the parameter; packed weights are dequantized for it, and quantized again.
+        """Adds adapters to the parameter. Packed weights are dequantized for it, and the sum is quantized as they were.
 
         Raises:
-            ValueError: with ``safe_merge``, an adapter with infinite or undefined values; nothing is changed.
+            ValueError: with ``safe_merge``, an adapter with infinite or undefined values; packed weights stay as they are.
         """
-        if not is_packed(self.get_base_layer()):
+        packed: Any = self.get_param()
+        if isinstance(packed, Tensor):
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
             return
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name in self.lora_A:
-                self._add_to_packed(name, 1.0, check=safe_merge)
-                self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        """Takes merged adapters out again; from packed weights up to the errors of quantizing them."""
-        if not is_packed(self.get_base_layer()):
-            super().unmerge()
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not names:
             return
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            if name in self.lora_A:
-                self._add_to_packed(name, -1.0, check=False)
-
-    @torch.no_grad()
-    def _add_to_packed(self, adapter_name: str, sign: float, check: bool) -> None:
-        packed: Any = self.get_param()
-        dense = packed.dequantize(torch.float32)
-        dense += sign * self.get_delta_weight(adapter_name)
-        if check and not torch.isfinite(dense).all():
+        original: Any = packed if self.unmerged is None else self.unmerged.to(packed.device)
+        with torch.no_grad():
+            dense = original.dequantize(torch.float32)
+            for name in (*self.merged_adapters, *names):
+                dense += self.get_delta_weight(name)
+        if safe_merge and not torch.isfinite(dense).all():
             raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
+                f"{', '.join(names)} must have finite values to be merged, got others in {self.parameter_name}"
             )
-        form = packed.format
-        merged = type(packed).quantize(
+        form = original.format
+        merged = original.quantize(
             dense,
             quant_type=form.quant_type,
             blocksize=form.blocksize,
@@ -236,6 +228,17 @@ class ParamWrapper(stock.ParamWrapper):
             dtype=form.dtype,
         )
         merged.attach(self.get_base_layer(), self.parameter_name)
+        self.unmerged = original.to("cpu")
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Takes merged adapters out again; packed weights are, bit for bit, what they were before."""
+        if self.unmerged is None:
+            super().unmerge()
+            return
+        self.unmerged.to(self.weight.device).attach(self.get_base_layer(), self.parameter_name)
+        self.unmerged = None
+        self.merged_adapters.clear()
 
 
 def _experts_forward() -> Any:

@@ -1,0 +1,229 @@
+"""The options of ``moe-fused finetune``: one table, from which the command line, the YAML file and their checks are made.
+
+Imports nothing heavy, so that a wrong option is answered at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+Quantization = Literal["nf4", "fp4", "none"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Packing = Literal["auto", "bfd", "bfd_split", "wrapped", "none"]
+Export = Literal["none", "per-expert", "original"]
+
+
+def option(default: Any, help: str, *, shown: str | None = None, shapes_run: bool = False) -> Any:
+    """A field of ``Options``.
+
+    Args:
+        shown: the default in words, where its value does not say it.
+        shapes_run: whether a run that goes on must have the value it began with.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "shown": shown, "shapes_run": shapes_run})
+
+
+@dataclass(frozen=True)
+class Options:
+    """All that a run can be told; the help of each option stands beside it."""
+
+    model: str = option("", "Model to adapt: Hub id or directory.", shown="required", shapes_run=True)
+    dataset: str = option(
+        "",
+        "Data to train on: a file (.jsonl, .json, .txt, .parquet, .csv) or a Hub id. Rows have messages or conversations "
+        "(chat), prompt and completion, or text.",
+        shown="required",
+        shapes_run=True,
+    )
+    output: str = option("", "Directory to make, for the adapter, its checkpoints, the log.", shown="required")
+
+    revision: str = option("main", "Of the model on the Hub: branch, tag or commit.", shapes_run=True)
+    quantization: Quantization = option(
+        "nf4", "Hold experts and linear layers in 4 bits, with double quantization, or not.", shapes_run=True
+    )
+    dtype: Dtype = option(
+        "auto", "To compute in, and of weights outside 4 bits.", shown="bfloat16; float32 on a CPU", shapes_run=True
+    )
+    attn: str = option("sdpa", "Attention of Transformers, as sdpa or kernels-community/flash-attn3.")
+    liger: bool | None = option(
+        None, "Liger's kernels for rope and norms, where Liger knows the model.", shown="on NVIDIA and AMD GPUs"
+    )
+    device: Literal["auto", "cpu", "cuda", "xpu"] = option("auto", "Where to train.", shown="a GPU if there is one")
+
+    dataset_config: str | None = option(None, "Configuration of the data set on the Hub.", shapes_run=True)
+    split: str = option("train", "Split of the data set on the Hub.", shapes_run=True)
+    text_field: str = option("text", "Field with the text in rows of plain text.", shapes_run=True)
+    skip_bad_rows: bool = option(
+        False, "Leave out rows that cannot be trained on, instead of refusing them.", shapes_run=True
+    )
+    chat_template: str | None = option(
+        None, "Jinja file with a chat template.", shown="the tokenizer's", shapes_run=True
+    )
+    assistant_only_loss: bool = option(False, "In chats, learn from the assistant's words only.", shapes_run=True)
+    packing: Packing = option(
+        "auto",
+        "How rows fill sequences. bfd: whole rows side by side, each attends to itself, what is too long is cut off; "
+        "bfd_split: what is too long goes on in another sequence; wrapped: one stream cut into sequences; none: padding.",
+        shown="bfd for chats, bfd_split for plain text",
+        shapes_run=True,
+    )
+    sequence_length: int | None = option(
+        None, "Tokens in a sequence.", shown="what fits, 4096 at most", shapes_run=True
+    )
+    batch_size: int = option(1, "Sequences that go through the model at once.", shapes_run=True)
+    gradient_accumulation: int | None = option(
+        None, "Batches to a step.", shown="16384 tokens to a step", shapes_run=True
+    )
+
+    attention_rank: int = option(16, "Rank of the adapters of attention, 0 for none.", shapes_run=True)
+    attention_alpha: float | None = option(None, "Their alpha.", shown="twice the rank", shapes_run=True)
+    attention_modules: list[str] = option(
+        None, "Their layers' names; give the option again for each.", shown="q_proj k_proj v_proj o_proj", shapes_run=True
+    )
+    expert_rank: int = option(8, "Rank of the adapters of experts, 0 for none.", shapes_run=True)
+    expert_alpha: float | None = option(None, "Their alpha.", shown="twice the rank", shapes_run=True)
+    router_rank: int = option(0, "Rank of the routers' adapters; 0 leaves routers as they are.", shapes_run=True)
+    lora_dropout: float = option(0.0, "Dropout on the input of adapters.", shapes_run=True)
+    adapter_dtype: Dtype = option(
+        "auto", "Of the adapters while they are trained.", shown="bfloat16; float32 on a CPU", shapes_run=True
+    )
+
+    epochs: float = option(1.0, "Passes over the data.")
+    max_steps: int | None = option(None, "Steps after which to end, whatever --epochs says.")
+    learning_rate: float = option(1e-4, "Highest learning rate.", shapes_run=True)
+    scheduler: str = option("cosine", "Course of the learning rate: linear, cosine, constant, ...", shapes_run=True)
+    warmup: float = option(0.03, "Warm-up of the learning rate, as a share of all steps.", shapes_run=True)
+    weight_decay: float = option(0.0, "Weight decay.", shapes_run=True)
+    max_grad_norm: float = option(1.0, "Norm to which gradients are clipped.", shapes_run=True)
+    optimizer: str = option(
+        "auto", "Optimizer of Transformers.", shown="paged_adamw_8bit; adamw_torch on a CPU", shapes_run=True
+    )
+    gradient_checkpointing: bool = option(True, "Compute layers again in backward instead of keeping what they made.")
+    router_aux_loss: float = option(
+        0.0, "Weight of the load-balancing loss, of use if routers are trained.", shapes_run=True
+    )
+    seed: int = option(0, "Of adapters, data order and dropout.", shapes_run=True)
+
+    save_steps: int = option(50, "Steps between checkpoints.")
+    keep_checkpoints: int = option(2, "Checkpoints to keep.")
+    log_steps: int = option(1, "Steps between lines of the log.")
+    memory_limit: float | None = option(None, "GiB of GPU memory to plan for.", shown="what is free")
+    export: Export = option("none", "Write the adapter in this layout, too, as moe-fused convert adapter does.")
+
+    def __post_init__(self) -> None:
+        for name, low in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{flag(name)} must be at least {low}, got {value}")
+        for name in ("learning_rate", "epochs"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{flag(name)} must be above 0, got {getattr(self, name)}")
+        for name in ("lora_dropout", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{flag(name)} must be in [0, 1), got {getattr(self, name)}")
+        if not self.attention_rank and not self.expert_rank and not self.router_rank:
+            raise ValueError("--attention-rank, --expert-rank and --router-rank are all 0: there is nothing to train")
+        if self.packing == "none" and self.sequence_length == 0:
+            raise ValueError("--sequence-length must be at least 1, got 0")
+
+    def require(self) -> None:
+        """Raises ValueError naming what a run cannot do without."""
+        for name in ("model", "dataset", "output"):
+            if not getattr(self, name):
+                raise ValueError(f"{flag(name)} is missing: give it on the command line or in --config")
+
+    @property
+    def output_directory(self) -> Path:
+        return Path(self.output)
+
+
+_AT_LEAST = {
+    "sequence_length": 8, "batch_size": 1, "gradient_accumulation": 1, "attention_rank": 0, "expert_rank": 0,
+    "router_rank": 0, "attention_alpha": 0, "expert_alpha": 0, "max_steps": 1, "weight_decay": 0, "max_grad_norm": 0,
+    "router_aux_loss": 0, "seed": 0, "save_steps": 1, "keep_checkpoints": 1, "log_steps": 1, "memory_limit": 0,
+}  # fmt: skip
+
+FIELDS = {field.name: field for field in dataclasses.fields(Options)}
+TYPES: dict[str, Any] = {name: kind for name, kind in get_type_hints(Options).items() if name in FIELDS}
+
+
+def flag(name: str) -> str:
+    """The option of the command line for a field."""
+    return "--" + name.replace("_", "-")
+
+
+def _convert(value: object, kind: Any) -> Any:
+    """``value`` of a YAML file as ``kind``; raises ValueError saying what is needed."""
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        (kind,) = (inner for inner in get_args(kind) if inner is not type(None))
+        return _convert(value, kind)
+    if origin is Literal:
+        # YAML reads a bare "no" as False and "null" as None; neither is a choice here, so say what the choices are.
+        if value not in get_args(kind):
+            raise ValueError(f"one of {', '.join(get_args(kind))}")
+        return value
+    if origin is list:
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
+            raise ValueError("a list of names")
+        return values
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 takes 1e-4 for a string
+        except ValueError:
+            raise ValueError("a number") from None
+    if type(value) is not kind:
+        needed = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[kind]
+        raise ValueError(needed)
+    return value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The options in a YAML file, by field name; dashes in keys are as good as underscores.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file; not a mapping; an unknown key or a value of another type, by name.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} must be YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} must map options to values, got a {type(content).__name__}")
+    values = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in FIELDS:
+            near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.4)
+            raise ValueError(
+                f"{path}: unknown option {key}" + (f", did you mean {near[0]}?" if near else "; see finetune --help")
+            )
+        try:
+            converted = _convert(value, TYPES[name])
+        except ValueError as error:
+            raise ValueError(f"{path}: {key} must be {error}, got {value!r}") from None
+        values[name] = converted
+    return values
+
+
+def write_yaml(options: Options, path: Path) -> None:
+    """Writes what ``read_yaml`` reads back, without what is at its default."""
+    import yaml
+
+    values = {
+        name: getattr(options, name) for name, field in FIELDS.items() if getattr(options, name) != field.default
+    }
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")

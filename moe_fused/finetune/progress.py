@@ -1,0 +1,124 @@
+"""What a run shows while it trains: a bar or lines on the terminal, and ``log.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+LOG = "log.jsonl"
+# Of what the trainer logs, by the names in log.jsonl.
+_LOGGED = {
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+    "mean_token_accuracy": "accuracy",
+    "num_tokens": "tokens",
+    "epoch": "epoch",
+}
+GIB = 2**30
+
+
+def memory_gib(device: torch.device) -> float | None:
+    """The most memory that tensors took on a GPU so far; None on a CPU."""
+    if device.type == "cpu":
+        return None
+    return torch.accelerator.max_memory_allocated(device) / GIB
+
+
+class Log(TrainerCallback):
+    """Writes a line of log.jsonl for each record, and shows it.
+
+    A run that goes on first takes back the lines after its checkpoint, which it will write again.
+
+    Args:
+        path: of log.jsonl.
+        console: for progress, a bar if it is a terminal, else a line for each record.
+        tokens: how many tokens the trainer has gone through.
+    """
+
+    def __init__(self, path: Path, console: Console, device: torch.device, tokens: Callable[[], int]) -> None:
+        self._path, self._console, self._device, self._tokens = path, console, device, tokens
+        columns = (
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn(elapsed_when_finished=True),
+        )  # fmt: skip
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._last = (0.0, 0)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kept = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        lines = [line for line in kept if _step_of(line) <= state.global_step] if state.global_step else []
+        staged = self._path.with_name(f".{self._path.name}.partial")
+        staged.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        staged.replace(self._path)
+        self._last = (time.perf_counter(), self._tokens())
+        self._bar.start()
+        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        if "loss" not in logs:  # the summary at the end
+            return
+        now, tokens = time.perf_counter(), self._tokens()
+        rate = (tokens - self._last[1]) / (now - self._last[0])
+        self._last = (now, tokens)
+        record = {"step": state.global_step} | {
+            name: logs[key] for key, name in _LOGGED.items() if logs.get(key) is not None
+        }
+        record["tokens_per_second"] = round(rate, 1)
+        if (memory := memory_gib(self._device)) is not None:
+            record["memory_gib"] = round(memory, 3)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        words = f"loss {record['loss']:.4f}, {rate:,.0f} tokens/s" + (f", {memory:.1f} GiB" if memory else "")
+        self._bar.update(self._task, description=words)
+        if not self._console.is_terminal:
+            self._console.print(f"step {state.global_step}/{state.max_steps}: {words}", highlight=False)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the bar; an error ends the training without a callback."""
+        self._bar.stop()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of log.jsonl; infinite for a line that a killed process did not finish."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of log.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class Stop(TrainerCallback):
+    """Ends the training after the step during which a signal came, with a checkpoint.
+
+    Args:
+        received: the signal that came, or None.
+    """
+
+    def __init__(self, received: Callable[[], int | None]) -> None:
+        self._received = received
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._received() is not None:
+            control.should_save = control.should_training_stop = True

@@ -1,0 +1,91 @@
+"""What a run leaves behind: the adapter, its card and the plot of the loss."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_fused.signals import signals_ignored
+
+from .options import Options
+from .progress import read_log
+
+CARD, PLOT = "README.md", "loss.png"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def draw_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")  # without pyplot, which would look for a display
+    axes = figure.subplots()
+    steps, losses = [record["step"] for record in records], [record["loss"] for record in records]
+    axes.plot(steps, losses, linewidth=0.8, alpha=0.5, label="each record")
+    smooth, mean = [], None
+    for loss in losses:
+        mean = loss if mean is None else 0.9 * mean + 0.1 * loss
+        smooth.append(mean)
+    axes.plot(steps, smooth, label="moving average")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def card(options: Options, facts: dict[str, str]) -> str:
+    """The model card: what was trained on what, in which way, and how to load it."""
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    is_hub_id = not Path(options.dataset).exists()
+    metadata = ["library_name: peft", f"base_model: {options.model}"]
+    metadata += [f"datasets:\n- {options.dataset}"] if is_hub_id else []
+    metadata += ["pipeline_tag: text-generation", "tags:\n- lora\n- moe-fused"]
+    head = "\n".join(metadata)
+    return f"""---
+{head}
+---
+
+# Adapter for {options.model}
+
+Trained by `moe-fused finetune`; every option is in `finetune.yaml`, every step in `log.jsonl`.
+
+| | |
+|---|---|
+{rows}
+
+![loss](loss.png)
+
+```python
+import moe_fused
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+moe_fused.enable()
+model = AutoModelForCausalLM.from_pretrained("{options.model}", experts_implementation="moe_fused")
+model = PeftModel.from_pretrained(model, "DIRECTORY OF THIS ADAPTER")
+```
+"""
+
+
+def write_results(model: Any, tokenizer: Any, options: Options, facts: dict[str, str], log: Path) -> None:
+    """Writes the adapter and what goes with it to the output directory.
+
+    Everything is made elsewhere first and then moved, what PEFT looks for first as the last: whenever the process ends, an
+    adapter that can be loaded is whole.
+    """
+    output = options.output_directory
+    staging = output / f".adapter-{secrets.token_hex(4)}.partial"
+    try:
+        model.save_pretrained(str(staging))
+        tokenizer.save_pretrained(str(staging))
+        draw_loss(read_log(log), staging / PLOT)
+        (staging / CARD).write_text(card(options, facts), encoding="utf-8")
+        with signals_ignored():
+            (output / ADAPTER_CONFIG).unlink(missing_ok=True)
+            for path in sorted(staging.iterdir(), key=lambda path: path.name == ADAPTER_CONFIG):
+                path.replace(output / path.name)
+    finally:
+        with signals_ignored():
+            shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,176 @@
+"""A run from its options to its adapter: what is checked when, and what is said about it."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import signal
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from rich.console import Console
+from safetensors import SafetensorError
+from transformers import PrinterCallback
+
+from moe_fused.signals import Interrupted, first_signal_noted
+
+from .command import CONFIG
+from .data import Rows, load_rows
+from .model import adapt, apply_liger, device_of, liger_serves, load_config, load_model, load_tokenizer
+from .options import Options, write_yaml
+from .plan import Plan, make_plan
+from .progress import LOG, Log, Stop
+from .results import ADAPTER_CONFIG, write_results
+from .trainer import Finetuner, NotFinite, last_checkpoint, sft_config
+
+# Of a run at --output; --overwrite removes nothing else.
+_OWN = ("checkpoints",)
+
+
+class Stopped(RuntimeError):
+    """A run that ended early, with its checkpoints in place.
+
+    Attributes:
+        exit_code: of the process.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def run(options: Options, *, resume: bool = False, overwrite: bool = False, dry_run: bool = False) -> None:
+    """Trains as ``options`` say and writes the adapter.
+
+    Raises:
+        ValueError, FileNotFoundError: an option, a file or a row is wrong; nothing has been written.
+        FileExistsError: there is something at the output directory, and neither ``resume`` nor ``overwrite``.
+        Stopped: ended before its time, by a signal, a loss that is not finite or a full disk; says how to go on.
+    """
+    console = Console(stderr=True)
+    _quiet(console)
+    output = options.output_directory
+    _check_output(output, resume, overwrite)
+    device = device_of(options)
+    config, tokenizer = load_config(options), load_tokenizer(options)
+    rows = load_rows(
+        options.dataset,
+        config=options.dataset_config,
+        split=options.split,
+        text_field=options.text_field,
+        skip_bad=options.skip_bad_rows,
+    )
+    _check_rows(rows, tokenizer, options)
+    for bad in rows.skipped:
+        console.print(f"left out: {bad}", highlight=False, markup=False, soft_wrap=True)
+    plan = make_plan(options, config, device, plain_text=rows.kind == "text")
+    plan.show(console)
+    if dry_run:
+        return
+    checkpoint = last_checkpoint(output) if resume else None
+    _prepare_output(options, overwrite)
+    begin = time.perf_counter()
+    model = adapt(load_model(options, config, device), options)
+    trainer = make_trainer(model, tokenizer, rows.dataset(), options, device, plan)
+    log = Log(output / LOG, console, device, lambda: trainer.tokens)
+    trainer.add_callback(log)
+    try:
+        with first_signal_noted() as received:
+            trainer.add_callback(Stop(received))
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            trainer.check_finite()
+    except NotFinite as error:
+        advice = "lower --learning-rate, or look at the data around it"
+        raise Stopped(f"{error}: {advice}; {_way_on(output)}") from error
+    except (OSError, SafetensorError) as error:
+        raise Stopped(f"stopped after step {trainer.state.global_step}: {error}; {_way_on(output)}") from error
+    finally:
+        log.close()
+    signum = received()
+    if signum is not None and trainer.state.global_step < trainer.state.max_steps:
+        raise Stopped(f"interrupted by {signal.Signals(signum).name}; {_way_on(output)}", 128 + signum)
+    facts = {
+        "steps": str(trainer.state.global_step),
+        "tokens": f"{trainer.tokens:,}",
+        "time of this start": f"{time.perf_counter() - begin:.0f} s",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+    write_results(trainer.model, tokenizer, options, facts, output / LOG)
+    _print_next(options)
+
+
+def make_trainer(
+    model: Any, tokenizer: Any, dataset: datasets.Dataset, options: Options, device: torch.device, plan: Plan
+) -> Finetuner:
+    """The trainer of a run: what ``finetune`` trains with once it has a model with adapters, and data."""
+    if liger_serves(options, model.config, device):
+        apply_liger(model.get_base_model())
+    arguments = sft_config(options, device, plan.packing, plan.length, plan.accumulation)
+    trainer = Finetuner(model, options, device, args=arguments, train_dataset=dataset, processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _quiet(console: Console) -> None:
+    """Libraries' bars only for people, and none of their warnings that a user of this command can do nothing about."""
+    datasets.disable_progress_bars()
+    if not console.is_terminal:
+        transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        if resume:
+            raise FileNotFoundError(f"--resume: {output} has no run to go on with")
+        return
+    if not output.is_dir() or not (output / CONFIG).is_file():
+        raise FileExistsError(f"--output {output} exists and is not the directory of a run")
+    if not resume and not overwrite:
+        raise FileExistsError(f"--output {output} holds a run: --resume goes on with it, --overwrite replaces it")
+
+
+def _prepare_output(options: Options, overwrite: bool) -> None:
+    output = options.output_directory
+    output.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        (output / ADAPTER_CONFIG).unlink(missing_ok=True)  # first: without it, nothing takes the rest for an adapter
+        for name in _OWN:
+            shutil.rmtree(output / name, ignore_errors=True)
+    write_yaml(options, output / CONFIG)
+
+
+def _check_rows(rows: Rows, tokenizer: Any, options: Options) -> None:
+    is_chat = rows.kind == "chat" or not isinstance(rows.rows[0].get("prompt", ""), str)
+    if is_chat and not tokenizer.chat_template:
+        raise ValueError(
+            f"--dataset {options.dataset} holds chats, but the tokenizer of {options.model} has no chat template: give "
+            "one with --chat-template"
+        )
+    if options.assistant_only_loss and not is_chat:
+        raise ValueError(f"--assistant-only-loss is for chats, --dataset {options.dataset} is {rows.kind}")
+
+
+def _resume_command(output: Path) -> str:
+    return f"moe-fused finetune --resume --output {shlex.quote(str(output))}"
+
+
+def _way_on(output: Path) -> str:
+    checkpoint = last_checkpoint(output)
+    if checkpoint is None:
+        return "no checkpoint was saved yet"
+    return f"the last checkpoint is {checkpoint}, go on with: {_resume_command(output)}"
+
+
+def _print_next(options: Options) -> None:
+    output, model = shlex.quote(options.output), shlex.quote(options.model)
+    print(f"adapter: {options.output}")
+    print("next:")
+    print(f"  moe-fused generate --model {model} --adapter {output}")
+    print(f"  moe-fused convert adapter {output} {shlex.quote(options.output + '-per-expert')}")
+    print(f"  moe-fused merge {model} {output} {shlex.quote(options.output + '-merged')}")

@@ -1,0 +1,173 @@
+"""TRL's SFTTrainer with checkpoints that are whole or absent, and an end at the first loss that is not finite."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
+from trl import SFTConfig, SFTTrainer
+
+from moe_fused.staging import staged_directory
+
+from .model import adapter_dtype, compute_dtype
+from .options import Options
+
+CHECKPOINTS = "checkpoints"
+
+
+class NotFinite(RuntimeError):
+    """A loss or a gradient that is not a number, or infinite."""
+
+
+def sft_config(options: Options, device: torch.device, packing: str, length: int, accumulation: int) -> SFTConfig:
+    """TRL's arguments for a run.
+
+    Args:
+        packing: not "auto".
+        length: of sequences.
+        accumulation: batches to a step.
+    """
+    dtype = compute_dtype(options, device)
+    # Weights and adapters of one dtype need no autocast, which costs time on the host at every operator.
+    mixed = dtype is not torch.float32 and adapter_dtype(options, device) is not dtype
+    optimizer = options.optimizer
+    if optimizer == "auto":
+        optimizer = "adamw_torch" if device.type == "cpu" else "paged_adamw_8bit"
+    return SFTConfig(
+        output_dir=str(options.output_directory / CHECKPOINTS),
+        use_cpu=device.type == "cpu",
+        bf16=mixed and dtype is torch.bfloat16,
+        fp16=mixed and dtype is torch.float16,
+        max_length=length,
+        packing=packing != "none",
+        packing_strategy=packing if packing != "none" else "bfd",
+        assistant_only_loss=options.assistant_only_loss,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps or -1,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.scheduler,
+        warmup_steps=options.warmup,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        optim=optimizer,
+        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
+        router_aux_loss_coef=options.router_aux_loss,
+        seed=options.seed,
+        save_strategy="steps",
+        save_steps=options.save_steps,
+        logging_steps=options.log_steps,
+        logging_nan_inf_filter=False,  # it would put an average in the place of a loss that is not finite
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+class Finetuner(SFTTrainer):
+    """Trains adapters; see the module.
+
+    Args:
+        model: of PEFT.
+        options: of the run.
+        device: where the model is.
+        other arguments: SFTTrainer's.
+    """
+
+    def __init__(self, model: Any, options: Options, device: torch.device, **kwargs: Any) -> None:
+        self._options = options
+        self._adapter_dtype = adapter_dtype(options, device)
+        self._staging: Path | None = None
+        self._grad_norm: Tensor | None = None
+        super().__init__(model=model, **kwargs)
+        self._cast_adapters()
+
+    def _cast_adapters(self) -> None:
+        # TRL makes adapters of 4-bit models bf16 and PEFT makes loaded ones fp32, whatever they are to be.
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(self._adapter_dtype)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that went through the model, in this process and those before."""
+        return int(self._total_train_tokens)
+
+    # An end at what is not finite.
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().compute_loss(*args, **kwargs)
+        # TRL has just waited for the forward, so this waits for nothing, nor does the norm of the step before.
+        self.check_finite()
+        loss = result[0] if isinstance(result, tuple) else result
+        if not math.isfinite(loss.item()):
+            raise NotFinite(f"the loss of step {self.state.global_step + 1} is {loss.item()}")
+        return result
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        self._grad_norm = norm = super()._clip_grad_norm(model)
+        return norm
+
+    def check_finite(self) -> None:
+        """Raises NotFinite if the last step's gradient norm was not finite."""
+        norm, self._grad_norm = self._grad_norm, None
+        if norm is not None and not math.isfinite(float(norm)):
+            raise NotFinite(f"the gradient norm of step {self.state.global_step} is {float(norm)}")
+
+    # Whole checkpoints.
+
+    def _get_output_dir(self, trial: Any) -> str:
+        directory: str = str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+        return directory
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.check_finite()
+        self.state.num_input_tokens_seen = self.tokens
+        directory = Path(self.args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        name = f"checkpoint-{self.state.global_step}"
+        with staged_directory(directory / name, "checkpoint", _replaceable, needed_bytes=0) as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            for path in (staging / name).iterdir():
+                path.rename(staging / path.name)
+            (staging / name).rmdir()
+        for path in sort_checkpoints(str(directory))[: -self._options.keep_checkpoints]:
+            aside = Path(path).with_name(f".{Path(path).name}.partial")
+            Path(path).rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None for checkpoints: the card is written once, with the adapter."""
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(*args, **kwargs)
+        self._cast_adapters()
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        self._total_train_tokens = self.state.num_input_tokens_seen  # TRL would count from 0
+
+
+def _replaceable(target: Path) -> None:
+    """Any checkpoint may be replaced by one of the same step."""
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint of a run; removes what was left behind by one that was killed while it saved."""
+    directory = output / CHECKPOINTS
+    if not directory.is_dir():
+        return None
+    for path in directory.glob(".*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
+    last = get_last_checkpoint(str(directory))
+    return None if last is None else Path(last)

@@ -1,0 +1,392 @@
+"""What fine-tuning a model takes of a GPU's memory, part by part, from its architecture alone.
+
+``sizes_of`` reads a model's sizes from its config, without weights; ``predict`` is arithmetic on them. Nothing here is fitted
+to a measurement but ``CONTEXT``, what the driver and the libraries take for themselves.
+
+A step has three moments in which it may need the most, and the prediction is of the largest:
+
+    loss        what every layer keeps for backward; a chunk of logits; the gradient of the hidden states
+    a layer     in backward, computed again under checkpointing: what its operators keep, and what the experts' backward makes
+                meanwhile (``moe_experts``' memory plan): first with what all layers before it keep, last with all gradients
+    optimizer   all gradients, its state
+
+Letters as in ARCHITECTURE.md: T tokens of a batch, S = T·K rows, E experts, H hidden, I intermediate, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+MIB, GIB = 2**20, 2**30
+
+# Of a process on a GPU before its first tensor, with cuBLAS loaded: measured on an H100, outside of torch's allocator.
+CONTEXT = 600 * MIB
+# What cuBLAS asks torch's allocator for, once, on Hopper; less elsewhere.
+CUBLAS_WORKSPACE = 32 * MIB
+# Of packed experts, ``launch.packed.WORKSPACE_BYTES`` of the kernel.
+EXPERT_WORKSPACE = 256 * MIB
+# TRL's loss goes through the logits in tiles of so many tokens and words.
+LOSS_TOKENS, LOSS_WORDS = 4096, 32768
+# bitsandbytes: 4-bit blocks, their groups, blocks of optimizer state; smaller parameters have a state of 32 bits, and only
+# larger ones a state in paged memory.
+BLOCK, GROUP, STATE_BLOCK = 64, 256, 256
+SMALLEST_8BIT, SMALLEST_PAGED = 4096, 100_000
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A stacked weight of a layer's experts.
+
+    Attributes:
+        experts, out_features, in_features: its shape.
+        projections: matrices of an expert in it, 2 for gate and up.
+        packable: whether it can be held in 4 bits.
+    """
+
+    experts: int
+    out_features: int
+    in_features: int
+    projections: int
+    packable: bool
+
+    @property
+    def numel(self) -> int:
+        return self.experts * self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer. Attributes: its name in the model, its shape, whether quantizing leaves it dense."""
+
+    name: str
+    out_features: int
+    in_features: int
+    dense: bool
+
+    @property
+    def numel(self) -> int:
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model without its weights.
+
+    Attributes:
+        stacks: all stacked weights of experts, up and down projections.
+        linears: all linear layers but the head.
+        others: elements of all other parameters, the embeddings and the head among them.
+        layers, hidden, heads, queries, keys: of the decoder; queries and keys are features, of all heads.
+        norms_queries: whether queries and keys are normalized.
+        experts, top_k: of a layer; 0 for a model without experts.
+        vocabulary: rows of the head.
+        mlp: features that the linear layers of a decoder layer outside attention and experts make, the most of any layer.
+    """
+
+    stacks: tuple[Stack, ...]
+    linears: tuple[Linear, ...]
+    others: int
+    layers: int
+    hidden: int
+    heads: int
+    queries: int
+    keys: int
+    norms_queries: bool
+    experts: int
+    top_k: int
+    vocabulary: int
+    mlp: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How a model is trained.
+
+    Attributes:
+        batch, length: sequences that go through the model at once, and their tokens.
+        accumulation: batches to a step.
+        quantized: experts and linear layers in 4 bits with double quantization.
+        itemsize: bytes of what is computed with, and of weights outside 4 bits.
+        adapter_itemsize: bytes of an adapter's element, and of its gradient.
+        attention_rank, attention_modules: of adapters on linear layers of these names.
+        expert_rank: of adapters on experts.
+        optimizer: a name of Transformers'.
+        checkpointing: layers are computed again in backward.
+        masked: attention takes a mask of all pairs of tokens, as documents side by side need with SDPA.
+        fused_norms: norms keep their input as it is, not in fp32.
+    """
+
+    batch: int = 1
+    length: int = 4096
+    accumulation: int = 1
+    quantized: bool = True
+    itemsize: int = 2
+    adapter_itemsize: int = 2
+    attention_rank: int = 16
+    attention_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    expert_rank: int = 8
+    optimizer: str = "paged_adamw_8bit"
+    checkpointing: bool = True
+    masked: bool = False
+    fused_norms: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a batch."""
+        return self.batch * self.length
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes of GPU memory by part, at the moment that needs the most.
+
+    Attributes:
+        parts: by what they are for; of parts that are not needed at that moment nothing.
+        moment: "loss", "layer" or "optimizer".
+        trainable: parameters that are trained.
+        outside: the parts that torch's allocator does not see.
+    """
+
+    parts: dict[str, int]
+    moment: str
+    trainable: int
+    outside: frozenset[str]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def allocated(self) -> int:
+        """The part of ``total`` that ``torch.cuda.max_memory_allocated`` counts."""
+        return sum(size for part, size in self.parts.items() if part not in self.outside)
+
+
+def sizes_of(config: Any) -> Sizes:
+    """The sizes of the causal language model that a config of Transformers describes; takes no memory for weights.
+
+    Raises:
+        ValueError: a config without the sizes of a decoder.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
+    if not hidden or not heads:
+        raise ValueError(f"no memory plan for {type(model).__name__}: its config lacks hidden_size or num_attention_heads")
+    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    experts, stacks = 0, []
+    inside = set()
+    for module in model.modules():
+        if hasattr(type(module), "_apply_gate"):
+            own = list(_stacks(module))
+            experts, stacks = own[0].experts, [*stacks, *own]
+            inside |= {id(getattr(module, name)) for name in _projections(module)}
+    head = model.get_output_embeddings()
+    linears = tuple(
+        Linear(name, module.out_features, module.in_features, dense=False)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    )
+    weights = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear) and module is not head}
+    others = sum(own.numel() for own in model.parameters() if id(own) not in inside | weights)
+    return Sizes(
+        stacks=tuple(stacks),
+        linears=linears,
+        others=others,
+        layers=text.num_hidden_layers,
+        hidden=hidden,
+        heads=heads,
+        queries=heads * head_dim,
+        keys=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
+        norms_queries=any(name.endswith("q_norm") for name, _ in model.named_modules()),
+        experts=experts,
+        top_k=int(getattr(text, "num_experts_per_tok", 0) or 0) if experts else 0,
+        vocabulary=text.vocab_size,
+        mlp=_mlp_features(linears),
+    )
+
+
+def _projections(module: nn.Module) -> tuple[str, ...]:
+    from .quantizer import projections_of
+
+    return projections_of(module)
+
+
+def _stacks(module: nn.Module) -> Iterator[Stack]:
+    from .quantizer import BLOCKSIZE, packing_refusal
+
+    packable = packing_refusal(module, BLOCKSIZE) is None
+    for name in _projections(module):
+        experts, rows, columns = getattr(module, name).shape
+        if getattr(module, "is_transposed", False):
+            rows, columns = columns, rows
+        yield Stack(experts, rows, columns, 2 if name == "gate_up_proj" else 1, packable)
+
+
+def _mlp_features(linears: tuple[Linear, ...]) -> int:
+    layers: dict[str, int] = {}
+    for own in linears:
+        layer, _, rest = own.name.partition(".layers.")[2].partition(".")
+        if "attn" not in rest and "attention" not in rest:
+            layers[layer] = layers.get(layer, 0) + own.out_features
+    return max(layers.values(), default=0)
+
+
+def predict(sizes: Sizes, work: Workload) -> Prediction:
+    """What a step takes at most."""
+    adapters = list(_adapters(sizes, work))
+    trainable = sum(adapters)
+    states = [_state_bytes(numel, work) for numel in adapters]
+    paged = sum(size for numel, size in zip(adapters, states, strict=True) if _is_paged(numel, work))
+    resident = {
+        "experts": sum(_stack_bytes(own, work) for own in sizes.stacks),
+        "other weights": sum(_linear_bytes(own, work) for own in sizes.linears) + sizes.others * work.itemsize,
+        "adapters": trainable * work.adapter_itemsize,
+        "optimizer state": sum(states) - paged,
+        "optimizer state, paged": paged,
+        "cuBLAS": CUBLAS_WORKSPACE,
+        "CUDA context": CONTEXT,
+    }
+    gradients = trainable * work.adapter_itemsize
+    kept_by_layer, layer = _layer(sizes, work)
+    kept = kept_by_layer * sizes.layers + _mask_bytes(work)
+    early = gradients if work.accumulation > 1 else 0
+    moments = {
+        "loss": {"gradients": early, "activations": kept, "loss": _loss(sizes, work)},
+        # Going back, layers give up what they keep and adapters get gradients.
+        "optimizer": {"gradients": gradients, "optimizer step": _optimizer_step(trainable, work)},
+    }
+    first = {"gradients": early or gradients // sizes.layers, "activations": kept, **layer}
+    last = {"gradients": gradients, "activations": kept_by_layer + _mask_bytes(work), **layer}
+    moments["layer"] = max(first, last, key=lambda parts: sum(parts.values()))
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    parts = {name: size for name, size in (resident | moments[moment]).items() if size}
+    return Prediction(parts, moment, trainable, frozenset({"optimizer state, paged", "CUDA context"}))
+
+
+def _stack_bytes(stack: Stack, work: Workload) -> int:
+    if not work.quantized or not stack.packable:
+        return stack.numel * work.itemsize
+    from .hub import get_kernel
+
+    shape = (stack.experts, stack.out_features, stack.in_features)
+    storage = get_kernel().quantization.Format4bit(shape, "nf4", BLOCK, True, stack.projections).storage()
+    return sum(rows * columns for rows, columns in storage.values())
+
+
+def _linear_bytes(linear: Linear, work: Workload) -> int:
+    if not work.quantized or linear.dense:
+        return linear.numel * work.itemsize
+    blocks = -(-linear.numel // BLOCK)
+    # Bytes, a byte to a block, 4 to a group of blocks; the two code tables and the offset.
+    return linear.numel // 2 + blocks + 4 * -(-blocks // GROUP) + 4 * (16 + 256 + 1)
+
+
+def _adapters(sizes: Sizes, work: Workload) -> Iterator[int]:
+    """The elements of each tensor that is trained."""
+    if rank := work.attention_rank:
+        for own in sizes.linears:
+            if own.name.rpartition(".")[2] in work.attention_modules:
+                yield from (rank * own.in_features, rank * own.out_features)
+    if rank := work.expert_rank:
+        for stack in sizes.stacks:
+            yield from (stack.experts * rank * stack.in_features, stack.experts * rank * stack.out_features)
+
+
+def _state_bytes(numel: int, work: Workload) -> int:
+    """Of Adam's two moments of a tensor."""
+    if "8bit" not in work.optimizer:
+        return 2 * numel * work.adapter_itemsize
+    if numel < SMALLEST_8BIT:
+        return 2 * numel * 4
+    return 2 * (numel + 4 * -(-numel // STATE_BLOCK))
+
+
+def _is_paged(numel: int, work: Workload) -> bool:
+    return work.optimizer.startswith("paged") and numel >= SMALLEST_PAGED
+
+
+def _optimizer_step(trainable: int, work: Workload) -> int:
+    """torch's Adam over all tensors at once makes a denominator for each; bitsandbytes' works in place."""
+    return trainable * work.adapter_itemsize if work.optimizer in ("adamw_torch", "adamw") else 0
+
+
+def _mask_bytes(work: Workload) -> int:
+    """A boolean for each pair of tokens, shared by all layers."""
+    return work.batch * work.length**2 if work.masked else 0
+
+
+def _norm_bytes(features: int, work: Workload) -> int:
+    """What a norm of T tokens keeps: its input, in fp32 unless it is fused."""
+    return work.tokens * features * (work.itemsize if work.fused_norms else 4)
+
+
+def _layer(sizes: Sizes, work: Workload) -> tuple[int, dict[str, int]]:
+    """What a layer keeps from forward to backward, and what there is during its backward beside that."""
+    tokens, item = work.tokens, work.itemsize
+    hidden = tokens * sizes.hidden * item
+    attention = _attention_kept(sizes, work)
+    # The residual, its norm's input and output, and the linear layers beside the experts, each output twice: for what
+    # follows, and what that makes of it.
+    block = hidden + _norm_bytes(sizes.hidden, work) + 2 * tokens * sizes.mlp * item
+    experts_kept, experts_made, workspace = _experts(sizes, work)
+    kept = attention + block + experts_kept
+    # The gradients of the layer's output and of its residual, and a dense linear layer to multiply with.
+    passing = 2 * hidden + max((own.numel for own in sizes.linears), default=0) * item * work.quantized
+    # Attention goes back when experts have given up what they kept.
+    in_experts, in_attention = experts_kept + experts_made + workspace, _attention_made(sizes, work)
+    if in_experts >= in_attention:
+        made = {"expert rows": experts_kept + experts_made, "expert workspace": workspace}
+    else:
+        made = {"attention": in_attention}
+    if work.checkpointing:
+        return hidden, {"layer": attention + block + passing, **made}
+    made_rows = made.get("expert rows", experts_kept) - experts_kept
+    return hidden + kept, {"layer": passing, **made, **({"expert rows": made_rows} if "expert rows" in made else {})}
+
+
+def _attention_kept(sizes: Sizes, work: Workload) -> int:
+    tokens, item = work.tokens, work.itemsize
+    normed = tokens * sizes.hidden * item  # the adapters' input
+    before_norms = _norm_bytes(sizes.queries + sizes.keys, work) if sizes.norms_queries else 0
+    keys = sizes.queries if work.masked else sizes.keys  # SDPA with a mask has no grouped keys: one for each head
+    inputs_and_output = tokens * (2 * sizes.queries + 2 * keys) * item
+    mask = work.batch * work.length**2 * item if work.masked else 0  # as numbers to add
+    return normed + before_norms + inputs_and_output + tokens * sizes.heads * 4 + mask
+
+
+def _attention_made(sizes: Sizes, work: Workload) -> int:
+    """The gradients of the output, the queries (which add up in fp32), the keys and the values."""
+    keys = sizes.queries if work.masked else sizes.keys
+    return work.tokens * ((2 * sizes.queries + 2 * keys) * work.itemsize + 4 * sizes.queries)
+
+
+def _experts(sizes: Sizes, work: Workload) -> tuple[int, int, int]:
+    """What the experts of a layer keep, what their backward makes meanwhile, and the workspace of packed ones."""
+    if not sizes.stacks:
+        return 0, 0, 0
+    up, down = sizes.stacks[0], sizes.stacks[1]
+    rows, item = work.tokens * sizes.top_k, work.itemsize
+    # x, gate_up, the adapters' thin products; the router's probabilities; the routing, three numbers to a row.
+    kept = work.tokens * up.in_features * item + rows * up.out_features * item + 2 * rows * work.expert_rank * item
+    kept += work.tokens * up.experts * 4 + 3 * rows * 4
+    # The gradient of gate_up beside weighted h (S, I), then beside the rows of x's gradient (S, H).
+    made = rows * (up.out_features + max(down.in_features, up.in_features)) * item
+    packed = work.quantized and up.packable
+    workspace = min(EXPERT_WORKSPACE, max(up.numel, down.numel) * item) if packed else 0
+    return kept, made, workspace
+
+
+def _loss(sizes: Sizes, work: Workload) -> int:
+    """A tile of logits; the hidden states with a label, before and after the norm, their gradient in fp32 and as it is."""
+    tile = min(work.tokens, LOSS_TOKENS) * LOSS_WORDS * work.itemsize
+    hidden = work.tokens * sizes.hidden
+    return tile + 3 * hidden * work.itemsize + _norm_bytes(sizes.hidden, work) + 4 * hidden
