@@ -30,6 +30,7 @@ backward. Adapters themselves, below 2 % of it, are left out. Further numbers of
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -50,7 +51,7 @@ from .harness import current_environment, release_memory
 from .layers import LAYERS, Ceilings, Layer
 from .rows import OURS, Row, merge, read_rows, slug, write_rows
 from .step_trace import PARTS
-from .training import Measurement, Recipe, Recompute, Training, measure, set_up
+from .training import Measurement, Recipe, Recompute, Training, measure, set_up_loop, trained
 
 NAME = "finetune_30b"
 PHASE = "train_step"
@@ -66,8 +67,26 @@ LOSS_TOLERANCE = 0.005
 Implementation = Literal["moe_fused", "composed", "peft"]
 DEFAULT_IMPLEMENTATIONS: tuple[Implementation, ...] = ("moe_fused", "composed")
 
+TRAINERS = ("finetune", "loop")
+
 SetUp = Callable[[Any, Recipe], Training]
 """What makes a model trainable; the benchmark measures whatever it gives."""
+
+
+def _set_up(trainer: str) -> SetUp:
+    """How ``trainer`` makes a model trainable.
+
+    Raises:
+        typer.Exit: with code 2 and one line on stderr, if it needs a package that is missing.
+    """
+    if trainer == "loop":
+        return set_up_loop
+    if importlib.util.find_spec("trl") is None:
+        typer.echo("--trainer finetune needs trl, which is not installed; `--trainer loop` does not", err=True)
+        raise typer.Exit(2)
+    from .training_finetune import set_up_finetune
+
+    return set_up_finetune
 
 
 def model_flops(model: Model, tokens: int) -> int:
@@ -109,24 +128,20 @@ class Bench:
         training = self.set_up(model, self.recipe)
         self.console.print(
             f"{name}: {self.model.layers} layers built in {time.perf_counter() - start:.0f} s, weights "
-            f"{weights / 2**30:.2f} GiB, {sum(own.numel() for own in training.trained) / 1e6:.0f} M parameters trained"
+            f"{weights / 2**30:.2f} GiB, {sum(own.numel() for own in trained(model)) / 1e6:.0f} M parameters trained"
         )
         losses: dict[int, float] = {}
-        generator = torch.Generator(self.device).manual_seed(SEED)
         for length in lengths:
-            size = (self.steps, length)
-            tokens = torch.randint(self.model.vocabulary, size, generator=generator, device=self.device)
+            measured: Measurement | None
             try:
-                measured = measure(training, tokens, weights, steps=self.steps)
+                measured = measure(training, length, self.model.vocabulary, weights, steps=self.steps, seed=SEED)
             except torch.OutOfMemoryError:
                 measured = None
-            if measured is not None and self.kernels:
-                self.console.print(kernels_table(f"{name}, {length} tokens", measured.kernels, self.kernels))
-            if measured is None:
-                training.optimizer.zero_grad(set_to_none=True)
-            else:
-                losses[length] = measured.losses[0]
             release_memory(self.device)
+            if measured is not None:
+                losses[length] = measured.losses[0]
+                if self.kernels:
+                    self.console.print(kernels_table(f"{name}, {length} tokens", measured.kernels, self.kernels))
             save(self._row(name, length, measured))
         return losses
 
@@ -260,6 +275,7 @@ def main(
         bool, typer.Option("--compile", help="torch.compile for the layers around the experts.")
     ] = False,
     cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="The decoder's passes as CUDA graphs.")] = False,
+    trainer: Annotated[str, typer.Option(help="finetune, that of the command, or loop, a plain one.")] = "finetune",
     paged: Annotated[bool, typer.Option("--paged", help="The paged variant of the optimizer.")] = False,
     kernels: Annotated[int, typer.Option(help="How many kernels of each step to list.", min=0)] = 0,
     expandable_segments: Annotated[
@@ -273,6 +289,9 @@ def main(
     every = get_args(Implementation)
     names: list[Any] = runner.choices("implementation", implementation, every, DEFAULT_IMPLEMENTATIONS)
     (chosen_recompute,) = runner.choices("recompute", [recompute], get_args(Recompute), ())
+    (chosen_trainer,) = runner.choices("trainer", [trainer], TRAINERS, ())
+    if chosen_trainer == "finetune" and (cuda_graphs or chosen_recompute != "layers"):
+        raise typer.BadParameter("--cuda-graphs and --recompute selective need loop", param_hint="--trainer")
     if device not in ("cuda", "cpu"):
         raise typer.BadParameter(f"{device!r} is none of cuda, cpu", param_hint="--device")
     if device == "cpu" and not quick:
@@ -300,7 +319,14 @@ def main(
         f"bf16 product {ceilings.flops_per_second / 1e12:.0f} TFLOP/s; {recipe}"
     )
     shared = runner.ROOT / "results" / f"{NAME.replace('_', '-')}_{slug(environment.gpu)}.json"
-    partial = quick or layers is not None or implementation is not None or recipe != Recipe() or cap_gib != CAP_GIB
+    partial = (
+        quick
+        or layers is not None
+        or implementation is not None
+        or recipe != Recipe()
+        or trainer != TRAINERS[0]
+        or cap_gib != CAP_GIB
+    )
     path = output or (None if partial else shared)
     rows: list[Row] = []
     with runner.one_line_errors():
@@ -313,7 +339,7 @@ def main(
             with runner.one_line_errors():
                 write_rows(path, merge(kept, rows))
 
-    bench = Bench(model, chosen, ceilings, recipe, cap_gib, steps, kernels, set_up, console)
+    bench = Bench(model, chosen, ceilings, recipe, cap_gib, steps, kernels, _set_up(chosen_trainer), console)
     losses: dict[str, dict[int, float]] = {}
     try:
         for name in names:

@@ -37,6 +37,8 @@ class _Span:
         self._range: record_function | None = None
 
     def open(self) -> None:
+        if self._range is not None:
+            return
         self._range = record_function(_PREFIX + self._part)
         self._range.__enter__()
 
@@ -107,7 +109,10 @@ def _loss_head(forward: Callable[..., Any], span: _Span) -> Callable[..., Any]:
     def ranged(*args: Any, **kwargs: Any) -> Any:
         with record_function(_PREFIX + LOSS):
             output = forward(*args, **kwargs)
-        output.loss = _boundary(output.loss, span.open)
+        # Whichever of them the loss is made of.
+        for name, value in output.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                output[name] = _boundary(value, span.open)
         return output
 
     return ranged
@@ -152,8 +157,9 @@ def _restore(owner: Any, name: str, value: Any) -> None:
         setattr(owner, name, value)
 
 
-def trace(step: Callable[[], object], device: torch.device, *, ranges: bool) -> Events:
-    """The events of one ``step``, which must have ended when it returns.
+@contextlib.contextmanager
+def tracing(device: torch.device, *, ranges: bool) -> Iterator[Events]:
+    """Traces what is done inside, which must have ended with it; the list has the events afterwards.
 
     Args:
         ranges: with the CPU's side, which slows the step down and is what ranges belong to; a CPU's trace always has it.
@@ -161,12 +167,13 @@ def trace(step: Callable[[], object], device: torch.device, *, ranges: bool) -> 
     activities = [ProfilerActivity.CUDA] if device.type == "cuda" else []
     if ranges or not activities:
         activities.append(ProfilerActivity.CPU)
+    events: Events = []
     with profile(activities=activities) as profiler:
-        step()
+        yield events
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        return [event for event in json.loads(path.read_text(encoding="utf-8"))["traceEvents"] if "dur" in event]
+        events += [event for event in json.loads(path.read_text(encoding="utf-8"))["traceEvents"] if "dur" in event]
 
 
 @dataclass(frozen=True)

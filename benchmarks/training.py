@@ -1,18 +1,20 @@
 """Training a model for a few steps, and what is measured of it: time, memory by part, and where the time goes.
 
-``set_up`` makes of a model a ``Training``, which is all that ``measure`` knows: another set-up fits in its place.
+A set-up makes of a model a ``Training``, which is all that ``measure`` knows. There is a plain one here, and in
+``training_finetune`` that of ``moe-fused finetune``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -55,35 +57,31 @@ class Recipe:
     paged: bool = False
 
 
-@dataclass
-class Training:
+class Training(Protocol):
     """A model that is being trained.
 
     Attributes:
         model: the causal language model of Transformers, with adapters inside.
-        optimizer: of the adapters.
-        backward: from tokens (1, T) on the model's device to the loss, once its gradients are there.
-        keeps_gradients: the next backward writes over them.
-        has_parts: modules run one by one, as ``step_trace.parts`` wants it.
+        has_parts: its modules run one by one, as ``step_trace.parts`` wants it.
+        predicted: bytes that were predicted to be allocated at once for the last ``train``; None if nobody did.
     """
 
     model: Any
-    optimizer: torch.optim.Optimizer
-    backward: Callable[[Tensor], Tensor]
-    keeps_gradients: bool = False
-    has_parts: bool = True
+    has_parts: bool
+    predicted: int | None
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """One step of the optimizer on tokens (1, T); their loss."""
-        loss = self.backward(tokens)
-        self.optimizer.step()
-        if not self.keeps_gradients:
-            self.optimizer.zero_grad(set_to_none=True)
-        return loss
+    def train(self, tokens: Tensor, meter: Meter) -> list[float]:
+        """A step of the optimizer on each row of tokens (N, T), between ``meter.begin`` and ``meter.end``; their losses."""
 
-    @property
-    def trained(self) -> list[Tensor]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+def trained(model: Any) -> list[Tensor]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def use_causal_attention(model: Any) -> None:
+    """Attention of ``torch`` for sequences without padding."""
+    ALL_ATTENTION_FUNCTIONS.register(CAUSAL, sdpa_attention_forward)
+    model.config._attn_implementation = CAUSAL
 
 
 def add_adapters(model: Any, recipe: Recipe) -> None:
@@ -112,7 +110,8 @@ def _checkpointed(model: Any, recompute: Recompute) -> None:
         layer.self_attn.forward = functools.partial(checkpoint, layer.self_attn.forward, **CHECKPOINT)
 
 
-def _compiled(model: Any) -> None:
+def compile_layers(model: Any) -> None:
+    """Compiles the decoder layers of ``model`` around their experts, which run as they are."""
     for layer in model.model.layers:
         layer.mlp.experts.forward = torch.compiler.disable(layer.mlp.experts.forward)
         layer.compile(dynamic=False)
@@ -121,22 +120,21 @@ def _compiled(model: Any) -> None:
 def _optimizer(parameters: list[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
     if parameters[0].device.type == "cpu":
         return torch.optim.AdamW(parameters, lr=recipe.learning_rate)
-    from bitsandbytes import optim
+    import bitsandbytes
 
-    optimizer: torch.optim.Optimizer = (optim.PagedAdamW8bit if recipe.paged else optim.AdamW8bit)(
-        parameters, lr=recipe.learning_rate
-    )
+    optimizer: torch.optim.Optimizer = (
+        bitsandbytes.optim.PagedAdamW8bit if recipe.paged else bitsandbytes.optim.AdamW8bit
+    )(parameters, lr=recipe.learning_rate)
     return optimizer
 
 
-def set_up(model: Any, recipe: Recipe) -> Training:
+def set_up_loop(model: Any, recipe: Recipe) -> Training:
     """Adapters, checkpointing, kernels for the rest of the model, and an optimizer; ``model`` is changed in place.
 
     On a GPU with Liger's rotary embedding, RMSNorm and fused linear cross-entropy, and 8-bit AdamW.
     """
     on_gpu = model.device.type == "cuda"
-    ALL_ATTENTION_FUNCTIONS.register(CAUSAL, sdpa_attention_forward)
-    model.config._attn_implementation = CAUSAL
+    use_causal_attention(model)
     add_adapters(model, recipe)
     model.train()
     if on_gpu:
@@ -145,17 +143,43 @@ def set_up(model: Any, recipe: Recipe) -> Training:
         apply_liger_kernel(model, {"rope": True, "rms_norm": True, "fused_linear_cross_entropy": True, "swiglu": False})
     _checkpointed(model, recipe.recompute)
     if recipe.compile_layers:
-        _compiled(model)
-    optimizer = _optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], recipe)
-    if recipe.cuda_graphs:
-        return Training(model, optimizer, _GraphedBackward(model), keeps_gradients=True, has_parts=False)
+        compile_layers(model)
+    return Loop(model, _optimizer(trained(model), recipe), recipe)
 
-    def backward(tokens: Tensor) -> Tensor:
-        loss: Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+class Loop:
+    """A loop of our own around a model and an optimizer; see ``Training``."""
+
+    predicted = None
+
+    def __init__(self, model: Any, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.has_parts = not (recipe.compile_layers or recipe.cuda_graphs)
+        self._graphs = _GraphedBackward(model) if recipe.cuda_graphs else None
+
+    def train(self, tokens: Tensor, meter: Meter) -> list[float]:
+        losses = []
+        try:
+            for row in tokens.split(1):
+                meter.begin(self.model, self.optimizer)
+                losses.append(self._backward(row))
+                self.optimizer.step()
+                if self._graphs is None:  # which write over the gradients where they are
+                    self.optimizer.zero_grad(set_to_none=True)
+                meter.end()
+        finally:
+            if self._graphs is not None:
+                self._graphs.forget()
+            self.optimizer.zero_grad(set_to_none=True)
+        return [float(loss) for loss in losses]
+
+    def _backward(self, tokens: Tensor) -> Tensor:
+        """The loss of tokens (1, T), once its gradients are there."""
+        if self._graphs is not None:
+            return self._graphs(tokens)
+        loss: Tensor = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
         torch.autograd.backward(loss)
         return loss.detach()
-
-    return Training(model, optimizer, backward, has_parts=not recipe.compile_layers)
 
 
 class _GraphedBackward:
@@ -191,14 +215,14 @@ class _GraphedBackward:
     def _output(self, hidden: Tensor) -> Any:
         from transformers.modeling_outputs import MoeModelOutputWithPast
 
-        return MoeModelOutputWithPast(last_hidden_state=hidden)
+        return MoeModelOutputWithPast(last_hidden_state=hidden)  # type: ignore[arg-type]
 
     def _run(self) -> Tensor:
         hidden: Tensor = self._model.model(input_ids=self._tokens, use_cache=False).last_hidden_state
         return hidden
 
     def _capture(self, tokens: Tensor) -> None:
-        self._forget()
+        self.forget()
         self._tokens = tokens.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -216,8 +240,9 @@ class _GraphedBackward:
         with torch.cuda.graph(self._backward_graph, pool=self._forward_graph.pool()):
             self._hidden.backward(self._grad, retain_graph=False)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Gives the memory of an earlier capture back."""
+        self._tokens = None
         for name in ("_forward_graph", "_backward_graph", "_hidden", "_grad"):
             vars(self).pop(name, None)
         self._model.zero_grad(set_to_none=True)
@@ -234,7 +259,8 @@ class Measurement:
         losses: of all steps timed.
         memory: MiB by part: "peak" is the most that was allocated at once, of which "weights" are what the model had
             without adapters, "training" adapters, gradients and what of the optimizer's state is on the GPU, and
-            "transient" the rest; "reserved" is what the allocator held. Empty on a CPU.
+            "transient" the rest; "reserved" is what the allocator held, "predicted" the peak that somebody foresaw.
+            Of a CPU only that.
         parts: milliseconds of GPU time by part of the model; empty where modules do not run one by one.
         busy: the share of a traced step in which a kernel ran.
         busy_ms: how long that was, of a step traced without ranges.
@@ -251,80 +277,127 @@ class Measurement:
     kernels: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _nbytes(tensors: Any) -> int:
+def _nbytes(tensors: Iterable[Any]) -> int:
     return sum(value.nbytes for value in tensors if isinstance(value, Tensor) and value.is_cuda)
 
 
-def _training_bytes(training: Training) -> int:
+def _training_bytes(model: Any, optimizer: Any) -> int:
     """Of adapters, their gradients and the optimizer's state; what is paged counts as elsewhere."""
-    trained = training.trained
-    state = [
-        value
-        for own in training.optimizer.state.values()
-        for value in own.values()
-        if not getattr(value, "is_paged", False)
-    ]
+    own = trained(model)
+    state = (value for values in optimizer.state.values() for value in values.values())
     # Gradients are of the size and dtype of what they are of, and gone between steps.
-    return 2 * _nbytes(trained) + _nbytes(state)
+    return 2 * _nbytes(own) + _nbytes(value for value in state if not getattr(value, "is_paged", False))
 
 
-def measure(training: Training, tokens: Tensor, weights: int, *, steps: int = 3) -> Measurement:
-    """Trains for one step, then ``steps`` that are timed, and two that are traced, on the rows of ``tokens`` in turn.
+class Meter:
+    """Measures training: its first step, then those that are timed, then two that are traced, with ranges and without.
 
     Args:
-        tokens: (N, T), on the model's device.
         weights: bytes that the model has without adapters.
+        steps: how many are timed.
+        has_parts: as in ``Training``; else nothing is traced with ranges.
+    """
+
+    def __init__(self, device: torch.device, weights: int, *, steps: int, has_parts: bool) -> None:
+        self._device, self._weights, self._steps = device, weights, steps
+        self._phases = ["first", *["timed"] * steps, "traced", *["parts"] * has_parts]
+        self._ended = 0
+        self._times: list[float] = []
+        self._memory: dict[str, float] = {}
+        self._events: dict[str, step_trace.Events] = {}
+        self._open = contextlib.ExitStack()
+        self._start = 0.0
+
+    @property
+    def total(self) -> int:
+        """Steps to train."""
+        return len(self._phases)
+
+    def begin(self, model: Any, optimizer: Any) -> None:
+        """Before a step of a causal language model of Transformers."""
+        phase = self._phases[self._ended]
+        self._model, self._optimizer = model, optimizer
+        if phase == "parts":
+            self._open.enter_context(step_trace.parts(model, optimizer))
+        if phase in ("traced", "parts"):
+            self._events[phase] = self._open.enter_context(step_trace.tracing(self._device, ranges=phase == "parts"))
+        self._synchronize()
+        self._start = time.perf_counter()
+
+    def end(self) -> None:
+        """After it."""
+        self._synchronize()
+        elapsed = 1e3 * (time.perf_counter() - self._start)
+        self._open.close()
+        self._times.append(elapsed)
+        self._ended += 1
+        if self._device.type != "cuda":
+            return
+        if self._ended == 1:
+            torch.cuda.reset_peak_memory_stats(self._device)
+        elif self._ended == 1 + self._steps:
+            self._memory = self._measure_memory()
+
+    def close(self) -> None:
+        """Leaves nothing behind on a model whose training was broken off."""
+        self._open.close()
+
+    def measurement(self, losses: Sequence[float], predicted: int | None) -> Measurement:
+        """What was measured of steps with these losses.
+
+        Raises:
+            FloatingPointError: a loss is not finite.
+        """
+        if not all(map(math.isfinite, losses)):
+            raise FloatingPointError(f"losses must be finite, got {losses}")
+        first, *timed = self._times[: 1 + self._steps]
+        traced, ranged = self._events["traced"], self._events.get("parts")
+        busy = step_trace.busy_ms(traced)
+        return Measurement(
+            ms=statistics.median(timed),
+            first_ms=first,
+            losses=tuple(losses),
+            memory=self._memory | ({} if predicted is None else {"predicted": predicted / MIB}),
+            parts={} if ranged is None else step_trace.time_by_part(ranged),
+            busy=busy / step_trace.wall_ms(traced),
+            busy_ms=busy,
+            kernels=step_trace.time_by_kernel(traced),
+        )
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _measure_memory(self) -> dict[str, float]:
+        peak = torch.cuda.max_memory_allocated(self._device)
+        own = _training_bytes(self._model, self._optimizer)
+        memory = {
+            "peak": peak,
+            "weights": self._weights,
+            "training": own,
+            "transient": peak - self._weights - own,
+            "reserved": torch.cuda.max_memory_reserved(self._device),
+        }
+        return {name: value / MIB for name, value in memory.items()}
+
+
+def measure(training: Training, length: int, vocabulary: int, weights: int, *, steps: int, seed: int) -> Measurement:
+    """Trains on random sequences of ``length`` tokens, the same for the same seed.
+
+    Args:
+        weights: bytes that the model has without adapters.
+        steps: how many are timed; there are up to three more.
 
     Raises:
         torch.OutOfMemoryError: a step needs more than there is.
         FloatingPointError: a loss is not finite.
     """
-    device = tokens.device
-    losses: list[Tensor] = []
-
-    def step() -> None:
-        losses.append(training.step(tokens[len(losses) % len(tokens)][None]))
-        _synchronize(device)
-
-    def timed() -> float:
-        _synchronize(device)
-        start = time.perf_counter()
-        step()
-        return 1e3 * (time.perf_counter() - start)
-
-    first = timed()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    times = [timed() for _ in range(steps)]
-    memory = _memory(training, weights, device)
-    events = step_trace.trace(step, device, ranges=False)
-    wall, busy = step_trace.wall_ms(events), step_trace.busy_ms(events)
-    parts: dict[str, float] = {}
-    if training.has_parts:
-        with step_trace.parts(training.model, training.optimizer):
-            parts = step_trace.time_by_part(step_trace.trace(step, device, ranges=True))
-    values = tuple(float(loss) for loss in losses)
-    if not all(map(math.isfinite, values)):
-        raise FloatingPointError(f"losses must be finite, got {values}")
-    kernels = step_trace.time_by_kernel(events)
-    return Measurement(statistics.median(times), first, values, memory, parts, busy / wall, busy, kernels)
-
-
-def _memory(training: Training, weights: int, device: torch.device) -> dict[str, float]:
-    if device.type != "cuda":
-        return {}
-    peak = torch.cuda.max_memory_allocated(device)
-    own = _training_bytes(training)
-    memory = {
-        "peak": peak,
-        "weights": weights,
-        "training": own,
-        "transient": peak - weights - own,
-        "reserved": torch.cuda.max_memory_reserved(device),
-    }
-    return {name: value / MIB for name, value in memory.items()}
+    device = training.model.device
+    meter = Meter(device, weights, steps=steps, has_parts=training.has_parts)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(vocabulary, (meter.total, length), generator=generator).to(device)
+    try:
+        losses = training.train(tokens, meter)
+    finally:
+        meter.close()
+    return meter.measurement(losses, training.predicted)
