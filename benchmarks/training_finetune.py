@@ -44,7 +44,7 @@ class Finetune:
         self.model, self.has_parts = model, not recipe.compile_layers
         self._recipe, self._device = recipe, model.device
         use_causal_attention(model)
-        self._adapted = adapt(model, self._options("", 1, 1))
+        self._adapted = adapt(model, self._options())
         if recipe.compile_layers:
             compile_layers(model)
 
@@ -60,7 +60,7 @@ class Finetune:
             trainer.train()
             return [record["loss"] for record in trainer.state.log_history if "loss" in record]
 
-    def _options(self, output: str, length: int, steps: int) -> Options:
+    def _options(self, output: str = "", length: int | None = None, steps: int | None = None) -> Options:
         recipe = self._recipe
         return Options(
             model="random",
