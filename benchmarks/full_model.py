@@ -202,12 +202,8 @@ def storage(model: nn.Module) -> Iterator[Tensor]:
     yield from model.buffers()
 
 
-def composed_forward(model: nn.Module, recompute: bool = False) -> Callable[..., Tensor]:
-    """The experts' forward in plain torch, with adapters as PEFT's layers hand them to ours, for the experts of ``model``.
-
-    Args:
-        recompute: under ``torch.utils.checkpoint``.
-    """
+def composed_forward(model: nn.Module) -> Callable[..., Tensor]:
+    """The experts' forward in plain torch, with adapters as PEFT's layers hand them to ours, for the experts of ``model``."""
     stacks = {
         module: tuple(as_bitsandbytes(get_packed(module, name)) for name in projections_of(module))
         for module in model.modules()
@@ -230,15 +226,15 @@ def composed_forward(model: nn.Module, recompute: bool = False) -> Callable[...,
             # Grouped products want factors whose rows or columns are contiguous; PEFT keeps experts innermost.
             adapters = Adapters(*(Factors(own.a, own.b.contiguous()) for (own,) in (gate_up_lora, down_lora)))
         return experts_lora.composed(
-            hidden_states, top_k_index, top_k_weights, recompute, gate_up, down, adapters, gate_up.shape[0]
+            hidden_states, top_k_index, top_k_weights, False, gate_up, down, adapters, gate_up.shape[0]
         )
 
     return forward
 
 
-def run_composed(model: nn.Module, recompute: bool = False) -> None:
+def run_composed(model: nn.Module) -> None:
     """Makes ``model`` multiply with its experts in plain torch: PEFT's layers and all else stay as they are for ours."""
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, composed_forward(model, recompute))
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, composed_forward(model))
 
 
 def run_fused(recompute: bool = False) -> None:
