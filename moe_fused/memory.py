@@ -1,6 +1,6 @@
 """What fine-tuning a model takes of a GPU's memory, part by part, from its architecture alone.
 
-``sizes_of`` reads a model's sizes from its config, without weights; ``predict`` is arithmetic on them. Nothing here is fitted
+``sizes_of`` reads the sizes of a model, ``skeleton`` makes one of a config, without weights; ``predict`` is arithmetic. Nothing here is fitted
 to a measurement but ``CONTEXT``, what the driver and the libraries take for themselves.
 
 A step has three moments in which it may need the most, and the prediction is of the largest:
@@ -119,6 +119,7 @@ class Workload:
         checkpointing: layers are computed again in backward.
         masked: attention takes a mask of all pairs of tokens, as documents side by side need with SDPA.
         fused_norms: norms keep their input as it is, not in fp32.
+        gpu: whether what a GPU's libraries take counts.
     """
 
     batch: int = 1
@@ -134,6 +135,7 @@ class Workload:
     checkpointing: bool = True
     masked: bool = False
     fused_norms: bool = True
+    gpu: bool = True
 
     @property
     def tokens(self) -> int:
@@ -167,20 +169,26 @@ class Prediction:
         return sum(size for part, size in self.parts.items() if part not in self.outside)
 
 
-def sizes_of(config: Any) -> Sizes:
-    """The sizes of the causal language model that a config of Transformers describes; takes no memory for weights.
-
-    Raises:
-        ValueError: a config without the sizes of a decoder.
-    """
+def skeleton(config: Any) -> Any:
+    """The causal language model that a config of Transformers describes, without memory for its weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    text = config.get_text_config()
+        return AutoModelForCausalLM.from_config(config)
+
+
+def sizes_of(model: Any) -> Sizes:
+    """The sizes of a causal language model of Transformers, on whichever device, meta included.
+
+    Raises:
+        ValueError: its config lacks the sizes of a decoder.
+    """
+    text = model.config.get_text_config()
     hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
     if not hidden or not heads:
-        raise ValueError(f"no memory plan for {type(model).__name__}: its config lacks hidden_size or num_attention_heads")
+        raise ValueError(
+            f"no memory plan for {type(model).__name__}: its config lacks hidden_size or num_attention_heads"
+        )
     head_dim = getattr(text, "head_dim", None) or hidden // heads
     experts, stacks = 0, []
     inside = set()
@@ -252,8 +260,8 @@ def predict(sizes: Sizes, work: Workload) -> Prediction:
         "adapters": trainable * work.adapter_itemsize,
         "optimizer state": sum(states) - paged,
         "optimizer state, paged": paged,
-        "cuBLAS": CUBLAS_WORKSPACE,
-        "CUDA context": CONTEXT,
+        "cuBLAS": CUBLAS_WORKSPACE if work.gpu else 0,
+        "CUDA context": CONTEXT if work.gpu else 0,
     }
     gradients = trainable * work.adapter_itemsize
     kept_by_layer, layer = _layer(sizes, work)
@@ -302,10 +310,12 @@ def _adapters(sizes: Sizes, work: Workload) -> Iterator[int]:
 
 
 def _state_bytes(numel: int, work: Workload) -> int:
-    """Of Adam's two moments of a tensor."""
-    if "8bit" not in work.optimizer:
+    """Of Adam's two moments of a tensor: torch's in its dtype, bitsandbytes' in 32 bits or 8."""
+    if work.optimizer == "sgd":
+        return 0
+    if work.optimizer.startswith("adamw_torch"):
         return 2 * numel * work.adapter_itemsize
-    if numel < SMALLEST_8BIT:
+    if "8bit" not in work.optimizer or numel < SMALLEST_8BIT:
         return 2 * numel * 4
     return 2 * (numel + 4 * -(-numel // STATE_BLOCK))
 
@@ -316,7 +326,7 @@ def _is_paged(numel: int, work: Workload) -> bool:
 
 def _optimizer_step(trainable: int, work: Workload) -> int:
     """torch's Adam over all tensors at once makes a denominator for each; bitsandbytes' works in place."""
-    return trainable * work.adapter_itemsize if work.optimizer in ("adamw_torch", "adamw") else 0
+    return trainable * work.adapter_itemsize if work.optimizer == "adamw_torch" else 0
 
 
 def _mask_bytes(work: Workload) -> int:
@@ -380,7 +390,7 @@ def _experts(sizes: Sizes, work: Workload) -> tuple[int, int, int]:
     kept += work.tokens * up.experts * 4 + 3 * rows * 4
     # The gradient of gate_up beside weighted h (S, I), then beside the rows of x's gradient (S, H).
     made = rows * (up.out_features + max(down.in_features, up.in_features)) * item
-    packed = work.quantized and up.packable
+    packed = work.quantized and up.packable and work.gpu
     workspace = min(EXPERT_WORKSPACE, max(up.numel, down.numel) * item) if packed else 0
     return kept, made, workspace
 

@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all."""
+"""A directory or a file that appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,6 +9,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .signals import check_interrupted, signals_ignored
+
+
+_SUFFIX = ".partial"
+
+
+def is_partial(path: Path) -> bool:
+    """Whether ``path`` is what a killed process left of something that was to appear whole."""
+    return path.name.startswith(".") and path.name.endswith(_SUFFIX)
+
+
+@contextlib.contextmanager
+def staged_file(target: Path) -> Iterator[Path]:
+    """Gives the path of a file to write, which becomes ``target`` if the block ends without an error."""
+    staging = target.with_name(f".{target.name}-{secrets.token_hex(4)}{_SUFFIX}")
+    try:
+        yield staging
+        staging.replace(target)
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 def _publish(staging: Path, target: Path, check_replaceable: Callable[[Path], None]) -> None:
@@ -48,7 +67,7 @@ def staged_directory(
     target = target.resolve()
     check_replaceable(target)
     # Not tempfile.mkdtemp: its mode 0700 would stay with the published directory.
-    staging = target.with_name(f".{target.name}-{secrets.token_hex(4)}.partial")
+    staging = target.with_name(f".{target.name}-{secrets.token_hex(4)}{_SUFFIX}")
     try:
         staging.mkdir()
     except OSError as error:

@@ -28,7 +28,10 @@ def _parameter(name: str) -> inspect.Parameter:
     # Not as show_default, which puts words in parentheses.
     info = typer.Option(declared, help=f"{field.metadata['help']}  [default: {_shown(name)}]")
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Optional[kind], info]  # noqa: UP045
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[Optional[kind], info],  # noqa: UP045
     )
 
 
@@ -46,9 +49,7 @@ _SWITCHES = [
 ]
 
 
-def finetune(
-    config: Path | None, resume: bool, overwrite: bool, dry_run: bool, traceback: bool, **given: Any
-) -> None:
+def finetune(config: Path | None, resume: bool, overwrite: bool, dry_run: bool, traceback: bool, **given: Any) -> None:
     """Fine-tune a mixture-of-experts model: 4-bit weights, adapters on attention and experts.
 
     Ctrl-C saves a checkpoint; the same command with --resume goes on from there.

@@ -126,7 +126,9 @@ def _with_datasets(dataset: str, config: str | None, split: str) -> Iterator[tup
         try:
             rows = datasets.load_dataset(dataset, config, split=split)
         except (datasets.exceptions.DatasetNotFoundError, HfHubHTTPError, HFValidationError, ConnectionError) as error:
-            raise FileNotFoundError(f"--dataset {dataset}: no such file, and not to be had from the Hub: {error}") from None
+            raise FileNotFoundError(
+                f"--dataset {dataset}: no such file, and not to be had from the Hub: {error}"
+            ) from None
     for number, row in enumerate(rows, 1):
         yield f"{dataset}: row {number}", row
 

@@ -17,6 +17,10 @@ Quantization = Literal["nf4", "fp4", "none"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Packing = Literal["auto", "bfd", "bfd_split", "wrapped", "none"]
 Export = Literal["none", "per-expert", "original"]
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
+Optimizer = Literal[
+    "auto", "paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch", "adamw_torch_fused", "sgd"
+]
 
 
 def option(default: Any, help: str, *, shown: str | None = None, shapes_run: bool = False) -> Any:
@@ -84,7 +88,10 @@ class Options:
     attention_rank: int = option(16, "Rank of the adapters of attention, 0 for none.", shapes_run=True)
     attention_alpha: float | None = option(None, "Their alpha.", shown="twice the rank", shapes_run=True)
     attention_modules: list[str] = option(
-        None, "Their layers' names; give the option again for each.", shown="q_proj k_proj v_proj o_proj", shapes_run=True
+        None,
+        "Their layers' names; give the option again for each.",
+        shown="q_proj k_proj v_proj o_proj",
+        shapes_run=True,
     )
     expert_rank: int = option(8, "Rank of the adapters of experts, 0 for none.", shapes_run=True)
     expert_alpha: float | None = option(None, "Their alpha.", shown="twice the rank", shapes_run=True)
@@ -97,12 +104,12 @@ class Options:
     epochs: float = option(1.0, "Passes over the data.")
     max_steps: int | None = option(None, "Steps after which to end, whatever --epochs says.")
     learning_rate: float = option(1e-4, "Highest learning rate.", shapes_run=True)
-    scheduler: str = option("cosine", "Course of the learning rate: linear, cosine, constant, ...", shapes_run=True)
+    scheduler: Scheduler = option("cosine", "Course of the learning rate.", shapes_run=True)
     warmup: float = option(0.03, "Warm-up of the learning rate, as a share of all steps.", shapes_run=True)
     weight_decay: float = option(0.0, "Weight decay.", shapes_run=True)
     max_grad_norm: float = option(1.0, "Norm to which gradients are clipped.", shapes_run=True)
-    optimizer: str = option(
-        "auto", "Optimizer of Transformers.", shown="paged_adamw_8bit; adamw_torch on a CPU", shapes_run=True
+    optimizer: Optimizer = option(
+        "auto", "Optimizer.", shown="paged_adamw_8bit; adamw_torch on a CPU", shapes_run=True
     )
     gradient_checkpointing: bool = option(True, "Compute layers again in backward instead of keeping what they made.")
     router_aux_loss: float = option(
@@ -129,8 +136,8 @@ class Options:
                 raise ValueError(f"{flag(name)} must be in [0, 1), got {getattr(self, name)}")
         if not self.attention_rank and not self.expert_rank and not self.router_rank:
             raise ValueError("--attention-rank, --expert-rank and --router-rank are all 0: there is nothing to train")
-        if self.packing == "none" and self.sequence_length == 0:
-            raise ValueError("--sequence-length must be at least 1, got 0")
+        if self.export != "none" and not self.expert_rank:
+            raise ValueError(f"--export {self.export} is a layout of adapters on experts, but --expert-rank is 0")
 
     def require(self) -> None:
         """Raises ValueError naming what a run cannot do without."""
@@ -223,7 +230,5 @@ def write_yaml(options: Options, path: Path) -> None:
     """Writes what ``read_yaml`` reads back, without what is at its default."""
     import yaml
 
-    values = {
-        name: getattr(options, name) for name, field in FIELDS.items() if getattr(options, name) != field.default
-    }
+    values = {name: getattr(options, name) for name, field in FIELDS.items() if getattr(options, name) != field.default}
     path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")

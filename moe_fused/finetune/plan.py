@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moe_fused.memory import CONTEXT, GIB, MIB, Prediction, Sizes, Workload, predict, sizes_of
+from moe_fused.memory import CONTEXT, GIB, MIB, Prediction, Sizes, Workload, predict, sizes_of, skeleton
 
-from .model import ATTENTION, adapter_dtype, compute_dtype, liger_serves, quantizes
+from .model import ATTENTION, adapter_dtype, compute_dtype, liger_serves, lora_config, quantizes
 from .options import Options, flag
 
 # Tokens of a sequence that are tried, and of a step that are aimed at, unless the options say.
@@ -69,9 +69,11 @@ def make_plan(options: Options, config: Any, device: torch.device, *, plain_text
     """Chooses what the options leave open, by what fits.
 
     Raises:
-        ValueError: it cannot fit; says by which option it would.
+        ValueError: it cannot fit, says by which option it would; the model has not what the options adapt.
     """
-    sizes = sizes_of(config)
+    model = skeleton(config)
+    lora_config(options, model)
+    sizes = sizes_of(model)
     packing = options.packing if options.packing != "auto" else ("bfd_split" if plain_text else "bfd")
     limit = _limit(options, device)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or LENGTHS[0]
@@ -110,6 +112,7 @@ def _plan(
         checkpointing=options.gradient_checkpointing,
         masked=packing.startswith("bfd") and options.attn in ("sdpa", "eager"),
         fused_norms=liger_serves(options, config, device),
+        gpu=device.type != "cpu",
     )
     return Plan(length, accumulation, packing, predict(sizes, work), limit, options.batch_size)
 
@@ -152,7 +155,7 @@ def _advice(plan: Plan, options: Options, config: Any, sizes: Sizes, device: tor
             words = flag(name) if value is True else f"{flag(name)} {value}"
             return f"{begin}; with {words} it would need {_gib(other.prediction.total + SLACK)}"
     largest = max(plan.prediction.parts.items(), key=lambda part: part[1])
-    return f"{begin}; no single option makes it fit, {largest[0]} alone take {_gib(largest[1])}"
+    return f"{begin}; no single option makes it fit, the largest part is {largest[0]}, {_gib(largest[1])}"
 
 
 def _gib(size: int) -> str:

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from moe_fused.staging import staged_file
+
 LOG = "log.jsonl"
 # Of what the trainer logs, by the names in log.jsonl.
 _LOGGED = {
@@ -57,9 +59,8 @@ class Log(TrainerCallback):
     ) -> None:
         kept = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
         lines = [line for line in kept if _step_of(line) <= state.global_step] if state.global_step else []
-        staged = self._path.with_name(f".{self._path.name}.partial")
-        staged.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        staged.replace(self._path)
+        with staged_file(self._path) as staged:
+            staged.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         self._last = (time.perf_counter(), self._tokens())
         self._bar.start()
         self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step)
@@ -88,7 +89,9 @@ class Log(TrainerCallback):
         if not self._console.is_terminal:
             self._console.print(f"step {state.global_step}/{state.max_steps}: {words}", highlight=False)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.close()
 
     def close(self) -> None:

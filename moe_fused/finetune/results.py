@@ -69,6 +69,15 @@ model = PeftModel.from_pretrained(model, "DIRECTORY OF THIS ADAPTER")
 """
 
 
+def export(source: Path, target: Path, options: Options) -> None:
+    """Writes an adapter in the layout that was asked for, as ``moe-fused convert adapter`` does."""
+    from moe_fused.checkpoints.adapters import Layout
+    from moe_fused.checkpoints.adapters.convert import convert_adapter
+
+    # Ranks of attention and experts differ, and some layouts have only one.
+    convert_adapter(source, target, to=Layout(options.export), given=Layout.PEFT_FUSED, widen=True)
+
+
 def write_results(model: Any, tokenizer: Any, options: Options, facts: dict[str, str], log: Path) -> None:
     """Writes the adapter and what goes with it to the output directory.
 
@@ -79,12 +88,16 @@ def write_results(model: Any, tokenizer: Any, options: Options, facts: dict[str,
     staging = output / f".adapter-{secrets.token_hex(4)}.partial"
     try:
         model.save_pretrained(str(staging))
+        if options.export != "none":
+            export(staging, staging / options.export, options)
         tokenizer.save_pretrained(str(staging))
         draw_loss(read_log(log), staging / PLOT)
         (staging / CARD).write_text(card(options, facts), encoding="utf-8")
         with signals_ignored():
             (output / ADAPTER_CONFIG).unlink(missing_ok=True)
             for path in sorted(staging.iterdir(), key=lambda path: path.name == ADAPTER_CONFIG):
+                if path.is_dir():
+                    shutil.rmtree(output / path.name, ignore_errors=True)
                 path.replace(output / path.name)
     finally:
         with signals_ignored():

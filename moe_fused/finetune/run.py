@@ -17,19 +17,17 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers import PrinterCallback
 
-from moe_fused.signals import Interrupted, first_signal_noted
+from moe_fused.signals import first_signal_noted
+from moe_fused.staging import is_partial, staged_file
 
 from .command import CONFIG
 from .data import Rows, load_rows
 from .model import adapt, apply_liger, device_of, liger_serves, load_config, load_model, load_tokenizer
 from .options import Options, write_yaml
 from .plan import Plan, make_plan
-from .progress import LOG, Log, Stop
+from .progress import LOG, Log, Stop, memory_gib
 from .results import ADAPTER_CONFIG, write_results
-from .trainer import Finetuner, NotFinite, last_checkpoint, sft_config
-
-# Of a run at --output; --overwrite removes nothing else.
-_OWN = ("checkpoints",)
+from .trainer import CHECKPOINTS, Finetuner, NotFinite, last_checkpoint, sft_config
 
 
 class Stopped(RuntimeError):
@@ -82,26 +80,32 @@ def run(options: Options, *, resume: bool = False, overwrite: bool = False, dry_
     try:
         with first_signal_noted() as received:
             trainer.add_callback(Stop(received))
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            trainer.check_finite()
+            trainer.train_from(checkpoint)
+        signum = received()
+        if signum is not None and trainer.state.global_step < trainer.total_steps:
+            raise Stopped(f"interrupted by {signal.Signals(signum).name}; {_way_on(output)}", 128 + signum)
+        write_results(trainer.model, tokenizer, options, _facts(trainer, device, begin), output / LOG)
     except NotFinite as error:
-        advice = "lower --learning-rate, or look at the data around it"
+        advice = "start again with a lower --learning-rate, or look at the rows around it"
         raise Stopped(f"{error}: {advice}; {_way_on(output)}") from error
     except (OSError, SafetensorError) as error:
         raise Stopped(f"stopped after step {trainer.state.global_step}: {error}; {_way_on(output)}") from error
     finally:
         log.close()
-    signum = received()
-    if signum is not None and trainer.state.global_step < trainer.state.max_steps:
-        raise Stopped(f"interrupted by {signal.Signals(signum).name}; {_way_on(output)}", 128 + signum)
+    _print_next(options)
+
+
+def _facts(trainer: Finetuner, device: torch.device, begin: float) -> dict[str, str]:
+    """What the card says of a run."""
     facts = {
         "steps": str(trainer.state.global_step),
         "tokens": f"{trainer.tokens:,}",
-        "time of this start": f"{time.perf_counter() - begin:.0f} s",
+        "time since the last start": f"{time.perf_counter() - begin:.0f} s",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
-    write_results(trainer.model, tokenizer, options, facts, output / LOG)
-    _print_next(options)
+    if (memory := memory_gib(device)) is not None:
+        facts["peak memory of tensors"] = f"{memory:.2f} GiB"
+    return facts
 
 
 def make_trainer(
@@ -125,24 +129,26 @@ def _quiet(console: Console) -> None:
 
 
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        if resume:
-            raise FileNotFoundError(f"--resume: {output} has no run to go on with")
-        return
-    if not output.is_dir() or not (output / CONFIG).is_file():
+    if (output / CONFIG).is_file():
+        if not resume and not overwrite:
+            raise FileExistsError(f"--output {output} holds a run: --resume goes on with it, --overwrite replaces it")
+    elif output.exists() and (not output.is_dir() or any(not is_partial(path) for path in output.iterdir())):
         raise FileExistsError(f"--output {output} exists and is not the directory of a run")
-    if not resume and not overwrite:
-        raise FileExistsError(f"--output {output} holds a run: --resume goes on with it, --overwrite replaces it")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"--output {output}: there is no directory {output.parent}")
 
 
 def _prepare_output(options: Options, overwrite: bool) -> None:
     output = options.output_directory
-    output.mkdir(parents=True, exist_ok=True)
+    output.mkdir(exist_ok=True)
+    for path in filter(is_partial, list(output.iterdir())):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     if overwrite:
-        (output / ADAPTER_CONFIG).unlink(missing_ok=True)  # first: without it, nothing takes the rest for an adapter
-        for name in _OWN:
-            shutil.rmtree(output / name, ignore_errors=True)
-    write_yaml(options, output / CONFIG)
+        # First: without it, nothing takes the rest for an adapter.
+        (output / ADAPTER_CONFIG).unlink(missing_ok=True)
+        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    with staged_file(output / CONFIG) as staged:
+        write_yaml(options, staged)
 
 
 def _check_rows(rows: Rows, tokenizer: Any, options: Options) -> None:
@@ -172,5 +178,7 @@ def _print_next(options: Options) -> None:
     print(f"adapter: {options.output}")
     print("next:")
     print(f"  moe-fused generate --model {model} --adapter {output}")
-    print(f"  moe-fused convert adapter {output} {shlex.quote(options.output + '-per-expert')}")
-    print(f"  moe-fused merge {model} {output} {shlex.quote(options.output + '-merged')}")
+    if options.expert_rank and options.export == "none":
+        target = shlex.quote(f"{options.output.rstrip('/')}-per-expert")
+        print(f"  moe-fused convert adapter --from peft-fused --widen {output} {target}")
+    print(f"  moe-fused merge {model} {output} {shlex.quote(options.output.rstrip('/') + '-merged')}")

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 from trl import SFTConfig, SFTTrainer
 
-from moe_fused.staging import staged_directory
+from moe_fused.staging import is_partial, staged_directory
 
 from .model import adapter_dtype, compute_dtype
 from .options import Options
@@ -99,6 +101,29 @@ class Finetuner(SFTTrainer):
         """Tokens that went through the model, in this process and those before."""
         return int(self._total_train_tokens)
 
+    @property
+    def total_steps(self) -> int:
+        """Steps of the run, those before it was resumed included."""
+        if self.args.max_steps > 0:
+            return int(self.args.max_steps)
+        batches = len(self.get_train_dataloader())
+        return math.ceil(self.args.num_train_epochs * -(-batches // self.args.gradient_accumulation_steps))
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Trains to the end, from the beginning or from a checkpoint.
+
+        Raises:
+            NotFinite: see the class.
+        """
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            if state.global_step >= self.total_steps:  # Trainer would go one step too far
+                self.state, self._total_train_tokens = state, state.num_input_tokens_seen
+                self._load_from_checkpoint(str(checkpoint))
+                return
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        self.check_finite()
+
     # An end at what is not finite.
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -167,7 +192,7 @@ def last_checkpoint(output: Path) -> Path | None:
     directory = output / CHECKPOINTS
     if not directory.is_dir():
         return None
-    for path in directory.glob(".*.partial"):
+    for path in filter(is_partial, list(directory.iterdir())):
         shutil.rmtree(path, ignore_errors=True)
     last = get_last_checkpoint(str(directory))
     return None if last is None else Path(last)

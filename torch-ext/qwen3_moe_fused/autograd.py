@@ -21,12 +21,20 @@ def intercepted(args: Iterable[Any] = ()) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(isinstance(arg, Tensor) and (type(arg) not in _PLAIN or arg.is_meta) for arg in args)
+        or any(map(_is_special, args))
     )
 
 
+def _is_special(arg: Any) -> bool:
+    kind = type(arg)
+    if kind in _PLAIN:
+        return bool(arg.is_meta)
+    return kind not in _NO_TENSORS and isinstance(arg, Tensor)
+
+
 # Other subclasses of Tensor need not have the memory that their shape says.
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = frozenset((Tensor, nn.Parameter))
+_NO_TENSORS = frozenset((type(None), bool, int, float, str, list, tuple))
 
 
 def eager(op: Any, implementation: Callable[..., Any]) -> Callable[..., Any]:

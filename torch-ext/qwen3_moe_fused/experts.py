@@ -484,8 +484,8 @@ def moe_experts(
         (own.shape[0], *(own.shape[:0:-1] if transposed else own.shape[1:])) for own in (gate_up_proj, down_proj)
     )
     halves = gated and not interleaved
-    up_loras = lora.check("gate_up_lora", gate_up_lora, up_shape, hidden_states, halves)
-    down_loras = lora.check("down_lora", down_lora, down_shape, hidden_states, False)
+    up_loras = lora.check("gate_up_lora", gate_up_lora, up_shape, "hidden_states", hidden_states, halves)
+    down_loras = lora.check("down_lora", down_lora, down_shape, "hidden_states", hidden_states, False)
     if not callable(activation) and any(own.dropout for own in up_loras + down_loras):
         gate = Gate(activation, gated, interleaved, swiglu_alpha, swiglu_limit)
         activation = functools.partial(apply_gate, gate=gate)

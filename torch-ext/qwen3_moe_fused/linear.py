@@ -163,8 +163,9 @@ _backward_of_linear = eager(grouped_linear_backward_op, _grouped_linear_backward
 
 def _backward(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def]
     needs = list(ctx.needs_input_grad[:5])
-    *saved, routing = ctx.saved_tensors[:5]
-    scales = list(ctx.saved_tensors[5:])
+    tensors = ctx.saved_tensors  # once: checkpointing hands each of them out once
+    *saved, routing = tensors[:5]
+    scales = list(tensors[5:])
     grads = _backward_of_linear(grad_output, *saved, routing, scales, *ctx.options, needs)
     grads = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return (*grads, None, [None] * len(scales), *(None for _ in ctx.options))
@@ -263,7 +264,7 @@ def moe_fused_linear(
         bias = None if bias is None else bias.to(dtype)
     num_rows = input.shape[0]
     checks.sizes_sum(m_sizes, num_rows)
-    loras = check_loras("lora", lora, (num_experts, out_features, in_features), input, False)
+    loras = check_loras("lora", lora, (num_experts, out_features, in_features), "input", input, False)
     packed = any_packed(weight)
     routing = route_sorted(m_sizes, num_rows, weight.dtype, packed)
     return adapted_linear(input, weight, bias, routing, loras, (False, True, packed, 1, float("nan")))

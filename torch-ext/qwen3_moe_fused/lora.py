@@ -10,6 +10,7 @@ the gate's R columns before the up's. Rows of B are those of the weights either 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
@@ -72,13 +73,15 @@ def as_list(loras: Loras) -> list[LoraWeights]:
     return [loras] if isinstance(loras, LoraWeights) else list(loras)
 
 
-def check(name: str, loras: Loras, weight: tuple[int, int, int], like: Tensor, halves: bool) -> list[LoraWeights]:
+def check(
+    name: str, loras: Loras, weight: tuple[int, int, int], like_name: str, like: Tensor, halves: bool
+) -> list[LoraWeights]:
     """``loras`` as a list.
 
     Args:
         name: of the argument.
         weight: (E, out, in) of the weights that they adapt.
-        like: a tensor on the device where they must be.
+        like: a tensor on the device where they must be, and its name.
         halves: gate and up features stand side by side, and so may have factors of their own.
 
     Raises:
@@ -86,6 +89,8 @@ def check(name: str, loras: Loras, weight: tuple[int, int, int], like: Tensor, h
         ValueError: a shape, device, scaling or dropout that does not fit.
     """
     num_experts, out_features, in_features = weight
+    if not isinstance(loras, Sequence | None):
+        raise TypeError(f"{name} must be LoraWeights or a sequence of them, got {type(loras).__name__}")
     adapters = as_list(loras)
     for lora in adapters:
         if not isinstance(lora, LoraWeights):
@@ -99,8 +104,9 @@ def check(name: str, loras: Loras, weight: tuple[int, int, int], like: Tensor, h
             raise ValueError(f"{name}.a must have {wanted} rows for a {name}.b of rank r >= 1, got {shapes}")
         for part, value in (("a", lora.a), ("b", lora.b)):
             checks.dtype(f"{name}.{part}", value, checks.FLOAT_DTYPES)
-            checks.device(f"{name}.{part}", value, "hidden_states" if halves else "input", like)
+            checks.device(f"{name}.{part}", value, like_name, like)
         checks.number(f"{name}.scaling", lora.scaling)
+        checks.number(f"{name}.dropout", lora.dropout)
         if not 0.0 <= lora.dropout < 1.0:
             raise ValueError(f"{name}.dropout must be in [0, 1), got {lora.dropout}")
     return adapters
@@ -112,16 +118,12 @@ def concatenate(adapters: Sequence[LoraWeights]) -> LoraWeights | None:
         return None
     if len(adapters) == 1:
         return adapters[0]
-    dtype = torch.promote_types(adapters[0].b.dtype, torch.float32 if _mixed(adapters) else adapters[0].b.dtype)
+    dtype = functools.reduce(torch.promote_types, (value.dtype for lora in adapters for value in lora[:2]))
     b = torch.cat([lora.b.to(dtype) * lora.scaling for lora in adapters], dim=2)
     if not any(lora.separate for lora in adapters):
         return LoraWeights(torch.cat([lora.a.to(dtype) for lora in adapters], dim=1), b)
     halves = [lora.a.to(dtype).chunk(2, dim=1) if lora.separate else (lora.a.to(dtype),) * 2 for lora in adapters]
     return LoraWeights(torch.cat([own[half] for half in (0, 1) for own in halves], dim=1), b)
-
-
-def _mixed(adapters: Sequence[LoraWeights]) -> bool:
-    return len({value.dtype for lora in adapters for value in (lora.a, lora.b)}) > 1
 
 
 class Adapter:
@@ -131,11 +133,12 @@ class Adapter:
         a: (E, R or 2·R, in). b: (E, out, R). Both contiguous.
     """
 
-    __slots__ = ("a", "b", "grad_dtypes", "scaling", "stages")
+    __slots__ = ("_whole", "a", "b", "grad_dtypes", "scaling", "stages")
 
     def __init__(self, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype, stages: ModuleType) -> None:
         self.a, self.b = a.to(dtype).contiguous(), b.to(dtype).contiguous()
         self.scaling = scaling
+        self._whole = a.shape[1] == b.shape[2]  # no factors of its own for gate and up
         self.grad_dtypes = a.dtype, b.dtype
         self.stages = stages
 
@@ -158,9 +161,12 @@ class Adapter:
     def grad_left(self, grad: Tensor, routing: Routing, num_rows: int, gather: bool) -> Tensor:
         """s·grad·b (S, R or 2·R) of the output's gradient (S, out), or (T, out) with ``gather``."""
         left = grad.new_empty((num_rows, self.a.shape[1]))
-        for columns, features in self._halves():
-            right = self.b[:, features].mT
-            self.stages.shrink(grad[:, features], right, routing, gather, self.scaling, left[:, columns])
+        if self._whole:
+            self.stages.shrink(grad, self.b.mT, routing, gather, self.scaling, left)
+            return left
+        halves = zip(grad.chunk(2, dim=1), self.b.chunk(2, dim=1), left.chunk(2, dim=1), strict=True)
+        for own_grad, b, own_left in halves:
+            self.stages.shrink(own_grad, b.mT, routing, gather, self.scaling, own_left)
         return left
 
     def grad_extension(self, grad_left: Tensor) -> Extension:
@@ -178,14 +184,10 @@ class Adapter:
     ) -> Tensor:
         """(E, out, R), of the output's gradient as for ``grad_left``, rows weighted by their slot's weight if given."""
         grad_b = torch.empty_like(self.b, dtype=self.grad_dtypes[1])
-        for columns, features in self._halves():
-            a, b, out = grad[:, features], left[:, columns], grad_b[:, features]
-            self.stages.grouped_gram(a, b, routing, gather_a=gather, gather_b=False, out=out, weights=weights)
+        if self._whole:
+            self.stages.grouped_gram(grad, left, routing, gather_a=gather, gather_b=False, out=grad_b, weights=weights)
+            return grad_b
+        halves = zip(grad.chunk(2, dim=1), left.chunk(2, dim=1), grad_b.chunk(2, dim=1), strict=True)
+        for own_grad, own_left, out in halves:
+            self.stages.grouped_gram(own_grad, own_left, routing, gather, False, out=out, weights=weights)
         return grad_b
-
-    def _halves(self) -> list[tuple[slice, slice]]:
-        """(columns of left, features of the output) that belong together."""
-        rank, features = self.b.shape[2], self.b.shape[1]
-        if self.a.shape[1] == rank:
-            return [(slice(None), slice(None))]
-        return [(slice(rank), slice(features // 2)), (slice(rank, None), slice(features // 2, None))]

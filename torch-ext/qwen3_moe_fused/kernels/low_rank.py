@@ -1,9 +1,9 @@
 """What grouped GEMMs add to a tile for an adapter: a product over the rank, between their loop and their epilogue.
 
 The thin products around it run at the memory's pace: on an H100, 16384 tokens of a Qwen3-30B-A3B layer and rank 16, reading
-the 403 MB of gate_up's gradient takes 142 µs in the shrink and 147 µs in the Gram product, rows gathered from the L2 take 116
-and 100 µs. All eight of a training step take 0.9 ms there, 0.3 ms at 4096 tokens, 85 µs at 512. Turning the Gram products,
-so that the rank is the narrow side of the tensor cores' tile, changed nothing (76 against 76 µs, 102 against 99).
+the 403 MB of gate_up's gradient takes 142 µs in the shrink and 147 µs in the Gram product, rows gathered from the L2 116 and
+100 µs. All eight of a training step take 0.9 ms there, 0.3 ms at 4096 tokens, 85 µs at 512. Turning the Gram products, so
+that the rank is the narrow side of the tensor cores' tile, changed nothing (76 against 76 µs, 102 against 99).
 """
 
 import triton

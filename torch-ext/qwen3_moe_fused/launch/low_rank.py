@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -37,11 +38,13 @@ def operands(extension: Extension | None, unused: Tensor, first: int = 0) -> tup
     return left, right[:, first:] if first else right
 
 
+@functools.cache
 def thin(config: LaunchConfig, columns: int) -> LaunchConfig:
     """``config`` for a product with few columns."""
     return replace(config, block_n=min(config.block_n, max(16, power_of_2(columns))))
 
 
+@functools.cache
 def thin_gram(config: LaunchConfig, m: int, n: int) -> LaunchConfig:
     """``config``, the tile of (MAX_THIN, wide), for an (m, n) output one of whose sides is thin."""
     rows, columns = min(config.block_m, config.block_n), max(config.block_m, config.block_n)

@@ -1,0 +1,160 @@
+"""``moe-fused finetune`` as a user types it, without the ten seconds that importing TRL takes each time.
+
+A server process (multiprocessing's forkserver) has everything imported and forks a process for each command, which runs
+it from its arguments to its exit status; signals reach that process as they would reach the real one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("trl")
+pytest.importorskip("datasets")
+
+from moe_fused.demo.data import byte_tokenizer
+
+from .four_bit import build
+
+_PRELOADED = ["tests.integration.finetuning", "moe_fused.finetune.run", "moe_fused.cli", "bitsandbytes", "peft"]
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+STEPS = 8
+# Of the runs that are compared with each other: a checkpoint every other step, dropout that a resumed run must repeat.
+OPTIONS = (
+    "--sequence-length", "64", "--gradient-accumulation", "1", "--max-steps", str(STEPS), "--save-steps", "2",
+    "--learning-rate", "0.01", "--lora-dropout", "0.1", "--seed", "3",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ended:
+    status: int
+    stdout: str
+    stderr: str
+
+
+class Command:
+    """A ``moe-fused finetune`` that runs in ``cwd``.
+
+    Args:
+        arguments: after ``finetune``.
+        before: called in the process before the command.
+    """
+
+    def __init__(self, *arguments: str | Path, cwd: Path, before: Callable[[], object] | None = None) -> None:
+        context: Any = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
+        self._streams = [cwd / f".{name}-{time.monotonic_ns()}" for name in ("stdout", "stderr")]
+        self.process = context.Process(
+            target=_run, args=([str(argument) for argument in arguments], cwd, self._streams, before)
+        )
+        self.process.start()
+
+    def signal(self, signum: int) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it ended before
+            os.kill(self.process.pid, signum)
+
+    def end(self, timeout: float = 120) -> Ended:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            pytest.fail(f"the command did not end within {timeout} s: {self._streams[1].read_text()}")
+        texts = [path.read_text(encoding="utf-8") if path.exists() else "" for path in self._streams]
+        return Ended(self.process.exitcode, *texts)
+
+
+def _run(arguments: list[str], cwd: Path, streams: list[Path], before: Callable[[], object] | None) -> None:
+    from moe_fused.__main__ import main
+
+    os.chdir(cwd)
+    for number, path in zip((1, 2), streams, strict=True):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        os.dup2(file, number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8") for number in (1, 2))
+    sys.argv = ["moe-fused", "finetune", *arguments]
+    if before is not None:
+        before()
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(status)
+
+
+def finetune(*arguments: str | Path, cwd: Path, before: Callable[[], object] | None = None) -> Ended:
+    return Command(*arguments, cwd=cwd, before=before).end()
+
+
+def save_model(path: Path) -> Path:
+    """A tiny Qwen3-MoE with a tokenizer of bytes and a chat template."""
+    build(vocab_size=272, num_hidden_layers=1, num_experts=4, num_experts_per_tok=2, max_position_embeddings=128).save_pretrained(path)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "<|pad|>"})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def chats(number: int = 24) -> list[dict[str, Any]]:
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"{i} + {i}?"},
+                {"role": "assistant", "content": f"{2 * i}."},
+            ]
+        }
+        for i in range(number)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def losses(output: Path) -> dict[int, float]:
+    """The loss of each step."""
+    records = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [record["step"] for record in records] == sorted({record["step"] for record in records})
+    return {record["step"]: record["loss"] for record in records}
+
+
+def wait_for_step(command: Command, output: Path, step: int) -> None:
+    """Returns once the log has ``step``."""
+    log = output / "log.jsonl"
+    for _ in range(1200):
+        if log.exists() and log.read_text(encoding="utf-8").count("\n") >= step:
+            return
+        if command.process.exitcode is not None:
+            break
+        time.sleep(0.05)
+    pytest.fail(f"no step {step}: {command.end()}")
+
+
+def assert_error(ended: Ended, *words: str, status: int = 1) -> None:
+    """One line, the last on stderr, that begins with "error: " and has all the words."""
+    assert ended.status == status, ended
+    line = ended.stderr.splitlines()[-1]
+    assert line.startswith("error: "), ended
+    for word in words:
+        assert word in line, ended
+
+
+def leftovers(output: Path) -> list[str]:
+    """What a run should have cleaned up."""
+    return [str(path) for path in output.rglob(".*")]
+
+

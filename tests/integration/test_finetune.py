@@ -1,0 +1,254 @@
+"""``moe-fused finetune``: what a run makes of chats and text, what it refuses, and with which words."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.support import REPOSITORY, python_path
+
+from .finetuning import OPTIONS, STEPS, Ended, assert_error, chats, finetune, leftovers, losses, save_model, write_jsonl
+
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+RESULTS = {
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "finetune.yaml", "log.jsonl",
+    "loss.png", "tokenizer.json", "tokenizer_config.json",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def chat_run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
+    """A run over chats with everything at its default but sizes."""
+    cwd = tmp_path_factory.mktemp("chat")
+    write_jsonl(cwd / "chat.jsonl", chats())
+    ended = finetune("--model", model, "--dataset", "chat.jsonl", "--output", "out", *OPTIONS, cwd=cwd)
+    assert ended.status == 0, ended
+    return cwd / "out", ended
+
+
+def test_leaves_an_adapter_and_what_goes_with_it(chat_run: tuple[Path, Ended]) -> None:
+    output, _ = chat_run
+    assert {path.name for path in output.iterdir() if path.is_file()} == RESULTS
+    assert not leftovers(output)
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["checkpoint-6", "checkpoint-8"]
+    assert sorted(losses(output)) == list(range(1, STEPS + 1))
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    card = (output / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
+    assert "| steps | 8 |" in card
+    records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert {"loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second"} <= records[-1].keys()
+    assert records[-1]["tokens"] > records[0]["tokens"] > 0
+
+
+def test_says_what_it_needs_and_what_comes_next(chat_run: tuple[Path, Ended]) -> None:
+    _, ended = chat_run
+    for words in ("experts", "predicted peak", "trainable parameters", "64 tokens to a step", f"step {STEPS}/{STEPS}: loss"):
+        assert words in ended.stderr
+    for command in ("moe-fused generate", "moe-fused convert adapter", "moe-fused merge"):
+        assert command in ended.stdout
+
+
+def test_learns(chat_run: tuple[Path, Ended]) -> None:
+    loss = losses(chat_run[0])
+    assert loss[STEPS] < loss[1] - 0.5
+
+
+@pytest.mark.usefixtures("enabled")
+def test_adapter_is_on_attention_and_experts_and_loads(chat_run: tuple[Path, Ended], model: Path) -> None:
+    output, _ = chat_run
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, experts_implementation="moe_fused")
+    tokens = AutoTokenizer.from_pretrained(output)("1 + 1?", return_tensors="pt")
+    with torch.no_grad():
+        before = base(**tokens).logits
+        adapted = PeftModel.from_pretrained(base, output)
+        after = adapted(**tokens).logits
+    assert (after - before).abs().max() > 0.01
+    ranks = {name.split(".lora_")[0].rpartition(".")[2]: module.shape for name, module in adapted.named_parameters() if ".lora_A." in name}
+    assert ranks["q_proj"][0] == 16
+    assert ranks["experts"][0] == 4 * 8  # of four experts
+    config = json.loads((output / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == 32
+    assert set(config["alpha_pattern"].values()) == {16}
+
+
+def test_text_and_yaml_file(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "some.txt").write_text("The quick brown fox jumps over the lazy dog. " * 12)
+    (tmp_path / "run.yaml").write_text(
+        f"model: {model}\ndataset: some.txt\noutput: elsewhere\nsequence-length: 64\nlearning_rate: 1e-2\n"
+        "gradient_accumulation: 2\nexpert_rank: 0\nattention_modules: [q_proj, v_proj]\nmax_steps: 9\nquantization: none\n"
+    )
+    ended = finetune("--config", "run.yaml", "--output", "out", "--max-steps", "2", cwd=tmp_path)
+    assert ended.status == 0, ended
+    assert not (tmp_path / "elsewhere").exists()
+    assert "packing bfd_split" in ended.stderr
+    assert sorted(losses(tmp_path / "out")) == [1, 2]
+    options = yaml.safe_load((tmp_path / "out" / "finetune.yaml").read_text())
+    assert (options["max_steps"], options["learning_rate"], options["attention_modules"]) == (2, 0.01, ["q_proj", "v_proj"])
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
+    assert not config["target_parameters"]
+
+
+def test_prompts_and_completions_without_packing(model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i} + {i} = ", "completion": str(2 * i)} for i in range(4)]
+    write_jsonl(tmp_path / "sums.jsonl", rows)
+    ended = finetune(
+        "--model", model, "--dataset", "sums.jsonl", "--output", "out", "--packing", "none", "--batch-size", "2",
+        "--gradient-accumulation", "1", "--router-rank", "2", "--no-gradient-checkpointing", "--export", "per-expert",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert ended.status == 0, ended
+    assert sorted(losses(tmp_path / "out")) == [1, 2]
+    assert (tmp_path / "out" / "per-expert" / "adapter_config.json").is_file()
+
+
+def test_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "chat.jsonl", chats())
+    ended = finetune("--model", model, "--dataset", "chat.jsonl", "--output", "out", "--dry-run", cwd=tmp_path)
+    assert ended.status == 0, ended
+    assert "predicted peak" in ended.stderr
+    assert "128 tokens" not in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_rows_are_named_and_can_be_left_out(model: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "chat.jsonl", [*chats(4), "{not json", *chats(4)])
+    arguments = ("--model", model, "--dataset", "chat.jsonl", "--output", "out", *OPTIONS, "--max-steps", "1")
+    assert_error(finetune(*arguments, cwd=tmp_path), "chat.jsonl:5 is not JSON", "--skip-bad-rows")
+    assert not (tmp_path / "out").exists()
+    ended = finetune(*arguments, "--skip-bad-rows", cwd=tmp_path)
+    assert ended.status == 0, ended
+    assert "left out: chat.jsonl:5 is not JSON" in ended.stderr
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--model", ""], ["--model is missing"]),
+        (["--model", "./nowhere"], ["--model ./nowhere is not a directory"]),
+        (["--dataset", "nowhere.jsonl"], ["--dataset nowhere.jsonl is missing"]),
+        (["--dataset", "chat.docx"], ["--dataset", ".jsonl", "chat.docx"]),
+        (["--dataset", "empty.jsonl"], ["empty.jsonl has no row"]),
+        (["--output", "no/such/place"], ["--output", "no directory", "no/such"]),
+        (["--output", "chat.jsonl"], ["--output chat.jsonl exists"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--config", "broken.yaml"], ["broken.yaml must be YAML"]),
+        (["--config", "list.yaml"], ["list.yaml must map options"]),
+        (["--config", "unknown.yaml"], ["unknown option learnin_rate", "did you mean learning_rate?"]),
+        (["--config", "type.yaml"], ["epochs must be a number", "'many'"]),
+        (["--config", "choice.yaml"], ["quantization must be one of nf4, fp4, none", "int4"]),
+        (["--learning-rate", "0"], ["--learning-rate must be above 0"]),
+        (["--batch-size", "0"], ["--batch-size must be at least 1"]),
+        (["--lora-dropout", "1"], ["--lora-dropout must be in [0, 1)"]),
+        (["--attention-rank", "0", "--expert-rank", "0"], ["--attention-rank", "nothing to train"]),
+        (["--attention-modules", "query"], ["--attention-modules", "no linear layer query", "q_proj"]),
+        (["--sequence-length", "500"], ["--sequence-length must be at most 128"]),
+        (["--memory-limit", "0.0001"], ["GPU memory", "--memory-limit", "0.10 MiB"]),
+        (["--device", "cuda"], ["--device cuda"]),
+        (["--liger"], ["--liger", "GPU"]),
+        (["--export", "original", "--expert-rank", "0"], ["--export original", "--expert-rank is 0"]),
+        (["--chat-template", "nowhere.jinja"], ["nowhere.jinja"]),
+        (["--resume"], ["--resume", "no run to go on with"]),
+        (["--resume", "--overwrite"], ["--resume and --overwrite exclude each other"]),
+        (["--assistant-only-loss", "--dataset", "text.txt"], ["--assistant-only-loss", "is text"]),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="refusals of a machine without a GPU")
+def test_refuses(arguments: list[str], words: list[str], model: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "chat.jsonl", chats(2))
+    for name, content in {
+        "empty.jsonl": "\n",
+        "chat.docx": "x",
+        "text.txt": "text",
+        "broken.yaml": "a: [",
+        "list.yaml": "- a",
+        "unknown.yaml": "learnin_rate: 1",
+        "type.yaml": "epochs: many",
+        "choice.yaml": "quantization: int4",
+    }.items():
+        (tmp_path / name).write_text(content)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    ended = finetune("--model", model, "--dataset", "chat.jsonl", "--output", "out", *arguments, cwd=tmp_path)
+    assert_error(ended, *words)
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".std")) == before
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--lerning-rate", "1"], ["--lerning-rate", "--learning-rate"]),
+        (["--scheduler", "zigzag"], ["--scheduler", "zigzag", "cosine"]),
+        (["--batch-size", "many"], ["--batch-size", "many"]),
+    ],
+    ids=" ".join,
+)
+def test_wrong_words_on_the_command_line(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+    assert_error(finetune(*arguments, cwd=tmp_path), *words, status=2)
+
+
+def test_memory_that_is_too_little_is_refused_with_advice(model: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "chat.jsonl", chats(2))
+    arguments = ("--model", model, "--dataset", "chat.jsonl", "--output", "out", "--batch-size", "64")
+    limit = 0.30  # GiB, of which 0.25 are kept free
+    ended = finetune(*arguments, "--memory-limit", str(limit), cwd=tmp_path)
+    assert_error(ended, "0.30 GiB is the --memory-limit", "with --batch-size 1 it would need 0.2")
+    ended = finetune(*arguments, "--batch-size", "1", "--memory-limit", str(limit), "--dry-run", cwd=tmp_path)
+    assert ended.status == 0, ended
+
+
+def test_a_run_is_not_written_over(chat_run: tuple[Path, Ended], model: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "chat.jsonl", chats())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    arguments = ("--model", model, "--dataset", "chat.jsonl", *OPTIONS, "--max-steps", "1")
+    for overwrite in ((), ("--overwrite",)):
+        ended = finetune(*arguments, "--output", "mine", *overwrite, cwd=tmp_path)
+        assert_error(ended, "--output mine exists and is not the directory of a run")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    assert finetune(*arguments, "--output", "out", cwd=tmp_path).status == 0
+    assert_error(finetune(*arguments, "--output", "out", cwd=tmp_path), "--output out holds a run", "--resume", "--overwrite")
+    assert finetune(*arguments, "--output", "out", "--overwrite", "--seed", "5", cwd=tmp_path).status == 0
+    assert yaml.safe_load((tmp_path / "out" / "finetune.yaml").read_text())["seed"] == 5
+
+
+# --- the command line itself
+
+
+def test_help_names_every_option_and_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; sys.argv = ['moe-fused', 'finetune', '--help']; from moe_fused.__main__ import main; status = main(); "
+        "heavy = {'torch', 'trl', 'transformers', 'datasets', 'peft'} & sys.modules.keys(); sys.exit(str(heavy) if heavy else status)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": python_path(REPOSITORY), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert ended.returncode == 0, ended.stderr
+    from moe_fused.finetune.options import FIELDS, flag
+
+    for name, field in FIELDS.items():
+        assert flag(name) in ended.stdout
+        assert field.metadata["help"].split()[0] in ended.stdout

@@ -1,0 +1,211 @@
+"""``moe-fused finetune`` however it ends: nothing broken is left behind, and it goes on as if it had not ended."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import random
+import signal
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .finetuning import (
+    OPTIONS,
+    STEPS,
+    Command,
+    assert_error,
+    chats,
+    finetune,
+    leftovers,
+    losses,
+    save_model,
+    wait_for_step,
+    write_jsonl,
+)
+
+
+class Run:
+    """The run that all tests here interrupt, with what it gives when nothing happens to it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        save_model(directory / "model")
+        write_jsonl(directory / "chat.jsonl", chats())
+        self.arguments = ("--model", directory / "model", "--dataset", directory / "chat.jsonl", *OPTIONS)
+        begin = time.monotonic()
+        ended = finetune(*self.arguments, "--output", "out", cwd=directory)
+        self.seconds = time.monotonic() - begin
+        assert ended.status == 0, ended
+        self.losses = losses(directory / "out")
+        self.adapter = load_file(directory / "out" / "adapter_model.safetensors")
+
+    def assert_as_uninterrupted(self, output: Path) -> None:
+        assert losses(output) == self.losses
+        adapter = load_file(output / "adapter_model.safetensors")
+        assert adapter.keys() == self.adapter.keys()
+        assert all(torch.equal(adapter[name], value) for name, value in self.adapter.items())
+        assert not leftovers(output)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return Run(tmp_path_factory.mktemp("whole"))
+
+
+def checkpoints(output: Path) -> list[int]:
+    """The steps of the checkpoints, each of which must have all of its parts."""
+    steps = []
+    for path in (output / "checkpoints").glob("checkpoint-*"):
+        assert json.loads((path / "trainer_state.json").read_text())["global_step"] == int(path.name.split("-")[1])
+        assert load_file(path / "adapter_model.safetensors")
+        assert torch.load(path / "optimizer.pt", weights_only=True)["state"]
+        steps.append(int(path.name.split("-")[1]))
+    return sorted(steps)
+
+
+def test_a_run_is_repeatable(whole: Run, tmp_path: Path) -> None:
+    assert finetune(*whole.arguments, "--output", "out", cwd=tmp_path).status == 0
+    whole.assert_as_uninterrupted(tmp_path / "out")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_a_checkpoint(signum: signal.Signals, whole: Run, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    command = Command(*whole.arguments, "--save-steps", "100", "--output", "out", cwd=tmp_path)
+    wait_for_step(command, output, 3)
+    command.signal(signum)
+    ended = command.end()
+    assert_error(
+        ended, f"interrupted by {signum.name}", "moe-fused finetune --resume --output out", status=128 + signum
+    )
+    (step,) = checkpoints(output)
+    assert 3 <= step < STEPS
+    assert not (output / "adapter_config.json").exists()
+    assert not leftovers(output)
+    resumed = finetune("--resume", "--output", "out", cwd=tmp_path)
+    assert resumed.status == 0, resumed
+    assert f"step {step}/" not in resumed.stderr
+    whole.assert_as_uninterrupted(output)
+
+
+def test_a_signal_before_the_first_step(whole: Run, tmp_path: Path) -> None:
+    command = Command(*whole.arguments, "--output", "out", cwd=tmp_path, before=_interrupt_while_loading)
+    assert_error(command.end(), "interrupted by SIGINT", status=130)
+    assert finetune("--resume", "--output", "out", cwd=tmp_path).status == 0
+    whole.assert_as_uninterrupted(tmp_path / "out")
+
+
+def _interrupt_while_loading() -> None:
+    from moe_fused.finetune import run
+
+    def load_model(*_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    run.load_model = load_model
+
+
+def _kill_and_resume(whole: Run, tmp_path: Path, kills: int, seed: int) -> None:
+    output, times = tmp_path / "out", random.Random(seed)
+    for _ in range(kills):
+        started = (output / "finetune.yaml").exists()
+        arguments = ("--resume",) if started else whole.arguments
+        command = Command(*arguments, "--output", "out", cwd=tmp_path)
+        time.sleep(times.uniform(0, whole.seconds))
+        command.signal(signal.SIGKILL)
+        command.process.join()
+        if (output / "checkpoints").exists():
+            checkpoints(output)
+        if (output / "adapter_config.json").exists():  # it was done before it was killed, then it is whole
+            whole.assert_as_uninterrupted(output)
+    arguments = ("--resume",) if (output / "finetune.yaml").exists() else whole.arguments
+    ended = finetune(*arguments, "--output", "out", cwd=tmp_path)
+    assert ended.status == 0, ended
+    whole.assert_as_uninterrupted(output)
+
+
+def test_killed_and_resumed(whole: Run, tmp_path: Path) -> None:
+    _kill_and_resume(whole, tmp_path, kills=3, seed=0)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_twenty_times(whole: Run, tmp_path: Path) -> None:
+    _kill_and_resume(whole, tmp_path, kills=20, seed=1)
+
+
+def test_resuming_what_is_done_writes_the_adapter_again(whole: Run, tmp_path: Path) -> None:
+    arguments = ("--output", "out", "--max-steps", "2")
+    assert finetune(*whole.arguments, *arguments, cwd=tmp_path).status == 0
+    (tmp_path / "out" / "adapter_config.json").unlink()  # as if killed right before
+    ended = finetune("--resume", "--output", "out", cwd=tmp_path)
+    assert ended.status == 0, ended
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+    assert sorted(losses(tmp_path / "out")) == [1, 2]
+
+
+def test_a_run_goes_on_longer_but_not_otherwise(whole: Run, tmp_path: Path) -> None:
+    assert finetune(*whole.arguments, "--output", "out", "--max-steps", "2", cwd=tmp_path).status == 0
+    ended = finetune("--resume", "--output", "out", "--expert-rank", "4", cwd=tmp_path)
+    assert_error(ended, "--expert-rank is 8", "cannot become 4")
+    ended = finetune("--resume", "--output", "out", "--max-steps", "4", cwd=tmp_path)
+    assert ended.status == 0, ended
+    assert sorted(losses(tmp_path / "out")) == [1, 2, 3, 4]
+
+
+def test_a_loss_that_is_not_finite(whole: Run, tmp_path: Path) -> None:
+    """Weights of infinite size are what the second step makes of the first one's gradient; the third sees them."""
+    ended = finetune(
+        *whole.arguments, "--output", "out", "--learning-rate", "1e37", "--max-grad-norm", "0", cwd=tmp_path
+    )
+    assert_error(ended, "of step 3 is", "--learning-rate", "the last checkpoint is out/checkpoints/checkpoint-2")
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    assert checkpoints(tmp_path / "out") == [2]
+    assert not leftovers(tmp_path / "out")
+
+
+def _full_disk(after: int) -> None:
+    """Makes saving the optimizer fail the way a full disk does, after having worked ``after`` times."""
+    save, count = torch.save, itertools.count()
+
+    def full(content: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        if str(path).endswith("optimizer.pt") and next(count) >= after:
+            Path(path).write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(content, path, *args, **kwargs)
+
+    torch.save = full
+
+
+def test_a_full_disk(whole: Run, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    ended = finetune(*whole.arguments, "--output", "out", cwd=tmp_path, before=partial(_full_disk, 1))
+    assert_error(ended, "stopped after step 4", "No space left", "checkpoint-2", "--resume")
+    assert checkpoints(output) == [2]
+    assert not leftovers(output)
+    assert finetune("--resume", "--output", "out", cwd=tmp_path).status == 0
+    whole.assert_as_uninterrupted(output)
+
+
+def _no_room_for_the_adapter() -> None:
+    from moe_fused.finetune import results
+
+    def draw(records: Any, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    results.draw_loss = draw
+
+
+def test_no_room_for_the_adapter(whole: Run, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    ended = finetune(*whole.arguments, "--output", "out", cwd=tmp_path, before=_no_room_for_the_adapter)
+    assert_error(ended, "No space left", "checkpoint-8", "--resume")
+    assert not (output / "adapter_model.safetensors").exists()
+    assert not leftovers(output)
+    assert finetune("--resume", "--output", "out", cwd=tmp_path).status == 0
+    whole.assert_as_uninterrupted(output)
