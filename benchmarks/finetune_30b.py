@@ -15,8 +15,8 @@ experts' are the same for every implementation; options such as ``--compile`` ar
 A row's ``ms`` is a step: forward, backward and optimizer on one sequence. ``tflops`` counts what training adapters of frozen
 weights needs (a multiply-add is two): 4·N·T for the N parameters that a token is multiplied with, forward and for the
 gradient of the input, and 6·L·D·T² of attention in L layers with heads of D features together: two products over the half
-of T² that is not masked, and twice that backward. N is 3.04 B, the 3.35 B that are called active without the embedding, which
-multiplies nothing. Adapters, some 2 % of it, are left out. Further numbers of a row, under ``details``:
+of T² that is not masked, and twice that backward. N is 3.04 B: the 3.35 B that are called active, without the embedding,
+which multiplies nothing. Adapters, some 2 % of it, are left out. Further numbers of a row, under ``details``:
 
 - ``tokens_per_second``; ``loss``, of the first step that is timed; ``first_step_ms``, which compiles.
 - ``mfu``: ``tflops`` over what a large bf16 product reached in the same run; ``hfu``: the same with the recomputation of

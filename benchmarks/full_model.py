@@ -203,7 +203,7 @@ def storage(model: nn.Module) -> Iterator[Tensor]:
 
 
 def composed_forward(model: nn.Module) -> Callable[..., Tensor]:
-    """The experts' forward in plain torch, with adapters as PEFT's layers hand them to ours, for the experts of ``model``."""
+    """The experts' forward in plain torch, for those of ``model``; adapters come as PEFT's layers hand them to ours."""
     stacks = {
         module: tuple(as_bitsandbytes(get_packed(module, name)) for name in projections_of(module))
         for module in model.modules()

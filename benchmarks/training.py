@@ -120,11 +120,12 @@ def compile_layers(model: Any) -> None:
 def _optimizer(parameters: list[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
     if parameters[0].device.type == "cpu":
         return torch.optim.AdamW(parameters, lr=recipe.learning_rate)
-    import bitsandbytes
+    import bitsandbytes.optim as eight_bit
 
-    optimizer: torch.optim.Optimizer = (
-        bitsandbytes.optim.PagedAdamW8bit if recipe.paged else bitsandbytes.optim.AdamW8bit
-    )(parameters, lr=recipe.learning_rate)
+    chosen: Any = eight_bit
+    optimizer: torch.optim.Optimizer = (chosen.PagedAdamW8bit if recipe.paged else chosen.AdamW8bit)(
+        parameters, lr=recipe.learning_rate
+    )
     return optimizer
 
 
@@ -150,7 +151,7 @@ def set_up_loop(model: Any, recipe: Recipe) -> Training:
 class Loop:
     """A loop of our own around a model and an optimizer; see ``Training``."""
 
-    predicted = None
+    predicted: int | None = None
 
     def __init__(self, model: Any, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
         self.model, self.optimizer = model, optimizer

@@ -15,6 +15,7 @@ from moe_fused.finetune.model import adapt
 from moe_fused.finetune.options import Options
 from moe_fused.finetune.plan import make_plan
 from moe_fused.finetune.run import make_trainer
+from moe_fused.memory import CONTEXT
 
 from .training import CAUSAL, Meter, Recipe, compile_layers, use_causal_attention
 
@@ -28,8 +29,8 @@ class _Steps(TrainerCallback):
     def __init__(self, model: Any, meter: Meter) -> None:
         self._model, self._meter = model, meter
 
-    def on_step_begin(self, *_: Any, optimizer: Any, **__: Any) -> None:
-        self._meter.begin(self._model, optimizer)
+    def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
+        self._meter.begin(self._model, kwargs["optimizer"])
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self._meter.end()
@@ -52,7 +53,8 @@ class Finetune:
         with tempfile.TemporaryDirectory() as output:
             options = self._options(output, tokens.shape[1], len(tokens))
             plan = make_plan(options, self.model.config, self._device, plain_text=True)
-            self.predicted = plan.prediction.total
+            # Of what torch allocates.
+            self.predicted = plan.prediction.total - (0 if self._device.type == "cpu" else CONTEXT)
             dataset = Dataset.from_dict({"input_ids": tokens.tolist()})
             trainer = make_trainer(self._adapted, _tokenizer(), dataset, options, self._device, plan)
             trainer.args.save_strategy = SaveStrategy.NO

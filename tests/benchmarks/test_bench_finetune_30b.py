@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3MoeForCa
 from typer.testing import CliRunner
 
 import moe_fused
-from benchmarks import finetune_30b, full_model, step_trace, training
+from benchmarks import finetune_30b, full_model, step_trace
 from benchmarks.finetune_30b import QWEN3_30B, TINY
 from benchmarks.harness import compare
 from benchmarks.rows import read_rows, row_from_json, write_rows
@@ -35,8 +35,8 @@ def run(*options: str):
     return CliRunner().invoke(app, list(options))
 
 
-def tiny_training(recipe: Recipe = Recipe(), **options: bool) -> Loop:
-    training = set_up_loop(full_model.build(TINY, CPU, **options), recipe)
+def tiny_training(recipe: Recipe = finetune_30b.PLAIN) -> Loop:
+    training = set_up_loop(full_model.build(TINY, CPU), recipe)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in trained(training.model):  # new adapters add nothing
@@ -188,7 +188,7 @@ def test_kernels_count_for_the_range_that_launched_them():
     assert times == {"experts": 5.0, "attention": 2.0, "loss": 8.0, "optimizer": 0.0, "other": 48.0}
     assert step_trace.busy_ms(events) == 7 + 23 + 32
     assert step_trace.wall_ms(events) == 72.0 - 0.012
-    assert list(step_trace.time_by_kernel(events).items())[0] == ("d", (48.0, 2))
+    assert next(iter(step_trace.time_by_kernel(events).items())) == ("d", (48.0, 2))
 
 
 def test_ranges_hold_what_a_part_does_in_every_pass():
