@@ -46,7 +46,7 @@ from rich.table import Table
 
 import moe_fused
 
-from . import full_model, harness, runner
+from . import full_model, harness, plot, runner
 from .experts_4bit import QUANT_TYPE
 from .full_model import Model
 from .harness import current_environment, release_memory
@@ -305,7 +305,7 @@ def main(
         raise typer.BadParameter("a CPU has no CUDA graphs", param_hint="--cuda-graphs")
     if expandable_segments:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # read when CUDA is first used
-    chosen = runner.pick_device(device)
+    chosen = runner.pick_device(device, "--device cpu --quick")
     model = TINY if quick else QWEN3_30B
     if layers is not None:
         model = dataclasses.replace(model, layers=layers)
@@ -356,7 +356,12 @@ def main(
     for table in results_tables(rows):
         console.print(table)
     if path is not None:
-        console.print(f"Wrote {path}")
+        written = [path]
+        if len({row.tokens for row in rows}) >= plot.LEAST_SIZES:
+            written.append(path.with_suffix(".png"))
+            with runner.one_line_errors():
+                plot.save(rows, written[-1])
+        console.print(f"Wrote {' and '.join(map(str, written))}")
     console.print(f"Took {time.perf_counter() - start:.0f} s")
     if problems := disagreements({name: own for name, own in losses.items() if name != "peft"}):
         for problem in problems:

@@ -371,8 +371,11 @@ def results_table(
     return table
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, smoke: str = "--device cpu --layer tiny") -> torch.device:
     """The device to time on.
+
+    Args:
+        smoke: the options that test the benchmark where there is no GPU.
 
     Raises:
         typer.Exit: with code 2 and one line on stderr, if there is no such device.
@@ -382,7 +385,7 @@ def pick_device(name: str) -> torch.device:
     if not torch.cuda.is_available():
         typer.echo(
             f"Benchmarks need a CUDA or ROCm GPU and torch {torch.__version__} sees none; "
-            "`--device cpu --layer tiny` smoke-tests a benchmark itself.",
+            f"`{smoke}` smoke-tests a benchmark itself.",
             err=True,
         )
         raise typer.Exit(2)

@@ -29,6 +29,7 @@ _TITLES = {
     "forward": "forward",
     "forward_backward": "forward + backward",
     "forward_cuda_graph": "forward in a CUDA graph",
+    "train_step": "a training step",
 }
 
 

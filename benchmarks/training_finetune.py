@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
@@ -98,6 +98,7 @@ def set_up_finetune(model: Any, recipe: Recipe) -> Finetune:
     Raises:
         ValueError: a part of the recipe that its trainer does not have.
     """
+    disable_progress_bars()
     if recipe.cuda_graphs or recipe.recompute != "layers":
         raise ValueError("the trainer of finetune recomputes whole layers, and has no CUDA graphs: use the plain loop")
     return Finetune(model, recipe)

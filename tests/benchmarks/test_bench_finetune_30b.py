@@ -16,6 +16,7 @@ from benchmarks import finetune_30b, full_model, step_trace
 from benchmarks.finetune_30b import QWEN3_30B, TINY
 from benchmarks.harness import compare
 from benchmarks.rows import read_rows, row_from_json, write_rows
+from benchmarks.table import render
 from benchmarks.training import Loop, Meter, Recipe, measure, set_up_loop, trained
 from moe_fused.quantizer import PackedConfig, get_packed
 
@@ -70,8 +71,7 @@ def test_what_is_built_is_what_would_be_loaded(tmp_path):
     def described(model: nn.Module) -> dict[str, tuple]:
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         return {
-            name: (type(own), own.shape, own.dtype, own.device.type, own.requires_grad and own.dim() > 3)
-            for name, own in tensors.items()
+            name: (type(own), own.shape, own.dtype, own.device.type, own.requires_grad) for name, own in tensors.items()
         }
 
     assert described(built) == described(loaded)
@@ -268,6 +268,7 @@ def test_whole_run(tmp_path, trainer):
         ("moe_fused", 16, "train_step", "nf4"),
         ("composed", 16, "train_step", "nf4"),
     ]
+    assert "| a training step, ms | T=16 |" in render(rows)
     for row in rows:
         assert row.point == rows[0].point
         assert row.lora_rank == 8
@@ -318,6 +319,14 @@ def test_wrong_options(options, message):
     result = run(*options)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_no_gpu_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = run("--trainer", "loop")
+    assert result.exit_code == 2
+    assert "`--device cpu --quick` smoke-tests" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_details_of_rows(tmp_path, make_row):
