@@ -18,7 +18,7 @@ gradient of the input, and 6·L·D·T² of attention in L layers with heads of D
 of T² that is not masked, and twice that backward. N is 3.04 B: the 3.35 B that are called active, without the embedding,
 which multiplies nothing. Adapters, some 2 % of it, are left out. Further numbers of a row, under ``details``:
 
-- ``tokens_per_second``; ``loss``, of the first step that is timed; ``first_step_ms``, which compiles.
+- ``tokens_per_second``; ``loss`` and ``first_step_ms``, of the first step, which compiles what is missing.
 - ``mfu``: ``tflops`` over what a large bf16 product reached in the same run; ``hfu``: the same with the recomputation of
   the decoder layers (another 2·N·T without the head, and attention's forward).
 - ``gpu_busy``: the share of a traced step in which a kernel ran, and ``gpu_busy_ms`` how long that was.

@@ -257,7 +257,7 @@ class Measurement:
     Attributes:
         ms: the median of the steps timed, each from an idle GPU to its end.
         first_ms: the step before them, with whatever it compiled.
-        losses: of all steps timed.
+        losses: of all steps, in order.
         memory: MiB by part: "peak" is the most that was allocated at once, of which "weights" are what the model had
             without adapters, "training" adapters, gradients and what of the optimizer's state is on the GPU, and
             "transient" the rest; "reserved" is what the allocator held, "predicted" the peak that somebody foresaw.
