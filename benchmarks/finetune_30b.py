@@ -1,6 +1,6 @@
 """Trains Qwen3-30B-A3B as a 4-bit QLoRA in 24 GiB of a GPU: how fast, in how much memory, and where the time goes.
 
-    python -m benchmarks.finetune_30b                    48 layers, five lengths, two implementations; 4 minutes on an H100
+    python -m benchmarks.finetune_30b                    48 layers, five lengths, two implementations
     python -m benchmarks.finetune_30b --layers 4         a short model to try things on, writes nothing
     python -m benchmarks.finetune_30b --device cpu --quick
 
