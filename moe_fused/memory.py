@@ -1,13 +1,14 @@
 """What fine-tuning a model takes of a GPU's memory, part by part, from its architecture alone.
 
-``sizes_of`` reads the sizes of a model, ``skeleton`` makes one of a config, without weights; ``predict`` is arithmetic. Nothing here is fitted
-to a measurement but ``CONTEXT``, what the driver and the libraries take for themselves.
+``sizes_of`` reads the sizes of a model, ``skeleton`` makes one of a config, without weights; ``predict`` is arithmetic.
+Nothing here is fitted to a measurement but ``CONTEXT``, what the driver and the libraries take for themselves.
 
 A step has three moments in which it may need the most, and the prediction is of the largest:
 
-    loss        what every layer keeps for backward; a chunk of logits; the gradient of the hidden states
-    a layer     in backward, computed again under checkpointing: what its operators keep, and what the experts' backward makes
-                meanwhile (``moe_experts``' memory plan): first with what all layers before it keep, last with all gradients
+    loss        what every layer keeps for backward; a tile of logits; the gradient of the hidden states
+    layer       backward through one, computed again under checkpointing: what its operators keep, and what the experts'
+                backward makes meanwhile (``moe_experts``' memory plan). In the first, all layers before it keep what they
+                do; in the last, all adapters have their gradients
     optimizer   all gradients, its state
 
 Letters as in ARCHITECTURE.md: T tokens of a batch, S = T·K rows, E experts, H hidden, I intermediate, R rank.
@@ -178,7 +179,7 @@ def skeleton(config: Any) -> Any:
 
 
 def sizes_of(model: Any) -> Sizes:
-    """The sizes of a causal language model of Transformers, on whichever device, meta included.
+    """The sizes of a causal language model of Transformers with dense weights, on any device, meta included.
 
     Raises:
         ValueError: its config lacks the sizes of a decoder.
@@ -190,7 +191,8 @@ def sizes_of(model: Any) -> Sizes:
             f"no memory plan for {type(model).__name__}: its config lacks hidden_size or num_attention_heads"
         )
     head_dim = getattr(text, "head_dim", None) or hidden // heads
-    experts, stacks = 0, []
+    experts = 0
+    stacks: list[Stack] = []
     inside = set()
     for module in model.modules():
         if hasattr(type(module), "_apply_gate"):

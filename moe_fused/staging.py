@@ -10,7 +10,6 @@ from pathlib import Path
 
 from .signals import check_interrupted, signals_ignored
 
-
 _SUFFIX = ".partial"
 
 

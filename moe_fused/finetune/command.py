@@ -8,14 +8,13 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from .options import FIELDS, TYPES, Options, flag, read_yaml
+from .options import DEFAULTS, HELP, TYPES, Options, flag, read_yaml
 
 CONFIG = "finetune.yaml"
 
 
 def _shown(name: str) -> str:
-    field = FIELDS[name]
-    words, default = field.metadata["shown"], field.default
+    words, default = HELP[name].shown, DEFAULTS[name]
     if words is not None:
         return str(words)
     return ("on" if default else "off") if isinstance(default, bool) else "none" if default is None else str(default)
@@ -23,10 +22,10 @@ def _shown(name: str) -> str:
 
 def _parameter(name: str) -> inspect.Parameter:
     """An option that is None unless given, so that what is in a file is not overruled by a default."""
-    field, kind = FIELDS[name], TYPES[name]
+    kind = TYPES[name]
     declared = flag(name) + (f"/--no-{flag(name)[2:]}" if kind in (bool, bool | None) else "")
     # Not as show_default, which puts words in parentheses.
-    info = typer.Option(declared, help=f"{field.metadata['help']}  [default: {_shown(name)}]")
+    info = typer.Option(declared, help=f"{HELP[name].text}  [default: {_shown(name)}]")
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -35,8 +34,8 @@ def _parameter(name: str) -> inspect.Parameter:
     )
 
 
-def _switch(name: str, help: str, kind: Any = bool, default: Any = False) -> inspect.Parameter:
-    annotation = Annotated[kind, typer.Option(f"--{name.replace('_', '-')}", help=help)]
+def _switch(name: str, text: str, kind: Any = bool, default: Any = False) -> inspect.Parameter:
+    annotation = Annotated[kind, typer.Option(f"--{name.replace('_', '-')}", help=text)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
@@ -78,13 +77,13 @@ def _started(output: Path, said: dict[str, Any]) -> dict[str, Any]:
         raise FileNotFoundError(f"--resume: {path} is missing, there is no run to go on with")
     started = read_yaml(path)
     for name, value in said.items():
-        before = started.get(name, FIELDS[name].default)
-        if FIELDS[name].metadata["shapes_run"] and value != before:
+        before = started.get(name, DEFAULTS[name])
+        if HELP[name].shapes_run and value != before:
             raise ValueError(f"{flag(name)} is {before} in {path} and cannot become {value} while the run goes on")
     return started
 
 
-finetune.__signature__ = inspect.Signature([*map(_parameter, FIELDS), *_SWITCHES])  # type: ignore[attr-defined]
+finetune.__signature__ = inspect.Signature([*map(_parameter, DEFAULTS), *_SWITCHES])  # type: ignore[attr-defined]
 finetune.__annotations__ = {
     parameter.name: parameter.annotation for parameter in inspect.signature(finetune).parameters.values()
 }

@@ -103,7 +103,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
             if not line.strip():
                 continue
             try:
-                yield place, json.loads(line)
+                yield place, json.loads(line.strip())
             except UnicodeDecodeError:
                 yield place, BadRow("is not UTF-8")
             except ValueError as error:
@@ -138,15 +138,17 @@ def _check_all(source: Iterable[tuple[str, object]], dataset: str, text_field: s
     bad: list[str] = []
     first = ""
     for place, content in source:
-        try:
-            kind, row = _check(content, text_field)
-            if result is None:
-                result, first = Rows(kind), place
-            elif kind != result.kind:
-                raise BadRow(f"is {kind}, but {first} is {result.kind}")
+        checked = _checked(content, text_field)
+        if isinstance(checked, BadRow):
+            bad.append(f"{place} {checked}")
+            continue
+        kind, row = checked
+        if result is None:
+            result, first = Rows(kind), place
+        if kind == result.kind:
             result.rows.append(row)
-        except BadRow as error:
-            bad.append(f"{place} {error}")
+        else:
+            bad.append(f"{place} is {kind}, but {first} is {result.kind}")
     if bad and not skip_bad:
         more = f"; {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
         raise ValueError("; ".join(bad[:_NAMED]) + more + "; --skip-bad-rows leaves out what is bad")
@@ -154,6 +156,13 @@ def _check_all(source: Iterable[tuple[str, object]], dataset: str, text_field: s
         raise ValueError(f"{dataset} has no row to train on" + (f": {bad[0]}" if bad else ""))
     result.skipped = bad
     return result
+
+
+def _checked(content: object, text_field: str) -> tuple[Kind, Row] | BadRow:
+    try:
+        return _check(content, text_field)
+    except BadRow as error:
+        return error
 
 
 def _check(content: object, text_field: str) -> tuple[Kind, Row]:
@@ -166,7 +175,8 @@ def _check(content: object, text_field: str) -> tuple[Kind, Row]:
         extra = {name: content[name] for name in ("tools", "chat_template_kwargs") if content.get(name)}
         return "chat", {"messages": _messages("messages", messages, "role", "content"), **extra}
     if (turns := content.get("conversations")) is not None:
-        keys = ("role", "content") if turns and isinstance(turns, list) and "role" in turns[0] else ("from", "value")
+        openai = isinstance(turns, list) and any(isinstance(turn, Mapping) and "role" in turn for turn in turns)
+        keys = ("role", "content") if openai else ("from", "value")
         return "chat", {"conversations": _messages("conversations", turns, *keys)}
     if "prompt" in content or "completion" in content:
         return "completion", _completion(content)

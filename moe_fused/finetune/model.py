@@ -152,9 +152,8 @@ def lora_config(options: Options, model: nn.Module) -> Any:
     modules = list(options.attention_modules or ATTENTION) if options.attention_rank else []
     names = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     if missing := [name for name in modules if name not in names]:
-        raise ValueError(
-            f"--attention-modules: {type(model).__name__} has no linear layer {missing[0]}, it has {', '.join(sorted(names))}"
-        )
+        has = ", ".join(sorted(names))
+        raise ValueError(f"--attention-modules: {type(model).__name__} has no linear layer {missing[0]}, it has {has}")
     experts = _experts_of(model)
     ranks, alphas = {}, {}
     if options.expert_rank:
@@ -169,7 +168,7 @@ def lora_config(options: Options, model: nn.Module) -> Any:
             alphas[target] = 2.0 * options.router_rank
     return LoraConfig(
         r=options.attention_rank or options.expert_rank or options.router_rank,
-        lora_alpha=_alpha(options.attention_alpha, options.attention_rank or 1),
+        lora_alpha=_alpha(options.attention_alpha, options.attention_rank or 1),  # type: ignore[arg-type]  # any number
         lora_dropout=options.lora_dropout,
         target_modules=modules,
         target_parameters=list(ranks) or None,
@@ -185,7 +184,7 @@ def _alpha(alpha: float | None, rank: int) -> float:
 
 def _routers(model: nn.Module, experts: dict[str, tuple[str, ...]]) -> list[str]:
     """The names within a layer of the routers' matrices, which lie beside the experts."""
-    found = {}
+    found: dict[str, None] = {}
     for path, module in model.named_modules():
         weight = module._parameters.get("weight")
         beside = any(_suffix(path).rpartition(".")[0] == name.rpartition(".")[0] for name in experts)

@@ -11,7 +11,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 Quantization = Literal["nf4", "fp4", "none"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -23,105 +23,128 @@ Optimizer = Literal[
 ]
 
 
-def option(default: Any, help: str, *, shown: str | None = None, shapes_run: bool = False) -> Any:
-    """A field of ``Options``.
+@dataclass(frozen=True)
+class Help:
+    """What is said about an option.
 
-    Args:
+    Attributes:
+        text: what it does.
         shown: the default in words, where its value does not say it.
         shapes_run: whether a run that goes on must have the value it began with.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "shown": shown, "shapes_run": shapes_run})
+
+    text: str
+    shown: str | None = None
+    shapes_run: bool = False
 
 
 @dataclass(frozen=True)
 class Options:
     """All that a run can be told; the help of each option stands beside it."""
 
-    model: str = option("", "Model to adapt: Hub id or directory.", shown="required", shapes_run=True)
-    dataset: str = option(
-        "",
-        "Data to train on: a file (.jsonl, .json, .txt, .parquet, .csv) or a Hub id. Rows have messages or conversations "
-        "(chat), prompt and completion, or text.",
-        shown="required",
-        shapes_run=True,
-    )
-    output: str = option("", "Directory to make, for the adapter, its checkpoints, the log.", shown="required")
+    model: Annotated[str, Help("Model to adapt: Hub id or directory.", shown="required", shapes_run=True)] = ""
+    dataset: Annotated[
+        str,
+        Help(
+            "Data to train on: a file (.jsonl, .json, .txt, .parquet, .csv) or a Hub id. Rows have messages or "
+            "conversations (chat), prompt and completion, or text.",
+            shown="required",
+            shapes_run=True,
+        ),
+    ] = ""
+    output: Annotated[str, Help("Directory to make, for the adapter, its checkpoints, the log.", shown="required")] = ""
 
-    revision: str = option("main", "Of the model on the Hub: branch, tag or commit.", shapes_run=True)
-    quantization: Quantization = option(
-        "nf4", "Hold experts and linear layers in 4 bits, with double quantization, or not.", shapes_run=True
-    )
-    dtype: Dtype = option(
-        "auto", "To compute in, and of weights outside 4 bits.", shown="bfloat16; float32 on a CPU", shapes_run=True
-    )
-    attn: str = option("sdpa", "Attention of Transformers, as sdpa or kernels-community/flash-attn3.")
-    liger: bool | None = option(
-        None, "Liger's kernels for rope and norms, where Liger knows the model.", shown="on NVIDIA and AMD GPUs"
-    )
-    device: Literal["auto", "cpu", "cuda", "xpu"] = option("auto", "Where to train.", shown="a GPU if there is one")
-
-    dataset_config: str | None = option(None, "Configuration of the data set on the Hub.", shapes_run=True)
-    split: str = option("train", "Split of the data set on the Hub.", shapes_run=True)
-    text_field: str = option("text", "Field with the text in rows of plain text.", shapes_run=True)
-    skip_bad_rows: bool = option(
-        False, "Leave out rows that cannot be trained on, instead of refusing them.", shapes_run=True
-    )
-    chat_template: str | None = option(
-        None, "Jinja file with a chat template.", shown="the tokenizer's", shapes_run=True
-    )
-    assistant_only_loss: bool = option(False, "In chats, learn from the assistant's words only.", shapes_run=True)
-    packing: Packing = option(
-        "auto",
-        "How rows fill sequences. bfd: whole rows side by side, each attends to itself, what is too long is cut off; "
-        "bfd_split: what is too long goes on in another sequence; wrapped: one stream cut into sequences; none: padding.",
-        shown="bfd for chats, bfd_split for plain text",
-        shapes_run=True,
-    )
-    sequence_length: int | None = option(
-        None, "Tokens in a sequence.", shown="what fits, 4096 at most", shapes_run=True
-    )
-    batch_size: int = option(1, "Sequences that go through the model at once.", shapes_run=True)
-    gradient_accumulation: int | None = option(
-        None, "Batches to a step.", shown="16384 tokens to a step", shapes_run=True
+    revision: Annotated[str, Help("Of the model on the Hub: branch, tag or commit.", shapes_run=True)] = "main"
+    quantization: Annotated[
+        Quantization,
+        Help("Hold experts and linear layers in 4 bits, with double quantization, or not.", shapes_run=True),
+    ] = "nf4"
+    dtype: Annotated[
+        Dtype,
+        Help("To compute in, and of weights outside 4 bits.", shown="bfloat16; float32 on a CPU", shapes_run=True),
+    ] = "auto"
+    attn: Annotated[str, Help("Attention of Transformers, as sdpa or kernels-community/flash-attn3.")] = "sdpa"
+    liger: Annotated[
+        bool | None,
+        Help("Liger's kernels for rope and norms, where Liger knows the model.", shown="on NVIDIA and AMD GPUs"),
+    ] = None
+    device: Annotated[Literal["auto", "cpu", "cuda", "xpu"], Help("Where to train.", shown="a GPU if there is one")] = (
+        "auto"
     )
 
-    attention_rank: int = option(16, "Rank of the adapters of attention, 0 for none.", shapes_run=True)
-    attention_alpha: float | None = option(None, "Their alpha.", shown="twice the rank", shapes_run=True)
-    attention_modules: list[str] = option(
-        None,
-        "Their layers' names; give the option again for each.",
-        shown="q_proj k_proj v_proj o_proj",
-        shapes_run=True,
+    dataset_config: Annotated[str | None, Help("Configuration of the data set on the Hub.", shapes_run=True)] = None
+    split: Annotated[str, Help("Split of the data set on the Hub.", shapes_run=True)] = "train"
+    text_field: Annotated[str, Help("Field with the text in rows of plain text.", shapes_run=True)] = "text"
+    skip_bad_rows: Annotated[
+        bool, Help("Leave out rows that cannot be trained on, instead of refusing them.", shapes_run=True)
+    ] = False
+    chat_template: Annotated[
+        str | None, Help("Jinja file with a chat template.", shown="the tokenizer's", shapes_run=True)
+    ] = None
+    assistant_only_loss: Annotated[bool, Help("In chats, learn from the assistant's words only.", shapes_run=True)] = (
+        False
     )
-    expert_rank: int = option(8, "Rank of the adapters of experts, 0 for none.", shapes_run=True)
-    expert_alpha: float | None = option(None, "Their alpha.", shown="twice the rank", shapes_run=True)
-    router_rank: int = option(0, "Rank of the routers' adapters; 0 leaves routers as they are.", shapes_run=True)
-    lora_dropout: float = option(0.0, "Dropout on the input of adapters.", shapes_run=True)
-    adapter_dtype: Dtype = option(
-        "auto", "Of the adapters while they are trained.", shown="bfloat16; float32 on a CPU", shapes_run=True
-    )
+    packing: Annotated[
+        Packing,
+        Help(
+            "How rows fill sequences. bfd: whole rows side by side, each attends to itself, what is too long is cut "
+            "off; bfd_split: what is too long goes on in another sequence; wrapped: one stream cut into sequences; "
+            "none: padding.",
+            shown="bfd for chats, bfd_split for plain text",
+            shapes_run=True,
+        ),
+    ] = "auto"
+    sequence_length: Annotated[
+        int | None, Help("Tokens in a sequence.", shown="what fits, 4096 at most", shapes_run=True)
+    ] = None
+    batch_size: Annotated[int, Help("Sequences that go through the model at once.", shapes_run=True)] = 1
+    gradient_accumulation: Annotated[
+        int | None, Help("Batches to a step.", shown="16384 tokens to a step", shapes_run=True)
+    ] = None
 
-    epochs: float = option(1.0, "Passes over the data.")
-    max_steps: int | None = option(None, "Steps after which to end, whatever --epochs says.")
-    learning_rate: float = option(1e-4, "Highest learning rate.", shapes_run=True)
-    scheduler: Scheduler = option("cosine", "Course of the learning rate.", shapes_run=True)
-    warmup: float = option(0.03, "Warm-up of the learning rate, as a share of all steps.", shapes_run=True)
-    weight_decay: float = option(0.0, "Weight decay.", shapes_run=True)
-    max_grad_norm: float = option(1.0, "Norm to which gradients are clipped.", shapes_run=True)
-    optimizer: Optimizer = option(
-        "auto", "Optimizer.", shown="paged_adamw_8bit; adamw_torch on a CPU", shapes_run=True
-    )
-    gradient_checkpointing: bool = option(True, "Compute layers again in backward instead of keeping what they made.")
-    router_aux_loss: float = option(
-        0.0, "Weight of the load-balancing loss, of use if routers are trained.", shapes_run=True
-    )
-    seed: int = option(0, "Of adapters, data order and dropout.", shapes_run=True)
+    attention_rank: Annotated[int, Help("Rank of the adapters of attention, 0 for none.", shapes_run=True)] = 16
+    attention_alpha: Annotated[float | None, Help("Their alpha.", shown="twice the rank", shapes_run=True)] = None
+    attention_modules: Annotated[
+        list[str] | None,
+        Help(
+            "Their layers' names; give the option again for each.", shown="q_proj k_proj v_proj o_proj", shapes_run=True
+        ),
+    ] = None
+    expert_rank: Annotated[int, Help("Rank of the adapters of experts, 0 for none.", shapes_run=True)] = 8
+    expert_alpha: Annotated[float | None, Help("Their alpha.", shown="twice the rank", shapes_run=True)] = None
+    router_rank: Annotated[
+        int, Help("Rank of the routers' adapters; 0 leaves routers as they are.", shapes_run=True)
+    ] = 0
+    lora_dropout: Annotated[float, Help("Dropout on the input of adapters.", shapes_run=True)] = 0.0
+    adapter_dtype: Annotated[
+        Dtype, Help("Of the adapters while they are trained.", shown="bfloat16; float32 on a CPU", shapes_run=True)
+    ] = "auto"
 
-    save_steps: int = option(50, "Steps between checkpoints.")
-    keep_checkpoints: int = option(2, "Checkpoints to keep.")
-    log_steps: int = option(1, "Steps between lines of the log.")
-    memory_limit: float | None = option(None, "GiB of GPU memory to plan for.", shown="what is free")
-    export: Export = option("none", "Write the adapter in this layout, too, as moe-fused convert adapter does.")
+    epochs: Annotated[float, Help("Passes over the data.")] = 1.0
+    max_steps: Annotated[int | None, Help("Steps after which to end, whatever --epochs says.")] = None
+    learning_rate: Annotated[float, Help("Highest learning rate.", shapes_run=True)] = 1e-4
+    scheduler: Annotated[Scheduler, Help("Course of the learning rate.", shapes_run=True)] = "cosine"
+    warmup: Annotated[float, Help("Warm-up of the learning rate, as a share of all steps.", shapes_run=True)] = 0.03
+    weight_decay: Annotated[float, Help("Weight decay.", shapes_run=True)] = 0.0
+    max_grad_norm: Annotated[float, Help("Norm to which gradients are clipped.", shapes_run=True)] = 1.0
+    optimizer: Annotated[
+        Optimizer, Help("Optimizer.", shown="paged_adamw_8bit; adamw_torch on a CPU", shapes_run=True)
+    ] = "auto"
+    gradient_checkpointing: Annotated[
+        bool, Help("Compute layers again in backward instead of keeping what they made.")
+    ] = True
+    router_aux_loss: Annotated[
+        float, Help("Weight of the load-balancing loss, of use if routers are trained.", shapes_run=True)
+    ] = 0.0
+    seed: Annotated[int, Help("Of adapters, data order and dropout.", shapes_run=True)] = 0
+
+    save_steps: Annotated[int, Help("Steps between checkpoints.")] = 50
+    keep_checkpoints: Annotated[int, Help("Checkpoints to keep.")] = 2
+    log_steps: Annotated[int, Help("Steps between lines of the log.")] = 1
+    memory_limit: Annotated[float | None, Help("GiB of GPU memory to plan for.", shown="what is free")] = None
+    export: Annotated[Export, Help("Write the adapter in this layout, too, as moe-fused convert adapter does.")] = (
+        "none"
+    )
 
     def __post_init__(self) -> None:
         for name, low in _AT_LEAST.items():
@@ -136,6 +159,8 @@ class Options:
                 raise ValueError(f"{flag(name)} must be in [0, 1), got {getattr(self, name)}")
         if not self.attention_rank and not self.expert_rank and not self.router_rank:
             raise ValueError("--attention-rank, --expert-rank and --router-rank are all 0: there is nothing to train")
+        if self.router_rank and self.lora_dropout:
+            raise ValueError("--lora-dropout is not possible with --router-rank: PEFT has none for parameters")
         if self.export != "none" and not self.expert_rank:
             raise ValueError(f"--export {self.export} is a layout of adapters on experts, but --expert-rank is 0")
 
@@ -156,8 +181,10 @@ _AT_LEAST = {
     "router_aux_loss": 0, "seed": 0, "save_steps": 1, "keep_checkpoints": 1, "log_steps": 1, "memory_limit": 0,
 }  # fmt: skip
 
-FIELDS = {field.name: field for field in dataclasses.fields(Options)}
-TYPES: dict[str, Any] = {name: kind for name, kind in get_type_hints(Options).items() if name in FIELDS}
+DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Options)}
+_HINTS = {name: get_args(hint) for name, hint in get_type_hints(Options, include_extras=True).items()}
+TYPES: dict[str, Any] = {name: _HINTS[name][0] for name in DEFAULTS}
+HELP: dict[str, Help] = {name: _HINTS[name][1] for name in DEFAULTS}
 
 
 def flag(name: str) -> str:
@@ -213,8 +240,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     values = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
-        if name not in FIELDS:
-            near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.4)
+        if name not in DEFAULTS:
+            near = difflib.get_close_matches(name, DEFAULTS, n=1, cutoff=0.4)
             raise ValueError(
                 f"{path}: unknown option {key}" + (f", did you mean {near[0]}?" if near else "; see finetune --help")
             )
@@ -230,5 +257,5 @@ def write_yaml(options: Options, path: Path) -> None:
     """Writes what ``read_yaml`` reads back, without what is at its default."""
     import yaml
 
-    values = {name: getattr(options, name) for name, field in FIELDS.items() if getattr(options, name) != field.default}
+    values = {name: getattr(options, name) for name, default in DEFAULTS.items() if getattr(options, name) != default}
     path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -48,9 +48,8 @@ class Log(TrainerCallback):
 
     def __init__(self, path: Path, console: Console, device: torch.device, tokens: Callable[[], int]) -> None:
         self._path, self._console, self._device, self._tokens = path, console, device, tokens
-        columns = (
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn(elapsed_when_finished=True),
-        )  # fmt: skip
+        words, left = TextColumn("{task.description}"), TimeRemainingColumn(elapsed_when_finished=True)
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), words, left)
         self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._last = (0.0, 0)
 
@@ -68,9 +67,8 @@ class Log(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._bar.update(self._task, completed=state.global_step)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs: dict[str, Any] = kwargs["logs"]
         if "loss" not in logs:  # the summary at the end
             return
         now, tokens = time.perf_counter(), self._tokens()

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from moe_fused.staging import is_partial, staged_directory
 
@@ -92,7 +93,8 @@ class Finetuner(SFTTrainer):
 
     def _cast_adapters(self) -> None:
         # TRL makes adapters of 4-bit models bf16 and PEFT makes loaded ones fp32, whatever they are to be.
-        for parameter in self.model.parameters():
+        model: Any = self.model
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(self._adapter_dtype)
 
@@ -154,7 +156,7 @@ class Finetuner(SFTTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_finite()
         self.state.num_input_tokens_seen = self.tokens
-        directory = Path(self.args.output_dir)
+        directory = self._options.output_directory / CHECKPOINTS
         directory.mkdir(parents=True, exist_ok=True)
         name = f"checkpoint-{self.state.global_step}"
         with staged_directory(directory / name, "checkpoint", _replaceable, needed_bytes=0) as staging:
@@ -166,9 +168,8 @@ class Finetuner(SFTTrainer):
             for path in (staging / name).iterdir():
                 path.rename(staging / path.name)
             (staging / name).rmdir()
-        for path in sort_checkpoints(str(directory))[: -self._options.keep_checkpoints]:
-            aside = Path(path).with_name(f".{Path(path).name}.partial")
-            Path(path).rename(aside)
+        for old in map(Path, sort_checkpoints(str(directory))[: -self._options.keep_checkpoints]):
+            aside = old.rename(old.with_name(f".{old.name}.partial"))
             shutil.rmtree(aside, ignore_errors=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -100,7 +100,9 @@ def finetune(*arguments: str | Path, cwd: Path, before: Callable[[], object] | N
 
 def save_model(path: Path) -> Path:
     """A tiny Qwen3-MoE with a tokenizer of bytes and a chat template."""
-    build(vocab_size=272, num_hidden_layers=1, num_experts=4, num_experts_per_tok=2, max_position_embeddings=128).save_pretrained(path)
+    build(
+        vocab_size=272, num_hidden_layers=1, num_experts=4, num_experts_per_tok=2, max_position_embeddings=128
+    ).save_pretrained(path)
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "<|pad|>"})
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -121,7 +123,9 @@ def chats(number: int = 24) -> list[dict[str, Any]]:
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -156,5 +160,3 @@ def assert_error(ended: Ended, *words: str, status: int = 1) -> None:
 def leftovers(output: Path) -> list[str]:
     """What a run should have cleaned up."""
     return [str(path) for path in output.rglob(".*")]
-
-

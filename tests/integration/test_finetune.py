@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moe_fused.finetune.options import HELP, flag
 from tests.support import REPOSITORY, python_path
 
 from .finetuning import OPTIONS, STEPS, Ended, assert_error, chats, finetune, leftovers, losses, save_model, write_jsonl
-
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 RESULTS = {
     "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "finetune.yaml", "log.jsonl",
@@ -57,7 +58,13 @@ def test_leaves_an_adapter_and_what_goes_with_it(chat_run: tuple[Path, Ended]) -
 
 def test_says_what_it_needs_and_what_comes_next(chat_run: tuple[Path, Ended]) -> None:
     _, ended = chat_run
-    for words in ("experts", "predicted peak", "trainable parameters", "64 tokens to a step", f"step {STEPS}/{STEPS}: loss"):
+    for words in (
+        "experts",
+        "predicted peak",
+        "trainable parameters",
+        "64 tokens to a step",
+        f"step {STEPS}/{STEPS}: loss",
+    ):
         assert words in ended.stderr
     for command in ("moe-fused generate", "moe-fused convert adapter", "moe-fused merge"):
         assert command in ended.stdout
@@ -78,7 +85,11 @@ def test_adapter_is_on_attention_and_experts_and_loads(chat_run: tuple[Path, End
         adapted = PeftModel.from_pretrained(base, output)
         after = adapted(**tokens).logits
     assert (after - before).abs().max() > 0.01
-    ranks = {name.split(".lora_")[0].rpartition(".")[2]: module.shape for name, module in adapted.named_parameters() if ".lora_A." in name}
+    ranks = {
+        name.split(".lora_")[0].rpartition(".")[2]: module.shape
+        for name, module in adapted.named_parameters()
+        if ".lora_A." in name
+    }
     assert ranks["q_proj"][0] == 16
     assert ranks["experts"][0] == 4 * 8  # of four experts
     config = json.loads((output / "adapter_config.json").read_text())
@@ -98,7 +109,11 @@ def test_text_and_yaml_file(model: Path, tmp_path: Path) -> None:
     assert "packing bfd_split" in ended.stderr
     assert sorted(losses(tmp_path / "out")) == [1, 2]
     options = yaml.safe_load((tmp_path / "out" / "finetune.yaml").read_text())
-    assert (options["max_steps"], options["learning_rate"], options["attention_modules"]) == (2, 0.01, ["q_proj", "v_proj"])
+    assert (options["max_steps"], options["learning_rate"], options["attention_modules"]) == (
+        2,
+        0.01,
+        ["q_proj", "v_proj"],
+    )
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
     assert not config["target_parameters"]
@@ -109,12 +124,27 @@ def test_prompts_and_completions_without_packing(model: Path, tmp_path: Path) ->
     write_jsonl(tmp_path / "sums.jsonl", rows)
     ended = finetune(
         "--model", model, "--dataset", "sums.jsonl", "--output", "out", "--packing", "none", "--batch-size", "2",
-        "--gradient-accumulation", "1", "--router-rank", "2", "--no-gradient-checkpointing", "--export", "per-expert",
-        cwd=tmp_path,
+        "--gradient-accumulation", "1", "--no-gradient-checkpointing", "--export", "per-expert", cwd=tmp_path,
     )  # fmt: skip
     assert ended.status == 0, ended
     assert sorted(losses(tmp_path / "out")) == [1, 2]
-    assert (tmp_path / "out" / "per-expert" / "adapter_config.json").is_file()
+    exported = load_file(tmp_path / "out" / "per-expert" / "adapter_model.safetensors")
+    assert any(".experts.3.gate_proj.lora_A" in name for name in exported)
+
+
+def test_routers_are_trained_if_asked_for(chat_run: tuple[Path, Ended], model: Path, tmp_path: Path) -> None:
+    def trained(output: Path) -> set[str]:
+        return {
+            name.split(".lora_")[0].partition("layers.0.")[2]
+            for name in load_file(output / "adapter_model.safetensors")
+        }
+
+    write_jsonl(tmp_path / "chat.jsonl", chats())
+    arguments = ("--model", model, "--dataset", "chat.jsonl", "--output", "out", *OPTIONS, "--max-steps", "2")
+    arguments += ("--lora-dropout", "0")
+    ended = finetune(*arguments, "--router-rank", "2", "--router-aux-loss", "0.01", cwd=tmp_path)
+    assert ended.status == 0, ended
+    assert trained(tmp_path / "out") - trained(chat_run[0]) == {"mlp.gate"}
 
 
 def test_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
@@ -164,6 +194,7 @@ def test_bad_rows_are_named_and_can_be_left_out(model: Path, tmp_path: Path) -> 
         (["--memory-limit", "0.0001"], ["GPU memory", "--memory-limit", "0.10 MiB"]),
         (["--device", "cuda"], ["--device cuda"]),
         (["--liger"], ["--liger", "GPU"]),
+        (["--router-rank", "2", "--lora-dropout", "0.1"], ["--lora-dropout", "--router-rank"]),
         (["--export", "original", "--expert-rank", "0"], ["--export original", "--expert-rank is 0"]),
         (["--chat-template", "nowhere.jinja"], ["nowhere.jinja"]),
         (["--resume"], ["--resume", "no run to go on with"]),
@@ -197,7 +228,7 @@ def test_refuses(arguments: list[str], words: list[str], model: Path, tmp_path: 
     [
         (["--lerning-rate", "1"], ["--lerning-rate", "--learning-rate"]),
         (["--scheduler", "zigzag"], ["--scheduler", "zigzag", "cosine"]),
-        (["--batch-size", "many"], ["--batch-size", "many"]),
+        (["--batch-size", "many"], ["--batch-size", "integer"]),
     ],
     ids=" ".join,
 )
@@ -225,7 +256,9 @@ def test_a_run_is_not_written_over(chat_run: tuple[Path, Ended], model: Path, tm
         assert_error(ended, "--output mine exists and is not the directory of a run")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     assert finetune(*arguments, "--output", "out", cwd=tmp_path).status == 0
-    assert_error(finetune(*arguments, "--output", "out", cwd=tmp_path), "--output out holds a run", "--resume", "--overwrite")
+    assert_error(
+        finetune(*arguments, "--output", "out", cwd=tmp_path), "--output out holds a run", "--resume", "--overwrite"
+    )
     assert finetune(*arguments, "--output", "out", "--overwrite", "--seed", "5", cwd=tmp_path).status == 0
     assert yaml.safe_load((tmp_path / "out" / "finetune.yaml").read_text())["seed"] == 5
 
@@ -234,10 +267,14 @@ def test_a_run_is_not_written_over(chat_run: tuple[Path, Ended], model: Path, tm
 
 
 def test_help_names_every_option_and_imports_nothing_heavy() -> None:
-    program = (
-        "import sys; sys.argv = ['moe-fused', 'finetune', '--help']; from moe_fused.__main__ import main; status = main(); "
-        "heavy = {'torch', 'trl', 'transformers', 'datasets', 'peft'} & sys.modules.keys(); sys.exit(str(heavy) if heavy else status)"
-    )
+    program = """
+import sys
+from moe_fused.__main__ import main
+sys.argv = ["moe-fused", "finetune", "--help"]
+status = main()
+heavy = {"torch", "trl", "transformers", "datasets", "peft"} & sys.modules.keys()
+sys.exit(str(heavy) if heavy else status)
+"""
     ended = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "PYTHONPATH": python_path(REPOSITORY), "COLUMNS": "200"},
@@ -247,8 +284,7 @@ def test_help_names_every_option_and_imports_nothing_heavy() -> None:
         timeout=60,
     )
     assert ended.returncode == 0, ended.stderr
-    from moe_fused.finetune.options import FIELDS, flag
-
-    for name, field in FIELDS.items():
-        assert flag(name) in ended.stdout
-        assert field.metadata["help"].split()[0] in ended.stdout
+    words = " ".join(ended.stdout.split())
+    for name, own in HELP.items():
+        assert flag(name) in words
+        assert own.text in words

@@ -1,0 +1,177 @@
+"""The prediction of memory: its resident parts byte for byte on a model, the rest against what autograd keeps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import Qwen3MoeConfig
+
+from moe_fused import memory
+from moe_fused.memory import GIB, Sizes, Workload, predict, sizes_of, skeleton
+
+from .four_bit import build, config, load, packed
+from .models import experts_modules
+
+# Larger than a block of absmax's absmax, so that the second level counts; 4 bits and 32 for adapters on a CPU.
+SHAPES = {"hidden_size": 128, "moe_intermediate_size": 64, "vocab_size": 96, "num_hidden_layers": 2}
+WORK = Workload(length=48, itemsize=4, adapter_itemsize=4, attention_rank=4, expert_rank=2, optimizer="adamw_torch", fused_norms=False, gpu=False)  # fmt: skip
+TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def nbytes(tensors: Any) -> int:
+    return sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def adapted(model: nn.Module, work: Workload) -> Any:
+    ranks = dict.fromkeys(TARGETS, work.expert_rank)
+    lora = LoraConfig(
+        r=work.attention_rank,
+        target_modules=list(work.attention_modules),
+        target_parameters=TARGETS,
+        rank_pattern=ranks,
+    )
+    return get_peft_model(model, lora)
+
+
+@pytest.mark.usefixtures("enabled")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+@pytest.mark.parametrize("quantized", [True, False])
+def test_weights_and_adapters(quantized: bool, tmp_path: Path) -> None:
+    build(**SHAPES).save_pretrained(tmp_path)
+    options = {"quantization_config": config()} if quantized else {"experts_implementation": "moe_fused"}
+    model = load(tmp_path, dtype=torch.float32, **options)
+    sizes = sizes_of(skeleton(Qwen3MoeConfig.from_pretrained(tmp_path)))
+    assert sizes == sizes_of(build(**SHAPES))
+    parts = predict(sizes, replace(WORK, quantized=quantized)).parts
+
+    experts = nbytes(own for module in experts_modules(model) for own in module.parameters())
+    assert parts["experts"] == experts
+    own = {tensor.data_ptr() for module in experts_modules(model) for tensor in module.parameters()}
+    states = [module.weight.quant_state for module in model.modules() if hasattr(module, "quant_state")]
+    others = [tensor for tensor in model.parameters() if tensor.data_ptr() not in own]
+    for state in states:
+        others += [state.absmax, state.offset, state.code, state.state2.absmax, state.state2.code]
+    assert parts["other weights"] == pytest.approx(nbytes(others), rel=0.01)
+    if quantized:
+        assert packed(model)
+
+    model = adapted(model, WORK)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert parts["adapters"] == nbytes(trained)
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    kept = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    assert parts["optimizer state"] == nbytes(kept)
+
+
+def kept_for_backward(model: nn.Module, tokens: Tensor) -> int:
+    """Bytes that autograd keeps of a forward, without parameters."""
+    parameters = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+    alive = []  # or another tensor would get the same address
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(storage)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(tokens)
+    assert output is not None
+    return sum(kept.values())
+
+
+@pytest.mark.usefixtures("enabled")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+def test_what_a_layer_keeps() -> None:
+    """The difference between two layers and one, so that embeddings and loss do not count."""
+    kept, predicted = {}, {}
+    for layers in (1, 2):
+        model = build(**{**SHAPES, "num_hidden_layers": layers}, dtype=torch.float32)
+        model.set_experts_implementation("moe_fused")
+        sizes = sizes_of(model)
+        model = adapted(model, WORK)
+        model.enable_input_require_grads()
+        tokens = torch.randint(3, 90, (1, WORK.length), generator=torch.Generator().manual_seed(0))
+        kept[layers] = kept_for_backward(model.base_model.model.model, tokens)
+        parts = predict(sizes, replace(WORK, checkpointing=False, quantized=False)).parts
+        predicted[layers] = parts["activations"]
+    assert predicted[2] - predicted[1] == pytest.approx(kept[2] - kept[1], rel=0.1)
+
+
+# --- of Qwen3-30B-A3B, whose numbers are known
+
+
+@pytest.fixture(scope="module")
+def qwen3_30b() -> Sizes:
+    return sizes_of(
+        skeleton(
+            Qwen3MoeConfig(
+                vocab_size=151936,
+                hidden_size=2048,
+                intermediate_size=6144,
+                num_hidden_layers=48,
+                num_attention_heads=32,
+                num_key_value_heads=4,
+                head_dim=128,
+                moe_intermediate_size=768,
+                num_experts=128,
+                num_experts_per_tok=8,
+            )
+        )
+    )
+
+
+def test_full_size(qwen3_30b: Sizes) -> None:
+    prediction = predict(qwen3_30b, Workload())
+    assert prediction.parts["experts"] + prediction.parts["other weights"] == pytest.approx(15.55 * GIB, rel=0.01)
+    assert prediction.trainable == 327_942_144
+    assert prediction.parts["adapters"] == 2 * prediction.trainable
+    assert prediction.moment == "layer"
+    assert prediction.parts["expert workspace"] == 256 * 2**20
+    assert prediction.total == sum(prediction.parts.values())
+    assert prediction.total - prediction.allocated == sum(prediction.parts[part] for part in prediction.outside)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"length": 8192},
+        {"batch": 2},
+        {"accumulation": 4},
+        {"quantized": False},
+        {"adapter_itemsize": 4},
+        {"attention_rank": 64},
+        {"expert_rank": 16},
+        {"checkpointing": False},
+        {"masked": True},
+        {"fused_norms": False},
+        {"optimizer": "adamw_torch"},
+        {"optimizer": "paged_adamw_32bit"},
+    ],
+    ids=str,
+)
+def test_more_takes_more(more: dict[str, Any], qwen3_30b: Sizes) -> None:
+    assert predict(qwen3_30b, replace(Workload(), **more)).total > predict(qwen3_30b, Workload()).total
+
+
+def test_checkpointing_keeps_one_hidden_state_to_a_layer(qwen3_30b: Sizes) -> None:
+    parts = predict(qwen3_30b, Workload(length=8192)).parts
+    assert parts["activations"] == 48 * 8192 * 2048 * 2
+
+
+def test_paged_state_is_outside_of_the_allocator(qwen3_30b: Sizes) -> None:
+    paged, plain = (predict(qwen3_30b, Workload(optimizer=name)) for name in ("paged_adamw_8bit", "adamw_8bit"))
+    assert paged.total == plain.total
+    assert plain.allocated - paged.allocated == paged.parts["optimizer state, paged"] > 0.5 * GIB
+    assert paged.total - paged.allocated - paged.parts["optimizer state, paged"] == memory.CONTEXT
