@@ -1,16 +1,16 @@
 """Benchmark rows: what every benchmark of the project writes, and the files they stand in.
 
-A file is a JSON list of objects with exactly the keys of ``Row``. All rows of one *point* (the same benchmark, GPU,
-layer, tokens, phase and LoRA rank) come from one run, so a ratio between two of them is a ratio under the same clocks:
-``merge`` replaces a point as a whole, never single implementations of it. How the weights are stored is no part of a
-point: that is what the implementations of one may differ in.
+A file is a JSON list of objects with the keys of ``Row``, ``details`` only where there are any. All rows of one *point*
+(the same benchmark, GPU, layer, tokens, phase and LoRA rank) come from one run, so a ratio between two of them is a ratio
+under the same clocks: ``merge`` replaces a point as a whole, never single implementations of it. How the weights are stored
+is no part of a point: that is what the implementations of one may differ in.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ FLOOR = "floor"  # the implementation name of the rows that hold the least time 
 BASELINES: dict[str, tuple[str, ...]] = {
     "experts": ("grouped_mm",),
     "experts_4bit": ("composed", "dequantize_first", "moe_fused_bf16"),
+    "finetune_30b": ("composed",),
     "experts_lora": ("composed", "peft", "attention_only", "moe_fused_bf16"),
 }
 
@@ -38,9 +39,10 @@ class Row:
     """One measurement.
 
     ``ms`` is None where the implementation ran out of memory or could not run; ``tflops`` then is None too.
-    ``peak_mib`` is memory allocated on top of inputs and weights, None where it was not measured. ``lora_rank`` is 0
-    without LoRA. Rows of the implementation ``floor`` are not timed: they hold the larger of the compulsory bytes and
-    operations at the ceilings that the same run measured.
+    ``peak_mib`` is memory allocated on top of inputs and weights, of whole models with them, None where it was not
+    measured. ``lora_rank`` is 0 without LoRA. Rows of the implementation ``floor`` are not timed: they hold the larger of
+    the compulsory bytes and operations at the ceilings that the same run measured. ``details`` are further numbers, which
+    the benchmark explains.
     """
 
     benchmark: str
@@ -57,6 +59,7 @@ class Row:
     ms: float | None
     tflops: float | None
     peak_mib: float | None
+    details: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def point(self) -> Point:
@@ -97,7 +100,8 @@ def new_row(
     )
 
 
-KEYS = tuple(field.name for field in fields(Row))
+DETAILS = "details"
+KEYS = tuple(own.name for own in fields(Row) if own.name != DETAILS)
 _NUMBERS_OR_NULL = ("ms", "tflops", "peak_mib")
 _INTEGERS = ("tokens", "lora_rank")
 
@@ -112,12 +116,15 @@ def row_from_json(value: Any) -> Row:
     Raises:
         ValueError: not an object of exactly the keys of ``Row``, or a value of the wrong type.
     """
-    if not isinstance(value, dict) or set(value) != set(KEYS):
+    if not isinstance(value, dict) or set(value) - {DETAILS} != set(KEYS):
         got = ", ".join(sorted(value)) if isinstance(value, dict) else type(value).__name__
         raise ValueError(f"a benchmark row must be an object with the keys {', '.join(KEYS)}, got {got}")
     for key, item in value.items():
         if key in _NUMBERS_OR_NULL:
             fits, needed = item is None or _is_number(item), "a number or null"
+        elif key == DETAILS:
+            fits = isinstance(item, dict) and all(map(_is_number, item.values()))
+            needed = "an object of numbers"
         elif key in _INTEGERS:
             fits, needed = isinstance(item, int) and not isinstance(item, bool), "an integer"
         else:
@@ -145,7 +152,9 @@ def read_rows(path: Path) -> list[Row]:
 
 def write_rows(path: Path, rows: Iterable[DataclassInstance]) -> None:
     """Writes ``rows``, of whatever class, as a JSON list, one row a line, so that a new measurement is a readable diff."""
-    lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+    lines = ",\n".join(
+        json.dumps({key: value for key, value in asdict(row).items() if key != DETAILS or value}) for row in rows
+    )
     replace_file(path, f"[\n{lines}\n]\n".encode())
 
 

@@ -344,8 +344,11 @@ def results_table(
     return table
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, smoke: str = "--device cpu --layer tiny") -> torch.device:
     """The device to time on.
+
+    Args:
+        smoke: the options that test the benchmark where there is no GPU.
 
     Raises:
         typer.Exit: with code 2 and one line on stderr, if there is no such device.
@@ -355,14 +358,14 @@ def pick_device(name: str) -> torch.device:
     if not torch.cuda.is_available():
         typer.echo(
             f"Benchmarks need a CUDA or ROCm GPU and torch {torch.__version__} sees none; "
-            "`--device cpu --layer tiny` smoke-tests a benchmark itself.",
+            f"`{smoke}` smoke-tests a benchmark itself.",
             err=True,
         )
         raise typer.Exit(2)
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _choices(option: str, given: Sequence[T] | None, known: Sequence[T], default: Sequence[T]) -> list[T]:
+def choices(option: str, given: Sequence[T] | None, known: Sequence[T], default: Sequence[T]) -> list[T]:
     for value in given or ():
         if value not in known:
             raise typer.BadParameter(f"{value!r} is none of {', '.join(map(str, known))}", param_hint=f"--{option}")
@@ -370,7 +373,7 @@ def _choices(option: str, given: Sequence[T] | None, known: Sequence[T], default
 
 
 @contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
+def one_line_errors() -> Iterator[None]:
     """File errors, as one line on stderr and exit code 1."""
     try:
         yield
@@ -459,10 +462,10 @@ def command(benchmark: Benchmark) -> Callable[..., None]:
         if device not in ("cuda", "cpu"):
             raise typer.BadParameter(f"{device!r} is none of cuda, cpu", param_hint="--device")
         every = [competitor.name for competitor in benchmark.implementations]
-        layers = _choices("layer", layer, tuple(LAYERS), benchmark.layers[:1] if quick else benchmark.layers)
-        names = _choices("implementation", implementation, every, every)
-        phases = _choices("phase", phase, benchmark.phases, benchmark.phases)
-        ranks = _choices("lora-rank", lora_rank, benchmark.lora_ranks, benchmark.lora_ranks)
+        layers = choices("layer", layer, tuple(LAYERS), benchmark.layers[:1] if quick else benchmark.layers)
+        names = choices("implementation", implementation, every, every)
+        phases = choices("phase", phase, benchmark.phases, benchmark.phases)
+        ranks = choices("lora-rank", lora_rank, benchmark.lora_ranks, benchmark.lora_ranks)
         adapted = [dataclasses.replace(LAYERS[name], lora_rank=rank) for name in layers for rank in ranks]
         sizes = list(dict.fromkeys(tokens or (benchmark.quick_tokens if quick else benchmark.tokens)))
         if min(sizes) < 1:
@@ -492,13 +495,13 @@ def command(benchmark: Benchmark) -> Callable[..., None]:
 
         rows: list[Row] = []
         if path is not None:
-            with _one_line_errors():
+            with one_line_errors():
                 rows = read_rows(path) if path.exists() else []
 
         def save(new: list[Row]) -> None:
             rows[:] = merge(rows, new)
             if path is not None:
-                with _one_line_errors():
+                with one_line_errors():
                     write_rows(path, rows)
 
         gc.freeze()  # a collection takes a quarter of a second otherwise, most of it over what the imports made
@@ -508,7 +511,7 @@ def command(benchmark: Benchmark) -> Callable[..., None]:
             gc.unfreeze()
         if path is not None and rows:
             picture = path.with_suffix(".png")
-            with _one_line_errors():
+            with one_line_errors():
                 plot.save(rows, picture)
             console.print(f"Wrote {path} and {picture}")
         console.print(f"Took {time.perf_counter() - start:.0f} s")

@@ -32,6 +32,7 @@ _TITLES = {
     "forward_backward": "forward + backward",
     "forward_cuda_graph": "forward in a CUDA graph",
     "recompute": "forward + backward with recomputation",
+    "train_step": "a training step",
 }
 
 

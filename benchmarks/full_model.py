@@ -1,0 +1,242 @@
+"""Whole Qwen3-MoE models with random weights in 4 bits, made where they are used; nothing is downloaded.
+
+A model is what ``from_pretrained`` with ``BitsAndBytesConfig(load_in_4bit=True)`` gives while ``moe_fused`` is enabled, made
+with the quantizer's own steps around a loop that draws a weight, quantizes it, and goes on to the next.
+
+bitsandbytes quantizes each stack of experts as one matrix. Experts then share the mean of their scales, which
+``Packed4bitWeights`` has room for and bitsandbytes needs to dequantize the stack: both multiply with the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.quantizers.auto import AutoHfQuantizer
+
+import moe_fused
+from moe_fused import experts as integration
+from moe_fused.benchmark.layers import Layer
+from moe_fused.checkpoints.converter import attach
+from moe_fused.experts import IMPLEMENTATION
+from moe_fused.quantizer import get_packed, pin, projections_of
+
+from . import experts_lora
+from .experts_4bit import BLOCKSIZE, QUANT_TYPE, BitsandbytesStack
+from .experts_lora import Adapters, Factors
+
+DTYPE = torch.bfloat16
+NESTED_BLOCKSIZE = 256
+# As the models' own initialization has it; norms are ones.
+STD = 0.02
+
+
+@dataclass(frozen=True)
+class Model:
+    """The shape of a Qwen3-MoE model."""
+
+    experts: Layer
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+    def config(self) -> Qwen3MoeConfig:
+        return Qwen3MoeConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.experts.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,  # type: ignore[call-arg]
+            moe_intermediate_size=self.experts.intermediate,
+            num_experts=self.experts.experts,
+            num_experts_per_tok=self.experts.top_k,
+            norm_topk_prob=True,
+            use_cache=False,
+        )
+
+    @property
+    def multiplied_parameters(self) -> int:
+        """Parameters that a token is multiplied with: attention, router, its experts, the head.
+
+        Not the embedding, which is looked up: of the 3.35 B active parameters of Qwen3-30B-A3B these are 3.04 B.
+        """
+        own = self.experts
+        attention = 2 * own.hidden * self.head_dim * (self.heads + self.kv_heads)
+        layer = attention + own.hidden * own.experts + own.top_k * own.expert_parameters
+        return self.layers * layer + self.vocabulary * own.hidden
+
+    def attention_flops(self, tokens: int) -> int:
+        """Of one causal sequence, forward: scores and their product with the values, over the half that is not masked."""
+        return 2 * self.layers * self.heads * self.head_dim * tokens * (tokens + 1)
+
+
+def _random(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(*shape, generator=generator, device=generator.device, dtype=DTYPE).mul_(STD)
+
+
+def _experts_in_4bit(kernel: Any, weight: Tensor, projections: int) -> Any:
+    """``Packed4bitWeights`` over the bytes that bitsandbytes makes of the whole stack.
+
+    Raises:
+        ValueError: a group of scales would belong to two experts.
+    """
+    stack = BitsandbytesStack.quantize(weight)
+    state, experts = stack.state, weight.shape[0]
+    form = kernel.Format4bit(tuple(weight.shape), QUANT_TYPE, BLOCKSIZE, True, projections, weight.dtype)
+    if form.blocks % NESTED_BLOCKSIZE:
+        raise ValueError(
+            f"a projection of an expert must have a multiple of {BLOCKSIZE * NESTED_BLOCKSIZE} weights, "
+            f"got {form.blocks * BLOCKSIZE}"
+        )
+    parts = {
+        "packed": stack.packed,
+        "absmax": state.absmax,
+        "nested_absmax": state.state2.absmax,
+        "nested_offset": state.offset.expand(experts * projections).contiguous(),
+    }
+    return kernel.Packed4bitWeights(
+        form, **{part: value.view(torch.uint8).view(experts, -1) for part, value in parts.items()}
+    )
+
+
+def as_bitsandbytes(weights: Any) -> BitsandbytesStack:
+    """The same memory as one matrix of bitsandbytes.
+
+    Raises:
+        ValueError: experts whose scales have means of their own.
+    """
+    from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
+
+    form, device = weights.format, weights.device
+    offsets = weights.nested_offset.view(torch.float32).flatten()
+    if not torch.equal(offsets, offsets[:1].expand_as(offsets)):
+        raise ValueError("weights must have been quantized as one matrix, got an offset for each expert")
+    nested = QuantState(
+        absmax=weights.nested_absmax.view(torch.float32).flatten(),
+        code=create_dynamic_map().to(device),
+        blocksize=NESTED_BLOCKSIZE,
+        dtype=torch.float32,
+    )
+    experts, out_features, in_features = form.shape
+    state = QuantState(
+        absmax=weights.absmax.flatten(),
+        shape=torch.Size((experts * out_features, in_features)),
+        code=get_4bit_type(form.quant_type, device=device),
+        blocksize=form.blocksize,
+        quant_type=form.quant_type,
+        dtype=form.dtype,
+        offset=offsets[0],
+        state2=nested,
+    )
+    return BitsandbytesStack(weights.packed.view(-1, 1), state, weights.shape)
+
+
+def build(model: Model, device: torch.device, *, dense_experts: bool = False, seed: int = 0) -> Qwen3MoeForCausalLM:
+    """A causal language model on ``device``, in bf16 but for its linear layers and experts in 4 bits.
+
+    Args:
+        dense_experts: leaves the experts in bf16, run by Transformers' ``grouped_mm``.
+    """
+    kernel = moe_fused.get_kernel()
+    (moe_fused.disable if dense_experts else moe_fused.enable)()
+    quantizer = AutoHfQuantizer.from_config(
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=QUANT_TYPE,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPE,
+        )
+    )
+    with torch.device("meta"):
+        made = Qwen3MoeForCausalLM._from_config(
+            model.config(),
+            dtype=DTYPE,
+            attn_implementation="sdpa",
+            experts_implementation="grouped_mm" if dense_experts else IMPLEMENTATION,
+        )
+    quantizer.preprocess_model(model=made, dtype=DTYPE, device_map={"": device})
+    generator = torch.Generator(device).manual_seed(seed)
+    quantize_linear = quantizer.get_quantize_ops()
+    for path, module in made.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            full = f"{path}.{name}"
+            if parameter.dim() == 1:
+                value = torch.ones(parameter.shape, device=device, dtype=DTYPE)
+            else:
+                # Of Linear4bit, too, which still has the shape of the dense weight.
+                value = _random(parameter.shape, generator)
+            if parameter.dim() == 3 and not dense_experts:
+                attach(module, name, _experts_in_4bit(kernel, value, 2 if name == "gate_up_proj" else 1), DTYPE)
+            elif quantizer.param_needs_quantization(made, full):
+                (packed,) = quantize_linear.convert({full: value}, model=made, full_layer_name=full).values()
+                setattr(module, name, packed)
+            else:
+                setattr(module, name, nn.Parameter(value))
+            del value
+        if hasattr(module, "gate_up_proj") and not dense_experts:
+            pin(module)
+    # Its buffers are computed, not loaded.
+    with torch.device(device):
+        made.model.rotary_emb = type(made.model.rotary_emb)(made.config)
+    quantizer.postprocess_model(made)
+    made.hf_quantizer = quantizer
+    return made
+
+
+def storage(model: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that ``model`` holds: parameters, buffers, and the scales of linear layers in 4 bits."""
+    for parameter in model.parameters():
+        yield parameter
+        state = getattr(parameter, "quant_state", None)
+        for own in (state, getattr(state, "state2", None)):
+            if own is not None:
+                yield own.absmax
+    yield from model.buffers()
+
+
+def composed_forward(model: nn.Module) -> Callable[..., Tensor]:
+    """The experts' forward in plain torch, for those of ``model``; adapters come as PEFT's layers hand them to ours."""
+    stacks = {
+        module: tuple(as_bitsandbytes(get_packed(module, name)) for name in projections_of(module))
+        for module in model.modules()
+        if hasattr(module, "gate_up_proj_format")
+    }
+
+    def forward(
+        self: nn.Module,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        gate_up_lora: Sequence[Any] = (),
+        down_lora: Sequence[Any] = (),
+    ) -> Tensor:
+        gate_up, down = stacks[self]
+        adapters = None
+        if gate_up_lora and down_lora:
+            if any(own.scaling != experts_lora.SCALING for own in (*gate_up_lora, *down_lora)):
+                raise ValueError(f"adapters must be scaled by {experts_lora.SCALING}, as plain torch does here")
+            # Grouped products want factors whose rows or columns are contiguous; PEFT keeps experts innermost.
+            adapters = Adapters(*(Factors(own.a, own.b.contiguous()) for (own,) in (gate_up_lora, down_lora)))
+        return experts_lora.composed(
+            hidden_states, top_k_index, top_k_weights, False, gate_up, down, adapters, gate_up.shape[0]
+        )
+
+    return forward
+
+
+def run_composed(model: nn.Module) -> None:
+    """Makes ``model`` multiply with its experts in plain torch: PEFT's layers and all else stay as they are for ours."""
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, composed_forward(model))
+
+
+def run_fused(recompute: bool = False) -> None:
+    """Makes models with 4-bit experts run them in the kernel, making the up projection again in backward if asked to."""
+    integration.register(moe_fused.get_kernel(), recompute)

@@ -1,0 +1,104 @@
+"""Training through the trainer of ``moe-fused finetune``, over random tokens."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+from datasets import Dataset, disable_progress_bars
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
+
+from moe_fused.finetune.model import adapt
+from moe_fused.finetune.options import Options
+from moe_fused.finetune.plan import make_plan
+from moe_fused.finetune.run import make_trainer
+from moe_fused.memory import CONTEXT
+
+from .training import CAUSAL, Meter, Recipe, compile_layers, use_causal_attention
+
+NO_LIMIT_GIB = 1e6
+END = "<end>"
+
+
+class _Steps(TrainerCallback):
+    """Tells a meter of the trainer's steps."""
+
+    def __init__(self, model: Any, meter: Meter) -> None:
+        self._model, self._meter = model, meter
+
+    def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
+        self._meter.begin(self._model, kwargs["optimizer"])
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._meter.end()
+
+
+class Finetune:
+    """See ``Training``. A length has a trainer, and with it an optimizer, of its own."""
+
+    predicted: int | None = None
+
+    def __init__(self, model: Any, recipe: Recipe) -> None:
+        self.model, self.has_parts = model, not recipe.compile_layers
+        self._recipe, self._device = recipe, model.device
+        use_causal_attention(model)
+        self._adapted = adapt(model, self._options())
+        if recipe.compile_layers:
+            compile_layers(model)
+
+    def train(self, tokens: Tensor, meter: Meter) -> list[float]:
+        with tempfile.TemporaryDirectory() as output:
+            options = self._options(output, tokens.shape[1], len(tokens))
+            plan = make_plan(options, self.model.config, self._device, plain_text=True)
+            # Of what torch allocates.
+            self.predicted = plan.prediction.total - (0 if self._device.type == "cpu" else CONTEXT)
+            dataset = Dataset.from_dict({"input_ids": tokens.tolist()})
+            trainer = make_trainer(self._adapted, _tokenizer(), dataset, options, self._device, plan)
+            trainer.args.save_strategy = SaveStrategy.NO
+            trainer.add_callback(_Steps(self.model, meter))
+            trainer.train()
+            return [record["loss"] for record in trainer.state.log_history if "loss" in record]
+
+    def _options(self, output: str = "", length: int | None = None, steps: int | None = None) -> Options:
+        recipe = self._recipe
+        return Options(
+            model="random",
+            dataset="random",
+            output=output,
+            device="cpu" if self._device.type == "cpu" else "cuda",
+            dtype="bfloat16",
+            attn=CAUSAL,
+            packing="none",
+            sequence_length=length,
+            gradient_accumulation=1,
+            max_steps=steps,
+            attention_rank=recipe.attention_rank,
+            expert_rank=recipe.expert_rank,
+            learning_rate=recipe.learning_rate,
+            scheduler="constant",
+            warmup=0.0,
+            optimizer="auto" if recipe.paged or self._device.type == "cpu" else "adamw_8bit",
+            memory_limit=NO_LIMIT_GIB,  # what does not fit is to be seen, not refused
+        )
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """The trainer wants one, though all is tokens already."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({END: 0}, unk_token=END)), eos_token=END, pad_token=END
+    )
+
+
+def set_up_finetune(model: Any, recipe: Recipe) -> Finetune:
+    """Adapters and all else as ``moe-fused finetune`` has them by default, but for what the recipe says.
+
+    Raises:
+        ValueError: a part of the recipe that its trainer does not have.
+    """
+    disable_progress_bars()
+    if recipe.cuda_graphs or recipe.recompute != "layers":
+        raise ValueError("the trainer of finetune recomputes whole layers, and has no CUDA graphs: use the plain loop")
+    return Finetune(model, recipe)
