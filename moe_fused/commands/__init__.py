@@ -1,1 +1,1 @@
-"""The commands of ``moe-fused`` beside ``convert``: a module each, which imports nothing heavy before it runs."""
+"""The commands of ``moe-fused``: a module each, which imports nothing heavy before it runs."""

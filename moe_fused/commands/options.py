@@ -1,13 +1,17 @@
-"""Options that several commands have, and checks of them that need nothing but the standard library."""
+"""What several commands share: options, checks of them, a progress bar for each step. Imports nothing heavy."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import Progress, TaskID
 
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done.")]
@@ -48,3 +52,18 @@ def check_source(argument: str, name: str, file: str) -> None:
             raise FileNotFoundError(f"{argument} {name} has no {file}")
     elif path.exists() or path.is_absolute() or name.startswith(".") or len(path.parts) != 2:
         raise FileNotFoundError(f"{argument} {name} is neither a directory nor a name on the Hub as org/name")
+
+
+@contextlib.contextmanager
+def progress_of_steps() -> Iterator[Callable[[str, int, int], None]]:
+    """Gives ``progress(step, done, total)``, which shows a bar for each step; on a terminal only."""
+    terminal = Console(stderr=True)
+    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(step: str, done: int, total: int) -> None:
+            if step not in tasks:
+                tasks[step] = bars.add_task(step, total=total)
+            bars.update(tasks[step], completed=done)
+
+        yield progress

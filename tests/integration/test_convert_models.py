@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import moe_fused
 from moe_fused.checkpoints.models import Layout, convert_model
-from moe_fused.convert_model_cli import app
+from moe_fused.cli import app
 
 from .four_bit import (
     BY_ID,
@@ -334,7 +334,8 @@ def test_overwrite(dense: Path, v4: Path, tmp_path: Path) -> None:
 
 def test_command(dense: Path, v4: Path, tmp_path: Path) -> None:
     invoke = CliRunner().invoke
-    arguments = [str(dense), str(tmp_path / "fused"), "--to", "fused"]
+    command = ["convert", "model"]
+    arguments = [*command, str(dense), str(tmp_path / "fused"), "--to", "fused"]
     result = invoke(app, [*arguments, "--dry-run"])
     assert result.exit_code == 0, result.output
     assert "fused experts (bfloat16)" in result.output
@@ -346,7 +347,7 @@ def test_command(dense: Path, v4: Path, tmp_path: Path) -> None:
     assert str(again.exception) == f"{tmp_path / 'fused'} exists: choose another path, or overwrite it"
     assert invoke(app, [*arguments, "--overwrite"]).exit_code == 0
     assert len(list((tmp_path / "fused").glob("*.safetensors"))) == 1
-    gguf = [str(v4), str(tmp_path / "gguf"), "--to", "per-expert", "--dequantize", "--dtype", "bfloat16"]
+    gguf = [*command, str(v4), str(tmp_path / "gguf"), "--to", "per-expert", "--dequantize", "--dtype", "bfloat16"]
     assert invoke(app, gguf).exit_code == 0
     assert {value.dtype for value in tensors_of(tmp_path / "gguf").values()} == {torch.bfloat16}
-    assert invoke(app, [str(dense), str(tmp_path / "x"), "--to", "v5"]).exit_code == 2
+    assert invoke(app, [*command, str(dense), str(tmp_path / "x"), "--to", "v5"]).exit_code == 2

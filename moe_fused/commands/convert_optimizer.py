@@ -1,4 +1,4 @@
-"""The command that converts an optimizer's state. Imports nothing heavy, so that a wrong option is answered at once."""
+"""``moe-fused convert optimizer``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress, TaskID
+
+from .options import DryRun, Traceback, progress_of_steps
 
 
 def optimizer(
@@ -54,25 +54,17 @@ def optimizer(
         ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TARGET's optimizer.pt.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done.")] = False,
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+    dry_run: DryRun = False,
+    traceback: Traceback = False,
 ) -> None:
     """Convert the state of AdamW, of torch or in 8 bits of bitsandbytes, so that a run resumes in another layout.
 
     First convert the adapter, with --scaling keep, or the model; then this brings the optimizer's state along.
     """
     del traceback  # read by console.run, which prints errors
-    from .checkpoints.optimizers.convert import plan_optimizer
+    from moe_fused.checkpoints.optimizers.convert import plan_optimizer
 
-    terminal = Console(stderr=True)
-    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def progress(step: str, done: int, total: int) -> None:
-            if step not in tasks:
-                tasks[step] = bars.add_task(step, total=total)
-            bars.update(tasks[step], completed=done)
-
+    with progress_of_steps() as progress:
         plan = plan_optimizer(
             source,
             target,

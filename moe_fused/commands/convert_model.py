@@ -1,4 +1,4 @@
-"""The command that converts saved models. Imports nothing heavy, so that a wrong option is answered at once."""
+"""``moe-fused convert model``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+from .options import DryRun, Dtype, ShardSize, Traceback
 
 
 class ModelLayout(str, Enum):
@@ -21,13 +21,6 @@ class ModelLayout(str, Enum):
     ORIGINAL = "original"
 
 
-class Dtype(str, Enum):
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-
-
-@app.command()
 def model(
     source: Annotated[Path, typer.Argument(help="Directory of a model with experts, in safetensors.")],
     target: Annotated[Path, typer.Argument(help="Directory to make.")],
@@ -42,10 +35,10 @@ def model(
         Dtype | None, typer.Option(help="Cast the weights of a dense or dequantized model.  [default: as they are]")
     ] = None,
     dequantize: Annotated[bool, typer.Option("--dequantize", help="Make dense tensors of all 4-bit ones.")] = False,
-    max_shard_size: Annotated[str, typer.Option(help="Of a file, as 500MB or 5GB.")] = "5GB",
+    max_shard_size: ShardSize = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model at TARGET.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done.")] = False,
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+    dry_run: DryRun = False,
+    traceback: Traceback = False,
 ) -> None:
     """Convert a model to another layout of its experts, bit for bit, in little memory.
 
@@ -55,7 +48,7 @@ def model(
     del traceback  # read by whoever prints errors
     import torch
 
-    from .checkpoints.models import plan_model
+    from moe_fused.checkpoints.models import plan_model
 
     plan = plan_model(
         source,
