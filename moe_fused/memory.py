@@ -115,6 +115,7 @@ class Workload:
         adapter_itemsize: bytes of an adapter's element, and of its gradient.
         attention_rank, attention_modules: of adapters on linear layers of these names.
         expert_rank: of adapters on experts.
+        dropout: adapters drop some of their input.
         optimizer: a name of Transformers'.
         checkpointing: layers are computed again in backward.
         masked: attention takes a mask of all pairs of tokens, as documents side by side need with SDPA.
@@ -131,11 +132,17 @@ class Workload:
     attention_rank: int = 16
     attention_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     expert_rank: int = 8
+    dropout: bool = False
     optimizer: str = "paged_adamw_8bit"
     checkpointing: bool = True
     masked: bool = False
     fused_norms: bool = True
     gpu: bool = True
+
+    @property
+    def mask_itemsize(self) -> int:
+        """Bytes that dropout keeps for an element to know whether it was dropped."""
+        return 1 if self.gpu else self.itemsize
 
     @property
     def tokens(self) -> int:
@@ -370,6 +377,9 @@ def _attention_kept(sizes: Sizes, work: Workload) -> int:
     keys = sizes.queries if work.masked else sizes.keys  # SDPA with a mask has no grouped keys: one for each head
     inputs_and_output = tokens * (2 * sizes.queries + 2 * keys) * item
     mask = work.batch * work.length**2 * item if work.masked else 0  # as numbers to add
+    if work.dropout and work.attention_rank:
+        # Each adapter's input, and what was dropped of it: of queries, keys and values, and of the output.
+        normed += tokens * (3 * sizes.hidden + sizes.queries) * (item + work.mask_itemsize)
     return normed + before_norms + inputs_and_output + tokens * sizes.heads * 4 + mask
 
 
@@ -390,6 +400,12 @@ def _experts(sizes: Sizes, work: Workload) -> tuple[int, int, int]:
     kept += work.tokens * up.experts * 4 + 3 * rows * 4
     # The gradient of gate_up beside weighted h (S, I), then beside the rows of x's gradient (S, H).
     made = rows * (up.out_features + max(down.in_features, up.in_features)) * item
+    if work.dropout and work.expert_rank:
+        # Stages with autograd of their own keep both adapters' inputs and what was dropped of them, the gate's factors and
+        # the rows of the output, and pass rows back along two ways.
+        hidden, inner = up.in_features, down.in_features
+        kept += rows * ((hidden + inner) * (item + work.mask_itemsize) + (inner + hidden) * item)
+        made += rows * hidden * item
     packed = work.quantized and up.packable and work.gpu
     workspace = min(EXPERT_WORKSPACE, max(up.numel, down.numel) * item) if packed else 0
     return kept, made, workspace

@@ -64,6 +64,8 @@ def finetune(config: Path | None, resume: bool, overwrite: bool, dry_run: bool, 
     if resume:
         if not said.get("output"):
             raise ValueError("--resume needs --output, the directory of the run to go on with")
+        # What the run chose for itself stands, if it is left open again.
+        said = {name: value for name, value in said.items() if value not in (None, "auto")}
         started = _started(Path(said["output"]), said)
     options = Options(**(started | said))
     options.require()

@@ -47,7 +47,9 @@ class Rows:
     def dataset(self) -> Dataset:
         from datasets import Dataset
 
-        return Dataset.from_list(self.rows)
+        # from_list takes the columns of the first row for those of all.
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        return Dataset.from_dict({name: [row.get(name) for row in self.rows] for name in names})
 
 
 class BadRow(ValueError):
@@ -145,10 +147,13 @@ def _check_all(source: Iterable[tuple[str, object]], dataset: str, text_field: s
         kind, row = checked
         if result is None:
             result, first = Rows(kind), place
-        if kind == result.kind:
-            result.rows.append(row)
-        else:
+        if kind != result.kind:
             bad.append(f"{place} is {kind}, but {first} is {result.kind}")
+        elif result.rows and _is_text(row) != _is_text(result.rows[0]):
+            forms = ("messages", "text") if _is_text(result.rows[0]) else ("text", "messages")
+            bad.append(f"{place} has a prompt of {forms[0]}, but {first} one of {forms[1]}")
+        else:
+            result.rows.append(row)
     if bad and not skip_bad:
         more = f"; {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
         raise ValueError("; ".join(bad[:_NAMED]) + more + "; --skip-bad-rows leaves out what is bad")
@@ -156,6 +161,10 @@ def _check_all(source: Iterable[tuple[str, object]], dataset: str, text_field: s
         raise ValueError(f"{dataset} has no row to train on" + (f": {bad[0]}" if bad else ""))
     result.skipped = bad
     return result
+
+
+def _is_text(row: Row) -> bool:
+    return isinstance(row.get("prompt", ""), str)
 
 
 def _checked(content: object, text_field: str) -> tuple[Kind, Row] | BadRow:

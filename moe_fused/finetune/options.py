@@ -157,6 +157,8 @@ class Options:
                 raise ValueError(f"{flag(name)} must be in [0, 1), got {getattr(self, name)}")
         if not self.attention_rank and not self.expert_rank and not self.router_rank:
             raise ValueError("--attention-rank, --expert-rank and --router-rank are all 0: there is nothing to train")
+        if self.adapter_dtype == "float16":
+            raise ValueError("--adapter-dtype cannot be float16, whose gradients need scaling: use float32 or bfloat16")
         if self.router_rank and self.lora_dropout:
             raise ValueError("--lora-dropout is not possible with --router-rank: PEFT has none for parameters")
         if self.export != "none" and not self.expert_rank:

@@ -117,6 +117,7 @@ def _plan(
         attention_rank=options.attention_rank,
         attention_modules=tuple(options.attention_modules or ATTENTION),
         expert_rank=options.expert_rank,
+        dropout=options.lora_dropout > 0,
         optimizer=optimizer_of(options, device),
         checkpointing=options.gradient_checkpointing,
         masked=packing.startswith("bfd") and options.attn in ("sdpa", "eager"),

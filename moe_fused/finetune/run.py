@@ -9,7 +9,7 @@ import signal
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 import torch
@@ -25,7 +25,7 @@ from moe_fused.staging import is_partial, replace_file
 from .command import CONFIG
 from .data import Rows, load_rows
 from .model import adapt, apply_liger, device_of, liger_serves, load_config, load_model, load_tokenizer
-from .options import Options, to_yaml
+from .options import Export, Options, to_yaml
 from .plan import Plan, make_plan
 from .progress import LOG, Log, Stop, memory_gib
 from .results import ADAPTER_CONFIG, write_results
@@ -156,6 +156,9 @@ def _prepare_output(options: Options, overwrite: bool) -> None:
     if overwrite:
         # First: without it, nothing takes the rest for an adapter.
         (output / ADAPTER_CONFIG).unlink(missing_ok=True)
+        for layout in get_args(Export):
+            if layout != "none":
+                shutil.rmtree(output / layout, ignore_errors=True)
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     replace_file(output / CONFIG, to_yaml(options).encode())
 

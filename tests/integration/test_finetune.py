@@ -225,6 +225,7 @@ def test_bad_rows_are_named_and_can_be_left_out(model: Path, tmp_path: Path) -> 
         (["--learning-rate", "0"], ["--learning-rate must be above 0"]),
         (["--batch-size", "0"], ["--batch-size must be at least 1"]),
         (["--lora-dropout", "1"], ["--lora-dropout must be in [0, 1)"]),
+        (["--adapter-dtype", "float16"], ["--adapter-dtype cannot be float16"]),
         (["--attention-rank", "0", "--expert-rank", "0"], ["--attention-rank", "nothing to train"]),
         (["--attention-modules", "query"], ["--attention-modules", "no linear layer query", "q_proj"]),
         (["--sequence-length", "500"], ["--sequence-length must be at most 128"]),

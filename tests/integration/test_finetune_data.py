@@ -40,6 +40,20 @@ def test_kinds_of_rows(row: dict[str, Any], kind: str, tmp_path: Path) -> None:
     assert read.dataset()[1] == row
 
 
+def test_fields_that_the_first_row_lacks(tmp_path: Path) -> None:
+    with_tools = {**CHAT, "tools": [{"name": "look"}]}
+    rows = load_rows(lines(tmp_path / "rows.jsonl", CHAT, with_tools)).dataset()
+    assert rows[1]["tools"] == with_tools["tools"]
+    assert rows[0]["tools"] is None
+
+
+def test_prompts_of_two_forms(tmp_path: Path) -> None:
+    of_messages = {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:]}
+    path = lines(tmp_path / "rows.jsonl", {"prompt": "1 + 1 =", "completion": " 2"}, of_messages)
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2 has a prompt of messages, but .*rows\.jsonl:1 one of text"):
+        load_rows(path)
+
+
 def test_kinds_of_files(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text(json.dumps([CHAT, CHAT]))
     assert load_rows(str(tmp_path / "list.json")).rows == [CHAT, CHAT]

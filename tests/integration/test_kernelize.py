@@ -70,6 +70,20 @@ def test_block_equals_eager_and_records_router_logits(device: str, layer_calls: 
     assert_near(forward_backward(model, ids), theirs, 1e-5)
 
 
+def test_block_around_adapted_experts(device: str, layer_calls: Calls) -> None:
+    """PEFT's layer takes the experts' place, and knows their adapters."""
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"], init_lora_weights=False)
+    models = []
+    for kernelized in (False, True):
+        model = QWEN3_MOE.build().to(device)
+        if kernelized:
+            moe_fused.kernelize(model, layer=BLOCK)
+        torch.manual_seed(0)
+        models.append(get_peft_model(model, config))
+    theirs, ours = (forward_backward(model, tokens(device=device)) for model in models)
+    assert_near(ours, theirs, 1e-5)
+
+
 def test_experts_record_router_logits(device: str, layer_calls: Calls) -> None:
     model = QWEN3_MOE.build().to(device)
     ids = tokens(device=device)

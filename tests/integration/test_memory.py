@@ -44,6 +44,7 @@ def adapted(model: nn.Module, work: Workload) -> Any:
         target_modules=list(work.attention_modules),
         target_parameters=TARGETS,
         rank_pattern=ranks,
+        lora_dropout=0.1 if work.dropout else 0.0,
     )
     return get_peft_model(model, lora)
 
@@ -102,18 +103,20 @@ def kept_for_backward(model: nn.Module, tokens: Tensor) -> int:
 
 @pytest.mark.usefixtures("enabled")
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
-def test_what_a_layer_keeps() -> None:
+@pytest.mark.parametrize("dropout", [False, True])
+def test_what_a_layer_keeps(dropout: bool) -> None:
     """The difference between two layers and one, so that embeddings and loss do not count."""
     kept, predicted = {}, {}
+    work = replace(WORK, dropout=dropout)
     for layers in (1, 2):
         model = build(**{**SHAPES, "num_hidden_layers": layers}, dtype=torch.float32)
         model.set_experts_implementation("moe_fused")
         sizes = sizes_of(model)
-        model = adapted(model, WORK)
+        model = adapted(model, work).train()
         model.enable_input_require_grads()
         tokens = torch.randint(3, 90, (1, WORK.length), generator=torch.Generator().manual_seed(0))
         kept[layers] = kept_for_backward(model.base_model.model.model, tokens)
-        parts = predict(sizes, replace(WORK, checkpointing=False, quantized=False)).parts
+        parts = predict(sizes, replace(work, checkpointing=False, quantized=False)).parts
         predicted[layers] = parts["activations"]
     assert predicted[2] - predicted[1] == pytest.approx(kept[2] - kept[1], rel=0.1)
 

@@ -227,6 +227,33 @@ def test_what_is_saved() -> None:
     assert sum(len(shape) == 1 for shape in kept) == sum(len(shape) == 1 for shape in again) == 1
 
 
+def test_recompute_with_dropout_keeps_no_rows() -> None:
+    """Where stages have autograd of their own, all of them run again, with the same mask."""
+    own = (Factors(dropout=P),)
+    case = LoraCase("recompute-dropout", "", up=own, down=own)
+    rows = case.tokens * case.top_k
+    assert not any(shape[0] == rows for shape in saved_by(case, recompute=True))
+    results = []
+    for recompute in (False, True):
+        inputs = make_lora_inputs(case, torch.float32)
+        torch.manual_seed(3)
+        results.append(lora_gradients(case, inputs, recompute=recompute))
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
+def test_scaling_that_is_an_integer() -> None:
+    """A compiled kernel must not keep the first one for all."""
+    results = []
+    for scaling in (1, 2.0, 2, 1.0):
+        case = LoraCase("scaling", "", up=(Factors(scaling=scaling),), down=(Factors(scaling=scaling),))
+        with torch.no_grad():
+            results.append(run_lora(case, make_lora_inputs(case, torch.float32)))
+    assert torch.equal(results[0], results[3])
+    assert torch.equal(results[1], results[2])
+    assert not torch.allclose(results[0], results[1])
+
+
 # ------------------------------------------------------------------------------------------------ only what is asked for
 
 NAMES = ("hidden_states", "top_k_weights", *(f"{argument}[0].{part}" for argument in ADAPTED for part in "ab"))

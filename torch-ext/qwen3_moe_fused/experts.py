@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from . import checks, lora
 from ._ops import add_op_namespace_prefix
@@ -240,7 +241,7 @@ def _experts_backward(
         if need_up:
             grad_up = empty_grad(up)
             stages.grouped_gram(grad_gate_up, hidden_states, routing, gather_a=False, gather_b=True, out=grad_up)
-        del grad_gate_up
+        del gate_up, grad_gate_up  # one tensor after recomputation
         if need_down:
             grad_down = empty_grad(down)
             stages.grouped_gram(grad_y, weighted_h, routing, gather_a=True, gather_b=False, out=grad_down)
@@ -452,7 +453,8 @@ def moe_experts(
         swiglu_alpha, swiglu_limit: of ``swiglu_oai``.
         gate_up_lora, down_lora: an adapter of either projection, (E, out, in) whether or not ``transposed``, or several that
             all count. No product with weights merged, and no gradient of weights, is ever formed for them.
-        recompute: backward computes the up projection again instead of keeping its output, (T·top_k, 2·I).
+        recompute: backward computes the up projection again instead of keeping its output, (T·top_k, 2·I); all of the
+            experts where a caller's activation or an adapter's dropout runs between them.
 
     Returns:
         (T, H) in the dtype of hidden_states.
@@ -491,8 +493,11 @@ def moe_experts(
         activation = functools.partial(apply_gate, gate=gate)
     inputs = (hidden_states, top_k_index, top_k_weights)
     if callable(activation):
+        composed: Callable[..., Tensor] = _composed_experts
+        if recompute and torch.is_grad_enabled():
+            composed = functools.partial(checkpoint, _composed_experts, use_reentrant=False)
         loras = (up_loras, down_loras)
-        y = _composed_experts(*inputs, gate_up_proj, down_proj, *biases, *loras, activation, transposed)
+        y = composed(*inputs, gate_up_proj, down_proj, *biases, *loras, activation, transposed)
     else:
         (up, up_scales, up_format), (down, down_scales, down_format) = operands(gate_up_proj), operands(down_proj)
         up_a, up_b, up_scaling, _ = lora.concatenate(up_loras) or _NO_LORA

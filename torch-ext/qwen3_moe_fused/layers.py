@@ -91,7 +91,10 @@ class Qwen3MoeSparseMoeBlock(nn.Module):
         batch_size, sequence_length, hidden_dim = hidden_states.shape
         tokens = hidden_states.view(-1, hidden_dim)
         _, top_k_weights, top_k_index = self.gate(tokens)
-        y = gated_experts(self.experts, tokens, top_k_index, top_k_weights)
+        if hasattr(self.experts, "base_layer"):  # PEFT's layer around them, which knows their adapters
+            y = self.experts(tokens, top_k_index, top_k_weights)
+        else:
+            y = gated_experts(self.experts, tokens, top_k_index, top_k_weights)
         return y.view(batch_size, sequence_length, hidden_dim)
 
 

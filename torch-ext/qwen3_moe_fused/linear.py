@@ -196,13 +196,13 @@ def adapted_linear(
         if not (own.dropout or own.separate):
             continue
         dropped = torch.nn.functional.dropout(input, own.dropout)
-        left = grouped_linear(dropped, own.a.to(input.dtype), None, None, None, *thin, 1.0)
+        left = own.scaling * grouped_linear(dropped, own.a.to(input.dtype), None, None, None, *thin, 1.0)
         lefts = left.chunk(2, dim=1) if own.separate else (left,)
         rights = own.b.to(input.dtype).chunk(len(lefts), dim=1)
         parts = [
             grouped_linear(one, right, None, None, None, *thin, 1.0) for one, right in zip(lefts, rights, strict=True)
         ]
-        y = y + own.scaling * torch.cat(parts, dim=1)
+        y = y + (torch.cat(parts, dim=1) if own.separate else parts[0])
     return y
 
 

@@ -119,11 +119,17 @@ def concatenate(adapters: Sequence[LoraWeights]) -> LoraWeights | None:
     if len(adapters) == 1:
         return adapters[0]
     dtype = functools.reduce(torch.promote_types, (value.dtype for lora in adapters for value in lora[:2]))
-    b = torch.cat([lora.b.to(dtype) * lora.scaling for lora in adapters], dim=2)
+    scalings = {float(lora.scaling) for lora in adapters}
+    if len(scalings) == 1:
+        scaling, factors = scalings.pop(), [lora.b.to(dtype) for lora in adapters]
+    else:  # in fp32 at least, so that b is rounded once
+        wide = torch.promote_types(dtype, torch.float32)
+        scaling, factors = 1.0, [lora.b.to(wide) * lora.scaling for lora in adapters]
+    b = torch.cat(factors, dim=2)
     if not any(lora.separate for lora in adapters):
-        return LoraWeights(torch.cat([lora.a.to(dtype) for lora in adapters], dim=1), b)
+        return LoraWeights(torch.cat([lora.a.to(dtype) for lora in adapters], dim=1), b, scaling)
     halves = [lora.a.to(dtype).chunk(2, dim=1) if lora.separate else (lora.a.to(dtype),) * 2 for lora in adapters]
-    return LoraWeights(torch.cat([own[half] for half in (0, 1) for own in halves], dim=1), b)
+    return LoraWeights(torch.cat([own[half] for half in (0, 1) for own in halves], dim=1), b, scaling)
 
 
 class Adapter:
@@ -137,7 +143,7 @@ class Adapter:
 
     def __init__(self, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype, stages: ModuleType) -> None:
         self.a, self.b = a.to(dtype).contiguous(), b.to(dtype).contiguous()
-        self.scaling = scaling
+        self.scaling = float(scaling)  # Triton takes an int for a constant of the kernel, or for another type
         self._whole = a.shape[1] == b.shape[2]  # no factors of its own for gate and up
         self.grad_dtypes = a.dtype, b.dtype
         self.stages = stages
