@@ -36,8 +36,8 @@ OPTIONAL = {
     "peft": (">=0.21.2", "adapters"),
     "accelerate": (">=1.10", "4-bit weights and training"),
     "bitsandbytes": (">=0.50", "4-bit weights"),
-    "trl": ("", "fine-tuning"),
-    "liger-kernel": ("", "fine-tuning in less memory"),
+    "trl": (">=1.16", "fine-tuning"),
+    "liger-kernel": (">=0.8.5", "fine-tuning in less memory"),
 }
 
 _PACKAGE = Path(__file__).resolve().parent
