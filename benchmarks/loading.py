@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -232,10 +232,7 @@ def measure(layer: Layer, layers: int, device: torch.device, environment: Enviro
             rounded = {key: None if value is None else round(value, 2) for key, value in load._asdict().items()}
             yield LoadingRow(
                 benchmark=NAME,
-                gpu=environment.gpu,
-                date=environment.date,
-                torch=environment.torch,
-                triton=environment.triton,
+                **asdict(environment),
                 layer=layer.name,
                 layers=layers,
                 implementation=implementation,

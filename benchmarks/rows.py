@@ -84,10 +84,7 @@ def new_row(
     """A row of a run in ``environment``; TFLOP/s are those of ``flops`` operations in ``ms``."""
     return Row(
         benchmark=benchmark,
-        gpu=environment.gpu,
-        date=environment.date,
-        torch=environment.torch,
-        triton=environment.triton,
+        **asdict(environment),
         layer=layer,
         tokens=tokens,
         implementation=implementation,

@@ -149,8 +149,8 @@ def _check_all(source: Iterable[tuple[str, object]], dataset: str, text_field: s
             result, first = Rows(kind), place
         if kind != result.kind:
             bad.append(f"{place} is {kind}, but {first} is {result.kind}")
-        elif result.rows and _is_text(row) != _is_text(result.rows[0]):
-            forms = ("messages", "text") if _is_text(result.rows[0]) else ("text", "messages")
+        elif result.rows and is_text(row) != is_text(result.rows[0]):
+            forms = ("messages", "text") if is_text(result.rows[0]) else ("text", "messages")
             bad.append(f"{place} has a prompt of {forms[0]}, but {first} one of {forms[1]}")
         else:
             result.rows.append(row)
@@ -163,7 +163,8 @@ def _check_all(source: Iterable[tuple[str, object]], dataset: str, text_field: s
     return result
 
 
-def _is_text(row: Row) -> bool:
+def is_text(row: Row) -> bool:
+    """Whether a row with a prompt has it as text, not as messages."""
     return isinstance(row.get("prompt", ""), str)
 
 

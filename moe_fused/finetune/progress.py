@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from moe_fused.memory import GIB
 from moe_fused.staging import replace_file
 
 LOG = "log.jsonl"
@@ -26,7 +27,6 @@ _LOGGED = {
     "num_tokens": "tokens",
     "epoch": "epoch",
 }
-GIB = 2**30
 
 
 def memory_gib(device: torch.device) -> float | None:

@@ -23,7 +23,7 @@ from moe_fused.signals import first_signal_noted
 from moe_fused.staging import is_partial, replace_file
 
 from .command import CONFIG
-from .data import Rows, load_rows
+from .data import Rows, is_text, load_rows
 from .model import adapt, apply_liger, device_of, liger_serves, load_config, load_model, load_tokenizer
 from .options import Export, Options, to_yaml
 from .plan import Plan, make_plan
@@ -164,7 +164,7 @@ def _prepare_output(options: Options, overwrite: bool) -> None:
 
 
 def _check_rows(rows: Rows, tokenizer: Any, options: Options) -> None:
-    is_chat = rows.kind == "chat" or not isinstance(rows.rows[0].get("prompt", ""), str)
+    is_chat = rows.kind == "chat" or not is_text(rows.rows[0])
     if is_chat and not tokenizer.chat_template:
         raise ValueError(
             f"--dataset {options.dataset} holds chats, but the tokenizer of {options.model} has no chat template: give "

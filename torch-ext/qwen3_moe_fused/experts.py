@@ -52,8 +52,6 @@ _OPTIONS = (
     "str up_format, str down_format, float up_scaling, float down_scaling, bool recompute"
 )
 
-_NO_LORA = (None, None, 1.0, 0.0)
-
 
 def _experts(
     hidden_states: Tensor,
@@ -482,12 +480,10 @@ def moe_experts(
         biases = tuple(None if bias is None else bias.to(dtype) for bias in biases)  # type: ignore[assignment]
     checks.number("swiglu_alpha", swiglu_alpha)
     checks.number("swiglu_limit", swiglu_limit)
-    up_shape, down_shape = (
-        (own.shape[0], *(own.shape[:0:-1] if transposed else own.shape[1:])) for own in (gate_up_proj, down_proj)
-    )
+    like = ("hidden_states", hidden_states)
     halves = gated and not interleaved
-    up_loras = lora.check("gate_up_lora", gate_up_lora, up_shape, "hidden_states", hidden_states, halves)
-    down_loras = lora.check("down_lora", down_lora, down_shape, "hidden_states", hidden_states, False)
+    up_loras = lora.check("gate_up_lora", gate_up_lora, gate_up_proj, *like, transposed=transposed, halves=halves)
+    down_loras = lora.check("down_lora", down_lora, down_proj, *like, transposed=transposed)
     if not callable(activation) and any(own.dropout for own in up_loras + down_loras):
         gate = Gate(activation, gated, interleaved, swiglu_alpha, swiglu_limit)
         activation = functools.partial(apply_gate, gate=gate)
@@ -500,8 +496,8 @@ def moe_experts(
         y = composed(*inputs, gate_up_proj, down_proj, *biases, *loras, activation, transposed)
     else:
         (up, up_scales, up_format), (down, down_scales, down_format) = operands(gate_up_proj), operands(down_proj)
-        up_a, up_b, up_scaling, _ = lora.concatenate(up_loras) or _NO_LORA
-        down_a, down_b, down_scaling, _ = lora.concatenate(down_loras) or _NO_LORA
+        up_a, up_b, up_scaling = lora.fused(up_loras)
+        down_a, down_b, down_scaling = lora.fused(down_loras)
         tensors: tuple[Tensor | None, ...] = (*inputs, up, down, *biases, up_a, up_b, down_a, down_b)
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         options = (activation, gated, interleaved, swiglu_alpha, swiglu_limit, transposed, up_format, down_format)

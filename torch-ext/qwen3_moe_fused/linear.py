@@ -16,7 +16,7 @@ from . import checks
 from ._ops import add_op_namespace_prefix
 from .autograd import differentiable, eager
 from .backend import backend_for
-from .lora import Adapter, Loras, LoraWeights, concatenate
+from .lora import Adapter, Loras, LoraWeights, fused
 from .lora import check as check_loras
 from .permute import route_sorted
 from .quantization import Packed4bitWeights
@@ -187,14 +187,12 @@ def adapted_linear(
     Args:
         options: transposed, sorted_rows, packed, top_k and fill of ``grouped_linear``.
     """
-    fused = concatenate([own for own in loras if not (own.dropout or own.separate)])
-    a, b, scaling, _ = (None, None, 1.0, 0.0) if fused is None else fused
+    apart = [own for own in loras if own.dropout or own.separate]
+    a, b, scaling = fused([own for own in loras if not (own.dropout or own.separate)])
     values, scales, format = operands(weight)
     y: Tensor = grouped_linear(input, values, bias, a, b, routing, scales, format, *options, scaling)
     thin: tuple[Any, ...] = (routing, [], "", False, *options[1:])
-    for own in loras:
-        if not (own.dropout or own.separate):
-            continue
+    for own in apart:
         dropped = torch.nn.functional.dropout(input, own.dropout)
         left = own.scaling * grouped_linear(dropped, own.a.to(input.dtype), None, None, None, *thin, 1.0)
         lefts = left.chunk(2, dim=1) if own.separate else (left,)
@@ -264,7 +262,7 @@ def moe_fused_linear(
         bias = None if bias is None else bias.to(dtype)
     num_rows = input.shape[0]
     checks.sizes_sum(m_sizes, num_rows)
-    loras = check_loras("lora", lora, (num_experts, out_features, in_features), "input", input, False)
+    loras = check_loras("lora", lora, weight, "input", input)
     packed = any_packed(weight)
     routing = route_sorted(m_sizes, num_rows, weight.dtype, packed)
     return adapted_linear(input, weight, bias, routing, loras, (False, True, packed, 1, float("nan")))

@@ -21,6 +21,7 @@ from torch import Tensor
 from . import checks
 
 if TYPE_CHECKING:
+    from .quantization import Packed4bitWeights
     from .routing import Routing
 
 
@@ -66,21 +67,21 @@ class Extension(NamedTuple):
 Loras = LoraWeights | Sequence[LoraWeights] | None
 
 
-def as_list(loras: Loras) -> list[LoraWeights]:
-    """One adapter, several or none, as a list."""
-    if loras is None:
-        return []
-    return [loras] if isinstance(loras, LoraWeights) else list(loras)
-
-
 def check(
-    name: str, loras: Loras, weight: tuple[int, int, int], like_name: str, like: Tensor, halves: bool
+    name: str,
+    loras: Loras,
+    weight: Tensor | Packed4bitWeights,
+    like_name: str,
+    like: Tensor,
+    *,
+    transposed: bool = False,
+    halves: bool = False,
 ) -> list[LoraWeights]:
-    """``loras`` as a list.
+    """One adapter, several or none, as a list.
 
     Args:
         name: of the argument.
-        weight: (E, out, in) of the weights that they adapt.
+        weight: (E, out, in) that they adapt; (E, in, out) if ``transposed``.
         like: a tensor on the device where they must be, and its name.
         halves: gate and up features stand side by side, and so may have factors of their own.
 
@@ -88,10 +89,13 @@ def check(
         TypeError: not ``LoraWeights``, or of a dtype that does not fit.
         ValueError: a shape, device, scaling or dropout that does not fit.
     """
-    num_experts, out_features, in_features = weight
-    if not isinstance(loras, Sequence | None):
+    if loras is None:
+        return []
+    if not isinstance(loras, Sequence):
         raise TypeError(f"{name} must be LoraWeights or a sequence of them, got {type(loras).__name__}")
-    adapters = as_list(loras)
+    adapters = [loras] if isinstance(loras, LoraWeights) else list(loras)
+    num_experts, *features = weight.shape
+    out_features, in_features = reversed(features) if transposed else features
     for lora in adapters:
         if not isinstance(lora, LoraWeights):
             raise TypeError(f"{name} must be LoraWeights or a sequence of them, got {type(lora).__name__}")
@@ -112,12 +116,12 @@ def check(
     return adapters
 
 
-def concatenate(adapters: Sequence[LoraWeights]) -> LoraWeights | None:
-    """One adapter that adds what all of them add: their ranks side by side. Differentiable."""
+def fused(adapters: Sequence[LoraWeights]) -> tuple[Tensor | None, Tensor | None, float]:
+    """a, b and scaling of one adapter that adds what all of them add: their ranks side by side. Differentiable."""
     if not adapters:
-        return None
+        return None, None, 1.0
     if len(adapters) == 1:
-        return adapters[0]
+        return adapters[0][:3]
     dtype = functools.reduce(torch.promote_types, (value.dtype for lora in adapters for value in lora[:2]))
     scalings = {float(lora.scaling) for lora in adapters}
     if len(scalings) == 1:
@@ -127,9 +131,9 @@ def concatenate(adapters: Sequence[LoraWeights]) -> LoraWeights | None:
         scaling, factors = 1.0, [lora.b.to(wide) * lora.scaling for lora in adapters]
     b = torch.cat(factors, dim=2)
     if not any(lora.separate for lora in adapters):
-        return LoraWeights(torch.cat([lora.a.to(dtype) for lora in adapters], dim=1), b, scaling)
+        return torch.cat([lora.a.to(dtype) for lora in adapters], dim=1), b, scaling
     halves = [lora.a.to(dtype).chunk(2, dim=1) if lora.separate else (lora.a.to(dtype),) * 2 for lora in adapters]
-    return LoraWeights(torch.cat([own[half] for half in (0, 1) for own in halves], dim=1), b, scaling)
+    return torch.cat([own[half] for half in (0, 1) for own in halves], dim=1), b, scaling
 
 
 class Adapter:

@@ -184,10 +184,8 @@ def _of_model(source: Path, target: Path, to: str | None, given: str | None) -> 
     model = ModelParameters(Architecture.read(source, read_config(source)))
     sides = [side for side in model.sides() if given in (None, side.layout)]
     after = model.side(to)
-    for layout, found in ((given, sides), (to, after)):
-        if not found:
-            raise ValueError(f"the experts of {source} cannot be in layout {layout}")
-    assert after is not None
+    if not sides or after is None:
+        raise ValueError(f"the experts of {source} cannot be in layout {to if sides else given}")
     return _Kind(sides, after, lambda side: model.units(side.layout, to), lambda: model.architecture.model)
 
 

@@ -80,11 +80,10 @@ def rearrange(
 
 def _agreed(unit: Unit, states: Mapping[str, ParameterState | None]) -> ParameterState | None:
     """The state of one of the sources, with which the others agree in everything but their moments' values."""
-    key = next((name for name in unit.sources if states[name] is not None), None)
-    if key is None:
+    found = next(((name, state) for name in unit.sources if (state := states[name]) is not None), None)
+    if found is None:
         return None
-    first = states[key]
-    assert first is not None
+    key, first = found
     for name in unit.sources:
         state = states[name]
         if state is None or float(state.step) != float(first.step):
