@@ -19,10 +19,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from moe_fused.benchmark.harness import MIB, release_memory
+from moe_fused.benchmark.harness import MIB
+from moe_fused.finetune import attention
+from moe_fused.finetune.graphs import GraphedDecoder
 
 from . import step_trace
 from .experts_lora import SCALING
@@ -31,9 +31,9 @@ Recompute = Literal["layers", "selective"]
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERT_PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
+# Steps before those that are timed: one compiles, the next is recorded as CUDA graphs.
+READY = 2
 CHECKPOINT: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
-# Attention without a mask but the causal one. Transformers looks, on the GPU, whether "sdpa" needs another, and waits.
-CAUSAL = "sdpa_causal"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Recipe:
         recompute: "layers" checkpoints whole decoder layers; "selective" their attention only, and leaves it to the
             experts what they recompute.
         compile_layers: ``torch.compile`` for the decoder layers around their experts.
-        cuda_graphs: the decoder's forward and its backward are one CUDA graph each.
+        cuda_graphs: the decoder's forward and its backward are one CUDA graph each, on a GPU.
         paged: the optimizer's state may leave the GPU.
     """
 
@@ -63,12 +63,14 @@ class Training(Protocol):
 
     Attributes:
         model: the causal language model of Transformers, with adapters inside.
-        has_parts: its modules run one by one, as ``step_trace.parts`` wants it.
+        has_parts: its modules can run one by one, as ``step_trace.parts`` wants it.
+        has_graphs: CUDA graphs hold on to their memory.
         predicted: bytes that were predicted to be allocated at once for the last ``train``; None if nobody did.
     """
 
     model: Any
     has_parts: bool
+    has_graphs: bool
     predicted: int | None
 
     def train(self, tokens: Tensor, meter: Meter) -> list[float]:
@@ -79,10 +81,10 @@ def trained(model: Any) -> list[Tensor]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def use_causal_attention(model: Any) -> None:
-    """Attention of ``torch`` for sequences without padding."""
-    ALL_ATTENTION_FUNCTIONS.register(CAUSAL, sdpa_attention_forward)
-    model.config._attn_implementation = CAUSAL
+def run_eagerly(graphs: GraphedDecoder) -> None:
+    """From now on, without the graphs' memory."""
+    graphs.forget()
+    graphs.enabled = False
 
 
 def add_adapters(model: Any, recipe: Recipe) -> None:
@@ -136,7 +138,7 @@ def set_up_loop(model: Any, recipe: Recipe) -> Training:
     On a GPU with Liger's rotary embedding, RMSNorm and fused linear cross-entropy, and 8-bit AdamW.
     """
     on_gpu = model.device.type == "cuda"
-    use_causal_attention(model)
+    attention.use(model)
     add_adapters(model, recipe)
     model.train()
     if on_gpu:
@@ -156,99 +158,31 @@ class Loop:
 
     def __init__(self, model: Any, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
         self.model, self.optimizer = model, optimizer
-        self.has_parts = not (recipe.compile_layers or recipe.cuda_graphs)
-        self._graphs = _GraphedBackward(model) if recipe.cuda_graphs else None
+        self.has_parts, self.has_graphs = not recipe.compile_layers, recipe.cuda_graphs
 
     def train(self, tokens: Tensor, meter: Meter) -> list[float]:
         losses = []
+        graphs = GraphedDecoder(self.model.model, (1, tokens.shape[1])) if self.has_graphs else None
         try:
             for row in tokens.split(1):
+                if meter.next_has_parts and graphs is not None:
+                    run_eagerly(graphs)
                 meter.begin(self.model, self.optimizer)
                 losses.append(self._backward(row))
                 self.optimizer.step()
-                if self._graphs is None:  # which write over the gradients where they are
-                    self.optimizer.zero_grad(set_to_none=True)
+                self.optimizer.zero_grad(set_to_none=True)
                 meter.end()
         finally:
-            if self._graphs is not None:
-                self._graphs.forget()
             self.optimizer.zero_grad(set_to_none=True)
+            if graphs is not None:
+                graphs.close()
         return [float(loss) for loss in losses]
 
     def _backward(self, tokens: Tensor) -> Tensor:
         """The loss of tokens (1, T), once its gradients are there."""
-        if self._graphs is not None:
-            return self._graphs(tokens)
         loss: Tensor = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
         torch.autograd.backward(loss)
         return loss.detach()
-
-
-class _GraphedBackward:
-    """Forward and backward of the decoder as CUDA graphs, for the number of tokens that they were last called with.
-
-    The loss runs between the two: Liger's waits for the GPU to count the tokens. Gradients of the adapters lie in the
-    graphs' memory, where every replay overwrites them.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._tokens: Tensor | None = None
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        if self._tokens is None or self._tokens.shape != tokens.shape:
-            self._capture(tokens)
-        assert self._tokens is not None
-        self._tokens.copy_(tokens)
-        self._forward_graph.replay()
-        hidden = self._hidden.detach().requires_grad_()
-        decoder = self._model.model
-        # The model's own forward, so that its loss is whatever it was set up to be.
-        decoder.forward = lambda *_, **__: self._output(hidden)
-        try:
-            loss: Tensor = self._model(input_ids=tokens, labels=tokens, use_cache=False).loss
-        finally:
-            del decoder.forward
-        (grad,) = torch.autograd.grad(loss, hidden)
-        self._grad.copy_(grad)
-        self._backward_graph.replay()
-        return loss.detach()
-
-    def _output(self, hidden: Tensor) -> Any:
-        from transformers.modeling_outputs import MoeModelOutputWithPast
-
-        return MoeModelOutputWithPast(last_hidden_state=hidden)  # type: ignore[arg-type]
-
-    def _run(self) -> Tensor:
-        hidden: Tensor = self._model.model(input_ids=self._tokens, use_cache=False).last_hidden_state
-        return hidden
-
-    def _capture(self, tokens: Tensor) -> None:
-        self.forget()
-        self._tokens = tokens.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # whatever compiles or allocates on a first call must not do so in a capture
-            hidden = self._run()
-            hidden.backward(torch.zeros_like(hidden))
-            del hidden
-        torch.cuda.current_stream().wait_stream(stream)
-        self._model.zero_grad(set_to_none=True)
-        release_memory(tokens.device)
-        self._forward_graph, self._backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._forward_graph):
-            self._hidden = self._run()
-        self._grad = torch.empty_like(self._hidden)
-        with torch.cuda.graph(self._backward_graph, pool=self._forward_graph.pool()):
-            self._hidden.backward(self._grad, retain_graph=False)
-
-    def forget(self) -> None:
-        """Gives the memory of an earlier capture back."""
-        self._tokens = None
-        for name in ("_forward_graph", "_backward_graph", "_hidden", "_grad"):
-            vars(self).pop(name, None)
-        self._model.zero_grad(set_to_none=True)
-        release_memory(self._model.device)
 
 
 @dataclass(frozen=True)
@@ -257,11 +191,13 @@ class Measurement:
 
     Attributes:
         ms: the median of the steps timed, each from an idle GPU to its end.
-        first_ms: the step before them, with whatever it compiled.
+        first_ms: the two before them, with whatever they compiled and recorded.
         losses: of all steps, in order.
         memory: MiB by part: "peak" is the most that was allocated at once, of which "weights" are what the model had
             without adapters, "training" adapters, gradients and what of the optimizer's state is on the GPU, and
-            "transient" the rest; "reserved" is what the allocator held, "predicted" the peak that somebody foresaw.
+            "transient" the rest; "reserved" is the most that the allocator held, getting ready included; "predicted" the
+            peak that somebody foresaw. With CUDA graphs the peak is what the allocator held in the steps timed: their
+            memory is taken for good.
             Of a CPU only that.
         parts: milliseconds of GPU time by part of the model; empty where modules do not run one by one.
         busy: the share of a traced step in which a kernel ran.
@@ -292,17 +228,20 @@ def _training_bytes(model: Any, optimizer: Any) -> int:
 
 
 class Meter:
-    """Measures training: its first step, then those that are timed, then two that are traced, with ranges and without.
+    """Measures training: steps to get ready, those that are timed, then two that are traced, without ranges and with.
 
     Args:
         weights: bytes that the model has without adapters.
         steps: how many are timed.
         has_parts: as in ``Training``; else nothing is traced with ranges.
+        graphs: whether what the allocator holds is taken for good.
     """
 
-    def __init__(self, device: torch.device, weights: int, *, steps: int, has_parts: bool) -> None:
-        self._device, self._weights, self._steps = device, weights, steps
-        self._phases = ["first", *["timed"] * steps, "traced", *["parts"] * has_parts]
+    def __init__(
+        self, device: torch.device, weights: int, *, steps: int, has_parts: bool, graphs: bool = False
+    ) -> None:
+        self._device, self._weights, self._graphs = device, weights, graphs
+        self._phases = [*["first"] * READY, *["timed"] * steps, "traced", *["parts"] * has_parts]
         self._ended = 0
         self._times: list[float] = []
         self._memory: dict[str, float] = {}
@@ -314,6 +253,11 @@ class Meter:
     def total(self) -> int:
         """Steps to train."""
         return len(self._phases)
+
+    @property
+    def next_has_parts(self) -> bool:
+        """Whether the next step is traced module by module, which must then run one by one."""
+        return self._phases[self._ended] == "parts"
 
     def begin(self, model: Any, optimizer: Any) -> None:
         """Before a step of a causal language model of Transformers."""
@@ -335,9 +279,10 @@ class Meter:
         self._ended += 1
         if self._device.type != "cuda":
             return
-        if self._ended == 1:
+        if self._ended == READY:
+            self._most_reserved = torch.cuda.max_memory_reserved(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
-        elif self._ended == 1 + self._steps:
+        elif self._ended == self._phases.index("traced"):
             self._memory = self._measure_memory()
 
     def close(self) -> None:
@@ -352,7 +297,7 @@ class Meter:
         """
         if not all(map(math.isfinite, losses)):
             raise FloatingPointError(f"losses must be finite, got {losses}")
-        first, *timed = self._times[: 1 + self._steps]
+        first, timed = sum(self._times[:READY]), self._times[READY : self._phases.index("traced")]
         traced, ranged = self._events["traced"], self._events.get("parts")
         busy = step_trace.busy_ms(traced)
         return Measurement(
@@ -371,14 +316,15 @@ class Meter:
             torch.cuda.synchronize(self._device)
 
     def _measure_memory(self) -> dict[str, float]:
-        peak = torch.cuda.max_memory_allocated(self._device)
+        reserved = torch.cuda.max_memory_reserved(self._device)
+        peak = reserved if self._graphs else torch.cuda.max_memory_allocated(self._device)
         own = _training_bytes(self._model, self._optimizer)
         memory = {
             "peak": peak,
             "weights": self._weights,
             "training": own,
             "transient": peak - self._weights - own,
-            "reserved": torch.cuda.max_memory_reserved(self._device),
+            "reserved": max(self._most_reserved, reserved),
         }
         return {name: value / MIB for name, value in memory.items()}
 
@@ -388,14 +334,14 @@ def measure(training: Training, length: int, vocabulary: int, weights: int, *, s
 
     Args:
         weights: bytes that the model has without adapters.
-        steps: how many are timed; there are up to three more.
+        steps: how many are timed; there are up to four more.
 
     Raises:
         torch.OutOfMemoryError: a step needs more than there is.
         FloatingPointError: a loss is not finite.
     """
     device = training.model.device
-    meter = Meter(device, weights, steps=steps, has_parts=training.has_parts)
+    meter = Meter(device, weights, steps=steps, has_parts=training.has_parts, graphs=training.has_graphs)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(vocabulary, (meter.total, length), generator=generator).to(device)
     try:

@@ -15,9 +15,10 @@ from moe_fused.finetune.model import adapt
 from moe_fused.finetune.options import Options
 from moe_fused.finetune.plan import make_plan
 from moe_fused.finetune.run import make_trainer
+from moe_fused.finetune.trainer import Finetuner
 from moe_fused.memory import CONTEXT
 
-from .training import CAUSAL, Meter, Recipe, compile_layers, use_causal_attention
+from .training import Meter, Recipe, compile_layers, run_eagerly
 
 NO_LIMIT_GIB = 1e6
 END = "<end>"
@@ -26,10 +27,12 @@ END = "<end>"
 class _Steps(TrainerCallback):
     """Tells a meter of the trainer's steps."""
 
-    def __init__(self, model: Any, meter: Meter) -> None:
-        self._model, self._meter = model, meter
+    def __init__(self, trainer: Finetuner, model: Any, meter: Meter) -> None:
+        self._trainer, self._model, self._meter = trainer, model, meter
 
     def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
+        if self._meter.next_has_parts and self._trainer.graphs is not None:
+            run_eagerly(self._trainer.graphs)
         self._meter.begin(self._model, kwargs["optimizer"])
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -42,9 +45,8 @@ class Finetune:
     predicted: int | None = None
 
     def __init__(self, model: Any, recipe: Recipe) -> None:
-        self.model, self.has_parts = model, not recipe.compile_layers
+        self.model, self.has_parts, self.has_graphs = model, not recipe.compile_layers, recipe.cuda_graphs
         self._recipe, self._device = recipe, model.device
-        use_causal_attention(model)
         self._adapted = adapt(model, self._options())
         if recipe.compile_layers:
             compile_layers(model)
@@ -58,8 +60,8 @@ class Finetune:
             dataset = Dataset.from_dict({"input_ids": tokens.tolist()})
             trainer = make_trainer(self._adapted, _tokenizer(), dataset, options, self._device, plan)
             trainer.args.save_strategy = SaveStrategy.NO
-            trainer.add_callback(_Steps(self.model, meter))
-            trainer.train()
+            trainer.add_callback(_Steps(trainer, self.model, meter))
+            trainer.train_from(None)
             return [record["loss"] for record in trainer.state.log_history if "loss" in record]
 
     def _options(self, output: str = "", length: int | None = None, steps: int | None = None) -> Options:
@@ -70,8 +72,7 @@ class Finetune:
             output=output,
             device="cpu" if self._device.type == "cpu" else "cuda",
             dtype="bfloat16",
-            attn=CAUSAL,
-            packing="none",
+            cuda_graphs=recipe.cuda_graphs,
             sequence_length=length,
             gradient_accumulation=1,
             max_steps=steps,
@@ -99,6 +100,6 @@ def set_up_finetune(model: Any, recipe: Recipe) -> Finetune:
         ValueError: a part of the recipe that its trainer does not have.
     """
     disable_progress_bars()
-    if recipe.cuda_graphs or recipe.recompute != "layers":
-        raise ValueError("the trainer of finetune recomputes whole layers, and has no CUDA graphs: use the plain loop")
+    if recipe.recompute != "layers":
+        raise ValueError("the trainer of finetune recomputes whole layers: use the plain loop")
     return Finetune(model, recipe)

@@ -14,6 +14,7 @@ from torch import nn
 import moe_fused
 from moe_fused.devices import choose_device
 
+from . import attention
 from .options import Optimizer, Options
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -235,6 +236,43 @@ def liger_serves(options: Options, config: Any, device: torch.device) -> bool:
     if options.liger and not known:
         raise ValueError(f"--liger: Liger does not know models of type {config.model_type}")
     return known
+
+
+def is_random(options: Options, config: Any) -> bool:
+    """Whether two passes over the same batch differ: something is dropped, or jittered."""
+    if options.lora_dropout:
+        return True
+    values = config.get_text_config().to_dict()
+    words = ("dropout", "pdrop", "jitter_noise", "layerdrop")
+    return any(name.endswith(words) and isinstance(value, (int, float)) and value > 0 for name, value in values.items())
+
+
+def graphs_serve(options: Options, config: Any, device: torch.device, packing: str) -> bool:
+    """Whether the decoder runs as CUDA graphs: if asked for, or where packing makes all batches alike.
+
+    Args:
+        packing: not "auto".
+
+    Raises:
+        ValueError: asked for, but something in the run cannot be recorded.
+    """
+    if options.cuda_graphs is False:
+        return False
+    packed = packing.startswith("bfd")
+    reasons = {
+        "it needs a GPU of NVIDIA or AMD": device.type != "cuda",
+        "dropout would drop the same elements in each step": is_random(options, config),
+        "--router-aux-loss takes more than hidden states out of the decoder": options.router_aux_loss > 0,
+        "adapters of another dtype than the weights need autocast": adapter_dtype(options, device)
+        is not compute_dtype(options, device),
+        f"--attn {options.attn} waits for the GPU, or the model's layers do not attend to all that is before them": not (
+            attention.serves(options.attn, config, device, packed=packed)
+        ),
+    }
+    reason = next((text for text, applies in reasons.items() if applies), None)
+    if options.cuda_graphs and reason is not None:
+        raise ValueError(f"--cuda-graphs: {reason}")
+    return reason is None and (bool(options.cuda_graphs) or packing != "none")
 
 
 def apply_liger(model: Any) -> None:

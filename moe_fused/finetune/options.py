@@ -68,6 +68,13 @@ class Options:
         bool | None,
         Help("Liger's kernels for rope and norms, where Liger knows the model.", shown="on NVIDIA and AMD GPUs"),
     ] = None
+    cuda_graphs: Annotated[
+        bool | None,
+        Help(
+            "The decoder's passes as CUDA graphs, which a host that is slower than the GPU does not hold up.",
+            shown="on NVIDIA and AMD GPUs with packing, where nothing is random",
+        ),
+    ] = None
     device: Annotated[str, Help("Where to train: cpu, cuda, cuda:1, xpu.", shown="a GPU if there is one")] = "auto"
 
     dataset_config: Annotated[str | None, Help("Configuration of the data set on the Hub.", shapes_run=True)] = None

@@ -13,7 +13,17 @@ from rich.table import Table
 
 from moe_fused.memory import CONTEXT, GIB, MIB, Prediction, Sizes, Workload, predict, sizes_of, skeleton
 
-from .model import ATTENTION, adapter_dtype, compute_dtype, liger_serves, lora_config, optimizer_of, quantizes
+from . import attention
+from .model import (
+    ATTENTION,
+    adapter_dtype,
+    compute_dtype,
+    graphs_serve,
+    liger_serves,
+    lora_config,
+    optimizer_of,
+    quantizes,
+)
 from .options import Options, flag
 
 # Tokens of a sequence that are tried, and of a step that are aimed at, unless the options say.
@@ -33,6 +43,8 @@ class Plan:
         packing: not "auto".
         prediction: of its memory.
         limit: bytes of GPU memory to plan for; None on a CPU.
+        batch: sequences of a batch.
+        graphs: whether the decoder runs as CUDA graphs.
     """
 
     length: int
@@ -41,6 +53,12 @@ class Plan:
     prediction: Prediction
     limit: int | None
     batch: int
+    graphs: bool
+
+    @property
+    def batch_shape(self) -> tuple[int, int]:
+        """Of a full batch's token ids: packed documents are one row."""
+        return (1, self.length * self.batch) if self.packing.startswith("bfd") else (self.batch, self.length)
 
     @property
     def step_tokens(self) -> int:
@@ -106,10 +124,14 @@ def _plan(
     options: Options, config: Any, sizes: Sizes, device: torch.device, length: int, packing: str, limit: int | None
 ) -> Plan:
     accumulation = options.gradient_accumulation or max(1, STEP_TOKENS // (options.batch_size * length))
+    packed = packing.startswith("bfd")
+    masked = packed and options.attn in ("sdpa", "eager")
+    masked = masked and not attention.serves(options.attn, config, device, packed=True)
+    graphs = graphs_serve(options, config, device, packing)
     work = Workload(
         # Documents side by side go through the model as one sequence, of a batch's tokens.
-        batch=1 if packing.startswith("bfd") else options.batch_size,
-        length=length * options.batch_size if packing.startswith("bfd") else length,
+        batch=1 if packed else options.batch_size,
+        length=length * options.batch_size if packed else length,
         accumulation=accumulation,
         quantized=quantizes(options, config),
         itemsize=compute_dtype(options, device).itemsize,
@@ -120,11 +142,11 @@ def _plan(
         dropout=options.lora_dropout > 0,
         optimizer=optimizer_of(options, device),
         checkpointing=options.gradient_checkpointing,
-        masked=packing.startswith("bfd") and options.attn in ("sdpa", "eager"),
+        masked=masked,
         fused_norms=liger_serves(options, config, device),
         gpu=device.type != "cpu",
     )
-    return Plan(length, accumulation, packing, predict(sizes, work), limit, options.batch_size)
+    return Plan(length, accumulation, packing, predict(sizes, work), limit, options.batch_size, graphs)
 
 
 def _limit(options: Options, device: torch.device) -> int | None:

@@ -22,9 +22,20 @@ from moe_fused.memory import GIB
 from moe_fused.signals import first_signal_noted
 from moe_fused.staging import is_partial, replace_file
 
+from . import attention
+from .batches import Documents
 from .command import CONFIG
 from .data import Rows, is_text, load_rows
-from .model import adapt, apply_liger, device_of, liger_serves, load_config, load_model, load_tokenizer
+from .model import (
+    adapt,
+    apply_liger,
+    device_of,
+    is_random,
+    liger_serves,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from .options import Export, Options, to_yaml
 from .plan import Plan, make_plan
 from .progress import LOG, Log, Stop, memory_gib
@@ -124,8 +135,22 @@ def make_trainer(
     """The trainer of a run: what ``finetune`` trains with once it has a model with adapters, and data."""
     if liger_serves(options, model.config, device):
         apply_liger(model.get_base_model())
-    arguments = sft_config(options, device, plan.packing, plan.length, plan.accumulation)
-    trainer = Finetuner(model, options, device, args=arguments, train_dataset=dataset, processing_class=tokenizer)
+    config, packed = model.config, plan.packing.startswith("bfd")
+    arguments = sft_config(
+        options, device, plan.packing, plan.length, plan.accumulation, random=is_random(options, config)
+    )
+    shape = plan.batch_shape if plan.graphs else None
+    serves = attention.serves(options.attn, config, device, packed=packed)
+    if serves:
+        attention.use(model.get_base_model())
+    trainer = Finetuner(
+        model, options, device, shape, args=arguments, train_dataset=dataset, processing_class=tokenizer
+    )
+    if packed and serves:
+        lengths, tokens = trainer.train_dataset["seq_lengths"], None if shape is None else shape[1]
+        trainer.data_collator = Documents.of(
+            trainer.data_collator, lengths, options.batch_size, tokens, trainer.data_collator.pad_token_id
+        )
     trainer.remove_callback(PrinterCallback)
     return trainer
 

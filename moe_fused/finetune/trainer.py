@@ -17,6 +17,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from moe_fused.staging import is_partial, staged_directory
 
+from .graphs import GraphedDecoder
+from .host import queued, without_walks
 from .model import adapter_dtype, compute_dtype, optimizer_of
 from .options import Options
 
@@ -27,17 +29,21 @@ class NotFinite(RuntimeError):
     """A loss or a gradient that is not a number, or infinite."""
 
 
-def sft_config(options: Options, device: torch.device, packing: str, length: int, accumulation: int) -> SFTConfig:
+def sft_config(
+    options: Options, device: torch.device, packing: str, length: int, accumulation: int, *, random: bool
+) -> SFTConfig:
     """TRL's arguments for a run.
 
     Args:
         packing: not "auto".
         length: of sequences.
         accumulation: batches to a step.
+        random: whether recomputation must repeat random numbers.
     """
     dtype = compute_dtype(options, device)
     # Weights and adapters of one dtype need no autocast, which costs time on the host at every operator.
     mixed = dtype is not torch.float32 and adapter_dtype(options, device) is not dtype
+    checkpointing = {"use_reentrant": False, "preserve_rng_state": random}
     arguments = SFTConfig(
         output_dir=str(options.output_directory / CHECKPOINTS),
         use_cpu=device.type == "cpu",
@@ -58,7 +64,7 @@ def sft_config(options: Options, device: torch.device, packing: str, length: int
         max_grad_norm=options.max_grad_norm,
         optim=optimizer_of(options, device),
         gradient_checkpointing=options.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
+        gradient_checkpointing_kwargs=checkpointing if options.gradient_checkpointing else None,
         router_aux_loss_coef=options.router_aux_loss,
         seed=options.seed,
         save_strategy="steps",
@@ -80,16 +86,28 @@ class Finetuner(SFTTrainer):
         model: of PEFT.
         options: of the run.
         device: where the model is.
+        shape: of the batches that run as CUDA graphs; None runs everything eagerly.
         other arguments: SFTTrainer's.
+
+    Attributes:
+        graphs: of the decoder, while it trains.
     """
 
-    def __init__(self, model: Any, options: Options, device: torch.device, **kwargs: Any) -> None:
-        self._options = options
+    def __init__(
+        self, model: Any, options: Options, device: torch.device, shape: tuple[int, int] | None = None, **kwargs: Any
+    ) -> None:
+        self._options, self._shape = options, shape
+        self.graphs: GraphedDecoder | None = None
         self._adapter_dtype = adapter_dtype(options, device)
+        arguments = kwargs["args"]
+        if "8bit" in arguments.optim or "paged" in arguments.optim:
+            optimizer_class, optimizer_options = self.get_optimizer_cls_and_kwargs(arguments)
+            kwargs["optimizer_cls_and_kwargs"] = queued(optimizer_class), optimizer_options
         self._staging: Path | None = None
         self._grad_norm: Tensor | float | None = None
         super().__init__(model=model, **kwargs)
         self._cast_adapters()
+        self._trained = [own for own in self._base_model().parameters() if own.requires_grad]
 
     def _cast_adapters(self) -> None:
         # TRL makes adapters of 4-bit models bf16 and PEFT makes loaded ones fp32, whatever they are to be.
@@ -97,6 +115,10 @@ class Finetuner(SFTTrainer):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(self._adapter_dtype)
+
+    def _base_model(self) -> Any:
+        model: Any = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model()
 
     @property
     def tokens(self) -> int:
@@ -123,8 +145,26 @@ class Finetuner(SFTTrainer):
                 self.state, self._total_train_tokens = state, state.num_input_tokens_seen
                 self._load_from_checkpoint(str(checkpoint))
                 return
-        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        self.check_finite()
+        if self._shape is not None:
+            # What TRL's loss calls for hidden states.
+            self.graphs = GraphedDecoder(self._base_model().base_model, self._shape)
+        try:
+            with without_walks(self.model, self._trained):
+                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            self.check_finite()
+        finally:
+            if self.graphs is not None:
+                self.graphs.close()
+                self.graphs = None
+
+    # Without walks through the model in each step.
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """None, of a number that nobody reads and for which Trainer would count the model's parameters."""
+        return 0
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
     # An end at what is not finite.
 

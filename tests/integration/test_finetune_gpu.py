@@ -1,8 +1,11 @@
-"""On a GPU: the default run in 4 bits, and its memory against the prediction."""
+"""On a GPU: the default run in 4 bits, its memory against the prediction, and its CUDA graphs against eager layers."""
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,21 +16,50 @@ from .finetuning import CHAT_TEMPLATE
 
 datasets = pytest.importorskip("datasets")
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA or AMD GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA or AMD GPU"),
+    pytest.mark.usefixtures("enabled"),
+]
 
 
-@pytest.mark.usefixtures("enabled")
-@pytest.mark.parametrize("length, packing", [(2048, "wrapped"), (8192, "wrapped"), (4096, "bfd")])
-def test_peak_is_as_predicted(length: int, packing: str, tmp_path: Path) -> None:
-    """A model of which experts, activations and the loss each take hundreds of MiB."""
-    from transformers import AutoConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+def save_model(directory: Path, **sizes: int) -> Path:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(num_experts_per_tok=8, max_position_embeddings=8192, head_dim=128, **sizes)
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    torch.cuda.empty_cache()
+    return directory
+
+
+def make(model: Path, output: Path, rows: list[str], **options: Any) -> tuple[Any, Any]:
+    """A trainer over ``rows`` of plain text, and its plan."""
+    from transformers import AutoConfig
 
     from moe_fused.demo.data import byte_tokenizer
     from moe_fused.finetune.model import adapt, device_of, load_model
     from moe_fused.finetune.plan import make_plan
     from moe_fused.finetune.run import make_trainer
 
-    config = Qwen3MoeConfig(
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "<|pad|>"})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    chosen = Options(model=str(model), output=str(output), **options)
+    device, config = device_of(chosen), AutoConfig.from_pretrained(model)
+    plan = make_plan(chosen, config, device, plain_text=True)
+    adapted = adapt(load_model(chosen, config, device), chosen)
+    dataset = datasets.Dataset.from_list([{"text": row} for row in rows])
+    return make_trainer(adapted, tokenizer, dataset, chosen, device, plan), plan
+
+
+@pytest.mark.parametrize("length, packing", [(2048, "wrapped"), (8192, "wrapped"), (4096, "bfd")])
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_peak_is_as_predicted(length: int, packing: str, graphs: bool, tmp_path: Path) -> None:
+    """A model of which experts, activations and the loss each take hundreds of MiB."""
+    model = save_model(
+        tmp_path / "model",
         vocab_size=32768,
         hidden_size=1024,
         intermediate_size=2048,
@@ -35,31 +67,92 @@ def test_peak_is_as_predicted(length: int, packing: str, tmp_path: Path) -> None
         num_hidden_layers=8,
         num_attention_heads=16,
         num_key_value_heads=4,
-        head_dim=128,
         num_experts=64,
-        num_experts_per_tok=8,
-        max_position_embeddings=8192,
     )
-    with torch.device("cuda"):
-        Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    gc.collect()  # of tests before this one
     torch.cuda.empty_cache()
-    tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "<|pad|>"})
-    tokenizer.chat_template = CHAT_TEMPLATE
-    options = Options(
-        model=str(tmp_path / "model"),
-        output=str(tmp_path / "out"),
+    before = torch.cuda.memory_allocated()
+    trainer, plan = make(
+        model,
+        tmp_path / "out",
+        ["x" * (length // 3)] * 24,
         sequence_length=length,
-        packing=packing,  # type: ignore[arg-type]
+        packing=packing,
         max_steps=2,
         gradient_accumulation=2,
+        cuda_graphs=graphs,
     )
-    device, config = device_of(options), AutoConfig.from_pretrained(tmp_path / "model")
-    before = torch.cuda.memory_allocated()
-    plan = make_plan(options, config, device, plain_text=True)
-    model = adapt(load_model(options, config, device), options)
-    rows = [{"text": "x" * (length // 3)} for _ in range(24)]
-    trainer = make_trainer(model, tokenizer, datasets.Dataset.from_list(rows), options, device, plan)
     torch.cuda.reset_peak_memory_stats()  # loading and quantizing may take more
     trainer.train_from(None)
     assert torch.cuda.max_memory_allocated() - before == pytest.approx(plan.prediction.allocated, rel=0.1)
+
+
+@pytest.mark.parametrize("packing", ["wrapped", "bfd", "bfd_split"])
+def test_graphs_compute_what_layers_do(packing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several batches to a step, documents of many lengths, and one batch that is not full."""
+    from moe_fused.finetune import graphs
+
+    replays = []
+    run: Callable[..., Any] = graphs._Recording.run
+    monkeypatch.setattr(graphs._Recording, "run", lambda self, inputs: replays.append(1) or run(self, inputs))
+    model = save_model(
+        tmp_path / "model",
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=256,
+        moe_intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=16,
+    )
+    text = "the quick brown fox jumps over the lazy dog, and the dog looks at it. " * 8
+    rows = [text[i : i + 40 + 37 * i % 300] for i in range(60)]
+    losses, adapters = {}, {}
+    for use_graphs in (False, True):
+        trainer, plan = make(
+            model,
+            tmp_path / f"out{use_graphs}",
+            rows,
+            sequence_length=256,
+            packing=packing,
+            max_steps=6,
+            gradient_accumulation=3,
+            learning_rate=1e-3,
+            cuda_graphs=use_graphs,
+        )
+        assert plan.graphs == use_graphs
+        trainer.train_from(None)
+        losses[use_graphs] = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+        adapters[use_graphs] = {
+            name: own.detach().float() for name, own in trainer.model.named_parameters() if own.requires_grad
+        }
+        assert len(replays) >= 14 * use_graphs  # 18 batches, one eager, some not full
+        assert "forward" not in vars(trainer.model.get_base_model().model)
+    assert losses[True] == pytest.approx(losses[False], rel=5e-3)
+    assert losses[True][-1] < losses[True][0] - 0.05
+    moved = {name: value for name, value in adapters[False].items() if "lora_B" in name}
+    for name, value in moved.items():
+        assert (adapters[True][name] - value).norm() < 0.1 * value.norm(), name
+
+
+@pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2)])
+def test_flash_attention_keeps_documents_apart(heads: int, groups: int) -> None:
+    """Against the mask, with documents of no tokens at the end."""
+    from moe_fused.finetune import attention
+
+    module = torch.nn.Module()
+    module.num_key_value_groups = heads // groups  # type: ignore[assignment]
+    boundaries = torch.tensor([0, 3, 130, 131, 300, 300, 300], dtype=torch.int32, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(1, heads, 300, 64), (1, groups, 300, 64), (1, groups, 300, 64)]
+    inputs = [torch.randn(shape, device="cuda", generator=generator).requires_grad_() for shape in shapes]
+    grad = torch.randn(1, 300, heads, 64, device="cuda", generator=generator)
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16):  # in fp32 there is only the mask
+        out, _ = attention.attention(
+            module, *(own.to(dtype) for own in inputs), None, 0.0, 0.125, cu_seq_lens_q=boundaries, max_length_q=169
+        )
+        results[dtype] = (out, *torch.autograd.grad(out, inputs, grad.to(dtype)))
+    for got, want in zip(results[torch.bfloat16], results[torch.float32], strict=True):
+        assert (got.float() - want).abs().max() < 0.03 * want.abs().max()

@@ -1,0 +1,208 @@
+"""The decoder's forward and its backward as two CUDA graphs, for batches of one shape.
+
+A layer of Qwen3-30B-A3B is some hundred launches with its recomputation, which take the host 10 to 20 ms and, at 1024
+tokens, a GPU 3 ms. A graph is one launch. The loss stays outside: TRL's selects the tokens that count, and waits for their
+number.
+
+Graphs read and write where they were recorded. A batch is therefore copied to where the first one was, and gradients appear
+in the graphs' memory, in blocks that the next forward overwrites; they are handed out as they are, and moved out only if a
+forward comes before somebody took them (gradient accumulation).
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class GraphedDecoder:
+    """``decoder`` with graphs in its training forward; everything else about it stays as it is.
+
+    A forward raises RuntimeError if something in the decoder cannot be recorded, such as waiting for the GPU.
+
+    The first batch of ``shape`` runs eagerly, and with it whatever compiles, tunes or allocates on a first call; the
+    second is recorded. Batches of other shapes, and passes without gradients, always run eagerly.
+
+    Args:
+        decoder: a model of Transformers, from token ids to hidden states, that does nothing random.
+        shape: of the token ids, (B, T).
+
+    Attributes:
+        enabled: False runs everything eagerly.
+    """
+
+    def __init__(self, decoder: Any, shape: tuple[int, int]) -> None:
+        self.enabled = True
+        self._decoder, self._shape = decoder, torch.Size(shape)
+        self._eager: Callable[..., Any] = decoder.forward
+        self._is_warm = False
+        self._recording: _Recording | None = None
+        decoder.forward = self._forward
+
+    def close(self) -> None:
+        """Leaves the decoder as it was, and gives the graphs' memory back."""
+        vars(self._decoder).pop("forward", None)
+        self.forget()
+
+    def forget(self) -> None:
+        """Gives the graphs' memory back; the next batch is a first one again."""
+        self._is_warm = False
+        if self._recording is not None:
+            self._recording.move_gradients()
+            self._recording = None
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        tokens = kwargs.get("input_ids")
+        if args or tokens is None or not self._takes(tokens):
+            return self._eager(*args, **kwargs)
+        if not self._is_warm:
+            self._is_warm = True
+            return self._eager(**kwargs)
+        if self._recording is None:
+            self._recording = self._record(kwargs)
+        if not self._recording.takes(kwargs):
+            return self._eager(**kwargs)
+        if self._recording.is_stale:
+            self.forget()
+            return self._eager(**kwargs)
+        return self._recording.run(kwargs)
+
+    def _record(self, inputs: Mapping[str, Any]) -> _Recording:
+        # What the pass before left in cycles holds nodes of autograd that wait for its stream, which no graph can do.
+        gc.collect()
+        torch.cuda.empty_cache()
+        try:
+            return _Recording(self._decoder, self._eager, inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            # No going on eagerly: torch's random numbers are left as if the recording still went on.
+            reason = str(error).strip().partition("\n")[0]
+            raise RuntimeError(f"{type(self._decoder).__name__} cannot run as CUDA graphs: {reason}") from error
+
+    def _takes(self, tokens: Tensor) -> bool:
+        return (
+            self.enabled
+            and self._decoder.training
+            and torch.is_grad_enabled()
+            and tokens.shape == self._shape
+            and not torch.is_autocast_enabled(tokens.device.type)
+        )
+
+
+class _Recording:
+    """The graphs of one decoder for inputs like ``inputs``.
+
+    Raises:
+        RuntimeError: something in the decoder cannot be recorded, such as waiting for the GPU.
+    """
+
+    def __init__(self, decoder: nn.Module, forward: Callable[..., Any], inputs: Mapping[str, Any]) -> None:
+        self._parameters = [own for own in decoder.parameters() if own.requires_grad]
+        # One tensor under several names stays one.
+        copies: dict[int, Tensor] = {}
+        self._inputs = {
+            name: copies.setdefault(id(value), value.clone()) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
+        self._forward_graph, self._backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._forward_graph):
+            output = forward(**self._inputs)
+        self._hidden: Tensor = output.last_hidden_state
+        more = set(output) - {"last_hidden_state"}
+        if more:
+            raise RuntimeError(f"it gives more than hidden states: {', '.join(sorted(more))}")
+        self._output_type = type(output)
+        self._grad = torch.empty_like(self._hidden)
+        # Not backward(): what accumulates gradients belongs to the stream of the passes before.
+        with torch.cuda.graph(self._backward_graph, pool=self._forward_graph.pool()):
+            grads: Sequence[Tensor | None] = torch.autograd.grad(
+                self._hidden, self._parameters, self._grad, allow_unused=True
+            )
+        self._hidden = self._hidden.detach()
+        used = [(own, grad) for own, grad in zip(self._parameters, grads, strict=True) if grad is not None]
+        self._parameters, self._grads = [own for own, _ in used], [grad for _, grad in used]
+        self._places = [own.data_ptr() for own in self._parameters]
+        self._buffers: list[Tensor] | None = None
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether a trained parameter has moved since; the graphs would go on with what it was."""
+        return self._places != [own.data_ptr() for own in self._parameters]
+
+    def takes(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether ``inputs`` are like those that were recorded."""
+        if inputs.keys() != self._inputs.keys():
+            return False
+        return all(_alike(value, self._inputs[name]) for name, value in inputs.items())
+
+    def run(self, inputs: Mapping[str, Any]) -> Any:
+        self.move_gradients()
+        for name, value in inputs.items():
+            if isinstance(value, Tensor):
+                self._inputs[name].copy_(value)
+        # Of all parameters only one is needed for autograd to know that there is a backward.
+        return self._output_type(last_hidden_state=_Replay.apply(self._parameters[0], self))
+
+    def replay_forward(self) -> Tensor:
+        self._forward_graph.replay()
+        return self._hidden
+
+    def replay_backward(self, grad: Tensor) -> None:
+        self._grad.copy_(grad)
+        self._backward_graph.replay()
+        own = [parameter.grad for parameter in self._parameters]
+        if all(grad is None for grad in own):
+            for parameter, new in zip(self._parameters, self._grads, strict=True):
+                parameter.grad = new
+            return
+        held, added = [], []
+        for parameter, old, new in zip(self._parameters, own, self._grads, strict=True):
+            if old is None:
+                parameter.grad = new.clone()
+            else:
+                held.append(old)
+                added.append(new)
+        torch._foreach_add_(held, added)
+
+    def move_gradients(self) -> None:
+        """Gradients that are still where the next pass writes go to memory of their own."""
+        kept = [
+            (parameter, new)
+            for parameter, new in zip(self._parameters, self._grads, strict=True)
+            if parameter.grad is not None and parameter.grad.data_ptr() == new.data_ptr()
+        ]
+        if not kept:
+            return
+        if self._buffers is None or len(self._buffers) != len(kept):
+            self._buffers = [torch.empty_like(new) for _, new in kept]
+        torch._foreach_copy_(self._buffers, [new for _, new in kept])
+        for (parameter, _), buffer in zip(kept, self._buffers, strict=True):
+            parameter.grad = buffer
+
+
+def _alike(value: Any, recorded: Any) -> bool:
+    if isinstance(value, Tensor):
+        return isinstance(recorded, Tensor) and value.shape == recorded.shape and value.dtype == recorded.dtype
+    return type(value) is type(recorded) and bool(value == recorded)
+
+
+class _Replay(torch.autograd.Function):
+    """Hidden states (B, T, H) of a recording; gradients go straight to the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, recording: _Recording) -> Tensor:
+        ctx.recording = recording
+        # A tensor of its own over the same memory: autograd marks what it returns.
+        return recording.replay_forward().detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        ctx.recording.replay_backward(grad)
+        return None, None
