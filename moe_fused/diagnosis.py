@@ -92,13 +92,25 @@ def _packages() -> Iterator[Check]:
     try:
         for own in hub.requirements():
             status = Status.OK if own.problem is None else Status.PROBLEM
-            yield Check(own.package, status, own.found or "not installed", own.problem)
+            found = own.found or "not installed"
+            if own.package == "torch" and own.problem is None:
+                found = _torch_build(found)
+            yield Check(own.package, status, found, own.problem)
             if own.problem is not None and own.package == "transformers":
                 break  # the next one asks it
     except ImportError as error:
         yield Check("kernels", Status.PROBLEM, _line(error), "pip install --upgrade moe-fused")
     for package, (needed, purpose) in hub.OPTIONAL.items():
         yield _optional(package, needed, purpose)
+
+
+def _torch_build(found: str) -> str:
+    """The version as torch has it, with the build (+cu130), which that of its distribution may lack."""
+    try:
+        import torch
+    except (ImportError, OSError):  # a broken one is found by who asks it for GPUs
+        return found
+    return str(torch.__version__)
 
 
 def _optional(package: str, needed: str, purpose: str) -> Check:

@@ -27,8 +27,9 @@ MIB, GIB = 2**20, 2**30
 
 # Of a process on a GPU before its first tensor, with cuBLAS loaded: measured on an H100, outside of torch's allocator.
 CONTEXT = 600 * MIB
-# What cuBLAS asks torch's allocator for, once, on Hopper; less elsewhere.
-CUBLAS_WORKSPACE = 32 * MIB
+# What cuBLAS asks torch's allocator for, on Hopper; less elsewhere. For each handle and stream, and the thread that goes
+# backward has a handle of its own.
+CUBLAS_WORKSPACE = 2 * 32 * MIB
 # Of packed experts, ``launch.packed.WORKSPACE_BYTES`` of the kernel.
 EXPERT_WORKSPACE = 256 * MIB
 # TRL's loss goes through the logits in tiles of so many tokens and words.
@@ -274,14 +275,15 @@ def predict(sizes: Sizes, work: Workload) -> Prediction:
     gradients = trainable * work.adapter_itemsize
     kept_by_layer, layer = _layer(sizes, work)
     kept = kept_by_layer * sizes.layers + _mask_bytes(work)
-    early = gradients if work.accumulation > 1 else 0
+    # Those of a layer are there as a whole before they are added to those of the batches before.
+    early, own = (gradients if work.accumulation > 1 else 0), gradients // sizes.layers
     moments = {
         "loss": {"gradients": early, "activations": kept, "loss": _loss(sizes, work)},
         # Going back, layers give up what they keep and adapters get gradients.
         "optimizer": {"gradients": gradients, "optimizer step": _optimizer_step(trainable, work)},
     }
-    first = {"gradients": early or gradients // sizes.layers, "activations": kept, **layer}
-    last = {"gradients": gradients, "activations": kept_by_layer + _mask_bytes(work), **layer}
+    first = {"gradients": early + own, "activations": kept, **layer}
+    last = {"gradients": max(gradients, early + own), "activations": kept_by_layer + _mask_bytes(work), **layer}
     moments["layer"] = max(first, last, key=lambda parts: sum(parts.values()))
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     parts = {name: size for name, size in (resident | moments[moment]).items() if size}
@@ -352,13 +354,14 @@ def _layer(sizes: Sizes, work: Workload) -> tuple[int, dict[str, int]]:
     tokens, item = work.tokens, work.itemsize
     hidden = tokens * sizes.hidden * item
     experts, rows, workspace = _experts(sizes, work)
-    # The residual, its norm's input, and of the linear layers beside the experts each output twice: what they made, and
-    # what the gate makes of it.
-    rest = _attention_kept(sizes, work) + hidden + _norm_bytes(sizes.hidden, work) + 2 * tokens * sizes.mlp * item
-    # The gradients of the layer's output and of its residual, and a dense copy of the 4-bit layer that multiplies.
+    # The inputs of both norms, and of the linear layers beside the experts each output twice: what they made, and what the
+    # gate makes of it.
+    rest = _attention_kept(sizes, work) + 2 * _norm_bytes(sizes.hidden, work) + 2 * tokens * sizes.mlp * item
+    # The gradient of the layer's output, which is that of its residual, too.
+    passing = hidden
+    # Beside attention's gradients, a dense copy of the 4-bit layer that multiplies.
     copy = max((own.numel for own in sizes.linears), default=0) * item if work.quantized else 0
-    passing = 2 * hidden + copy
-    attention = _attention_made(sizes, work)
+    attention = _attention_made(sizes, work) + copy
     if experts + rows + workspace >= attention:
         operators = rest + experts
         made = {"expert rows": rows, "expert workspace": workspace}
@@ -366,8 +369,10 @@ def _layer(sizes: Sizes, work: Workload) -> tuple[int, dict[str, int]]:
         operators = rest
         made = {"attention": attention}
     if work.checkpointing:
-        return hidden, {"layer": operators + passing, **made}
-    return hidden + rest + experts, {"layer": passing, **made}
+        # The first norm's input is the layer's, which waited for this; only a fused norm keeps it as it is.
+        shared = hidden if work.fused_norms else 0
+        return hidden, {"layer": operators - shared + passing, **made}
+    return rest + experts, {"layer": passing, **made}
 
 
 def _attention_kept(sizes: Sizes, work: Workload) -> int:

@@ -37,8 +37,6 @@ _of_module = _KERNEL.Packed4bitWeights.of_module
 
 # The argument of the experts' forward that takes the adapters of a parameter.
 ARGUMENTS = {"gate_up_proj": "gate_up_lora", "up_proj": "gate_up_lora", "down_proj": "down_lora"}
-_ARGUMENTS = frozenset(ARGUMENTS.values())
-
 
 _INITIALIZATIONS = (True, False, "gaussian")
 # Beside the fields of LoraConfig that PEFT marks as variants.
@@ -185,8 +183,9 @@ class ParamWrapper(stock.ParamWrapper):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()
-        # What a wrapper around this one found out need not be asked again.
-        if not (kwargs.keys() & _ARGUMENTS or takes_adapters(base)):
+        # What a wrapper around this one found out need not be asked again. One name at a time, for torch 2.11 cannot trace
+        # operators of sets on the keys of a dict.
+        if not ("gate_up_lora" in kwargs or "down_lora" in kwargs or takes_adapters(base)):
             self._check_composable()
             return super().forward(x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 import moe_fused
 
@@ -59,6 +60,27 @@ def theirs(case: ModelCase = QWEN3_MOE, **options: Any) -> PeftModel:
     """The same with PEFT's own adapter on eager experts."""
     with disabled():
         return adapt(case.build().to(DEVICE), **options)
+
+
+def fix_routes(model: nn.Module) -> None:
+    """Sends token t to experts t, t + 1, …, weighted by its router.
+
+    Where a router's margin is smaller than what rounding makes of its logits, two models of one precision route apart,
+    and then differ by an expert. Whatever each of them computes is to be compared, not that.
+    """
+
+    def choose(router: Any, _: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        logits, weights, _ = output
+        number = torch.arange(len(logits), device=logits.device)[:, None]
+        index = (number + torch.arange(router.top_k, device=logits.device)) % router.num_experts
+        chosen = logits.gather(1, index)
+        return logits, chosen.softmax(-1, torch.promote_types(logits.dtype, torch.float32)).to(weights.dtype), index
+
+    routers = [module for module in model.modules() if isinstance(module, Qwen3MoeTopKRouter)]
+    if not routers:
+        raise TypeError(f"{type(model).__name__} has no Qwen3MoeTopKRouter, whose output this replaces")
+    for router in routers:
+        router.register_forward_hook(choose)
 
 
 def run(model: nn.Module) -> Any:

@@ -63,6 +63,15 @@ def test_all_fits_here(command: Command, monkeypatch: pytest.MonkeyPatch) -> Non
     assert {"bitsandbytes", "liger-kernel", "path", "4-bit weights"} <= names
 
 
+def test_says_which_build_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the distribution's version is without it."""
+    version = hub.version
+    monkeypatch.setattr(hub, "version", lambda name: "2.99.0" if name == "torch" else version(name))
+    monkeypatch.setattr(torch, "__version__", "2.99.0+cu130")
+    (check,) = found("torch")
+    assert (check.status, check.found) == (Status.OK, "2.99.0+cu130")
+
+
 @pytest.mark.parametrize("package", ["torch", "transformers", "kernels"])
 def test_a_needed_package_is_missing(
     package: str, missing: set[str], command: Command, monkeypatch: pytest.MonkeyPatch

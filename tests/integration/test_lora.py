@@ -29,6 +29,7 @@ from .lora import (
     adapt,
     block_diagonal,
     disabled,
+    fix_routes,
     is_ours,
     ours,
     own_blocks,
@@ -111,7 +112,7 @@ def test_has_the_keys_and_shapes_of_peft(feature: str) -> None:
 
 def test_initial_values_are_those_of_peft() -> None:
     states = []
-    for model in (plain(), QWEN3_MOE.build()):
+    for model in (plain(), QWEN3_MOE.build().to(DEVICE)):
         torch.manual_seed(0)
         adapted = get_peft_model(model, LoraConfig(**OPTIONS, target_parameters=BOTH, target_modules=[]))
         states.append(peft.get_peft_model_state_dict(adapted))
@@ -391,12 +392,13 @@ def test_dtypes_of_adapters(fp32_adapter: bool) -> None:
         config = LoraConfig(**OPTIONS, target_parameters=BOTH, target_modules=["q_proj"])
         adapted = get_peft_model(model, config, autocast_adapter_dtype=fp32_adapter)
         randomize(adapted)
+        fix_routes(adapted)
         dtype = torch.float32 if fp32_adapter else torch.bfloat16
         assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {dtype}
         passes.append(forward_backward(adapted, tokens()))
     truth = adapted.double()
     truth.base_model.model.set_experts_implementation("eager")
-    assert_passes_as_good(*passes, forward_backward(truth, tokens()))
+    assert_passes_as_good(*passes, forward_backward(truth, tokens()), computed_in=torch.bfloat16)
 
 
 def test_autocast() -> None:
@@ -404,10 +406,12 @@ def test_autocast() -> None:
         ours(target_modules=["q_proj"], target_parameters=BOTH),
         theirs(target_modules=["q_proj"], target_parameters=BOTH),
     )
+    for model in (one, other):
+        fix_routes(model)
     truth = forward_backward(other, tokens())
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         result, expected = forward_backward(one, tokens()), forward_backward(other, tokens())
-    assert_passes_as_good(result, expected, truth)
+    assert_passes_as_good(result, expected, truth, computed_in=torch.bfloat16)
 
 
 @pytest.mark.parametrize("targets", [{}, {"target_modules": LINEAR}], ids=["shared", "apart"])

@@ -118,7 +118,7 @@ def test_what_a_layer_keeps(dropout: bool) -> None:
         kept[layers] = kept_for_backward(model.base_model.model.model, tokens)
         parts = predict(sizes, replace(work, checkpointing=False, quantized=False)).parts
         predicted[layers] = parts["activations"]
-    assert predicted[2] - predicted[1] == pytest.approx(kept[2] - kept[1], rel=0.1)
+    assert predicted[2] - predicted[1] == pytest.approx(kept[2] - kept[1], rel=0.07)
 
 
 @pytest.mark.parametrize("case", MODELS, ids=lambda case: case.id)
@@ -196,6 +196,30 @@ def test_more_takes_more(more: dict[str, Any], qwen3_30b: Sizes) -> None:
 def test_checkpointing_keeps_one_hidden_state_to_a_layer(qwen3_30b: Sizes) -> None:
     parts = predict(qwen3_30b, Workload(length=8192)).parts
     assert parts["activations"] == 48 * 8192 * 2048 * 2
+
+
+def test_a_single_layer_needs_the_same_with_checkpointing(qwen3_30b: Sizes) -> None:
+    """It is computed again at once, and its input, which a fused norm keeps as it is, counts once."""
+    for work in (Workload(), Workload(length=512), Workload(length=16384)):
+        again, kept = (
+            predict(replace(qwen3_30b, layers=1), replace(work, checkpointing=checkpointing)).parts
+            for checkpointing in (True, False)
+        )
+        assert again["activations"] + again["layer"] == kept["activations"] + kept["layer"]
+
+
+def test_gradients_of_a_layer_come_beside_those_of_batches_before(qwen3_30b: Sizes) -> None:
+    once, twice = (predict(qwen3_30b, Workload(accumulation=number)) for number in (1, 2))
+    gradients = 2 * once.trainable
+    assert once.parts["gradients"] == gradients // 48
+    assert twice.parts["gradients"] == gradients + gradients // 48
+
+
+# At 30B with gradients of a single batch: what a step of ``finetune`` allocated at most on an H100, without packing.
+@pytest.mark.parametrize("length, measured", [(1024, 18325.75), (4096, 18776.34)])
+def test_as_measured(length: int, measured: float, qwen3_30b: Sizes) -> None:
+    prediction = predict(qwen3_30b, Workload(length=length, optimizer="adamw_8bit"))
+    assert prediction.allocated / memory.MIB == pytest.approx(measured, rel=0.01)
 
 
 def test_paged_state_is_outside_of_the_allocator(qwen3_30b: Sizes) -> None:
