@@ -32,8 +32,8 @@ CONTEXT = 600 * MIB
 CUBLAS_WORKSPACE = 2 * 32 * MIB
 # Of packed experts, ``launch.packed.WORKSPACE_BYTES`` of the kernel.
 EXPERT_WORKSPACE = 256 * MIB
-# TRL's loss goes through the logits in tiles of so many tokens and words.
-LOSS_TOKENS, LOSS_WORDS = 4096, 32768
+# TRL's loss goes through the logits in tiles of so many tokens and words, ``finetune`` with fewer words beside CUDA graphs.
+LOSS_TOKENS, LOSS_WORDS, LOSS_WORDS_BESIDE_GRAPHS = 4096, 32768, 8192
 # bitsandbytes: 4-bit blocks, their groups, blocks of optimizer state; smaller parameters have a state of 32 bits, and only
 # larger ones a state in paged memory.
 BLOCK, GROUP, STATE_BLOCK = 64, 256, 256
@@ -122,6 +122,7 @@ class Workload:
         masked: attention takes a mask of all pairs of tokens, as documents side by side need with SDPA.
         fused_norms: norms keep their input as it is, not in fp32.
         gpu: whether what a GPU's libraries take counts.
+        graphs: the decoder's passes are CUDA graphs, which keep the memory that they need at their worst moment.
     """
 
     batch: int = 1
@@ -139,6 +140,7 @@ class Workload:
     masked: bool = False
     fused_norms: bool = True
     gpu: bool = True
+    graphs: bool = False
 
     @property
     def mask_itemsize(self) -> int:
@@ -276,7 +278,8 @@ def predict(sizes: Sizes, work: Workload) -> Prediction:
     kept_by_layer, layer = _layer(sizes, work)
     kept = kept_by_layer * sizes.layers + _mask_bytes(work)
     # Those of a layer are there as a whole before they are added to those of the batches before.
-    early, own = (gradients if work.accumulation > 1 else 0), gradients // sizes.layers
+    accumulated = gradients if work.accumulation > 1 else 0
+    early, own = (0 if work.graphs else accumulated), gradients // sizes.layers
     moments = {
         "loss": {"gradients": early, "activations": kept, "loss": _loss(sizes, work)},
         # Going back, layers give up what they keep and adapters get gradients.
@@ -285,6 +288,10 @@ def predict(sizes: Sizes, work: Workload) -> Prediction:
     first = {"gradients": early + own, "activations": kept, **layer}
     last = {"gradients": max(gradients, early + own), "activations": kept_by_layer + _mask_bytes(work), **layer}
     moments["layer"] = max(first, last, key=lambda parts: sum(parts.values()))
+    if work.graphs:
+        # They keep what their worst moment takes; beside it are what was accumulated before, and the loss.
+        held = moments["layer"]
+        moments = {"layer": held | {"gradients": held["gradients"] + accumulated, "loss": _loss(sizes, work)}}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     parts = {name: size for name, size in (resident | moments[moment]).items() if size}
     return Prediction(parts, moment, trainable, frozenset({"optimizer state, paged", "CUDA context"}))
@@ -418,6 +425,7 @@ def _experts(sizes: Sizes, work: Workload) -> tuple[int, int, int]:
 
 def _loss(sizes: Sizes, work: Workload) -> int:
     """A tile of logits; the hidden states with a label, before and after the norm, their gradient in fp32 and as it is."""
-    tile = min(work.tokens, LOSS_TOKENS) * LOSS_WORDS * work.itemsize
+    words = LOSS_WORDS_BESIDE_GRAPHS if work.graphs else LOSS_WORDS
+    tile = min(work.tokens, LOSS_TOKENS) * words * work.itemsize
     hidden = work.tokens * sizes.hidden
     return tile + 3 * hidden * work.itemsize + _norm_bytes(sizes.hidden, work) + 4 * hidden

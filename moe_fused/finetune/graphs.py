@@ -119,9 +119,9 @@ class _Recording:
         if more:
             raise RuntimeError(f"it gives more than hidden states: {', '.join(sorted(more))}")
         self._output_type = type(output)
-        self._grad = torch.empty_like(self._hidden)
         # Not backward(): what accumulates gradients belongs to the stream of the passes before.
         with torch.cuda.graph(self._backward_graph, pool=self._forward_graph.pool()):
+            self._grad = torch.empty_like(self._hidden)
             grads: Sequence[Tensor | None] = torch.autograd.grad(
                 self._hidden, self._parameters, self._grad, allow_unused=True
             )

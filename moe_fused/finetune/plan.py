@@ -145,6 +145,7 @@ def _plan(
         masked=masked,
         fused_norms=liger_serves(options, config, device),
         gpu=device.type != "cpu",
+        graphs=graphs,
     )
     return Plan(length, accumulation, packing, predict(sizes, work), limit, options.batch_size, graphs)
 
