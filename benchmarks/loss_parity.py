@@ -82,9 +82,9 @@ HOLD_OUT_EVERY = 20
 # A point of a smoothed curve is the mean of so many steps. Batches are the same for all, so their noise is not in a
 # difference; what rounding does, by a router that chooses another expert above all, is of either sign and averages out.
 WINDOW = 25
-# Nats per byte. On a CPU, two layers and batches of 128 bytes, rounding alone made 0.0005 of difference at the first step and
-# 0.0003 in the mean of 80 steps, experts' adapters that did nothing 0.017, and those that did half 0.0065. Larger batches
-# round less, and more steps let rounding and errors alike grow: 0.005 is well above the one and below the other.
+# Nats per byte. On a CPU, two layers and batches of 128 bytes, rounding alone made 0.0005 of difference at the first step
+# and 0.0003 in the mean of 80 steps, experts' adapters that did nothing 0.017, and those that did half 0.0065. Larger
+# batches round less, and more steps let rounding and errors alike grow: 0.005 is well above the one and below the other.
 FIRST_TOLERANCE = 0.005
 TOLERANCE = 0.005
 
