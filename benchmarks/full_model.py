@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from moe_fused.quantizer import get_packed, pin, projections_of
 from . import experts_lora
 from .experts_4bit import BLOCKSIZE, QUANT_TYPE, BitsandbytesStack
 from .experts_lora import Adapters, Factors
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
 DTYPE = torch.bfloat16
 NESTED_BLOCKSIZE = 256
@@ -107,36 +110,80 @@ def _experts_in_4bit(kernel: Any, weight: Tensor, projections: int) -> Any:
     )
 
 
+def _quant_state(form: Any, piece: Any, shape: torch.Size) -> QuantState:
+    """What bitsandbytes needs beside the bytes of one of its matrices, ``piece`` of our packed weights, to dequantize it."""
+    from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
+
+    device = piece.packed.device
+    nested = QuantState(
+        absmax=piece.nested_absmax,
+        code=create_dynamic_map().to(device),
+        blocksize=NESTED_BLOCKSIZE,
+        dtype=torch.float32,
+    )
+    return QuantState(
+        absmax=piece.absmax,
+        shape=shape,
+        code=get_4bit_type(form.quant_type, device=device),
+        blocksize=form.blocksize,
+        quant_type=form.quant_type,
+        dtype=form.dtype,
+        offset=piece.nested_offset,
+        state2=nested,
+    )
+
+
 def as_bitsandbytes(weights: Any) -> BitsandbytesStack:
     """The same memory as one matrix of bitsandbytes.
 
     Raises:
         ValueError: experts whose scales have means of their own.
     """
-    from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
-
-    form, device = weights.format, weights.device
     offsets = weights.nested_offset.view(torch.float32).flatten()
     if not torch.equal(offsets, offsets[:1].expand_as(offsets)):
         raise ValueError("weights must have been quantized as one matrix, got an offset for each expert")
-    nested = QuantState(
-        absmax=weights.nested_absmax.view(torch.float32).flatten(),
-        code=create_dynamic_map().to(device),
-        blocksize=NESTED_BLOCKSIZE,
-        dtype=torch.float32,
-    )
-    experts, out_features, in_features = form.shape
-    state = QuantState(
+    whole = moe_fused.get_kernel().quantization.Piece(
+        packed=weights.packed.view(-1, 1),
         absmax=weights.absmax.flatten(),
-        shape=torch.Size((experts * out_features, in_features)),
-        code=get_4bit_type(form.quant_type, device=device),
-        blocksize=form.blocksize,
-        quant_type=form.quant_type,
-        dtype=form.dtype,
-        offset=offsets[0],
-        state2=nested,
+        nested_absmax=weights.nested_absmax.view(torch.float32).flatten(),
+        nested_offset=offsets[0],
     )
-    return BitsandbytesStack(weights.packed.view(-1, 1), state, weights.shape)
+    experts, out_features, in_features = weights.format.shape
+    state = _quant_state(weights.format, whole, torch.Size((experts * out_features, in_features)))
+    return BitsandbytesStack(whole.packed, state, weights.shape)
+
+
+@dataclass(frozen=True)
+class DequantizedStack:
+    """A stack of expert matrices that bitsandbytes dequantized, once."""
+
+    weight: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.weight.shape
+
+    def dequantize(self) -> Tensor:
+        return self.weight
+
+
+def dequantized(weights: Any) -> DequantizedStack:
+    """What bitsandbytes makes of the matrices of ``weights``, which as a rule are quantized one by one, projections too."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    form = weights.format
+    experts, out_features, in_features = form.shape
+    shape = torch.Size((out_features // form.projections, in_features))
+    matrices = []
+    for expert in range(experts):
+        for projection in range(form.projections):
+            piece = weights.piece(expert, projection)
+            matrices.append(dequantize_4bit(piece.packed, _quant_state(form, piece, shape)))
+    return DequantizedStack(torch.cat(matrices).view(weights.shape))
+
+
+StackOf = Callable[[Any], "BitsandbytesStack | DequantizedStack"]
+"""From packed weights to a stack that plain torch multiplies with."""
 
 
 def build(model: Model, device: torch.device, *, dense_experts: bool = False, seed: int = 0) -> Qwen3MoeForCausalLM:
@@ -202,10 +249,14 @@ def storage(model: nn.Module) -> Iterator[Tensor]:
     yield from model.buffers()
 
 
-def composed_forward(model: nn.Module) -> Callable[..., Tensor]:
-    """The experts' forward in plain torch, for those of ``model``; adapters come as PEFT's layers hand them to ours."""
+def composed_forward(model: nn.Module, stack_of: StackOf = as_bitsandbytes) -> Callable[..., Tensor]:
+    """The experts' forward in plain torch, for those of ``model``; adapters come as PEFT's layers hand them to ours.
+
+    Args:
+        stack_of: makes of packed weights what is multiplied with.
+    """
     stacks = {
-        module: tuple(as_bitsandbytes(get_packed(module, name)) for name in projections_of(module))
+        module: tuple(stack_of(get_packed(module, name)) for name in projections_of(module))
         for module in model.modules()
         if hasattr(module, "gate_up_proj_format")
     }
@@ -232,9 +283,9 @@ def composed_forward(model: nn.Module) -> Callable[..., Tensor]:
     return forward
 
 
-def run_composed(model: nn.Module) -> None:
+def run_composed(model: nn.Module, stack_of: StackOf = as_bitsandbytes) -> None:
     """Makes ``model`` multiply with its experts in plain torch: PEFT's layers and all else stay as they are for ours."""
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, composed_forward(model))
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, composed_forward(model, stack_of))
 
 
 def run_fused(recompute: bool = False) -> None:

@@ -125,7 +125,8 @@ def anonymous_growth() -> Iterator[Callable[[], float | None]]:
         sample()
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """None of Transformers' bars and warnings, from here on."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -136,7 +137,7 @@ def save_model(directory: Path, layer: Layer, layers: int, device: torch.device)
     """Saves a Qwen3-MoE of ``layers`` such layers with random bf16 weights in shards; returns the bytes of its weights."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    _quiet()
+    quiet()
     heads = max(1, layer.hidden // (HEAD_DIM // 2))
     sizes: dict[str, Any] = {
         "hidden_size": layer.hidden,
@@ -166,7 +167,7 @@ def load_model(directory: Path, implementation: str, device: torch.device) -> Lo
     """
     from transformers import BitsAndBytesConfig, Qwen3MoeForCausalLM
 
-    _quiet()
+    quiet()
     options: dict[str, Any] = {}
     if implementation == OURS:
         import bitsandbytes  # noqa: F401  imported here, it is not part of what is measured

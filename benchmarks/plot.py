@@ -27,9 +27,9 @@ LEAST_SIZES = 3
 LEAST_SPEEDUP = 0.25
 
 # Okabe and Ito's palette, which the colour-blind can tell apart; markers tell them apart in grey.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442")
 _MARKERS = ("s", "^", "D", "v", "P", "X")
-_OUR_COLOUR = "#D55E00"
+OUR_COLOUR = "#D55E00"
 _FLOOR_COLOUR = "#777777"
 
 
@@ -43,9 +43,9 @@ def _styles(rows: Sequence[Row]) -> dict[str, dict[str, object]]:
     names = _ordered(row.implementation for row in rows)
     peers = [name for name in names if name not in (OURS, FLOOR)]
     if OURS in names:
-        styles[OURS] = {"color": _OUR_COLOUR, "marker": "o", "linewidth": 2.2, "markersize": 5, "zorder": 4}
+        styles[OURS] = {"color": OUR_COLOUR, "marker": "o", "linewidth": 2.2, "markersize": 5, "zorder": 4}
     for i, name in enumerate(peers):
-        colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
+        colour, marker = COLOURS[i % len(COLOURS)], _MARKERS[i % len(_MARKERS)]
         styles[name] = {"color": colour, "marker": marker, "linewidth": 1.4, "markersize": 4, "zorder": 3}
     if FLOOR in names:
         styles[FLOOR] = {"color": _FLOOR_COLOUR, "linestyle": (0, (4, 2)), "linewidth": 1.2, "zorder": 2}
@@ -175,10 +175,15 @@ def save(rows: Sequence[Row], path: Path, metric: str = "speedup") -> bool:
         sizes.setdefault(row.phase, set()).add(row.tokens)
     if all(len(tokens) < LEAST_SIZES for tokens in sizes.values()):
         return False
-    buffer = io.BytesIO()
-    figure(rows, metric).savefig(buffer, format="png")
-    replace_file(path, buffer.getvalue())
+    write(figure(rows, metric), path)
     return True
+
+
+def write(drawing: Figure, path: Path) -> None:
+    """Writes ``drawing`` as a PNG, in one step."""
+    buffer = io.BytesIO()
+    drawing.savefig(buffer, format="png")
+    replace_file(path, buffer.getvalue())
 
 
 def main(

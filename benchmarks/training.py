@@ -120,7 +120,8 @@ def compile_layers(model: Any) -> None:
         layer.compile(dynamic=False)
 
 
-def _optimizer(parameters: list[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
+def new_optimizer(parameters: list[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW with 8-bit moments on a GPU, as ``finetune`` has it by default; torch's own on a CPU."""
     if parameters[0].device.type == "cpu":
         return torch.optim.AdamW(parameters, lr=recipe.learning_rate)
     import bitsandbytes.optim as eight_bit
@@ -148,7 +149,7 @@ def set_up_loop(model: Any, recipe: Recipe) -> Training:
     _checkpointed(model, recipe.recompute)
     if recipe.compile_layers:
         compile_layers(model)
-    return Loop(model, _optimizer(trained(model), recipe), recipe)
+    return Loop(model, new_optimizer(trained(model), recipe), recipe)
 
 
 class Loop:

@@ -283,8 +283,8 @@ def test_whole_run(tmp_path, trainer):
 def test_models_that_differ_are_noticed(monkeypatch):
     right = full_model.composed_forward
 
-    def wrong(model):
-        forward = right(model)
+    def wrong(*arguments):
+        forward = right(*arguments)
         return lambda *inputs, **adapters: 30 * forward(*inputs, **adapters)
 
     monkeypatch.setattr(full_model, "composed_forward", wrong)
