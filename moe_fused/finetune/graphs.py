@@ -70,6 +70,7 @@ class GraphedDecoder:
             return self._eager(**kwargs)
         if self._recording.is_stale:
             self.forget()
+            self._is_warm = True
             return self._eager(**kwargs)
         return self._recording.run(kwargs)
 

@@ -1,0 +1,353 @@
+"""What ``finetune`` puts in the place of Transformers', TRL's and bitsandbytes' own in a step, each against the original.
+
+CUDA graphs themselves need a GPU (``test_finetune_gpu.py``); here is when they are used, and what becomes of gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+pytest.importorskip("trl")
+
+from trl.trainer import utils as trl_utils
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from moe_fused.finetune import attention, graphs
+from moe_fused.finetune.batches import Documents
+from moe_fused.finetune.graphs import GraphedDecoder
+from moe_fused.finetune.host import queued, without_walks
+from moe_fused.finetune.model import graphs_serve, is_random
+from moe_fused.finetune.options import Options
+from moe_fused.finetune.trainer import narrow_tiles
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def model() -> Qwen3MoeForCausalLM:
+    torch.manual_seed(0)
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, attn_implementation="sdpa", use_cache=False)).train()
+
+
+def packed(*lengths: list[int]) -> list[dict[str, Any]]:
+    """Sequences of documents of these lengths, as TRL packs them."""
+    rows = []
+    for i, own in enumerate(lengths):
+        tokens = [(7 * k + i) % 60 + 1 for k in range(sum(own))]
+        rows.append({"input_ids": tokens, "seq_lengths": own})
+    return rows
+
+
+def collator(rows: list[dict[str, Any]], batch_size: int, tokens: int | None) -> Documents:
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    return Documents.of(collate, [row["seq_lengths"] for row in rows], batch_size, tokens, 0)
+
+
+def trl_batch(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return dict(DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(copy.deepcopy(rows)))
+
+
+# Batches and attention.
+
+
+@pytest.mark.parametrize("tokens", [None, 24], ids=["as they are", "filled up"])
+@pytest.mark.parametrize(
+    "rows",
+    [packed([5, 3, 9]), packed([5, 3, 9], [4]), packed([1, 1, 1]), packed([17]), packed([12], [12])],
+    ids=["one row", "two rows", "of one token", "one document", "two of one document"],
+)
+def test_same_hidden_states_as_with_a_mask(model: Any, rows: list[dict[str, Any]], tokens: int | None) -> None:
+    """Of the model's own sdpa, which makes a mask of the positions."""
+    theirs = trl_batch(rows)
+    want = model.model(input_ids=theirs["input_ids"], position_ids=theirs["position_ids"]).last_hidden_state
+    batch = collator(rows, len(rows), tokens)(copy.deepcopy(rows))
+    assert batch["input_ids"].shape[1] == (tokens or theirs["input_ids"].shape[1])
+    real = theirs["input_ids"].shape[1]
+    assert torch.equal(batch["labels"][:, :real], theirs["labels"])
+    assert (batch["labels"][:, real:] == -100).all()
+    attention.use(model)
+    labels = batch.pop("labels")
+    got = model.model(**batch).last_hidden_state
+    assert torch.isfinite(got).all()
+    assert labels.shape == got.shape[:2]
+    torch.testing.assert_close(got[:, :real], want, rtol=1e-4, atol=1e-5)
+
+
+def test_documents_do_not_see_each_other(model: Any) -> None:
+    attention.use(model)
+    rows = packed([6, 6])
+    batch = collator(rows, 1, 16)(rows)
+    del batch["labels"]
+    before = model.model(**batch).last_hidden_state
+    batch["input_ids"][0, 0] += 1
+    after = model.model(**batch).last_hidden_state
+    assert not torch.equal(before[0, 5], after[0, 5])
+    assert torch.equal(before[0, 6:], after[0, 6:])
+
+
+def test_batches_are_of_one_shape() -> None:
+    """Whatever their documents: what a CUDA graph has recorded must fit all of them."""
+    rows = packed([9, 9], [1, 2, 3, 4], [18], [5, 1])
+    collate = collator(rows, 2, 48)
+    batches = [collate(copy.deepcopy(own)) for own in (rows[:2], rows[2:], rows[1:3], rows[3:])]
+    for batch in batches:
+        assert batch.keys() == batches[0].keys()
+        boundaries = batch["cu_seq_lens_q"]
+        assert (boundaries[0], boundaries[-1]) == (0, 48)
+        assert (boundaries.diff() >= 0).all()
+        assert boundaries.diff().max() <= batch["max_length_q"] == 18
+        for name, value in batch.items():
+            if isinstance(value, Tensor):
+                assert (value.shape, value.dtype) == (batches[0][name].shape, batches[0][name].dtype)
+
+
+def test_padding_behind_the_tokens_changes_nothing(model: Any) -> None:
+    """Sequences of several lengths side by side, without packing."""
+    ids = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    want = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
+    attention.use(model)
+    got = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("attn", "sizes", "device", "serves"),
+    [
+        ("sdpa", {}, CUDA, True),
+        ("sdpa", {}, CPU, False),
+        ("flash_attention_2", {}, CUDA, False),
+        ("sdpa", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, CUDA, False),
+        ("sdpa", {"head_dim": 512}, CUDA, False),
+    ],
+)
+def test_serves_what_it_computes(attn: str, sizes: dict[str, Any], device: torch.device, serves: bool) -> None:
+    config = Qwen3MoeConfig(**{**SIZES, **sizes})
+    assert attention.serves(attn, config, device, packed=True) == serves
+
+
+# Which runs have graphs.
+
+
+@pytest.mark.parametrize(
+    ("options", "packing", "serve"),
+    [
+        ({}, "wrapped", True),
+        ({}, "bfd", True),
+        ({}, "none", False),  # batches of many shapes
+        ({"cuda_graphs": True}, "none", True),
+        ({"cuda_graphs": False}, "wrapped", False),
+        ({"lora_dropout": 0.1}, "wrapped", False),
+        ({"router_aux_loss": 0.1}, "wrapped", False),
+        ({"adapter_dtype": "float32"}, "wrapped", False),
+        ({"attn": "eager"}, "wrapped", False),
+    ],
+)
+def test_graphs_where_they_are_safe(options: dict[str, Any], packing: str, serve: bool) -> None:
+    assert graphs_serve(Options(**options), Qwen3MoeConfig(**SIZES), CUDA, packing) == serve
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "message"),
+    [
+        ({}, CPU, "--cuda-graphs: it needs a GPU"),
+        ({"lora_dropout": 0.1}, CUDA, "--cuda-graphs: dropout"),
+        ({"router_aux_loss": 0.1}, CUDA, "--cuda-graphs: --router-aux-loss"),
+        ({"adapter_dtype": "float32"}, CUDA, "--cuda-graphs: adapters of another dtype"),
+        ({"attn": "eager"}, CUDA, "--cuda-graphs: --attn eager"),
+    ],
+)
+def test_graphs_that_cannot_be(options: dict[str, Any], device: torch.device, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        graphs_serve(Options(cuda_graphs=True, **options), Qwen3MoeConfig(**SIZES), device, "wrapped")
+
+
+def test_random_models_are_known() -> None:
+    assert not is_random(Options(), Qwen3MoeConfig(**SIZES))
+    assert is_random(Options(), Qwen3MoeConfig(**SIZES, attention_dropout=0.1))
+
+
+# Graphs: when, and where gradients are.
+
+
+class _Recorded:
+    """Stands for a recording: counts what it is asked for and runs the decoder."""
+
+    made: list[_Recorded]
+    is_stale = False
+
+    def __init__(self, decoder: nn.Module, forward: Any, inputs: Any) -> None:
+        self.forward, self.keys, self.runs = forward, set(inputs), 0
+        self.made.append(self)
+
+    def takes(self, inputs: Any) -> bool:
+        return set(inputs) == self.keys
+
+    def run(self, inputs: Any) -> Any:
+        self.runs += 1
+        return self.forward(**inputs)
+
+    def move_gradients(self) -> None:
+        pass
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[_Recorded]:
+    _Recorded.made = []
+    monkeypatch.setattr(graphs, "_Recording", _Recorded)
+    return _Recorded.made
+
+
+def test_which_passes_are_replayed(model: Any, recorded: list[_Recorded]) -> None:
+    decoder = model.model
+    graphed = GraphedDecoder(decoder, (1, 4))
+    full, short = torch.ones(1, 4, dtype=torch.int64), torch.ones(1, 3, dtype=torch.int64)
+    decoder(input_ids=short)
+    decoder(input_ids=full)
+    assert not recorded  # the first one of the shape is to compile what must be compiled
+    decoder(input_ids=full)
+    decoder(input_ids=short)
+    decoder(input_ids=full, position_ids=full)  # other inputs than were recorded
+    decoder(full)
+    with torch.no_grad():
+        decoder(input_ids=full)
+    with torch.autocast("cpu", torch.bfloat16):
+        decoder(input_ids=full)
+    decoder.eval()
+    decoder(input_ids=full)
+    decoder.train()
+    assert [own.runs for own in recorded] == [1]
+    recorded[0].is_stale = True  # a parameter moved: from the beginning
+    decoder(input_ids=full)
+    decoder(input_ids=full)
+    assert [own.runs for own in recorded] == [1, 1]
+    graphed.enabled = False
+    decoder(input_ids=full)
+    assert [own.runs for own in recorded] == [1, 1]
+    graphed.close()
+    assert "forward" not in vars(decoder)
+    assert decoder(input_ids=full).last_hidden_state.shape == (1, 4, 64)
+
+
+class _Replays(graphs._Recording):
+    """A recording whose graphs write, in turn, these gradients into the same memory."""
+
+    def __init__(self, parameters: list[nn.Parameter], passes: list[float]) -> None:
+        self._parameters, self._passes = parameters, iter(passes)
+        self._inputs = {"input_ids": torch.zeros(1, 2)}
+        self._hidden, self._grad = torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)
+        self._grads = [torch.zeros_like(own) for own in parameters]
+        self._places = [own.data_ptr() for own in parameters]
+        self._buffers = None
+        self._output_type = SimpleNamespace
+        self._forward_graph = SimpleNamespace(replay=self._overwrite)  # type: ignore[assignment]
+        self._backward_graph = SimpleNamespace(replay=self._differentiate)  # type: ignore[assignment]
+
+    def _overwrite(self) -> None:
+        for grad in self._grads:
+            grad.fill_(float("nan"))
+
+    def _differentiate(self) -> None:
+        value = next(self._passes)
+        for grad in self._grads:
+            grad.fill_(value)
+
+
+def test_gradients_add_up_until_they_are_taken() -> None:
+    parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))]
+    recording = _Replays(parameters, [1.0, 2.0, 4.0, 8.0, 16.0])
+
+    def step(batches: int) -> list[float]:
+        for _ in range(batches):
+            recording.run({"input_ids": torch.ones(1, 2)}).last_hidden_state.sum().backward()
+        sums = []
+        for own in parameters:
+            assert own.grad is not None
+            assert (own.grad == own.grad[0]).all()
+            sums.append(float(own.grad[0]))
+            own.grad = None
+        return sums
+
+    assert step(3) == [7.0, 7.0]
+    assert step(1) == [8.0, 8.0]
+    assert step(1) == [16.0, 16.0]
+    assert not recording.is_stale
+    parameters[0].data = parameters[0].data.clone()
+    assert recording.is_stale
+
+
+def test_gradients_from_elsewhere_are_kept() -> None:
+    """Of a batch that ran eagerly, as the first one does, for some parameters or all."""
+    parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))]
+    recording = _Replays(parameters, [1.0, 2.0])
+    parameters[0].grad = torch.full((2,), 0.5)
+    for want in ([1.5, 1.0], [3.5, 3.0]):
+        recording.run({"input_ids": torch.ones(1, 2)}).last_hidden_state.sum().backward()
+        assert [own.grad[0].item() for own in parameters if own.grad is not None] == want
+
+
+# The host's part of a step.
+
+
+def test_modes_and_gradients_without_walks(model: Any) -> None:
+    trained = [model.lm_head.weight]
+    model.eval()
+    with without_walks(model, trained):
+        assert all(module.training for module in model.modules())
+        assert model.train() is model
+        model.eval()
+        assert not model.model.training
+        model.train()
+        assert model.model.training
+        trained[0].grad = torch.ones_like(trained[0])
+        model.zero_grad(set_to_none=False)
+        assert not trained[0].grad.any()
+        model.zero_grad()
+        assert trained[0].grad is None
+    assert not {"train", "zero_grad"} & vars(model).keys()
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW32bit"])
+def test_queued_steps_are_the_same(name: str) -> None:
+    """As bitsandbytes' own, parameters without a gradient included, and with the state of one the other goes on."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    own = getattr(bitsandbytes.optim, name)
+    torch.manual_seed(0)
+    start = [torch.randn(64, 128), torch.randn(7), torch.randn(5)]
+    runs: list[list[nn.Parameter]] = []
+    optimizers = []
+    for kind in (own, queued(own)):
+        parameters = [nn.Parameter(value.clone()) for value in start]
+        optimizers.append(kind(parameters, lr=0.01, weight_decay=0.1))
+        runs.append(parameters)
+    for i in range(4):
+        if i == 2:
+            optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+        for parameters, optimizer in zip(runs, optimizers, strict=True):
+            generator = torch.Generator().manual_seed(i)
+            for parameter in parameters[:2]:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+    for left, right in zip(*runs, strict=True):
+        assert torch.equal(left, right)
+    assert not torch.equal(runs[1][0], start[0])
+    assert torch.equal(runs[1][2], start[2])
+
+
+def test_tiles_of_the_loss_are_narrower_meanwhile() -> None:
+    """Fails when TRL calls it something else: then the plan of memory is wrong."""
+    before = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    with narrow_tiles():
+        assert before == 4 * trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    assert before == trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
