@@ -89,5 +89,7 @@ expected = plain_torch(x, merged_up, merged_down)
 show("output with LoRA", y, expected)
 grads = torch.autograd.grad(y, factors, upstream)
 expected_grads = torch.autograd.grad(expected, factors, upstream)
-for name, grad, expected_grad in zip(("gate_up a", "gate_up b", "down a", "down b"), grads, expected_grads, strict=True):
+for name, grad, expected_grad in zip(
+    ("gate_up a", "gate_up b", "down a", "down b"), grads, expected_grads, strict=True
+):
     show(f"gradient of {name}", grad, expected_grad)

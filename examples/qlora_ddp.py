@@ -4,8 +4,8 @@
     accelerate launch --multi_gpu --num_processes 8 examples/qlora_ddp.py --model Qwen/Qwen3-30B-A3B --dataset chats.jsonl
     python examples/qlora_ddp.py --output examples-output/one_process
 
-Without a GPU the processes run on the CPU; accelerate starts more than one only with --multi_gpu, there as well. --batch-size
-is that of all processes together, so the third command, one process, trains the same adapter but for rounding.
+Without a GPU the processes run on the CPU, where accelerate, too, starts several only with --multi_gpu. --batch-size is that
+of all processes together, so the third command, one process, trains the same adapter but for rounding.
 """
 
 import argparse
@@ -59,7 +59,9 @@ if options.dataset:
     dataset = load_dataset("json", data_files=options.dataset, split="train")
 else:
     sums = [(a, b) for a in range(8) for b in range(8)]
-    questions = [[{"role": "user", "content": f"{a}+{b}"}, {"role": "assistant", "content": f"{a + b}"}] for a, b in sums]
+    questions = [
+        [{"role": "user", "content": f"{a}+{b}"}, {"role": "assistant", "content": f"{a + b}"}] for a, b in sums
+    ]
     dataset = Dataset.from_dict({"messages": questions})
 
 trainer = SFTTrainer(

@@ -60,7 +60,9 @@ if options.dataset:
     dataset = load_dataset("json", data_files=options.dataset, split="train")
 else:
     sums = [(a, b) for a in range(8) for b in range(8)]
-    questions = [[{"role": "user", "content": f"{a}+{b}"}, {"role": "assistant", "content": f"{a + b}"}] for a, b in sums]
+    questions = [
+        [{"role": "user", "content": f"{a}+{b}"}, {"role": "assistant", "content": f"{a + b}"}] for a, b in sums
+    ]
     dataset = Dataset.from_dict({"messages": questions})
 
 trainer = SFTTrainer(
