@@ -34,6 +34,7 @@ if options.model and not options.adapter:
 model_id = options.model or tiny_model(options.output / "model")
 adapter, layout = options.adapter, options.adapter_layout
 exported, merged = options.output / "adapter-per-expert", options.output / "merged"
+options.output.mkdir(parents=True, exist_ok=True)
 
 device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 config, tokenizer = AutoConfig.from_pretrained(model_id), AutoTokenizer.from_pretrained(model_id)
