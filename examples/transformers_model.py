@@ -1,45 +1,54 @@
-"""A Qwen3-MoE model of Transformers on the fused experts: generate, then a training step with gradient checkpointing.
+"""A dense Qwen3-MoE on the fused experts: the same logits as Transformers' own, generate, training with checkpointing.
 
     python examples/transformers_model.py
+    python examples/transformers_model.py --model Qwen/Qwen3-30B-A3B --steps 0
 
-The model is small and random, so that nothing is downloaded; `from_pretrained(..., experts_implementation="moe_fused")`
-works the same way.
+Works for every model whose experts Transformers can exchange. The last part trains all weights with AdamW, 16 bytes for each
+in float32; --steps 0 leaves it out.
 """
 
+import argparse
+from pathlib import Path
+
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from tiny import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_fused
 
-moe_fused.enable()
-device = "cuda" if torch.cuda.is_available() else "cpu"
-config = Qwen3MoeConfig(
-    vocab_size=256,
-    hidden_size=128,
-    intermediate_size=256,
-    moe_intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    num_experts=8,
-    num_experts_per_tok=2,
-)
-torch.manual_seed(0)
-model = Qwen3MoeForCausalLM(config).to(device)
-prompt = torch.randint(0, 256, (1, 16), device=device)
+parser = argparse.ArgumentParser()
+parser.add_argument("--model", help="a directory or a name on the Hub; a tiny random model by default")
+parser.add_argument("--output", type=Path, default=Path("examples-output/transformers_model"))
+parser.add_argument("--steps", type=int, default=5)
+options = parser.parse_args()
+model_id = options.model or tiny_model(options.output / "model")
 
-model.set_experts_implementation("eager")
-expected = model(prompt).logits
-model.set_experts_implementation("moe_fused")
-print(f"largest logit difference from eager experts: {(model(prompt).logits - expected).abs().max():.1e}")
-print("generated:", model.generate(prompt, max_new_tokens=8, do_sample=False)[0, 16:].tolist())
+# Adds "moe_fused" to Transformers' implementations of experts. Models are not changed until they are set to it.
+moe_fused.enable()
+device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+tokenizer = AutoTokenizer.from_pretrained(model_id)
+model = AutoModelForCausalLM.from_pretrained(
+    model_id, dtype="auto", experts_implementation="moe_fused", device_map={"": device}
+)
+prompt = tokenizer("1+1=2, and 2+2=", return_tensors="pt").to(device)
+
+
+@torch.no_grad()
+def logits(experts: str) -> torch.Tensor:
+    model.set_experts_implementation(experts)
+    return model.eval()(**prompt).logits.float()
+
+
+expected, fused = logits("eager"), logits("moe_fused")
+print(f"logits: relative difference from eager experts {(fused - expected).norm() / expected.norm():.1e}")
+tokens = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+print(f"generated: {tokenizer.decode(tokens[0, prompt.input_ids.shape[1] :])!r}")
 
 model.train()
-model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-for step in range(3):
-    loss = model(prompt, labels=prompt).loss
+model.gradient_checkpointing_enable()
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+for step in range(options.steps):
+    loss = model(**prompt, labels=prompt.input_ids).loss
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -85,7 +85,8 @@ class GraphedDecoder:
         except RuntimeError as error:
             # No going on eagerly: torch's random numbers are left as if the recording still went on.
             reason = str(error).strip().partition("\n")[0]
-            raise RuntimeError(f"{type(self._decoder).__name__} cannot run as CUDA graphs: {reason}") from error
+            name = type(self._decoder).__name__
+            raise RuntimeError(f"{name} cannot run as CUDA graphs, --no-cuda-graphs does without: {reason}") from error
 
     def _takes(self, tokens: Tensor) -> bool:
         return (

@@ -27,7 +27,9 @@ def device_of(options: Options) -> torch.device:
         ValueError: no such device here; one of several processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("finetune trains on one GPU: start it without accelerate launch or torchrun")
+        raise ValueError(
+            "finetune trains on one GPU: start it without accelerate launch or torchrun; examples/qlora_ddp.py takes several"
+        )
     device = choose_device(options.device)
     if device.type == "cpu" or ":" in options.device:
         return device
