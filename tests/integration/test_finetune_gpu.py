@@ -67,7 +67,10 @@ def make(model: Path, output: Path, rows: list[str], **options: Any) -> tuple[An
 @pytest.mark.parametrize("length, packing", [(2048, "wrapped"), (8192, "wrapped"), (4096, "bfd")])
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
 def test_peak_is_as_predicted(length: int, packing: str, graphs: bool, tmp_path: Path) -> None:
-    """A model of which experts, activations and the loss each take hundreds of MiB."""
+    """A model of which experts, activations and the loss each take hundreds of MiB.
+
+    What graphs keep is not allocated between their replays, so of them counts what is reserved.
+    """
     model = save_model(
         tmp_path / "model",
         vocab_size=32768,
@@ -80,7 +83,12 @@ def test_peak_is_as_predicted(length: int, packing: str, graphs: bool, tmp_path:
         num_experts=64,
     )
     release()
-    before = torch.cuda.memory_allocated()
+    now, most = (
+        (torch.cuda.memory_reserved, torch.cuda.max_memory_reserved)
+        if graphs
+        else (torch.cuda.memory_allocated, torch.cuda.max_memory_allocated)
+    )
+    before = now()
     trainer, plan = make(
         model,
         tmp_path / "out",
@@ -92,9 +100,10 @@ def test_peak_is_as_predicted(length: int, packing: str, graphs: bool, tmp_path:
         cuda_graphs=graphs,
     )
     assert {len(row["input_ids"]) for row in trainer.train_dataset} == {length}
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()  # loading and quantizing may take more
     trainer.train_from(None)
-    assert torch.cuda.max_memory_allocated() - before == pytest.approx(plan.prediction.allocated, rel=0.1)
+    assert most() - before == pytest.approx(plan.prediction.allocated, rel=0.1)
 
 
 @pytest.mark.parametrize("packing", ["wrapped", "bfd", "bfd_split"])

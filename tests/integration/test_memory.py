@@ -227,3 +227,15 @@ def test_paged_state_is_outside_of_the_allocator(qwen3_30b: Sizes) -> None:
     assert paged.total == plain.total
     assert plain.allocated - paged.allocated == paged.parts["optimizer state, paged"] > 0.5 * GIB
     assert paged.total - paged.allocated - paged.parts["optimizer state, paged"] == memory.CONTEXT
+
+
+def test_graphs_keep_what_others_would_use_again(qwen3_30b: Sizes) -> None:
+    """The loss and what was accumulated lie beside the layers' worst moment, not in its place."""
+    work = Workload(length=4096)
+    eager, graphs = predict(qwen3_30b, work), predict(qwen3_30b, replace(work, graphs=True))
+    assert eager.moment == "layer"
+    loss = graphs.parts["loss"]
+    assert graphs.parts == eager.parts | {"loss": loss}
+    assert 2 * 4096 * 8192 < loss < predict(qwen3_30b, replace(work, length=8192, graphs=True)).parts["loss"]
+    two = predict(qwen3_30b, replace(work, graphs=True, accumulation=2))
+    assert two.parts["gradients"] - graphs.parts["gradients"] == graphs.trainable * work.adapter_itemsize
