@@ -79,6 +79,8 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> Any:
     with warnings.catch_warnings():
         # PEFT leaves what has no weights in the adapter without effect,
         warnings.filterwarnings("error", message="Found missing adapter keys")
+        # nor finds patterns for parameters, which it looks for among modules only,
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
         try:
             adapted = PeftModel.from_pretrained(model, adapter)
         except (UserWarning, ValueError, RuntimeError) as error:
