@@ -77,10 +77,10 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> Any:
     from peft import PeftModel
 
     with warnings.catch_warnings():
-        # PEFT leaves what has no weights in the adapter without effect,
-        warnings.filterwarnings("error", message="Found missing adapter keys")
-        # nor finds patterns for parameters, which it looks for among modules only,
+        # PEFT looks for patterns among modules only, not among the parameters that an adapter of experts names.
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        # It leaves what has no weights in the adapter without effect,
+        warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
             adapted = PeftModel.from_pretrained(model, adapter)
         except (UserWarning, ValueError, RuntimeError) as error:

@@ -72,7 +72,7 @@ def _environment(device: torch.device) -> dict[str, str]:
     return {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(path)}
 
 
-def _run(what: str, arguments: list[str], directory: Path, device: torch.device) -> None:
+def run_python(what: str, arguments: list[str], directory: Path, device: torch.device) -> None:
     """Runs Python in ``directory``; what it says on standard error goes to our output. An interruption ends it, too.
 
     Raises:
@@ -131,7 +131,7 @@ def finetune(
     arguments = _arguments(size, model.device, seed)
     command = f"moe-fused {shlex.join(arguments)}"
     console.print(f"$ {command}", soft_wrap=True, markup=False)
-    _run("moe-fused finetune", ["-m", "moe_fused", *arguments], directory, model.device)
+    run_python("moe-fused finetune", ["-m", "moe_fused", *arguments], directory, model.device)
 
     adapted = load_adapter(model, str(directory / ADAPTER))
     check_round_trip(directory)
@@ -161,7 +161,7 @@ def reload(directory: Path, device: torch.device) -> dict[str, Any]:
     plan_model(directory / PACKED, directory / DEQUANTIZED, "per-expert", dequantize=True).write()
     shutil.copyfile(stock.__file__, directory / SCRIPT)
     saved = directory / ".logits.safetensors"
-    _run(SCRIPT, [SCRIPT, str(device), saved.name], directory, device)
+    run_python(SCRIPT, [SCRIPT, str(device), saved.name], directory, device)
     own = load_file(directory / PROBE)["logits"]
     differences = {layout: compare.largest_difference(own, logits) for layout, logits in load_file(saved).items()}
     saved.unlink()
