@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shlex
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +25,7 @@ def bits_per_byte(loss: float) -> float:
 
 def _draw(axes: Axes, title: str, train: Mapping[int, float], held_out: Mapping[int, float]) -> None:
     axes.plot(list(train), list(train.values()), linewidth=0.8, alpha=0.5, label="training batches")
-    axes.plot(list(held_out), list(held_out.values()), marker="o", label="held-out text")
+    axes.plot(list(held_out), list(held_out.values()), marker="o", linestyle=":", label="held-out text")
     axes.set(xlabel="step", ylabel="cross-entropy (nats per byte)", title=title)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
@@ -109,17 +108,19 @@ def _reloaded(results: dict[str, Any], output: Path) -> dict[str, str]:
 
 
 def _next(output: Path) -> list[str]:
-    program = shutil.which("moe-fused") or Path(sys.executable).with_name("moe-fused")
-    command = shlex.quote(str(program)) if Path(program).exists() else f"{shlex.quote(sys.executable)} -m moe_fused"
+    """Commands to go on with."""
+    python = shlex.quote(sys.executable)
+    program = Path(sys.executable).with_name("moe-fused")  # not another installation's that is found first
+    command = shlex.quote(str(program)) if program.exists() else f"{python} -m moe_fused"
     packed, adapter = (shlex.quote(str(output / name)) for name in ("model-4bit", "adapter"))
     merged, script = (
         shlex.quote(str(output.with_name(f"{output.name}-merged"))),
         shlex.quote(str(output / "stock.py")),
     )
     return [
-        f"{command} generate {packed} --adapter {adapter} --max-new-tokens 200 --prompt '    def '",
+        f"{command} generate {packed} --adapter {adapter} --temperature 1 --max-new-tokens 200 --prompt '    def '",
         f"{command} merge {packed} {adapter} {merged}",
-        f"{shlex.quote(sys.executable)} {script}",
+        f"{python} {script}",
         f"{command} finetune --model Qwen/Qwen3-30B-A3B --dataset YOUR.jsonl --output my-adapter",
     ]
 

@@ -54,10 +54,10 @@ def _train_with_progress(
     return history, time.perf_counter() - start
 
 
-def _sample(model: Any, tokenizer: PreTrainedTokenizerFast, text: str, seed: int) -> str:
+def _sample(model: Any, tokenizer: PreTrainedTokenizerFast, text: str, seed: int, temperature: float = 0.7) -> str:
     torch.manual_seed(seed)  # so that samples of two models differ by the models alone
     prompt = tokenizer(text, return_tensors="pt").to(model.device)
-    options = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "min_new_tokens": _SAMPLE_BYTES}
+    options = {"do_sample": True, "temperature": temperature, "top_p": 0.95, "min_new_tokens": _SAMPLE_BYTES}
     with autocast(model.device):
         tokens = model.eval().generate(**prompt, **options, max_new_tokens=_SAMPLE_BYTES, pad_token_id=0)
     return str(tokenizer.decode(tokens[0]))
@@ -168,6 +168,7 @@ def _in_4bit(
         quantized["sample"] = _sample(packed, tokenizer, _PROMPT, seed)
     adapted, tuned = finetune.finetune(packed, directory, tokenizer, size, seed, console)
     with console.status("loading the adapter in stock Transformers and PEFT"):
-        tuned["sample"] = _sample(adapted, tokenizer, _CODE_PROMPT, seed)
+        # At a lower temperature the long runs of blanks in code do not end.
+        tuned["sample"] = _sample(adapted, tokenizer, _CODE_PROMPT, seed, temperature=1.0)
         reloaded = finetune.reload(directory, packed.device)
     return {"four_bit": quantized, "finetune": tuned, "stock": reloaded}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -290,6 +291,20 @@ def test_stock_script_needs_no_moe_fused(finished_4bit: tuple[Ended, Path], tmp_
     lines = ended.stdout.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["peft-fused", "per-expert"]
     assert all(float(line.split()[-1]) < 1e-4 for line in lines)
+
+
+def test_next_command_runs_as_printed(finished_4bit: tuple[Ended, Path]) -> None:
+    ended, output = finished_4bit
+    commands = [line.strip() for line in ended.stdout.partition("\nnext\n")[2].splitlines()]
+    words = ("generate", "merge", "stock.py", "finetune")
+    assert all(word in line for word, line in zip(words, commands, strict=True))
+    environment = {**os.environ, "PYTHONPATH": python_path(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    following = subprocess.run(
+        shlex.split(commands[0]), cwd=output.parent, env=environment, capture_output=True, text=True, check=False
+    )
+    assert following.returncode == 0, following
+    assert "tokens in" in following.stderr
+    assert "Warning" not in following.stderr
 
 
 def test_other_bits_after_the_round_trip_are_noticed(finished_4bit: tuple[Ended, Path], tmp_path: Path) -> None:
