@@ -68,7 +68,7 @@ def start(
 
 
 def end(process: subprocess.Popen[str]) -> Ended:
-    stdout, stderr = process.communicate(timeout=280)
+    stdout, stderr = process.communicate(timeout=290)
     return Ended(process.returncode, stdout, stderr)
 
 
