@@ -53,7 +53,7 @@ $(READY): pyproject.toml
 build: $(READY) ## Build the kernel into build/torch-*
 	@$(BIN)/python scripts/build_kernel.py --quiet
 
-demo: build ## Train a small Qwen3-MoE through the kernel (the main job); ARGS are passed on
+demo: build ## Train, quantize, fine-tune and export a small Qwen3-MoE (the main job); ARGS are passed on
 	@$(BIN)/python -m moe_fused.demo $(ARGS)
 
 test: build ## Run all tests

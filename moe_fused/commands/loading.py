@@ -77,7 +77,9 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> Any:
     from peft import PeftModel
 
     with warnings.catch_warnings():
-        # PEFT leaves what has no weights in the adapter without effect,
+        # PEFT looks for patterns among modules only, not among the parameters that an adapter of experts names.
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        # It leaves what has no weights in the adapter without effect,
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
             adapted = PeftModel.from_pretrained(model, adapter)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from moe_fused.commands.options import require
+
 from .output import staged_output
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -17,16 +19,28 @@ def demo(
     output: Annotated[Path, typer.Option(help="Directory to write; an earlier output of the demo is replaced.")] = Path(
         "demo-output"
     ),
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps  [default: by device]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="To train, and to fine-tune at most  [default: by device]")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu ...")] = "auto",
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Fixes the result on a CPU.")] = 0,
     load_in_4bit: Annotated[
-        bool, typer.Option("--load-in-4bit", help="Then load the model in 4 bits, compare and save it as well.")
-    ] = False,
+        bool,
+        typer.Option(
+            "--load-in-4bit/--no-load-in-4bit",
+            help="Go on in 4 bits: quantize the model, fine-tune it on other text, reload the adapter without moe-fused.",
+        ),
+    ] = True,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
 ) -> None:
-    """Train a small Qwen3-MoE on Python's reference text with fused experts and compare them with Transformers' own."""
+    """Train a small Qwen3-MoE on Python's reference text with fused experts, fine-tune it in 4 bits on Python's source code.
+
+    Each part is compared with what Transformers and PEFT compute by themselves.
+    """
     del traceback  # read by __main__, which prints errors
+    if load_in_4bit:
+        packages = ("accelerate", "bitsandbytes", "datasets", "peft", "trl", "yaml")
+        require("the demo, unless with --no-load-in-4bit,", *packages, extra="train")
     with staged_output(output) as staging:
         from . import report, run  # take torch and transformers
 

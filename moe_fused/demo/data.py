@@ -1,8 +1,11 @@
-"""Real English text that every Python brings along: the language reference behind ``help("topics")``."""
+"""Real text that every Python brings along: the language reference to learn first, then modules' source code."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -11,32 +14,27 @@ from transformers import PreTrainedTokenizerFast
 
 _BLOCK_CHARACTERS = 4000
 _HOLD_OUT_EVERY = 20
+# Large ones that are a single file in every Python so far.
+_MODULES = ("argparse", "configparser", "difflib", "inspect", "shutil", "subprocess", "tarfile", "typing")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each byte, no merges: the model can be reloaded with a tokenizer, and a token is a byte of loss."""
+    """One token for each byte, no merges, and one for the end: a token is a byte of loss, and any tool can load it."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
 
 
-def reference_text() -> tuple[str, str]:
-    """The text to train on and the text held out, 330 and 20 kB or so, depending on the Python version.
+def _hold_out(texts: Iterable[str]) -> tuple[str, str]:
+    """The text to train on and a twentieth that is held out.
 
-    The topics quote each other at length, so a paragraph counts once: what is held out is nowhere in the training text.
-
-    Raises:
-        RuntimeError: this Python comes without ``pydoc_data``.
+    A paragraph counts once, however often it is quoted: what is held out is nowhere in the training text.
     """
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:
-        raise RuntimeError("this Python lacks pydoc_data, the text to train on: use a full installation") from error
     paragraphs: dict[str, str] = {}
-    for name in sorted(topics):
-        for paragraph in topics[name].split("\n\n"):
+    for text in texts:
+        for paragraph in text.split("\n\n"):
             paragraphs.setdefault(" ".join(paragraph.split()), paragraph)
     blocks = [""]
     for paragraph in paragraphs.values():
@@ -48,6 +46,42 @@ def reference_text() -> tuple[str, str]:
     return "".join(blocks), held_out
 
 
+def reference_text() -> tuple[str, str]:
+    """English to train on and held out, 330 and 20 kB or so, depending on the Python version.
+
+    Raises:
+        RuntimeError: this Python comes without ``pydoc_data``.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise RuntimeError("this Python lacks pydoc_data, the text to train on: use a full installation") from error
+    return _hold_out(topics[name] for name in sorted(topics))
+
+
+def source_text() -> tuple[str, str]:
+    """Python code to fine-tune on and held out, 690 and 35 kB or so, depending on the Python version.
+
+    Raises:
+        RuntimeError: this Python comes without the source of its modules.
+    """
+    return _hold_out(map(_source, _MODULES))
+
+
+def _source(module: str) -> str:
+    spec = importlib.util.find_spec(module)
+    source = spec.loader.get_source(module) if spec and isinstance(spec.loader, SourceFileLoader) else None
+    if source is None:
+        raise RuntimeError(f"this Python lacks the source of {module}, text to fine-tune on: use a full installation")
+    return source
+
+
+def windows(text: str, tokenizer: PreTrainedTokenizerFast, length: int, device: torch.device) -> Tensor:
+    """``text`` cut into token ids (windows, length); what is left over is dropped."""
+    tokens = torch.tensor(tokenizer(text).input_ids, device=device)
+    return tokens[: len(tokens) // length * length].view(-1, length)
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Token ids (int64) on the device that trains."""
@@ -57,9 +91,9 @@ class Corpus:
 
     @classmethod
     def load(cls, tokenizer: PreTrainedTokenizerFast, sequence_length: int, device: torch.device) -> Corpus:
-        train, held_out = (torch.tensor(tokenizer(text).input_ids, device=device) for text in reference_text())
-        windows = len(held_out) // sequence_length
-        return cls(train, held_out[: windows * sequence_length].view(windows, sequence_length))
+        train, held_out = reference_text()
+        tokens = torch.tensor(tokenizer(train).input_ids, device=device)
+        return cls(tokens, windows(held_out, tokenizer, sequence_length, device))
 
     def batch(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """``batch_size`` windows of the training text from random places: (batch_size, sequence_length)."""

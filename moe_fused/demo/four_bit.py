@@ -45,8 +45,10 @@ def check_usable(model: Qwen3MoeForCausalLM) -> None:
     try:
         quantizer = AutoHfQuantizer.from_config(_config(model.dtype), pre_quantized=False)
         quantizer.validate_environment(device_map={"": model.device.type})
-    except ImportError as error:  # missing or too old
-        raise _refusal("needs bitsandbytes and accelerate: pip install 'moe-fused[bnb]'") from error
+    except ImportError as error:  # too old
+        raise _refusal(
+            "needs newer versions of bitsandbytes and accelerate: pip install -U 'moe-fused[train]'"
+        ) from error
     except RuntimeError as error:  # no support for the device
         raise _refusal(str(error)) from error
     for module in _experts(model):

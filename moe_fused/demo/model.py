@@ -26,18 +26,27 @@ class Size:
     sequence_length: int
     steps: int
     learning_rate: float
+    finetuning_steps: int  # of the adapter, on batches of the same size
+    finetuning_rate: float
 
 
 # Small batches: a new model learns more from many updates than from large ones, and two cores have a minute.
-CPU_SIZE = Size(128, 128, 2, 8, 2, batch_size=8, sequence_length=128, steps=500, learning_rate=5e-3)
+CPU_SIZE = Size(
+    128, 128, 2, 8, 2, batch_size=8, sequence_length=128, steps=500, learning_rate=5e-3,
+    finetuning_steps=150, finetuning_rate=1e-2,
+)  # fmt: skip
 # Seven passes over the text; more of them, or a larger model, and it learns the text by heart.
-GPU_SIZE = Size(256, 128, 4, 16, 4, batch_size=16, sequence_length=256, steps=600, learning_rate=3e-3)
+GPU_SIZE = Size(
+    256, 128, 4, 16, 4, batch_size=16, sequence_length=256, steps=600, learning_rate=3e-3,
+    finetuning_steps=200, finetuning_rate=5e-3,
+)  # fmt: skip
 
 
 def new_model(size: Size, tokenizer: PreTrainedTokenizerFast, device: torch.device) -> Qwen3MoeForCausalLM:
     """A randomly initialised float32 model whose experts are the fused ones. ``moe_fused.enable()`` comes first."""
     options: dict[str, Any] = {
         "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
         "hidden_size": size.hidden_size,
         "num_hidden_layers": size.num_layers,
         "num_attention_heads": size.hidden_size // _HEAD_DIM,

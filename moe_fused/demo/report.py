@@ -1,19 +1,21 @@
-"""The loss curve as a picture, and the closing summary on the terminal."""
+"""The loss curves as a picture, and the closing summary on the terminal."""
 
 from __future__ import annotations
 
 import math
+import shlex
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from .four_bit import PACKED
 from .output import RESULTS
-from .train import History
 
 
 def bits_per_byte(loss: float) -> float:
@@ -21,15 +23,25 @@ def bits_per_byte(loss: float) -> float:
     return loss / math.log(2)
 
 
-def draw_loss_curve(history: History, path: Path) -> None:
-    figure = Figure(figsize=(7, 4), layout="constrained")  # without pyplot, which would look for a display
-    axes = figure.subplots()
-    axes.plot(range(len(history.train)), history.train, linewidth=0.8, alpha=0.5, label="training batches")
-    axes.plot(list(history.held_out), list(history.held_out.values()), marker="o", label="held-out text")
-    axes.set(xlabel="step", ylabel="cross-entropy (nats per byte)", title="Qwen3-MoE on the Python reference")
+def _draw(axes: Axes, title: str, train: Mapping[int, float], held_out: Mapping[int, float]) -> None:
+    axes.plot(list(train), list(train.values()), linewidth=0.8, alpha=0.5, label="training batches")
+    axes.plot(list(held_out), list(held_out.values()), marker="o", linestyle=":", label="held-out text")
+    axes.set(xlabel="step", ylabel="cross-entropy (nats per byte)", title=title)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
+
+
+def draw_loss_curves(results: dict[str, Any], path: Path) -> None:
+    """Of training and, if there was one, of fine-tuning; ``results`` as in results.json."""
+    history, tuned = results["history"], results.get("finetune")
+    figure = Figure(figsize=(12 if tuned else 7, 4), layout="constrained")  # not pyplot, which would look for a display
+    axes = figure.subplots(1, 2 if tuned else 1, squeeze=False)[0]
+    _draw(axes[0], "Qwen3-MoE on the Python reference", dict(enumerate(history["train"])), history["held_out"])
+    if tuned:
+        loss = tuned["held_out_loss"]
+        held_out = {0: loss["before"], results["size"]["finetuning_steps"]: loss["after"]}
+        _draw(axes[1], "4-bit fine-tuning on Python's source code", tuned["history"], held_out)
     figure.savefig(path, dpi=120)
 
 
@@ -41,38 +53,103 @@ def _equal(difference: float) -> str:
     return "" if difference else " (bitwise equal)"
 
 
-def _four_bit_rows(results: dict[str, Any], output: Path) -> dict[str, str]:
-    numbers = results["four_bit"]
-    loss, difference, experts = numbers["held_out_loss"], numbers["largest_logit_difference"], numbers["experts"]
-    memory, dense = (
-        f"{experts[key] / experts['parameters']:.3f} bytes per parameter, {experts[key] / 2**20:.2f} MiB"
-        for key in ("bytes", "dense_bytes")
-    )
-    return {
-        "held-out loss in 4 bits": f"{_describe_loss(loss)}; dense: {_describe_loss(results['held_out_loss']['after'])}",
-        "experts in 4 bits": f"{memory}; dense: {dense}",
-        "4-bit logit difference": f"{difference:.1e}{_equal(difference)} from eager experts, weights dequantized, float32",
-        "saved 4-bit model": f"{output / PACKED} (reloaded: same bits)",
-    }
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.2f} MiB"
 
 
-def print_summary(console: Console, results: dict[str, Any], output: Path) -> None:
-    """Prints what came of a run; ``results`` as in results.json."""
+def _trained(results: dict[str, Any], output: Path) -> dict[str, str]:
     loss, step_ms = results["held_out_loss"], results["step_ms"]
     fused, eager = step_ms["moe_fused"], step_ms["eager"]
     difference = results["largest_logit_difference"]
     plain = "; on a CPU both are plain torch" if results["device"] == "cpu" else ""
-    rows = {
+    return {
         **{f"held-out loss {when}": _describe_loss(x) for when, x in loss.items()},
         "largest logit difference": f"{difference:.1e}{_equal(difference)} from Transformers' eager experts, float32",
         "training step": f"{fused:.1f} ms, {eager:.1f} ms with eager experts: {eager / fused:.2f} times as fast{plain}",
-        "saved model": f"{output / 'model'} (reloaded by stock Transformers: same logits)",
-        **(_four_bit_rows(results, output) if "four_bit" in results else {}),
-        "loss curve": str(output / "loss.png"),
-        "numbers": str(output / RESULTS),
+        "saved": f"{output / 'model'}, {_mib(results['bytes']['model'])} (stock Transformers: same logits)",
     }
-    samples = {"sample": results} | ({"sample in 4 bits": results["four_bit"]} if "four_bit" in results else {})
+
+
+def _quantized(results: dict[str, Any], output: Path) -> dict[str, str]:
+    numbers = results["four_bit"]
+    loss, difference, experts = numbers["held_out_loss"], numbers["largest_logit_difference"], numbers["experts"]
+    memory, dense = (
+        f"{experts[key] / experts['parameters']:.3f} bytes per parameter, {_mib(experts[key])}"
+        for key in ("bytes", "dense_bytes")
+    )
+    return {
+        "held-out loss": f"{_describe_loss(loss)}; dense: {_describe_loss(results['held_out_loss']['after'])}",
+        "experts": f"{memory}; dense: {dense}",
+        "largest logit difference": f"{difference:.1e}{_equal(difference)} from eager experts, weights dequantized, float32",
+        "saved": f"{output / 'model-4bit'}, {_mib(results['bytes']['model-4bit'])} (reloaded: same bits)",
+    }
+
+
+def _tuned(results: dict[str, Any], output: Path) -> dict[str, str]:
+    numbers, nbytes = results["finetune"], results["bytes"]
+    exported = "adapter/per-expert"
+    return {
+        **{f"held-out loss {when}": _describe_loss(x) for when, x in numbers["held_out_loss"].items()},
+        "trained": f"{numbers['trained_parameters']:,} parameters, {results['size']['finetuning_steps']} steps",
+        "adapter": f"{output / 'adapter'}, {_mib(nbytes['adapter'])}",
+        "exported per expert": f"{output / exported}, {_mib(nbytes[exported])} (and back: same bits)",
+    }
+
+
+def _reloaded(results: dict[str, Any], output: Path) -> dict[str, str]:
+    differences = results["stock"]["largest_logit_difference"]
+    return {
+        "base": f"{output / 'model-dequantized'}, {_mib(results['bytes']['model-dequantized'])}",
+        **{
+            f"logits, {layout} adapter": f"{x:.1e}{_equal(x)} at most from moe_fused over 4 bits, float32"
+            for layout, x in differences.items()
+        },
+    }
+
+
+def _next(output: Path) -> list[str]:
+    """Commands to go on with."""
+    python = shlex.quote(sys.executable)
+    program = Path(sys.executable).with_name("moe-fused")  # not another installation's that is found first
+    command = shlex.quote(str(program)) if program.exists() else f"{python} -m moe_fused"
+    packed, adapter = (shlex.quote(str(output / name)) for name in ("model-4bit", "adapter"))
+    merged, script = (
+        shlex.quote(str(output.with_name(f"{output.name}-merged"))),
+        shlex.quote(str(output / "stock.py")),
+    )
+    return [
+        f"{command} generate {packed} --adapter {adapter} --temperature 1 --max-new-tokens 200 --prompt '    def '",
+        f"{command} merge {packed} {adapter} {merged}",
+        f"{python} {script}",
+        f"{command} finetune --model Qwen/Qwen3-30B-A3B --dataset YOUR.jsonl --output my-adapter",
+    ]
+
+
+def print_summary(console: Console, results: dict[str, Any], output: Path) -> None:
+    """Prints what came of a run; ``results`` as in results.json."""
+    parts = [("trained on the Python reference", _trained, results["training_seconds"])]
+    if "finetune" in results:
+        parts += [
+            ("quantized to 4 bits", _quantized, results["four_bit"]["seconds"]),
+            ("fine-tuned on Python's source code", _tuned, results["finetune"]["seconds"]),
+            ("reloaded by stock Transformers and PEFT", _reloaded, results["stock"]["seconds"]),
+        ]
+    samples = {"sample": results, "sample in 4 bits": results.get("four_bit"), "fine-tuned": results.get("finetune")}
     for title, numbers in samples.items():
-        console.print(Panel(Text(numbers["sample"]), title=title, title_align="left"))
-    for label, value in rows.items():
-        console.print(f"{label:<26}{value}", soft_wrap=True, markup=False)
+        if numbers is not None:
+            console.print(Panel(Text(numbers["sample"]), title=title, title_align="left"))
+    for number, (title, rows, seconds) in enumerate(parts, 1):
+        console.print(f"[bold]{number}. {title}[/], {seconds:.0f} s")
+        for label, value in rows(results, output).items():
+            _print(console, f"   {label:<28}{value}")
+    console.print(f"[bold]{results['seconds']:.0f} s in all[/]")
+    _print(console, f"   {'loss curves':<28}{output / 'loss.png'}")
+    _print(console, f"   {'numbers':<28}{output / RESULTS}")
+    if "finetune" in results:
+        console.print("[bold]next[/]")
+        for command in _next(output):
+            _print(console, f"   {command}")
+
+
+def _print(console: Console, line: str) -> None:
+    console.print(line, soft_wrap=True, markup=False)

@@ -19,13 +19,13 @@ import moe_fused
 from moe_fused.devices import choose_device
 from moe_fused.signals import check_interrupted
 
-from . import compare, four_bit, report
+from . import compare, report
 from .data import Corpus, byte_tokenizer
 from .model import CPU_SIZE, GPU_SIZE, Size, new_model
 from .output import write_results
 from .train import History, autocast, train
 
-_PROMPT = "The value of "
+_PROMPT, _CODE_PROMPT = "The value of ", "    def "
 _SAMPLE_BYTES = 300
 
 
@@ -54,42 +54,49 @@ def _train_with_progress(
     return history, time.perf_counter() - start
 
 
-def _sample(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> str:
+def _sample(model: Any, tokenizer: PreTrainedTokenizerFast, text: str, seed: int, temperature: float = 0.7) -> str:
     torch.manual_seed(seed)  # so that samples of two models differ by the models alone
-    prompt = tokenizer(_PROMPT, return_tensors="pt").to(model.device)
-    options = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "max_new_tokens": _SAMPLE_BYTES}
+    prompt = tokenizer(text, return_tensors="pt").to(model.device)
+    options = {"do_sample": True, "temperature": temperature, "top_p": 0.95, "min_new_tokens": _SAMPLE_BYTES}
     with autocast(model.device):
-        tokens = model.eval().generate(**prompt, **options, pad_token_id=0)
+        tokens = model.eval().generate(**prompt, **options, max_new_tokens=_SAMPLE_BYTES, pad_token_id=0)
     return str(tokenizer.decode(tokens[0]))
 
 
+def _bytes(directory: Path) -> int:
+    """Of the tensors in a model's or adapter's directory."""
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
 def run(
-    directory: Path, steps: int | None, device_name: str, seed: int, load_in_4bit: bool = False
+    directory: Path, steps: int | None, device_name: str, seed: int, load_in_4bit: bool = True
 ) -> tuple[Console, dict[str, Any]]:
     """Trains, compares and writes everything into ``directory``.
 
     Args:
         directory: exists and is empty.
-        steps: of training; by default as many as the size for the device says.
+        steps: of training, and of fine-tuning at most; by default as many as the size for the device says.
         device_name: as for ``choose_device``.
         seed: of the weights, the batches and the samples.
-        load_in_4bit: whether to go through all of it again with the saved model in 4 bits.
+        load_in_4bit: whether to go on with the saved model in 4 bits, fine-tune it and reload the adapter elsewhere.
 
     Returns:
         The console that the progress went to, and what results.json holds.
 
     Raises:
         ValueError: ``device_name`` is no device that can be used here.
-        typer.BadParameter: ``load_in_4bit``, and bitsandbytes is missing or cannot hold the model.
-        RuntimeError: no usable kernel, or the fused experts are not equal to Transformers' own.
+        typer.BadParameter: ``load_in_4bit``, and bitsandbytes is too old or cannot hold the model.
+        RuntimeError: no usable kernel, the fused experts are not equal to Transformers' own, or a command failed.
         OSError, safetensors.SafetensorError: a file could not be written.
     """
+    start = time.perf_counter()
     console = Console(highlight=False)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     device = choose_device(device_name)
     size = CPU_SIZE if device.type == "cpu" else GPU_SIZE
-    size = dataclasses.replace(size, steps=steps or size.steps)
+    steps = steps or size.steps
+    size = dataclasses.replace(size, steps=steps, finetuning_steps=min(steps, size.finetuning_steps))
 
     if device.type == "cpu":
         # A second thread saves a quarter of the time on matrices this small, but where another process wants its core,
@@ -102,6 +109,8 @@ def run(
     tokenizer = byte_tokenizer()
     model = new_model(size, tokenizer, device)
     if load_in_4bit:
+        from . import four_bit  # takes bitsandbytes
+
         four_bit.check_usable(model)
     corpus = Corpus.load(tokenizer, size.sequence_length, device)
     console.print(
@@ -114,15 +123,14 @@ def run(
     with console.status("saving, sampling, comparing with Transformers' eager experts"):
         model.save_pretrained(directory / "model")
         tokenizer.save_pretrained(directory / "model")
-        report.draw_loss_curve(history, directory / "loss.png")
         probe = corpus.held_out[: size.batch_size]
         compare.check_reload(model, directory / "model", probe)
         results: dict[str, Any] = {
             "held_out_loss": {"before": history.held_out[0], "after": history.held_out[size.steps]},
             "largest_logit_difference": compare.largest_logit_difference(model, probe),
-            "step_ms": compare.step_milliseconds(model, corpus, size, rounds=min(20, size.steps)),
+            "step_ms": compare.step_milliseconds(model, corpus, size, rounds=min(10, size.steps)),
             "training_seconds": seconds,
-            "sample": _sample(model, tokenizer, seed),
+            "sample": _sample(model, tokenizer, _PROMPT, seed),
             "size": dataclasses.asdict(size),
             "seed": seed,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -133,8 +141,34 @@ def run(
             },
             "history": dataclasses.asdict(history),
         }
-        if load_in_4bit:
-            packed, numbers = four_bit.convert(model, directory, tokenizer, corpus, size.batch_size)
-            results["four_bit"] = {**numbers, "sample": _sample(packed, tokenizer, seed)}
-        write_results(directory, results)
+    if load_in_4bit:
+        results |= _in_4bit(model, directory, tokenizer, corpus, size, seed, console)
+    report.draw_loss_curves(results, directory / "loss.png")
+    results["seconds"] = time.perf_counter() - start
+    names = ["model"] + (["model-4bit", "model-dequantized", "adapter", "adapter/per-expert"] if load_in_4bit else [])
+    results["bytes"] = {name: _bytes(directory / name) for name in names}
+    write_results(directory, results)
     return console, results
+
+
+def _in_4bit(
+    model: Qwen3MoeForCausalLM,
+    directory: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    corpus: Corpus,
+    size: Size,
+    seed: int,
+    console: Console,
+) -> dict[str, Any]:
+    """The second half: quantizes, fine-tunes, reloads. Returns the numbers of each, as results.json has them."""
+    from . import finetune, four_bit
+
+    with console.status("quantizing, saving, sampling, comparing"):
+        packed, quantized = four_bit.convert(model, directory, tokenizer, corpus, size.batch_size)
+        quantized["sample"] = _sample(packed, tokenizer, _PROMPT, seed)
+    adapted, tuned = finetune.finetune(packed, directory, tokenizer, size, seed, console)
+    with console.status("loading the adapter in stock Transformers and PEFT"):
+        # At a lower temperature the long runs of blanks in code do not end.
+        tuned["sample"] = _sample(adapted, tokenizer, _CODE_PROMPT, seed, temperature=1.0)
+        reloaded = finetune.reload(directory, packed.device)
+    return {"four_bit": quantized, "finetune": tuned, "stock": reloaded}

@@ -35,6 +35,7 @@ from .model import (
     load_config,
     load_model,
     load_tokenizer,
+    quantization_of,
 )
 from .options import Export, Options, to_yaml
 from .plan import Plan, make_plan
@@ -113,7 +114,7 @@ def run(options: Options, *, resume: bool = False, overwrite: bool = False, dry_
         raise Stopped(f"stopped after step {trainer.state.global_step}: {error}; {_way_on(output)}") from error
     finally:
         log.close()
-    _print_next(options)
+    print_next(options, config)
 
 
 def _facts(trainer: Finetuner, device: torch.device, plan: Plan, begin: float) -> dict[str, str]:
@@ -209,11 +210,12 @@ def _way_on(output: Path) -> str:
     return _where(checkpoint) + how
 
 
-def _print_next(options: Options) -> None:
+def print_next(options: Options, config: Any) -> None:
+    """Prints the commands that go on from an adapter; ``config`` is the model's."""
     output, model = shlex.quote(options.output), shlex.quote(options.model)
     print(f"adapter: {options.output}")
     print("next:")
-    in_4bit = "" if options.quantization == "none" else " --load-in-4bit"
+    in_4bit = "" if quantization_of(options, config, torch.float32) is None else " --load-in-4bit"
     print(f'  moe-fused generate {model} --adapter {output}{in_4bit} --prompt "..."')
     if options.expert_rank and options.export == "none":
         target = shlex.quote(f"{options.output.rstrip('/')}-per-expert")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +18,16 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import moe_fused
 from tests.support import REPOSITORY, python_path
 
-STEPS = "30"
+STEPS, STEPS_4BIT = "30", "5"
+DENSE = "--no-load-in-4bit"  # the first half of the demo
 COMMAND = [sys.executable, "-m", "moe_fused.demo", "--device", "cpu"]
+ADAPTERS = ("adapter", "adapter/per-expert")
 FILES = {
     "loss.png",
     "results.json",
@@ -32,7 +37,14 @@ FILES = {
     "model/tokenizer.json",
     "model/tokenizer_config.json",
 }
-FILES_4BIT = FILES | {name.replace("model/", "model-4bit/") for name in FILES}
+FILES_4BIT = (
+    FILES
+    | {name.replace("model/", f"{model}/") for name in FILES for model in ("model-4bit", "model-dequantized")}
+    | {f"adapter/{name}" for name in ("README.md", "finetune.yaml", "log.jsonl", "loss.png")}
+    | {f"adapter/{name}" for name in ("tokenizer.json", "tokenizer_config.json")}
+    | {f"{path}/adapter_{name}" for path in ADAPTERS for name in ("config.json", "model.safetensors")}
+    | {"adapter/per-expert/README.md", "probe.safetensors", "source-code.txt", "stock.py"}
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ def start(
 
 
 def end(process: subprocess.Popen[str]) -> Ended:
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=290)
     return Ended(process.returncode, stdout, stderr)
 
 
@@ -79,20 +91,26 @@ def files(directory: Path) -> dict[str, bytes]:
     }
 
 
+def require_4bit() -> None:
+    """Skips where packages are missing without which the demo does its first half only."""
+    pytest.importorskip("accelerate")
+    pytest.importorskip("bitsandbytes", minversion="0.50")
+    pytest.importorskip("trl")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, Path]:
-    """A short run from start to end, in a directory that holds nothing else."""
+    """A short run of the first half, in a directory that holds nothing else."""
     directory = tmp_path_factory.mktemp("finished")
-    return run("--steps", STEPS, cwd=directory), directory / "demo-output"
+    return run("--steps", STEPS, DENSE, cwd=directory), directory / "demo-output"
 
 
 @pytest.fixture(scope="module")
 def finished_4bit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, Path]:
-    """A very short run that goes on in 4 bits."""
-    pytest.importorskip("accelerate")
-    pytest.importorskip("bitsandbytes", minversion="0.50")
+    """A very short run from start to end."""
+    require_4bit()
     directory = tmp_path_factory.mktemp("finished-4bit")
-    return run("--steps", "3", "--load-in-4bit", cwd=directory), directory / "demo-output"
+    return run("--steps", STEPS_4BIT, "--load-in-4bit", cwd=directory), directory / "demo-output"
 
 
 @pytest.fixture
@@ -116,7 +134,7 @@ def test_learns_and_says_so(finished: tuple[Ended, Path]) -> None:
     ended, output = finished
     results = json.loads((output / "results.json").read_text())
     loss = results["held_out_loss"]
-    assert abs(loss["before"] - math.log(256)) < 0.5  # knows nothing: every byte about equally likely
+    assert abs(loss["before"] - math.log(257)) < 0.5  # knows nothing: every byte about equally likely
     assert loss["after"] < 3.5  # knows at least which bytes are frequent
     assert len(results["history"]["train"]) == int(STEPS)
     assert results["largest_logit_difference"] < 1e-4
@@ -147,7 +165,7 @@ def test_model_loads_in_stock_transformers(finished: tuple[Ended, Path]) -> None
 
 
 def test_replaces_an_earlier_output_and_repeats_itself(finished: tuple[Ended, Path], earlier: Path) -> None:
-    assert run("--steps", STEPS, cwd=earlier.parent).status == 0
+    assert run("--steps", STEPS, DENSE, cwd=earlier.parent).status == 0
     assert files(earlier).keys() == FILES
     assert list(earlier.parent.iterdir()) == [earlier]
     first, second = (json.loads((path / "results.json").read_text()) for path in (finished[1], earlier))
@@ -158,7 +176,8 @@ def test_replaces_an_earlier_output_and_repeats_itself(finished: tuple[Ended, Pa
 def test_4bit_numbers(finished_4bit: tuple[Ended, Path]) -> None:
     ended, output = finished_4bit
     assert (ended.status, ended.stderr) == (0, "")
-    assert files(output).keys() == FILES_4BIT
+    written = files(output).keys()
+    assert {name for name in written if not name.startswith("adapter/checkpoints/")} == FILES_4BIT
     results = json.loads((output / "results.json").read_text())
     numbers, loss = results["four_bit"], results["held_out_loss"]["after"]
     assert 0 < abs(numbers["held_out_loss"] - loss) < 0.1  # 4 bits show, and cost little
@@ -172,6 +191,7 @@ def test_4bit_numbers(finished_4bit: tuple[Ended, Path]) -> None:
     # Two weights to a byte, a byte for every 64, a scale for 256 of those, and an offset.
     assert experts["bytes"] == matrices * (matrix // 2 + matrix // 64 + 4 * math.ceil(matrix / 64 / 256) + 4)
     assert len(numbers["sample"]) > 100
+    assert set(results["files"]) == written  # or the next run would not replace them
     for shown in (
         f"{numbers['held_out_loss']:.3f} nats",
         f"{experts['bytes'] / experts['parameters']:.3f} bytes per parameter",
@@ -207,31 +227,134 @@ def test_4bit_model_is_the_dense_one_quantized(finished_4bit: tuple[Ended, Path]
     assert loss == pytest.approx(results["four_bit"]["held_out_loss"], abs=1e-4)
 
 
-def test_4bit_part_is_interrupted(earlier: Path) -> None:
-    pytest.importorskip("accelerate")
-    pytest.importorskip("bitsandbytes", minversion="0.50")
+def logits_of(output: Path, base: str, adapter: str | None, tokens: torch.Tensor) -> torch.Tensor:
+    from peft import PeftModel
+
+    model = AutoModelForCausalLM.from_pretrained(output / base, device_map="cpu", dtype=torch.float32)
+    adapted = model if adapter is None else PeftModel.from_pretrained(model, output / adapter)
+    with torch.no_grad():
+        return adapted(tokens, use_cache=False).logits
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+def test_fine_tunes_on_other_text(finished_4bit: tuple[Ended, Path], enabled: None) -> None:
+    from moe_fused.demo.data import byte_tokenizer, reference_text, source_text, windows
+
+    ended, output = finished_4bit
+    results = json.loads((output / "results.json").read_text())
+    train, held_out = source_text()
+    assert (output / "source-code.txt").read_text(encoding="utf-8") == train
+    paragraphs = {text: set(text.split("\n\n")) for text in (train, held_out, *reference_text())}
+    assert len(paragraphs[held_out]) > 100
+    assert len(paragraphs[held_out] & paragraphs[train]) <= 1  # the empty one after the last
+    assert len(paragraphs[train] & paragraphs[reference_text()[0]]) < 5
+
+    tokens = windows(held_out, byte_tokenizer(), results["size"]["sequence_length"], torch.device("cpu"))
+    loss = results["finetune"]["held_out_loss"]
+    for when, adapter in (("before", None), ("after", "adapter")):
+        logits = logits_of(output, "model-4bit", adapter, tokens)
+        own = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        assert own.item() == pytest.approx(loss[when], abs=1e-4)
+        assert f"{loss[when]:.3f} nats" in ended.stdout
+    assert loss["after"] < loss["before"] - 0.02
+    log = [json.loads(line) for line in (output / "adapter/log.jsonl").read_text().splitlines()]
+    assert results["finetune"]["history"] == {str(record["step"]): record["loss"] for record in log}
+    assert max(record["step"] for record in log) == int(STEPS_4BIT)
+    for name, nbytes in results["bytes"].items():
+        assert nbytes == sum(path.stat().st_size for path in (output / name).glob("*.safetensors")) > 0
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+def test_adapters_give_the_same_logits_in_stock_peft(finished_4bit: tuple[Ended, Path]) -> None:
+    output = finished_4bit[1]
+    results = json.loads((output / "results.json").read_text())
+    tokens = load_file(output / "probe.safetensors")["tokens"]
+    moe_fused.enable()
+    try:
+        fused = logits_of(output, "model-4bit", "adapter", tokens)
+    finally:
+        moe_fused.disable()
+    assert (
+        logits_of(output, "model-dequantized", None, tokens) - fused
+    ).abs().max() > 0.05  # the adapter does something
+    for layout, adapter in zip(("peft-fused", "per-expert"), ADAPTERS, strict=True):
+        difference = (logits_of(output, "model-dequantized", adapter, tokens) - fused).abs().max()
+        assert difference < 1e-4
+        assert results["stock"]["largest_logit_difference"][layout] < 1e-4
+
+
+def test_stock_script_needs_no_moe_fused(finished_4bit: tuple[Ended, Path], tmp_path: Path) -> None:
+    output = finished_4bit[1]
+    (tmp_path / "sitecustomize.py").write_text('import sys\nsys.modules["moe_fused"] = None\n')
+    environment = {**os.environ, "PYTHONPATH": python_path(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(output / "stock.py")]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    lines = ended.stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["peft-fused", "per-expert"]
+    assert all(float(line.split()[-1]) < 1e-4 for line in lines)
+
+
+def test_next_command_runs_as_printed(finished_4bit: tuple[Ended, Path]) -> None:
+    ended, output = finished_4bit
+    commands = [line.strip() for line in ended.stdout.partition("\nnext\n")[2].splitlines()]
+    words = ("generate", "merge", "stock.py", "finetune")
+    assert all(word in line for word, line in zip(words, commands, strict=True))
+    environment = {**os.environ, "PYTHONPATH": python_path(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    following = subprocess.run(
+        shlex.split(commands[0]), cwd=output.parent, env=environment, capture_output=True, text=True, check=False
+    )
+    assert following.returncode == 0, following
+    assert "tokens in" in following.stderr
+    assert "Warning" not in following.stderr
+
+
+def test_other_bits_after_the_round_trip_are_noticed(finished_4bit: tuple[Ended, Path], tmp_path: Path) -> None:
+    from moe_fused.demo.finetune import check_round_trip
+
+    shutil.copytree(finished_4bit[1] / "adapter", tmp_path / "adapter")
+    check_round_trip(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    path = tmp_path / "adapter/per-expert/adapter_model.safetensors"
+    tensors = load_file(path)
+    changed = next(name for name in tensors if "experts.3.down_proj.lora_B" in name)
+    tensors[changed][0, 0] += 1e-3
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(RuntimeError, match=r"mlp\.experts\.lora_B\S* has other bits"):
+        check_round_trip(tmp_path)
+
+
+def test_a_command_that_fails_ends_the_demo(tmp_path: Path) -> None:
+    from moe_fused.demo.finetune import run_python
+
+    with pytest.raises(RuntimeError, match="the thing ended with status 3"):
+        run_python("the thing", ["-c", "raise SystemExit(3)"], tmp_path, torch.device("cpu"))
+
+
+def test_fine_tuning_is_interrupted(earlier: Path) -> None:
+    require_4bit()
     before = files(earlier.parent)
-    process = start("--steps", "1", "--load-in-4bit", cwd=earlier.parent)
-    while process.poll() is None and not list(earlier.parent.glob(".demo-output-*.partial/model-4bit")):
+    process = start("--steps", "8", cwd=earlier.parent)
+    while process.poll() is None and not list(earlier.parent.glob(".demo-output-*.partial/adapter/log.jsonl")):
         time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # to the demo alone, which has to end the command it started
     assert_one_line(end(process), 128 + signal.SIGTERM, "interrupted by SIGTERM")
     assert files(earlier.parent) == before
     assert list(earlier.parent.iterdir()) == [earlier]
 
 
-def test_4bit_without_bitsandbytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("package", ["bitsandbytes", "trl"])
+def test_missing_package(package: str, tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
-    (tmp_path / "sitecustomize.py").write_text('import sys\nsys.modules["bitsandbytes"] = None\n')
-    ended = run("--load-in-4bit", cwd=tmp_path / "work", path=[tmp_path])
-    assert_one_line(ended, 2, "--load-in-4bit", "bitsandbytes", "moe-fused[bnb]")
+    (tmp_path / "sitecustomize.py").write_text(f'import sys\nsys.modules["{package}"] = None\n')
+    ended = run(cwd=tmp_path / "work", path=[tmp_path])
+    assert_one_line(ended, 1, f"needs {package}", DENSE, "pip install 'moe-fused[train]'")
     assert ended.stdout == ""  # the first line comes before training
     assert not list((tmp_path / "work").iterdir())
 
 
 def test_4bit_of_sizes_that_cannot_be_packed(enabled: None) -> None:
-    pytest.importorskip("accelerate")
-    pytest.importorskip("bitsandbytes", minversion="0.50")
+    require_4bit()
     from moe_fused.demo.data import byte_tokenizer
     from moe_fused.demo.four_bit import check_usable
     from moe_fused.demo.model import CPU_SIZE, new_model

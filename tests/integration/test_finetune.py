@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moe_fused.finetune.options import HELP, flag
+from moe_fused.finetune.options import HELP, Options, flag
 from tests.support import REPOSITORY, python_path
 
 from .finetuning import (
@@ -95,6 +96,19 @@ def test_the_next_commands_run_as_printed(chat_run: tuple[Path, Ended]) -> None:
         assert following_ended.status == 0, following_ended
     assert (output.parent / "out-per-expert" / "adapter_config.json").is_file()
     assert (output.parent / "out-merged" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("quantization_config, in_4bit", [(None, True), ({"load_in_4bit": True}, False)])
+def test_next_command_quantizes_what_is_not_in_4_bits(
+    quantization_config: object, in_4bit: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from moe_fused.finetune.run import print_next
+
+    options = Options(model="m", dataset="d.jsonl", output="o")
+    print_next(options, SimpleNamespace(quantization_config=quantization_config))
+    generate = capsys.readouterr().out.splitlines()[2]
+    assert generate.split()[:3] == ["moe-fused", "generate", "m"]
+    assert ("--load-in-4bit" in generate) is in_4bit
 
 
 def test_settles_what_was_left_open(chat_run: tuple[Path, Ended]) -> None:
