@@ -12,11 +12,9 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    import griffe
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCS = REPOSITORY / "docs"
@@ -58,8 +56,8 @@ PAGES = (
         "kernel",
         "The kernel",
         'What `kernels.get_kernel("org/qwen3-moe-fused", ...)` and `moe_fused.get_kernel()` return. Needs torch and, on a '
-        "GPU, Triton.\n\nLetters in shapes: T tokens, K or top_k experts for each, S = T·top_k rows, E experts, H hidden size, "
-        "I intermediate size, r the rank of an adapter.",
+        "GPU, Triton.\n\nLetters in shapes: T tokens, K or top_k experts for each, S = T·top_k rows, E experts, H hidden "
+        "size, I intermediate size, r the rank of an adapter.",
         """
         qwen3_moe_fused.moe_experts
         qwen3_moe_fused.moe_fused_linear
@@ -96,7 +94,8 @@ PAGES = (
     Page(
         "memory",
         "The memory plan",
-        "What `moe-fused finetune` predicts, as functions; [fine-tuning](../finetuning.md#what-fits) says what the parts are.",
+        "What `moe-fused finetune` predicts, as functions. [Fine-tuning](../finetuning.md#what-fits) says what the parts "
+        "are.",
         """
         moe_fused.memory.skeleton
         moe_fused.memory.sizes_of
@@ -114,7 +113,7 @@ PAGES = (
 # Docstrings.
 
 
-def _load() -> dict[str, griffe.Module]:
+def _load() -> dict[str, Any]:
     import logging
 
     import griffe
@@ -127,7 +126,7 @@ def _load() -> dict[str, griffe.Module]:
     }
 
 
-def _find(modules: dict[str, griffe.Module], path: str) -> Any:
+def _find(modules: dict[str, Any], path: str) -> Any:
     package, _, rest = path.partition(".")
     found: Any = modules[package][rest]
     return found.final_target if found.is_alias else found
@@ -157,6 +156,12 @@ def _item(name: str, text: str) -> str:
     return f"- {name}: " + _text(text).replace("\n", "\n  ")
 
 
+def _names(own: Any) -> str:
+    """Of the parameters that a line of a docstring describes; griffe takes what follows a comma for a type."""
+    words = f"{own.name} {own.annotation}" if own.name.endswith(",") else own.name
+    return ", ".join(f"`{name.strip()}`" for name in words.split(","))
+
+
 def _sections(item: Any) -> Iterator[str]:
     """The parts of a docstring."""
     if item.docstring is None:
@@ -167,14 +172,13 @@ def _sections(item: Any) -> Iterator[str]:
             yield _text(value)
         elif kind in ("parameters", "attributes"):
             title = "Arguments" if kind == "parameters" else "Attributes"
-            names = (", ".join(f"`{name.strip()}`" for name in own.name.split(",")) for own in value)
-            yield f"**{title}**\n\n" + "\n".join(
-                _item(name, own.description) for name, own in zip(names, value, strict=True)
-            )
+            yield f"**{title}**\n\n" + "\n".join(_item(_names(own), own.description) for own in value)
         elif kind == "returns":
             yield "**Returns**\n\n" + "\n".join(_text(own.description) for own in value)
         elif kind == "raises":
-            yield "**Raises**\n\n" + "\n".join(_item(f"`{own.annotation}`", own.description) for own in value)
+            names = [", ".join(f"`{name}`" for name in re.findall(r"\w+", str(own.annotation))) for own in value]
+            described = [_item(name, own.description) for name, own in zip(names, value, strict=True)]
+            yield "**Raises**\n\n" + "\n".join(described)
         else:
             raise ValueError(f"{item.path}: the reference has no place for a section of kind {kind}")
 
@@ -212,16 +216,15 @@ def _functions(item: Any) -> Iterator[Any]:
 def _describe(item: Any, level: int) -> Iterator[str]:
     title = f"{'#' * level} {item.name}"
     if item.is_function:
-        yield f"{title}\n\n```python\n{_signature(item, item.name)}\n```"
+        decorators = [f"@{label}\n" for label in ("classmethod", "staticmethod") if label in item.labels]
+        yield f"{title}\n\n```python\n{''.join(decorators)}{_signature(item, item.name)}\n```"
         yield from _sections(item)
         return
     if item.is_attribute:  # a property
         yield title
         yield from _sections(item)
         return
-    fields = [member for member in item.members.values() if member.is_attribute and not member.name.startswith("_")]
-    own = [f"    {field.name}" + (f": {field.annotation}" if field.annotation else "")
-           + (f" = {field.value}" if field.value else "") for field in fields if "property" not in field.labels]  # fmt: skip
+    own = list(_fields(item))
     bases = ", ".join(map(str, item.bases))
     yield f"{title}\n\n```python\nclass {item.name}{f'({bases})' if bases else ''}" + (
         ":\n" + "\n".join(own) + "\n```" if own else "\n```"
@@ -229,6 +232,21 @@ def _describe(item: Any, level: int) -> Iterator[str]:
     yield from _sections(item)
     for member in _functions(item):
         yield from _describe(member, level + 1)
+
+
+def _fields(item: Any) -> Iterator[str]:
+    """The lines of a class that declare what it holds."""
+    for member in item.members.values():
+        value = str(member.value) if member.is_attribute and member.value else ""
+        if (
+            not member.is_attribute
+            or member.name.startswith("_")
+            or "property" in member.labels
+            or "init=False" in value
+        ):
+            continue
+        default = f" = {value}" if value and not value.startswith("field(") else ""
+        yield f"    {member.name}" + (f": {member.annotation}" if member.annotation else "") + default
 
 
 def _summary(item: Any) -> str:
@@ -324,9 +342,22 @@ def _default(parameter: Any) -> str:
     if parameter.required or "[default:" in (parameter.help or "") or value is None or callable(value):
         return ""
     if isinstance(value, bool):
-        both = bool(parameter.secondary_opts)
-        return f"  [default: {'on' if value else 'off'}]" if both else ""
-    return f"  [default: {getattr(value, 'value', value)}]"
+        return f"  [default: {'on' if value else 'off'}]" if parameter.secondary_opts else ""
+    return f"  [default: {_word(value)}]"
+
+
+def _word(value: Any) -> str:
+    """A choice as it is typed."""
+    return str(getattr(value, "value", value))
+
+
+def _choices(hint: Any) -> list[str]:
+    """What an option of that type may be, if it is one of few words."""
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return [_word(choice) for choice in hint]
+    if get_origin(hint) is Literal:
+        return [_word(choice) for choice in get_args(hint)]
+    return [choice for inner in get_args(hint) for choice in _choices(inner)]  # of an option that may be None
 
 
 def _commands() -> Iterator[str]:
@@ -339,15 +370,15 @@ def _commands() -> Iterator[str]:
         yield "```\n" + " ".join([name, *words, "[OPTIONS]"]) + "\n```"
         yield " ".join(_first(command.help).split())
         yield from (" ".join(own.split()) for own in command.help.strip().split("\n\n")[1:])
+        hints = get_type_hints(command.callback)
         rows = ["| | |", "|---|---|"]
         for own in command.params:
             if own.name == "help":
                 continue
             names = own.name.upper() if own in arguments else ", ".join((*own.opts, *own.secondary_opts))
             text = f"{own.help or ''}{_default(own)}".replace("|", "\\|")
-            choices = getattr(own.type, "choices", None)
-            if choices:
-                text += f" One of {', '.join(f'`{getattr(choice, "value", choice)}`' for choice in choices)}."
+            if choices := _choices(hints[own.name]):
+                text += f" One of {', '.join(f'`{choice}`' for choice in choices)}."
             rows.append(f"| `{names}` | {text} |")
         yield "\n".join(rows)
 
@@ -367,7 +398,7 @@ def qwen3_30b_a3b() -> Any:
         num_hidden_layers=48,
         num_attention_heads=32,
         num_key_value_heads=4,
-        head_dim=128,
+        head_dim=128,  # type: ignore[call-arg]
         num_experts=128,
         num_experts_per_tok=8,
         max_position_embeddings=40960,
