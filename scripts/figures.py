@@ -149,13 +149,12 @@ def _save(figure: Any, path: Path) -> None:
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def main() -> None:
-    FIGURES.mkdir(parents=True, exist_ok=True)
-    suffix = sys.argv[1] if len(sys.argv) > 1 else "svg"
-    draw_lives(FIGURES / f"experts-memory.{suffix}")
-    draw_step(FIGURES / f"step-memory.{suffix}")
+def draw_all(directory: Path, suffix: str = "svg") -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    draw_lives(directory / f"experts-memory.{suffix}")
+    draw_step(directory / f"step-memory.{suffix}")
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(REPOSITORY))
-    main()
+    draw_all(FIGURES)
