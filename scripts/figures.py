@@ -48,15 +48,15 @@ def _lives(recompute: bool) -> Iterator[Life]:
     tokens = TOKENS * HIDDEN * ITEM
     yield Life("x  (T, H)", tokens, 0, 7, KEPT)
     if recompute:
-        yield Life("gate_up  (S, 2·I)", wide, 4, 5, AGAIN)
+        yield Life("gate_up, then its gradient", wide, 4, 7, AGAIN)
     else:
         yield Life("gate_up  (S, 2·I)", wide, 0, 7, KEPT)
     yield Life("h  (S, I)", inner, 0, 1, PASSING)
     yield Life("z  (S, H)", outer, 1, 2, PASSING)
     yield Life("y  (T, H)", tokens, 2, 2, PASSING)
     yield Life("weighted h  (S, I)", inner, 5, 5, PASSING)
-    # In the memory of what was made again.
-    yield Life("grad_gate_up  (S, 2·I)", wide, 5, 6, AGAIN if recompute else PASSING)
+    if not recompute:
+        yield Life("grad_gate_up  (S, 2·I)", wide, 5, 7, PASSING)
     yield Life("rows of dx  (S, H)", outer, 6, 7, PASSING)
     yield Life("dx  (T, H)", tokens, 7, 7, PASSING)
 
@@ -71,12 +71,10 @@ def draw_lives(path: Path) -> None:
             where = {"x": life.begin + 0.08, "y": place, "va": "center", "fontsize": 8}
             axes.text(s=f"{life.nbytes / MIB:.0f} MiB", color="white" if life.colour == KEPT else "black", **where)
         axes.set_yticks(range(len(lives)), [life.name for life in lives], fontsize=8)
-        axes.set_xticks([at + 0.5 for at in range(len(STAGES))], STAGES, fontsize=8)
-        axes.axvspan(3, 4, color=STAGE)
+        labels = [stage if recompute or "again" not in stage else "" for stage in STAGES]
+        axes.set_xticks([at + 0.5 for at in range(len(STAGES))], labels, fontsize=8)
+        axes.axvspan(3, 4, color=STAGE, zorder=0)
         axes.text(3.5, len(lives) / 2 - 0.5, "other\nlayers", ha="center", va="center", fontsize=8)
-        if not recompute:
-            axes.axvspan(4, 5, color="white", zorder=0)
-            axes.get_xticklabels()[4].set_text("")
         axes.set(xlim=(0, len(STAGES)), title="recompute=True" if recompute else "default: gate_up is kept")
         axes.title.set_fontsize(9)
         axes.invert_yaxis()
