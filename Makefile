@@ -29,7 +29,7 @@ define run_tests
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-gpu lint format bench wheel clean
+.PHONY: help setup build demo test test-gpu lint format docs bench wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,6 +77,9 @@ lint: $(READY) ## Run ruff and mypy
 
 format: $(READY) ## Format the code and fix what ruff can fix
 	@$(BIN)/python -m ruff check --fix . ; $(BIN)/python -m ruff format .
+
+docs: build ## Renew what docs/ takes from the code: the API reference, the memory plan, figures
+	@$(BIN)/python scripts/docs.py && $(BIN)/python scripts/figures.py
 
 BENCHMARKS ?= experts experts_4bit experts_lora
 

@@ -66,11 +66,16 @@ WEIGHTS = {OURS: QUANT_TYPE, BF16: "bf16", DEQUANTIZED: QUANT_TYPE}
 SEED = 0
 
 # Four passes over the reference; steps and learning rate are those of this first training.
-FULL = Size(512, 256, 4, 32, 4, batch_size=16, sequence_length=256, steps=300, learning_rate=2e-3)
-QUICK = Size(128, 64, 2, 4, 2, batch_size=2, sequence_length=32, steps=8, learning_rate=5e-3)
-STEPS, QUICK_STEPS = 500, 6
 # Of the adapters; large, as they are for small models.
 LEARNING_RATE = 1e-3
+FULL = Size(
+    512, 256, 4, 32, 4, batch_size=16, sequence_length=256, steps=300, learning_rate=2e-3,
+    finetuning_steps=500, finetuning_rate=LEARNING_RATE,
+)  # fmt: skip
+QUICK = Size(
+    128, 64, 2, 4, 2, batch_size=2, sequence_length=32, steps=8, learning_rate=5e-3,
+    finetuning_steps=6, finetuning_rate=LEARNING_RATE,
+)  # fmt: skip
 EVALUATIONS = 10
 # Windows of held-out text, at most.
 HELD_OUT, QUICK_HELD_OUT = 96, 4
@@ -412,7 +417,7 @@ def main(
             loss = save_base(directory, size, corpus_of(reference_text(), size, windows, chosen))
             console.print(f"base: {size.steps} steps in {time.perf_counter() - start:.0f} s, held-out loss {loss:.4f}")
             corpus = corpus_of(docstrings(characters), size, windows, chosen)
-            task = Task(directory, corpus, size, steps or (QUICK_STEPS if quick else STEPS), chosen)
+            task = Task(directory, corpus, size, steps or size.finetuning_steps, chosen)
             rows = list(measure(task, environment, console))
         console.print(results_table(rows))
         console.print(quantization_cost(rows))

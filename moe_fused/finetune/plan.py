@@ -165,6 +165,8 @@ def _changes(options: Options, length: int) -> Iterator[dict[str, Any]]:
         yield {"gradient_checkpointing": True}
     if options.quantization == "none":
         yield {"quantization": "nf4"}
+    if options.cuda_graphs is not False:
+        yield {"cuda_graphs": False}
     if options.batch_size > 1:
         yield {"batch_size": 1}
     for shorter in LENGTHS:
@@ -185,7 +187,8 @@ def _advice(plan: Plan, options: Options, config: Any, sizes: Sizes, device: tor
         other = _plan(dataclasses.replace(options, **change), config, sizes, device, length, plan.packing, plan.limit)
         if other.prediction.total + SLACK <= limit:
             ((name, value),) = change.items()
-            words = flag(name) if value is True else f"{flag(name)} {value}"
+            switches = {True: flag(name), False: flag(name).replace("--", "--no-", 1)}
+            words = switches[value] if isinstance(value, bool) else f"{flag(name)} {value}"
             return f"{begin}; with {words} it would need {_gib(other.prediction.total + SLACK)}"
     largest = max(plan.prediction.parts.items(), key=lambda part: part[1])
     return f"{begin}; no single option makes it fit, the largest part is {largest[0]}, {_gib(largest[1])}"

@@ -109,7 +109,8 @@ def run(options: Options, *, resume: bool = False, overwrite: bool = False, dry_
         raise Stopped(f"{error}: {advice}; {_where(last_checkpoint(output))}") from error
     except torch.OutOfMemoryError as error:
         advice = f"predicted were {plan.prediction.total / GIB:.2f} GiB; start again with a lower --sequence-length"
-        raise Stopped(f"out of memory after step {trainer.state.global_step}: {advice}; {_way_on(output)}") from error
+        where = _way_on(output, " --no-cuda-graphs") if plan.graphs else _where(last_checkpoint(output))
+        raise Stopped(f"out of memory after step {trainer.state.global_step}: {advice}; {where}") from error
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of these, depending on who writes
         raise Stopped(f"stopped after step {trainer.state.global_step}: {error}; {_way_on(output)}") from error
     finally:
@@ -148,9 +149,11 @@ def make_trainer(
         model, options, device, shape, args=arguments, train_dataset=dataset, processing_class=tokenizer
     )
     if packed and serves:
-        lengths, tokens = trainer.train_dataset["seq_lengths"], None if shape is None else shape[1]
+        rows: Any = trainer.train_dataset
+        collate: Any = trainer.data_collator
+        tokens = None if shape is None else shape[1]
         trainer.data_collator = Documents.of(
-            trainer.data_collator, lengths, options.batch_size, tokens, trainer.data_collator.pad_token_id
+            collate, rows["seq_lengths"], options.batch_size, tokens, collate.pad_token_id
         )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -204,10 +207,10 @@ def _where(checkpoint: Path | None) -> str:
     return "no checkpoint was saved yet" if checkpoint is None else f"the last checkpoint is {checkpoint}"
 
 
-def _way_on(output: Path) -> str:
+def _way_on(output: Path, options: str = "") -> str:
     checkpoint = last_checkpoint(output)
-    how = "" if checkpoint is None else f", go on with: moe-fused finetune --resume --output {shlex.quote(str(output))}"
-    return _where(checkpoint) + how
+    how = f", go on with: moe-fused finetune --resume --output {shlex.quote(str(output))}{options}"
+    return _where(checkpoint) + ("" if checkpoint is None else how)
 
 
 def print_next(options: Options, config: Any) -> None:

@@ -164,13 +164,14 @@ class Finetuner(SFTTrainer):
                 self.state, self._total_train_tokens = state, state.num_input_tokens_seen
                 self._load_from_checkpoint(str(checkpoint))
                 return
+        model: Any = self.model
         tiles: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self._shape is not None:
             # What TRL's loss calls for hidden states.
             self.graphs = GraphedDecoder(self._base_model().base_model, self._shape)
             tiles = narrow_tiles()
         try:
-            with tiles, without_walks(self.model, self._trained):
+            with tiles, without_walks(model, self._trained):
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             self.check_finite()
         finally:

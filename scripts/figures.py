@@ -1,0 +1,158 @@
+"""Draws the figures of ``docs/how-it-works.md`` into ``docs/figures``: ``python scripts/figures.py``.
+
+What has a size in them is computed: the experts' tensors from their shapes, a step of fine-tuning from ``moe_fused.memory``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+FIGURES = REPOSITORY / "docs" / "figures"
+
+# One layer of Qwen3-30B-A3B, in bf16.
+HIDDEN, INTERMEDIATE, TOP_K, TOKENS, ITEM = 2048, 768, 8, 4096, 2
+ROWS = TOKENS * TOP_K
+MIB = 2**20
+
+KEPT, PASSING, AGAIN, STAGE = "#4878a8", "#b8c4cf", "#d9975b", "#f4f1ea"
+
+
+@dataclass(frozen=True)
+class Life:
+    """A tensor of the experts' pass.
+
+    Attributes:
+        name: with its shape.
+        nbytes: of it.
+        begin, end: first and last of ``STAGES`` that has it.
+        colour: kept for backward, made again, or neither.
+    """
+
+    name: str
+    nbytes: int
+    begin: int
+    end: int
+    colour: str
+
+
+STAGES = ("up", "down", "combine", "", "up\nagain", "down\nbackward", "dx:\nGEMM", "dx:\ncombine")
+
+
+def _lives(recompute: bool) -> Iterator[Life]:
+    wide, inner, outer = (ROWS * size * ITEM for size in (2 * INTERMEDIATE, INTERMEDIATE, HIDDEN))
+    tokens = TOKENS * HIDDEN * ITEM
+    yield Life("x  (T, H)", tokens, 0, 7, KEPT)
+    if recompute:
+        yield Life("gate_up, then its gradient", wide, 4, 7, AGAIN)
+    else:
+        yield Life("gate_up  (S, 2·I)", wide, 0, 7, KEPT)
+    yield Life("h  (S, I)", inner, 0, 1, PASSING)
+    yield Life("z  (S, H)", outer, 1, 2, PASSING)
+    yield Life("y  (T, H)", tokens, 2, 2, PASSING)
+    yield Life("weighted h  (S, I)", inner, 5, 5, PASSING)
+    if not recompute:
+        yield Life("grad_gate_up  (S, 2·I)", wide, 5, 7, PASSING)
+    yield Life("rows of dx  (S, H)", outer, 6, 7, PASSING)
+    yield Life("dx  (T, H)", tokens, 7, 7, PASSING)
+
+
+def draw_lives(path: Path) -> None:
+    """When each tensor of a layer's experts exists, with and without ``recompute``."""
+    figure, panels = _figure(10, 6.2, rows=2)
+    for axes, recompute in zip(panels, (False, True), strict=True):
+        lives = list(_lives(recompute))
+        for place, life in enumerate(lives):
+            axes.barh(place, life.end - life.begin + 1, left=life.begin, height=0.72, color=life.colour)
+            where = {"x": life.begin + 0.08, "y": place, "va": "center", "fontsize": 8}
+            axes.text(s=f"{life.nbytes / MIB:.0f} MiB", color="white" if life.colour == KEPT else "black", **where)
+        axes.set_yticks(range(len(lives)), [life.name for life in lives], fontsize=8)
+        labels = [stage if recompute or "again" not in stage else "" for stage in STAGES]
+        axes.set_xticks([at + 0.5 for at in range(len(STAGES))], labels, fontsize=8)
+        axes.axvspan(3, 4, color=STAGE, zorder=0)
+        axes.text(3.5, len(lives) / 2 - 0.5, "other\nlayers", ha="center", va="center", fontsize=8)
+        axes.set(xlim=(0, len(STAGES)), title="recompute=True" if recompute else "default: gate_up is kept")
+        axes.title.set_fontsize(9)
+        axes.invert_yaxis()
+        axes.tick_params(length=0)
+    _legend(figure, {"kept from forward to backward": KEPT, "for a moment": PASSING, "made again, in one place": AGAIN})
+    _save(figure, path)
+
+
+def draw_step(path: Path) -> None:
+    """The memory of a step of fine-tuning beyond the weights, from ``moe_fused.memory``."""
+    from moe_fused.memory import GIB, Workload, predict, sizes_of, skeleton
+    from scripts.docs import qwen3_30b_a3b
+
+    sizes = sizes_of(skeleton(qwen3_30b_a3b()))
+    parts = predict(sizes, Workload()).parts
+    gradients = parts["adapters"]
+    one = {name: parts[name] / GIB for name in ("layer", "expert rows", "expert workspace")}
+    layers = sizes.layers
+    kept = parts["activations"] / GIB / layers
+    times: list[float] = []
+    series: dict[str, list[float]] = {"gradients": [], "activations": [], **{name: [] for name in one}}
+
+    def moment(time: float, done: float, inputs: float, inside: bool) -> None:
+        times.append(time)
+        series["gradients"].append(done * gradients / GIB)
+        series["activations"].append(inputs * kept)
+        for name, size in one.items():
+            series[name].append(size if inside else 0.0)
+
+    for layer in range(layers + 1):
+        moment(layer, 0, layer, False)
+    for layer in range(layers):
+        begin = layers + 1 + layer
+        for at, inside in ((0.0, False), (0.15, True), (0.85, True), (1.0, False)):
+            moment(begin + at, (layer + at) / layers, layers - layer - (at == 1.0), inside)
+    figure, (axes,) = _figure(10, 3.6)
+    colours = ("#7a9e7e", KEPT, AGAIN, "#c77f7f", PASSING)
+    axes.stackplot(times, *series.values(), labels=list(series), colors=colours, linewidth=0)
+    axes.axvline(layers + 0.5, color="#555555", linewidth=0.8, linestyle=":")
+    axes.set_xticks([layers / 2, layers * 1.5 + 1], ["forward, layer by layer", "backward, layer by layer"])
+    axes.tick_params(axis="x", length=0)
+    axes.set(xlim=(0, 2 * layers + 1), ylabel="GiB beyond weights and optimizer")
+    axes.legend(loc="upper left", fontsize=8, frameon=False)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float, rows: int = 1) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    panels = figure.subplots(rows, 1, squeeze=False)
+    for axes in panels[:, 0]:
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    return figure, list(panels[:, 0])
+
+
+def _legend(figure: Any, colours: dict[str, str]) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=colour, label=label) for label, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
+
+
+def _save(figure: Any, path: Path) -> None:
+    import matplotlib as mpl
+
+    # Text as text; no date and no random names, so that the same figure is the same file.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem}):
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def draw_all(directory: Path, suffix: str = "svg") -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    draw_lives(directory / f"experts-memory.{suffix}")
+    draw_step(directory / f"step-memory.{suffix}")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(REPOSITORY))
+    draw_all(FIGURES)

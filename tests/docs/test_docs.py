@@ -1,0 +1,221 @@
+"""What the documentation says is there: links, messages, commands, code, and pages that are made from the code."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from tests.support import REPOSITORY, load_kernel
+
+pytest.importorskip("markdown_it")  # rich brings it
+
+from .markdown import FILES, Block, anchors, blocks, links, lone_spans, name, spans
+from .messages import is_message
+
+DOCS = REPOSITORY / "docs"
+TROUBLESHOOTING = DOCS / "troubleshooting.md"
+# By people.
+WRITTEN = [path for path in FILES if path.parent != DOCS / "api"]
+
+
+# Links.
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_links_lead_somewhere(path: Path) -> None:
+    wrong = []
+    for link in links(path):
+        parts = urlsplit(link)
+        if parts.scheme or parts.netloc:
+            continue
+        target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+        if not target.exists() or (parts.fragment and parts.fragment not in anchors(target)):
+            wrong.append(link)
+    assert not wrong
+
+
+def test_every_page_is_in_the_index() -> None:
+    listed = {urlsplit(link).path for link in links(DOCS / "README.md")}
+    assert {path.name for path in DOCS.glob("*.md")} - {"README.md"} <= listed
+
+
+# Messages.
+
+
+QUOTATIONS = lone_spans(TROUBLESHOOTING)
+
+
+def test_troubleshooting_has_messages() -> None:
+    assert len(QUOTATIONS) == len(set(QUOTATIONS)) >= 25
+
+
+@pytest.mark.parametrize("quotation", QUOTATIONS)
+def test_quoted_messages_exist(quotation: str) -> None:
+    assert is_message(quotation)
+
+
+@pytest.mark.parametrize("quotation", ["no kernel in …", "needs … is too old", "is too old for tensors triton>=3.4"])
+def test_other_messages_do_not(quotation: str) -> None:
+    assert not is_message(quotation)
+
+
+# Commands.
+
+
+def command_lines() -> Iterator[tuple[str, str]]:
+    """Each line of a block, and each piece of code within text, that is a command of ours, with its place."""
+    for path in WRITTEN:
+        for block in blocks(path):
+            for number, line in enumerate(block.text.splitlines(), block.line + 1):
+                if line.startswith("moe-fused "):
+                    yield f"{name(path)}:{number}", line
+        for span in spans(path):
+            if span.startswith("moe-fused "):
+                yield name(path), span
+
+
+def alternatives(words: list[str]) -> Iterator[list[str]]:
+    """``convert model|adapter`` is two commands."""
+    for place, word in enumerate(words):
+        if "|" in word:
+            for one in word.split("|"):
+                yield from alternatives([*words[:place], one, *words[place + 1 :]])
+            return
+    yield words
+
+
+@functools.cache
+def application() -> Any:
+    typer = pytest.importorskip("typer")
+    from moe_fused.cli import app
+
+    return typer.main.get_command(app)
+
+
+def resolve(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that the words begin with, and its arguments."""
+    command, rest = application(), words[1:]
+    while hasattr(command, "commands") and rest:
+        assert rest[0] in command.commands, f"there is no command {rest[0]}"
+        command, rest = command.commands[rest[0]], rest[1:]
+    return command, rest
+
+
+def check_command(line: str) -> None:
+    for words in alternatives(shlex.split(line, comments=True)):
+        command, arguments = resolve(words)
+        known = {option for own in command.params for option in (*own.opts, *own.secondary_opts)} | {"--help"}
+        for argument in arguments:
+            if argument.startswith("--"):
+                assert argument.partition("=")[0] in known, f"{argument} is no option of {command.name}"
+        # Within text a command may be named without what it needs.
+        named_only = sum(not word.startswith("--") for word in arguments) < _positional(command)
+        if not named_only and "..." not in arguments and "--help" not in arguments:
+            command.make_context(command.name, list(arguments))
+
+
+def _positional(command: Any) -> int:
+    """How many arguments it needs."""
+    if hasattr(command, "commands"):
+        return 1
+    return sum(own.param_type_name == "argument" and own.required for own in command.params)
+
+
+@pytest.mark.parametrize(("place", "line"), sorted(set(command_lines())), ids=lambda value: value)
+def test_commands_exist(place: str, line: str) -> None:
+    check_command(line)
+
+
+@pytest.mark.parametrize(
+    "line", ["moe-fused train", "moe-fused convert model A B --layout fused", "moe-fused convert model A B --to other"]
+)
+def test_other_commands_do_not(line: str) -> None:
+    with pytest.raises(Exception, match=r"train|--layout|other"):
+        check_command(line)
+
+
+def test_finetuning_names_every_option() -> None:
+    command, _ = resolve(["moe-fused", "finetune"])
+    written = set(re.findall(r"--[a-z][a-z-]+", (DOCS / "finetuning.md").read_text(encoding="utf-8")))
+    assert {own.opts[0] for own in command.params} - {"--help"} <= written
+
+
+# Code.
+
+ALL_BLOCKS = [block for path in WRITTEN for block in blocks(path)]
+# What would need more than the block itself: a model, a package of the Hub.
+_OUTSIDE = re.compile(r"^\s*(?:from|import) (?:moe_fused|transformers|peft|trl|kernels|datasets)\b", re.MULTILINE)
+
+
+def of(language: str) -> list[Block]:
+    return [block for block in ALL_BLOCKS if block.language == language]
+
+
+def is_self_contained(block: Block) -> bool:
+    return block.text.lstrip().startswith(("import ", "from ")) and not _OUTSIDE.search(block.text)
+
+
+@pytest.mark.parametrize("block", of("python"), ids=str)
+def test_python_compiles(block: Block) -> None:
+    compile(block.text, str(block), "exec")
+
+
+@pytest.mark.parametrize("block", list(filter(is_self_contained, of("python"))), ids=str)
+def test_self_contained_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block.text, str(block), "exec"), {"__name__": "block"})
+
+
+@pytest.mark.parametrize("block", of("yaml"), ids=str)
+def test_yaml_is_taken(block: Block, tmp_path: Path) -> None:
+    pytest.importorskip("yaml")
+    from moe_fused.finetune.options import Options, read_yaml
+
+    path = tmp_path / "run.yaml"
+    path.write_text(block.text, encoding="utf-8")
+    Options(**read_yaml(path)).require()
+
+
+@pytest.mark.parametrize("block", of("json"), ids=str)
+def test_tables_are_valid(block: Block, tmp_path: Path) -> None:
+    from moe_fused.hub import submodule
+
+    path = tmp_path / "sm_90.json"
+    path.write_text(block.text, encoding="utf-8")
+    assert submodule(load_kernel(), "tuning").read_table(path) == json.loads(block.text)
+
+
+# What is made from the code.
+
+
+def test_generated_pages_are_current() -> None:
+    for package in ("griffe", "peft", "liger_kernel", "typer"):
+        pytest.importorskip(package)
+    from scripts.docs import generated, outdated
+
+    assert not outdated(generated())
+
+
+def _texts(path: Path) -> list[str]:
+    return sorted("".join(element.itertext()) for element in ET.parse(path).iter("{http://www.w3.org/2000/svg}text"))
+
+
+def test_figures_are_current(tmp_path: Path) -> None:
+    """By their words and numbers; lines may differ between versions of matplotlib."""
+    pytest.importorskip("matplotlib")
+    from scripts import figures
+
+    committed = sorted((DOCS / "figures").glob("*.svg"))
+    assert committed
+    figures.draw_all(tmp_path)
+    assert {path.name: _texts(path) for path in committed} == {path.name: _texts(path) for path in tmp_path.iterdir()}
+    assert all(_texts(path) for path in committed)
