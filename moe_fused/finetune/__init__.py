@@ -5,6 +5,10 @@
     data      rows of a file or of the Hub, checked before anything is loaded
     model     the model in 4 bits with adapters on it
     plan      what the run needs in memory (``moe_fused.memory``), and what is chosen by that
+    batches   packed documents in batches of one shape
+    attention causal attention over them, without masks
+    graphs    the decoder's passes as CUDA graphs
+    host      a step without what costs the host most
     trainer   SFTTrainer with checkpoints that are whole or absent, and an end at the first loss that is not finite
     progress  what the terminal and log.jsonl show
     results   the adapter, its card and the plot
