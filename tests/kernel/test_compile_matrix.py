@@ -71,7 +71,7 @@ PAIRWISE = [
     MatrixCase(80, "bfloat16", (32, 128), (16,), "the configurations of 163 KiB, pointers", untiled=True),
     MatrixCase(86, "bfloat16", (16, 64), (32, 128), "those of 99 KiB"),
     MatrixCase(89, "bfloat16", (32,), (64,), "those of 99 KiB, for another assembler"),
-    MatrixCase(90, "bfloat16", ALL_BUCKETS, (16, 128), "descriptors, measured configurations", untiled=True),
+    MatrixCase(90, "bfloat16", ALL_BUCKETS, (16, 64, 128), "descriptors, measured configurations", untiled=True),
     MatrixCase(100, "bfloat16", ALL_BUCKETS, (128,), "its own tensor cores and descriptors", untiled=True),
     MatrixCase(120, "bfloat16", (128,), (64,), "those of 99 KiB, for the newest assembler", untiled=True),
     MatrixCase("gfx942", "bfloat16", ALL_BUCKETS, (128,), "another compiler", untiled=True),
