@@ -1,7 +1,7 @@
 """``moe-fused finetune`` killed twenty times, as by ``kill -9``, and resumed each time.
 
-The moments are drawn from all phases of a run, with a seed. A process says when the phase in which it is to be killed begins,
-and waits at its end; the test kills it a random part of the phase's usual time after its beginning.
+The moments are drawn from all phases of a run, with a seed. A process says when the phase in which it is to be killed
+begins, and waits at its end; the test kills it a random part of the phase's usual time after its beginning.
 """
 
 from __future__ import annotations
