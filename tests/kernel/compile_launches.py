@@ -240,6 +240,12 @@ def adapted(dtype: torch.dtype, height: int) -> Iterator[tuple[str, str, Callabl
     yield from _adapted(dtype, packed_tokens_of_bucket(height), packed=True)
 
 
+def tiled(dtype: torch.dtype, height: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """All stages with a tile to choose."""
+    yield from plain(dtype, height)
+    yield from adapted(dtype, height)
+
+
 def untiled(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], object]]]:
     """All stages without one."""
     yield from _untiled(dtype)
@@ -264,13 +270,12 @@ def compile_launches(arch: int | str, dtype: torch.dtype, what: list[str]) -> It
     seen = set()
     with mock.patch.object(tuning, "target_of", return_value=target), compiling_for(arch) as compiled:
         stages = []
-        for name in what:
-            form, _, height = name.partition(":")
+        for form, _, height in (name.partition(":") for name in what):
             if form == "untiled":
                 stages += [(stage, 0) for stage in untiled(dtype)]
                 stages += [(stage, 0) for stage in (_reciprocal() if isinstance(arch, int) else ())]
             else:
-                of_form = {"plain": plain, "adapted": adapted}[form]
+                of_form = plain if form == "plain" else adapted
                 stages += [(stage, int(height)) for stage in of_form(dtype, int(height))]
         for (name, family, call), height in stages:
             config = tuning.launch_config(family, height, target, dtype.itemsize) if family else None
