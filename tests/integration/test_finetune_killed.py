@@ -96,8 +96,10 @@ def _plan(rng: random.Random, calls: Counter[str]) -> list[Kill]:
     early += [Kill("training", step) for step in (1, 2, SAVE_STEPS + 1) for _ in range(2)]
     early += [Kill("renaming", rng.randint(1, calls["renaming"] // saves)) for _ in range(2)]
     rng.shuffle(early)
-    late = [*[Kill("results")] * 2, *(Kill("moving", rng.randint(1, calls["moving"])) for _ in range(2))]
+    late = [*[Kill("results")] * 2, Kill("moving", rng.randint(1, calls["moving"]))]
     rng.shuffle(late)
+    # First right after the first move, when nothing of an adapter is there yet that the others could belong to.
+    late.insert(0, Kill("moving"))
     return early + late
 
 
