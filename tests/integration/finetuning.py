@@ -7,6 +7,7 @@ it from its arguments to its exit status; signals reach that process as they wou
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
@@ -26,7 +29,11 @@ from moe_fused.demo.data import byte_tokenizer
 
 from .four_bit import build
 
-_PRELOADED = ["tests.integration.finetuning", "moe_fused.finetune.run", "moe_fused.cli", "bitsandbytes", "peft"]
+# What a command would import sooner or later, and the tables that it would make.
+_PRELOADED = [
+    "tests.integration.finetuning", "tests.integration.warm", "moe_fused.finetune.run", "moe_fused.cli", "bitsandbytes",
+    "peft", "matplotlib.figure", "matplotlib.backends.backend_agg", "transformers.models.qwen3_moe.modeling_qwen3_moe",
+]  # fmt: skip
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -80,6 +87,7 @@ class Command:
 def _run(arguments: list[str], cwd: Path, streams: list[Path], before: Callable[[], object] | None) -> None:
     from moe_fused.__main__ import main
 
+    gc.freeze()  # what the server imported is no garbage: looking through it takes a second each time
     os.chdir(cwd)
     for number, path in zip((1, 2), streams, strict=True):
         file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
@@ -160,3 +168,39 @@ def assert_error(ended: Ended, *words: str, status: int = 1) -> None:
 def leftovers(output: Path) -> list[str]:
     """What a run should have cleaned up."""
     return [str(path) for path in output.rglob(".*")]
+
+
+def checkpoints(output: Path) -> list[int]:
+    """The steps of the checkpoints, each of which must have all of its parts."""
+    steps = []
+    for path in (output / "checkpoints").glob("checkpoint-*"):
+        assert json.loads((path / "trainer_state.json").read_text())["global_step"] == int(path.name.split("-")[1])
+        assert load_file(path / "adapter_model.safetensors")
+        assert torch.load(path / "optimizer.pt", weights_only=True)["state"]
+        steps.append(int(path.name.split("-")[1]))
+    return sorted(steps)
+
+
+class Run:
+    """A run that tests interrupt, with what it gives when nothing happens to it.
+
+    Args:
+        options: beside ``OPTIONS``.
+        before: called in the process before the command.
+    """
+
+    def __init__(self, directory: Path, *options: str, before: Callable[[], object] | None = None) -> None:
+        self.directory = directory
+        save_model(directory / "model")
+        write_jsonl(directory / "chat.jsonl", chats())
+        self.arguments = ("--model", directory / "model", "--dataset", directory / "chat.jsonl", *OPTIONS, *options)
+        ended = finetune(*self.arguments, "--output", "out", cwd=directory, before=before)
+        assert ended.status == 0, ended
+        self.losses = losses(directory / "out")
+        self.adapter = load_file(directory / "out" / "adapter_model.safetensors")
+
+    def assert_as_uninterrupted(self, output: Path) -> None:
+        assert losses(output) == self.losses
+        adapter = load_file(output / "adapter_model.safetensors")
+        assert adapter.keys() == self.adapter.keys()
+        assert all(torch.equal(adapter[name], value) for name, value in self.adapter.items())

@@ -4,72 +4,31 @@ from __future__ import annotations
 
 import errno
 import itertools
-import json
-import random
 import resource
-import shutil
 import signal
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from .finetuning import (
-    OPTIONS,
     STEPS,
     Command,
+    Run,
     assert_error,
-    chats,
+    checkpoints,
     finetune,
     leftovers,
     losses,
-    save_model,
     wait_for_step,
-    write_jsonl,
 )
-
-
-class Run:
-    """The run that all tests here interrupt, with what it gives when nothing happens to it."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        save_model(directory / "model")
-        write_jsonl(directory / "chat.jsonl", chats())
-        self.arguments = ("--model", directory / "model", "--dataset", directory / "chat.jsonl", *OPTIONS)
-        finetune("--help", cwd=directory)  # so that the server's start does not count
-        begin = time.monotonic()
-        ended = finetune(*self.arguments, "--output", "out", cwd=directory)
-        self.seconds = time.monotonic() - begin
-        assert ended.status == 0, ended
-        self.losses = losses(directory / "out")
-        self.adapter = load_file(directory / "out" / "adapter_model.safetensors")
-
-    def assert_as_uninterrupted(self, output: Path) -> None:
-        assert losses(output) == self.losses
-        adapter = load_file(output / "adapter_model.safetensors")
-        assert adapter.keys() == self.adapter.keys()
-        assert all(torch.equal(adapter[name], value) for name, value in self.adapter.items())
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(tmp_path_factory.mktemp("whole"))
-
-
-def checkpoints(output: Path) -> list[int]:
-    """The steps of the checkpoints, each of which must have all of its parts."""
-    steps = []
-    for path in (output / "checkpoints").glob("checkpoint-*"):
-        assert json.loads((path / "trainer_state.json").read_text())["global_step"] == int(path.name.split("-")[1])
-        assert load_file(path / "adapter_model.safetensors")
-        assert torch.load(path / "optimizer.pt", weights_only=True)["state"]
-        steps.append(int(path.name.split("-")[1]))
-    return sorted(steps)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
@@ -106,36 +65,6 @@ def _interrupt_while_loading() -> None:
         signal.raise_signal(signal.SIGINT)
 
     run.load_model = load_model
-
-
-def _kill_and_resume(whole: Run, tmp_path: Path, kills: int, seed: int) -> None:
-    output, times = tmp_path / "out", random.Random(seed)
-    for _ in range(kills):
-        started = (output / "finetune.yaml").exists()
-        arguments = ("--resume",) if started else whole.arguments
-        command = Command("finetune", *arguments, "--output", "out", cwd=tmp_path)
-        time.sleep(times.uniform(0, whole.seconds))
-        command.signal(signal.SIGKILL)
-        command.process.join()
-        if (output / "checkpoints").exists():
-            checkpoints(output)
-        if (output / "adapter_config.json").exists():  # it was done before it was killed: the next begins anew
-            whole.assert_as_uninterrupted(output)
-            shutil.rmtree(output)
-    arguments = ("--resume",) if (output / "finetune.yaml").exists() else whole.arguments
-    ended = finetune(*arguments, "--output", "out", cwd=tmp_path)
-    assert ended.status == 0, ended
-    whole.assert_as_uninterrupted(output)
-    assert not leftovers(output)
-
-
-def test_killed_and_resumed(whole: Run, tmp_path: Path) -> None:
-    _kill_and_resume(whole, tmp_path, kills=3, seed=0)
-
-
-@pytest.mark.slow
-def test_killed_and_resumed_twenty_times(whole: Run, tmp_path: Path) -> None:
-    _kill_and_resume(whole, tmp_path, kills=20, seed=1)
 
 
 def test_resuming_what_is_done_writes_the_adapter_again(whole: Run, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Compiles what one Qwen3-30B-A3B layer launches on one GPU target, and prints what each launch takes as JSON.
 
 A program of its own because Triton's interpreter, under which the other tests may run, replaces the kernels when they
-are imported: ``python -m tests.kernel.compile_launches 90 bfloat16 16 128`` (target, dtype, buckets).
+are imported: ``python -m tests.kernel.compile_launches 90 bfloat16 plain:128 adapted:16 adapted:128 untiled`` (target,
+dtype, and what: the tiled stages of a bucket without and with adapters, and those without a tile to choose).
 """
 
 from __future__ import annotations
@@ -227,12 +228,22 @@ def _reciprocal() -> Iterator[tuple[str, str, Callable[[], object]]]:
     yield "reciprocal", "", _call(module("launch.reciprocal").approximate_reciprocal, absmax)
 
 
-def tiled(dtype: torch.dtype, height: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """All stages with a tile to choose, in the bucket of tiles ``height`` high."""
+def plain(dtype: torch.dtype, height: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """All stages with a tile to choose and no adapter, in the bucket of tiles ``height`` high."""
     yield from _tiled(dtype, tokens_of_bucket(height))
-    yield from _adapted(dtype, tokens_of_bucket(height), packed=False)
     yield from _packed_tiled(dtype, packed_tokens_of_bucket(height))
+
+
+def adapted(dtype: torch.dtype, height: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """Those with an adapter: each family but the Gram product of weights, which no adapter takes part in."""
+    yield from _adapted(dtype, tokens_of_bucket(height), packed=False)
     yield from _adapted(dtype, packed_tokens_of_bucket(height), packed=True)
+
+
+def tiled(dtype: torch.dtype, height: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """All stages with a tile to choose."""
+    yield from plain(dtype, height)
+    yield from adapted(dtype, height)
 
 
 def untiled(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], object]]]:
@@ -252,15 +263,20 @@ def _modules(tokens: int, packed: bool = False) -> tuple:
     return module("launch"), module("activations").Gate(), views
 
 
-def compile_launches(arch: int | str, dtype: torch.dtype, heights: list[int], with_untiled: bool) -> Iterator[Launch]:
+def compile_launches(arch: int | str, dtype: torch.dtype, what: list[str]) -> Iterator[Launch]:
     """Every launch for ``arch`` once: what two buckets share is compiled in the first."""
     tuning = module("tuning")
     target = tuning.TARGETS[arch]
     seen = set()
     with mock.patch.object(tuning, "target_of", return_value=target), compiling_for(arch) as compiled:
-        stages = [(stage, height) for height in heights for stage in tiled(dtype, height)]
-        stages += [(stage, 0) for stage in (untiled(dtype) if with_untiled else ())]
-        stages += [(stage, 0) for stage in (_reciprocal() if with_untiled and isinstance(arch, int) else ())]
+        stages = []
+        for form, _, height in (name.partition(":") for name in what):
+            if form == "untiled":
+                stages += [(stage, 0) for stage in untiled(dtype)]
+                stages += [(stage, 0) for stage in (_reciprocal() if isinstance(arch, int) else ())]
+            else:
+                of_form = plain if form == "plain" else adapted
+                stages += [(stage, int(height)) for stage in of_form(dtype, int(height))]
         for (name, family, call), height in stages:
             config = tuning.launch_config(family, height, target, dtype.itemsize) if family else None
             if family and (name, config) in seen:
@@ -275,11 +291,8 @@ def compile_launches(arch: int | str, dtype: torch.dtype, heights: list[int], wi
 
 
 def main() -> None:
-    arch, dtype, *heights = sys.argv[1:]
-    buckets = [int(height) for height in heights if height != "untiled"]
-    launches = compile_launches(
-        int(arch) if arch.isdigit() else arch, getattr(torch, dtype), buckets, "untiled" in heights
-    )
+    arch, dtype, *what = sys.argv[1:]
+    launches = compile_launches(int(arch) if arch.isdigit() else arch, getattr(torch, dtype), what)
     print(json.dumps([asdict(launch) for launch in launches]))
 
 

@@ -22,6 +22,11 @@ if _HAS_TRITON and not torch.accelerator.is_available() and "TRITON_INTERPRET" n
     if not _TOO_LATE:
         os.environ["TRITON_INTERPRET"] = "1"
 
+if _HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.kernel.interpreter import make_faster
+
+    make_faster()
+
 
 @pytest.fixture(autouse=True)
 def _kernels_can_run() -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.kernel.compile_launches import Launch
-from tests.kernel.machine import HAS_TRITON, module
+from tests.kernel.machine import HAS_TRITON, ON_GPU, module
 from tests.support import REPOSITORY
 
 pytestmark = [
@@ -27,16 +27,29 @@ MAX_SPILLS = 96
 # Of products over packed weights in fp32, which few ask for: both halves of an operand lie in registers there.
 MAX_SPILLS_PACKED_FP32 = 256
 
+# The families that stages with adapters and without launch between them.
+FAMILIES_ADAPTED = (
+    "up", "gemm", "gemm_short", "down_backward", "shrink", "gram_thin", "up_4bit", "gemm_4bit", "transposed_4bit",
+)  # fmt: skip
+FAMILIES_PLAIN = ("up", "gemm", "gemm_short", "down_backward", "gram", "up_4bit", "gemm_4bit", "transposed_4bit")
+
 ALL_BUCKETS = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
 class MatrixCase:
-    """A target and what is compiled for it; ``untiled``: also the stages that have no configuration."""
+    """A target and what is compiled for it.
+
+    Attributes:
+        adapted: buckets whose stages are compiled with adapters, which take more registers and shared memory.
+        plain: buckets whose stages are compiled without.
+        untiled: also the stages that have no configuration.
+    """
 
     arch: int | str
     dtype: str
-    buckets: tuple[int, ...]
+    adapted: tuple[int, ...]
+    plain: tuple[int, ...]
     why: str
     untiled: bool = False
 
@@ -44,27 +57,49 @@ class MatrixCase:
     def id(self) -> str:
         return f"{f'sm_{self.arch}' if isinstance(self.arch, int) else self.arch}-{self.dtype}"
 
+    @property
+    def what(self) -> list[str]:
+        """The arguments of ``compile_launches`` that say so."""
+        buckets = [f"adapted:{height}" for height in self.adapted] + [f"plain:{height}" for height in self.plain]
+        return [*buckets, *(["untiled"] if self.untiled else [])]
 
-CASES = [
+
+# Without a GPU's many cores: each stage for each kind of tensor core, each configuration for some target that has it. 8.0,
+# 8.6, 8.9 and 12.0 have the same instructions and but for the cut to 99 KiB the same configurations (bucket 32, shrink in
+# 128), so they share the work; fp32 has one set of configurations for each maker.
+PAIRWISE = [
+    MatrixCase(80, "bfloat16", (32, 128), (16,), "the configurations of 163 KiB, pointers", untiled=True),
+    MatrixCase(86, "bfloat16", (16, 64), (32, 128), "those of 99 KiB"),
+    MatrixCase(89, "bfloat16", (32,), (64,), "those of 99 KiB, for another assembler"),
+    MatrixCase(90, "bfloat16", ALL_BUCKETS, (16, 64, 128), "descriptors, measured configurations", untiled=True),
+    MatrixCase(100, "bfloat16", ALL_BUCKETS, (128,), "its own tensor cores and descriptors", untiled=True),
+    MatrixCase(120, "bfloat16", (128,), (64,), "those of 99 KiB, for the newest assembler", untiled=True),
+    MatrixCase("gfx942", "bfloat16", ALL_BUCKETS, (128,), "another compiler", untiled=True),
+    MatrixCase(80, "float32", ALL_BUCKETS, (64,), "NVIDIA's configurations for fp32"),
+    MatrixCase(90, "float32", (128,), (), "the largest fp32 tiles, on its own tensor cores"),
+    MatrixCase(100, "float32", (128,), (), "and on these"),
+    MatrixCase(120, "float32", (128,), (), "and in 99 KiB"),
+    MatrixCase("gfx942", "float32", ALL_BUCKETS, (64,), "AMD's configurations for fp32"),
+    MatrixCase(90, "float16", (), (128,), "shares the configurations of bf16: one sample"),
+]
+EVERYTHING = [
     *(
-        MatrixCase(arch, "bfloat16", ALL_BUCKETS, "what models train in", untiled=True)
+        MatrixCase(arch, "bfloat16", ALL_BUCKETS, ALL_BUCKETS, "what models train in", untiled=True)
         for arch in (80, 86, 89, 90, 100, 120, "gfx942")
     ),
     *(
-        MatrixCase(arch, "float32", ALL_BUCKETS, "configurations of their own, the same on every GPU of a maker")
+        MatrixCase(arch, "float32", ALL_BUCKETS, ALL_BUCKETS, "one set of configurations for each maker")
         for arch in (80, "gfx942")
     ),
-    *(
-        MatrixCase(arch, "float32", (128,), "the largest fp32 tiles on the other targets")
-        for arch in (86, 89, 90, 100, 120)
-    ),
-    MatrixCase(90, "float16", (128,), "shares the configurations of bf16: one sample"),
+    *(MatrixCase(arch, "float32", (128,), (128,), "the largest fp32 tiles") for arch in (86, 89, 90, 100, 120)),
+    MatrixCase(90, "float16", (128,), (128,), "shares the configurations of bf16: one sample"),
 ]
+CASES = EVERYTHING if ON_GPU else PAIRWISE
 
 
 def compile_case(case: MatrixCase) -> list[Launch]:
     command = [sys.executable, "-m", "tests.kernel.compile_launches", str(case.arch), case.dtype]
-    command += [*map(str, case.buckets), *(["untiled"] if case.untiled else [])]
+    command += case.what
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, f"{case.id} does not compile:\n{run.stderr[-4000:]}"
@@ -90,14 +125,37 @@ def test_every_launch_fits_its_target(case: MatrixCase) -> None:
     )
     scattered = [launch.stage for launch in launches if launch.config and launch.narrow_stores]
     assert scattered == [], "results of 16 bits are written one by one"
-    # The matrix covers what it says: every family in every bucket, up to configurations that buckets share.
+    # The case covers what it says: every family in its buckets, up to configurations that buckets share.
     itemsize = 4 if case.dtype == "float32" else 2
     shipped = {
         str(tuning.launch_config(family, height, target, itemsize))
-        for family in tuning.KERNELS
-        for height in case.buckets
+        for buckets, families in ((case.adapted, FAMILIES_ADAPTED), (case.plain, FAMILIES_PLAIN))
+        for family in families
+        for height in buckets
     }
     assert shipped <= {launch.config for launch in launches}
+
+
+@pytest.mark.skipif(ON_GPU, reason="there each target has everything")
+def test_every_configuration_is_compiled_for_some_target() -> None:
+    """What ``PAIRWISE`` promises: no family's configuration is left out on all targets of a kind."""
+    tuning = module("tuning")
+    kinds = ((80, 86, 89, 120), (90,), (100,), ("gfx942",))
+
+    def configurations(dtype: str, kind: tuple[int | str, ...], cases: list[MatrixCase]) -> set[tuple[str, str]]:
+        return {
+            (family, str(tuning.launch_config(family, height, tuning.TARGETS[case.arch], 4 if "32" in dtype else 2)))
+            for case in cases
+            if case.arch in kind and case.dtype == dtype
+            for buckets, families in ((case.adapted, FAMILIES_ADAPTED), (case.plain, FAMILIES_PLAIN))
+            for family in families
+            for height in buckets
+        }
+
+    for kind in kinds:
+        assert configurations("bfloat16", kind, EVERYTHING) == configurations("bfloat16", kind, PAIRWISE), kind
+    for maker in (tuple(arch for kind in kinds[:3] for arch in kind), kinds[3]):
+        assert configurations("float32", maker, EVERYTHING) == configurations("float32", maker, PAIRWISE), maker
 
 
 def test_a_launch_that_is_too_large_is_seen() -> None:

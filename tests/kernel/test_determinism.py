@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.kernel.cases import ExpertsCase, gradients, in_every_dtype, make_inputs, plain_gate, run_experts, seeded
-from tests.kernel.machine import DEVICE, DTYPES, kernel, name_of
+from tests.kernel.machine import DEVICE, DTYPES, INTERPRETED, kernel, name_of
 from tests.kernel.packed_cases import (
     ALL,
     ONE,
@@ -21,8 +21,10 @@ from tests.kernel.packed_cases import DTYPES as PACKED_DTYPES
 CASES = [
     ExpertsCase("many-rows", "several tiles an expert, sums over many rows", tokens=70, experts=2, top_k=1),
     ExpertsCase("many-experts", "tokens that many rows are summed into", tokens=12, experts=11, top_k=6, bias=True),
-    ExpertsCase("partly-mine", "memory nobody initialised must not show", index="partly mine", bias=True, half=True),
+    ExpertsCase("partly-mine", "memory nobody initialised must not show", index="partly mine", bias=True),
 ]
+if INTERPRETED:  # it runs one program after the other, so only such memory can differ from run to run
+    CASES = CASES[-1:]
 
 
 @pytest.mark.parametrize("gate_function", [False, True], ids=["named", "gate-function"])
@@ -38,7 +40,7 @@ def test_experts(case: ExpertsCase, dtype: torch.dtype, gate_function: bool) -> 
 
 
 @pytest.mark.parametrize("in_gemm, workspace", [(True, ALL), (False, ONE)], ids=["decoded", "parts"])
-@pytest.mark.parametrize("dtype", PACKED_DTYPES, ids=name_of)
+@pytest.mark.parametrize("dtype", (torch.float32,) if INTERPRETED else PACKED_DTYPES, ids=name_of)
 def test_packed_experts(dtype: torch.dtype, in_gemm: bool, workspace: int) -> None:
     case = PackedCase("packed", "", index="partly mine", bias=True)
     runs = []

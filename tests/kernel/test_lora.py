@@ -52,13 +52,11 @@ CASES = [
     LoraCase("up-alone", "no adapter of the down projection", down=()),
     LoraCase("down-alone", "no adapter of the up projection", up=()),
     LoraCase("one-expert-takes-all", "gradients of all other factors are zero", index="one"),
-    LoraCase(
-        "partly-mine", "left products of nobody's rows count nowhere", index="partly mine", up=SEPARATE, half=True
-    ),
+    LoraCase("partly-mine", "left products of nobody's rows count nowhere", index="partly mine", up=SEPARATE),
     LoraCase("not-mine", "no slot is ours", index="not mine", trained=True),
     LoraCase("no-tokens", "T=0", tokens=0, up=SEPARATE),
     LoraCase("one-token", "T=1, which without adapters would not be routed", tokens=1, top_k=3),
-    LoraCase("odd-features", "no load is of a vector", hidden=27, intermediate=13, up=SEPARATE, half=True),
+    LoraCase("odd-features", "no load is of a vector", hidden=27, intermediate=13, up=SEPARATE),
     LoraCase("even-features", "loads without masks", hidden=64, intermediate=64, tokens=3, up=(Factors(16),)),
     LoraCase("rows-of-64", "tile height 64", tokens=61, experts=2, top_k=1, hidden=24, up=SEPARATE),
     LoraCase("several", "the sum of two", up=SHARED * 2, down=SHARED * 2),

@@ -120,6 +120,7 @@ FORMATS = {
 }
 # In and out features of 2¹² weights, as one block wants them.
 SHAPES = {"64-in": (64, 64), "128-in": (128, 32), "512-in": (512, 8)}
+TALL, FLAT = (2, 520, 64), (2, 8, 4160)
 PLACES = {"decoded": (True, ALL), "workspace": (False, ALL), "parts": (False, ONE)}
 
 
@@ -188,9 +189,11 @@ def test_every_weight_arrives_in_tiles_of_several_scales(tiles: str) -> None:
 
 @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("projections", [1, 2])
-@pytest.mark.parametrize("shape", [(2, 520, 64), (2, 8, 4160)], ids=["tall", "flat"])
+@pytest.mark.parametrize("shape", [TALL, FLAT], ids=["tall", "flat"])
 def test_every_group_of_absmaxes(shape: tuple[int, int, int], projections: int, place: tuple[bool, int]) -> None:
     """More than 256 absmaxes in a projection, the last group of which is not full."""
+    if INTERPRETED and ((shape == FLAT) + projections + list(PLACES.values()).index(place)) % 2:
+        pytest.skip("the interpreter, which is slow, has each pair of these three")
     weight = random_weight("groups", shape, torch.float32, projections=projections)
     assert weight.format.groups > 1
     assert weight.format.blocks % 256 != 0

@@ -295,7 +295,11 @@ WAYS = {
 }
 
 
-@pytest.fixture(params=WAYS.values(), ids=WAYS)
+# Slices are of down_backward's epilogue; the other kernels have none.
+WAYS_UNSLICED = ("pointers", "descriptors")
+
+
+@pytest.fixture(params=[WAYS[name] for name in WAYS_UNSLICED], ids=WAYS_UNSLICED)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Forces every configuration the kernels are launched with."""
     if request.param["descriptor"] and not INTERPRETED and tuning.target_of(DEVICE).arch not in (90, 100, 120):
@@ -390,6 +394,8 @@ def test_descriptors_are_used_where_the_layout_allows(
 )
 @pytest.mark.parametrize("orientation", ["in-contiguous", "out-contiguous"])
 def test_grouped_up(gate: Gate, orientation: str, save: bool, dtype: torch.dtype, way: dict) -> None:
+    if INTERPRETED and not save and orientation == "out-contiguous":
+        pytest.skip("the interpreter, which is slow, has inference in one orientation")
     scene = make_scene("partly mine", dtype)
     columns = 96 if gate.gated else 48
     x = random("x", 13, 64, dtype=dtype)
@@ -417,6 +423,7 @@ def test_grouped_up(gate: Gate, orientation: str, save: bool, dtype: torch.dtype
     [Gate(), Gate("gelu_tanh", interleaved=True), Gate("relu", gated=False)],
     ids=["silu", "gelu-interleaved", "relu-ungated"],
 )
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS, indirect=True)
 def test_down_backward(gate: Gate, bias: bool, need_h: bool, dtype: torch.dtype, way: dict) -> None:
     scene = make_scene("partly mine", dtype)
     columns = 2 * 80 if gate.gated else 80

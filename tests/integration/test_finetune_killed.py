@@ -1,0 +1,162 @@
+"""``moe-fused finetune`` killed twenty times, as by ``kill -9``, and resumed each time.
+
+The moments are drawn from all phases of a run, with a seed. A process says when the phase in which it is to be killed
+begins, and waits at its end; the test kills it a random part of the phase's usual time after its beginning.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import signal
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial, wraps
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from .finetuning import Command, Run, checkpoints, finetune, leftovers
+
+SEED = 20
+STEPS, SAVE_STEPS = 16, 2
+
+
+@dataclass(frozen=True)
+class Kill:
+    """The ``call``-th call of a phase within a process, counted from 1."""
+
+    phase: str
+    call: int = 1
+
+
+def _phases() -> list[tuple[str, Any, str]]:
+    """(phase, where its function is, name of the function)."""
+    from moe_fused.finetune import run
+    from moe_fused.finetune.trainer import Finetuner
+
+    return [
+        ("preparing", run, "_prepare_output"),
+        ("loading", run, "load_model"),
+        ("training", Finetuner, "training_step"),
+        ("saving", Finetuner, "_save_checkpoint"),
+        ("renaming", Path, "rename"),  # of a checkpoint's files, and of the checkpoint
+        ("results", run, "write_results"),
+        ("moving", Path, "replace"),  # of the adapter's files to where they belong
+    ]
+
+
+def _around_calls(around: Callable[[Kill, Callable[[], Any]], Any]) -> None:
+    """Hands each call of a phase to ``around``, with its number; in the process of a command."""
+    calls: Counter[str] = Counter()
+
+    def wrap(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[phase] += 1
+            return around(Kill(phase, calls[phase]), lambda: function(*args, **kwargs))
+
+        return call
+
+    for phase, owner, name in _phases():
+        setattr(owner, name, wrap(phase, getattr(owner, name)))
+
+
+def _report_seconds(sending: Connection) -> None:
+    def timed(kill: Kill, call: Callable[[], Any]) -> Any:
+        begin = time.perf_counter()
+        result = call()
+        sending.send((kill.phase, time.perf_counter() - begin))
+        return result
+
+    _around_calls(timed)
+
+
+def _await(wanted: Kill, sending: Connection) -> None:
+    def announced(kill: Kill, call: Callable[[], Any]) -> Any:
+        if kill != wanted:
+            return call()
+        sending.send(kill)
+        result = call()
+        time.sleep(60)  # the kill is on its way
+        return result
+
+    _around_calls(announced)
+
+
+def _plan(rng: random.Random, calls: Counter[str]) -> list[Kill]:
+    """Twenty kills, those while results are written last: nothing comes before them once the last step is done."""
+
+    saves = STEPS // SAVE_STEPS
+    early = [Kill("preparing"), *[Kill("loading")] * 4, *[Kill("saving")] * 3]
+    # Within the two steps to the next checkpoint, and right after it.
+    early += [Kill("training", step) for step in (1, 2, SAVE_STEPS + 1) for _ in range(2)]
+    early += [Kill("renaming", rng.randint(1, calls["renaming"] // saves)) for _ in range(2)]
+    rng.shuffle(early)
+    late = [*[Kill("results")] * 2, Kill("moving", rng.randint(1, calls["moving"]))]
+    rng.shuffle(late)
+    # First right after the first move, when nothing of an adapter is there yet that the others could belong to.
+    late.insert(0, Kill("moving"))
+    return early + late
+
+
+def _logged(output: Path) -> list[int]:
+    """The steps in log.jsonl, without a line that was not finished."""
+    if not (output / "log.jsonl").exists():
+        return []
+    lines = (output / "log.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line)["step"] for line in lines]
+
+
+def test_killed_and_resumed_twenty_times(tmp_path: Path) -> None:
+    receiving, sending = multiprocessing.Pipe(duplex=False)
+    options = ("--max-steps", str(STEPS), "--save-steps", str(SAVE_STEPS))
+    (tmp_path / "whole").mkdir()
+    whole = Run(tmp_path / "whole", *options, before=partial(_report_seconds, sending))
+    seconds: dict[str, list[float]] = defaultdict(list)
+    while receiving.poll():
+        phase, own = receiving.recv()
+        seconds[phase].append(own)
+    assert sorted(seconds) == sorted(phase for phase, _, _ in _phases())
+
+    output, rng, done = tmp_path / "out", random.Random(SEED), 0
+    plan = _plan(rng, Counter({phase: len(own) for phase, own in seconds.items()}))
+    assert len(plan) == 20
+    for number, kill in enumerate(plan, start=1):
+        delay = rng.uniform(0, max(seconds[kill.phase]))
+        print(f"kill {number}: {kill}, {delay:.4f} s after its beginning; checkpoint {done}")
+        arguments = ("--resume",) if (output / "finetune.yaml").exists() else whole.arguments
+        command = Command(
+            "finetune", *arguments, "--output", "out", cwd=tmp_path, before=partial(_await, kill, sending)
+        )
+        while not receiving.poll(0.1):
+            assert command.process.exitcode is None, command.end()
+        assert receiving.recv() == kill
+        time.sleep(delay)
+        command.signal(signal.SIGKILL)
+        command.process.join()
+        assert command.process.exitcode == -signal.SIGKILL
+
+        # An adapter that can be loaded is the adapter.
+        if (output / "adapter_config.json").exists():
+            assert kill.phase in ("results", "moving")
+            whole.assert_as_uninterrupted(output)
+        # Checkpoints are whole, and at most the steps since the last are lost.
+        began, done = done, max(checkpoints(output), default=0)
+        logged = _logged(output)
+        assert logged == list(range(1, len(logged) + 1))
+        assert began <= done
+        assert done <= len(logged) <= done + SAVE_STEPS
+        # It went on from the last checkpoint, neither earlier nor later.
+        if kill.phase == "training":
+            assert len(logged) == began + kill.call - 1
+        elif kill.phase in ("saving", "renaming"):
+            assert len(logged) == began + SAVE_STEPS
+    assert done == STEPS
+    ended = finetune("--resume", "--output", "out", cwd=tmp_path)
+    assert ended.status == 0, ended
+    whole.assert_as_uninterrupted(output)
+    assert not leftovers(output)
