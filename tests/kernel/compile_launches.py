@@ -185,7 +185,7 @@ def _packed_untiled(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[],
     yield "dequantize", "", _call(launch.dequantize, up.weights, 0, EXPERTS, meta(*up.shape))
     # A third of the features, gate and up rows of them.
     third = INTERMEDIATE // 3
-    runs = packed._runs([(third, third), (INTERMEDIATE + third, third)], HIDDEN, 2 * INTERMEDIATE, False)
+    _, runs = packed._runs(third, third, 2 * INTERMEDIATE, HIDDEN, gate, False)
     part = (up.weights.packed, up.weights, runs, 0, EXPERTS, meta(EXPERTS, 2 * third, HIDDEN), routing.offsets)
     yield "dequantize a part", "", _call(packed._decode, *part)
 

@@ -87,13 +87,10 @@ def test_experts_without_rows_are_not_decoded(first: int, count: int) -> None:
         (20, 20, 64, 20, 64),
     ],
 )
-def test_parts_are_of_nearly_one_size(
-    features: int, that_fit: int, block_n: int, width: int, narrowed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_are_of_nearly_one_size(features: int, that_fit: int, block_n: int, width: int, narrowed: int) -> None:
     """Whole column tiles each, narrower ones where the workspace does not hold one."""
-    monkeypatch.setattr(packed, "WORKSPACE_BYTES", 1000 * that_fit + 999)
     config = tuning.LaunchConfig(64, block_n, 32, 4, 2, slices=4)
-    got, fitting = packed._part_width(features, 1000, config)
+    got, fitting = packed._part_width(features, 1000, config, 1000 * that_fit + 999)
     assert (got, fitting.block_n) == (width, narrowed)
     assert fitting.slices == min(4, narrowed // 16)
     assert got == features or got % narrowed == 0

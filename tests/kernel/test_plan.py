@@ -6,6 +6,7 @@ wrong numbers. Here every compilation is recorded instead of made, so this needs
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,7 +31,8 @@ GATE = module("activations").Gate()
 
 def signature(args: tuple[Any, ...]) -> list[str]:
     """The type of each argument as a compiled kernel takes it for granted."""
-    return [str(getattr(getattr(arg, "base", arg), "dtype", type(arg).__name__)) for arg in args]
+    typed = [arg if hasattr(arg, "dtype") else getattr(arg, "base", arg) for arg in args]
+    return [str(getattr(arg, "dtype", type(arg).__name__)) for arg in typed]
 
 
 class Compiled:
@@ -60,7 +62,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     compiled: list[str] = []
     given: list[str] = []
 
-    def noting_types(self: Any, device: int, grid: tuple[int, int, int], *args: Any) -> None:
+    def noting_types(self: Any, device: torch.device, grid: tuple[int, int, int], *args: Any) -> None:
         given[:] = signature(args)
         call(self, device, grid, *args)
 
@@ -208,3 +210,40 @@ def test_the_short_cut_passes_what_triton_passes(monkeypatch: pytest.MonkeyPatch
     call(rows, third)
     assert encoded.count(third.data_ptr()) == 2
     assert encoded.count(rows.data_ptr()) == 1
+
+
+def test_a_launch_on_another_device_than_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, and back afterwards; none is entered where there is no need."""
+    plan = module("plan")
+    current, entered, launched = [0], [], []
+
+    @contextlib.contextmanager
+    def device(index: int) -> Iterator[None]:
+        entered.append(index)
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    class Kernel:
+        arg_names = ("x", "N")
+
+        def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+            return lambda *args, **options: launched.append(current[0])
+
+    monkeypatch.setattr(plan.driver.active, "get_current_device", lambda: current[0])
+    monkeypatch.setattr(torch, "get_device_module", lambda _: mock.Mock(device=device))
+    own = plan.Plan(Kernel(), {"N": 3})
+    own(torch.device("cuda", 1), (1, 1, 1), 5)
+    own(torch.device("cuda", 0), (1, 1, 1), 5)
+    assert (launched, entered, current) == ([1, 0], [1], [0])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32], ids=str)
+def test_a_view_is_the_memory_from_an_element_on(dtype: torch.dtype) -> None:
+    base = torch.arange(64, dtype=torch.uint8)[16:]
+    view = module("plan").View(base, 4, dtype)
+    slice_of_it = base[4:].view(dtype)
+    checked = view.checked()
+    assert view.data_ptr() == checked.data_ptr() == slice_of_it.data_ptr()
+    assert view.dtype == checked.dtype == dtype
+    assert checked[0] == slice_of_it[0]

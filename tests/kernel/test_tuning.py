@@ -243,8 +243,8 @@ def test_compiling_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
     own = plan.Plan(Kernel(), {"N": 3}, num_warps=8, num_stages=2)
     with plan.compiling_only():
-        own(0, (1, 1, 1), 5)
-    own(0, (1, 1, 1), 5)
+        own(torch.device("cpu"), (1, 1, 1), 5)
+    own(torch.device("cpu"), (1, 1, 1), 5)
     options = "{'num_warps': 8, 'num_stages': 2}"
     assert asked == [f"compile (5, 3) (1, 1, 1) {options}", f"launch (5, 3) {options}"]
 

@@ -49,6 +49,13 @@ def _check_accelerator(device: torch.device) -> None:
             )
 
 
+@functools.cache
+def _launch() -> ModuleType:
+    from . import launch  # imports triton, which a CPU build does without
+
+    return launch
+
+
 def uses_triton(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether the Triton kernels serve ``tensor`` when the grouped GEMMs compute in ``dtype``."""
     if tensor.device.type == "cpu":
@@ -69,6 +76,4 @@ def backend_for(tensor: Tensor, dtype: torch.dtype) -> ModuleType:
         _check_accelerator(tensor.device)
         if dtype not in TRITON_DTYPES:
             raise TypeError(f"dtype {dtype} is not supported on {tensor.device}: use bfloat16, float16 or float32")
-    from . import launch  # imports triton, which a CPU build does without
-
-    return launch
+    return _launch()

@@ -32,8 +32,13 @@ def tensor(name: str, value: object, shape: tuple[int | str, ...]) -> Tensor:
 
 def sizes(name: str, have: tuple[int, ...], want: tuple[int | str, ...]) -> None:
     """Raises ValueError unless ``have`` is the shape ``want``, in which a string names a size that may be anything."""
-    if len(have) != len(want) or any(isinstance(w, int) and h != w for h, w in zip(have, want, strict=True)):
-        raise ValueError(f"{name} must have shape ({', '.join(map(str, want))}), got {tuple(have)}")
+    if len(have) == len(want):
+        for h, w in zip(have, want, strict=True):
+            if isinstance(w, int) and h != w:
+                break
+        else:
+            return
+    raise ValueError(f"{name} must have shape ({', '.join(map(str, want))}), got {tuple(have)}")
 
 
 def dtype(name: str, value: Any, allowed: tuple[torch.dtype, ...], why: str = "") -> None:

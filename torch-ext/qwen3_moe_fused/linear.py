@@ -206,8 +206,9 @@ def adapted_linear(
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype matrix products compute in under autocast on ``device``, or None outside autocast."""
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
+    kind = device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
     return None
 
 

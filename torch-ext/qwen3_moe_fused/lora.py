@@ -146,7 +146,8 @@ class Adapter:
     __slots__ = ("_whole", "a", "b", "grad_dtypes", "scaling", "stages")
 
     def __init__(self, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype, stages: ModuleType) -> None:
-        self.a, self.b = a.to(dtype).contiguous(), b.to(dtype).contiguous()
+        self.a = (a if a.dtype == dtype else a.to(dtype)).contiguous()
+        self.b = (b if b.dtype == dtype else b.to(dtype)).contiguous()
         self.scaling = float(scaling)  # Triton takes an int for a constant of the kernel, or for another type
         self._whole = a.shape[1] == b.shape[2]  # no factors of its own for gate and up
         self.grad_dtypes = a.dtype, b.dtype

@@ -46,16 +46,37 @@ class Descriptor(NamedTuple):
         return TensorDescriptor(self.base, list(self.shape), list(self.strides), list(self.block_shape), self.padding)
 
 
-def _front_door() -> bool:
-    """Whether launches must go through Triton's front door.
+class View(NamedTuple):
+    """A tensor's memory from an element on, as a kernel's argument: torch takes 5 µs to make a slice of it.
 
-    When somebody, a profiler say, listens to them; and on AMD GPUs, where Triton also specialises on whether a tensor's
-    storage fits 32-bit offsets.
+    Attributes:
+        base: the tensor.
+        first: the element, counted in memory, in elements of ``base``.
+        dtype: that the memory is read as.
     """
-    if torch.version.hip is not None:
-        return True
+
+    base: Tensor
+    first: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.base.data_ptr() + self.first * self.base.itemsize
+
+    def checked(self) -> Tensor:
+        """As a tensor, of whose shape kernels know nothing."""
+        size = self.dtype.itemsize // self.base.itemsize
+        return self.base.as_strided((size,), (1,), self.base.storage_offset() + self.first).view(self.dtype)
+
+
+_POINTERS = (Tensor, View)
+# AMD GPUs, where Triton also specialises on whether a tensor's storage fits 32-bit offsets.
+_AMD = torch.version.hip is not None
+
+
+def _front_door() -> bool:
+    """Whether launches must go through Triton's front door: somebody, a profiler say, listens to them."""
     hook = knobs.runtime.launch_enter_hook
-    return bool(getattr(hook, "calls", hook))  # a chain of hooks, or in older Tritons a hook or None
+    return _AMD or bool(getattr(hook, "calls", hook))  # a chain of hooks, or in older Tritons a hook or None
 
 
 # Where the arguments of the compiled launcher are known to be as below.
@@ -170,14 +191,19 @@ class Plan:
             self.options["enable_fp_fusion"] = False
         self._compiled: dict[tuple[Any, ...], _Compiled] = {}
 
-    def __call__(self, device: int, grid: tuple[int, int, int], *args: Any) -> None:
-        """Launches on the current device, whose index is ``device``, with ``args`` before the constants."""
+    def __call__(self, device: torch.device, grid: tuple[int, int, int], *args: Any) -> None:
+        """Launches on ``device``, which need not be the current one, with ``args`` before the constants."""
+        index: int | None = device.index  # None on the CPU
+        if index is not None and index != driver.active.get_current_device():
+            with torch.get_device_module(device).device(index):
+                self(device, grid, *args)
+            return
         # Addresses instead of tensors: the launcher asks a tensor for its address, and the driver about that.
         values: list[Any] = []
-        key: list[Any] = [device]
+        key: list[Any] = [index]
         pointers = 0
         for arg in args:
-            if isinstance(arg, Tensor):
+            if isinstance(arg, _POINTERS):
                 address = arg.data_ptr()
                 pointers |= address
                 values.append(address)
@@ -187,7 +213,7 @@ class Plan:
         compiled = self._compiled.get(tuple(key))
         if compiled is None or pointers & 15 or _front_door():
             # What it compiled for aligned pointers is kept. The interpreter compiles nothing.
-            checked = [arg.checked() if isinstance(arg, Descriptor) else arg for arg in args]
+            checked = [arg.checked() if isinstance(arg, Descriptor | View) else arg for arg in args]
             if _compiling_only:
                 self.kernel.warmup(*checked, *self.constants, grid=grid, **self.options)
                 return
@@ -195,4 +221,4 @@ class Plan:
             if pointers & 15 == 0 and kernel is not None:
                 self._compiled[tuple(key)] = _Compiled(kernel)
             return
-        compiled(grid, driver.active.get_current_stream(device), values, self.constants)
+        compiled(grid, driver.active.get_current_stream(index), values, self.constants)

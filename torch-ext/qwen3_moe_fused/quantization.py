@@ -288,10 +288,7 @@ class Packed4bitWeights:
     def checked(cls, format: Format4bit, *storage: Tensor) -> Packed4bitWeights:
         """Of tensors that were taken from such weights before, in the order of the format's storage: not checked again."""
         own: Packed4bitWeights = object.__new__(cls)
-        values = (*storage, *(None,) * (4 - len(storage)))
-        parts = zip(("packed", "absmax", "nested_absmax", "nested_offset"), values, strict=True)
-        for name, value in (("format", format), *parts):
-            object.__setattr__(own, name, value)
+        vars(own).update(zip(format.storage(), storage, strict=True), format=format)
         return own
 
     @property

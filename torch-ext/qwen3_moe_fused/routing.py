@@ -34,6 +34,7 @@ class Routing(NamedTuple):
         slot_to_row: (S,) int32, -1 for a slot that belongs to no expert; (0,) when rows are slots.
         tile_expert: (max_tiles,) int32; expert of each row tile, E for a tile of rows of no expert, -1 for an unused tile.
         tile_row: (max_tiles,) int32; first row of each row tile.
+        num_experts: E.
         top_k: slots per token.
         packed: the tiles are as high as grouped GEMMs over packed weights want them, not dense ones.
     """
@@ -43,19 +44,17 @@ class Routing(NamedTuple):
     slot_to_row: Tensor
     tile_expert: Tensor
     tile_row: Tensor
+    num_experts: int
     top_k: int
     packed: bool = False
-
-    @property
-    def num_experts(self) -> int:
-        return self.offsets.shape[0] - 1
 
     @staticmethod
     def _sizes(num_rows: int, num_experts: int, sorted_rows: bool) -> list[int]:
         """Sizes of the views, each followed by the padding that lets the next start at 16 bytes."""
-        rows = 0 if sorted_rows else num_rows
-        tiles = max_tiles(num_rows, num_experts)
-        return [n for size in (num_experts + 1, rows, rows, tiles, tiles) for n in (size, -size % 4)]
+        own = 0 if sorted_rows else num_rows
+        most = max_tiles(num_rows, num_experts)
+        offsets, rows, tiles = ((size, -size % 4) for size in (num_experts + 1, own, most))
+        return [*offsets, *rows, *rows, *tiles, *tiles]
 
     @classmethod
     def buffer_size(cls, num_rows: int, num_experts: int, sorted_rows: bool = False) -> int:
@@ -81,7 +80,7 @@ class Routing(NamedTuple):
         packed: bool = False,
     ) -> Routing:
         """Views into ``buffer`` (``buffer_size`` int32)."""
-        offsets, _, row_to_slot, _, slot_to_row, _, tile_expert, _, tile_row, _ = buffer.split(
+        offsets, _, row_to_slot, _, slot_to_row, _, tile_expert, _, tile_row, _ = buffer.split_with_sizes(
             cls._sizes(num_rows, num_experts, sorted_rows)
         )
-        return cls(offsets, row_to_slot, slot_to_row, tile_expert, tile_row, top_k, packed)
+        return cls(offsets, row_to_slot, slot_to_row, tile_expert, tile_row, num_experts, top_k, packed)

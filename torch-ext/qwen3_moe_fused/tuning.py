@@ -100,6 +100,7 @@ def decodes_in_gemm(num_rows: int, num_experts: int, target: Target) -> bool:
     return num_rows <= num_experts * DECODE_ROWS.get(target.arch, DEFAULT_DECODE_ROWS)
 
 
+@functools.lru_cache(maxsize=1024)  # of any number of tokens
 def bucket(num_rows: int, num_experts: int, packed: bool = False) -> int:
     """The tile height for S = num_rows routed rows over E = num_experts."""
     rows_per_expert = num_rows / max(num_experts, 1)

@@ -13,7 +13,7 @@ from ..kernels import packed_decode as packed_kernels
 from ..plan import Plan
 from ..quantization import Format4bit
 from ..weights import PackedStack, Stack
-from .operands import cdiv, device_index, gate_constants, on_device, power_of_2, stride_constants
+from .operands import cdiv, gate_constants, power_of_2, stride_constants
 from .packed import decodes, shuffles, storage_constants, storage_operands
 
 # Slots up to which ``decode`` serves a call without gradients.
@@ -83,7 +83,6 @@ def _packed_plans(
     )
 
 
-@on_device
 def decode(
     x: Tensor,
     top_k_index: Tensor,
@@ -106,7 +105,7 @@ def decode(
     """
     num_tokens, top_k = top_k_index.shape
     _, hidden, intermediate = down.shape
-    x, ids, device = x.contiguous(), top_k_index.contiguous(), device_index(x)
+    x, ids, device = x.contiguous(), top_k_index.contiguous(), x.device
     h = x.new_empty((num_tokens * top_k, intermediate))
     y = x.new_empty((num_tokens, hidden))
     biases = (up_bias is not None, down_bias is not None)

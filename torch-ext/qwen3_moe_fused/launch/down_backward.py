@@ -16,9 +16,7 @@ from . import low_rank
 from .operands import (
     cdiv,
     config_of,
-    device_index,
     gate_constants,
-    on_device,
     precision,
     stride_constants,
     tile_constants,
@@ -91,7 +89,6 @@ def _sum_parts_plan(num_parts: int) -> tuple[Plan, int]:
     return Plan(sum_parts_kernel, {"PARTS": num_parts, "BLOCK_S": block}), block
 
 
-@on_device
 def down_backward(
     grad_y: Tensor,
     weight: Stack,
@@ -114,7 +111,7 @@ def down_backward(
     grad_y = grad_y.contiguous()
     config = config_of("down_backward", num_rows, routing, grad_y)
     tiles = max_tiles(num_rows, num_experts, config.block_m)
-    device = device_index(grad_y)
+    device = grad_y.device
     top_k_weights = top_k_weights.contiguous()
     stack = weight.mT
     block_n = part_tiles(stack, grad_y.dtype, config)
@@ -165,7 +162,7 @@ def down_backward(
             routing.tile_expert,
             routing.tile_row,
         )
-    grad_weights = top_k_weights.new_empty(top_k_weights.shape)
+    grad_weights = torch.empty_like(top_k_weights)
     plan, block = _sum_parts_plan(num_parts)
     plan(device, (cdiv(num_rows, block), 1, 1), dots, routing.slot_to_row, grad_weights, num_rows)
     return grad_gate_up, weighted_h, grad_weights

@@ -13,16 +13,14 @@ from torch import Tensor
 from .. import tuning
 from ..activations import Gate
 from ..kernels.grouped_gemm import grouped_gemm_kernel, grouped_up_kernel
-from ..plan import Plan
+from ..plan import Descriptor, Plan
 from ..routing import max_tiles
 from ..weights import PackedStack
 from . import low_rank, packed
 from .operands import (
     cdiv,
     config_of,
-    device_index,
     gate_constants,
-    on_device,
     precision,
     rows_operand,
     stride_constants,
@@ -76,7 +74,6 @@ def _gemm_plan(
     return Plan(grouped_gemm_kernel, constants, config.num_warps, config.num_stages)
 
 
-@on_device
 def grouped_gemm(
     a: Tensor,
     weight: Stack,
@@ -105,7 +102,6 @@ def grouped_gemm(
     return out
 
 
-@on_device
 def shrink(a: Tensor, weight: Tensor, routing: Routing, gather: bool, scale: float, out: Tensor) -> None:
     """``reference.shrink``."""
     if out.numel() == 0:
@@ -130,8 +126,8 @@ def _launch_gemm(
     config, num_rows = part.config, out.shape[0]
     a_operand, a_descriptor = (a, False) if gather else rows_operand(a, config, (config.block_m, config.block_k))
     a_half = a_operand
-    if a_descriptor and config.half_tiles:
-        a_half, _ = rows_operand(a, config, (config.block_m // 2, config.block_k))
+    if isinstance(a_operand, Descriptor) and config.half_tiles:
+        a_half = a_operand._replace(block_shape=(config.block_m // 2, config.block_k))
     w_operand, weights = weight_operand(part.stack, config)
     plan = _gemm_plan(
         config,
@@ -149,7 +145,7 @@ def _launch_gemm(
         precision(a.dtype),
     )
     plan(
-        device_index(a),
+        a.device,
         (max_tiles(num_rows, routing.num_experts, config.block_m) * cdiv(part.width, config.block_n), 1, 1),
         a_operand,
         a_half,
@@ -205,7 +201,6 @@ def _up_plan(
     return Plan(grouped_up_kernel, constants, config.num_warps, config.num_stages)
 
 
-@on_device
 def grouped_up(
     x: Tensor,
     weight: Stack,
@@ -247,7 +242,7 @@ def grouped_up(
             precision(x.dtype),
         )
         plan(
-            device_index(x),
+            x.device,
             (max_tiles(num_rows, num_experts, config.block_m) * cdiv(part.width, part.config.block_n), 1, 1),
             x,
             w_operand,

@@ -13,8 +13,6 @@ from . import low_rank
 from .operands import (
     cdiv,
     config_of,
-    device_index,
-    on_device,
     power_of_2,
     precision,
     rows_operand,
@@ -63,7 +61,6 @@ def _gram_plan(
     return Plan(grouped_gram_kernel, constants, config.num_warps, config.num_stages)
 
 
-@on_device
 def grouped_gram(
     a: Tensor,
     b: Tensor,
@@ -106,7 +103,7 @@ def grouped_gram(
         precision(a.dtype),
     )
     plan(
-        device_index(a),
+        a.device,
         (num_experts * cdiv(m, config.block_m) * cdiv(n, config.block_n), 1, 1),
         a,
         b,
@@ -133,7 +130,6 @@ def _row_sum_plan(n: int, top_k: int, gather: bool, weighted: bool) -> tuple[Pla
     return Plan(grouped_row_sum_kernel, constants), cdiv(n, block)
 
 
-@on_device
 def grouped_row_sum(a: Tensor, routing: Routing, weights: Tensor | None, gather: bool) -> Tensor:
     """``reference.grouped_row_sum``."""
     out = a.new_zeros((routing.num_experts, a.shape[1]))
@@ -142,7 +138,7 @@ def grouped_row_sum(a: Tensor, routing: Routing, weights: Tensor | None, gather:
     a = a.contiguous()
     plan, blocks = _row_sum_plan(a.shape[1], routing.top_k, gather, weights is not None)
     plan(
-        device_index(a),
+        a.device,
         (routing.num_experts, blocks, 1),
         a,
         a if weights is None else weights.contiguous(),

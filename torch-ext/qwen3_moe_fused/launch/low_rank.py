@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..plan import View
 from .operands import power_of_2
 
 if TYPE_CHECKING:
@@ -25,17 +26,22 @@ def constants(extension: Extension | None) -> tuple[int, ...]:
     if extension is None:
         return NONE
     left, right = extension
-    rank = right.shape[2]
-    block = min(64 if left.itemsize == 2 else 32, max(16, power_of_2(rank)))
-    return rank, block, left.stride(0), rank if extension.separate else 0, *right.stride()
+    (_, columns), (_, _, rank) = left.shape, right.shape
+    return *_ranks(columns, rank, left.itemsize), *right.stride()
 
 
-def operands(extension: Extension | None, unused: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+@functools.cache
+def _ranks(columns: int, rank: int, itemsize: int) -> tuple[int, int, int, int]:
+    block = min(64 if itemsize == 2 else 32, max(16, power_of_2(rank)))
+    return rank, block, columns, rank if columns == 2 * rank else 0
+
+
+def operands(extension: Extension | None, unused: Tensor, first: int = 0) -> tuple[Tensor, Tensor | View]:
     """(left, right), the latter from feature ``first`` on."""
     if extension is None:
         return unused, unused
     left, right = extension
-    return left, right[:, first:] if first else right
+    return left, View(right, first * right.stride(1), right.dtype) if first else right
 
 
 @functools.cache

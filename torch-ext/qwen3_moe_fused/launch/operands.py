@@ -1,10 +1,8 @@
-"""What the launches share: the device they run on, their configuration, and how tensors become kernel arguments."""
+"""What the launches share: their configuration, and how tensors become kernel arguments."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,25 +15,6 @@ if TYPE_CHECKING:
     from ..routing import Routing
     from ..tuning import LaunchConfig
 
-_DEVICE_MODULES: dict[str, Any] = {"cuda": torch.cuda, "xpu": torch.xpu}
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def on_device(stage: F) -> F:
-    """Launches on the device of the stage's first argument, which need not be the current one."""
-
-    @functools.wraps(stage)
-    def wrapper(first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        device = first.device
-        module = _DEVICE_MODULES.get(device.type)
-        if module is not None and device.index != module.current_device():
-            with module.device(device):
-                return stage(first, *args, **kwargs)
-        return stage(first, *args, **kwargs)
-
-    return wrapper  # type: ignore[return-value]
-
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
@@ -44,11 +23,6 @@ def cdiv(a: int, b: int) -> int:
 def power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
-
-
-def device_index(tensor: Tensor) -> int:
-    """The device index under which plans keep their compiled kernels."""
-    return tensor.device.index or 0
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -89,15 +63,20 @@ def weight_operand(stack: Tensor, config: LaunchConfig) -> tuple[Any, str]:
 
 def rows_operand(a: Tensor, config: LaunchConfig, block: tuple[int, int]) -> tuple[Any, bool]:
     """(kernel argument, whether it is a descriptor) of rows (S, K) of contiguous columns, read in blocks of ``block``."""
-    stride = a.stride(0)
-    if config.descriptor and a.numel() > 0 and stride * a.element_size() % 16 == 0 and a.data_ptr() % 16 == 0:
+    if not config.descriptor:
+        return a, False
+    stride, _ = a.stride()
+    if a.numel() > 0 and stride * a.element_size() % 16 == 0 and a.data_ptr() % 16 == 0:
         return Descriptor(a, tuple(a.shape), (stride, 1), block), True  # type: ignore[arg-type]
     return a, False
 
 
 def whole_rows(a: Tensor) -> Tensor:
     """``a`` (S, K) with contiguous rows, which may lie apart."""
-    return a if a.stride(1) == 1 and a.stride(0) >= a.shape[1] else a.contiguous()
+    if a.is_contiguous():
+        return a
+    row, column = a.stride()
+    return a if column == 1 and row >= a.shape[1] else a.contiguous()
 
 
 def tile_constants(config: LaunchConfig) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from .. import tuning
 from ..activations import Gate
 from ..kernels.packed import dequantize_kernel
 from ..kernels.packed_gemm import packed_gemm_kernel, packed_transposed_kernel, split_columns_kernel
-from ..plan import Plan
+from ..plan import Plan, View
 from ..quantization import as_floats, code, nested_code
 from ..routing import max_tiles
 from ..weights import PackedStack
@@ -33,9 +33,7 @@ from . import low_rank
 from .operands import (
     cdiv,
     config_of,
-    device_index,
     gate_constants,
-    on_device,
     power_of_2,
     precision,
     tile_constants,
@@ -55,16 +53,22 @@ DEQUANTIZE_BLOCK = 1024
 SPLIT_HEIGHT = 64
 
 
-def storage_operands(weights: Packed4bitWeights) -> tuple[Tensor, ...]:
+def storage_operands(weights: Packed4bitWeights) -> tuple[Tensor | View, ...]:
     """What kernels over packed weights read of them; pointers that they do not read are those of another."""
+    absmax: Tensor | View
     if weights.nested_absmax is None or weights.nested_offset is None:
-        absmax = nested_absmax = nested_offset = as_floats(weights.absmax)
+        absmax = nested_absmax = nested_offset = _floats(weights.absmax)
     else:
         absmax = weights.absmax
-        nested_absmax, nested_offset = as_floats(weights.nested_absmax), as_floats(weights.nested_offset)
+        nested_absmax, nested_offset = _floats(weights.nested_absmax), _floats(weights.nested_offset)
     device = weights.device
     tables = nested_code(device), code(weights.format.quant_type, device)
     return weights.packed, absmax, nested_absmax, nested_offset, *tables
+
+
+def _floats(values: Tensor) -> Tensor | View:
+    """``as_floats``, without torch's view."""
+    return as_floats(values) if values.storage_offset() % 4 else View(values, 0, torch.float32)
 
 
 def storage_constants(format: Format4bit) -> dict[str, Any]:
@@ -123,7 +127,6 @@ def dequantize(weights: Packed4bitWeights, first: int, count: int, out: Tensor) 
     _decode(weights.packed, weights, Runs(size, size), first, count, out, None)
 
 
-@on_device
 def _decode(
     packed: Tensor,
     weights: Packed4bitWeights,
@@ -135,7 +138,7 @@ def _decode(
 ) -> None:
     """``runs`` of experts ``first`` to ``first + count`` into ``out``; only of those with rows, given ``offsets``."""
     _dequantize_plan(weights.format, runs, offsets is not None)(
-        device_index(packed),
+        packed.device,
         (count * cdiv(runs.total, DEQUANTIZE_BLOCK), 1, 1),
         *storage_operands(weights),
         packed if offsets is None else offsets,
@@ -158,10 +161,10 @@ class Part(NamedTuple):
     first: int
     width: int
 
-    def columns(self, values: Tensor, gate: Gate | None = None) -> Tensor:
-        """A view of rows of features (…, N of the whole) from this part's first feature on."""
+    def columns(self, values: Tensor, gate: Gate | None = None) -> Tensor | View:
+        """Rows of features (…, N of the whole) from this part's first feature on."""
         start = self.offset(gate)
-        return values[..., start:] if start else values
+        return View(values, start, values.dtype) if start else values
 
     def offset(self, gate: Gate | None = None) -> int:
         """The first of this part's rows in the whole stack."""
@@ -202,19 +205,18 @@ def dense_parts(
     if isinstance(weight, Tensor):
         yield Part(weight, config, 0, features)
         return
-    width, config = _part_width(features, num_experts * (n // features) * k * dtype.itemsize, config)
+    width, config = _part_width(features, num_experts * (n // features) * k * dtype.itemsize, config, WORKSPACE_BYTES)
     if weight.transposed and features % 2:
         width = features  # a byte has weights of two rows
-    workspace: Tensor | None = None
+    stack: Tensor | None = None
     for first in range(0, features, width):
         own = min(width, features - first)
-        rows = _rows_of(first, own, n, gate)
-        size = sum(number for _, number in rows)
-        if workspace is None:
-            workspace = torch.empty(num_experts * size * k, dtype=dtype, device=weight.weights.device)
+        size, runs = _runs(first, own, n, k, gate, weight.transposed)
         shape = (num_experts, k, size) if weight.transposed else (num_experts, size, k)
-        stack = workspace[: num_experts * size * k].view(shape)
-        runs = _runs(rows, k, n, weight.transposed)
+        if stack is None:
+            stack = torch.empty(shape, dtype=dtype, device=weight.weights.device)
+        elif stack.shape != shape:  # the last part, in the same memory
+            stack = stack.as_strided(shape, (size * k, shape[2], 1))
         _decode(weight.weights.packed, weight.weights, runs, 0, num_experts, stack, routing.offsets)
         yield Part(stack.mT if weight.transposed else stack, config, first, own)
 
@@ -224,12 +226,15 @@ def part_tiles(weight: Stack, dtype: torch.dtype, config: LaunchConfig) -> int:
     if isinstance(weight, Tensor):
         return config.block_n
     num_experts, features, k = weight.shape
-    return _part_width(features, num_experts * k * dtype.itemsize, config)[1].block_n
+    return _part_width(features, num_experts * k * dtype.itemsize, config, WORKSPACE_BYTES)[1].block_n
 
 
-def _part_width(features: int, feature_bytes: int, config: LaunchConfig) -> tuple[int, LaunchConfig]:
+@functools.cache
+def _part_width(
+    features: int, feature_bytes: int, config: LaunchConfig, workspace_bytes: int
+) -> tuple[int, LaunchConfig]:
     """How many features fit the workspace, in parts of nearly one size, and ``config`` with column tiles that fit them."""
-    most = max(1, WORKSPACE_BYTES // feature_bytes)
+    most = max(1, workspace_bytes // feature_bytes)
     if most >= features:
         return features, config
     block_n = min(config.block_n, max(16, 1 << (most.bit_length() - 1)))
@@ -238,14 +243,20 @@ def _part_width(features: int, feature_bytes: int, config: LaunchConfig) -> tupl
     return width, replace(config, block_n=block_n, slices=min(config.slices, block_n // 16))
 
 
-def _runs(rows: list[tuple[int, int]], k: int, n: int, transposed: bool) -> Runs:
-    """The bytes of ``rows`` of an (n, k) matrix that is stored as it is, or (k, n) if ``transposed``."""
-    (first, number), *others = rows
-    stride = others[0][0] - first if others else 0
+@functools.cache
+def _runs(first: int, width: int, n: int, k: int, gate: Gate | None, transposed: bool) -> tuple[int, Runs]:
+    """How many rows of an (n, k) matrix ``width`` features from ``first`` on are, and their bytes.
+
+    The matrix is stored as it is, or (k, n) if ``transposed``.
+    """
+    rows = _rows_of(first, width, n, gate)
+    (start, number), *others = rows
+    stride = others[0][0] - start if others else 0
+    size = len(rows) * number
     if transposed:
         # A run for each stored row and segment of columns.
-        return Runs(len(rows) * number * k // 2, number // 2, len(rows), first // 2, stride // 2, n // 2)
-    return Runs(len(rows) * number * k // 2, number * k // 2, len(rows), first * k // 2, stride * k // 2)
+        return size, Runs(size * k // 2, number // 2, len(rows), start // 2, stride // 2, n // 2)
+    return size, Runs(size * k // 2, number * k // 2, len(rows), start * k // 2, stride * k // 2)
 
 
 def decodes(stack: PackedStack, num_rows: int, like: Tensor) -> bool:
@@ -332,7 +343,7 @@ def gemm(
         config = replace(config, block_n=64)
     extra = low_rank.constants(extension)
     _transposed_plan(config, stack.weights.format, extra, shuffles(a), precision(a.dtype))(
-        device_index(a),
+        a.device,
         (max_tiles(num_rows, routing.num_experts, config.block_m) * (n // config.block_n), 1, 1),
         a,
         *storage_operands(stack.weights),
@@ -369,7 +380,7 @@ def _launch_gemm(
     a_split = gather and config.block_m >= SPLIT_HEIGHT
     if a_split:
         a, x = torch.empty_like(a), a
-        _split_plan(k, config.block_k)(device_index(x), (x.shape[0], 1, 1), x, a)
+        _split_plan(k, config.block_k)(x.device, (x.shape[0], 1, 1), x, a)
     plan = _gemm_plan(
         config,
         stack.weights.format,
@@ -386,7 +397,7 @@ def _launch_gemm(
         precision(a.dtype),
     )
     plan(
-        device_index(a),
+        a.device,
         (max_tiles(num_rows, routing.num_experts, config.block_m) * cdiv(n, config.block_n), 1, 1),
         a,
         *storage_operands(stack.weights),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels import permute as permute_kernels
 from ..plan import Plan
-from .operands import cdiv, device_index, on_device, power_of_2
+from .operands import cdiv, power_of_2
 
 if TYPE_CHECKING:
     from ..routing import Routing
@@ -28,7 +28,6 @@ def _combine_plan(n: int, top_k: int, weighted: bool) -> tuple[Plan, int]:
     return Plan(permute_kernels.combine_kernel, constants, num_warps=warps), cdiv(n, block)
 
 
-@on_device
 def combine(z: Tensor, routing: Routing, num_tokens: int, weights: Tensor | None) -> Tensor:
     """``reference.combine``."""
     y = z.new_empty((num_tokens, z.shape[1]))
@@ -36,7 +35,7 @@ def combine(z: Tensor, routing: Routing, num_tokens: int, weights: Tensor | None
         return y
     plan, blocks = _combine_plan(z.shape[1], routing.top_k, weights is not None)
     plan(
-        device_index(z),
+        z.device,
         (num_tokens, blocks, 1),
         z,
         y if weights is None else weights.contiguous(),
@@ -53,7 +52,6 @@ def _dispatch_plan(num_experts: int, n: int, top_k: int) -> tuple[Plan, int]:
     return Plan(permute_kernels.dispatch_kernel, constants, num_warps=warps), cdiv(n, block)
 
 
-@on_device
 def dispatch(x: Tensor, routing: Routing, num_rows: int) -> Tensor:
     """``reference.dispatch``."""
     rows = x.new_empty((num_rows, x.shape[1]))
@@ -61,7 +59,7 @@ def dispatch(x: Tensor, routing: Routing, num_rows: int) -> Tensor:
         return rows
     x = x.contiguous()
     plan, blocks = _dispatch_plan(routing.num_experts, x.shape[1], routing.top_k)
-    plan(device_index(x), (x.shape[0], blocks, 1), x, rows, routing.offsets, routing.slot_to_row)
+    plan(x.device, (x.shape[0], blocks, 1), x, rows, routing.offsets, routing.slot_to_row)
     return rows
 
 
@@ -78,7 +76,6 @@ def _combine_backward_plan(num_experts: int, n: int, top_k: int, need_weights: b
     return Plan(permute_kernels.combine_backward_kernel, constants, num_warps=warps)
 
 
-@on_device
 def combine_backward(
     grad_y: Tensor, z: Tensor | None, routing: Routing, weights: Tensor
 ) -> tuple[Tensor, Tensor | None]:
@@ -89,7 +86,7 @@ def combine_backward(
     if grad_z.numel() == 0:
         return grad_z, None if grad_weights is None else grad_weights.zero_()
     _combine_backward_plan(routing.num_experts, n, routing.top_k, z is not None)(
-        device_index(grad_y),
+        grad_y.device,
         (weights.numel(), 1, 1),
         grad_y.contiguous(),
         grad_z if z is None else z.contiguous(),

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels import routing as routing_kernels
 from ..plan import Plan
 from ..routing import max_tiles
-from .operands import cdiv, device_index, on_device, power_of_2, tile_height
+from .operands import cdiv, power_of_2, tile_height
 
 if TYPE_CHECKING:
     from ..routing import Routing
@@ -52,7 +52,6 @@ def _route_plan(num_experts: int, block: int, sub_blocks: int, block_m: int, sin
     return Plan(routing_kernels.route_kernel, constants, num_warps=8 if single else 4)
 
 
-@on_device
 def route(top_k_index: Tensor, routing: Routing, dtype: torch.dtype) -> None:
     """``reference.route``."""
     num_slots, num_experts = top_k_index.numel(), routing.num_experts
@@ -60,7 +59,7 @@ def route(top_k_index: Tensor, routing: Routing, dtype: torch.dtype) -> None:
         routing.offsets.zero_()
         return
     ids = top_k_index.contiguous()
-    device = device_index(ids)
+    device = ids.device
     # A power of two, so that few block sizes are ever compiled.
     single = num_slots <= ROUTING_SINGLE_SLOTS
     if single:
@@ -104,7 +103,6 @@ def _route_sorted_plan(num_experts: int, block_m: int) -> Plan:
     return Plan(routing_kernels.route_sorted_kernel, constants)
 
 
-@on_device
 def route_sorted(m_sizes: Tensor, num_rows: int, routing: Routing, dtype: torch.dtype) -> None:
     """``reference.route_sorted``."""
     num_experts = routing.num_experts
@@ -116,7 +114,7 @@ def route_sorted(m_sizes: Tensor, num_rows: int, routing: Routing, dtype: torch.
     tiles = max_tiles(num_rows, num_experts, block_m)
     num_blocks = cdiv(tiles, ROUTING_SUB_TILES)
     _route_sorted_plan(num_experts, block_m)(
-        device_index(m_sizes),
+        m_sizes.device,
         (num_blocks, 1, 1),
         m_sizes.contiguous(),
         routing.offsets,
