@@ -56,6 +56,15 @@ def signals_ignored() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def interrupted_afterwards() -> Iterator[None]:
+    """For importing torch, whose C++ ends the process if a signal raises within it: the first one raises at the end."""
+    with first_signal_noted() as received:
+        yield
+    if (signum := received()) is not None:
+        raise Interrupted(signum)
+
+
+@contextlib.contextmanager
 def first_signal_noted() -> Iterator[Callable[[], int | None]]:
     """For work that ends by itself soon after it is asked to: gives a function that returns the signal that came, or None.
 

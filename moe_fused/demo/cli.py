@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moe_fused.commands.options import require
+from moe_fused.signals import interrupted_afterwards
 
 from .output import staged_output
 
@@ -42,7 +43,8 @@ def demo(
         packages = ("accelerate", "bitsandbytes", "datasets", "peft", "trl", "yaml")
         require("the demo, unless with --no-load-in-4bit,", *packages, extra="train")
     with staged_output(output) as staging:
-        from . import report, run  # take torch and transformers
+        with interrupted_afterwards():
+            from . import report, run  # take torch and transformers
 
         console, results = run.run(staging, steps, device, seed, load_in_4bit)
     report.print_summary(console, results, output)
