@@ -34,6 +34,9 @@ CUBLAS_WORKSPACE = 2 * 32 * MIB
 EXPERT_WORKSPACE = 256 * MIB
 # TRL's loss goes through the logits in tiles of so many tokens and words, ``finetune`` with fewer words beside CUDA graphs.
 LOSS_TOKENS, LOSS_WORDS, LOSS_WORDS_BESIDE_GRAPHS = 4096, 32768, 8192
+# Of flash attention over documents: what each is rounded up to, and tokens of one, on the average of the batch with the
+# shortest.
+FLASH_ROWS, DOCUMENT_TOKENS = 128, 32
 # bitsandbytes: 4-bit blocks, their groups, blocks of optimizer state; smaller parameters have a state of 32 bits, and only
 # larger ones a state in paged memory.
 BLOCK, GROUP, STATE_BLOCK = 64, 256, 256
@@ -120,6 +123,7 @@ class Workload:
         optimizer: a name of Transformers'.
         checkpointing: layers are computed again in backward.
         masked: attention takes a mask of all pairs of tokens, as documents side by side need with SDPA.
+        documents: it takes the boundaries of documents instead, as flash attention does.
         fused_norms: norms keep their input as it is, not in fp32.
         gpu: whether what a GPU's libraries take counts.
         graphs: the decoder's passes are CUDA graphs, which keep the memory that they need at their worst moment.
@@ -138,6 +142,7 @@ class Workload:
     optimizer: str = "paged_adamw_8bit"
     checkpointing: bool = True
     masked: bool = False
+    documents: bool = False
     fused_norms: bool = True
     gpu: bool = True
     graphs: bool = False
@@ -271,7 +276,8 @@ def predict(sizes: Sizes, work: Workload) -> Prediction:
         "adapters": trainable * work.adapter_itemsize,
         "optimizer state": sum(states) - paged,
         "optimizer state, paged": paged,
-        "cuBLAS": CUBLAS_WORKSPACE if work.gpu else 0,
+        # Graphs are recorded on a stream of their own.
+        "cuBLAS": CUBLAS_WORKSPACE * (2 if work.graphs else 1) if work.gpu else 0,
         "CUDA context": CONTEXT if work.gpu else 0,
     }
     gradients = trainable * work.adapter_itemsize
@@ -397,8 +403,12 @@ def _attention_kept(sizes: Sizes, work: Workload) -> int:
 
 def _attention_made(sizes: Sizes, work: Workload) -> int:
     """The gradients of the output, the queries (which add up in fp32), the keys and the values."""
-    keys = sizes.queries if work.masked else sizes.keys
-    return work.tokens * ((2 * sizes.queries + 2 * keys) * work.itemsize + 4 * sizes.queries)
+    whole = work.masked or work.documents  # keys and values have a gradient for each head first
+    keys = sizes.queries if whole else sizes.keys
+    sums = work.tokens
+    if work.documents:  # each of which adds up in blocks of its own
+        sums += FLASH_ROWS * work.tokens // DOCUMENT_TOKENS
+    return work.tokens * (2 * sizes.queries + 2 * keys) * work.itemsize + 4 * sums * sizes.queries
 
 
 def _experts(sizes: Sizes, work: Workload) -> tuple[int, int, int]:

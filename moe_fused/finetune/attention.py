@@ -32,12 +32,13 @@ def _flash() -> tuple[Callable[..., Any], bool] | None:
         return None
     function: Any = varlen.varlen_attn
     known = inspect.signature(function).parameters
-    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if not {"scale", "window_size"} <= known.keys():  # torch 2.10
+        return None
     grouped = {"enable_gqa": True} if "enable_gqa" in known else {}
-    return functools.partial(function, **causal, **grouped), bool(grouped)
+    return functools.partial(function, window_size=(-1, 0), **grouped), bool(grouped)
 
 
-def serves(attn: str, config: Any, device: torch.device, *, packed: bool) -> bool:
+def serves(attn: str, config: Any, device: torch.device, dtype: torch.dtype, *, packed: bool) -> bool:
     """Whether ``NAME`` computes what ``attn`` does in a model of this config.
 
     Args:
@@ -47,8 +48,17 @@ def serves(attn: str, config: Any, device: torch.device, *, packed: bool) -> boo
     everything = set(getattr(text, "layer_types", None) or ["full_attention"]) == {"full_attention"}
     if attn != "sdpa" or device.type != "cuda" or not everything or getattr(text, "sliding_window", None):
         return False
+    return not packed or (_flash() is not None and dtype.itemsize == 2 and _flash_takes(text))
+
+
+def _flash_takes(text: Any) -> bool:
+    """Whether heads are of a size that flash attention has."""
     features = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return not packed or (_flash() is not None and features <= _MOST_FEATURES)
+    if (values := getattr(text, "v_head_dim", None)) is not None:  # multi-head latent attention
+        features = text.qk_nope_head_dim + text.qk_rope_head_dim
+        if features != values:
+            return False
+    return bool(features <= _MOST_FEATURES and features % 8 == 0)
 
 
 def use(model: Any) -> None:

@@ -1,4 +1,4 @@
-"""What TRL's collator makes of documents that were packed side by side, as ``attention`` and CUDA graphs take it."""
+"""TRL's batches as ``attention`` and CUDA graphs take them: all of one shape, with the boundaries of packed documents."""
 
 from __future__ import annotations
 
@@ -7,27 +7,70 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+# The share of tokens that are no padding from which on all sequences are made equally long: padding costs what tokens do.
+FULL = 0.85
 # What else TRL says of where documents lie, for attention and convolutions of other kinds.
 _OTHERS = ("cu_seq_lens_k", "max_length_k", "seq_idx")
 
 
+def lengths_of(dataset: Any) -> list[int]:
+    """Tokens of each sequence of a data set of TRL's, without making Python's numbers of the tokens."""
+    lengths: list[int] = pc.list_value_length(dataset.data.column("input_ids")).to_pylist()
+    return lengths
+
+
+def is_full(lengths: Sequence[int]) -> bool:
+    """Whether filling all sequences up to the longest adds little to them."""
+    return sum(lengths) >= FULL * len(lengths) * max(lengths)
+
+
+def _fill(batch: dict[str, Any], padding: int, rows: int, columns: int) -> None:
+    """Adds rows and columns of padding, from which nothing is learned."""
+    values = {"input_ids": padding, "labels": -100, "attention_mask": 0}
+    for name, value in values.items():
+        batch[name] = functional.pad(batch[name], (0, columns, 0, rows), value=value)
+
+
 @dataclass(frozen=True)
-class Documents:
-    """Boundaries of documents in batches of any number of them, as tensors and numbers that are of one shape for all.
+class Sequences:
+    """Batches of sequences side by side, filled up to ``shape``, (B, T).
 
     Attributes:
-        collate: TRL's collator of batches without padding, which are one row.
+        collate: TRL's collator.
+        padding: the id of tokens that fill up.
+    """
+
+    collate: Collate
+    shape: tuple[int, int]
+    padding: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collate(rows)
+        have = batch["input_ids"].shape
+        _fill(batch, self.padding, self.shape[0] - have[0], self.shape[1] - have[1])
+        return batch
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Batches of packed documents, one row of tokens, with boundaries that are of one shape whatever their number.
+
+    Attributes:
+        collate: TRL's collator of batches without padding.
         most: documents of a batch, at most.
-        longest: tokens of the longest document of all.
+        longest: tokens of the longest document of all, or of what fills a batch up.
         tokens: to fill batches up to; None leaves them as they are.
         padding: the id of tokens that do so.
     """
 
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    collate: Collate
     most: int
     longest: int
     tokens: int | None
@@ -35,16 +78,13 @@ class Documents:
 
     @classmethod
     def of(
-        cls,
-        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
-        lengths: Sequence[Sequence[int]],
-        batch_size: int,
-        tokens: int | None,
-        padding: int,
+        cls, collate: Collate, lengths: Sequence[Sequence[int]], batch_size: int, tokens: int | None, padding: int
     ) -> Documents:
         """For packed sequences with documents of these ``lengths``, of which ``batch_size`` make a batch."""
-        most = batch_size * max(map(len, lengths))
-        return cls(collate, most, max(itertools.chain.from_iterable(lengths)), tokens, padding)
+        most, longest = batch_size * max(map(len, lengths)), max(itertools.chain.from_iterable(lengths))
+        if tokens is not None:
+            longest = max(longest, tokens - min(map(sum, lengths)))
+        return cls(collate, most, longest, tokens, padding)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collate(rows)
@@ -54,19 +94,16 @@ class Documents:
         del batch["max_length_q"]
         total = batch["input_ids"].shape[1]
         filled = total if self.tokens is None else self.tokens
-        if missing := filled - total:
-            batch["input_ids"] = functional.pad(batch["input_ids"], (0, missing), value=self.padding)
-            batch["labels"] = functional.pad(batch["labels"], (0, missing), value=-100)
-        # Padding is documents like others, none longer than they are: attention looks no further than that.
-        starts = torch.arange(total, filled, self.longest, dtype=boundaries.dtype)
-        boundaries = torch.cat([boundaries[:-1], starts, boundaries.new_tensor([filled])])
-        if missing:
-            place = torch.arange(missing)
-            batch["position_ids"] = torch.cat([batch["position_ids"], (place % self.longest)[None]], dim=1)
+        if self.tokens is not None:
+            # Attention does not look at the mask; TRL counts tokens by it.
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+            _fill(batch, self.padding, 0, filled - total)
+            padding = torch.arange(filled - total)[None]
+            batch["position_ids"] = torch.cat([batch["position_ids"], padding], dim=1)
         if self.most == 1:
             # One document and what comes after it, which it does not see: causal attention is all it takes.
             return batch
-        room = self.most + (0 if self.tokens is None else -(-self.tokens // self.longest))
-        batch["cu_seq_lens_q"] = functional.pad(boundaries, (0, room + 1 - len(boundaries)), value=filled)
-        batch["max_length_q"] = self.longest
+        # What fills up is a document of its own, as those that are missing are, of no tokens.
+        boundaries = functional.pad(boundaries, (0, self.most + 2 - len(boundaries)), value=filled)
+        batch["cu_seq_lens_q"], batch["max_length_q"] = boundaries, self.longest
         return batch

@@ -11,8 +11,9 @@ forward comes before somebody took them (gradient accumulation).
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class GraphedDecoder:
     """``decoder`` with graphs in its training forward; everything else about it stays as it is.
 
     A forward raises RuntimeError if something in the decoder cannot be recorded, such as waiting for the GPU.
+    A decoder that gives more than hidden states is left to run eagerly.
 
     The first batch of ``shape`` runs eagerly, and with it whatever compiles, tunes or allocates on a first call; the
     second is recorded. Batches of other shapes, and passes without gradients, always run eagerly.
@@ -38,14 +40,19 @@ class GraphedDecoder:
     def __init__(self, decoder: Any, shape: tuple[int, int]) -> None:
         self.enabled = True
         self._decoder, self._shape = decoder, torch.Size(shape)
+        self._own = vars(decoder).get("forward")
         self._eager: Callable[..., Any] = decoder.forward
         self._is_warm = False
         self._recording: _Recording | None = None
         decoder.forward = self._forward
 
     def close(self) -> None:
-        """Leaves the decoder as it was, and gives the graphs' memory back."""
-        vars(self._decoder).pop("forward", None)
+        """Leaves the decoder as it was, and gives the graphs' memory back, with the gradients in it."""
+        del self._decoder.forward
+        if self._own is not None:
+            self._decoder.forward = self._own
+        if self._recording is not None:
+            self._recording.drop_gradients()
         self.forget()
 
     def forget(self) -> None:
@@ -63,7 +70,9 @@ class GraphedDecoder:
             return self._eager(*args, **kwargs)
         if not self._is_warm:
             self._is_warm = True
-            return self._eager(**kwargs)
+            output = self._eager(**kwargs)
+            self.enabled = set(output) == {"last_hidden_state"}
+            return output
         if self._recording is None:
             self._recording = self._record(kwargs)
         if not self._recording.takes(kwargs):
@@ -79,12 +88,19 @@ class GraphedDecoder:
         gc.collect()
         torch.cuda.empty_cache()
         try:
-            return _Recording(self._decoder, self._eager, inputs)
+            with _no_collection():
+                return _Recording(self._decoder, self._eager, inputs)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            # Ending a recording that failed fails, too: what came first says why.
+            first: BaseException = error
+            while first.__context__ is not None:
+                first = first.__context__
+            reason = str(first).strip().partition("\n")[0]
+            if isinstance(first, torch.OutOfMemoryError) or "out of memory" in reason:
+                raise torch.OutOfMemoryError(reason) from error
             # No going on eagerly: torch's random numbers are left as if the recording still went on.
-            reason = str(error).strip().partition("\n")[0]
             name = type(self._decoder).__name__
             raise RuntimeError(f"{name} cannot run as CUDA graphs, --no-cuda-graphs does without: {reason}") from error
 
@@ -98,6 +114,18 @@ class GraphedDecoder:
         )
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """The collector might free, and so wait for, what belongs to another stream."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 class _Recording:
     """The graphs of one decoder for inputs like ``inputs``.
 
@@ -107,19 +135,11 @@ class _Recording:
 
     def __init__(self, decoder: nn.Module, forward: Callable[..., Any], inputs: Mapping[str, Any]) -> None:
         self._parameters = [own for own in decoder.parameters() if own.requires_grad]
-        # One tensor under several names stays one.
-        copies: dict[int, Tensor] = {}
-        self._inputs = {
-            name: copies.setdefault(id(value), value.clone()) if isinstance(value, Tensor) else value
-            for name, value in inputs.items()
-        }
+        self._inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
         self._forward_graph, self._backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._forward_graph):
             output = forward(**self._inputs)
         self._hidden: Tensor = output.last_hidden_state
-        more = set(output) - {"last_hidden_state"}
-        if more:
-            raise RuntimeError(f"it gives more than hidden states: {', '.join(sorted(more))}")
         self._output_type = type(output)
         # Not backward(): what accumulates gradients belongs to the stream of the passes before.
         with torch.cuda.graph(self._backward_graph, pool=self._forward_graph.pool()):
@@ -173,13 +193,21 @@ class _Recording:
                 added.append(new)
         torch._foreach_add_(held, added)
 
-    def move_gradients(self) -> None:
-        """Gradients that are still where the next pass writes go to memory of their own."""
-        kept = [
+    def _kept(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Parameters whose gradients are still where the next pass writes."""
+        return [
             (parameter, new)
             for parameter, new in zip(self._parameters, self._grads, strict=True)
             if parameter.grad is not None and parameter.grad.data_ptr() == new.data_ptr()
         ]
+
+    def drop_gradients(self) -> None:
+        for parameter, _ in self._kept():
+            parameter.grad = None
+
+    def move_gradients(self) -> None:
+        """Gradients that are still where the next pass writes go to memory of their own."""
+        kept = self._kept()
         if not kept:
             return
         if self._buffers is None or len(self._buffers) != len(kept):

@@ -39,7 +39,7 @@ def without_walks(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[Non
 
 
 def queued(optimizer_class: type[Any]) -> type[Any]:
-    """An optimizer of bitsandbytes whose steps only queue work on the GPU.
+    """An optimizer of bitsandbytes whose steps only queue work on the GPU, on the stream that all else runs on.
 
     States that are paged are memory of the host, too, so whoever reads them must wait: ``state_dict`` does.
     """
@@ -68,8 +68,8 @@ def queued(optimizer_class: type[Any]) -> type[Any]:
             return loss
 
         def state_dict(self) -> dict[str, Any]:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
             state: dict[str, Any] = super().state_dict()
             return state
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -245,12 +246,23 @@ def is_random(options: Options, config: Any) -> bool:
     if options.lora_dropout:
         return True
     values = config.get_text_config().to_dict()
-    words = ("dropout", "pdrop", "jitter_noise", "layerdrop")
-    return any(name.endswith(words) and isinstance(value, (int, float)) and value > 0 for name, value in values.items())
+    words = ("dropout", "pdrop", "layerdrop", "jitter_noise")
+    return any(
+        any(word in name for word in words) and isinstance(value, (int, float)) and value > 0
+        for name, value in values.items()
+    )
+
+
+def _waits_for_lengths(config: Any) -> bool:
+    """Whether the rotary embedding looks at the positions, on the GPU, to see how it is scaled."""
+    text = config.get_text_config()
+    ropes = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    # One for all layers, or one for each type of them.
+    return any(isinstance(rope, Mapping) and rope.get("rope_type") == "dynamic" for rope in (ropes, *ropes.values()))
 
 
 def graphs_serve(options: Options, config: Any, device: torch.device, packing: str) -> bool:
-    """Whether the decoder runs as CUDA graphs: if asked for, or where packing makes all batches alike.
+    """Whether the decoder runs as CUDA graphs: if asked for, or on NVIDIA GPUs where packing makes batches alike.
 
     Args:
         packing: not "auto".
@@ -260,21 +272,22 @@ def graphs_serve(options: Options, config: Any, device: torch.device, packing: s
     """
     if options.cuda_graphs is False:
         return False
-    packed = packing.startswith("bfd")
+    packed, dtype = packing.startswith("bfd"), compute_dtype(options, device)
     reasons = {
         "it needs a GPU of NVIDIA or AMD": device.type != "cuda",
-        "dropout would drop the same elements in each step": is_random(options, config),
+        "what dropout drops could not be dropped again when layers are computed anew": is_random(options, config),
         "--router-aux-loss takes more than hidden states out of the decoder": options.router_aux_loss > 0,
-        "adapters of another dtype than the weights need autocast": adapter_dtype(options, device)
-        is not compute_dtype(options, device),
+        "adapters of another dtype than the weights need autocast": adapter_dtype(options, device) is not dtype,
+        "the model's rotary embedding waits for the GPU": _waits_for_lengths(config),
         f"--attn {options.attn} waits for the GPU, or the model's layers do not attend to all that is before them": not (
-            attention.serves(options.attn, config, device, packed=packed)
+            attention.serves(options.attn, config, device, dtype, packed=packed)
         ),
     }
     reason = next((text for text, applies in reasons.items() if applies), None)
     if options.cuda_graphs and reason is not None:
         raise ValueError(f"--cuda-graphs: {reason}")
-    return reason is None and (bool(options.cuda_graphs) or packing != "none")
+    by_itself = packing != "none" and torch.version.hip is None
+    return reason is None and (bool(options.cuda_graphs) or by_itself)
 
 
 def apply_liger(model: Any) -> None:

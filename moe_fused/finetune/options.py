@@ -72,7 +72,7 @@ class Options:
         bool | None,
         Help(
             "The decoder's passes as CUDA graphs, which a host that is slower than the GPU does not hold up.",
-            shown="on NVIDIA and AMD GPUs with packing, where nothing is random",
+            shown="on NVIDIA GPUs, where packing fills the sequences and nothing is random",
         ),
     ] = None
     device: Annotated[str, Help("Where to train: cpu, cuda, cuda:1, xpu.", shown="a GPU if there is one")] = "auto"

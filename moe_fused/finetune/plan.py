@@ -56,11 +56,6 @@ class Plan:
     graphs: bool
 
     @property
-    def batch_shape(self) -> tuple[int, int]:
-        """Of a full batch's token ids: packed documents are one row."""
-        return (1, self.length * self.batch) if self.packing.startswith("bfd") else (self.batch, self.length)
-
-    @property
     def step_tokens(self) -> int:
         return self.length * self.batch * self.accumulation
 
@@ -113,10 +108,13 @@ def make_plan(options: Options, config: Any, device: torch.device, *, plain_text
             raise ValueError(f"--sequence-length must be at most {longest} for {options.model}, got {lengths[0]}")
     else:
         lengths = sorted({min(length, longest) for length in LENGTHS}, reverse=True)
+    # Rather without graphs, which take some memory, than shorter.
+    ways = [options] if options.cuda_graphs is not None else [options, dataclasses.replace(options, cuda_graphs=False)]
     for length in lengths:
-        plan = _plan(options, config, sizes, device, length, packing, limit)
-        if limit is None or plan.prediction.total + SLACK <= limit:
-            return plan
+        for way in ways:
+            plan = _plan(way, config, sizes, device, length, packing, limit)
+            if limit is None or plan.prediction.total + SLACK <= limit:
+                return plan
     raise ValueError(_advice(plan, options, config, sizes, device))
 
 
@@ -125,8 +123,8 @@ def _plan(
 ) -> Plan:
     accumulation = options.gradient_accumulation or max(1, STEP_TOKENS // (options.batch_size * length))
     packed = packing.startswith("bfd")
-    masked = packed and options.attn in ("sdpa", "eager")
-    masked = masked and not attention.serves(options.attn, config, device, packed=True)
+    dtype = compute_dtype(options, device)
+    apart = packed and attention.serves(options.attn, config, device, dtype, packed=True)
     graphs = graphs_serve(options, config, device, packing)
     work = Workload(
         # Documents side by side go through the model as one sequence, of a batch's tokens.
@@ -134,7 +132,7 @@ def _plan(
         length=length * options.batch_size if packed else length,
         accumulation=accumulation,
         quantized=quantizes(options, config),
-        itemsize=compute_dtype(options, device).itemsize,
+        itemsize=dtype.itemsize,
         adapter_itemsize=adapter_dtype(options, device).itemsize,
         attention_rank=options.attention_rank,
         attention_modules=tuple(options.attention_modules or ATTENTION),
@@ -142,7 +140,8 @@ def _plan(
         dropout=options.lora_dropout > 0,
         optimizer=optimizer_of(options, device),
         checkpointing=options.gradient_checkpointing,
-        masked=masked,
+        masked=packed and options.attn in ("sdpa", "eager") and not apart,
+        documents=apart,
         fused_norms=liger_serves(options, config, device),
         gpu=device.type != "cpu",
         graphs=graphs,

@@ -29,11 +29,12 @@ _LOGGED = {
 }
 
 
-def memory_gib(device: torch.device) -> float | None:
-    """The most memory that tensors took on a GPU so far; None on a CPU."""
+def memory_gib(device: torch.device, graphs: bool) -> float | None:
+    """The most memory that tensors took on a GPU so far, or, with CUDA graphs, was kept for them; None on a CPU."""
     if device.type == "cpu":
         return None
-    return torch.accelerator.max_memory_allocated(device) / GIB
+    most = torch.accelerator.max_memory_reserved if graphs else torch.accelerator.max_memory_allocated
+    return most(device) / GIB
 
 
 class Log(TrainerCallback):
@@ -44,11 +45,15 @@ class Log(TrainerCallback):
     Args:
         path: of log.jsonl.
         console: for progress, a bar if it is a terminal, else a line for each record.
+        graphs: whether memory is kept for CUDA graphs.
         tokens: how many tokens the trainer has gone through.
     """
 
-    def __init__(self, path: Path, console: Console, device: torch.device, tokens: Callable[[], int]) -> None:
-        self._path, self._console, self._device, self._tokens = path, console, device, tokens
+    def __init__(
+        self, path: Path, console: Console, device: torch.device, graphs: bool, tokens: Callable[[], int]
+    ) -> None:
+        self._path, self._console, self._tokens = path, console, tokens
+        self._device, self._graphs = device, graphs
         words, left = TextColumn("{task.description}"), TimeRemainingColumn(elapsed_when_finished=True)
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), words, left)
         self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
@@ -79,7 +84,7 @@ class Log(TrainerCallback):
             name: logs[key] for key, name in _LOGGED.items() if logs.get(key) is not None
         }
         record["tokens_per_second"] = round(rate, 1)
-        if (memory := memory_gib(self._device)) is not None:
+        if (memory := memory_gib(self._device, self._graphs)) is not None:
             record["memory_gib"] = round(memory, 3)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

@@ -23,12 +23,13 @@ from moe_fused.signals import first_signal_noted
 from moe_fused.staging import is_partial, replace_file
 
 from . import attention
-from .batches import Documents
+from .batches import Documents, Sequences, is_full, lengths_of
 from .command import CONFIG
 from .data import Rows, is_text, load_rows
 from .model import (
     adapt,
     apply_liger,
+    compute_dtype,
     device_of,
     is_random,
     liger_serves,
@@ -72,6 +73,8 @@ def run(options: Options, *, resume: bool = False, overwrite: bool = False, dry_
     output = options.output_directory
     _check_output(output, resume, overwrite)
     device = device_of(options)
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
     config, tokenizer = load_config(options), load_tokenizer(options)
     rows = load_rows(
         options.dataset,
@@ -93,7 +96,10 @@ def run(options: Options, *, resume: bool = False, overwrite: bool = False, dry_
     begin = time.perf_counter()
     model = adapt(load_model(options, config, device), options)
     trainer = make_trainer(model, tokenizer, rows.dataset(), options, device, plan)
-    log = Log(output / LOG, console, device, lambda: trainer.tokens)
+    if device.type != "cpu":  # what loading took beyond the model is none of the run's
+        torch.accelerator.empty_cache()
+        torch.accelerator.reset_peak_memory_stats(device)
+    log = Log(output / LOG, console, device, trainer.shape is not None, lambda: trainer.tokens)
     trainer.add_callback(log)
     try:
         with first_signal_noted() as received:
@@ -126,7 +132,7 @@ def _facts(trainer: Finetuner, device: torch.device, plan: Plan, begin: float) -
         "time since the last start": f"{time.perf_counter() - begin:.0f} s",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
-    if (memory := memory_gib(device)) is not None:
+    if (memory := memory_gib(device, trainer.shape is not None)) is not None:
         facts["peak memory of tensors"] = f"{memory:.2f} GiB, predicted {plan.prediction.allocated / GIB:.2f} GiB"
     return facts
 
@@ -137,24 +143,27 @@ def make_trainer(
     """The trainer of a run: what ``finetune`` trains with once it has a model with adapters, and data."""
     if liger_serves(options, model.config, device):
         apply_liger(model.get_base_model())
-    config, packed = model.config, plan.packing.startswith("bfd")
+    config = model.config
     arguments = sft_config(
         options, device, plan.packing, plan.length, plan.accumulation, random=is_random(options, config)
     )
-    shape = plan.batch_shape if plan.graphs else None
-    serves = attention.serves(options.attn, config, device, packed=packed)
-    if serves:
+    packed, dtype = plan.packing.startswith("bfd"), compute_dtype(options, device)
+    attends = attention.serves(options.attn, config, device, dtype, packed=packed)
+    if attends:
         attention.use(model.get_base_model())
-    trainer = Finetuner(
-        model, options, device, shape, args=arguments, train_dataset=dataset, processing_class=tokenizer
-    )
-    if packed and serves:
-        rows: Any = trainer.train_dataset
-        collate: Any = trainer.data_collator
-        tokens = None if shape is None else shape[1]
-        trainer.data_collator = Documents.of(
-            collate, rows["seq_lengths"], options.batch_size, tokens, collate.pad_token_id
-        )
+    trainer = Finetuner(model, options, device, args=arguments, train_dataset=dataset, processing_class=tokenizer)
+    batches: Any = trainer.train_dataset
+    collate: Any = trainer.data_collator
+    lengths = lengths_of(batches)
+    if plan.graphs and (options.cuda_graphs or is_full(lengths)):
+        tokens = max(lengths)
+        trainer.shape = (1, options.batch_size * tokens) if packed else (options.batch_size, tokens)
+    if packed and attends:
+        columns = None if trainer.shape is None else trainer.shape[1]
+        documents = batches["seq_lengths"]
+        trainer.data_collator = Documents.of(collate, documents, options.batch_size, columns, collate.pad_token_id)
+    elif trainer.shape is not None:
+        trainer.data_collator = Sequences(collate, trainer.shape, collate.pad_token_id)
     trainer.remove_callback(PrinterCallback)
     return trainer
 

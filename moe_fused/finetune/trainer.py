@@ -33,10 +33,10 @@ CHECKPOINTS = "checkpoints"
 def narrow_tiles() -> Iterator[None]:
     """TRL's loss through a quarter of its tile of logits, 256 MiB, for which there is no room in the memory of graphs.
 
-    TRL has no option for it. Under a name that it does not have any more, this changes nothing.
+    TRL has no option for it.
     """
     name = "_CHUNKED_LOGPROB_CHUNK_SIZE"
-    before = getattr(trl_utils, name, None)
+    before = getattr(trl_utils, name)
     setattr(trl_utils, name, LOSS_WORDS_BESIDE_GRAPHS)
     try:
         yield
@@ -105,17 +105,16 @@ class Finetuner(SFTTrainer):
         model: of PEFT.
         options: of the run.
         device: where the model is.
-        shape: of the batches that run as CUDA graphs; None runs everything eagerly.
         other arguments: SFTTrainer's.
 
     Attributes:
+        shape: of the batches that run as CUDA graphs; None runs everything eagerly.
         graphs: of the decoder, while it trains.
     """
 
-    def __init__(
-        self, model: Any, options: Options, device: torch.device, shape: tuple[int, int] | None = None, **kwargs: Any
-    ) -> None:
-        self._options, self._shape = options, shape
+    def __init__(self, model: Any, options: Options, device: torch.device, **kwargs: Any) -> None:
+        self._options = options
+        self.shape: tuple[int, int] | None = None
         self.graphs: GraphedDecoder | None = None
         self._adapter_dtype = adapter_dtype(options, device)
         arguments = kwargs["args"]
@@ -166,9 +165,9 @@ class Finetuner(SFTTrainer):
                 return
         model: Any = self.model
         tiles: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if self._shape is not None:
+        if self.shape is not None:
             # What TRL's loss calls for hidden states.
-            self.graphs = GraphedDecoder(self._base_model().base_model, self._shape)
+            self.graphs = GraphedDecoder(self._base_model().base_model, self.shape)
             tiles = narrow_tiles()
         try:
             with tiles, without_walks(model, self._trained):

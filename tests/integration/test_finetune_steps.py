@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 pytest.importorskip("trl")
+pytest.importorskip("datasets")
 
+import datasets
 from trl.trainer import utils as trl_utils
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from moe_fused.finetune import attention, graphs
-from moe_fused.finetune.batches import Documents
+from moe_fused.finetune.batches import Documents, Sequences, is_full, lengths_of
 from moe_fused.finetune.graphs import GraphedDecoder
 from moe_fused.finetune.host import queued, without_walks
 from moe_fused.finetune.model import graphs_serve, is_random
@@ -72,8 +74,10 @@ def test_same_hidden_states_as_with_a_mask(model: Any, rows: list[dict[str, Any]
     theirs = trl_batch(rows)
     want = model.model(input_ids=theirs["input_ids"], position_ids=theirs["position_ids"]).last_hidden_state
     batch = collator(rows, len(rows), tokens)(copy.deepcopy(rows))
-    assert batch["input_ids"].shape[1] == (tokens or theirs["input_ids"].shape[1])
     real = theirs["input_ids"].shape[1]
+    assert batch["input_ids"].shape[1] == (tokens or real)
+    if tokens is not None:
+        assert batch["attention_mask"].sum() == real  # by which TRL counts
     assert torch.equal(batch["labels"][:, :real], theirs["labels"])
     assert (batch["labels"][:, real:] == -100).all()
     attention.use(model)
@@ -106,10 +110,36 @@ def test_batches_are_of_one_shape() -> None:
         boundaries = batch["cu_seq_lens_q"]
         assert (boundaries[0], boundaries[-1]) == (0, 48)
         assert (boundaries.diff() >= 0).all()
-        assert boundaries.diff().max() <= batch["max_length_q"] == 18
+        assert (
+            boundaries.diff().max() <= batch["max_length_q"] == 42
+        )  # what the shortest, of 6 tokens, is filled up with
         for name, value in batch.items():
             if isinstance(value, Tensor):
                 assert (value.shape, value.dtype) == (batches[0][name].shape, batches[0][name].dtype)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (3, 8)])
+def test_sequences_are_filled_up(model: Any, shape: tuple[int, int]) -> None:
+    """With tokens from which nothing is learned and rows of them; those that count come out as they do without."""
+    rows = [{"input_ids": [1, 2, 3, 4, 5]}, {"input_ids": [6, 7, 8]}]
+    collate = DataCollatorForLanguageModeling(pad_token_id=0)
+    theirs, batch = collate(copy.deepcopy(rows)), Sequences(collate, shape, 0)(copy.deepcopy(rows))
+    assert {value.shape for value in batch.values()} == {shape}
+    assert batch["attention_mask"].sum() == 8
+    assert (batch["labels"] != -100).sum() == 8
+    want = model.model(input_ids=theirs["input_ids"], attention_mask=theirs["attention_mask"]).last_hidden_state
+    attention.use(model)
+    got = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    counts = theirs["attention_mask"].bool()
+    torch.testing.assert_close(got[:2, :5][counts], want[counts], rtol=1e-4, atol=1e-5)
+
+
+def test_lengths_tell_whether_filling_up_pays() -> None:
+    rows = [[1] * 10, [2] * 9, [3] * 8]
+    lengths = lengths_of(datasets.Dataset.from_dict({"input_ids": rows}))
+    assert lengths == [10, 9, 8]
+    assert is_full(lengths)
+    assert not is_full([10, 5, 8])
 
 
 def test_padding_behind_the_tokens_changes_nothing(model: Any) -> None:
@@ -123,18 +153,40 @@ def test_padding_behind_the_tokens_changes_nothing(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("attn", "sizes", "device", "serves"),
+    ("attn", "sizes", "device", "whole", "packed"),
     [
-        ("sdpa", {}, CUDA, True),
-        ("sdpa", {}, CPU, False),
-        ("flash_attention_2", {}, CUDA, False),
-        ("sdpa", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, CUDA, False),
-        ("sdpa", {"head_dim": 512}, CUDA, False),
+        ("sdpa", {}, CUDA, True, True),
+        ("sdpa", {}, CPU, False, False),
+        ("flash_attention_2", {}, CUDA, False, False),
+        ("sdpa", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, CUDA, False, False),
+        ("sdpa", {"head_dim": 512}, CUDA, True, False),
+        ("sdpa", {"head_dim": 20}, CUDA, True, False),
+        ("sdpa", {"v_head_dim": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8}, CUDA, True, False),
     ],
 )
-def test_serves_what_it_computes(attn: str, sizes: dict[str, Any], device: torch.device, serves: bool) -> None:
+def test_serves_what_it_computes(
+    attn: str, sizes: dict[str, Any], device: torch.device, whole: bool, packed: bool
+) -> None:
     config = Qwen3MoeConfig(**{**SIZES, **sizes})
-    assert attention.serves(attn, config, device, packed=True) == serves
+    assert attention.serves(attn, config, device, torch.bfloat16, packed=False) == whole
+    assert attention.serves(attn, config, device, torch.bfloat16, packed=True) == packed
+    assert not attention.serves(attn, config, device, torch.float32, packed=True)
+
+
+def test_flash_attention_of_torch_without_a_scale_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in torch 2.10."""
+    from torch.nn.attention import varlen
+
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+        raise AssertionError
+
+    attention._flash.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(varlen, "varlen_attn", varlen_attn)
+            assert attention._flash() is None
+    finally:
+        attention._flash.cache_clear()
 
 
 # Which runs have graphs.
@@ -158,11 +210,16 @@ def test_graphs_where_they_are_safe(options: dict[str, Any], packing: str, serve
     assert graphs_serve(Options(**options), Qwen3MoeConfig(**SIZES), CUDA, packing) == serve
 
 
+def test_graphs_need_a_rotary_embedding_that_does_not_look_at_positions() -> None:
+    config = Qwen3MoeConfig(**SIZES, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    assert not graphs_serve(Options(), config, CUDA, "wrapped")
+
+
 @pytest.mark.parametrize(
     ("options", "device", "message"),
     [
         ({}, CPU, "--cuda-graphs: it needs a GPU"),
-        ({"lora_dropout": 0.1}, CUDA, "--cuda-graphs: dropout"),
+        ({"lora_dropout": 0.1}, CUDA, "--cuda-graphs: what dropout drops"),
         ({"router_aux_loss": 0.1}, CUDA, "--cuda-graphs: --router-aux-loss"),
         ({"adapter_dtype": "float32"}, CUDA, "--cuda-graphs: adapters of another dtype"),
         ({"attn": "eager"}, CUDA, "--cuda-graphs: --attn eager"),
@@ -176,6 +233,7 @@ def test_graphs_that_cannot_be(options: dict[str, Any], device: torch.device, me
 def test_random_models_are_known() -> None:
     assert not is_random(Options(), Qwen3MoeConfig(**SIZES))
     assert is_random(Options(), Qwen3MoeConfig(**SIZES, attention_dropout=0.1))
+    assert is_random(Options(), Qwen3MoeConfig(**SIZES, hidden_dropout_prob=0.1))
 
 
 # Graphs: when, and where gradients are.
@@ -200,6 +258,8 @@ class _Recorded:
 
     def move_gradients(self) -> None:
         pass
+
+    drop_gradients = move_gradients
 
 
 @pytest.fixture
@@ -237,7 +297,40 @@ def test_which_passes_are_replayed(model: Any, recorded: list[_Recorded]) -> Non
     assert [own.runs for own in recorded] == [1, 1]
     graphed.close()
     assert "forward" not in vars(decoder)
+    decoder.forward = own = decoder.forward
+    GraphedDecoder(decoder, (1, 4)).close()
+    assert vars(decoder)["forward"] == own
+    del decoder.forward
     assert decoder(input_ids=full).last_hidden_state.shape == (1, 4, 64)
+
+
+def test_more_than_hidden_states_is_left_alone(model: Any, recorded: list[_Recorded]) -> None:
+    graphed = GraphedDecoder(model.model, (1, 4))
+    for _ in range(3):
+        model.model(input_ids=torch.ones(1, 4, dtype=torch.int64), output_hidden_states=True)
+    assert not recorded
+    assert not graphed.enabled
+
+
+def test_what_went_wrong_first_is_said(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ending a recording fails as well, and hides it."""
+    reasons: list[Exception] = [RuntimeError("operation not permitted"), torch.OutOfMemoryError("CUDA out of memory")]
+
+    def fail(*_: Any) -> None:
+        try:
+            raise reasons[0]
+        finally:
+            raise RuntimeError("failed due to a previous error")
+
+    monkeypatch.setattr(graphs, "_Recording", fail)
+    GraphedDecoder(model.model, (1, 4))
+    tokens = torch.ones(1, 4, dtype=torch.int64)
+    model.model(input_ids=tokens)
+    with pytest.raises(RuntimeError, match="--no-cuda-graphs does without: operation not permitted"):
+        model.model(input_ids=tokens)
+    del reasons[0]
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        model.model(input_ids=tokens)
 
 
 class _Replays(graphs._Recording):
@@ -281,7 +374,9 @@ def test_gradients_add_up_until_they_are_taken() -> None:
 
     assert step(3) == [7.0, 7.0]
     assert step(1) == [8.0, 8.0]
-    assert step(1) == [16.0, 16.0]
+    recording.run({"input_ids": torch.ones(1, 2)}).last_hidden_state.sum().backward()
+    recording.drop_gradients()
+    assert [own.grad for own in parameters] == [None, None]
     assert not recording.is_stale
     parameters[0].data = parameters[0].data.clone()
     assert recording.is_stale

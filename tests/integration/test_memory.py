@@ -235,7 +235,15 @@ def test_graphs_keep_what_others_would_use_again(qwen3_30b: Sizes) -> None:
     eager, graphs = predict(qwen3_30b, work), predict(qwen3_30b, replace(work, graphs=True))
     assert eager.moment == "layer"
     loss = graphs.parts["loss"]
-    assert graphs.parts == eager.parts | {"loss": loss}
+    assert graphs.parts == eager.parts | {"loss": loss, "cuBLAS": 2 * eager.parts["cuBLAS"]}
     assert 2 * 4096 * 8192 < loss < predict(qwen3_30b, replace(work, length=8192, graphs=True)).parts["loss"]
     two = predict(qwen3_30b, replace(work, graphs=True, accumulation=2))
     assert two.parts["gradients"] - graphs.parts["gradients"] == graphs.trainable * work.adapter_itemsize
+
+
+def test_documents_take_attention_more(qwen3_30b: Sizes) -> None:
+    """Where attention is the worst moment: a block of queries in fp32 for each, and gradients of keys for each head."""
+    work = Workload(length=4096, quantized=False, expert_rank=0)
+    small = replace(qwen3_30b, top_k=1, stacks=())
+    whole, packed = (predict(small, replace(work, documents=documents)) for documents in (False, True))
+    assert packed.parts["attention"] - whole.parts["attention"] > 4096 // 32 * 128 * 4 * qwen3_30b.queries
