@@ -242,8 +242,8 @@ def test_graphs_keep_what_others_would_use_again(qwen3_30b: Sizes) -> None:
 
 
 def test_documents_take_attention_more(qwen3_30b: Sizes) -> None:
-    """Where attention is the worst moment: a block of queries in fp32 for each, and gradients of keys for each head."""
-    work = Workload(length=4096, quantized=False, expert_rank=0)
-    small = replace(qwen3_30b, top_k=1, stacks=())
-    whole, packed = (predict(small, replace(work, documents=documents)) for documents in (False, True))
-    assert packed.parts["attention"] - whole.parts["attention"] > 4096 // 32 * 128 * 4 * qwen3_30b.queries
+    """A block of queries in fp32 for each, and gradients of keys and values for each head before those of a group."""
+    work = Workload(length=4096)
+    whole, packed = (memory._attention_made(qwen3_30b, replace(work, documents=own)) for own in (False, True))
+    blocks = 4096 // 32 * 128 * 4 * qwen3_30b.queries
+    assert packed - whole == blocks + 4096 * 2 * (qwen3_30b.queries - qwen3_30b.keys) * work.itemsize
