@@ -66,7 +66,7 @@ def generate(
     inputs = {name: encoded[name].to(chosen) for name in ("input_ids", "attention_mask")}
     length = inputs["input_ids"].shape[1]
     _check_length(config, length, max_new_tokens)
-    compute = getattr(torch, dtype.value) if dtype else "auto"
+    compute: Any = getattr(torch, dtype.value) if dtype else "auto"
     quantization = None
     if load_in_4bit:
         quantization = four_bit_config(config.dtype or torch.float32 if compute == "auto" else compute)

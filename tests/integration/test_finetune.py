@@ -229,9 +229,12 @@ def test_routers_are_trained_if_asked_for(chat_run: tuple[Path, Ended], model: P
     write_jsonl(tmp_path / "chat.jsonl", chats())
     arguments = ("--model", model, "--dataset", "chat.jsonl", "--output", "out", *OPTIONS, "--max-steps", "2")
     arguments += ("--lora-dropout", "0")
-    ended = finetune(*arguments, "--router-rank", "2", "--router-aux-loss", "0.01", cwd=tmp_path)
+    arguments += ("--router-rank", "2", "--router-aux-loss", "0.01", "--export", "original")
+    ended = finetune(*arguments, cwd=tmp_path)
     assert ended.status == 0, ended
     assert trained(tmp_path / "out") - trained(chat_run[0]) == {"mlp.gate"}
+    exported = load_file(tmp_path / "out" / "original" / "adapter_model.safetensors")
+    assert {tensor.shape[0] for name, tensor in exported.items() if ".gate.lora_A" in name} == {2}
 
 
 def test_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
