@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -24,7 +24,7 @@ from moe_fused import experts as integration
 from moe_fused.benchmark.layers import Layer
 from moe_fused.checkpoints.converter import attach
 from moe_fused.experts import IMPLEMENTATION
-from moe_fused.quantizer import get_packed, pin, projections_of
+from moe_fused.quantizer import four_bit_config, get_packed, pin, projections_of
 
 from . import experts_lora
 from .experts_4bit import BLOCKSIZE, QUANT_TYPE, BitsandbytesStack
@@ -194,14 +194,7 @@ def build(model: Model, device: torch.device, *, dense_experts: bool = False, se
     """
     kernel = moe_fused.get_kernel()
     (moe_fused.disable if dense_experts else moe_fused.enable)()
-    quantizer = AutoHfQuantizer.from_config(
-        BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=QUANT_TYPE,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=DTYPE,
-        )
-    )
+    quantizer = AutoHfQuantizer.from_config(four_bit_config(DTYPE, QUANT_TYPE))
     with torch.device("meta"):
         made = Qwen3MoeForCausalLM._from_config(
             model.config(),

@@ -165,7 +165,7 @@ def load_model(directory: Path, implementation: str, device: torch.device) -> Lo
     Raises:
         RuntimeError: experts that were to be in 4 bits are not.
     """
-    from transformers import BitsAndBytesConfig, Qwen3MoeForCausalLM
+    from transformers import Qwen3MoeForCausalLM
 
     quiet()
     options: dict[str, Any] = {}
@@ -173,14 +173,10 @@ def load_model(directory: Path, implementation: str, device: torch.device) -> Lo
         import bitsandbytes  # noqa: F401  imported here, it is not part of what is measured
 
         import moe_fused
+        from moe_fused.quantizer import four_bit_config
 
         moe_fused.enable()
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=WEIGHTS[OURS],
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
+        options["quantization_config"] = four_bit_config(torch.bfloat16, WEIGHTS[OURS])
     torch.zeros(1, device=device)  # makes the device's context
     on_gpu = device.type == "cuda"
     before = torch.cuda.memory_allocated() if on_gpu else 0

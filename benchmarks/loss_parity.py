@@ -31,7 +31,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,7 +45,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 import moe_fused
 from moe_fused.benchmark.harness import Environment, current_environment, release_memory
-from moe_fused.demo.data import Corpus, byte_tokenizer, reference_text
+from moe_fused.demo.data import Corpus, byte_tokenizer, hold_out, reference_text, windows
 from moe_fused.demo.model import Size, new_model
 from moe_fused.demo.train import train
 from moe_fused.finetune.model import adapt, adapter_dtype, load_config, load_model
@@ -65,9 +65,9 @@ BF16, DEQUANTIZED = "transformers_bf16", "dequantized"
 WEIGHTS = {OURS: QUANT_TYPE, BF16: "bf16", DEQUANTIZED: QUANT_TYPE}
 SEED = 0
 
-# Four passes over the reference; steps and learning rate are those of this first training.
 # Of the adapters; large, as they are for small models.
 LEARNING_RATE = 1e-3
+# Four passes over the reference; steps and learning rate are those of this first training.
 FULL = Size(
     512, 256, 4, 32, 4, batch_size=16, sequence_length=256, steps=300, learning_rate=2e-3,
     finetuning_steps=500, finetuning_rate=LEARNING_RATE,
@@ -82,7 +82,6 @@ HELD_OUT, QUICK_HELD_OUT = 96, 4
 
 CHARACTERS, QUICK_CHARACTERS = 600_000, 40_000
 LEAST_CHARACTERS = 80
-HOLD_OUT_EVERY = 20
 
 # A point of a smoothed curve is the mean of so many steps. Batches are the same for all, so their noise is not in a
 # difference; what rounding does, by a router that chooses another expert above all, is of either sign and averages out.
@@ -133,18 +132,14 @@ def docstrings(characters: int) -> tuple[str, str]:
                     size += len(text)
         if size >= characters:
             break
-    kept = list(texts.values())
-    held_out = "".join(kept[HOLD_OUT_EVERY // 2 :: HOLD_OUT_EVERY])
-    del kept[HOLD_OUT_EVERY // 2 :: HOLD_OUT_EVERY]
-    return "".join(kept), held_out
+    return hold_out(list(texts.values()))
 
 
-def corpus_of(texts: tuple[str, str], size: Size, windows: int, device: torch.device) -> Corpus:
+def corpus_of(texts: tuple[str, str], size: Size, most: int, device: torch.device) -> Corpus:
     """Text to train on and held out, as bytes; of the latter so many windows at most."""
-    tokenizer, length = byte_tokenizer(), size.sequence_length
-    text, held_out = (torch.tensor(tokenizer(own).input_ids, device=device) for own in texts)
-    windows = min(windows, len(held_out) // length)
-    return Corpus(text, held_out[: windows * length].view(windows, length))
+    tokenizer, (text, held_out) = byte_tokenizer(), texts
+    tokens = torch.tensor(tokenizer(text).input_ids, device=device)
+    return Corpus(tokens, windows(held_out, tokenizer, size.sequence_length, device)[:most])
 
 
 def save_base(directory: Path, size: Size, corpus: Corpus) -> float:
@@ -249,11 +244,12 @@ class Task:
 
     @torch.no_grad()
     def _held_out(self, model: Any) -> float:
-        windows = self.corpus.held_out
-        total = torch.zeros((), device=windows.device)
-        for batch in windows.split(self.size.batch_size):
+        """As the training is: without the autocast of ``held_out_loss``, which these bf16 models do not train under."""
+        held_out = self.corpus.held_out
+        total = torch.zeros((), device=held_out.device)
+        for batch in held_out.split(self.size.batch_size):
             total += model(input_ids=batch, labels=batch, use_cache=False).loss * len(batch)
-        return total.item() / len(windows)
+        return total.item() / len(held_out)
 
 
 def measure(task: Task, environment: Environment, console: Console) -> Iterator[LossRow]:
@@ -282,10 +278,31 @@ def measure(task: Task, environment: Environment, console: Console) -> Iterator[
         )
 
 
+def run(
+    quick: bool,
+    base_steps: int | None,
+    steps: int | None,
+    device: torch.device,
+    environment: Environment,
+    console: Console,
+) -> list[LossRow]:
+    """Trains what is adapted, then the adapters of each implementation; steps as the size has them where None is given."""
+    size = QUICK if quick else FULL
+    size = replace(size, steps=base_steps or size.steps, finetuning_steps=steps or size.finetuning_steps)
+    characters, most = (QUICK_CHARACTERS, QUICK_HELD_OUT) if quick else (CHARACTERS, HELD_OUT)
+    with tempfile.TemporaryDirectory(prefix="loss-parity-") as name:
+        directory, start = Path(name), time.perf_counter()
+        loss = save_base(directory, size, corpus_of(reference_text(), size, most, device))
+        console.print(f"base: {size.steps} steps in {time.perf_counter() - start:.0f} s, held-out loss {loss:.4f}")
+        corpus = corpus_of(docstrings(characters), size, most, device)
+        task = Task(directory, corpus, size, size.finetuning_steps, device)
+        return list(measure(task, environment, console))
+
+
 def smoothed(losses: Sequence[float]) -> list[float]:
     """The mean of each loss and up to ``WINDOW - 1`` before it."""
-    windows = (losses[max(0, end - WINDOW) : end] for end in range(1, len(losses) + 1))
-    return [sum(window) / len(window) for window in windows]
+    slices = (losses[max(0, end - WINDOW) : end] for end in range(1, len(losses) + 1))
+    return [sum(window) / len(window) for window in slices]
 
 
 def differences(row: LossRow, other: LossRow) -> list[float]:
@@ -400,25 +417,15 @@ def main(
         typer.echo(f"Training in 4 bits needs {', '.join(missing)}, not installed here", err=True)
         raise typer.Exit(2)
     start = time.perf_counter()
-    size = QUICK if quick else FULL
     environment = current_environment(chosen)
     partial = quick or device == "cpu" or steps is not None or base_steps is not None
     shared = runner.ROOT / "results" / f"{NAME.replace('_', '-')}_{slug(environment.gpu)}.json"
     path = output or (None if partial else shared)
-    if base_steps is not None:
-        size = Size(**{**asdict(size), "steps": base_steps})
     console = runner.make_console()
     console.print(f"{environment.gpu}, torch {environment.torch}, Triton {environment.triton}, {environment.date}")
-    characters, windows = (QUICK_CHARACTERS, QUICK_HELD_OUT) if quick else (CHARACTERS, HELD_OUT)
     quiet()
     try:
-        with tempfile.TemporaryDirectory(prefix="loss-parity-") as name:
-            directory = Path(name)
-            loss = save_base(directory, size, corpus_of(reference_text(), size, windows, chosen))
-            console.print(f"base: {size.steps} steps in {time.perf_counter() - start:.0f} s, held-out loss {loss:.4f}")
-            corpus = corpus_of(docstrings(characters), size, windows, chosen)
-            task = Task(directory, corpus, size, steps or size.finetuning_steps, chosen)
-            rows = list(measure(task, environment, console))
+        rows = run(quick, base_steps, steps, chosen, environment, console)
         console.print(results_table(rows))
         console.print(quantization_cost(rows))
         if path is not None:

@@ -1,7 +1,10 @@
 """An adapter, and the model with the adapter merged, as vLLM, SGLang and llama.cpp read them; with the commands to run next.
 
     python examples/export.py
-    python examples/export.py --model Qwen/Qwen3-30B-A3B --adapter my-adapter --output my-export
+    python examples/export.py --model Qwen/Qwen3-30B-A3B --adapter my-adapter --adapter-layout peft-fused --output my-export
+
+`my-adapter` is what `moe-fused finetune --output my-adapter` wrote. Without --adapter-layout it takes adapters whose files
+tell their layout, such as my-adapter/adapter of `qlora_trl.py --output my-adapter`.
 
 Adapters that name PEFT's target_parameters, also those of others, hold all experts of a layer in two matrices, which these
 tools do not read. The adapter is exported with a matrix for each expert, rank and scaling inside, and compared as PEFT and
@@ -26,7 +29,11 @@ from moe_fused.checkpoints.adapters.convert import convert_adapter
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="a directory or a name on the Hub; a tiny random model by default")
 parser.add_argument("--adapter", type=Path, help="a directory; a random adapter by default")
-parser.add_argument("--adapter-layout", help="if the adapter does not tell: peft-fused for PEFT's target_parameters")
+parser.add_argument(
+    "--adapter-layout",
+    choices=[layout.value for layout in Layout],
+    help="if the adapter does not tell: peft-fused for PEFT's target_parameters, which moe-fused finetune uses",
+)
 parser.add_argument("--output", type=Path, default=Path("examples-output/export"))
 options = parser.parse_args()
 if options.model and not options.adapter:
@@ -81,7 +88,10 @@ if adapter is None:
 
 # 1. The adapter. Every tool has a rule of its own for alpha and ranks: with alpha = r, one rank and the scaling inside
 # lora_B, all of them come to the same.
-plan = convert_adapter(adapter, exported, to=Layout.PER_EXPERT, given=layout and Layout(layout), overwrite=True)
+try:
+    convert_adapter(adapter, exported, to=Layout.PER_EXPERT, given=layout and Layout(layout), overwrite=True)
+except (ValueError, OSError) as error:  # no adapter, or one whose layout must be given
+    parser.error(str(error).replace("--from", "--adapter-layout"))  # the command's name for it
 rank = json.loads((exported / "adapter_config.json").read_text(encoding="utf-8"))["r"]
 sizes = {"gate_proj": (config.moe_intermediate_size, config.hidden_size)}
 sizes |= {"up_proj": sizes["gate_proj"], "down_proj": sizes["gate_proj"][::-1]}

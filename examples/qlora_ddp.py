@@ -73,7 +73,7 @@ trainer = SFTTrainer(
         learning_rate=2e-4 if options.model else 1e-2,
         use_cpu=state.device.type == "cpu",
         bf16=False,
-        optim="adamw_torch" if state.device.type == "cpu" else "adamw_8bit",
+        optim="adamw_torch" if state.device.type == "cpu" else "paged_adamw_8bit",
         gradient_checkpointing=True,
         # Every adapter of experts gets a gradient on every process, zero for experts that none of its tokens went to, so
         # DDP need not look for parameters without one.

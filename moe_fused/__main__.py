@@ -14,7 +14,9 @@ def _load() -> Callable[..., object]:
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise
-        raise RuntimeError(f"{error.name} is missing: pip install moe-fused[cli]") from error
+        raise RuntimeError(
+            f"moe-fused needs {error.name}, which is not installed: pip install 'moe-fused[cli]'"
+        ) from error
     return app
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter, revert_weight_conversion
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -39,6 +39,22 @@ _METHOD = "bitsandbytes_4bit"
 BLOCKSIZE = 64
 
 SaveFormat = Literal["per_expert", "fused"]
+
+
+def four_bit_config(dtype: torch.dtype, quant_type: str = "nf4", double_quant: bool = True) -> BitsAndBytesConfig:
+    """What ``from_pretrained`` takes to quantize a dense checkpoint.
+
+    Args:
+        dtype: to compute in.
+        quant_type: ``"nf4"`` or ``"fp4"``.
+        double_quant: whether the scales of blocks are held in 8 bits.
+    """
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 class PackedConfig:

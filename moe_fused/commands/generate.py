@@ -50,9 +50,10 @@ def generate(
         raise ValueError("--prompt must not be empty")
 
     import torch
-    from transformers import AutoTokenizer, BitsAndBytesConfig, TextStreamer
+    from transformers import AutoTokenizer, TextStreamer
 
     from moe_fused.devices import choose_device
+    from moe_fused.quantizer import four_bit_config
 
     from .loading import is_quantized, load_adapter, load_model, read_config
 
@@ -65,15 +66,10 @@ def generate(
     inputs = {name: encoded[name].to(chosen) for name in ("input_ids", "attention_mask")}
     length = inputs["input_ids"].shape[1]
     _check_length(config, length, max_new_tokens)
-    compute = getattr(torch, dtype.value) if dtype else "auto"
+    compute: Any = getattr(torch, dtype.value) if dtype else "auto"
     quantization = None
     if load_in_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=config.dtype or torch.float32 if compute == "auto" else compute,
-        )
+        quantization = four_bit_config(config.dtype or torch.float32 if compute == "auto" else compute)
     loaded: Any = load_model(model, compute, chosen, quantization)
     if adapter is not None:
         loaded = load_adapter(loaded, adapter)

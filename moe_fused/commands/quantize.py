@@ -52,10 +52,10 @@ def quantize(
     check_source("MODEL", model, "config.json")
 
     import torch
-    from transformers import BitsAndBytesConfig
 
     import moe_fused
     from moe_fused.devices import choose_device
+    from moe_fused.quantizer import four_bit_config
 
     from .loading import check_output, is_quantized, load_model, read_config, save_model
 
@@ -69,12 +69,7 @@ def quantize(
     print(f"output  {output}: {packed / 1e9:.3g} GB in {quant_type.value}, experts {layout.value}")
     if dry_run:
         return
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quant_type.value,
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=compute,
-    )
+    quantization = four_bit_config(compute, quant_type.value, double_quant)
     loaded: Any = load_model(model, compute, chosen, quantization)
     moe_fused.save_format(loaded, "fused" if layout is Layout.FUSED else "per_expert")
     save_model(

@@ -52,12 +52,19 @@ def largest_difference(fused: Tensor, eager: Tensor) -> float:
     return difference.max().item()
 
 
+def check_same_logits(
+    model: Qwen3MoeForCausalLM, reloaded: Qwen3MoeForCausalLM, directory: Path, batch: Tensor
+) -> None:
+    """Raises RuntimeError unless ``reloaded``, which is ``directory`` loaded, has the very logits of ``model``."""
+    if not torch.equal(logits(model, batch), logits(reloaded, batch)):
+        raise RuntimeError(f"the model saved in {directory.name}/ gives other logits when it is loaded again")
+
+
 def check_reload(model: Qwen3MoeForCausalLM, directory: Path, batch: Tensor) -> None:
     """Raises RuntimeError unless stock Transformers reads ``directory`` back as the model that was saved."""
     reloaded = AutoModelForCausalLM.from_pretrained(directory, experts_implementation="eager").to(batch.device)  # type: ignore[arg-type]
     with experts(model, "eager"):
-        if not torch.equal(logits(model, batch), logits(reloaded, batch)):
-            raise RuntimeError(f"the model saved in {directory.name}/ gives other logits when it is loaded again")
+        check_same_logits(model, reloaded, directory, batch)
 
 
 def step_milliseconds(model: Qwen3MoeForCausalLM, corpus: Corpus, size: Size, rounds: int) -> dict[str, float]:

@@ -27,8 +27,15 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
 
 
-def _hold_out(texts: Iterable[str]) -> tuple[str, str]:
-    """The text to train on and a twentieth that is held out.
+def hold_out(blocks: list[str]) -> tuple[str, str]:
+    """The text of the blocks to train on, and of a twentieth of them that is held out."""
+    held_out = "".join(blocks[_HOLD_OUT_EVERY // 2 :: _HOLD_OUT_EVERY])
+    del blocks[_HOLD_OUT_EVERY // 2 :: _HOLD_OUT_EVERY]
+    return "".join(blocks), held_out
+
+
+def _split(texts: Iterable[str]) -> tuple[str, str]:
+    """The text to train on and the one that is held out.
 
     A paragraph counts once, however often it is quoted: what is held out is nowhere in the training text.
     """
@@ -41,9 +48,7 @@ def _hold_out(texts: Iterable[str]) -> tuple[str, str]:
         if len(blocks[-1]) > _BLOCK_CHARACTERS:
             blocks.append("")
         blocks[-1] += paragraph + "\n\n"
-    held_out = "".join(blocks[_HOLD_OUT_EVERY // 2 :: _HOLD_OUT_EVERY])
-    del blocks[_HOLD_OUT_EVERY // 2 :: _HOLD_OUT_EVERY]
-    return "".join(blocks), held_out
+    return hold_out(blocks)
 
 
 def reference_text() -> tuple[str, str]:
@@ -56,7 +61,7 @@ def reference_text() -> tuple[str, str]:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise RuntimeError("this Python lacks pydoc_data, the text to train on: use a full installation") from error
-    return _hold_out(topics[name] for name in sorted(topics))
+    return _split(topics[name] for name in sorted(topics))
 
 
 def source_text() -> tuple[str, str]:
@@ -65,7 +70,7 @@ def source_text() -> tuple[str, str]:
     Raises:
         RuntimeError: this Python comes without the source of its modules.
     """
-    return _hold_out(map(_source, _MODULES))
+    return _split(map(_source, _MODULES))
 
 
 def _source(module: str) -> str:

@@ -30,12 +30,11 @@ from moe_fused.finetune.progress import LOG, read_log
 
 from . import compare, stock
 from .data import source_text, windows
-from .four_bit import PACKED
 from .model import Size
+from .output import ADAPTER, DEQUANTIZED, EXPORTED, PACKED
 from .train import held_out_loss
 
-DATASET, ADAPTER, DEQUANTIZED, PROBE = "source-code.txt", "adapter", "model-dequantized", "probe.safetensors"
-SCRIPT = "stock.py"
+DATASET, PROBE, SCRIPT = "source-code.txt", "probe.safetensors", "stock.py"
 _RECORDS = 30  # points of the curve
 _RANK = 8
 
@@ -95,7 +94,7 @@ def run_python(what: str, arguments: list[str], directory: Path, device: torch.d
 def check_round_trip(directory: Path) -> None:
     """Raises RuntimeError unless the adapter for each expert, converted back, has the bits of the one that was trained."""
     adapter, back = directory / ADAPTER, directory / ".round-trip"
-    convert_adapter(adapter / Layout.PER_EXPERT.value, back, to=Layout.PEFT_FUSED)
+    convert_adapter(directory / EXPORTED, back, to=Layout.PEFT_FUSED)
     own, other = (load_file(path / WEIGHTS) for path in (adapter, back))
     shutil.rmtree(back)
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))

@@ -10,26 +10,16 @@ from typing import Any, cast
 import torch
 import typer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from moe_fused.quantizer import BLOCKSIZE, packing_refusal, unpack_experts
+from moe_fused.quantizer import BLOCKSIZE, four_bit_config, packing_refusal, unpack_experts
 
 from . import compare
 from .data import Corpus
+from .output import DENSE, PACKED
 from .train import held_out_loss
-
-DENSE, PACKED = "model", "model-4bit"
-
-
-def _config(dtype: torch.dtype) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
 
 
 def _experts(model: Qwen3MoeForCausalLM) -> list[Qwen3MoeExperts]:
@@ -43,7 +33,7 @@ def _refusal(reason: str) -> typer.BadParameter:
 def check_usable(model: Qwen3MoeForCausalLM) -> None:
     """Raises typer.BadParameter unless ``model``, with its sizes and on its device, can be loaded in 4 bits."""
     try:
-        quantizer = AutoHfQuantizer.from_config(_config(model.dtype), pre_quantized=False)
+        quantizer = AutoHfQuantizer.from_config(four_bit_config(model.dtype), pre_quantized=False)
         quantizer.validate_environment(device_map={"": model.device.type})
     except ImportError as error:  # too old
         raise _refusal(
@@ -66,8 +56,7 @@ def _check_reload(model: Qwen3MoeForCausalLM, directory: Path, batch: Tensor) ->
     own, other = model.state_dict(), reloaded.state_dict()
     if own.keys() != other.keys() or not all(torch.equal(own[key], other[key]) for key in own):
         raise RuntimeError(f"the model saved in {directory.name}/ has other weights when it is loaded again")
-    if not torch.equal(compare.logits(model, batch), compare.logits(reloaded, batch)):
-        raise RuntimeError(f"the model saved in {directory.name}/ gives other logits when it is loaded again")
+    compare.check_same_logits(model, reloaded, directory, batch)
 
 
 def _largest_logit_difference(model: Qwen3MoeForCausalLM, batch: Tensor) -> float:
@@ -97,7 +86,7 @@ def convert(
     """
     start = time.perf_counter()
     probe = corpus.held_out[:batch_size]
-    packed = _load(directory / DENSE, probe.device, quantization_config=_config(model.dtype))
+    packed = _load(directory / DENSE, probe.device, quantization_config=four_bit_config(model.dtype))
     packed.save_pretrained(directory / PACKED)
     tokenizer.save_pretrained(directory / PACKED)
     _check_reload(packed, directory / PACKED, probe)

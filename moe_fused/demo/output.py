@@ -10,6 +10,9 @@ from pathlib import Path
 from moe_fused.staging import staged_directory
 
 RESULTS = "results.json"
+# Directories of the output; stock.py, which stands among them and imports nothing of ours, names them again.
+DENSE, PACKED, DEQUANTIZED = "model", "model-4bit", "model-dequantized"
+ADAPTER, EXPORTED = "adapter", "adapter/per-expert"
 _WRITER = "moe_fused.demo"
 _NEEDED_BYTES = 128 << 20  # twice what the demo writes on a GPU, where its model is larger
 

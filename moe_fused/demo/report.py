@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from .output import RESULTS
+from .output import ADAPTER, DENSE, DEQUANTIZED, EXPORTED, PACKED, RESULTS
 
 
 def bits_per_byte(loss: float) -> float:
@@ -57,6 +57,11 @@ def _mib(nbytes: int) -> str:
     return f"{nbytes / 2**20:.2f} MiB"
 
 
+def _saved(results: dict[str, Any], output: Path, name: str) -> str:
+    """Of a directory, with its size."""
+    return f"{output / name}, {_mib(results['bytes'][name])}"
+
+
 def _trained(results: dict[str, Any], output: Path) -> dict[str, str]:
     loss, step_ms = results["held_out_loss"], results["step_ms"]
     fused, eager = step_ms["moe_fused"], step_ms["eager"]
@@ -66,7 +71,7 @@ def _trained(results: dict[str, Any], output: Path) -> dict[str, str]:
         **{f"held-out loss {when}": _describe_loss(x) for when, x in loss.items()},
         "largest logit difference": f"{difference:.1e}{_equal(difference)} from Transformers' eager experts, float32",
         "training step": f"{fused:.1f} ms, {eager:.1f} ms with eager experts: {eager / fused:.2f} times as fast{plain}",
-        "saved": f"{output / 'model'}, {_mib(results['bytes']['model'])} (stock Transformers: same logits)",
+        "saved": f"{_saved(results, output, DENSE)} (stock Transformers: same logits)",
     }
 
 
@@ -81,25 +86,24 @@ def _quantized(results: dict[str, Any], output: Path) -> dict[str, str]:
         "held-out loss": f"{_describe_loss(loss)}; dense: {_describe_loss(results['held_out_loss']['after'])}",
         "experts": f"{memory}; dense: {dense}",
         "largest logit difference": f"{difference:.1e}{_equal(difference)} from eager experts, weights dequantized, float32",
-        "saved": f"{output / 'model-4bit'}, {_mib(results['bytes']['model-4bit'])} (reloaded: same bits)",
+        "saved": f"{_saved(results, output, PACKED)} (reloaded: same bits)",
     }
 
 
 def _tuned(results: dict[str, Any], output: Path) -> dict[str, str]:
-    numbers, nbytes = results["finetune"], results["bytes"]
-    exported = "adapter/per-expert"
+    numbers = results["finetune"]
     return {
         **{f"held-out loss {when}": _describe_loss(x) for when, x in numbers["held_out_loss"].items()},
         "trained": f"{numbers['trained_parameters']:,} parameters, {results['size']['finetuning_steps']} steps",
-        "adapter": f"{output / 'adapter'}, {_mib(nbytes['adapter'])}",
-        "exported per expert": f"{output / exported}, {_mib(nbytes[exported])} (and back: same bits)",
+        "adapter": _saved(results, output, ADAPTER),
+        "exported per expert": f"{_saved(results, output, EXPORTED)} (and back: same bits)",
     }
 
 
 def _reloaded(results: dict[str, Any], output: Path) -> dict[str, str]:
     differences = results["stock"]["largest_logit_difference"]
     return {
-        "base": f"{output / 'model-dequantized'}, {_mib(results['bytes']['model-dequantized'])}",
+        "base": _saved(results, output, DEQUANTIZED),
         **{
             f"logits, {layout} adapter": f"{x:.1e}{_equal(x)} at most from moe_fused over 4 bits, float32"
             for layout, x in differences.items()
@@ -112,7 +116,7 @@ def _next(output: Path) -> list[str]:
     python = shlex.quote(sys.executable)
     program = Path(sys.executable).with_name("moe-fused")  # not another installation's that is found first
     command = shlex.quote(str(program)) if program.exists() else f"{python} -m moe_fused"
-    packed, adapter = (shlex.quote(str(output / name)) for name in ("model-4bit", "adapter"))
+    packed, adapter = (shlex.quote(str(output / name)) for name in (PACKED, ADAPTER))
     merged, script = (
         shlex.quote(str(output.with_name(f"{output.name}-merged"))),
         shlex.quote(str(output / "stock.py")),

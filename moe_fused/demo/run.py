@@ -22,7 +22,7 @@ from moe_fused.signals import check_interrupted
 from . import compare, report
 from .data import Corpus, byte_tokenizer
 from .model import CPU_SIZE, GPU_SIZE, Size, new_model
-from .output import write_results
+from .output import ADAPTER, DENSE, DEQUANTIZED, EXPORTED, PACKED, write_results
 from .train import History, autocast, train
 
 _PROMPT, _CODE_PROMPT = "The value of ", "    def "
@@ -66,6 +66,36 @@ def _sample(model: Any, tokenizer: PreTrainedTokenizerFast, text: str, seed: int
 def _bytes(directory: Path) -> int:
     """Of the tensors in a model's or adapter's directory."""
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _compared(
+    model: Qwen3MoeForCausalLM,
+    directory: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    corpus: Corpus,
+    size: Size,
+    seed: int,
+    console: Console,
+) -> dict[str, Any]:
+    """Saves the trained model and compares it with stock Transformers. Returns the numbers, as results.json has them."""
+    with console.status("saving, sampling, comparing with Transformers' eager experts"):
+        model.save_pretrained(directory / DENSE)
+        tokenizer.save_pretrained(directory / DENSE)
+        probe = corpus.held_out[: size.batch_size]
+        compare.check_reload(model, directory / DENSE, probe)
+        return {
+            "largest_logit_difference": compare.largest_logit_difference(model, probe),
+            "step_ms": compare.step_milliseconds(model, corpus, size, rounds=min(10, size.steps)),
+            "sample": _sample(model, tokenizer, _PROMPT, seed),
+        }
 
 
 def run(
@@ -120,32 +150,21 @@ def run(
     )
     history, seconds = _train_with_progress(model, corpus, size, seed, console)
 
-    with console.status("saving, sampling, comparing with Transformers' eager experts"):
-        model.save_pretrained(directory / "model")
-        tokenizer.save_pretrained(directory / "model")
-        probe = corpus.held_out[: size.batch_size]
-        compare.check_reload(model, directory / "model", probe)
-        results: dict[str, Any] = {
-            "held_out_loss": {"before": history.held_out[0], "after": history.held_out[size.steps]},
-            "largest_logit_difference": compare.largest_logit_difference(model, probe),
-            "step_ms": compare.step_milliseconds(model, corpus, size, rounds=min(10, size.steps)),
-            "training_seconds": seconds,
-            "sample": _sample(model, tokenizer, _PROMPT, seed),
-            "size": dataclasses.asdict(size),
-            "seed": seed,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            "history": dataclasses.asdict(history),
-        }
+    results = {
+        "held_out_loss": {"before": history.held_out[0], "after": history.held_out[size.steps]},
+        **_compared(model, directory, tokenizer, corpus, size, seed, console),
+        "training_seconds": seconds,
+        "size": dataclasses.asdict(size),
+        "seed": seed,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": _versions(),
+        "history": dataclasses.asdict(history),
+    }
     if load_in_4bit:
         results |= _in_4bit(model, directory, tokenizer, corpus, size, seed, console)
     report.draw_loss_curves(results, directory / "loss.png")
     results["seconds"] = time.perf_counter() - start
-    names = ["model"] + (["model-4bit", "model-dequantized", "adapter", "adapter/per-expert"] if load_in_4bit else [])
+    names = [DENSE] + ([PACKED, DEQUANTIZED, ADAPTER, EXPORTED] if load_in_4bit else [])
     results["bytes"] = {name: _bytes(directory / name) for name in names}
     write_results(directory, results)
     return console, results

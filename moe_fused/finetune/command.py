@@ -8,11 +8,13 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from moe_fused.commands.options import require
+
 from .options import DEFAULTS, HELP, TYPES, Options, flag, read_yaml
 
 CONFIG = "finetune.yaml"
-# What the extra brings that is imported at once.
-_EXTRA = ("datasets", "peft", "trl", "yaml")
+# What every run takes of the extra, the picture at its end included.
+_NEEDED = ("accelerate", "datasets", "matplotlib", "peft", "trl", "yaml")
 
 
 def _shown(name: str) -> str:
@@ -56,6 +58,7 @@ def finetune(config: Path | None, resume: bool, overwrite: bool, dry_run: bool, 
     Ctrl-C saves a checkpoint; the same command with --resume goes on from there.
     """
     del traceback  # read by console.run, which prints errors
+    require("finetune", *_NEEDED, extra="train")
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     said: dict[str, Any] = {} if config is None else read_yaml(config)
@@ -69,13 +72,8 @@ def finetune(config: Path | None, resume: bool, overwrite: bool, dry_run: bool, 
         started = _started(Path(said["output"]), said)
     options = Options(**(started | said))
     options.require()
-    try:
-        from .run import run
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in _EXTRA:
-            raise
-        raise RuntimeError(f"{missing} is missing: pip install moe-fused[train]") from error
+    from .run import run
+
     run(options, resume=resume, overwrite=overwrite, dry_run=dry_run)
 
 

@@ -106,14 +106,9 @@ def quantization_of(options: Options, config: Any, dtype: torch.dtype) -> Any:
     """What ``from_pretrained`` takes as ``quantization_config``: None for a checkpoint that is in 4 bits already."""
     if options.quantization == "none" or getattr(config, "quantization_config", None) is not None:
         return None
-    from transformers import BitsAndBytesConfig
+    from moe_fused.quantizer import four_bit_config
 
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=options.quantization,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    return four_bit_config(dtype, options.quantization)
 
 
 def load_model(options: Options, config: Any, device: torch.device) -> Any:

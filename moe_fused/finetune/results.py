@@ -35,8 +35,42 @@ def draw_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def card(options: Options, facts: dict[str, str]) -> str:
-    """The model card: what was trained on what, in which way, and how to load it."""
+def _loading(options: Options, quantizes: bool) -> str:
+    """Python that loads the model as the run did, and the adapter."""
+    arguments = [f'"{options.model}"', f"dtype=torch.{options.dtype}", 'experts_implementation="moe_fused"']
+    if options.revision is not None:
+        arguments.insert(1, f'revision="{options.revision}"')
+    imports, quantization = "AutoModelForCausalLM", ""
+    if quantizes:
+        imports += ", BitsAndBytesConfig"
+        arguments.append("quantization_config=quantization")
+        quantization = f"""quantization = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="{options.quantization}",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.{options.dtype},
+)
+"""
+    given = "".join(f"    {argument},\n" for argument in arguments)
+    return f"""import moe_fused
+import torch
+from peft import PeftModel
+from transformers import {imports}
+
+moe_fused.enable()
+{quantization}model = AutoModelForCausalLM.from_pretrained(
+{given})
+model = PeftModel.from_pretrained(model, "DIRECTORY OF THIS ADAPTER")"""
+
+
+def card(options: Options, facts: dict[str, str], quantizes: bool) -> str:
+    """The model card: what was trained on what, in which way, and how to load it.
+
+    Args:
+        options: of the run, with nothing left open.
+        facts: what else the card says of it.
+        quantizes: whether the model is quantized while it is loaded.
+    """
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     is_hub_id = not Path(options.dataset).exists()
     metadata = ["library_name: peft", f"base_model: {options.model}"]
@@ -58,13 +92,7 @@ Trained by `moe-fused finetune`; every option is in `finetune.yaml`, every step 
 ![loss](loss.png)
 
 ```python
-import moe_fused
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-moe_fused.enable()
-model = AutoModelForCausalLM.from_pretrained("{options.model}", experts_implementation="moe_fused")
-model = PeftModel.from_pretrained(model, "DIRECTORY OF THIS ADAPTER")
+{_loading(options, quantizes)}
 ```
 """
 
@@ -74,12 +102,11 @@ def export(source: Path, target: Path, options: Options) -> None:
     from moe_fused.checkpoints.adapters import Layout
     from moe_fused.checkpoints.adapters.convert import convert_adapter
 
-    # Ranks of attention and experts differ, and some layouts have only one.
-    convert_adapter(source, target, to=Layout(options.export), given=Layout.PEFT_FUSED, widen=True)
+    convert_adapter(source, target, to=Layout(options.export), given=Layout.PEFT_FUSED)
 
 
-def write_results(model: Any, tokenizer: Any, options: Options, facts: dict[str, str], log: Path) -> None:
-    """Writes the adapter and what goes with it to the output directory.
+def write_results(model: Any, tokenizer: Any, options: Options, text: str, log: Path) -> None:
+    """Writes the adapter and what goes with it to the output directory; ``text`` is its card.
 
     Everything is made elsewhere first and then moved, what PEFT looks for first as the last: whenever the process ends, an
     adapter that can be loaded is whole.
@@ -92,7 +119,7 @@ def write_results(model: Any, tokenizer: Any, options: Options, facts: dict[str,
             export(staging, staging / options.export, options)
         tokenizer.save_pretrained(str(staging))
         draw_loss(read_log(log), staging / PLOT)
-        (staging / CARD).write_text(card(options, facts), encoding="utf-8")
+        (staging / CARD).write_text(text, encoding="utf-8")
         with signals_ignored():
             (output / ADAPTER_CONFIG).unlink(missing_ok=True)
             for path in sorted(staging.iterdir(), key=lambda path: path.name == ADAPTER_CONFIG):

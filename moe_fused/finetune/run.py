@@ -41,7 +41,7 @@ from .model import (
 from .options import Export, Options, to_yaml
 from .plan import Plan, make_plan
 from .progress import LOG, Log, Stop, memory_gib
-from .results import ADAPTER_CONFIG, write_results
+from .results import ADAPTER_CONFIG, card, write_results
 from .trainer import CHECKPOINTS, Finetuner, NotFinite, last_checkpoint, sft_config
 
 
@@ -108,7 +108,9 @@ def run(options: Options, *, resume: bool = False, overwrite: bool = False, dry_
         signum = received()
         if signum is not None and trainer.state.global_step < trainer.total_steps:
             raise Stopped(f"interrupted by {signal.Signals(signum).name}; {_way_on(output)}", 128 + signum)
-        write_results(trainer.model, tokenizer, options, _facts(trainer, device, plan, begin), output / LOG)
+        quantizes = quantization_of(options, config, compute_dtype(options, device)) is not None
+        text = card(options, _facts(trainer, device, plan, begin), quantizes)
+        write_results(trainer.model, tokenizer, options, text, output / LOG)
     except NotFinite as error:
         # Not --resume, which would come to the same.
         advice = "start again with a lower --learning-rate, or look at the rows around it"
@@ -231,5 +233,5 @@ def print_next(options: Options, config: Any) -> None:
     print(f'  moe-fused generate {model} --adapter {output}{in_4bit} --prompt "..."')
     if options.expert_rank and options.export == "none":
         target = shlex.quote(f"{options.output.rstrip('/')}-per-expert")
-        print(f"  moe-fused convert adapter --from peft-fused --widen {output} {target}")
+        print(f"  moe-fused convert adapter --from peft-fused {output} {target}")
     print(f"  moe-fused merge {model} {output} {shlex.quote(options.output.rstrip('/') + '-merged')}")

@@ -48,6 +48,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "rank_pattern": {"q_proj": 5, r"experts\.gate_up_proj": 2},
         "alpha_pattern": {"v_proj": 7, r"1\.mlp\.experts\.down_proj": 11},
     },
+    "routers, with a rank of their own": {
+        "target_parameters": [*BOTH, "mlp.gate.weight"],
+        "rank_pattern": {"mlp.gate.weight": 2},
+        "alpha_pattern": {"mlp.gate.weight": 3},
+    },
 }
 
 

@@ -454,7 +454,10 @@ def test_missing_typer_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.delitem(sys.modules, "moe_fused.cli", raising=False)
     monkeypatch.setattr(console, "raise_on_signals", lambda: None)
     assert entry.main() == 1
-    assert capsys.readouterr().err == "error: typer is missing: pip install moe-fused[cli]\n"
+    assert (
+        capsys.readouterr().err
+        == "error: moe-fused needs typer, which is not installed: pip install 'moe-fused[cli]'\n"
+    )
 
 
 def test_options_are_read_without_torch() -> None:

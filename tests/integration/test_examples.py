@@ -1,8 +1,13 @@
-"""The examples run as their docstrings say, print what they claim, and leave what they say they write."""
+"""The examples run as their docstrings say, print what they claim, and leave what they say they write.
+
+The first command of each runs as it stands, and others with small models and files in place of those from elsewhere: not the
+one that takes the kernel from the Hub, the one of a large dense model, and the one for eight GPUs.
+"""
 
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -29,8 +34,8 @@ def commands(example: str) -> list[str]:
     return [line.strip() for line in docstring.splitlines() if re.match(rf" {{4}}\S.*examples/{example}\.py", line)]
 
 
-def run(command: str, directory: Path) -> str:
-    """What a command line prints that is run in ``directory``, with ``examples`` in it, by the Python of the tests."""
+def ended(command: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    """A command line, run in ``directory``, with ``examples`` in it, by the Python of the tests."""
     examples = directory / "examples"
     if not examples.exists():
         examples.symlink_to(EXAMPLES)
@@ -42,7 +47,7 @@ def run(command: str, directory: Path) -> str:
     if words[:2] == ["accelerate", "launch"]:  # its script may belong to another Python
         words[:2] = ["python", "-m", "accelerate.commands.launch"]
     assert words[0] == "python", command
-    ended = subprocess.run(
+    return subprocess.run(
         [sys.executable, *words[1:]],
         cwd=directory,
         env=environment,
@@ -51,8 +56,13 @@ def run(command: str, directory: Path) -> str:
         timeout=240,
         check=False,
     )
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+
+
+def run(command: str, directory: Path) -> str:
+    """What a command line prints that ends well."""
+    process = ended(command, directory)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 def number(pattern: str, output: str) -> float:
@@ -141,6 +151,14 @@ def test_qlora_trl(tmp_path: Path) -> None:
     factors = experts_of(tmp_path / OUTPUT / "qlora_trl" / "adapter")
     assert len(factors) == 2 * 8 * 3 * 2
     assert all(factor.any() for name, factor in factors.items() if "lora_B" in name)
+    # The second with that model, and with a dataset of two rows.
+    rows = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}."}] for i in range(2)]
+    text = "".join(json.dumps({"messages": row}) + "\n" for row in rows)
+    (tmp_path / "chats.jsonl").write_text(text, encoding="utf-8")
+    second = commands("qlora_trl")[1].replace("Qwen/Qwen3-30B-A3B", f"{OUTPUT}/qlora_trl/model")
+    output = run(second.replace("--steps 500", "--steps 1"), tmp_path)
+    assert "parameters trained, saved in my-adapter/adapter" in output
+    assert len(experts_of(tmp_path / "my-adapter" / "adapter")) == 96
 
 
 def test_export(exported: tuple[Path, str]) -> None:
@@ -164,14 +182,19 @@ def test_export_of_a_given_adapter(exported: tuple[Path, str], tmp_path: Path) -
     directory, _ = exported
     made = directory / OUTPUT / "export"
     command = commands("export")[1].replace("Qwen/Qwen3-30B-A3B", str(made / "model"))
-    # What is per expert already is recognised.
-    run(command.replace("my-adapter", str(made / "adapter-per-expert")), tmp_path)
-    again = tmp_path / "my-export" / "adapter-per-expert" / "adapter_model.safetensors"
-    assert same_tensors(again, made / "adapter-per-expert" / "adapter_model.safetensors") == 0.0
-    assert (
-        same_tensors(tmp_path / "my-export" / "merged" / "model.safetensors", made / "merged" / "model.safetensors")
-        < 1e-5
-    )
+    untold = command.replace("--adapter-layout peft-fused ", "")
+    # As finetune leaves it; what is per expert already is recognised.
+    for line, name in ((command, "adapter"), (untold, "adapter-per-expert")):
+        cwd = tmp_path / name
+        cwd.mkdir()
+        run(line.replace("my-adapter", str(made / name)), cwd)
+        exported_again = cwd / "my-export" / "adapter-per-expert" / "adapter_model.safetensors"
+        assert same_tensors(exported_again, made / "adapter-per-expert" / "adapter_model.safetensors") == 0.0
+        merged_again = cwd / "my-export" / "merged" / "model.safetensors"
+        assert same_tensors(merged_again, made / "merged" / "model.safetensors") < 1e-5
+    refused = ended(untold.replace("my-adapter", str(made / "adapter")), tmp_path)
+    assert refused.returncode == 2
+    assert "nothing in the adapter tells its layout, say --adapter-layout peft-fused" in refused.stderr
 
 
 def test_export_is_what_gguf_knows(exported: tuple[Path, str]) -> None:

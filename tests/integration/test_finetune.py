@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shlex
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_fused.finetune.options import HELP, Options, flag
+from moe_fused.finetune.results import card
+from moe_fused.quantizer import get_packed, packed_modules
 from tests.support import REPOSITORY, python_path
 
 from .finetuning import (
@@ -148,6 +152,38 @@ def test_adapter_is_on_attention_and_experts_and_loads(chat_run: tuple[Path, End
     assert set(config["alpha_pattern"].values()) == {16}
 
 
+def python_of(card: str) -> str:
+    """What a card says how to load, from the directory of the adapter."""
+    return card.partition("```python\n")[2].partition("```")[0].replace("DIRECTORY OF THIS ADAPTER", ".")
+
+
+@pytest.mark.usefixtures("enabled")
+def test_card_loads_what_was_trained(chat_run: tuple[Path, Ended], monkeypatch: pytest.MonkeyPatch) -> None:
+    output, _ = chat_run
+    monkeypatch.chdir(output)
+    loaded: dict[str, Any] = {}
+    exec(python_of((output / "README.md").read_text()), loaded)
+    assert isinstance(loaded["model"], PeftModel)
+    (experts,) = (module for _, module in packed_modules(loaded["model"]))
+    form = get_packed(experts, "down_proj").format
+    assert (form.quant_type, form.double_quant, form.dtype) == ("nf4", True, torch.float32)
+
+
+@pytest.mark.parametrize("quantizes", [False, True])
+def test_card_quantizes_what_the_run_did(quantizes: bool) -> None:
+    options = Options(model="org/m", dataset="d", dtype="bfloat16", quantization="fp4", revision="v2")
+    text = card(options, {"steps": "1"}, quantizes)
+    (call,) = (
+        node
+        for node in ast.walk(ast.parse(python_of(text)))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "AutoModelForCausalLM.from_pretrained"
+    )
+    given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    expected = {"revision": "'v2'", "dtype": "torch.bfloat16", "experts_implementation": "'moe_fused'"}
+    assert given == expected | ({"quantization_config": "quantization"} if quantizes else {})
+    assert ('bnb_4bit_quant_type="fp4"' in text) is ("BitsAndBytesConfig" in text) is quantizes
+
+
 def test_text_and_yaml_file(model: Path, tmp_path: Path) -> None:
     (tmp_path / "some.txt").write_text("The quick brown fox jumps over the lazy dog. " * 12)
     (tmp_path / "run.yaml").write_text(
@@ -193,9 +229,12 @@ def test_routers_are_trained_if_asked_for(chat_run: tuple[Path, Ended], model: P
     write_jsonl(tmp_path / "chat.jsonl", chats())
     arguments = ("--model", model, "--dataset", "chat.jsonl", "--output", "out", *OPTIONS, "--max-steps", "2")
     arguments += ("--lora-dropout", "0")
-    ended = finetune(*arguments, "--router-rank", "2", "--router-aux-loss", "0.01", cwd=tmp_path)
+    arguments += ("--router-rank", "2", "--router-aux-loss", "0.01", "--export", "original")
+    ended = finetune(*arguments, cwd=tmp_path)
     assert ended.status == 0, ended
     assert trained(tmp_path / "out") - trained(chat_run[0]) == {"mlp.gate"}
+    exported = load_file(tmp_path / "out" / "original" / "adapter_model.safetensors")
+    assert {tensor.shape[0] for name, tensor in exported.items() if ".gate.lora_A" in name} == {2}
 
 
 def test_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
@@ -319,14 +358,12 @@ def test_a_run_is_not_written_over(chat_run: tuple[Path, Ended], model: Path, tm
 
 
 def _without_trl() -> None:
-    for name in ("run", "trainer"):
-        del sys.modules[f"moe_fused.finetune.{name}"]
-    sys.modules["trl.trainer.sft_config"] = None  # type: ignore[assignment]  # what import takes for "not installed"
+    sys.modules["trl"] = None  # type: ignore[assignment]  # what find_spec takes for "not installed"
 
 
 def test_without_the_extra(tmp_path: Path) -> None:
     ended = finetune("--model", "m", "--dataset", "d", "--output", "o", cwd=tmp_path, before=_without_trl)
-    assert_error(ended, "trl is missing: pip install moe-fused[train]")
+    assert_error(ended, "finetune needs trl, which is not installed: pip install 'moe-fused[train]'")
 
 
 def test_help_names_every_option_and_imports_nothing_heavy() -> None:

@@ -89,12 +89,17 @@ class AdapterConfig:
             names.append(local.read_text(encoding="utf-8"))
         return any(re.search(r"gpt[-_]?oss", name, re.IGNORECASE) for name in names)
 
+    def name_of(self, module: str) -> str:
+        """What patterns go by: the parameter, where a module such as the router is adapted by its weight."""
+        weight = f"{module}.weight"
+        return weight if self.adapts_parameter(weight) else module
+
     def rank_of(self, module: str) -> int:
-        key = _pattern(self.ranks, module)
+        key = _pattern(self.ranks, self.name_of(module))
         return self.rank if key is None else self.ranks[key]
 
     def scaling_of(self, module: str) -> Scaling:
-        key = _pattern(self.alphas, module)
+        key = _pattern(self.alphas, self.name_of(module))
         return Scaling(self.content["lora_alpha"] if key is None else self.alphas[key], self.rslora)
 
     def adapts_parameter(self, parameter: str) -> bool:
@@ -150,7 +155,7 @@ def retarget(
 
 
 def repattern(
-    config: AdapterConfig, others: Iterable[str], experts: Mapping[str, tuple[str, int, float]]
+    config: AdapterConfig, others: Iterable[str], experts: Mapping[str, tuple[str, int, float]], fused: bool
 ) -> dict[str, dict[str, Any]]:
     """``rank_pattern`` and ``alpha_pattern`` that give every module its own rank and alpha.
 
@@ -159,14 +164,18 @@ def repattern(
         others: modules with LoRA that are not experts: what is said of them stays.
         experts: for each module or parameter of experts in the target a regular expression for all of its kind, its
             rank and its alpha.
+        fused: as for ``retarget``, which makes modules of other parameters where they are not.
     """
-    others = list(others)
+    others = [config.name_of(other) for other in others]
     result: dict[str, dict[str, Any]] = {}
     for option, patterns, default, place in (
         ("rank_pattern", config.ranks, config.rank, 0),
         ("alpha_pattern", config.alphas, config.content["lora_alpha"], 1),
     ):
         kept = {key: value for key, value in patterns.items() if any(_pattern([key], other) for other in others)}
+        if not fused:
+            # By either name: PEFT under Transformers 5 makes the router's weight of the module again.
+            kept = {re.sub(r"\\?\.weight$", r"(\\.weight)?", key): value for key, value in kept.items()}
         values: dict[str, set[Any]] = {}
         for kind, *numbers in experts.values():
             values.setdefault(kind, set()).add(numbers[place])

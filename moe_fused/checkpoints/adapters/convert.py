@@ -204,7 +204,7 @@ class _Conversion(SavedAdapter):
                 for projection, module in self.to.modules(block):
                     factors = block.projections[projection]
                     experts[module] = (self.to.kind(projection), factors.rank, factors.scaling.alpha)
-            content |= repattern(self.config, others, experts)
+            content |= repattern(self.config, others, experts, self.to.fused)
         for mark in (B_LAYOUT, DETAILS):
             content.pop(mark, None)
         if isinstance(self.to, Fused):
