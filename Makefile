@@ -78,8 +78,9 @@ lint: $(READY) ## Run ruff and mypy
 format: $(READY) ## Format the code and fix what ruff can fix
 	@$(BIN)/python -m ruff check --fix . ; $(BIN)/python -m ruff format .
 
-docs: build ## Renew what docs/ takes from the code: the API reference, the memory plan, figures
+docs: build ## Renew what Markdown takes from code and rows: API reference, memory plan, figures, benchmarks
 	@$(BIN)/python scripts/docs.py && $(BIN)/python scripts/figures.py
+	@for file in README.md docs/benchmarks.md; do $(BIN)/python -m benchmarks.table $$file || exit 1; done
 
 BENCHMARKS ?= experts experts_4bit experts_lora
 

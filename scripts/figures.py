@@ -17,7 +17,8 @@ FIGURES = REPOSITORY / "docs" / "figures"
 # One layer of Qwen3-30B-A3B, in bf16.
 HIDDEN, INTERMEDIATE, TOP_K, TOKENS, ITEM = 2048, 768, 8, 4096, 2
 ROWS = TOKENS * TOP_K
-MIB = 2**20
+# How wide the loss is drawn, in layers.
+LOSS = 3
 
 KEPT, PASSING, AGAIN, STAGE = "#4878a8", "#b8c4cf", "#d9975b", "#f4f1ea"
 
@@ -63,6 +64,8 @@ def _lives(recompute: bool) -> Iterator[Life]:
 
 def draw_lives(path: Path) -> None:
     """When each tensor of a layer's experts exists, with and without ``recompute``."""
+    from moe_fused.memory import MIB
+
     figure, panels = _figure(10, 6.2, rows=2)
     for axes, recompute in zip(panels, (False, True), strict=True):
         lives = list(_lives(recompute))
@@ -75,7 +78,10 @@ def draw_lives(path: Path) -> None:
         axes.set_xticks([at + 0.5 for at in range(len(STAGES))], labels, fontsize=8)
         axes.axvspan(3, 4, color=STAGE, zorder=0)
         axes.text(3.5, len(lives) / 2 - 0.5, "other\nlayers", ha="center", va="center", fontsize=8)
-        axes.set(xlim=(0, len(STAGES)), title="recompute=True" if recompute else "default: gate_up is kept")
+        axes.set(
+            xlim=(0, len(STAGES)),
+            title=f"{'recompute=True' if recompute else 'default: gate_up is kept'} (T = {TOKENS}, S = {ROWS}, bf16)",
+        )
         axes.title.set_fontsize(9)
         axes.invert_yaxis()
         axes.tick_params(length=0)
@@ -84,39 +90,54 @@ def draw_lives(path: Path) -> None:
 
 
 def draw_step(path: Path) -> None:
-    """The memory of a step of fine-tuning beyond the weights, from ``moe_fused.memory``."""
+    """The memory of a step's first batch beyond the weights, without CUDA graphs, from ``moe_fused.memory``."""
     from moe_fused.memory import GIB, Workload, predict, sizes_of, skeleton
     from scripts.docs import qwen3_30b_a3b
 
     sizes = sizes_of(skeleton(qwen3_30b_a3b()))
-    parts = predict(sizes, Workload()).parts
+    prediction = predict(sizes, Workload())
+    parts = prediction.parts
+    # With graphs the loss comes on top of the layers, so it is among the parts.
+    loss = predict(sizes, Workload(graphs=True)).parts["loss"] / GIB
     gradients = parts["adapters"]
     one = {name: parts[name] / GIB for name in ("layer", "expert rows", "expert workspace")}
     layers = sizes.layers
     kept = parts["activations"] / GIB / layers
     times: list[float] = []
-    series: dict[str, list[float]] = {"gradients": [], "activations": [], **{name: [] for name in one}}
+    series: dict[str, list[float]] = {"gradients": [], "activations": [], "loss": [], **{name: [] for name in one}}
 
-    def moment(time: float, done: float, inputs: float, inside: bool) -> None:
+    def moment(time: float, done: float, inputs: float, inside: bool, at_loss: bool = False) -> None:
         times.append(time)
         series["gradients"].append(done * gradients / GIB)
         series["activations"].append(inputs * kept)
+        series["loss"].append(loss if at_loss else 0.0)
         for name, size in one.items():
             series[name].append(size if inside else 0.0)
 
     for layer in range(layers + 1):
         moment(layer, 0, layer, False)
+    moment(layers, 0, layers, False, at_loss=True)
+    moment(layers + LOSS, 0, layers, False, at_loss=True)
     for layer in range(layers):
-        begin = layers + 1 + layer
+        begin = layers + LOSS + layer
         for at, inside in ((0.0, False), (0.15, True), (0.85, True), (1.0, False)):
             moment(begin + at, (layer + at) / layers, layers - layer - (at == 1.0), inside)
     figure, (axes,) = _figure(10, 3.6)
-    colours = ("#7a9e7e", KEPT, AGAIN, "#c77f7f", PASSING)
+    colours = ("#7a9e7e", KEPT, "#8a7ca8", AGAIN, "#c77f7f", PASSING)
     axes.stackplot(times, *series.values(), labels=list(series), colors=colours, linewidth=0)
-    axes.axvline(layers + 0.5, color="#555555", linewidth=0.8, linestyle=":")
-    axes.set_xticks([layers / 2, layers * 1.5 + 1], ["forward, layer by layer", "backward, layer by layer"])
+    ends = {
+        "forward, layer by layer": layers / 2,
+        "loss": layers + LOSS / 2,
+        "backward, layer by layer": layers * 1.5 + LOSS,
+    }
+    axes.set_xticks(list(ends.values()), list(ends))
     axes.tick_params(axis="x", length=0)
-    axes.set(xlim=(0, 2 * layers + 1), ylabel="GiB beyond weights and optimizer")
+    moving = max(map(sum, zip(*series.values(), strict=True)))
+    resident = prediction.total / GIB - moving
+    stays = "what stays (weights, adapters, optimizer, libraries)"
+    sums = f"{resident:.2f} GiB + {moving:.2f} at the peak here = {prediction.total / GIB:.2f}"
+    axes.set(xlim=(0, 2 * layers + LOSS), ylabel="GiB beyond what stays")
+    axes.set_title(f"without CUDA graphs, first batch of a step; {stays}: {sums}", fontsize=9)
     axes.legend(loc="upper left", fontsize=8, frameon=False)
     _save(figure, path)
 

@@ -13,7 +13,7 @@ from markdown_it.token import Token
 
 from tests.support import REPOSITORY
 
-_OUTSIDE = {"build", "dist", "demo-output", "node_modules"}
+_OUTSIDE = {"build", "dist", "demo-output", "examples-output", "node_modules"}
 _PARSER = MarkdownIt("commonmark").enable("table")
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 from tests.support import REPOSITORY
 
 VARIES = "…"
+# Words of the message itself that a quotation must have: fewer would fit messages that it does not mean.
+WORDS = 2
 _SOURCES = ("moe_fused", "torch-ext/qwen3_moe_fused")
 
 
@@ -48,8 +51,13 @@ def _of(path: Path) -> set[str]:
 
 
 def is_message(quotation: str) -> bool:
-    """Whether the words between what varies stand in one message, in that order and with something varying between."""
+    """Whether the words between what varies stand in one message, in that order and with something varying between.
+
+    Nothing is one that has fewer than ``WORDS`` words of its own.
+    """
     parts = [part for part in quotation.split(VARIES) if part.strip()]
+    if len(re.findall(r"\w{2,}", " ".join(parts))) < WORDS:
+        return False
     for message in messages():
         place = 0
         for part in parts:

@@ -63,7 +63,17 @@ def test_quoted_messages_exist(quotation: str) -> None:
     assert is_message(quotation)
 
 
-@pytest.mark.parametrize("quotation", ["no kernel in …", "needs … is too old", "is too old for tensors triton>=3.4"])
+@pytest.mark.parametrize(
+    "quotation",
+    [
+        "no kernel in …",
+        "needs … is too old",
+        "is too old for tensors triton>=3.4",
+        "…: …, got …",  # is there, but in too many
+        "… is …",
+        "…; …",
+    ],
+)
 def test_other_messages_do_not(quotation: str) -> None:
     assert not is_message(quotation)
 
@@ -194,7 +204,34 @@ def test_tables_are_valid(block: Block, tmp_path: Path) -> None:
     assert submodule(load_kernel(), "tuning").read_table(path) == json.loads(block.text)
 
 
-# What is made from the code.
+# What is made from the code, and from the rows of benchmarks.
+
+
+TABLES = [path for path in WRITTEN if "<!-- rows: " in path.read_text(encoding="utf-8")]
+
+
+def test_readme_and_benchmarks_have_tables() -> None:
+    assert {"README.md", "docs/benchmarks.md"} <= set(map(name, TABLES))
+
+
+@pytest.mark.parametrize("path", TABLES, ids=name)
+def test_tables_are_of_their_rows(path: Path) -> None:
+    pytest.importorskip("typer")
+    from benchmarks.table import renewed
+
+    text = path.read_text(encoding="utf-8")
+    files = re.findall(r"<!-- rows: (\S+)", text)
+    assert not [file for file in files if not (path.parent / file).is_file()], "a table without rows says nothing"
+    assert renewed(text, path.parent) == text
+
+
+def test_memory_in_the_readme_is_predicted() -> None:
+    pytest.importorskip("typer")
+    from scripts.docs import plan_table
+
+    numbers = re.findall(r"\b\d+\.\d\d(?= GiB)", (REPOSITORY / "README.md").read_text(encoding="utf-8"))
+    assert numbers
+    assert set(numbers) <= set(re.findall(r"\d+\.\d\d", plan_table(parts=False)))
 
 
 def test_generated_pages_are_current() -> None:
