@@ -307,7 +307,7 @@ def main(
     if device == "cpu" and not quick:
         raise typer.BadParameter("a CPU is only for smoke tests: give --quick", param_hint="--device")
     if expandable_segments:
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # read when CUDA is first used
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read when CUDA is first used
     chosen = runner.pick_device(device, "--device cpu --quick")
     model = TINY if quick else QWEN3_30B
     if layers is not None:
