@@ -102,9 +102,14 @@ def quantizes(options: Options, config: Any) -> bool:
     return options.quantization != "none" or getattr(config, "quantization_config", None) is not None
 
 
+def quantizes_on_loading(options: Options, config: Any) -> bool:
+    """Whether the run puts into 4 bits what the checkpoint has not."""
+    return options.quantization != "none" and getattr(config, "quantization_config", None) is None
+
+
 def quantization_of(options: Options, config: Any, dtype: torch.dtype) -> Any:
     """What ``from_pretrained`` takes as ``quantization_config``: None for a checkpoint that is in 4 bits already."""
-    if options.quantization == "none" or getattr(config, "quantization_config", None) is not None:
+    if not quantizes_on_loading(options, config):
         return None
     from moe_fused.quantizer import four_bit_config
 
@@ -248,6 +253,17 @@ def is_random(options: Options, config: Any) -> bool:
     )
 
 
+def is_packed(packing: str) -> bool:
+    """Whether documents lie side by side; ``packing`` is not "auto"."""
+    return packing.startswith("bfd")
+
+
+def attends_packed(options: Options, config: Any, device: torch.device, packing: str) -> bool:
+    """Whether ``attention`` computes what ``--attn`` would; ``packing`` is not "auto"."""
+    dtype = compute_dtype(options, device)
+    return attention.serves(options.attn, config, device, dtype, packed=is_packed(packing))
+
+
 def _waits_for_lengths(config: Any) -> bool:
     """Whether the rotary embedding looks at the positions, on the GPU, to see how it is scaled."""
     text = config.get_text_config()
@@ -267,7 +283,7 @@ def graphs_serve(options: Options, config: Any, device: torch.device, packing: s
     """
     if options.cuda_graphs is False:
         return False
-    packed, dtype = packing.startswith("bfd"), compute_dtype(options, device)
+    dtype = compute_dtype(options, device)
     reasons = {
         "it needs a GPU of NVIDIA or AMD": device.type != "cuda",
         "what dropout drops could not be dropped again when layers are computed anew": is_random(options, config),
@@ -275,7 +291,7 @@ def graphs_serve(options: Options, config: Any, device: torch.device, packing: s
         "adapters of another dtype than the weights need autocast": adapter_dtype(options, device) is not dtype,
         "the model's rotary embedding waits for the GPU": _waits_for_lengths(config),
         f"--attn {options.attn} waits for the GPU, or the model's layers do not attend to all that is before them": not (
-            attention.serves(options.attn, config, device, dtype, packed=packed)
+            attends_packed(options, config, device, packing)
         ),
     }
     reason = next((text for text, applies in reasons.items() if applies), None)

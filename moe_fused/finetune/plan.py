@@ -13,12 +13,13 @@ from rich.table import Table
 
 from moe_fused.memory import CONTEXT, GIB, MIB, Prediction, Sizes, Workload, predict, sizes_of, skeleton
 
-from . import attention
 from .model import (
     ATTENTION,
     adapter_dtype,
+    attends_packed,
     compute_dtype,
     graphs_serve,
+    is_packed,
     liger_serves,
     lora_config,
     optimizer_of,
@@ -122,9 +123,8 @@ def _plan(
     options: Options, config: Any, sizes: Sizes, device: torch.device, length: int, packing: str, limit: int | None
 ) -> Plan:
     accumulation = options.gradient_accumulation or max(1, STEP_TOKENS // (options.batch_size * length))
-    packed = packing.startswith("bfd")
-    dtype = compute_dtype(options, device)
-    apart = packed and attention.serves(options.attn, config, device, dtype, packed=True)
+    packed = is_packed(packing)
+    apart = packed and attends_packed(options, config, device, packing)
     graphs = graphs_serve(options, config, device, packing)
     work = Workload(
         # Documents side by side go through the model as one sequence, of a batch's tokens.
@@ -132,7 +132,7 @@ def _plan(
         length=length * options.batch_size if packed else length,
         accumulation=accumulation,
         quantized=quantizes(options, config),
-        itemsize=dtype.itemsize,
+        itemsize=compute_dtype(options, device).itemsize,
         adapter_itemsize=adapter_dtype(options, device).itemsize,
         attention_rank=options.attention_rank,
         attention_modules=tuple(options.attention_modules or ATTENTION),

@@ -29,14 +29,15 @@ from .data import Rows, is_text, load_rows
 from .model import (
     adapt,
     apply_liger,
-    compute_dtype,
+    attends_packed,
     device_of,
+    is_packed,
     is_random,
     liger_serves,
     load_config,
     load_model,
     load_tokenizer,
-    quantization_of,
+    quantizes_on_loading,
 )
 from .options import Export, Options, to_yaml
 from .plan import Plan, make_plan
@@ -108,8 +109,7 @@ def run(options: Options, *, resume: bool = False, overwrite: bool = False, dry_
         signum = received()
         if signum is not None and trainer.state.global_step < trainer.total_steps:
             raise Stopped(f"interrupted by {signal.Signals(signum).name}; {_way_on(output)}", 128 + signum)
-        quantizes = quantization_of(options, config, compute_dtype(options, device)) is not None
-        text = card(options, _facts(trainer, device, plan, begin), quantizes)
+        text = card(options, _facts(trainer, device, plan, begin), quantizes_on_loading(options, config))
         write_results(trainer.model, tokenizer, options, text, output / LOG)
     except NotFinite as error:
         # Not --resume, which would come to the same.
@@ -149,17 +149,17 @@ def make_trainer(
     arguments = sft_config(
         options, device, plan.packing, plan.length, plan.accumulation, random=is_random(options, config)
     )
-    packed, dtype = plan.packing.startswith("bfd"), compute_dtype(options, device)
-    attends = attention.serves(options.attn, config, device, dtype, packed=packed)
+    packed, attends = is_packed(plan.packing), attends_packed(options, config, device, plan.packing)
     if attends:
         attention.use(model.get_base_model())
     trainer = Finetuner(model, options, device, args=arguments, train_dataset=dataset, processing_class=tokenizer)
     batches: Any = trainer.train_dataset
     collate: Any = trainer.data_collator
-    lengths = lengths_of(batches)
-    if plan.graphs and (options.cuda_graphs or is_full(lengths)):
-        tokens = max(lengths)
-        trainer.shape = (1, options.batch_size * tokens) if packed else (options.batch_size, tokens)
+    if plan.graphs:
+        lengths = lengths_of(batches)
+        if options.cuda_graphs or is_full(lengths):
+            tokens = max(lengths)
+            trainer.shape = (1, options.batch_size * tokens) if packed else (options.batch_size, tokens)
     if packed and attends:
         columns = None if trainer.shape is None else trainer.shape[1]
         documents = batches["seq_lengths"]
@@ -229,7 +229,7 @@ def print_next(options: Options, config: Any) -> None:
     output, model = shlex.quote(options.output), shlex.quote(options.model)
     print(f"adapter: {options.output}")
     print("next:")
-    in_4bit = "" if quantization_of(options, config, torch.float32) is None else " --load-in-4bit"
+    in_4bit = " --load-in-4bit" if quantizes_on_loading(options, config) else ""
     print(f'  moe-fused generate {model} --adapter {output}{in_4bit} --prompt "..."')
     if options.expert_rank and options.export == "none":
         target = shlex.quote(f"{options.output.rstrip('/')}-per-expert")
