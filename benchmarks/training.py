@@ -81,12 +81,6 @@ def trained(model: Any) -> list[Tensor]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def run_eagerly(graphs: GraphedDecoder) -> None:
-    """From now on, without the graphs' memory."""
-    graphs.forget()
-    graphs.enabled = False
-
-
 def add_adapters(model: Any, recipe: Recipe) -> None:
     """LoRA on the attention and, by PEFT's ``target_parameters``, on the experts of ``model``; all else is frozen."""
     from peft import LoraConfig, get_peft_model
@@ -166,9 +160,7 @@ class Loop:
         graphs = GraphedDecoder(self.model.model, (1, tokens.shape[1])) if self.has_graphs else None
         try:
             for row in tokens.split(1):
-                if meter.next_has_parts and graphs is not None:
-                    run_eagerly(graphs)
-                meter.begin(self.model, self.optimizer)
+                meter.begin(self.model, self.optimizer, graphs)
                 losses.append(self._backward(row))
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
@@ -255,16 +247,14 @@ class Meter:
         """Steps to train."""
         return len(self._phases)
 
-    @property
-    def next_has_parts(self) -> bool:
-        """Whether the next step is traced module by module, which must then run one by one."""
-        return self._phases[self._ended] == "parts"
-
-    def begin(self, model: Any, optimizer: Any) -> None:
-        """Before a step of a causal language model of Transformers."""
+    def begin(self, model: Any, optimizer: Any, graphs: GraphedDecoder | None) -> None:
+        """Before a step of a causal language model of Transformers, which may run as CUDA graphs."""
         phase = self._phases[self._ended]
         self._model, self._optimizer = model, optimizer
         if phase == "parts":
+            if graphs is not None:  # parts are of modules that run one by one
+                graphs.forget()
+                graphs.enabled = False
             self._open.enter_context(step_trace.parts(model, optimizer))
         if phase in ("traced", "parts"):
             self._events[phase] = self._open.enter_context(step_trace.tracing(self._device, ranges=phase == "parts"))

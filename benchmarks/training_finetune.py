@@ -16,9 +16,8 @@ from moe_fused.finetune.options import Options
 from moe_fused.finetune.plan import make_plan
 from moe_fused.finetune.run import make_trainer
 from moe_fused.finetune.trainer import Finetuner
-from moe_fused.memory import CONTEXT
 
-from .training import Meter, Recipe, compile_layers, run_eagerly
+from .training import Meter, Recipe, compile_layers
 
 NO_LIMIT_GIB = 1e6
 END = "<end>"
@@ -31,9 +30,7 @@ class _Steps(TrainerCallback):
         self._trainer, self._model, self._meter = trainer, model, meter
 
     def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
-        if self._meter.next_has_parts and self._trainer.graphs is not None:
-            run_eagerly(self._trainer.graphs)
-        self._meter.begin(self._model, kwargs["optimizer"])
+        self._meter.begin(self._model, kwargs["optimizer"], self._trainer.graphs)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self._meter.end()
@@ -55,8 +52,7 @@ class Finetune:
         with tempfile.TemporaryDirectory() as output:
             options = self._options(output, tokens.shape[1], len(tokens))
             plan = make_plan(options, self.model.config, self._device, plain_text=True)
-            # Of what torch allocates.
-            self.predicted = plan.prediction.total - (0 if self._device.type == "cpu" else CONTEXT)
+            self.predicted = plan.prediction.allocated
             dataset = Dataset.from_dict({"input_ids": tokens.tolist()})
             trainer = make_trainer(self._adapted, _tokenizer(), dataset, options, self._device, plan)
             trainer.args.save_strategy = SaveStrategy.NO
