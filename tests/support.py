@@ -35,6 +35,11 @@ def python_path(*first: Path) -> str:
     return os.pathsep.join(filter(None, [*map(str, first), os.environ.get("PYTHONPATH")]))
 
 
+def unboxed(text: str) -> str:
+    """What a command says, without the box that rich draws around it and its line breaks."""
+    return " ".join(text.replace("│", " ").split())
+
+
 @functools.cache
 def load_kernel() -> ModuleType:
     """The kernel package, from ``LOCAL_KERNELS``."""

@@ -17,7 +17,7 @@ from benchmarks.rows import read_rows
 from moe_fused.benchmark import harness
 from moe_fused.benchmark.inputs import DTYPE, random_weights
 from moe_fused.benchmark.layers import FORWARD_BACKWARD, LAYERS, RECOMPUTE, Layer
-from tests.support import load_kernel
+from tests.support import load_kernel, unboxed
 
 SMOKE = ("--device", "cpu", "--layer", "tiny", "--seconds", "0.001")
 NAMES = ["moe_fused", "composed", "peft", "attention_only", "moe_fused_bf16"]
@@ -220,4 +220,4 @@ def test_missing_package(tmp_path, monkeypatch, package, code, message):
 def test_unknown_rank():
     result = run(*SMOKE, "--lora-rank", "8")
     assert result.exit_code == 2
-    assert "8 is none of 16, 64" in " ".join(result.stderr.replace("│", " ").split())
+    assert "8 is none of 16, 64" in unboxed(result.stderr)
