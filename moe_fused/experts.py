@@ -186,7 +186,7 @@ def implementation(kernel: ModuleType, recompute: bool = False) -> Callable[...,
 
         Adapters come from the wrappers that ``moe_fused.peft`` puts around the module, if ``serves`` says yes.
         """
-        adapted = bool(gate_up_lora or down_lora)
+        adapted = len(gate_up_lora) + len(down_lora) > 0  # not bool(): torch 2.11 does not compile that of a list
         reason = layout_refusal(self)
         if reason is not None:
             return refused(self, reason, adapted)(self, hidden_states, top_k_index, top_k_weights)

@@ -27,13 +27,14 @@ MIB, GIB = 2**20, 2**30
 
 # Of a process on a GPU before its first tensor, with cuBLAS loaded: measured on an H100, outside of torch's allocator.
 CONTEXT = 600 * MIB
-# What cuBLAS asks torch's allocator for, on Hopper; less elsewhere. For each handle and stream, and the thread that goes
-# backward has a handle of its own.
-CUBLAS_WORKSPACE = 2 * 32 * MIB
+# What cuBLAS asks torch's allocator for, on Hopper; less elsewhere. For each handle and stream: the thread that goes
+# backward has a handle of its own, graphs are recorded on a stream of their own, and share one.
+CUBLAS_WORKSPACE = 32 * MIB
 # Of packed experts, ``launch.packed.WORKSPACE_BYTES`` of the kernel.
 EXPERT_WORKSPACE = 256 * MIB
-# TRL's loss goes through the logits in tiles of so many tokens and words, ``finetune`` with fewer words beside CUDA graphs.
-LOSS_TOKENS, LOSS_WORDS, LOSS_WORDS_BESIDE_GRAPHS = 4096, 32768, 8192
+# Tokens and words of the tiles in which TRL's loss goes through the logits, and those that ``finetune`` gives it beside CUDA
+# graphs.
+LOSS_TILE, LOSS_TILE_BESIDE_GRAPHS = (4096, 32768), (2048, 8192)
 # Of flash attention over documents: what each is rounded up to, and tokens of one, on the average of the batch with the
 # shortest.
 FLASH_ROWS, DOCUMENT_TOKENS = 128, 32
@@ -276,8 +277,7 @@ def predict(sizes: Sizes, work: Workload) -> Prediction:
         "adapters": trainable * work.adapter_itemsize,
         "optimizer state": sum(states) - paged,
         "optimizer state, paged": paged,
-        # Graphs are recorded on a stream of their own.
-        "cuBLAS": CUBLAS_WORKSPACE * (2 if work.graphs else 1) if work.gpu else 0,
+        "cuBLAS": CUBLAS_WORKSPACE * (3 if work.graphs else 2) if work.gpu else 0,
         "CUDA context": CONTEXT if work.gpu else 0,
     }
     gradients = trainable * work.adapter_itemsize
@@ -435,7 +435,7 @@ def _experts(sizes: Sizes, work: Workload) -> tuple[int, int, int]:
 
 def _loss(sizes: Sizes, work: Workload) -> int:
     """A tile of logits; the hidden states with a label, before and after the norm, their gradient in fp32 and as it is."""
-    words = LOSS_WORDS_BESIDE_GRAPHS if work.graphs else LOSS_WORDS
-    tile = min(work.tokens, LOSS_TOKENS) * words * work.itemsize
+    tokens, words = LOSS_TILE_BESIDE_GRAPHS if work.graphs else LOSS_TILE
+    tile = min(work.tokens, tokens) * words * work.itemsize
     hidden = work.tokens * sizes.hidden
     return tile + 3 * hidden * work.itemsize + _norm_bytes(sizes.hidden, work) + 4 * hidden

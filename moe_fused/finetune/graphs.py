@@ -141,6 +141,8 @@ class _Recording:
             output = forward(**self._inputs)
         self._hidden: Tensor = output.last_hidden_state
         self._output_type = type(output)
+        # The backward may have what cuBLAS works in during the forward.
+        torch._C._cuda_clearCublasWorkspaces()
         # Not backward(): what accumulates gradients belongs to the stream of the passes before.
         with torch.cuda.graph(self._backward_graph, pool=self._forward_graph.pool()):
             self._grad = torch.empty_like(self._hidden)

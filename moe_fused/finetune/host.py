@@ -42,10 +42,24 @@ def queued(optimizer_class: type[Any]) -> type[Any]:
     """An optimizer of bitsandbytes whose steps only queue work on the GPU, on the stream that all else runs on.
 
     States that are paged are memory of the host, too, so whoever reads them must wait: ``state_dict`` does.
+    ``allocate`` makes the states of all parameters that have none.
     """
 
     class Queued(optimizer_class):
         initialized: bool
+
+        def allocate(self) -> None:
+            self._initialize()
+            for group_index, group in enumerate(self.param_groups):
+                for index, parameter in enumerate(group["params"]):
+                    if not self.state[parameter]:
+                        self.init_state(group, parameter, group_index, index)
+
+        def _initialize(self) -> None:
+            if not self.initialized:
+                self.check_overrides()
+                self.to_gpu()
+                self.initialized = True
 
         @torch.no_grad()
         def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -53,10 +67,7 @@ def queued(optimizer_class: type[Any]) -> type[Any]:
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            if not self.initialized:
-                self.check_overrides()
-                self.to_gpu()
-                self.initialized = True
+            self._initialize()
             for group_index, group in enumerate(self.param_groups):
                 for index, parameter in enumerate(group["params"]):
                     if parameter.grad is None:

@@ -1,7 +1,8 @@
 """``moe-fused finetune`` as a user types it, without the ten seconds that importing TRL takes each time.
 
 A server process (multiprocessing's forkserver) has everything imported and forks a process for each command, which runs
-it from its arguments to its exit status; signals reach that process as they would reach the real one.
+it from its arguments to its exit status; signals reach that process as they would reach the real one. With a GPU every
+command is a process from scratch: importing bitsandbytes initializes CUDA, which cannot be forked.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Command:
     """
 
     def __init__(self, *arguments: str | Path, cwd: Path, before: Callable[[], object] | None = None) -> None:
-        context: Any = multiprocessing.get_context("forkserver")
+        context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
         context.set_forkserver_preload(_PRELOADED)
         self._streams = [cwd / f".{name}-{time.monotonic_ns()}" for name in ("stdout", "stderr")]
         self.process = context.Process(

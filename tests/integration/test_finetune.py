@@ -117,11 +117,12 @@ def test_next_command_quantizes_what_is_not_in_4_bits(
 
 def test_settles_what_was_left_open(chat_run: tuple[Path, Ended]) -> None:
     options = yaml.safe_load((chat_run[0] / "finetune.yaml").read_text())
+    dtype, optimizer = ("bfloat16", "paged_adamw_8bit") if torch.cuda.is_available() else ("float32", "adamw_torch")
     assert {name: options[name] for name in ("packing", "dtype", "adapter_dtype", "optimizer")} == {
         "packing": "bfd",
-        "dtype": "float32",
-        "adapter_dtype": "float32",
-        "optimizer": "adamw_torch",
+        "dtype": dtype,
+        "adapter_dtype": dtype,
+        "optimizer": optimizer,
     }
 
 
@@ -166,7 +167,8 @@ def test_card_loads_what_was_trained(chat_run: tuple[Path, Ended], monkeypatch: 
     assert isinstance(loaded["model"], PeftModel)
     (experts,) = (module for _, module in packed_modules(loaded["model"]))
     form = get_packed(experts, "down_proj").format
-    assert (form.quant_type, form.double_quant, form.dtype) == ("nf4", True, torch.float32)
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    assert (form.quant_type, form.double_quant, form.dtype) == ("nf4", True, dtype)
 
 
 @pytest.mark.parametrize("quantizes", [False, True])
@@ -319,7 +321,7 @@ def test_refuses(arguments: list[str], words: list[str], model: Path, tmp_path: 
     [
         (["--lerning-rate", "1"], ["--lerning-rate", "--learning-rate"]),
         (["--scheduler", "zigzag"], ["--scheduler", "zigzag", "cosine"]),
-        (["--batch-size", "many"], ["--batch-size", "integer"]),
+        (["--batch-size", "many"], ["--batch-size", "valid int"]),
     ],
     ids=" ".join,
 )
@@ -329,7 +331,18 @@ def test_wrong_words_on_the_command_line(arguments: list[str], words: list[str],
 
 def test_memory_that_is_too_little_is_refused_with_advice(model: Path, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "chat.jsonl", chats(2))
-    arguments = ("--model", model, "--dataset", "chat.jsonl", "--output", "out", "--batch-size", "64")
+    arguments = (
+        "--model",
+        model,
+        "--dataset",
+        "chat.jsonl",
+        "--output",
+        "out",
+        "--batch-size",
+        "64",
+        "--device",
+        "cpu",
+    )
     limit = 0.30  # GiB, of which 0.25 are kept free
     ended = finetune(*arguments, "--memory-limit", str(limit), cwd=tmp_path)
     assert_error(ended, "0.30 GiB is the --memory-limit", "with --batch-size 1 it would need 0.2")

@@ -51,6 +51,18 @@ def test_a_signal_saves_a_checkpoint(signum: signal.Signals, whole: Run, tmp_pat
     whole.assert_as_uninterrupted(output)
 
 
+def test_goes_on_in_bf16(tmp_path: Path) -> None:
+    """With bf16 adapters and 8-bit moments, as is the default on GPUs."""
+    own = ("--adapter-dtype", "bfloat16", "--optimizer", "adamw_8bit")
+    whole = Run(tmp_path, *own)
+    command = Command("finetune", *whole.arguments, "--output", "again", cwd=tmp_path)
+    wait_for_step(command, tmp_path / "again", 2)
+    command.signal(signal.SIGINT)
+    assert command.end().status == 128 + signal.SIGINT
+    assert finetune("--resume", "--output", "again", cwd=tmp_path).status == 0
+    whole.assert_as_uninterrupted(tmp_path / "again")
+
+
 def test_a_signal_before_the_first_step(whole: Run, tmp_path: Path) -> None:
     command = Command("finetune", *whole.arguments, "--output", "out", cwd=tmp_path, before=_interrupt_while_loading)
     assert_error(command.end(), "interrupted by SIGINT", status=130)

@@ -18,6 +18,7 @@ pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
 import datasets
+from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -28,6 +29,7 @@ from moe_fused.finetune.host import queued, without_walks
 from moe_fused.finetune.model import graphs_serve, is_random
 from moe_fused.finetune.options import Options
 from moe_fused.finetune.trainer import narrow_tiles
+from moe_fused.memory import LOSS_TILE, LOSS_TILE_BESIDE_GRAPHS
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SIZES: dict[str, Any] = {
@@ -97,7 +99,8 @@ def test_documents_do_not_see_each_other(model: Any) -> None:
     batch["input_ids"][0, 0] += 1
     after = model.model(**batch).last_hidden_state
     assert not torch.equal(before[0, 5], after[0, 5])
-    assert torch.equal(before[0, 6:], after[0, 6:])
+    # Other tokens to an expert are another shape to multiply, of which the last bits may differ.
+    torch.testing.assert_close(before[0, 6:], after[0, 6:], rtol=1e-5, atol=1e-6)
 
 
 def test_batches_are_of_one_shape() -> None:
@@ -426,6 +429,8 @@ def test_queued_steps_are_the_same(name: str) -> None:
         parameters = [nn.Parameter(value.clone()) for value in start]
         optimizers.append(kind(parameters, lr=0.01, weight_decay=0.1))
         runs.append(parameters)
+    optimizers[1].allocate()
+    assert all(optimizers[1].state[parameter] for parameter in runs[1])
     for i in range(4):
         if i == 2:
             optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
@@ -442,7 +447,11 @@ def test_queued_steps_are_the_same(name: str) -> None:
 
 def test_tiles_of_the_loss_are_narrower_meanwhile() -> None:
     """Fails when TRL calls it something else: then the plan of memory is wrong."""
-    before = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
+
+    def tile() -> tuple[int, int]:
+        return chunked_logprob.TOKEN_CHUNK_SIZE, trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
+
+    assert tile() == LOSS_TILE
     with narrow_tiles():
-        assert before == 4 * trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
-    assert before == trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
+        assert tile() == LOSS_TILE_BESIDE_GRAPHS
+    assert tile() == LOSS_TILE

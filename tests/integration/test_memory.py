@@ -235,8 +235,8 @@ def test_graphs_keep_what_others_would_use_again(qwen3_30b: Sizes) -> None:
     eager, graphs = predict(qwen3_30b, work), predict(qwen3_30b, replace(work, graphs=True))
     assert eager.moment == "layer"
     loss = graphs.parts["loss"]
-    assert graphs.parts == eager.parts | {"loss": loss, "cuBLAS": 2 * eager.parts["cuBLAS"]}
-    assert 2 * 4096 * 8192 < loss < predict(qwen3_30b, replace(work, length=8192, graphs=True)).parts["loss"]
+    assert graphs.parts == eager.parts | {"loss": loss, "cuBLAS": 3 * memory.CUBLAS_WORKSPACE}
+    assert 2 * 2048 * 8192 < loss < predict(qwen3_30b, replace(work, length=8192, graphs=True)).parts["loss"]
     two = predict(qwen3_30b, replace(work, graphs=True, accumulation=2))
     assert two.parts["gradients"] - graphs.parts["gradients"] == graphs.trainable * work.adapter_itemsize
 
