@@ -34,6 +34,21 @@ _TITLES = {
     "recompute": "forward + backward with recomputation",
     "train_step": "a training step",
 }
+# What the details of ours and of the baseline say, and of ours alone: title, keys, form.
+_DETAILS = (
+    ("tokens/s", ("tokens_per_second",), "{:,.0f}"),
+    ("GPU busy", ("gpu_busy",), "{:.0%}"),
+    (
+        "ms of the GPU: experts + attention + loss + optimizer + rest",
+        ("experts_ms", "attention_ms", "loss_ms", "optimizer_ms", "other_ms"),
+        "{:.0f}",
+    ),
+)
+_OWN_DETAILS = (
+    ("model FLOP utilization", ("mfu",), "{:.0%}"),
+    ("MiB: weights + adapters and optimizer + the rest", ("weights_mib", "training_mib", "transient_mib"), "{:.0f}"),
+    ("predicted peak MiB", ("predicted_mib",), "{:.0f}"),
+)
 
 
 def _ordered(values: Iterable[str]) -> list[str]:
@@ -80,6 +95,12 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _details(row: Row | None, keys: Sequence[str], form: str) -> str:
+    if row is None or any(key not in row.details for key in keys):
+        return ""
+    return " + ".join(form.format(row.details[key]) for key in keys)
+
+
 def _phase_table(rows: Sequence[Row]) -> list[str]:
     """One layer and phase: times by implementation and size, then ours against the others, and the memory of both."""
     baseline, *others = baselines_of(rows)
@@ -104,6 +125,11 @@ def _phase_table(rows: Sequence[Row]) -> list[str]:
         peaks = [_peak(by_key.get((name, t)), by_key.get((baseline, t))) for t in sizes]
         if any(peaks):
             lines.append(_line([f"{name}, peak MiB", *peaks]))
+    for name, details in ((OURS, _DETAILS + _OWN_DETAILS), (baseline, _DETAILS)):
+        for title, keys, form in details:
+            cells = [_details(by_key.get((name, t)), keys, form) for t in sizes]
+            if any(cells):
+                lines.append(_line([f"{name}, {title}", *cells]))
     return lines
 
 

@@ -57,6 +57,21 @@ class TestTable:
         ):
             assert part in heading
 
+    def test_details_of_ours_and_of_the_baseline(self, make_row):
+        details = {"tokens_per_second": 10422.7, "gpu_busy": 0.968, "mfu": 0.2496}
+        rows = [
+            make_row(tokens=4096, ms=393.0, details=details),
+            make_row(tokens=1, ms=1.0),
+            make_row(tokens=4096, implementation="grouped_mm", ms=1178.0, details=details),
+        ]
+        markdown = table.render(rows)
+        assert cells(markdown, "moe_fused, tokens/s") == ["", "10,423"]
+        assert cells(markdown, "moe_fused, GPU busy") == ["", "97%"]
+        assert cells(markdown, "moe_fused, model FLOP utilization") == ["", "25%"]
+        assert cells(markdown, "grouped_mm, tokens/s") == ["", "10,423"]
+        assert "grouped_mm, model FLOP utilization" not in markdown
+        assert "ms of the GPU" not in markdown
+
     def test_every_table_is_well_formed(self, rows):
         for block in table.render(rows).split("\n\n"):
             if block.startswith("|"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,14 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA or AMD GPU"),
     pytest.mark.usefixtures("enabled"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def expandable_segments() -> Iterator[None]:
+    """As the command sets it before the first tensor, and the plan counts on it: other segments keep holes."""
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    yield
+    torch.cuda.memory._set_allocator_settings("expandable_segments:False")
 
 
 def release() -> None:
