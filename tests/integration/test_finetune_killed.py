@@ -27,7 +27,9 @@ import torch
 from .finetuning import Command, Run, checkpoints, finetune, leftovers
 
 # Files and signals are the same there; that a GPU's run resumes exactly is in test_finetune_ends.
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="22 processes that take 15 s each to start with a GPU")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="22 processes that take 15 s each to start with a GPU"
+)
 
 SEED = int(os.environ.get("KILL_SEED", "20"))
 STEPS, SAVE_STEPS = 16, 2
