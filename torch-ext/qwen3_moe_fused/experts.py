@@ -8,6 +8,7 @@ Saved for backward: x, the routing buffer, the routing weights, gate_up (S, 2·I
 weights by reference. h and z are transient: backward recomputes h from gate_up next to the gate's derivative, and the
 gradient of a routing weight is rowsum(grad_h · h), so the down projection's output is never needed again. With ``recompute``
 gate_up is not saved either: backward makes it again, by the up projection alone, and overwrites it with its gradient.
+All of it is there before the down projection, so a layer that ``torch.utils.checkpoint`` computes again ends there.
 
 With few slots and no gradient to come there is nothing to sort: each slot is a matrix-vector product (``decode``).
 
