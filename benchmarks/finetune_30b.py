@@ -21,7 +21,8 @@ which multiplies nothing. Adapters, some 2 % of it, are left out. Further number
 - ``tokens_per_second``; ``loss`` of the first step; ``first_step_ms``, of the first two, which compile what is missing
   and record the graphs.
 - ``mfu``: ``tflops`` over what a large bf16 product reached in the same run; ``hfu``: the same with the recomputation of
-  the decoder layers (another 2·N·T without the head, and attention's forward).
+  the decoder layers (another 2·N·T without the head, and attention's forward), which ours ends before the experts' down
+  projections unless layers are compiled.
 - ``gpu_busy``: the share of a traced step in which a kernel ran, and ``gpu_busy_ms`` how long that was.
 - ``experts_ms``, ``attention_ms`` (its projections, norms and rotary embedding included), ``loss_ms`` (with the head),
   ``optimizer_ms`` and ``other_ms``: GPU time of a step, each with forward, recomputation and backward.
@@ -101,10 +102,13 @@ def model_flops(model: Model, tokens: int) -> int:
     return 4 * model.multiplied_parameters * tokens + 3 * model.attention_flops(tokens)
 
 
-def recomputed_flops(model: Model, tokens: int) -> int:
-    """Of the decoder layers once more."""
-    head = model.vocabulary * model.experts.hidden
-    return 2 * (model.multiplied_parameters - head) * tokens + model.attention_flops(tokens)
+def recomputed_flops(model: Model, tokens: int, *, down: bool) -> int:
+    """Of the decoder layers once more; with the experts' down projections if ``down``."""
+    own = model.experts
+    parameters = model.multiplied_parameters - model.vocabulary * own.hidden
+    if not down:
+        parameters -= model.layers * own.top_k * own.hidden * own.intermediate
+    return 2 * parameters * tokens + model.attention_flops(tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +196,8 @@ class Bench:
             **{f"{part}_mib": mib for part, mib in measured.memory.items() if part != "peak"},
         }
         if name != OURS or self.recipe.recompute == "layers":
-            details["hfu"] = (operations + recomputed_flops(self.model, tokens)) * per_second / peak
+            again = recomputed_flops(self.model, tokens, down=name != OURS or self.recipe.compile_layers)
+            details["hfu"] = (operations + again) * per_second / peak
         return dataclasses.replace(row, details={key: round(value, 4) for key, value in details.items()})
 
 

@@ -134,7 +134,9 @@ def test_parameters_of_the_real_model():
     assert QWEN3_30B.multiplied_parameters / 1e9 == pytest.approx(3.35 - 0.311, abs=0.01)
     operations = finetune_30b.model_flops(QWEN3_30B, 4096)
     assert operations > 4 * 3.03e9 * 4096
-    assert finetune_30b.recomputed_flops(QWEN3_30B, 4096) < operations / 2
+    whole, ours = (finetune_30b.recomputed_flops(QWEN3_30B, 4096, down=down) for down in (True, False))
+    assert whole < operations / 2
+    assert (whole - ours) / (2 * 4096) / 1e9 == pytest.approx(0.604, abs=0.001)  # a third of the chosen experts' 1.81 B
 
 
 def test_flops_of_attention():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import peft
 import pytest
 import torch
 from peft import LoraConfig
 from transformers import PreTrainedModel
+
+import moe_fused
 
 from .compare import Pass, assert_near, assert_passes_as_good, forward_backward, under
 from .conftest import Calls
@@ -84,6 +87,26 @@ def test_gradient_checkpointing(case: ModelCase, use_reentrant: bool, device: st
     recomputed = forward_backward(model, ids)
     assert calls.count == 2 + 2 * 2
     assert_near(recomputed, plain, 1e-6)
+
+
+@pytest.mark.parametrize("case", [QWEN3_MOE, GPT_OSS], ids=lambda case: case.id)
+def test_what_runs_again_ends_before_the_down_projection(
+    case: ModelCase, device: str, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The experts are the last of a layer that saves anything: their output is of no use to backward."""
+    stages = moe_fused.get_kernel().backend.backend_for(torch.empty(0, device=device), torch.float32)
+    combined = mock.Mock(wraps=stages.combine)
+    monkeypatch.setattr(stages, "combine", combined)
+    model = case.build().to(device)
+    ids = tokens(device=device)
+    under(model, "moe_fused", ids)
+    assert combined.call_count == 2 * 2  # layers, forward and backward
+    combined.reset_mock()
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    forward_backward(model, ids)
+    assert calls.count == 2 + 2 * 2
+    assert combined.call_count == 2 * 2
 
 
 @pytest.mark.parametrize("case", [QWEN3_MOE, GPT_OSS], ids=lambda case: case.id)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +34,34 @@ if _HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1":
 def _kernels_can_run() -> None:
     if _TOO_LATE:
         pytest.skip("triton was imported before its interpreter could be chosen: run tests/kernel in its own process")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Counts the calls of every stage from now on, but for those that a stage makes itself."""
+    from tests.kernel.machine import stages  # which imports triton
+
+    counted: dict[str, int] = {}
+    module, inside = stages(torch.float32), []
+
+    def count(name: str, stage: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            if not inside:
+                counted[name] = counted.get(name, 0) + 1
+            inside.append(name)
+            try:
+                return stage(*args, **kwargs)
+            finally:
+                inside.pop()
+
+        return counting
+
+    names = (
+        "route", "shrink", "grouped_up", "grouped_gemm", "combine", "down_backward", "grouped_gram", "grouped_row_sum"
+    )  # fmt: skip
+    for name in names:
+        monkeypatch.setattr(module, name, count(name, getattr(module, name)))
+    return counted
 
 
 def pytest_report_header(config: pytest.Config) -> str:

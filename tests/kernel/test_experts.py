@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +19,7 @@ from tests.kernel.cases import (
     plain_gate,
     run_experts,
 )
-from tests.kernel.machine import DEVICE, DTYPES, module, name_of, stages
+from tests.kernel.machine import DEVICE, DTYPES, module, name_of
 
 CASES = [
     ExpertsCase("plain", "nothing special", half=True),
@@ -210,24 +208,6 @@ STAGES_OF = {
     "gate_up_bias": {"down_backward": 1, "grouped_row_sum": 1},
     "down_bias": {"grouped_row_sum": 1},
 }
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Counts the calls of every stage from now on."""
-    counted: dict[str, int] = {}
-    module = stages(torch.float32)
-
-    def count(name: str, stage: Callable[..., Any]) -> Callable[..., Any]:
-        def counting(*args: Any, **kwargs: Any) -> Any:
-            counted[name] = counted.get(name, 0) + 1
-            return stage(*args, **kwargs)
-
-        return counting
-
-    for name in ("route", "grouped_up", "grouped_gemm", "combine", "down_backward", "grouped_gram", "grouped_row_sum"):
-        monkeypatch.setattr(module, name, count(name, getattr(module, name)))
-    return counted
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +26,7 @@ from tests.kernel.lora_cases import (
     run_lora,
     without_factors,
 )
-from tests.kernel.machine import DEVICE, DTYPES, kernel, name_of, stages
+from tests.kernel.machine import DEVICE, DTYPES, kernel, name_of
 from tests.kernel.packed_cases import ALL, ONE, decoding, run_packed
 
 LoraWeights = kernel.LoraWeights
@@ -265,32 +264,6 @@ STAGES_OF = {
     "down_lora[0].a": {"shrink": 1, "down_backward": 1, "grouped_gram": 1},
     "down_lora[0].b": {"grouped_gram": 1},
 }
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Counts the calls of every stage from now on, but for those that a stage makes itself."""
-    counted: dict[str, int] = {}
-    module, inside = stages(torch.float32), []
-
-    def count(name: str, stage: Callable[..., Any]) -> Callable[..., Any]:
-        def counting(*args: Any, **kwargs: Any) -> Any:
-            if not inside:
-                counted[name] = counted.get(name, 0) + 1
-            inside.append(name)
-            try:
-                return stage(*args, **kwargs)
-            finally:
-                inside.pop()
-
-        return counting
-
-    names = (
-        "route", "shrink", "grouped_up", "grouped_gemm", "combine", "down_backward", "grouped_gram", "grouped_row_sum"
-    )  # fmt: skip
-    for name in names:
-        monkeypatch.setattr(module, name, count(name, getattr(module, name)))
-    return counted
 
 
 ONE_GRADIENT = LoraCase("one-gradient", "all else is frozen")

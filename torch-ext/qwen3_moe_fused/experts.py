@@ -8,6 +8,7 @@ Saved for backward: x, the routing buffer, the routing weights, gate_up (S, 2·I
 weights by reference. h and z are transient: backward recomputes h from gate_up next to the gate's derivative, and the
 gradient of a routing weight is rowsum(grad_h · h), so the down projection's output is never needed again. With ``recompute``
 gate_up is not saved either: backward makes it again, by the up projection alone, and overwrites it with its gradient.
+All of it is there before the down projection, so a layer that ``torch.utils.checkpoint`` computes again ends there.
 
 With few slots and no gradient to come there is nothing to sort: each slot is a matrix-vector product (``decode``).
 
@@ -53,7 +54,7 @@ _OPTIONS = (
 )
 
 
-def _experts(
+def _experts_in_two(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
@@ -81,10 +82,11 @@ def _experts(
     save_for_backward: bool,
     *,
     zeroed: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """y (T, H); gate_up, routing buffer and the adapters' left products, None where there is none or nothing to save.
+) -> tuple[tuple[Tensor | None, ...], Callable[[], Tensor]]:
+    """The forward up to h, and a function that makes y (T, H) of it, once: what backward needs is there before.
 
-    The buffer has entries that nobody writes or reads: an operator's outputs must be ``zeroed`` to be reproducible.
+    The first are gate_up, routing buffer and the adapters' left products, None where there is none or nothing to save. The
+    buffer has entries that nobody writes or reads: an operator's outputs must be ``zeroed`` to be reproducible.
     """
     num_tokens, top_k = top_k_index.shape
     num_rows = num_tokens * top_k
@@ -97,8 +99,8 @@ def _experts(
     down_lora = Adapter.of(down_a, down_b, down_scaling, dtype, stages)
     adapted = up_lora is not None or down_lora is not None
     if not save_for_backward and not adapted and stages.use_decode(num_tokens, top_k, up, down):
-        y = stages.decode(hidden_states, top_k_index, top_k_weights, up, down, gate_up_bias, down_bias, gate)
-        return y, None, None, None, None
+        inputs = (hidden_states, top_k_index, top_k_weights)
+        return (None,) * 4, lambda: stages.decode(*inputs, up, down, gate_up_bias, down_bias, gate)
     num_experts = up.shape[0]
     buffer = Routing.new_buffer(top_k_index, num_rows, num_experts, zeroed=zeroed)
     routing = Routing.from_buffer(buffer, num_rows, num_experts, top_k, packed=any_packed(up, down))
@@ -112,10 +114,20 @@ def _experts(
     if down_lora is not None:
         down_left = down_lora.left(h, routing, num_rows, gather=False)
         down_extension = down_lora.extension(down_left)
-    z = stages.grouped_gemm(h, down, routing, num_rows, down_bias, gather=False, fill=0.0, extension=down_extension)
-    del h
-    y = stages.combine(z, routing, num_tokens, top_k_weights)
-    return (y, gate_up, buffer, up_left, down_left) if save_for_backward else (y, None, None, None, None)
+
+    def rest() -> Tensor:
+        nonlocal h
+        z = stages.grouped_gemm(h, down, routing, num_rows, down_bias, gather=False, fill=0.0, extension=down_extension)
+        del h
+        return stages.combine(z, routing, num_tokens, top_k_weights)
+
+    return (gate_up, buffer, up_left, down_left) if save_for_backward else (None,) * 4, rest
+
+
+def _experts(*args: Any, zeroed: bool = False) -> tuple[Tensor | None, ...]:
+    """y (T, H), and what backward needs beside the arguments."""
+    saved, rest = _experts_in_two(*args, zeroed=zeroed)
+    return rest(), *saved
 
 
 def _tensors(results: tuple[Tensor | None, ...], like: Tensor) -> tuple[Any, ...]:
@@ -324,7 +336,7 @@ def _backward(ctx, grad_y: Tensor | None, *_):  # type: ignore[no-untyped-def]
     return (gx, None, *others, *no_grads)
 
 
-_differentiable_experts = differentiable(experts_op, _experts, _setup_context, _backward)
+_differentiable_experts = differentiable(experts_op, _experts, _setup_context, _backward, _experts_in_two)
 
 
 def _composed_experts(
