@@ -117,7 +117,7 @@ def run(options: Options, *, resume: bool = False, overwrite: bool = False, dry_
         raise Stopped(f"{error}: {advice}; {_where(last_checkpoint(output))}") from error
     except torch.OutOfMemoryError as error:
         advice = f"predicted were {plan.prediction.total / GIB:.2f} GiB; start again with a lower --sequence-length"
-        where = _way_on(output, " --no-cuda-graphs") if plan.graphs else _where(last_checkpoint(output))
+        where = _way_on(output, " --no-cuda-graphs") if trainer.shape is not None else _where(last_checkpoint(output))
         raise Stopped(f"out of memory after step {trainer.state.global_step}: {advice}; {where}") from error
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of these, depending on who writes
         raise Stopped(f"stopped after step {trainer.state.global_step}: {error}; {_way_on(output)}") from error

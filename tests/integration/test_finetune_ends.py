@@ -110,6 +110,28 @@ def test_a_loss_that_is_not_finite(whole: Run, tmp_path: Path) -> None:
     assert not leftovers(tmp_path / "out")
 
 
+def _no_memory() -> None:
+    from moe_fused.finetune.trainer import Finetuner
+
+    step = Finetuner.training_step
+
+    def third_fails(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, *args, **kwargs)
+
+    Finetuner.training_step = third_fails  # type: ignore[method-assign]
+
+
+def test_out_of_memory(whole: Run, tmp_path: Path) -> None:
+    """Dropout keeps graphs off, so that doing without them is no advice."""
+    ended = finetune(*whole.arguments, "--output", "out", cwd=tmp_path, before=_no_memory)
+    assert_error(ended, "out of memory after step 2: predicted were", "--sequence-length", "checkpoint-2")
+    assert "--no-cuda-graphs" not in ended.stderr.splitlines()[-1]
+    assert checkpoints(tmp_path / "out") == [2]
+    assert not leftovers(tmp_path / "out")
+
+
 def _full_disk(after: int) -> None:
     """Makes saving the optimizer fail the way a full disk does, after having worked ``after`` times."""
     save, count = torch.save, itertools.count()
