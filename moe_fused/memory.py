@@ -287,7 +287,7 @@ def predict(sizes: Sizes, work: Workload) -> Prediction:
     accumulated = gradients if work.accumulation > 1 else 0
     early, own = (0 if work.graphs else accumulated), gradients // sizes.layers
     moments = {
-        "loss": {"gradients": early, "activations": kept, "loss": _loss(sizes, work)},
+        "loss": {"gradients": early, "activations": kept, "loss": loss_bytes(sizes, work)},
         # Going back, layers give up what they keep and adapters get gradients.
         "optimizer": {"gradients": gradients, "optimizer step": _optimizer_step(trainable, work)},
     }
@@ -297,7 +297,7 @@ def predict(sizes: Sizes, work: Workload) -> Prediction:
     if work.graphs:
         # They keep what their worst moment takes; beside it are what was accumulated before, and the loss.
         held = moments["layer"]
-        moments = {"layer": held | {"gradients": held["gradients"] + accumulated, "loss": _loss(sizes, work)}}
+        moments = {"layer": held | {"gradients": held["gradients"] + accumulated, "loss": loss_bytes(sizes, work)}}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     parts = {name: size for name, size in (resident | moments[moment]).items() if size}
     return Prediction(parts, moment, trainable, frozenset({"optimizer state, paged", "CUDA context"}))
@@ -433,7 +433,7 @@ def _experts(sizes: Sizes, work: Workload) -> tuple[int, int, int]:
     return kept, made, workspace
 
 
-def _loss(sizes: Sizes, work: Workload) -> int:
+def loss_bytes(sizes: Sizes, work: Workload) -> int:
     """A tile of logits; the hidden states with a label, before and after the norm, their gradient in fp32 and as it is."""
     tokens, words = LOSS_TILE_BESIDE_GRAPHS if work.graphs else LOSS_TILE
     tile = min(work.tokens, tokens) * words * work.itemsize

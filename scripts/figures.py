@@ -91,14 +91,13 @@ def draw_lives(path: Path) -> None:
 
 def draw_step(path: Path) -> None:
     """The memory of a step's first batch beyond the weights, without CUDA graphs, from ``moe_fused.memory``."""
-    from moe_fused.memory import GIB, Workload, predict, sizes_of, skeleton
+    from moe_fused.memory import GIB, Workload, loss_bytes, predict, sizes_of, skeleton
     from scripts.docs import qwen3_30b_a3b
 
     sizes = sizes_of(skeleton(qwen3_30b_a3b()))
     prediction = predict(sizes, Workload())
     parts = prediction.parts
-    # With graphs the loss comes on top of the layers, so it is among the parts.
-    loss = predict(sizes, Workload(graphs=True)).parts["loss"] / GIB
+    loss = loss_bytes(sizes, Workload()) / GIB  # not among the parts: the peak is in a layer
     gradients = parts["adapters"]
     one = {name: parts[name] / GIB for name in ("layer", "expert rows", "expert workspace")}
     layers = sizes.layers
