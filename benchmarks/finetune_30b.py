@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -50,6 +49,7 @@ import moe_fused
 from moe_fused.benchmark import harness
 from moe_fused.benchmark.harness import current_environment, release_memory
 from moe_fused.benchmark.layers import LAYERS, Ceilings, Layer
+from moe_fused.devices import use_expandable_segments
 
 from . import full_model, plot, runner
 from .experts_4bit import QUANT_TYPE
@@ -312,7 +312,7 @@ def main(
     if device == "cpu" and not quick:
         raise typer.BadParameter("a CPU is only for smoke tests: give --quick", param_hint="--device")
     if expandable_segments:
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read when CUDA is first used
+        use_expandable_segments()
     chosen = runner.pick_device(device, "--device cpu --quick")
     model = TINY if quick else QWEN3_30B
     if layers is not None:

@@ -1,8 +1,19 @@
-"""Which device a command runs on."""
+"""Which device a command runs on, and how torch allocates on it."""
 
 from __future__ import annotations
 
+import os
+
 import torch
+
+
+def use_expandable_segments() -> None:
+    """Has torch's allocator grow blocks, which leaves no holes, as the plan of memory counts on.
+
+    Takes effect before the first tensor on a GPU; whoever has set something of the allocator keeps that.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def choose_device(name: str) -> torch.device:

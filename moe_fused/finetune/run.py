@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import signal
@@ -18,6 +17,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers import PrinterCallback
 
+from moe_fused.devices import use_expandable_segments
 from moe_fused.memory import GIB
 from moe_fused.signals import first_signal_noted
 from moe_fused.staging import is_partial, replace_file
@@ -66,9 +66,7 @@ def run(options: Options, *, resume: bool = False, overwrite: bool = False, dry_
         FileExistsError: there is something at the output directory, and neither ``resume`` nor ``overwrite``.
         Stopped: ended before its time, by a signal, a loss that is not finite or a full disk; says how to go on.
     """
-    # Before the first tensor on a GPU: blocks that grow leave no holes, and the plan counts on that.
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    use_expandable_segments()
     console = Console(stderr=True)
     _quiet(console)
     output = options.output_directory
