@@ -146,6 +146,7 @@ class Finetuner(SFTTrainer):
 
     def _take_adapters(self) -> None:
         # TRL makes adapters of 4-bit models bf16 and PEFT makes loaded ones fp32, whatever they are to be.
+        # In place: those who were handed the list go on with it.
         self._trained[:] = (own for own in self._base_model().parameters() if own.requires_grad)
         for parameter in self._trained:
             parameter.data = parameter.data.to(self._adapter_dtype)

@@ -43,6 +43,9 @@ RESULTS = {
     "loss.png", "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
 
+# What a run chooses for itself here.
+DTYPE, OPTIMIZER = ("bfloat16", "paged_adamw_8bit") if torch.cuda.is_available() else ("float32", "adamw_torch")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -117,12 +120,11 @@ def test_next_command_quantizes_what_is_not_in_4_bits(
 
 def test_settles_what_was_left_open(chat_run: tuple[Path, Ended]) -> None:
     options = yaml.safe_load((chat_run[0] / "finetune.yaml").read_text())
-    dtype, optimizer = ("bfloat16", "paged_adamw_8bit") if torch.cuda.is_available() else ("float32", "adamw_torch")
     assert {name: options[name] for name in ("packing", "dtype", "adapter_dtype", "optimizer")} == {
         "packing": "bfd",
-        "dtype": dtype,
-        "adapter_dtype": dtype,
-        "optimizer": optimizer,
+        "dtype": DTYPE,
+        "adapter_dtype": DTYPE,
+        "optimizer": OPTIMIZER,
     }
 
 
@@ -167,8 +169,7 @@ def test_card_loads_what_was_trained(chat_run: tuple[Path, Ended], monkeypatch: 
     assert isinstance(loaded["model"], PeftModel)
     (experts,) = (module for _, module in packed_modules(loaded["model"]))
     form = get_packed(experts, "down_proj").format
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    assert (form.quant_type, form.double_quant, form.dtype) == ("nf4", True, dtype)
+    assert (form.quant_type, form.double_quant, form.dtype) == ("nf4", True, getattr(torch, DTYPE))
 
 
 @pytest.mark.parametrize("quantizes", [False, True])
@@ -331,18 +332,8 @@ def test_wrong_words_on_the_command_line(arguments: list[str], words: list[str],
 
 def test_memory_that_is_too_little_is_refused_with_advice(model: Path, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "chat.jsonl", chats(2))
-    arguments = (
-        "--model",
-        model,
-        "--dataset",
-        "chat.jsonl",
-        "--output",
-        "out",
-        "--batch-size",
-        "64",
-        "--device",
-        "cpu",
-    )
+    arguments = ("--model", model, "--dataset", "chat.jsonl", "--output", "out")
+    arguments += ("--batch-size", "64", "--device", "cpu")
     limit = 0.30  # GiB, of which 0.25 are kept free
     ended = finetune(*arguments, "--memory-limit", str(limit), cwd=tmp_path)
     assert_error(ended, "0.30 GiB is the --memory-limit", "with --batch-size 1 it would need 0.2")

@@ -113,9 +113,8 @@ def test_batches_are_of_one_shape() -> None:
         boundaries = batch["cu_seq_lens_q"]
         assert (boundaries[0], boundaries[-1]) == (0, 48)
         assert (boundaries.diff() >= 0).all()
-        assert (
-            boundaries.diff().max() <= batch["max_length_q"] == 42
-        )  # what the shortest, of 6 tokens, is filled up with
+        # 42 fill up the shortest, of 6 tokens.
+        assert boundaries.diff().max() <= batch["max_length_q"] == 42
         for name, value in batch.items():
             if isinstance(value, Tensor):
                 assert (value.shape, value.dtype) == (batches[0][name].shape, batches[0][name].dtype)
