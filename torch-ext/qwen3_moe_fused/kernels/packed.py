@@ -166,8 +166,9 @@ def decode_in_order(
     COLUMNS: tl.constexpr,
     SCALES: tl.constexpr,
     SHUFFLE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
-    """The weights, (ROWS, 2·COLUMNS).
+    """The weights, (ROWS, 2·COLUMNS), or (2·COLUMNS, ROWS) if TRANSPOSED.
 
     Both weights of a byte come in one register, where neighbours are to be: interleaving what ``decode`` gives moves each.
     """
@@ -185,7 +186,12 @@ def decode_in_order(
         odd = (pairs >> 16).to(tl.uint16).to(dtype, bitcast=True)
     else:
         even, odd = decode(code, packed, scale, dtype, ROWS, COLUMNS, SCALES, SHUFFLE)
-    return tl.reshape(tl.join(even, odd), (ROWS, 2 * COLUMNS))
+    weights = tl.join(even, odd)
+    if TRANSPOSED:
+        weights = tl.reshape(tl.permute(weights, (1, 2, 0)), (2 * COLUMNS, ROWS))
+    else:
+        weights = tl.reshape(weights, (ROWS, 2 * COLUMNS))
+    return weights
 
 
 @triton.jit(do_not_specialize=["first"])

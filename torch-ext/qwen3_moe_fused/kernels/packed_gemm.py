@@ -141,7 +141,7 @@ def packed_gemm_kernel(
             absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, ahead, BLOCKSIZE, BLOCKS,
             GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
         )  # fmt: skip
-        w = decode_in_order(code, tl.load(w_ptrs), scale, dtype, WIDTH, BLOCK_K // 2, SCALES, SHUFFLE)
+        w = decode_in_order(code, tl.load(w_ptrs), scale, dtype, WIDTH, BLOCK_K // 2, SCALES, SHUFFLE, False)
         acc = tl.dot(a, tl.trans(w), acc, input_precision=PRECISION)
         scale = next_scale
         a_ptrs += BLOCK_K
@@ -250,8 +250,9 @@ def packed_transposed_kernel(
             absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, ahead, BLOCKSIZE, BLOCKS,
             GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
         )  # fmt: skip
-        w = decode_in_order(code, packed, scale, dtype, BLOCK_K, BLOCK_N // 2, SCALES, SHUFFLE)
-        acc = tl.dot(a, w, acc, input_precision=PRECISION)
+        # Transposed twice: Triton 3.6 does not compile the plain way in fp32 for compute capability 10.0.
+        w = decode_in_order(code, packed, scale, dtype, BLOCK_K, BLOCK_N // 2, SCALES, SHUFFLE, True)
+        acc = tl.dot(a, tl.trans(w), acc, input_precision=PRECISION)
         scale = next_scale
         a_ptrs += BLOCK_K
     offs_n = n + tl.arange(0, BLOCK_N)
