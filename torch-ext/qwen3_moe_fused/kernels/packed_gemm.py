@@ -1,9 +1,9 @@
 """Grouped GEMM over 4-bit weights that decodes them on the way to the tensor cores: for few rows to an expert.
 
-A byte holds two neighbours along the in features. Interleaving what it decodes to is ruinous in Triton, so every product is
-two: even in features with even, odd with odd. Where in features are summed over, that takes the even and odd columns of the
-rows, which a program takes apart in registers, or finds apart (``split_columns_kernel``) and multiplies from shared memory;
-where they are the output (``packed_transposed_kernel``), there are two accumulators, interleaved once at the end.
+A byte holds two neighbours along the in features. They are decoded into one register (``decode_in_order``), so a tile of
+weights has its order from the start and a step of the loop is one product. Decoded into even and odd features apart, as
+before, it was two products of split tokens, four with a gate, each with a wait of its own; interleaving those two results
+in Triton is ruinous. A gate's column and its up's are neighbours, which the tensor cores leave in one thread.
 
 The scales of the next step are loaded during this one: an absmax is a chain of three loads, too narrow for the pipeline's
 asynchronous copies.
