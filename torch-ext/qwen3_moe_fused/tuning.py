@@ -165,10 +165,8 @@ def default_config(kernel: str, block_m: int, target: Target, itemsize: int) -> 
             # Without tensor cores an operand's whole block_k lies in registers: larger tiles spill some KiB a thread.
             block_n, block_k = {"up_4bit": (16, 64), "gemm_4bit": (32, 64), "transposed_4bit": (64, 32)}[kernel]
             config = LaunchConfig(height, block_n, block_k, 8 if height == 64 else 4, 2)
-        elif kernel == "up_4bit":
-            config = LaunchConfig(height, 64, 64, 4, 3)
         else:
-            config = LaunchConfig(height, 128, 64, 8 if height == 128 else 4, 3)
+            config = LaunchConfig(height, 64 if kernel == "up_4bit" else 128, 64, 8 if height == 128 else 4, 3)
     elif itemsize == 4:
         # fp32 runs on the FMA units (or tf32 at half rate): small tiles, registers are what is short.
         config = LaunchConfig(tile_height(block_m, itemsize), 64 if kernel != "up" else 32, 32, 4, 3)

@@ -62,8 +62,13 @@ def load_code(code_ptr, SHUFFLE: tl.constexpr):
     return code
 
 
-def _shuffled(convert: str) -> str:
-    """PTX from 4 bytes, code (4 times) and 4 scales to the even and the odd weights, two to a register.
+# Nibbles by register and half, counted from the lowest of four bytes: the even weight of a byte is in its high nibble.
+_EVEN_ODD = ((1, 3), (5, 7), (0, 2), (4, 6))
+_PAIRS = ((1, 0), (3, 2), (5, 4), (7, 6))
+
+
+def _shuffled(convert: str, registers: tuple[tuple[int, int], ...]) -> str:
+    """PTX from 4 bytes, code (4 times) and 4 scales to 8 weights, two to a register.
 
     A shuffle within 16 lanes takes the low four bits of a lane number, so that nibbles need no mask.
     """
@@ -74,21 +79,23 @@ def _shuffled(convert: str) -> str:
         mul.rn.f32 w{nibble}, w{nibble}, ${9 + nibble // 2};"""
         for nibble in range(8)
     )
-    # The even weight of a byte is in its high nibble; a conversion's second operand goes to the lower half.
+    pack = "".join(
+        f"""
+        {convert} ${register}, w{upper}, w{lower};"""
+        for register, (lower, upper) in enumerate(registers)
+    )
     return f"""
     {{
         .reg .u32 n;
-        .reg .f32 w<8>;{look_up}
-        {convert} $0, w3, w1;
-        {convert} $1, w7, w5;
-        {convert} $2, w2, w0;
-        {convert} $3, w6, w4;
+        .reg .f32 w<8>;{look_up}{pack}
     }}
     """
 
 
-_SHUFFLED_BF16 = tl.constexpr(_shuffled("cvt.rn.bf16x2.f32"))
-_SHUFFLED_FP16 = tl.constexpr(_shuffled("cvt.rn.f16x2.f32"))
+_EVEN_ODD_BF16 = tl.constexpr(_shuffled("cvt.rn.bf16x2.f32", _EVEN_ODD))
+_EVEN_ODD_FP16 = tl.constexpr(_shuffled("cvt.rn.f16x2.f32", _EVEN_ODD))
+_PAIRS_BF16 = tl.constexpr(_shuffled("cvt.rn.bf16x2.f32", _PAIRS))
+_PAIRS_FP16 = tl.constexpr(_shuffled("cvt.rn.f16x2.f32", _PAIRS))
 _SHUFFLED_OPERANDS = tl.constexpr("=r,=r,=r,=r,r,f,f,f,f,f,f,f,f")
 
 
@@ -97,6 +104,16 @@ def look_up(code, nibbles, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """code[nibbles] for (ROWS, COLUMNS) nibbles. Flat: a gather along one axis of a broadcast table was 15 % slower."""
     flat = tl.reshape(nibbles.to(tl.int32), (ROWS * COLUMNS,))
     return tl.reshape(tl.gather(code, flat, 0), (ROWS, COLUMNS))
+
+
+@triton.jit
+def _spread(scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCALES: tl.constexpr):
+    """(ROWS, SCALES) scales for (ROWS, COLUMNS) bytes."""
+    if SCALES == 1:
+        spread = tl.broadcast_to(scale, (ROWS, COLUMNS))
+    else:
+        spread = tl.reshape(tl.broadcast_to(scale[:, :, None], (ROWS, SCALES, COLUMNS // SCALES)), (ROWS, COLUMNS))
+    return spread
 
 
 @triton.jit
@@ -114,13 +131,10 @@ def decode(
 
     A gather goes through shared memory and takes six instructions a weight, shuffles in registers take three and a half.
     """
-    if SCALES == 1:
-        spread = tl.broadcast_to(scale, (ROWS, COLUMNS))
-    else:
-        spread = tl.reshape(tl.broadcast_to(scale[:, :, None], (ROWS, SCALES, COLUMNS // SCALES)), (ROWS, COLUMNS))
+    spread = _spread(scale, ROWS, COLUMNS, SCALES)
     if SHUFFLE and dtype == tl.bfloat16:
         even, odd = tl.inline_asm_elementwise(
-            _SHUFFLED_BF16,
+            _EVEN_ODD_BF16,
             _SHUFFLED_OPERANDS,
             [packed, tl.broadcast_to(code, (ROWS, COLUMNS)), spread],
             dtype=(tl.bfloat16, tl.bfloat16),
@@ -129,7 +143,7 @@ def decode(
         )
     elif SHUFFLE and dtype == tl.float16:
         even, odd = tl.inline_asm_elementwise(
-            _SHUFFLED_FP16,
+            _EVEN_ODD_FP16,
             _SHUFFLED_OPERANDS,
             [packed, tl.broadcast_to(code, (ROWS, COLUMNS)), spread],
             dtype=(tl.float16, tl.float16),
@@ -140,6 +154,44 @@ def decode(
         even = (look_up(code, packed >> 4, ROWS, COLUMNS) * spread).to(dtype)
         odd = (look_up(code, packed & 15, ROWS, COLUMNS) * spread).to(dtype)
     return even, odd
+
+
+@triton.jit
+def decode_in_order(
+    code,
+    packed,  # (ROWS, COLUMNS) bytes
+    scale,  # (ROWS, SCALES)
+    dtype: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SCALES: tl.constexpr,
+    SHUFFLE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """The weights, (ROWS, 2·COLUMNS), or (2·COLUMNS, ROWS) if TRANSPOSED.
+
+    Both weights of a byte come in one register, where neighbours are to be: interleaving what ``decode`` gives moves each.
+    """
+    if SHUFFLE:
+        PTX: tl.constexpr = _PAIRS_BF16 if dtype == tl.bfloat16 else _PAIRS_FP16
+        pairs = tl.inline_asm_elementwise(
+            PTX,
+            _SHUFFLED_OPERANDS,
+            [packed, tl.broadcast_to(code, (ROWS, COLUMNS)), _spread(scale, ROWS, COLUMNS, SCALES)],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=4,
+        )
+        even = pairs.to(tl.uint16).to(dtype, bitcast=True)
+        odd = (pairs >> 16).to(tl.uint16).to(dtype, bitcast=True)
+    else:
+        even, odd = decode(code, packed, scale, dtype, ROWS, COLUMNS, SCALES, SHUFFLE)
+    weights = tl.join(even, odd)
+    if TRANSPOSED:
+        weights = tl.reshape(tl.permute(weights, (1, 2, 0)), (2 * COLUMNS, ROWS))
+    else:
+        weights = tl.reshape(weights, (ROWS, 2 * COLUMNS))
+    return weights
 
 
 @triton.jit(do_not_specialize=["first"])

@@ -1,9 +1,9 @@
 """Grouped GEMM over 4-bit weights that decodes them on the way to the tensor cores: for few rows to an expert.
 
-A byte holds two neighbours along the in features. Interleaving what it decodes to is ruinous in Triton, so every product is
-two: even in features with even, odd with odd. Where in features are summed over, that takes the even and odd columns of the
-rows, which a program takes apart in registers, or finds apart (``split_columns_kernel``) and multiplies from shared memory;
-where they are the output (``packed_transposed_kernel``), there are two accumulators, interleaved once at the end.
+A byte holds two neighbours along the in features. They are decoded into one register (``decode_in_order``), so a tile of
+weights has its order from the start and a step of the loop is one product. Decoded into even and odd features apart, as
+before, it was two products of split tokens, four with a gate, each with a wait of its own; interleaving those two results
+in Triton is ruinous. A gate's column and its up's are neighbours, which the tensor cores leave in one thread.
 
 The scales of the next step are loaded during this one: an absmax is a chain of three loads, too narrow for the pipeline's
 asynchronous copies.
@@ -24,13 +24,7 @@ import triton.language as tl
 from .common import apply_gate
 from .grouped_gemm import fill_rows
 from .low_rank import add_low_rank
-from .packed import block_scale, decode, load_code
-
-
-@triton.jit
-def _even_odd(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The even and the odd columns of x (ROWS, COLUMNS)."""
-    return tl.split(tl.reshape(x, (ROWS, COLUMNS // 2, 2)))
+from .packed import block_scale, decode_in_order, load_code
 
 
 @triton.jit
@@ -45,24 +39,6 @@ def _scales(
         absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert, block, BLOCKS, GROUPS, PROJECTIONS,
         DOUBLE_QUANT,
     )  # fmt: skip
-
-
-@triton.jit
-def split_columns_kernel(
-    x_ptr,  # (T, K)
-    out_ptr,  # (T, K) out
-    K: tl.constexpr,  # a multiple of BLOCK_K
-    BLOCK_K: tl.constexpr,
-    PAIRS: tl.constexpr,  # next power of two of K / 2
-):
-    """Every BLOCK_K columns of x, the even ones first. Grid: (T,)."""
-    row = tl.program_id(0).to(tl.int64) * K  # int64: T·K passes 2³¹ in real models
-    columns = tl.arange(0, 2 * PAIRS)
-    even, odd = tl.split(tl.reshape(tl.load(x_ptr + row + columns, mask=columns < K, other=0.0), (PAIRS, 2)))
-    pairs = tl.arange(0, PAIRS)
-    out = out_ptr + row + pairs // (BLOCK_K // 2) * BLOCK_K + pairs % (BLOCK_K // 2)
-    tl.store(out, even, mask=pairs < K // 2)
-    tl.store(out + BLOCK_K // 2, odd, mask=pairs < K // 2)
 
 
 @triton.jit(do_not_specialize=["num_rows", "fill"])
@@ -111,7 +87,6 @@ def packed_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    A_SPLIT: tl.constexpr,  # of every BLOCK_K columns of a the even ones come first
 ):
     """out = gate(a[row or token] · w[expert]ᵀ + bias[expert]). Grid: (tiles · ⌈N / BLOCK_N⌉,), column tiles fastest."""
     N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -138,55 +113,44 @@ def packed_gemm_kernel(
     else:
         source = tl.where(live, row + offs_m, row)
     expert64 = expert.to(tl.int64)  # int64: T·K and E·out·in pass 2³¹ in real models
-    A_COLUMNS: tl.constexpr = BLOCK_K // 2 if A_SPLIT else BLOCK_K
-    a_ptrs = a_ptr + source.to(tl.int64)[:, None] * K + tl.arange(0, A_COLUMNS)[None, :]
+    a_ptrs = a_ptr + source.to(tl.int64)[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
     offs_n = n + tl.arange(0, BLOCK_N)
     # Columns past the last one are computed from it and not stored.
     columns = tl.minimum(offs_n, N - 1) * COLUMN_STRIDE
-    w_ptrs = packed_ptr + expert64 * (COLUMNS * K // 2) + columns[:, None] * (K // 2)
+    # A gate's column and its up's are neighbours in one product, so that a thread has both of the result.
+    WIDTH: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
+    if GATED:
+        pairs = tl.arange(0, WIDTH)
+        multiplied = tl.minimum(n + pairs // 2, N - 1) * COLUMN_STRIDE + pairs % 2 * UP_OFFSET
+    else:
+        multiplied = columns
+    w_ptrs = packed_ptr + expert64 * (COLUMNS * K // 2) + multiplied[:, None] * (K // 2)
     w_ptrs += tl.arange(0, BLOCK_K // 2)[None, :]
     code = load_code(code_ptr, SHUFFLE)
-    starts = columns * K
+    starts = multiplied * K
     scale = _scales(
         absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, starts, BLOCKSIZE, BLOCKS,
         GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
     )  # fmt: skip
-    up_scale = scale
-    if GATED:
-        up_scale = _scales(
-            absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, starts + UP_OFFSET * K,
-            BLOCKSIZE, BLOCKS, GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
-        )  # fmt: skip
     dtype: tl.constexpr = a_ptr.dtype.element_ty
-    gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
-        if A_SPLIT:
-            even = tl.load(a_ptrs)
-            odd = tl.load(a_ptrs + BLOCK_K // 2)
-        else:
-            even, odd = _even_odd(tl.load(a_ptrs), BLOCK_M, BLOCK_K)
+        a = tl.load(a_ptrs)
         ahead = starts + tl.minimum(k + BLOCK_K, K - BLOCK_K)
         next_scale = _scales(
             absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, ahead, BLOCKSIZE, BLOCKS,
             GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
         )  # fmt: skip
-        w_even, w_odd = decode(code, tl.load(w_ptrs), scale, dtype, BLOCK_N, BLOCK_K // 2, SCALES, SHUFFLE)
-        gate = tl.dot(even, tl.trans(w_even), gate, input_precision=PRECISION)
-        gate = tl.dot(odd, tl.trans(w_odd), gate, input_precision=PRECISION)
+        w = decode_in_order(code, tl.load(w_ptrs), scale, dtype, WIDTH, BLOCK_K // 2, SCALES, SHUFFLE, False)
+        acc = tl.dot(a, tl.trans(w), acc, input_precision=PRECISION)
         scale = next_scale
-        if GATED:
-            next_scale = _scales(
-                absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, ahead + UP_OFFSET * K,
-                BLOCKSIZE, BLOCKS, GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
-            )  # fmt: skip
-            packed = tl.load(w_ptrs + UP_OFFSET * (K // 2))
-            w_even, w_odd = decode(code, packed, up_scale, dtype, BLOCK_N, BLOCK_K // 2, SCALES, SHUFFLE)
-            up = tl.dot(even, tl.trans(w_even), up, input_precision=PRECISION)
-            up = tl.dot(odd, tl.trans(w_odd), up, input_precision=PRECISION)
-            up_scale = next_scale
         a_ptrs += BLOCK_K
         w_ptrs += BLOCK_K // 2
+    if GATED:
+        gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
+    else:
+        gate = acc
+        up = acc
     in_n = offs_n < N
     if LOW_RANK[0] > 0:
         gate = add_low_rank(gate, left_ptr, right_ptr, expert, row, live, columns, in_n, LOW_RANK, PRECISION, BLOCK_M)
@@ -273,8 +237,7 @@ def packed_transposed_kernel(
         BLOCKSIZE, BLOCKS, GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
     )  # fmt: skip
     dtype: tl.constexpr = a_ptr.dtype.element_ty
-    acc_even = tl.zeros((BLOCK_M, BLOCK_N // 2), dtype=tl.float32)
-    acc_odd = tl.zeros((BLOCK_M, BLOCK_N // 2), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         # Weights past the last one count nothing: there a is zero.
         if K % BLOCK_K == 0:
@@ -287,18 +250,15 @@ def packed_transposed_kernel(
             absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, ahead, BLOCKSIZE, BLOCKS,
             GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
         )  # fmt: skip
-        w_even, w_odd = decode(code, packed, scale, dtype, BLOCK_K, BLOCK_N // 2, SCALES, SHUFFLE)
-        acc_even = tl.dot(a, w_even, acc_even, input_precision=PRECISION)
-        acc_odd = tl.dot(a, w_odd, acc_odd, input_precision=PRECISION)
+        # Transposed twice: Triton 3.6 does not compile the plain way in fp32 for compute capability 10.0.
+        w = decode_in_order(code, packed, scale, dtype, BLOCK_K, BLOCK_N // 2, SCALES, SHUFFLE, True)
+        acc = tl.dot(a, tl.trans(w), acc, input_precision=PRECISION)
         scale = next_scale
         a_ptrs += BLOCK_K
+    offs_n = n + tl.arange(0, BLOCK_N)
     if LOW_RANK[0] > 0:
-        even = n + 2 * tl.arange(0, BLOCK_N // 2)
-        acc_even = add_low_rank(
-            acc_even, left_ptr, right_ptr, expert, row, live, even, even < N, LOW_RANK, PRECISION, BLOCK_M
+        acc = add_low_rank(
+            acc, left_ptr, right_ptr, expert, row, live, offs_n, offs_n < N, LOW_RANK, PRECISION, BLOCK_M
         )
-        acc_odd = add_low_rank(
-            acc_odd, left_ptr, right_ptr, expert, row, live, even + 1, even < N, LOW_RANK, PRECISION, BLOCK_M
-        )
-    out = out_ptr + row.to(tl.int64) * N + offs_m[:, None] * N + (n + tl.arange(0, BLOCK_N))[None, :]
-    tl.store(out, tl.interleave(acc_even, acc_odd).to(out_ptr.dtype.element_ty), mask=live[:, None])
+    out = out_ptr + row.to(tl.int64) * N + offs_m[:, None] * N + offs_n[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=live[:, None])

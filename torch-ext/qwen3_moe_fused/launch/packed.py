@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import tuning
 from ..activations import Gate
 from ..kernels.packed import dequantize_kernel
-from ..kernels.packed_gemm import packed_gemm_kernel, packed_transposed_kernel, split_columns_kernel
+from ..kernels.packed_gemm import packed_gemm_kernel, packed_transposed_kernel
 from ..plan import Plan, View
 from ..quantization import as_floats, code, nested_code
 from ..routing import max_tiles
@@ -34,7 +34,6 @@ from .operands import (
     cdiv,
     config_of,
     gate_constants,
-    power_of_2,
     precision,
     tile_constants,
 )
@@ -49,8 +48,6 @@ if TYPE_CHECKING:
 WORKSPACE_BYTES = 256 * 2**20
 # Bytes that a program of the dequantization decodes.
 DEQUANTIZE_BLOCK = 1024
-# Height of row tiles from which on tokens are split into even and odd columns beforehand.
-SPLIT_HEIGHT = 64
 
 
 def storage_operands(weights: Packed4bitWeights) -> tuple[Tensor | View, ...]:
@@ -278,7 +275,6 @@ def _gemm_plan(
     extension: tuple[int, ...],
     save_out: bool,
     save_gate_up: bool,
-    a_split: bool,
     shuffle: bool,
     precision: str,
 ) -> Plan:
@@ -299,7 +295,6 @@ def _gemm_plan(
         "SHUFFLE": shuffle,
         "PRECISION": precision,
         **tile_constants(config),
-        "A_SPLIT": a_split,
     }
     return Plan(packed_gemm_kernel, constants, config.num_warps, config.num_stages, fp_fusion=False)
 
@@ -376,11 +371,6 @@ def _launch_gemm(
     k = a.shape[1]
     if k % config.block_k:
         config = replace(config, block_k=64)
-    # Of the tokens alone, and where tiles are so high that taking rows apart is a tenth of the work.
-    a_split = gather and config.block_m >= SPLIT_HEIGHT
-    if a_split:
-        a, x = torch.empty_like(a), a
-        _split_plan(k, config.block_k)(x.device, (x.shape[0], 1, 1), x, a)
     plan = _gemm_plan(
         config,
         stack.weights.format,
@@ -392,7 +382,6 @@ def _launch_gemm(
         low_rank.constants(extension),
         out is not None,
         gate_up is not None,
-        a_split,
         shuffles(a),
         precision(a.dtype),
     )
@@ -412,11 +401,6 @@ def _launch_gemm(
         num_rows,
         fill,
     )
-
-
-@functools.cache
-def _split_plan(k: int, block_k: int) -> Plan:
-    return Plan(split_columns_kernel, {"K": k, "BLOCK_K": block_k, "PAIRS": power_of_2(k) // 2})
 
 
 @functools.cache
