@@ -30,13 +30,15 @@ GRAMS = ("gram", "gram_thin")
 SHORT_K = 1024
 
 # Rows per expert up to which each bucket's tile height serves; the last bucket has no end. Over packed weights every row
-# tile decodes its expert again, which makes a second tile dearer than idle rows.
+# tile decodes its expert again, which makes a second tile dearer than idle rows; tiles 32 high are good for little there,
+# as tensor cores that read decoded weights from shared memory take 64 rows.
 BUCKETS = {16: 4, 32: 16, 64: 48, 128: None}
-PACKED_BUCKETS = {16: 11, 32: 22, 64: 80, 128: None}
+PACKED_BUCKETS = {16: 11, 32: 14, 64: 80, 128: None}
 
 # Rows per expert up to which decoding inside the products beats decoding into a workspace first, by compute capability. On
-# an H100, up + down projection of one Qwen3-30B-A3B layer: 1.24 against 1.30 ms at 256 rows, some 2.2 against 1.8 at 512.
-DECODE_ROWS: dict[int | str, int] = {90: 288}
+# an H100, forward of one Qwen3-30B-A3B layer: 1.12 against 1.37 ms at 256 rows, 1.98 against 1.87 at 512; the gradient of
+# its tokens crosses at some 300.
+DECODE_ROWS: dict[int | str, int] = {90: 384}
 DEFAULT_DECODE_ROWS = 128
 
 _CONFIGS = Path(__file__).parent / "configs"

@@ -1,7 +1,7 @@
 """A few slots over 4-bit weights: the kernels of ``decode`` with the bytes decoded on the way.
 
-Even and odd in features are two products, as in ``packed_gemm``; weights are rounded to the compute dtype before they are
-multiplied, so a slot's result does not depend on the path it took.
+Even and odd in features are two products, as in small tiles of ``packed_gemm``; weights are rounded to the compute dtype
+before they are multiplied, so a slot's result does not depend on the path it took.
 """
 
 import triton

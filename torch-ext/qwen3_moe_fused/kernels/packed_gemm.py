@@ -1,21 +1,23 @@
-"""Grouped GEMM over 4-bit weights that decodes them on the way to the tensor cores: for few rows to an expert.
+"""Grouped GEMM over 4-bit weights that decodes them on the way to the tensor cores.
 
-A byte holds two neighbours along the in features. They are decoded into one register (``decode_in_order``), so a tile of
-weights has its order from the start and a step of the loop is one product. Decoded into even and odd features apart, as
-before, it was two products of split tokens, four with a gate, each with a wait of its own; interleaving those two results
-in Triton is ruinous. A gate's column and its up's are neighbours, which the tensor cores leave in one thread.
+A byte holds two neighbours along the in features. Tensor cores that read weights from shared memory (row tiles from 64 on)
+get them in their order: both of a byte are decoded into one register (``decode_in_order``), so a step of the loop is one
+product. Small tiles multiply from registers, where even and odd in features apart, with the rows split alike, are cheaper:
+168 against 221 µs for the up projection of a Qwen3-30B-A3B layer at 32 tokens on an H100, where large tiles lose by that
+(830 against 700 µs at 4096 tokens): two products a step, each with a wait of its own. A gate's column and its up's are
+neighbours in one product, which the tensor cores leave in one thread.
 
-The scales of the next step are loaded during this one: an absmax is a chain of three loads, too narrow for the pipeline's
-asynchronous copies.
+An absmax is a chain of three loads, too narrow for the pipeline's asynchronous copies. The scales of the next step are
+loaded during this one, and the nested absmax before the loop: a row of weights lies in at most two groups (of the up
+projection at 4096 tokens 698 against 761 µs, of the down projection 368 against 378).
 
-Decoding sets the pace: on an H100 the up projection of a Qwen3-30B-A3B layer takes 176 µs at 32 tokens, where its bytes
-would take 70, and at 2048 tokens each further row tile of an expert costs twice its product. Lost there: nibbles looked up
-by ``tl.gather``, through shared memory (571 against 508 µs at 2048 tokens, 276 against 239 at 512); the weights as the left
-operand of the product, where they may stay in registers (312 against 276 at 512 tokens, then); tiles of 32 rows (16 rows
-are 11 % faster at 8 rows to an expert, 64 rows 17 % at 32); tiles of 256 rows (1156 against 807 µs at 4096 tokens, 1779
-against 1425 at 8192, without spills; 16 warps are slower still); two programs of four warps instead of one of eight (874
-against 807 µs); two of eight warps that share a multiprocessor, on tiles of 64 columns (838 against 808 µs at 4096 tokens,
-545 against 505 at 2048, no difference at 8192).
+Decoding sets the pace: at 32 tokens the bytes would take 70 of the 168 µs, and at 4096 dense experts take 503 of the 700.
+A shuffle a weight is the most that a multiprocessor does, so two programs share one, whose decoding and multiplying
+overlap: one of tiles 128 columns wide takes 795 µs. Of four warps they take 688, but spill with an adapter. Lost, some of
+it before weights came in order: nibbles looked up by ``tl.gather``, through shared memory (571 against 508 µs at 2048
+tokens, 276 against 239 at 512); the weights as the left operand of the product, where they may stay in registers (312
+against 276 at 512 tokens); tiles of 32 rows (16 rows are 11 % faster at 8 rows to an expert, 64 rows 5 % at 16); tiles of
+256 rows (2297 against 2217 µs at 16384 tokens, and half empty with fewer).
 """
 
 import triton
@@ -24,7 +26,7 @@ import triton.language as tl
 from .common import apply_gate
 from .grouped_gemm import fill_rows
 from .low_rank import add_low_rank
-from .packed import block_scale, decode_in_order, load_code
+from .packed import block_scale, decode, decode_in_order, load_code
 
 
 @triton.jit
@@ -39,6 +41,37 @@ def _scales(
         absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert, block, BLOCKS, GROUPS, PROJECTIONS,
         DOUBLE_QUANT,
     )  # fmt: skip
+
+
+@triton.jit
+def _groups(
+    nested_absmax_ptr, nested_offset_ptr, expert, start, K: tl.constexpr, BLOCKSIZE: tl.constexpr,
+    BLOCKS: tl.constexpr, GROUPS: tl.constexpr, PROJECTIONS: tl.constexpr,
+):  # fmt: skip
+    """What the absmaxes of K < 256·BLOCKSIZE weights from each of ``start`` (rows,) share, each (rows, 1).
+
+    The nested absmax of their first group and of their last, which is the next or the same; its first block; the offset.
+    """
+    projection = start // BLOCKSIZE // BLOCKS
+    first = (start // BLOCKSIZE - projection * BLOCKS) // 256
+    last = ((start + K - 1) // BLOCKSIZE - projection * BLOCKS) // 256
+    nested_absmax_ptr += expert * (PROJECTIONS * GROUPS) + projection * GROUPS
+    near = tl.load(nested_absmax_ptr + first)
+    far = tl.load(nested_absmax_ptr + last)
+    offset = tl.load(nested_offset_ptr + expert * PROJECTIONS + projection)
+    return near[:, None], far[:, None], (projection * BLOCKS + last * 256)[:, None], offset[:, None]
+
+
+@triton.jit
+def _scales_in_groups(
+    absmax_ptr, nested_code_ptr, near, far, border, offset, expert, start, BLOCKSIZE: tl.constexpr,
+    BLOCKS: tl.constexpr, PROJECTIONS: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
+    """As ``_scales``, of rows of which ``_groups`` has told the rest."""
+    block = (start[:, None] + 64 * tl.arange(0, SCALES)[None, :]) // BLOCKSIZE
+    scale = tl.load(absmax_ptr + expert * (PROJECTIONS * BLOCKS) + block)
+    nested = tl.where(block < border, near, far)
+    return tl.load(nested_code_ptr + scale.to(tl.int32)) * nested + offset
 
 
 @triton.jit(do_not_specialize=["num_rows", "fill"])
@@ -119,6 +152,7 @@ def packed_gemm_kernel(
     columns = tl.minimum(offs_n, N - 1) * COLUMN_STRIDE
     # A gate's column and its up's are neighbours in one product, so that a thread has both of the result.
     WIDTH: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
+    IN_ORDER: tl.constexpr = BLOCK_M >= 64
     if GATED:
         pairs = tl.arange(0, WIDTH)
         multiplied = tl.minimum(n + pairs // 2, N - 1) * COLUMN_STRIDE + pairs % 2 * UP_OFFSET
@@ -128,21 +162,46 @@ def packed_gemm_kernel(
     w_ptrs += tl.arange(0, BLOCK_K // 2)[None, :]
     code = load_code(code_ptr, SHUFFLE)
     starts = multiplied * K
-    scale = _scales(
-        absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, starts, BLOCKSIZE, BLOCKS,
-        GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
-    )  # fmt: skip
+    IN_GROUPS: tl.constexpr = DOUBLE_QUANT and K < 256 * BLOCKSIZE
+    if IN_GROUPS:
+        near, far, border, offset = _groups(
+            nested_absmax_ptr, nested_offset_ptr, expert64, starts, K, BLOCKSIZE, BLOCKS, GROUPS, PROJECTIONS
+        )
+        if 256 * BLOCKSIZE % K == 0:
+            far = near  # a group is of whole rows
+        scale = _scales_in_groups(
+            absmax_ptr, nested_code_ptr, near, far, border, offset, expert64, starts, BLOCKSIZE, BLOCKS, PROJECTIONS,
+            SCALES,
+        )  # fmt: skip
+    else:
+        scale = _scales(
+            absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, starts, BLOCKSIZE, BLOCKS,
+            GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
+        )  # fmt: skip
     dtype: tl.constexpr = a_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         a = tl.load(a_ptrs)
         ahead = starts + tl.minimum(k + BLOCK_K, K - BLOCK_K)
-        next_scale = _scales(
-            absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, ahead, BLOCKSIZE, BLOCKS,
-            GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
-        )  # fmt: skip
-        w = decode_in_order(code, tl.load(w_ptrs), scale, dtype, WIDTH, BLOCK_K // 2, SCALES, SHUFFLE, False)
-        acc = tl.dot(a, tl.trans(w), acc, input_precision=PRECISION)
+        if IN_GROUPS:
+            next_scale = _scales_in_groups(
+                absmax_ptr, nested_code_ptr, near, far, border, offset, expert64, ahead, BLOCKSIZE, BLOCKS,
+                PROJECTIONS, SCALES,
+            )  # fmt: skip
+        else:
+            next_scale = _scales(
+                absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, ahead, BLOCKSIZE, BLOCKS,
+                GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
+            )  # fmt: skip
+        packed = tl.load(w_ptrs)
+        if IN_ORDER:
+            w = decode_in_order(code, packed, scale, dtype, WIDTH, BLOCK_K // 2, SCALES, SHUFFLE, False)
+            acc = tl.dot(a, tl.trans(w), acc, input_precision=PRECISION)
+        else:
+            a_even, a_odd = tl.split(tl.reshape(a, (BLOCK_M, BLOCK_K // 2, 2)))
+            even, odd = decode(code, packed, scale, dtype, WIDTH, BLOCK_K // 2, SCALES, SHUFFLE)
+            acc = tl.dot(a_even, tl.trans(even), acc, input_precision=PRECISION)
+            acc = tl.dot(a_odd, tl.trans(odd), acc, input_precision=PRECISION)
         scale = next_scale
         a_ptrs += BLOCK_K
         w_ptrs += BLOCK_K // 2
