@@ -44,7 +44,7 @@ def neighbours(tuning: Any, kernel: str, block_m: int, config: Any, target: Any,
     for step in steps:
         (field,) = step
         if (
-            (field == "slices" and kernel != "down_backward")
+            (field == "slices" and kernel not in tuning.DOWN_BACKWARDS)
             or (field == "half_tiles" and kernel not in _HALVES)
             or (field == "descriptor" and kernel in tuning.KERNELS_4BIT)
             or (field == "num_warps" and not 2 <= step[field] <= 8)

@@ -65,8 +65,7 @@ class Workload:
         packed = kernel in self.tuning.KERNELS_4BIT
         rows = (self.tuning.PACKED_BUCKETS if packed else self.tuning.BUCKETS)[block_m]
         if rows is None:
-            decoded = self.tuning.DECODE_ROWS.get(self.target.arch, self.tuning.DEFAULT_DECODE_ROWS)
-            rows = decoded if packed else MANY_ROWS
+            rows = self.tuning.decode_rows(kernel, self.target) if packed else MANY_ROWS
         return max(1, rows * self.layer.experts // self.layer.top_k)
 
     def measure(self, kernel: str, block_m: int) -> GraphMeasure:
@@ -124,7 +123,7 @@ class Workload:
                     for name, a, weight in operands
                 }
 
-        elif kernel == "down_backward":
+        elif kernel in self.tuning.DOWN_BACKWARDS:
             gate_up = normal(rows, 2 * inner)
 
             def call() -> dict[str, Tensor]:

@@ -122,10 +122,13 @@ def _adapted(dtype: torch.dtype, tokens: int, packed: bool) -> Iterator[tuple[st
             family = "gemm_4bit" if label == "down" else "transposed_4bit"
         call = _call(launch.grouped_gemm, a, w, routing, rows, None, False, 0.0, own)
         yield f"gemm{suffix}, {label}, adapter", family, call
-    if packed:
-        return
     backward = (x, down, None, rows_2i, routing, weights, gate, True, extension(left, down_a.mT), True)
-    yield "down backward, adapter, in place", "down_backward", _call(launch.down_backward, *backward)
+    yield f"down backward{suffix}, adapter, in place", f"down_backward{suffix}", _call(launch.down_backward, *backward)
+    if packed:
+        # One left factor for gate and up, as in PEFT's layout.
+        call = _call(launch.grouped_up, x, up, routing, rows, None, gate, True, extension(left, up_b))
+        yield "up_4bit, shared adapter", "up_4bit", call
+        return
     yield "shrink, gather", "shrink", _call(launch.shrink, x, up_a, routing, True, 1.0, lefts)
     yield "shrink", "shrink", _call(launch.shrink, rows_i, down_a, routing, False, 1.0, left)
     halves = (rows_2i[:, :INTERMEDIATE], up_b[:, :INTERMEDIATE].mT, routing, False, 1.0, lefts[:, :RANK])
@@ -166,6 +169,9 @@ def _packed_tiled(dtype: torch.dtype, tokens: int) -> Iterator[tuple[str, str, C
     yield "up 4bit, infer", "up_4bit", lambda: launch.grouped_up(x, up, routing, rows, None, gate, False)
     yield "gemm 4bit, down", "gemm_4bit", _gemm(launch, rows_i, down, routing, rows)
     yield "gemm 4bit, up transposed", "transposed_4bit", _gemm(launch, rows_2i, up.mT, routing, rows)
+    weights = torch.empty((tokens, TOP_K), device="meta")
+    backward = (x, down, None, rows_2i, routing, weights, gate, True)
+    yield "down backward 4bit", "down_backward_4bit", _call(launch.down_backward, *backward)
 
 
 def _packed_untiled(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], object]]]:

@@ -31,13 +31,19 @@ ALL, ONE = 2**40, 1
 def decoding(in_gemm: bool, workspace: int = ALL) -> Iterator[list[str]]:
     """Forces where packed weights are decoded; gives the launches of it from now on.
 
-    "gemm", "transposed" and "up" decode inside a product, "part" is some of the features decoded for a dense one.
+    "gemm", "transposed", "up" and "down backward" decode inside a product, "part" is some of the features decoded for a
+    dense one.
     """
     if not HAS_TRITON:
         yield []
         return
     taken: list[str] = []
-    names = {"gemm": "_gemm_plan", "transposed": "_transposed_plan", "part": "_decode"}
+    names = {
+        "gemm": "_gemm_plan",
+        "transposed": "_transposed_plan",
+        "down backward": "_down_backward_plan",
+        "part": "_decode",
+    }
 
     def noting(name: str, function: Any) -> Any:
         def call(*args: Any) -> Any:
@@ -77,7 +83,7 @@ class PackedCase(ExpertsCase):
     double_quant: bool = True
     projections: int = 1
     dense: tuple[str, ...] = ()
-    takes: tuple[str, ...] = ("up", "gemm", "part", "transposed")
+    takes: tuple[str, ...] = ("up", "gemm", "down backward", "transposed")
 
 
 @dataclass

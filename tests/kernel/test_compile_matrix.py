@@ -29,9 +29,9 @@ MAX_SPILLS_PACKED_FP32 = 256
 
 # The families that stages with adapters and without launch between them.
 FAMILIES_ADAPTED = (
-    "up", "gemm", "gemm_short", "down_backward", "shrink", "gram_thin", "up_4bit", "gemm_4bit", "transposed_4bit",
+    "up", "gemm", "gemm_short", "down_backward", "shrink", "gram_thin", *module("tuning").KERNELS_4BIT,
 )  # fmt: skip
-FAMILIES_PLAIN = ("up", "gemm", "gemm_short", "down_backward", "gram", "up_4bit", "gemm_4bit", "transposed_4bit")
+FAMILIES_PLAIN = ("up", "gemm", "gemm_short", "down_backward", "gram", *module("tuning").KERNELS_4BIT)
 
 ALL_BUCKETS = (16, 32, 64, 128)
 

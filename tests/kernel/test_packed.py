@@ -57,8 +57,7 @@ def assert_taken(taken: list[str], wanted: tuple[str, ...], dtype: torch.dtype) 
         assert Counter(taken) == Counter(wanted)
 
 
-# Rows of both projections are whole 64s, so both are decoded inside their products; backward reads the down projection in
-# its epilogue's product, which has no kernel that decodes, and the up projection transposed.
+# Rows of both projections are whole 64s, so both are decoded inside their products.
 DECODED = [
     PackedCase("plain", "nothing special", half=True),
     PackedCase(
@@ -86,7 +85,7 @@ DECODED = [
         "odd-hidden",
         "the other way round",
         hidden=44,
-        takes=("part", "gemm", "part", "part"),
+        takes=("part", "gemm", "down backward", "part"),
     ),
     PackedCase("interleaved", "gate and up columns alternate", interleaved=True),
     PackedCase(
@@ -133,7 +132,7 @@ DECODED = [
         dense=("down_proj",),
         takes=("up", "transposed"),
     ),
-    PackedCase("dense-up", "the other way round", dense=("gate_up_proj",), takes=("gemm", "part")),
+    PackedCase("dense-up", "the other way round", dense=("gate_up_proj",), takes=("gemm", "down backward")),
 ]
 
 
@@ -280,12 +279,12 @@ FEW_SLOTS = [
 
 @pytest.fixture
 def wide_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A program of 4 features, as a GPU wants it, makes more of them than the interpreter does in a second."""
+    """A program of few features, as a GPU wants it, makes more of them than the interpreter does in a second."""
     if not INTERPRETED:
         yield
         return
     decode = module("launch.decode")
-    monkeypatch.setattr(decode, "PACKED_DECODE_BLOCK_N", 32)
+    monkeypatch.setattr(decode, "DECODE_BLOCK_N", 32)
     decode._packed_plans.cache_clear()
     yield
     decode._packed_plans.cache_clear()

@@ -148,20 +148,20 @@ def test_rows_that_share_bytes_are_one_part(columns: int, gate: Any) -> None:
 def test_layouts_that_products_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows, rows of whole 64s, 32-bit offsets inside a matrix."""
     like = torch.empty(0, device=DEVICE)
-    rows = tuning.DECODE_ROWS.get(tuning.target_of(DEVICE).arch, tuning.DEFAULT_DECODE_ROWS)
+    rows = tuning.decode_rows("gemm_4bit", tuning.target_of(DEVICE))
 
     def stack(*shape: int) -> Any:
         return PackedStack(kernel.Packed4bitWeights.quantize(torch.ones((2, *shape), device=DEVICE)))
 
-    assert packed.decodes(stack(4, 64), 2 * rows, like)
-    assert packed.decodes(stack(4, 64).mT, 2 * rows, like)
-    assert not packed.decodes(stack(4, 64), 2 * rows + 1, like)
-    assert not packed.decodes(stack(4, 80), 1, like)
-    assert not packed.decodes(stack(64, 4).mT, 1, like)
+    assert packed.decodes("gemm_4bit", stack(4, 64), 2 * rows, like)
+    assert packed.decodes("gemm_4bit", stack(4, 64).mT, 2 * rows, like)
+    assert not packed.decodes("gemm_4bit", stack(4, 64), 2 * rows + 1, like)
+    assert not packed.decodes("gemm_4bit", stack(4, 80), 1, like)
+    assert not packed.decodes("gemm_4bit", stack(64, 4).mT, 1, like)
     huge = kernel.Format4bit((1, 2**25, 64))
     weights = stack(4, 64).weights
     object.__setattr__(weights, "format", huge)
-    assert not packed.decodes(PackedStack(weights), 1, like)
+    assert not packed.decodes("gemm_4bit", PackedStack(weights), 1, like)
 
 
 # -------------------------------------------------------------------------------------------------------------- stages
@@ -256,19 +256,26 @@ def test_grouped_up(gate: Gate, save: bool, dtype: torch.dtype, place: tuple[boo
 @pytest.mark.parametrize(
     "gate", [Gate(), Gate("gelu_tanh", interleaved=True), Gate("relu", gated=False)], ids=lambda gate: gate.activation
 )
-@pytest.mark.parametrize("workspace", [ALL, ONE], ids=["whole", "parts"])
-def test_down_backward(workspace: int, gate: Gate, bias: bool, need_h: bool, dtype: torch.dtype) -> None:
-    """Few rows or many: its epilogue has no kernel that decodes."""
+@pytest.mark.parametrize("intermediate", [64, 44])
+def test_down_backward(
+    intermediate: int, gate: Gate, bias: bool, need_h: bool, dtype: torch.dtype, place: tuple[bool, int]
+) -> None:
     ours, theirs = scenes(dtype)
-    stack, dense = stack_of("down", (64, 44), dtype)
-    grad, gate_up = random("grad", TOKENS, 64, dtype=dtype), random("gate_up", ROWS, gate.columns(44), dtype=dtype)
+    stack, dense = stack_of("down", (48, intermediate), dtype)
+    grad, gate_up = (
+        random("grad", TOKENS, 48, dtype=dtype),
+        random("gate_up", ROWS, gate.columns(intermediate), dtype=dtype),
+    )
     weights = random("weights", TOKENS, TOP_K)
-    biases = random("bias", EXPERTS, 64, dtype=dtype) if bias else None
+    biases = random("bias", EXPERTS, 48, dtype=dtype) if bias else None
     poisoned = gate_up.clone()
     poisoned[ROUTED:] = float("nan")
-    with decoding(True, workspace) as taken:
+    with decoding(*place) as taken:
         got = launch.down_backward(grad, stack, biases, poisoned, ours, weights, gate, need_h)
-    assert taken == ["part"] * (1 if workspace == ALL else 3)
+    if place[0] and intermediate % 64 == 0:
+        assert taken == ["down backward"]
+    else:
+        assert taken == ["part"] * (1 if place[1] == ALL else -(-intermediate // 16))
     exact = reference.down_backward(
         grad.double(), dense.double(), doubled(biases), gate_up.double(), theirs, weights.double(), gate, need_h
     )
@@ -307,7 +314,7 @@ def test_decode_serves_what_it_reads() -> None:
 
     up, down = stack(128, 64), stack(64, 64)
     dense = torch.empty((2, 64, 64), device=DEVICE)
-    most = module("launch.decode").DECODE_SLOTS
+    most = module("launch.decode").PACKED_DECODE_SLOTS
     assert launch.use_decode(1, most, up, down)
     assert not launch.use_decode(1, most + 1, up, down)
     assert not launch.use_decode(0, 8, up, down)

@@ -71,7 +71,7 @@ def test_shared_memory_of_packed_tiles() -> None:
 @pytest.mark.parametrize("kernel", tuning.KERNELS_4BIT)
 def test_packed_tiles_hold_whole_64s(kernel: str) -> None:
     """Along the features that are packed, which are the out features of a transposed stack."""
-    along, across = ("block_n", "block_k") if kernel == "transposed_4bit" else ("block_k", "block_n")
+    along, across = ("block_k", "block_n") if kernel in ("up_4bit", "gemm_4bit") else ("block_n", "block_k")
     tuning.check(kernel, replace(GOOD, **{along: 128, across: 32}), A100, 2)
     with pytest.raises(ValueError, match=f"{kernel} needs tiles of multiples of 64 along the packed features"):
         tuning.check(kernel, replace(GOOD, **{along: 32, across: 128}), A100, 2)
@@ -113,7 +113,7 @@ def test_bucket_without_experts() -> None:
 
 @pytest.mark.parametrize(
     "rows, experts, height",
-    [(0, 8, 16), (88, 8, 16), (89, 8, 32), (112, 8, 32), (113, 8, 64), (640, 8, 64), (641, 8, 128), (10**9, 8, 128)],
+    [(0, 8, 16), (88, 8, 16), (89, 8, 32), (112, 8, 32), (113, 8, 64), (1024, 8, 64), (1025, 8, 128), (10**9, 8, 128)],
 )
 def test_bucket_boundaries_of_packed_weights(rows: int, experts: int, height: int) -> None:
     assert tuning.bucket(rows, experts, packed=True) == height
@@ -124,12 +124,26 @@ def test_heights_are_the_same_for_packed_weights() -> None:
     assert tuple(tuning.PACKED_BUCKETS) == tuple(tuning.BUCKETS)
 
 
-@pytest.mark.parametrize("arch, rows", [(90, 384), (80, 128), (100, 128), ("gfx942", 128)])
-def test_many_rows_are_not_decoded_in_products(arch: int | str, rows: int) -> None:
+@pytest.mark.parametrize(
+    "arch, kernel, rows",
+    [
+        (90, "up_4bit", 448),
+        (90, "down_backward_4bit", 240),
+        (80, "up_4bit", 192),
+        (100, "transposed_4bit", 192),
+        ("gfx942", "gemm_4bit", 192),
+    ],
+)
+def test_many_rows_are_not_decoded_in_products(arch: int | str, kernel: str, rows: int) -> None:
     target = tuning.TARGETS[arch]
-    assert tuning.decodes_in_gemm(0, 8, target)
-    assert tuning.decodes_in_gemm(rows * 8, 8, target)
-    assert not tuning.decodes_in_gemm(rows * 8 + 1, 8, target)
+    assert tuning.decodes_in_gemm(kernel, 0, 8, target)
+    assert tuning.decodes_in_gemm(kernel, rows * 8, 8, target)
+    assert not tuning.decodes_in_gemm(kernel, rows * 8 + 1, 8, target)
+
+
+def test_rows_are_known_of_every_kernel_that_decodes() -> None:
+    for rows in tuning.DECODE_ROWS.values():
+        assert set(rows) == set(tuning.KERNELS_4BIT)
 
 
 @pytest.fixture

@@ -22,9 +22,10 @@ import torch
 
 # Kernel families with a tile to choose. "up" multiplies two BLOCK_N-wide column tiles when the experts are gated;
 # "gemm_short" is "gemm" over few in features, where the epilogue weighs more than the loop. The "4bit" ones decode packed
-# weights on the way, "transposed_4bit" for the gradient of the input. "shrink" and "gram_thin" are an adapter's products, as
+# weights on the way, "transposed_4bit" for the gradient of tokens. "shrink" and "gram_thin" are an adapter's products, as
 # thin as its rank: block_n, of gram_thin block_m, is what they are at most.
-KERNELS_4BIT = ("up_4bit", "gemm_4bit", "transposed_4bit")
+KERNELS_4BIT = ("up_4bit", "gemm_4bit", "transposed_4bit", "down_backward_4bit")
+DOWN_BACKWARDS = ("down_backward", "down_backward_4bit")
 KERNELS = ("up", "gemm", "gemm_short", "down_backward", "gram", "shrink", "gram_thin", *KERNELS_4BIT)
 GRAMS = ("gram", "gram_thin")
 SHORT_K = 1024
@@ -33,13 +34,16 @@ SHORT_K = 1024
 # tile decodes its expert again, which makes a second tile dearer than idle rows; tiles 32 high are good for little there,
 # as tensor cores that read decoded weights from shared memory take 64 rows.
 BUCKETS = {16: 4, 32: 16, 64: 48, 128: None}
-PACKED_BUCKETS = {16: 11, 32: 14, 64: 80, 128: None}
+PACKED_BUCKETS = {16: 11, 32: 14, 64: 128, 128: None}
 
-# Rows per expert up to which decoding inside the products beats decoding into a workspace first, by compute capability. On
-# an H100, forward of one Qwen3-30B-A3B layer: 1.12 against 1.37 ms at 256 rows, 1.98 against 1.87 at 512; the gradient of
-# its tokens crosses at some 300.
-DECODE_ROWS: dict[int | str, int] = {90: 384}
-DEFAULT_DECODE_ROWS = 128
+# Rows per expert up to which decoding inside a product beats decoding into a workspace first, by compute capability. For a
+# Qwen3-30B-A3B layer on an H100, in µs and in brackets by way of the workspace, all at 256 and 512 rows: up projection 615
+# (853) and 1121 (1130), down projection 349 (452) and 612 (599), gradient of the tokens 762 (some 830) and 1312 (some 1150),
+# back through the down projection 583 (568) and 941 (793), at 128 rows 339 (467).
+DECODE_ROWS: dict[int | str, dict[str, int]] = {
+    90: {"up_4bit": 448, "gemm_4bit": 448, "transposed_4bit": 320, "down_backward_4bit": 240}
+}
+DEFAULT_DECODE_ROWS = 192
 
 _CONFIGS = Path(__file__).parent / "configs"
 CONFIGS_VARIABLE = "MOE_FUSED_CONFIGS"
@@ -56,7 +60,7 @@ class LaunchConfig:
         descriptor: load weights (and rows, where they are not gathered) through a tensor descriptor (TMA) if the layout
             allows it.
         half_tiles: the last row tile of an expert is computed at half the height where its rows fit in that.
-        slices: of the tile the epilogue of ``down_backward`` works on one after the other, to save registers.
+        slices: of the tile the epilogue of ``DOWN_BACKWARDS`` works on one after the other, to save registers.
     """
 
     block_m: int
@@ -97,9 +101,14 @@ TARGETS = {
 }
 
 
-def decodes_in_gemm(num_rows: int, num_experts: int, target: Target) -> bool:
-    """Whether grouped GEMMs over packed weights decode them themselves, for S = num_rows over E = num_experts."""
-    return num_rows <= num_experts * DECODE_ROWS.get(target.arch, DEFAULT_DECODE_ROWS)
+def decode_rows(kernel: str, target: Target) -> int:
+    """Rows per expert up to which ``kernel`` of ``KERNELS_4BIT`` is launched."""
+    return DECODE_ROWS.get(target.arch, {}).get(kernel, DEFAULT_DECODE_ROWS)
+
+
+def decodes_in_gemm(kernel: str, num_rows: int, num_experts: int, target: Target) -> bool:
+    """Whether a product over packed weights decodes them itself, by ``kernel``, for S = num_rows over E = num_experts."""
+    return num_rows <= num_experts * decode_rows(kernel, target)
 
 
 @functools.lru_cache(maxsize=1024)  # of any number of tokens
@@ -150,7 +159,7 @@ def check(kernel: str, config: LaunchConfig, target: Target, itemsize: int) -> N
     need = shared_memory(kernel, config, itemsize)
     if need > target.shared_memory:
         raise ValueError(f"{config} needs {need} bytes of shared memory, {target.arch} has {target.shared_memory}")
-    if kernel in KERNELS_4BIT and (config.block_k if kernel != "transposed_4bit" else config.block_n) % 64:
+    if kernel in KERNELS_4BIT and (config.block_k if kernel in ("up_4bit", "gemm_4bit") else config.block_n) % 64:
         raise ValueError(f"{kernel} needs tiles of multiples of 64 along the packed features, got {config}")
     if config.half_tiles and config.block_m < 32:
         raise ValueError(f"half_tiles needs tiles of at least 32 rows, got {config}")
@@ -165,7 +174,7 @@ def default_config(kernel: str, block_m: int, target: Target, itemsize: int) -> 
         height = tile_height(block_m, itemsize)
         if itemsize == 4:
             # Without tensor cores an operand's whole block_k lies in registers: larger tiles spill some KiB a thread.
-            block_n, block_k = {"up_4bit": (16, 64), "gemm_4bit": (32, 64), "transposed_4bit": (64, 32)}[kernel]
+            block_n, block_k = {"up_4bit": (16, 64), "gemm_4bit": (32, 64)}.get(kernel, (64, 32))
             config = LaunchConfig(height, block_n, block_k, 8 if height == 64 else 4, 2)
         else:
             config = LaunchConfig(height, 64 if kernel == "up_4bit" else 128, 64, 8 if height == 128 else 4, 3)
@@ -191,7 +200,7 @@ def default_config(kernel: str, block_m: int, target: Target, itemsize: int) -> 
         config = LaunchConfig(
             128, 128 if hopper or kernel != "up" else 64, 64, 8, 4 if hopper else 3, descriptor=hopper
         )
-    if kernel == "down_backward":
+    if kernel in DOWN_BACKWARDS:
         config = replace(config, slices=max(1, config.block_n // 64))
     if target.backend == "hip":
         config = replace(config, num_stages=2)

@@ -18,7 +18,7 @@ from .low_rank import add_low_rank
 
 
 @triton.jit
-def _epilogue(
+def backward_epilogue(
     g,  # (BLOCK_M, WIDTH) fp32 slice of the tile
     n,  # its first column
     gate_up_ptr,  # of the tile's first row, as are the other two
@@ -45,11 +45,11 @@ def _epilogue(
     if SLICES > 1:
         HALF: tl.constexpr = WIDTH // 2
         left, right = tl.split(tl.permute(tl.reshape(g, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-        return _epilogue(
+        return backward_epilogue(
             left, n, gate_up_ptr, grad_gate_up_ptr, weighted_h_ptr, live, weight, I, COLUMNS, COLUMN_STRIDE,
             UP_OFFSET, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, IN_PLACE, BLOCK_M, HALF, SLICES // 2,
             H_STRIDE,
-        ) + _epilogue(
+        ) + backward_epilogue(
             right, n + HALF, gate_up_ptr, grad_gate_up_ptr, weighted_h_ptr, live, weight, I, COLUMNS,
             COLUMN_STRIDE, UP_OFFSET, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, IN_PLACE, BLOCK_M, HALF,
             SLICES // 2, H_STRIDE,
@@ -155,7 +155,7 @@ def _tile(
     gate_up_ptr += row64 * COLUMNS
     grad_gate_up_ptr += row64 * COLUMNS
     weighted_h_ptr += row64 * H_STRIDE
-    dots = _epilogue(
+    dots = backward_epilogue(
         g, n, gate_up_ptr, grad_gate_up_ptr, weighted_h_ptr, live, weight, I, COLUMNS, COLUMN_STRIDE,
         UP_OFFSET, ACTIVATION, GATED, ALPHA, LIMIT, SAVE_WEIGHTED_H, IN_PLACE, BLOCK_M, BLOCK_N, SLICES, H_STRIDE,
     )  # fmt: skip

@@ -4,8 +4,12 @@
 and additions are not fused: launch these with ``enable_fp_fusion=False``.
 """
 
+import struct
+
 import triton
 import triton.language as tl
+
+from ..quantization import CODES
 
 
 @triton.jit
@@ -36,67 +40,112 @@ def block_scale(
     return scale
 
 
+# Kernels decode in PTX where they are told a quant type as PTX: eight weights a 32-bit word, looked up by byte permutations
+# in a table of the 16 that a scale allows, which a thread keeps in registers.
+
+
 @triton.jit
-def load_code(code_ptr, SHUFFLE: tl.constexpr):
-    """The 16 values of the nibbles: (16,) fp32, or with SHUFFLE one number, in each lane of a warp value lane % 16."""
-    if SHUFFLE:
-        code = tl.inline_asm_elementwise(
-            """
-            {
-                .reg .u32 lane;
-                .reg .u64 address;
-                mov.u32 lane, %laneid;
-                and.b32 lane, lane, 15;
-                mad.wide.u32 address, lane, 4, $1;
-                ld.global.nc.f32 $0, [address];
-            }
-            """,
-            "=f,l",
-            [code_ptr.to(tl.int64)],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
+def load_code(code_ptr, PTX: tl.constexpr):
+    """The 16 values of the nibbles, (16,) fp32, where they are needed."""
+    if PTX == "":
         code = tl.load(code_ptr + tl.arange(0, 16))
+    else:
+        code = 0
     return code
 
 
-# Nibbles by register and half, counted from the lowest of four bytes: the even weight of a byte is in its high nibble.
-_EVEN_ODD = ((1, 3), (5, 7), (0, 2), (4, 6))
-_PAIRS = ((1, 0), (3, 2), (5, 4), (7, 6))
+@triton.jit
+def elements(packed_ptr, PTX: tl.constexpr):
+    """A pointer to bytes, of two weights each, or to words of eight."""
+    if PTX != "":
+        packed_ptr = packed_ptr.to(tl.pointer_type(tl.uint32))
+    return packed_ptr
 
 
-def _shuffled(convert: str, registers: tuple[tuple[int, int], ...]) -> str:
-    """PTX from 4 bytes, code (4 times) and 4 scales to 8 weights, two to a register.
+def _table(code: tuple[float, ...], convert: str) -> str:
+    """PTX from a scale to its 16 weights: in four registers their lower bytes, in four the upper ones."""
+    values = [struct.unpack("<I", struct.pack("<f", value))[0] for value in code]
+    products = "".join(f"mul.rn.f32 p{i}, $8, 0f{value:08X};\n" for i, value in enumerate(values))
+    pairs = "".join(f"{convert} q{i}, p{2 * i + 1}, p{2 * i};\n" for i in range(8))
+    lower = "".join(f"prmt.b32 ${i}, q{2 * i}, q{2 * i + 1}, 0x6420;\n" for i in range(4))
+    upper = "".join(f"prmt.b32 ${4 + i}, q{2 * i}, q{2 * i + 1}, 0x7531;\n" for i in range(4))
+    return f"{{\n.reg .f32 p<16>;\n.reg .b32 q<8>;\n{products}{pairs}{lower}{upper}}}"
 
-    A shuffle within 16 lanes takes the low four bits of a lane number, so that nibbles need no mask.
+
+def _look_up(registers: tuple[tuple[int, str], ...]) -> str:
+    """PTX from a word of nibbles and a table to 8 weights, two to a register.
+
+    A permutation takes three bits of a nibble to choose from half a table; the fourth bit then chooses the half.
+
+    Args:
+        registers: which, and how to make it of four weights' lower and upper bytes, for each two of the word in turn.
     """
-    look_up = "".join(
+    halves = "".join(
         f"""
-        shr.u32 n, $4, {4 * nibble};
-        shfl.sync.idx.b32 w{nibble}, $5, n, 0x101f, 0xffffffff;
-        mul.rn.f32 w{nibble}, w{nibble}, ${9 + nibble // 2};"""
-        for nibble in range(8)
-    )
-    pack = "".join(
-        f"""
-        {convert} ${register}, w{upper}, w{lower};"""
-        for register, (lower, upper) in enumerate(registers)
+        prmt.b32 a, $5, $6, low;
+        prmt.b32 b, $7, $8, low;
+        prmt.b32 l, a, b, top;
+        prmt.b32 a, $9, $10, low;
+        prmt.b32 b, $11, $12, low;
+        prmt.b32 u, a, b, top;
+        prmt.b32 ${first}, l, u, {order};
+        prmt.b32 ${second}, l, u, {next_order};
+        shr.u32 low, low, 16;
+        shr.u32 top, top, 16;"""
+        for (first, order), (second, next_order) in zip(registers[::2], registers[1::2], strict=True)
     )
     return f"""
     {{
-        .reg .u32 n;
-        .reg .f32 w<8>;{look_up}{pack}
+        .reg .b32 low, top, a, b, l, u;
+        and.b32 low, $4, 0x77777777;
+        shr.u32 top, $4, 1;
+        lop3.b32 top, top, 0x44444444, 0x32103210, 0xEA;{halves}
     }}
     """
 
 
-_EVEN_ODD_BF16 = tl.constexpr(_shuffled("cvt.rn.bf16x2.f32", _EVEN_ODD))
-_EVEN_ODD_FP16 = tl.constexpr(_shuffled("cvt.rn.f16x2.f32", _EVEN_ODD))
-_PAIRS_BF16 = tl.constexpr(_shuffled("cvt.rn.bf16x2.f32", _PAIRS))
-_PAIRS_FP16 = tl.constexpr(_shuffled("cvt.rn.f16x2.f32", _PAIRS))
-_SHUFFLED_OPERANDS = tl.constexpr("=r,=r,=r,=r,r,f,f,f,f,f,f,f,f")
+# The even weight of a byte is in its high nibble, so that of four weights the second comes first.
+_IN_ORDER = tl.constexpr(_look_up(((0, "0x4051"), (1, "0x6273"), (2, "0x4051"), (3, "0x6273"))))
+_EVEN_ODD = tl.constexpr(_look_up(((0, "0x7351"), (2, "0x6240"), (1, "0x7351"), (3, "0x6240"))))
+_LOOK_UP_OPERANDS = tl.constexpr("=r,=r,=r,=r,r,r,r,r,r,r,r,r,r")
+_NF4_BF16 = tl.constexpr(_table(CODES["nf4"], "cvt.rn.bf16x2.f32"))
+_NF4_FP16 = tl.constexpr(_table(CODES["nf4"], "cvt.rn.f16x2.f32"))
+_FP4_BF16 = tl.constexpr(_table(CODES["fp4"], "cvt.rn.bf16x2.f32"))
+_FP4_FP16 = tl.constexpr(_table(CODES["fp4"], "cvt.rn.f16x2.f32"))
+_TABLE_OPERANDS = tl.constexpr("=r,=r,=r,=r,=r,=r,=r,=r,f")
+
+
+@triton.jit
+def _decode_words(words, scale, dtype: tl.constexpr, PTX: tl.constexpr, LOOK_UP: tl.constexpr):
+    """What LOOK_UP makes of each of ``words`` with its fp32 ``scale``: four uint32, two weights each."""
+    NF4: tl.constexpr = _NF4_BF16 if dtype == tl.bfloat16 else _NF4_FP16
+    FP4: tl.constexpr = _FP4_BF16 if dtype == tl.bfloat16 else _FP4_FP16
+    TABLE: tl.constexpr = NF4 if PTX == "nf4" else FP4
+    # A scale's words have one table: the compiler sees that those of the same thread are the same.
+    t0, t1, t2, t3, t4, t5, t6, t7 = tl.inline_asm_elementwise(
+        TABLE,
+        _TABLE_OPERANDS,
+        [scale],
+        dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32),
+        is_pure=True,
+        pack=1,
+    )
+    return tl.inline_asm_elementwise(
+        LOOK_UP,
+        _LOOK_UP_OPERANDS,
+        [words, t0, t1, t2, t3, t4, t5, t6, t7],
+        dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _unpacked(pairs, dtype: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The two values in each of (ROWS, COLUMNS) words, side by side: (ROWS, 2·COLUMNS)."""
+    first = pairs.to(tl.uint16).to(dtype, bitcast=True)
+    second = (pairs >> 16).to(tl.uint16).to(dtype, bitcast=True)
+    return tl.reshape(tl.join(first, second), (ROWS, 2 * COLUMNS))
 
 
 @triton.jit
@@ -108,7 +157,7 @@ def look_up(code, nibbles, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _spread(scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCALES: tl.constexpr):
-    """(ROWS, SCALES) scales for (ROWS, COLUMNS) bytes."""
+    """(ROWS, SCALES) scales for (ROWS, COLUMNS) elements."""
     if SCALES == 1:
         spread = tl.broadcast_to(scale, (ROWS, COLUMNS))
     else:
@@ -119,37 +168,20 @@ def _spread(scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCALES: tl.constex
 @triton.jit
 def decode(
     code,
-    packed,  # (ROWS, COLUMNS) bytes
+    packed,  # (ROWS, COLUMNS) elements
     scale,  # (ROWS, SCALES)
     dtype: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SCALES: tl.constexpr,
-    SHUFFLE: tl.constexpr,
+    PTX: tl.constexpr,
 ):
-    """The weights at even and at odd places, each (ROWS, COLUMNS).
-
-    A gather goes through shared memory and takes six instructions a weight, shuffles in registers take three and a half.
-    """
+    """The weights at even and at odd places, each (ROWS, COLUMNS) of bytes or (ROWS, 4·COLUMNS) of words."""
     spread = _spread(scale, ROWS, COLUMNS, SCALES)
-    if SHUFFLE and dtype == tl.bfloat16:
-        even, odd = tl.inline_asm_elementwise(
-            _EVEN_ODD_BF16,
-            _SHUFFLED_OPERANDS,
-            [packed, tl.broadcast_to(code, (ROWS, COLUMNS)), spread],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=4,
-        )
-    elif SHUFFLE and dtype == tl.float16:
-        even, odd = tl.inline_asm_elementwise(
-            _EVEN_ODD_FP16,
-            _SHUFFLED_OPERANDS,
-            [packed, tl.broadcast_to(code, (ROWS, COLUMNS)), spread],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=4,
-        )
+    if PTX != "":
+        a, b, c, d = _decode_words(packed, spread, dtype, PTX, _EVEN_ODD)
+        even = _unpacked(tl.reshape(tl.join(a, b), (ROWS, 2 * COLUMNS)), dtype, ROWS, 2 * COLUMNS)
+        odd = _unpacked(tl.reshape(tl.join(c, d), (ROWS, 2 * COLUMNS)), dtype, ROWS, 2 * COLUMNS)
     else:
         even = (look_up(code, packed >> 4, ROWS, COLUMNS) * spread).to(dtype)
         odd = (look_up(code, packed & 15, ROWS, COLUMNS) * spread).to(dtype)
@@ -159,38 +191,33 @@ def decode(
 @triton.jit
 def decode_in_order(
     code,
-    packed,  # (ROWS, COLUMNS) bytes
+    packed,  # (ROWS, COLUMNS) elements
     scale,  # (ROWS, SCALES)
     dtype: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SCALES: tl.constexpr,
-    SHUFFLE: tl.constexpr,
+    PTX: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
-    """The weights, (ROWS, 2·COLUMNS), or (2·COLUMNS, ROWS) if TRANSPOSED.
+    """The weights, (ROWS, 2·COLUMNS) of bytes or (ROWS, 8·COLUMNS) of words, or the transpose if TRANSPOSED.
 
-    Both weights of a byte come in one register, where neighbours are to be: interleaving what ``decode`` gives moves each.
+    Of words both weights of a byte come in one register, where neighbours are to be: interleaving what ``decode`` gives
+    moves each.
     """
-    if SHUFFLE:
-        PTX: tl.constexpr = _PAIRS_BF16 if dtype == tl.bfloat16 else _PAIRS_FP16
-        pairs = tl.inline_asm_elementwise(
-            PTX,
-            _SHUFFLED_OPERANDS,
-            [packed, tl.broadcast_to(code, (ROWS, COLUMNS)), _spread(scale, ROWS, COLUMNS, SCALES)],
-            dtype=tl.uint32,
-            is_pure=True,
-            pack=4,
-        )
+    PAIRS: tl.constexpr = 4 * COLUMNS if PTX != "" else COLUMNS
+    if PTX != "":
+        a, b, c, d = _decode_words(packed, _spread(scale, ROWS, COLUMNS, SCALES), dtype, PTX, _IN_ORDER)
+        pairs = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (ROWS, PAIRS))
         even = pairs.to(tl.uint16).to(dtype, bitcast=True)
         odd = (pairs >> 16).to(tl.uint16).to(dtype, bitcast=True)
     else:
-        even, odd = decode(code, packed, scale, dtype, ROWS, COLUMNS, SCALES, SHUFFLE)
+        even, odd = decode(code, packed, scale, dtype, ROWS, COLUMNS, SCALES, PTX)
     weights = tl.join(even, odd)
     if TRANSPOSED:
-        weights = tl.reshape(tl.permute(weights, (1, 2, 0)), (2 * COLUMNS, ROWS))
+        weights = tl.reshape(tl.permute(weights, (1, 2, 0)), (2 * PAIRS, ROWS))
     else:
-        weights = tl.reshape(weights, (ROWS, 2 * COLUMNS))
+        weights = tl.reshape(weights, (ROWS, 2 * PAIRS))
     return weights
 
 
@@ -237,7 +264,7 @@ def dequantize_kernel(
         absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert, block, BLOCKS, GROUPS, PROJECTIONS,
         DOUBLE_QUANT,
     )  # fmt: skip
-    code = load_code(code_ptr, False)
+    code = load_code(code_ptr, "")
     even = tl.gather(code, (packed >> 4).to(tl.int32), 0) * scale
     odd = tl.gather(code, (packed & 15).to(tl.int32), 0) * scale
     # int64: an expert may have 2³¹ weights, of 2³⁰ bytes.

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .common import apply_gate
-from .packed import block_scale, decode, load_code
+from .packed import block_scale, decode, elements, load_code
 
 
 @triton.jit
@@ -31,23 +31,25 @@ def _products(
     GROUPS: tl.constexpr,
     PROJECTIONS: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
-    SHUFFLE: tl.constexpr,
+    PTX: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     dtype: tl.constexpr,
 ):
     """(BLOCK_N, BLOCK_K/2): the products of each feature's weights from in feature k on with x, in pairs."""
-    byte = k // 2 + tl.arange(0, BLOCK_K // 2)
-    in_k = byte < K // 2
-    packed_ptrs = packed_ptr + expert * (N * K // 2) + (features * (K // 2))[:, None] + byte[None, :]
-    packed = tl.load(packed_ptrs, mask=in_k[None, :], other=0)
+    OF: tl.constexpr = 8 if PTX != "" else 2  # weights an element
+    element = k // OF + tl.arange(0, BLOCK_K // OF)
+    packed_ptrs = (
+        elements(packed_ptr, PTX) + expert * (N * K // OF) + (features * (K // OF))[:, None] + element[None, :]
+    )
+    packed = tl.load(packed_ptrs, mask=(element < K // OF)[None, :], other=0)
     starts = tl.minimum(k + 64 * tl.arange(0, BLOCK_K // 64), K - 64)
     block = ((features * K)[:, None] + starts[None, :]) // BLOCKSIZE
     scale = block_scale(
         absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert, block, BLOCKS, GROUPS, PROJECTIONS,
         DOUBLE_QUANT,
     )  # fmt: skip
-    even, odd = decode(code, packed, scale, dtype, BLOCK_N, BLOCK_K // 2, BLOCK_K // 64, SHUFFLE)
+    even, odd = decode(code, packed, scale, dtype, BLOCK_N, BLOCK_K // OF, BLOCK_K // 64, PTX)
     return even.to(tl.float32) * x_even[None, :] + odd.to(tl.float32) * x_odd[None, :]
 
 
@@ -91,7 +93,7 @@ def packed_decode_up_kernel(
     GROUPS: tl.constexpr,
     PROJECTIONS: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
-    SHUFFLE: tl.constexpr,
+    PTX: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -102,7 +104,7 @@ def packed_decode_up_kernel(
         return
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.minimum(offs_n, I - 1) * COLUMN_STRIDE
-    code = load_code(code_ptr, SHUFFLE)
+    code = load_code(code_ptr, PTX)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     x_ptr += (slot // TOP_K).to(tl.int64) * H
     gate = tl.zeros((BLOCK_N, BLOCK_K // 2), dtype=tl.float32)
@@ -111,13 +113,13 @@ def packed_decode_up_kernel(
         x_even, x_odd = _pairs(x_ptr, k, H, BLOCK_K, True)
         gate += _products(
             x_even, x_odd, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, code, expert,
-            columns, k, H, COLUMNS, BLOCKSIZE, BLOCKS, GROUPS, PROJECTIONS, DOUBLE_QUANT, SHUFFLE, BLOCK_N, BLOCK_K, dtype,
+            columns, k, H, COLUMNS, BLOCKSIZE, BLOCKS, GROUPS, PROJECTIONS, DOUBLE_QUANT, PTX, BLOCK_N, BLOCK_K, dtype,
         )  # fmt: skip
         if GATED:
             up += _products(
                 x_even, x_odd, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, code,
                 expert, columns + UP_OFFSET, k, H, COLUMNS, BLOCKSIZE, BLOCKS, GROUPS, PROJECTIONS, DOUBLE_QUANT,
-                SHUFFLE, BLOCK_N, BLOCK_K, dtype,
+                PTX, BLOCK_N, BLOCK_K, dtype,
             )  # fmt: skip
     g = tl.sum(gate, axis=1)
     u = tl.sum(up, axis=1)
@@ -153,7 +155,7 @@ def packed_decode_down_kernel(
     GROUPS: tl.constexpr,
     PROJECTIONS: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
-    SHUFFLE: tl.constexpr,
+    PTX: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -161,7 +163,7 @@ def packed_decode_down_kernel(
     token = tl.program_id(0)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     features = tl.minimum(offs_n, H - 1)
-    code = load_code(code_ptr, SHUFFLE)
+    code = load_code(code_ptr, PTX)
     dtype: tl.constexpr = h_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_N, BLOCK_K // 2), dtype=tl.float32)
     biases = tl.zeros((BLOCK_N,), dtype=tl.float32)
@@ -176,7 +178,7 @@ def packed_decode_down_kernel(
             h_even, h_odd = _pairs(h_ptr + slot * I, k, I, BLOCK_K, mine)
             part += _products(
                 h_even, h_odd, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, code,
-                expert, features, k, I, H, BLOCKSIZE, BLOCKS, GROUPS, PROJECTIONS, DOUBLE_QUANT, SHUFFLE, BLOCK_N, BLOCK_K,
+                expert, features, k, I, H, BLOCKSIZE, BLOCKS, GROUPS, PROJECTIONS, DOUBLE_QUANT, PTX, BLOCK_N, BLOCK_K,
                 dtype,
             )  # fmt: skip
         acc += tl.where(mine, part * weight, 0.0)

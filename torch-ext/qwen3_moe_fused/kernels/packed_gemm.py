@@ -1,23 +1,25 @@
 """Grouped GEMM over 4-bit weights that decodes them on the way to the tensor cores.
 
-A byte holds two neighbours along the in features. Tensor cores that read weights from shared memory (row tiles from 64 on)
-get them in their order: both of a byte are decoded into one register (``decode_in_order``), so a step of the loop is one
-product. Small tiles multiply from registers, where even and odd in features apart, with the rows split alike, are cheaper:
-168 against 221 µs for the up projection of a Qwen3-30B-A3B layer at 32 tokens on an H100, where large tiles lose by that
-(830 against 700 µs at 4096 tokens): two products a step, each with a wait of its own. A gate's column and its up's are
+Eight weights to a 32-bit word lie side by side along the in features. Tensor cores that read weights from shared memory (row
+tiles from 64 on) get them in that order, one product a step of the loop (``decode_in_order``). Small tiles multiply from
+registers, where even and odd in features apart, with the rows split alike, are cheaper. A gate's column and its up's are
 neighbours in one product, which the tensor cores leave in one thread.
 
 An absmax is a chain of three loads, too narrow for the pipeline's asynchronous copies. The scales of the next step are
-loaded during this one, and the nested absmax before the loop: a row of weights lies in at most two groups (of the up
-projection at 4096 tokens 698 against 761 µs, of the down projection 368 against 378).
+loaded during this one, and the nested absmax before the loop: a row of weights lies in at most two groups.
 
-Decoding sets the pace: at 32 tokens the bytes would take 70 of the 168 µs, and at 4096 dense experts take 503 of the 700.
-A shuffle a weight is the most that a multiprocessor does, so two programs share one, whose decoding and multiplying
-overlap: one of tiles 128 columns wide takes 795 µs. Of four warps they take 688, but spill with an adapter. Lost, some of
-it before weights came in order: nibbles looked up by ``tl.gather``, through shared memory (571 against 508 µs at 2048
-tokens, 276 against 239 at 512); the weights as the left operand of the product, where they may stay in registers (312
-against 276 at 512 tokens); tiles of 32 rows (16 rows are 11 % faster at 8 rows to an expert, 64 rows 5 % at 16); tiles of
-256 rows (2297 against 2217 µs at 16384 tokens, and half empty with fewer).
+What sets the pace on an H100 is the pipe to shared memory, three quarters busy at 4096 tokens with what tensor cores, copies
+and stores of decoded weights move. Hence tables in registers: shuffles, which are as fast to issue, go through that pipe.
+Two programs share a multiprocessor, so that one decodes while the other multiplies. The up projection of a Qwen3-30B-A3B
+layer, in µs at 32, 512 and 4096 tokens: 130, 191, 615; its bytes would take 70, 105 and 105, dense experts take 503 at 4096.
+What lost there:
+
+- even and odd apart in large tiles: 830 against 700 at 4096 tokens, with shuffles; in order in small ones: 141 at 32;
+- nibbles looked up by shuffles: 168, 213, 705; by ``tl.gather``, through shared memory: 276 at 512 where shuffles took 239;
+- all absmaxes' chains in the loop: 761 at 4096 where 698 was; absmaxes loaded two steps ahead gained 2 % of that in these
+  tiles and lost 5 to 10 % in others;
+- one program a multiprocessor, of tiles 128 columns wide: 751 at 4096; of 256 rows: 833;
+- the weights as the left operand, where they may stay in registers: 312 against 276 at 512, with a gather.
 """
 
 import triton
@@ -26,7 +28,7 @@ import triton.language as tl
 from .common import apply_gate
 from .grouped_gemm import fill_rows
 from .low_rank import add_low_rank
-from .packed import block_scale, decode, decode_in_order, load_code
+from .packed import block_scale, decode, decode_in_order, elements, load_code
 
 
 @triton.jit
@@ -115,7 +117,7 @@ def packed_gemm_kernel(
     GROUPS: tl.constexpr,
     PROJECTIONS: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
-    SHUFFLE: tl.constexpr,
+    PTX: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -153,14 +155,18 @@ def packed_gemm_kernel(
     # A gate's column and its up's are neighbours in one product, so that a thread has both of the result.
     WIDTH: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     IN_ORDER: tl.constexpr = BLOCK_M >= 64
+    in_n = offs_n < N
     if GATED:
         pairs = tl.arange(0, WIDTH)
         multiplied = tl.minimum(n + pairs // 2, N - 1) * COLUMN_STRIDE + pairs % 2 * UP_OFFSET
+        in_width = n + pairs // 2 < N
     else:
         multiplied = columns
-    w_ptrs = packed_ptr + expert64 * (COLUMNS * K // 2) + multiplied[:, None] * (K // 2)
-    w_ptrs += tl.arange(0, BLOCK_K // 2)[None, :]
-    code = load_code(code_ptr, SHUFFLE)
+        in_width = in_n
+    OF: tl.constexpr = 8 if PTX != "" else 2  # weights an element
+    w_ptrs = elements(packed_ptr, PTX) + expert64 * (COLUMNS * K // OF) + multiplied[:, None] * (K // OF)
+    w_ptrs += tl.arange(0, BLOCK_K // OF)[None, :]
+    code = load_code(code_ptr, PTX)
     starts = multiplied * K
     IN_GROUPS: tl.constexpr = DOUBLE_QUANT and K < 256 * BLOCKSIZE
     if IN_GROUPS:
@@ -195,30 +201,31 @@ def packed_gemm_kernel(
             )  # fmt: skip
         packed = tl.load(w_ptrs)
         if IN_ORDER:
-            w = decode_in_order(code, packed, scale, dtype, WIDTH, BLOCK_K // 2, SCALES, SHUFFLE, False)
+            w = decode_in_order(code, packed, scale, dtype, WIDTH, BLOCK_K // OF, SCALES, PTX, False)
             acc = tl.dot(a, tl.trans(w), acc, input_precision=PRECISION)
         else:
             a_even, a_odd = tl.split(tl.reshape(a, (BLOCK_M, BLOCK_K // 2, 2)))
-            even, odd = decode(code, packed, scale, dtype, WIDTH, BLOCK_K // 2, SCALES, SHUFFLE)
+            even, odd = decode(code, packed, scale, dtype, WIDTH, BLOCK_K // OF, SCALES, PTX)
             acc = tl.dot(a_even, tl.trans(even), acc, input_precision=PRECISION)
             acc = tl.dot(a_odd, tl.trans(odd), acc, input_precision=PRECISION)
         scale = next_scale
         a_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K // 2
+        w_ptrs += BLOCK_K // OF
+    SHARED: tl.constexpr = LOW_RANK[0] > 0 and LOW_RANK[3] == 0  # of gate and up is one product with the left factor
+    if SHARED:
+        acc = add_low_rank(
+            acc, left_ptr, right_ptr, expert, row, live, multiplied, in_width, LOW_RANK, PRECISION, BLOCK_M
+        )
     if GATED:
         gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
     else:
         gate = acc
         up = acc
-    in_n = offs_n < N
-    if LOW_RANK[0] > 0:
+    if LOW_RANK[0] > 0 and not SHARED:
         gate = add_low_rank(gate, left_ptr, right_ptr, expert, row, live, columns, in_n, LOW_RANK, PRECISION, BLOCK_M)
-        if GATED:
-            left_ptr += LOW_RANK[3]
-            up_columns = columns + UP_OFFSET
-            up = add_low_rank(
-                up, left_ptr, right_ptr, expert, row, live, up_columns, in_n, LOW_RANK, PRECISION, BLOCK_M
-            )
+        left_ptr += LOW_RANK[3]
+        up_columns = columns + UP_OFFSET
+        up = add_low_rank(up, left_ptr, right_ptr, expert, row, live, up_columns, in_n, LOW_RANK, PRECISION, BLOCK_M)
     if HAS_BIAS:
         bias_ptrs = bias_ptr + expert * COLUMNS + columns
         gate += tl.load(bias_ptrs).to(tl.float32)[None, :]
@@ -237,6 +244,62 @@ def packed_gemm_kernel(
             gate = apply_gate(gate, up, ALPHA, LIMIT, ACTIVATION, GATED)
         out = out_ptr + row64 * N + offs_m[:, None] * N + offs_n[None, :]
         tl.store(out, gate.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def multiply_transposed(
+    a_ptrs,  # (BLOCK_M, BLOCK_K), the first of K columns
+    packed_ptr,  # (E, K·N/2) uint8
+    absmax_ptr,
+    nested_absmax_ptr,
+    nested_offset_ptr,
+    nested_code_ptr,
+    code_ptr,
+    expert,  # int64
+    n,  # first column of w
+    K: tl.constexpr,
+    N: tl.constexpr,  # a multiple of BLOCK_N
+    BLOCKSIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PROJECTIONS: tl.constexpr,
+    DOUBLE_QUANT: tl.constexpr,
+    PTX: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """a · w[expert] (BLOCK_M, BLOCK_N) fp32, w stored (K, N)."""
+    SCALES: tl.constexpr = BLOCK_N // 64
+    OF: tl.constexpr = 8 if PTX != "" else 2  # weights an element
+    offs_k = tl.arange(0, BLOCK_K)
+    w_base = elements(packed_ptr, PTX) + expert * (K * N // OF) + n // OF + tl.arange(0, BLOCK_N // OF)[None, :]
+    code = load_code(code_ptr, PTX)
+    scale = _scales(
+        absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert, tl.minimum(offs_k, K - 1) * N + n,
+        BLOCKSIZE, BLOCKS, GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
+    )  # fmt: skip
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        # Weights past the last one count nothing: there a is zero.
+        if K % BLOCK_K == 0:
+            a = tl.load(a_ptrs)
+        else:
+            a = tl.load(a_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
+        packed = tl.load(w_base + (tl.minimum(k + offs_k, K - 1) * (N // OF))[:, None])
+        ahead = tl.minimum(k + BLOCK_K + offs_k, K - 1) * N + n
+        next_scale = _scales(
+            absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert, ahead, BLOCKSIZE, BLOCKS, GROUPS,
+            PROJECTIONS, DOUBLE_QUANT, SCALES,
+        )  # fmt: skip
+        # Transposed twice: Triton 3.6 does not compile the plain way in fp32 for compute capability 10.0.
+        w = decode_in_order(code, packed, scale, dtype, BLOCK_K, BLOCK_N // OF, SCALES, PTX, True)
+        acc = tl.dot(a, tl.trans(w), acc, input_precision=PRECISION)
+        scale = next_scale
+        a_ptrs += BLOCK_K
+    return acc
 
 
 @triton.jit(do_not_specialize=["num_rows", "fill"])
@@ -265,7 +328,7 @@ def packed_transposed_kernel(
     GROUPS: tl.constexpr,
     PROJECTIONS: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
-    SHUFFLE: tl.constexpr,
+    PTX: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -273,7 +336,6 @@ def packed_transposed_kernel(
 ):
     """out[row] = a[row] · w[expert], w stored (K, N). Grid: (tiles · N / BLOCK_N,), column tiles fastest."""
     N_TILES: tl.constexpr = N // BLOCK_N
-    SCALES: tl.constexpr = BLOCK_N // 64
     tile = tl.program_id(0) // N_TILES
     n = (tl.program_id(0) % N_TILES) * BLOCK_N
     expert = tl.load(tile_expert_ptr + tile)
@@ -285,35 +347,14 @@ def packed_transposed_kernel(
         return
     end = tl.load(offsets_ptr + expert + 1)
     offs_m = tl.arange(0, BLOCK_M)
-    offs_k = tl.arange(0, BLOCK_K)
     live = row + offs_m < end
-    expert64 = expert.to(tl.int64)  # int64: S·K and E·out·in pass 2³¹ in real models
-    a_ptrs = a_ptr + tl.where(live, row + offs_m, row).to(tl.int64)[:, None] * K + offs_k[None, :]
-    w_base = packed_ptr + expert64 * (K * N // 2) + n // 2 + tl.arange(0, BLOCK_N // 2)[None, :]
-    code = load_code(code_ptr, SHUFFLE)
-    scale = _scales(
-        absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, tl.minimum(offs_k, K - 1) * N + n,
-        BLOCKSIZE, BLOCKS, GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
+    # int64: S·K and E·out·in pass 2³¹ in real models.
+    a_ptrs = a_ptr + tl.where(live, row + offs_m, row).to(tl.int64)[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
+    acc = multiply_transposed(
+        a_ptrs, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, code_ptr,
+        expert.to(tl.int64), n, K, N, BLOCKSIZE, BLOCKS, GROUPS, PROJECTIONS, DOUBLE_QUANT, PTX, PRECISION, BLOCK_M,
+        BLOCK_N, BLOCK_K, a_ptr.dtype.element_ty,
     )  # fmt: skip
-    dtype: tl.constexpr = a_ptr.dtype.element_ty
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
-        # Weights past the last one count nothing: there a is zero.
-        if K % BLOCK_K == 0:
-            a = tl.load(a_ptrs)
-        else:
-            a = tl.load(a_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
-        packed = tl.load(w_base + (tl.minimum(k + offs_k, K - 1) * (N // 2))[:, None])
-        ahead = tl.minimum(k + BLOCK_K + offs_k, K - 1) * N + n
-        next_scale = _scales(
-            absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, ahead, BLOCKSIZE, BLOCKS,
-            GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
-        )  # fmt: skip
-        # Transposed twice: Triton 3.6 does not compile the plain way in fp32 for compute capability 10.0.
-        w = decode_in_order(code, packed, scale, dtype, BLOCK_K, BLOCK_N // 2, SCALES, SHUFFLE, True)
-        acc = tl.dot(a, tl.trans(w), acc, input_precision=PRECISION)
-        scale = next_scale
-        a_ptrs += BLOCK_K
     offs_n = n + tl.arange(0, BLOCK_N)
     if LOW_RANK[0] > 0:
         acc = add_low_rank(

@@ -12,7 +12,8 @@ from ..activations import Gate
 from ..kernels.down_backward import bias_dots_kernel, down_backward_kernel, sum_parts_kernel
 from ..plan import Plan
 from ..routing import max_tiles
-from . import low_rank
+from ..weights import PackedStack
+from . import low_rank, packed
 from .operands import (
     cdiv,
     config_of,
@@ -22,7 +23,6 @@ from .operands import (
     tile_constants,
     weight_operand,
 )
-from .packed import dense_parts, part_tiles
 
 if TYPE_CHECKING:
     from ..lora import Extension
@@ -109,15 +109,24 @@ def down_backward(
     if gate_up.numel() == 0:
         return grad_gate_up, weighted_h, torch.zeros_like(top_k_weights)
     grad_y = grad_y.contiguous()
-    config = config_of("down_backward", num_rows, routing, grad_y)
-    tiles = max_tiles(num_rows, num_experts, config.block_m)
     device = grad_y.device
     top_k_weights = top_k_weights.contiguous()
-    stack = weight.mT
-    block_n = part_tiles(stack, grad_y.dtype, config)
+    stored: PackedStack | None = None
+    if isinstance(weight, PackedStack) and not weight.transposed:
+        stored = weight if packed.decodes("down_backward_4bit", weight, num_rows, grad_y) else None
+    if stored is not None:
+        config = packed.down_backward_config(num_rows, routing, grad_y, intermediate)
+        block_n = config.block_n
+    else:
+        config = config_of("down_backward", num_rows, routing, grad_y)
+        block_n = packed.part_tiles(weight.mT, grad_y.dtype, config)
+    tiles = max_tiles(num_rows, num_experts, config.block_m)
     num_parts = cdiv(intermediate, block_n) + (bias is not None)
     dots = torch.empty((num_rows, num_parts), dtype=torch.float32, device=grad_y.device)
-    for part in dense_parts(stack, routing, grad_y.dtype, config):
+    if stored is not None:
+        operands = (grad_y, stored, gate_up, routing, top_k_weights, gate, grad_gate_up, weighted_h, dots, extension)
+        packed.down_backward(config, *operands)
+    for part in () if stored is not None else packed.dense_parts(weight.mT, routing, grad_y.dtype, config):
         w_operand, weights = weight_operand(part.stack, part.config)
         plan = _down_backward_plan(
             part.config,

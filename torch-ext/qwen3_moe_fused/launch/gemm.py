@@ -93,7 +93,11 @@ def grouped_gemm(
     if extension is not None and extension.separate:
         raise AssertionError("only an up projection takes gate and up apart")
     plain = not gather and bias is None  # all that a product with the transpose of packed weights can be
-    if isinstance(weight, PackedStack) and (plain or not weight.transposed) and packed.decodes(weight, num_rows, a):
+    if (
+        isinstance(weight, PackedStack)
+        and (plain or not weight.transposed)
+        and packed.decodes("transposed_4bit" if weight.transposed else "gemm_4bit", weight, num_rows, a)
+    ):
         packed.gemm(a, weight, routing, bias, gather, fill, out, extension)
         return out
     config = config_of("gemm" if k > tuning.SHORT_K else "gemm_short", num_rows, routing, a)
@@ -220,7 +224,7 @@ def grouped_up(
     if num_rows * intermediate == 0:
         return h, gate_up
     x = x.contiguous()
-    if isinstance(weight, PackedStack) and not weight.transposed and packed.decodes(weight, num_rows, x):
+    if isinstance(weight, PackedStack) and not weight.transposed and packed.decodes("up_4bit", weight, num_rows, x):
         packed.up(x, weight, routing, bias, gate, h, gate_up, extension)
         return h, gate_up
     config = config_of("up", num_rows, routing, x)

@@ -24,6 +24,7 @@ from torch import Tensor
 from .. import tuning
 from ..activations import Gate
 from ..kernels.packed import dequantize_kernel
+from ..kernels.packed_down_backward import packed_down_backward_kernel
 from ..kernels.packed_gemm import packed_gemm_kernel, packed_transposed_kernel
 from ..plan import Plan, View
 from ..quantization import as_floats, code, nested_code
@@ -79,9 +80,10 @@ def storage_constants(format: Format4bit) -> dict[str, Any]:
     }
 
 
-def shuffles(like: Tensor) -> bool:
-    """Whether kernels that compute in the dtype and on the device of ``like`` look nibbles up by shuffling: in PTX."""
-    return like.device.type != "cpu" and like.itemsize == 2 and tuning.target_of(like.device).backend == "cuda"
+def ptx(format: Format4bit, like: Tensor) -> str:
+    """The quant type for kernels that compute in the dtype and on the device of ``like`` to decode in PTX, or ""."""
+    nvidia = like.device.type != "cpu" and tuning.target_of(like.device).backend == "cuda"
+    return format.quant_type if nvidia and like.itemsize == 2 else ""
 
 
 class Runs(NamedTuple):
@@ -256,11 +258,13 @@ def _runs(first: int, width: int, n: int, k: int, gate: Gate | None, transposed:
     return size, Runs(size * k // 2, number * k // 2, len(rows), start * k // 2, stride * k // 2)
 
 
-def decodes(stack: PackedStack, num_rows: int, like: Tensor) -> bool:
-    """Whether grouped GEMMs decode ``stack`` themselves: few rows, rows of whole 64s, 32-bit offsets in a matrix."""
+def decodes(kernel: str, stack: PackedStack, num_rows: int, like: Tensor) -> bool:
+    """Whether ``kernel`` takes ``stack`` as it is: few rows, rows of whole 64s, 32-bit offsets in a matrix."""
     num_experts, rows, columns = stack.weights.format.shape
     target = tuning.target_of(like.device)
-    return columns % 64 == 0 and rows * columns < 2**31 and tuning.decodes_in_gemm(num_rows, num_experts, target)
+    return (
+        columns % 64 == 0 and rows * columns < 2**31 and tuning.decodes_in_gemm(kernel, num_rows, num_experts, target)
+    )
 
 
 @functools.cache
@@ -275,7 +279,7 @@ def _gemm_plan(
     extension: tuple[int, ...],
     save_out: bool,
     save_gate_up: bool,
-    shuffle: bool,
+    ptx: str,
     precision: str,
 ) -> Plan:
     num_experts, _, k = format.shape
@@ -292,7 +296,7 @@ def _gemm_plan(
         "SAVE_OUT": save_out,
         "SAVE_GATE_UP": save_gate_up,
         **storage_constants(format),
-        "SHUFFLE": shuffle,
+        "PTX": ptx,
         "PRECISION": precision,
         **tile_constants(config),
     }
@@ -337,7 +341,7 @@ def gemm(
     if n % config.block_n:
         config = replace(config, block_n=64)
     extra = low_rank.constants(extension)
-    _transposed_plan(config, stack.weights.format, extra, shuffles(a), precision(a.dtype))(
+    _transposed_plan(config, stack.weights.format, extra, ptx(stack.weights.format, a), precision(a.dtype))(
         a.device,
         (max_tiles(num_rows, routing.num_experts, config.block_m) * (n // config.block_n), 1, 1),
         a,
@@ -371,6 +375,9 @@ def _launch_gemm(
     k = a.shape[1]
     if k % config.block_k:
         config = replace(config, block_k=64)
+    if extension is not None and extension.separate and config.block_m >= 128:
+        # Gate and up apart, each with a product of its own: 54 registers too many for four warps.
+        config = replace(config, num_warps=8)
     plan = _gemm_plan(
         config,
         stack.weights.format,
@@ -382,7 +389,7 @@ def _launch_gemm(
         low_rank.constants(extension),
         out is not None,
         gate_up is not None,
-        shuffles(a),
+        ptx(stack.weights.format, a),
         precision(a.dtype),
     )
     plan(
@@ -405,7 +412,7 @@ def _launch_gemm(
 
 @functools.cache
 def _transposed_plan(
-    config: LaunchConfig, format: Format4bit, extension: tuple[int, ...], shuffle: bool, precision: str
+    config: LaunchConfig, format: Format4bit, extension: tuple[int, ...], ptx: str, precision: str
 ) -> Plan:
     num_experts, k, n = format.shape
     constants = {
@@ -414,8 +421,97 @@ def _transposed_plan(
         "N": n,
         "LOW_RANK": extension,
         **storage_constants(format),
-        "SHUFFLE": shuffle,
+        "PTX": ptx,
         "PRECISION": precision,
         **tile_constants(config),
     }
     return Plan(packed_transposed_kernel, constants, config.num_warps, config.num_stages, fp_fusion=False)
+
+
+@functools.cache
+def _down_backward_plan(
+    config: LaunchConfig,
+    format: Format4bit,
+    top_k: int,
+    gate: Gate,
+    num_parts: int,
+    extension: tuple[int, ...],
+    save_weighted_h: bool,
+    in_place: bool,
+    ptx: str,
+    precision: str,
+) -> Plan:
+    num_experts, hidden, intermediate = format.shape
+    constants = {
+        "NUM_EXPERTS": num_experts,
+        "H": hidden,
+        **gate_constants(gate, intermediate),
+        "TOP_K": top_k,
+        "PARTS": num_parts,
+        "LOW_RANK": extension,
+        "SAVE_WEIGHTED_H": save_weighted_h,
+        "IN_PLACE": in_place,
+        **storage_constants(format),
+        "PTX": ptx,
+        "PRECISION": precision,
+        **tile_constants(config),
+        "SLICES": config.slices,
+    }
+    return Plan(packed_down_backward_kernel, constants, config.num_warps, config.num_stages, fp_fusion=False)
+
+
+def down_backward_config(num_rows: int, routing: Routing, grad_y: Tensor, intermediate: int) -> LaunchConfig:
+    """Of ``down_backward``, for the column tiles that ``intermediate`` is a multiple of."""
+    config = config_of("down_backward_4bit", num_rows, routing, grad_y)
+    return replace(config, block_n=64, slices=min(config.slices, 4)) if intermediate % config.block_n else config
+
+
+def down_backward(
+    config: LaunchConfig,
+    grad_y: Tensor,
+    weight: PackedStack,
+    gate_up: Tensor,
+    routing: Routing,
+    top_k_weights: Tensor,
+    gate: Gate,
+    grad_gate_up: Tensor,
+    weighted_h: Tensor | None,
+    dots: Tensor,
+    extension: Extension | None,
+) -> None:
+    """``reference.down_backward`` into grad_gate_up and weighted_h, decoding on the way.
+
+    Args:
+        config: of ``down_backward_config``.
+        weight: (E, H, I), stored like that.
+        dots: (S, parts), of which a column tile each is written.
+    """
+    format = weight.weights.format
+    plan = _down_backward_plan(
+        config,
+        format,
+        routing.top_k,
+        gate,
+        dots.shape[1],
+        low_rank.constants(extension),
+        weighted_h is not None,
+        grad_gate_up is gate_up,
+        ptx(format, grad_y),
+        precision(grad_y.dtype),
+    )
+    plan(
+        grad_y.device,
+        (max_tiles(gate_up.shape[0], routing.num_experts, config.block_m) * (format.shape[2] // config.block_n), 1, 1),
+        grad_y,
+        *storage_operands(weight.weights),
+        *low_rank.operands(extension, grad_y),
+        gate_up,
+        top_k_weights,
+        grad_gate_up,
+        grad_gate_up if weighted_h is None else weighted_h,
+        dots,
+        routing.offsets,
+        routing.row_to_slot,
+        routing.tile_expert,
+        routing.tile_row,
+    )
