@@ -19,6 +19,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -165,10 +166,10 @@ def time_interleaved(
         lane.batch_size = max(1, min(MAX_CALLS, round(budget / max(estimate, 1e-6))))
         lanes[name] = lane
     names = list(lanes)
+    order = random.Random(0)
     for turn in range(batches + 1):
-        # Who comes first changes, so that nobody always runs after the same neighbour.
-        shift = turn % len(names) if names else 0
-        for name in names[shift:] + names[:shift]:
+        # Another order in every turn: who always ran after the same neighbour would inherit the clocks that it left.
+        for name in order.sample(names, len(names)):
             lane = lanes[name]
             sample = lane.batch(lane.batch_size)
             if turn > 0:  # the first turn brings the clocks to what this mixture of work keeps them at

@@ -58,15 +58,16 @@ def test_median_is_over_batches():
     assert timing.ms == 4.0
 
 
-def test_implementations_take_turns_from_an_idle_device_and_keep_rotating():
+def test_implementations_take_turns_from_an_idle_device_and_change_neighbours():
     clock = FakeClock()
-    calls = {"a": clock.call("a", 10.0), "b": clock.call("b", 10.0)}
-    time_interleaved(calls, clock, seconds=0.02, batches=2)
+    time_interleaved({name: clock.call(name, 10.0) for name in "abc"}, clock, seconds=0.06, batches=6)
     warm = harness.WARMUP_CALLS + harness.ESTIMATE_CALLS
-    measured = [entry for entry in clock.log if entry != "wait"][2 * warm :]
-    first, second, third = (f"{warm + i}" for i in range(3))
-    # One call a batch; who is first changes, and each goes on with its next input set.
-    assert measured == [f"a{first}", f"b{first}", f"b{second}", f"a{second}", f"a{third}", f"b{third}"]
+    measured = [entry for entry in clock.log if entry != "wait"][3 * warm :]
+    # One call a batch; each goes on with its next input set.
+    turns = [measured[i : i + 3] for i in range(0, len(measured), 3)]
+    assert [sorted(turn) for turn in turns] == [[f"{name}{warm + i}" for name in "abc"] for i in range(7)]
+    before = {measured[i - 1][0] for i in range(1, len(measured)) if measured[i][0] == "b"}
+    assert {"a", "c"} <= before
     log = clock.log
     assert all(log[i - 1] == log[i + 1] == "wait" for i, entry in enumerate(log) if entry in measured)
 

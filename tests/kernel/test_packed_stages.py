@@ -308,13 +308,26 @@ def test_decode_equals_the_routed_stages(dtype: torch.dtype) -> None:
     same("y", ours, exact, routed(x, weights, up, down, up_bias, down_bias))
 
 
+def test_decode_serves_fewer_slots_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its few launches are no advantage."""
+    decode = module("launch.decode")
+    stack = PackedStack(kernel.Packed4bitWeights.quantize(torch.ones((2, 64, 64), device=DEVICE)))
+    dense = torch.empty((2, 64, 64), device=DEVICE)
+    most = decode.PACKED_DECODE_SLOTS_IN_GRAPHS
+    assert launch.use_decode(1, most + 1, stack, stack)
+    monkeypatch.setattr(decode, "_capturing", lambda device: device.type == DEVICE.type)
+    assert launch.use_decode(1, most, stack, stack)
+    assert not launch.use_decode(1, most + 1, stack, stack)
+    assert launch.use_decode(1, most + 1, dense, dense)
+
+
 def test_decode_serves_what_it_reads() -> None:
     def stack(*shape: int, transposed: bool = False) -> Any:
         return PackedStack(kernel.Packed4bitWeights.quantize(torch.ones((2, *shape), device=DEVICE)), transposed)
 
     up, down = stack(128, 64), stack(64, 64)
     dense = torch.empty((2, 64, 64), device=DEVICE)
-    most = module("launch.decode").PACKED_DECODE_SLOTS
+    most = module("launch.decode").DECODE_SLOTS
     assert launch.use_decode(1, most, up, down)
     assert not launch.use_decode(1, most + 1, up, down)
     assert not launch.use_decode(0, 8, up, down)
