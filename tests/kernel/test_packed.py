@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -252,13 +253,33 @@ def test_decoded_into_a_workspace(case: WorkspaceCase, dtype: torch.dtype) -> No
     assert_taken(taken, case.takes, dtype)
 
 
+def shifted(weights: Any) -> Any:
+    """The same weights in storage that starts at an odd address, as a part of a larger tensor may."""
+
+    def moved(value: Tensor | None) -> Tensor | None:
+        if value is None:
+            return None
+        whole = torch.empty(value.numel() + 1, dtype=value.dtype, device=value.device)
+        return whole[1:].view(value.shape).copy_(value)
+
+    return replace(weights, **{name: moved(value) for name, value in weights.tensors().items()})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_storage_at_odd_addresses(dtype: torch.dtype) -> None:
+    case = PackedCase("odd-address", "words of packed weights are not aligned", projections=2)
+    inputs = make_packed_inputs(case, dtype)
+    inputs.packed = {name: shifted(weights) for name, weights in inputs.packed.items()}
+    assert_equals_truth(case, inputs, packed_gradients(case, inputs))
+
+
 # Up to 64 slots and no gradients.
 FEW_SLOTS = [
     PackedCase("few", "T=1, one row a slot", tokens=1, top_k=4, experts=5, half=True),
     PackedCase("few-batch", "several tokens share experts", tokens=3, top_k=2, projections=2),
     PackedCase("few-fp4", "another table, absmaxes in fp32", tokens=2, quant_type="fp4", double_quant=False),
     PackedCase("few-long-blocks", "blocks of many rows", tokens=2, blocksize=4096),
-    PackedCase("few-wide-hidden", "two blocks of K in up, the second not full", tokens=1, hidden=576),
+    PackedCase("few-wide-hidden", "two blocks of K in up, the second not full", tokens=1, hidden=2112),
     PackedCase(
         "few-wide-intermediate",
         "two blocks of K in down, the second not full",
