@@ -72,6 +72,7 @@ class PackedCase(ExpertsCase):
         projections: of the up projection.
         dense: projections that are not packed.
         takes: launches that decode in forward and backward, where all weights fit the workspace.
+        height: of the row tiles, in cases that are there for it.
     """
 
     tokens: int = 5
@@ -84,6 +85,7 @@ class PackedCase(ExpertsCase):
     projections: int = 1
     dense: tuple[str, ...] = ()
     takes: tuple[str, ...] = ("up", "gemm", "down backward", "transposed")
+    height: int | None = None
 
 
 @dataclass

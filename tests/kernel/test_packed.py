@@ -121,9 +121,12 @@ DECODED = [
     PackedCase("most-experts-empty", "experts without rows before, between and after", experts=9, index="few"),
     PackedCase("no-tokens", "T=0", tokens=0, takes=()),
     PackedCase("one-expert", "E=1", experts=1, top_k=1),
-    PackedCase("rows-of-32", "tiles of 32 rows", tokens=34, experts=2, top_k=1),
-    PackedCase("rows-of-64", "tiles of 64 rows, of which one expert has two", tokens=130, experts=2, top_k=1),
-    PackedCase("rows-of-128", "tiles of 128 rows", tokens=176, experts=2, top_k=1, gated=False),
+    PackedCase("rows-of-32", "tiles of 32 rows", tokens=26, experts=2, top_k=1, height=32),
+    PackedCase(
+        "rows-of-64", "tiles of 64 rows, of which one expert has two", tokens=130, experts=2, top_k=1, height=64
+    ),
+    PackedCase("rows-of-128", "tiles of 128 rows", tokens=260, experts=2, top_k=1, gated=False, height=128),
+    PackedCase("rows-of-128-gated", "and two products of them", tokens=260, experts=2, top_k=1, half=True, height=128),
     PackedCase(
         "strided", "views of all activations", strided=("hidden_states", "top_k_index", "top_k_weights", "grad")
     ),
@@ -144,6 +147,8 @@ def test_decoded_in_the_products(case: PackedCase, dtype: torch.dtype) -> None:
         ours = packed_gradients(case, inputs)
     assert_equals_truth(case, inputs, ours)
     assert_taken(taken, case.takes, dtype)
+    if case.height is not None:
+        assert module("tuning").bucket(case.tokens * case.top_k, case.experts, packed=True) == case.height
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ CASES = [
     PackedLinearCase("last-takes-all", "empty experts first", sizes=(0, 0, 0, 19)),
     PackedLinearCase("full-tiles", "sizes that are whole tiles", sizes=(16, 32, 16)),
     PackedLinearCase("one-over", "one row more than a tile", sizes=(17, 1, 33)),
-    PackedLinearCase("rows-of-128", "the tallest tiles, more than one an expert", sizes=(130, 0, 135), half=True),
+    PackedLinearCase("rows-of-128", "the tallest tiles, more than one an expert", sizes=(200, 0, 190), half=True),
     elsewhere(PackedLinearCase("workspace", "all experts at once", bias=True, half=True)),
     elsewhere(
         PackedLinearCase("parts", "some features at a time, one expert without rows", bias=True, half=True), parts=True
@@ -204,6 +204,17 @@ def test_every_group_of_absmaxes(shape: tuple[int, int, int], projections: int, 
         sizes = torch.full((shape[0],), 3, device=DEVICE)
         y = kernel.moe_fused_linear(rows, weight, sizes)
     assert torch.equal(y.view(shape[0], 3, -1), dequantized(weight)[..., [0, 63, -1]].mT)
+
+
+@pytest.mark.parametrize("columns", [16384, 20480], ids=["a-group", "more"])
+def test_rows_of_a_group_of_absmaxes_and_more(columns: int) -> None:
+    weight = random_weight("wide", (1, 4, columns), torch.float32, projections=2)
+    places = [0, 63, columns // 2, 16383, columns - 64, columns - 1]
+    rows = torch.zeros((len(places), columns), device=DEVICE)
+    rows[range(len(places)), places] = 1.0
+    with decoding(in_gemm=True):
+        y = kernel.moe_fused_linear(rows, weight, torch.tensor([len(places)], device=DEVICE))
+    assert torch.equal(y, dequantized(weight)[0, :, places].mT)
 
 
 # --------------------------------------------------------------------------------------------------- what else it does

@@ -5,6 +5,7 @@ Every scene has rows of no expert and experts without rows.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -158,6 +159,9 @@ def test_layouts_that_products_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not packed.decodes("gemm_4bit", stack(4, 64), 2 * rows + 1, like)
     assert not packed.decodes("gemm_4bit", stack(4, 80), 1, like)
     assert not packed.decodes("gemm_4bit", stack(64, 4).mT, 1, like)
+    own = stack(4, 64).weights
+    whole = torch.empty(own.packed.numel() + 1, dtype=torch.uint8, device=DEVICE)
+    assert not packed.decodes("gemm_4bit", PackedStack(replace(own, packed=whole[1:].view(own.packed.shape))), 1, like)
     huge = kernel.Format4bit((1, 2**25, 64))
     weights = stack(4, 64).weights
     object.__setattr__(weights, "format", huge)
@@ -306,19 +310,6 @@ def test_decode_equals_the_routed_stages(dtype: torch.dtype) -> None:
     ours = launch.decode(x, ids, weights, up, down, up_bias, down_bias, gate)
     exact = routed(*(value.double() for value in (x, weights, dense_up, dense_down, up_bias, down_bias)))
     same("y", ours, exact, routed(x, weights, up, down, up_bias, down_bias))
-
-
-def test_decode_serves_fewer_slots_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where its few launches are no advantage."""
-    decode = module("launch.decode")
-    stack = PackedStack(kernel.Packed4bitWeights.quantize(torch.ones((2, 64, 64), device=DEVICE)))
-    dense = torch.empty((2, 64, 64), device=DEVICE)
-    most = decode.PACKED_DECODE_SLOTS_IN_GRAPHS
-    assert launch.use_decode(1, most + 1, stack, stack)
-    monkeypatch.setattr(decode, "_capturing", lambda device: device.type == DEVICE.type)
-    assert launch.use_decode(1, most, stack, stack)
-    assert not launch.use_decode(1, most + 1, stack, stack)
-    assert launch.use_decode(1, most + 1, dense, dense)
 
 
 def test_decode_serves_what_it_reads() -> None:

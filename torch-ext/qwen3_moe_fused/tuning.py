@@ -103,6 +103,8 @@ TARGETS = {
 
 def decode_rows(kernel: str, target: Target) -> int:
     """Rows per expert up to which ``kernel`` of ``KERNELS_4BIT`` is launched."""
+    if kernel not in KERNELS_4BIT:
+        raise AssertionError(f"{kernel} decodes no packed weights")
     return DECODE_ROWS.get(target.arch, {}).get(kernel, DEFAULT_DECODE_ROWS)
 
 

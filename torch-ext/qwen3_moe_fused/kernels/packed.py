@@ -62,7 +62,7 @@ def elements(packed_ptr, PTX: tl.constexpr):
     return packed_ptr
 
 
-def _table(code: tuple[float, ...], convert: str) -> str:
+def _table_ptx(code: tuple[float, ...], convert: str) -> str:
     """PTX from a scale to its 16 weights: in four registers their lower bytes, in four the upper ones."""
     values = [struct.unpack("<I", struct.pack("<f", value))[0] for value in code]
     products = "".join(f"mul.rn.f32 p{i}, $8, 0f{value:08X};\n" for i, value in enumerate(values))
@@ -72,7 +72,7 @@ def _table(code: tuple[float, ...], convert: str) -> str:
     return f"{{\n.reg .f32 p<16>;\n.reg .b32 q<8>;\n{products}{pairs}{lower}{upper}}}"
 
 
-def _look_up(registers: tuple[tuple[int, str], ...]) -> str:
+def _look_up_ptx(registers: tuple[tuple[int, str], ...]) -> str:
     """PTX from a word of nibbles and a table to 8 weights, two to a register.
 
     A permutation takes three bits of a nibble to choose from half a table; the fourth bit then chooses the half.
@@ -105,13 +105,13 @@ def _look_up(registers: tuple[tuple[int, str], ...]) -> str:
 
 
 # The even weight of a byte is in its high nibble, so that of four weights the second comes first.
-_IN_ORDER = tl.constexpr(_look_up(((0, "0x4051"), (1, "0x6273"), (2, "0x4051"), (3, "0x6273"))))
-_EVEN_ODD = tl.constexpr(_look_up(((0, "0x7351"), (2, "0x6240"), (1, "0x7351"), (3, "0x6240"))))
-_LOOK_UP_OPERANDS = tl.constexpr("=r,=r,=r,=r,r,r,r,r,r,r,r,r,r")
-_NF4_BF16 = tl.constexpr(_table(CODES["nf4"], "cvt.rn.bf16x2.f32"))
-_NF4_FP16 = tl.constexpr(_table(CODES["nf4"], "cvt.rn.f16x2.f32"))
-_FP4_BF16 = tl.constexpr(_table(CODES["fp4"], "cvt.rn.bf16x2.f32"))
-_FP4_FP16 = tl.constexpr(_table(CODES["fp4"], "cvt.rn.f16x2.f32"))
+_IN_ORDER = tl.constexpr(_look_up_ptx(((0, "0x4051"), (1, "0x6273"), (2, "0x4051"), (3, "0x6273"))))
+_EVEN_ODD = tl.constexpr(_look_up_ptx(((0, "0x7351"), (2, "0x6240"), (1, "0x7351"), (3, "0x6240"))))
+_LOOK_UP_OPERANDS = tl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r")
+_NF4_BF16 = tl.constexpr(_table_ptx(CODES["nf4"], "cvt.rn.bf16x2.f32"))
+_NF4_FP16 = tl.constexpr(_table_ptx(CODES["nf4"], "cvt.rn.f16x2.f32"))
+_FP4_BF16 = tl.constexpr(_table_ptx(CODES["fp4"], "cvt.rn.bf16x2.f32"))
+_FP4_FP16 = tl.constexpr(_table_ptx(CODES["fp4"], "cvt.rn.f16x2.f32"))
 _TABLE_OPERANDS = tl.constexpr("=r,=r,=r,=r,=r,=r,=r,=r,f")
 
 
@@ -141,11 +141,16 @@ def _decode_words(words, scale, dtype: tl.constexpr, PTX: tl.constexpr, LOOK_UP:
 
 
 @triton.jit
+def _halves(pairs, dtype: tl.constexpr):
+    """The lower and the upper value of each word."""
+    return pairs.to(tl.uint16).to(dtype, bitcast=True), (pairs >> 16).to(tl.uint16).to(dtype, bitcast=True)
+
+
+@triton.jit
 def _unpacked(pairs, dtype: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The two values in each of (ROWS, COLUMNS) words, side by side: (ROWS, 2·COLUMNS)."""
-    first = pairs.to(tl.uint16).to(dtype, bitcast=True)
-    second = (pairs >> 16).to(tl.uint16).to(dtype, bitcast=True)
-    return tl.reshape(tl.join(first, second), (ROWS, 2 * COLUMNS))
+    lower, upper = _halves(pairs, dtype)
+    return tl.reshape(tl.join(lower, upper), (ROWS, 2 * COLUMNS))
 
 
 @triton.jit
@@ -209,8 +214,7 @@ def decode_in_order(
     if PTX != "":
         a, b, c, d = _decode_words(packed, _spread(scale, ROWS, COLUMNS, SCALES), dtype, PTX, _IN_ORDER)
         pairs = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (ROWS, PAIRS))
-        even = pairs.to(tl.uint16).to(dtype, bitcast=True)
-        odd = (pairs >> 16).to(tl.uint16).to(dtype, bitcast=True)
+        even, odd = _halves(pairs, dtype)
     else:
         even, odd = decode(code, packed, scale, dtype, ROWS, COLUMNS, SCALES, PTX)
     weights = tl.join(even, odd)

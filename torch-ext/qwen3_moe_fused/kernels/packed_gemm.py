@@ -50,7 +50,7 @@ def _groups(
     nested_absmax_ptr, nested_offset_ptr, expert, start, K: tl.constexpr, BLOCKSIZE: tl.constexpr,
     BLOCKS: tl.constexpr, GROUPS: tl.constexpr, PROJECTIONS: tl.constexpr,
 ):  # fmt: skip
-    """What the absmaxes of K < 256·BLOCKSIZE weights from each of ``start`` (rows,) share, each (rows, 1).
+    """What the absmaxes of K ≤ 256·BLOCKSIZE weights from each of ``start`` (rows,) share, each (rows, 1).
 
     The nested absmax of their first group and of their last, which is the next or the same; its first block; the offset.
     """
@@ -168,7 +168,7 @@ def packed_gemm_kernel(
     w_ptrs += tl.arange(0, BLOCK_K // OF)[None, :]
     code = load_code(code_ptr, PTX)
     starts = multiplied * K
-    IN_GROUPS: tl.constexpr = DOUBLE_QUANT and K < 256 * BLOCKSIZE
+    IN_GROUPS: tl.constexpr = DOUBLE_QUANT and K <= 256 * BLOCKSIZE
     if IN_GROUPS:
         near, far, border, offset = _groups(
             nested_absmax_ptr, nested_offset_ptr, expert64, starts, K, BLOCKSIZE, BLOCKS, GROUPS, PROJECTIONS

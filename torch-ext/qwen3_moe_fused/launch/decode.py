@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..activations import Gate
@@ -17,11 +16,10 @@ from ..weights import PackedStack, Stack
 from .operands import cdiv, gate_constants, power_of_2, stride_constants
 from .packed import decodes, ptx, storage_constants, storage_operands
 
-# Slots up to which ``decode`` serves a call without gradients, in two launches instead of five. Where launches cost nothing,
-# in a CUDA graph, products over packed weights are as fast from 4 tokens on: on an H100, 4 of a Qwen3-30B-A3B layer take
-# 82 µs here and 73 there, 8 take 149 and 112.
+# Slots up to which ``decode`` serves a call without gradients, in two launches instead of five. In a CUDA graph, where
+# launches cost nothing, products over packed weights are faster from 4 tokens on (on an H100, of a Qwen3-30B-A3B layer, 73
+# against 82 µs, 8 tokens 112 against 149), but a call must not depend on being captured: nobody has compiled what it takes.
 DECODE_SLOTS = 64
-PACKED_DECODE_SLOTS_IN_GRAPHS = 24
 # Output features a program of the decode kernels.
 DECODE_BLOCK_N = 8
 
@@ -29,18 +27,9 @@ DECODE_BLOCK_N = 8
 def use_decode(num_tokens: int, top_k: int, up: Stack, down: Stack) -> bool:
     """``reference.use_decode``: with few slots sorting costs more launches than sharing weights saves bytes."""
     num_slots = num_tokens * top_k
-    if not 0 < num_slots <= DECODE_SLOTS or down.numel() == 0:
-        return False
     packed = [stack for stack in (up, down) if isinstance(stack, PackedStack)]
-    if not packed:
-        return True
-    if len(packed) == 1 or (num_slots > PACKED_DECODE_SLOTS_IN_GRAPHS and _capturing(packed[0].weights.device)):
-        return False
-    return all(not own.transposed and decodes("gemm_4bit", own, num_slots, own.weights.packed) for own in packed)
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    readable = all(not own.transposed and decodes("gemm_4bit", own, num_slots, own.weights.packed) for own in packed)
+    return 0 < num_slots <= DECODE_SLOTS and down.numel() > 0 and readable and len(packed) != 1
 
 
 def _shared_constants(

@@ -1,12 +1,12 @@
-"""4-bit weights: where they are decoded, and the launches of ``kernels.packed`` and ``kernels.packed_gemm``.
+"""4-bit weights: where they are decoded, and the launches of ``kernels.packed*`` but for ``packed_decode``.
 
-Few rows to an expert: grouped GEMMs decode what they multiply (``gemm``, ``up``), if the layout allows it. Many, and every
-row tile would decode its expert again: then the dense kernels run over a workspace of at most ``WORKSPACE_BYTES`` into
-which some features of all experts with rows are decoded at a time (``dense_parts``). ``tuning.decodes_in_gemm``
-draws the line.
+Few rows to an expert: grouped GEMMs decode what they multiply (``gemm``, ``up``, ``down_backward``), if the layout allows
+it. Many, and every row tile would decode its expert again: then the dense kernels run over a workspace of at most
+``WORKSPACE_BYTES`` into which some features of all experts with rows are decoded at a time (``dense_parts``).
+``tuning.decodes_in_gemm`` draws the line.
 
-Both cost more than they should around 256 rows to an expert (4096 tokens of a Qwen3-30B-A3B layer on an H100: 0.85 ms
-for the up projection decoded first, 0.46 dense). Lost there: the row tiles of an expert decoding their weights together into
+Decoding first costs what it writes: at 4096 tokens of a Qwen3-30B-A3B layer on an H100 the up projection takes 0.85 ms,
+dense 0.50. Lost there: the row tiles of an expert decoding their weights together into
 a ring that stays in the L2, each behind a counter (1.09 ms; 2.2 against 1.76 at 16384); parts on two streams, the one
 decoding while the other multiplies (0.83, and 1.80 at 16384: the products want the same memory).
 """
@@ -83,8 +83,7 @@ def storage_constants(format: Format4bit) -> dict[str, Any]:
 def ptx(weights: Packed4bitWeights, like: Tensor) -> str:
     """The quant type for kernels that compute in the dtype and on the device of ``like`` to decode in PTX, or ""."""
     nvidia = like.device.type != "cpu" and tuning.target_of(like.device).backend == "cuda"
-    words = weights.packed.data_ptr() % 4 == 0  # a part of a larger tensor may start at any byte
-    return weights.format.quant_type if nvidia and like.itemsize == 2 and words else ""
+    return weights.format.quant_type if nvidia and like.itemsize == 2 else ""
 
 
 class Runs(NamedTuple):
@@ -260,12 +259,14 @@ def _runs(first: int, width: int, n: int, k: int, gate: Gate | None, transposed:
 
 
 def decodes(kernel: str, stack: PackedStack, num_rows: int, like: Tensor) -> bool:
-    """Whether ``kernel`` takes ``stack`` as it is: few rows, rows of whole 64s, 32-bit offsets in a matrix."""
+    """Whether ``kernel`` takes ``stack`` as it is: few rows, rows of whole 64s, 32-bit offsets in a matrix, whole words.
+
+    A part of a larger tensor may start at any byte.
+    """
     num_experts, rows, columns = stack.weights.format.shape
-    target = tuning.target_of(like.device)
-    return (
-        columns % 64 == 0 and rows * columns < 2**31 and tuning.decodes_in_gemm(kernel, num_rows, num_experts, target)
-    )
+    if columns % 64 or rows * columns >= 2**31 or stack.weights.packed.data_ptr() % 4:
+        return False
+    return tuning.decodes_in_gemm(kernel, num_rows, num_experts, tuning.target_of(like.device))
 
 
 @functools.cache
@@ -378,7 +379,7 @@ def _launch_gemm(
         config = replace(config, block_k=64)
     if extension is not None and extension.separate and config.block_m >= 128:
         # Gate and up apart, each with a product of its own: 54 registers too many for four warps.
-        config = replace(config, num_warps=8)
+        config = replace(config, num_warps=max(8, config.num_warps))
     plan = _gemm_plan(
         config,
         stack.weights.format,
