@@ -206,7 +206,7 @@ def test_every_group_of_absmaxes(shape: tuple[int, int, int], projections: int, 
     assert torch.equal(y.view(shape[0], 3, -1), dequantized(weight)[..., [0, 63, -1]].mT)
 
 
-@pytest.mark.parametrize("columns", [16384, 20480], ids=["a-group", "more"])
+@pytest.mark.parametrize("columns", [16384, 28672], ids=["a-group", "in-three"])
 def test_rows_of_a_group_of_absmaxes_and_more(columns: int) -> None:
     weight = random_weight("wide", (1, 4, columns), torch.float32, projections=2)
     places = [0, 63, columns // 2, 16383, columns - 64, columns - 1]
