@@ -52,13 +52,12 @@ class Workload:
         """The kernel families that this layer uses."""
         short = self.tuning.SHORT_K
         used = {"gemm_short" if k <= short else "gemm" for k in (self.layer.intermediate, 2 * self.layer.intermediate)}
-        packs = self.layer.hidden * self.layer.intermediate % 64 == 0
-        return [
-            name
-            for name in self.tuning.KERNELS
-            if not (name in ("gemm", "gemm_short") and name not in used)
-            and (packs or name not in self.tuning.KERNELS_4BIT)
-        ]
+        if self.layer.hidden % 64 == 0:  # what ``launch.packed.decodes`` asks of the up projection's in features
+            used |= {"up_4bit", "transposed_4bit"}
+        if self.layer.intermediate % 64 == 0:  # and of the down projection's
+            used |= {"gemm_4bit", "down_backward_4bit"}
+        optional = ("gemm", "gemm_short", *self.tuning.KERNELS_4BIT)
+        return [name for name in self.tuning.KERNELS if name in used or name not in optional]
 
     def tokens(self, kernel: str, block_m: int) -> int:
         """How many give experts as many rows as the bucket ends at."""

@@ -180,7 +180,7 @@ def test_every_kernel_has_calls_that_compute(monkeypatch: pytest.MonkeyPatch) ->
     reference = hub.submodule(kernel, "reference")
     monkeypatch.setitem(sys.modules, f"{kernel.__name__}.launch", reference)
     monkeypatch.setitem(sys.modules, f"{kernel.__name__}.plan", SimpleNamespace(compiling_only=None))
-    workload = Workload(kernel, replace(LAYERS["tiny"], experts=4), torch.device("cpu"))
+    workload = Workload(kernel, replace(LAYERS["tiny"], experts=4, intermediate=64), torch.device("cpu"))
     assert workload.kernels() == [name for name in tuning.KERNELS if name != "gemm"]
     for name in workload.kernels():
         packed = name in tuning.KERNELS_4BIT
@@ -201,6 +201,8 @@ def test_a_wider_layer_has_long_products_only() -> None:
     assert "gemm_short" not in workload.kernels()
     workload.layer = Layer("odd", 40, 12, 2, 1)
     assert not set(tuning.KERNELS_4BIT) & set(workload.kernels())
+    workload.layer = Layer("thin", 64, 32, 2, 1)  # whose down projection has no rows of whole 64s
+    assert set(tuning.KERNELS_4BIT) & set(workload.kernels()) == {"up_4bit", "transposed_4bit"}
     assert kernel.moe_experts
 
 

@@ -45,17 +45,25 @@ def decoding(in_gemm: bool, workspace: int = ALL) -> Iterator[list[str]]:
         "part": "_decode",
     }
 
+    asked: list[str] = []
+
+    def decodes_in_gemm(kernel: str, *_: Any) -> bool:
+        asked.append(kernel)
+        return in_gemm
+
     def noting(name: str, function: Any) -> Any:
         def call(*args: Any) -> Any:
             # A gate is among the arguments of an up projection's plan.
             up = name == "gemm" and any(isinstance(arg, module("activations").Gate) for arg in args)
             taken.append("up" if up else name)
+            if name != "part":  # the rule was asked about the kernel that is launched
+                assert asked[-1] == f"{taken[-1].replace(' ', '_')}_4bit"
             return function(*args)
 
         return call
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(tuning, "decodes_in_gemm", return_value=in_gemm))
+        stack.enter_context(mock.patch.object(tuning, "decodes_in_gemm", decodes_in_gemm))
         stack.enter_context(mock.patch.object(launch_packed, "WORKSPACE_BYTES", workspace))
         for name, own in names.items():
             function = getattr(launch_packed, own)
