@@ -112,9 +112,8 @@ def decode(
     y = x.new_empty((num_tokens, hidden))
     biases = (up_bias is not None, down_bias is not None)
     if isinstance(up, PackedStack) and isinstance(down, PackedStack):
-        both = up.weights, down.weights
-        formats, ways = [own.format for own in both], [ptx(own, x) for own in both]
-        up_plan, down_plan = _packed_plans(*formats, top_k, gate, *ways, *biases)
+        formats = up.weights.format, down.weights.format
+        up_plan, down_plan = _packed_plans(*formats, top_k, gate, *(ptx(own, x) for own in formats), *biases)
         up_operands, down_operands = storage_operands(up.weights), storage_operands(down.weights)
     elif isinstance(up, Tensor) and isinstance(down, Tensor):
         up_plan, down_plan = _decode_plans(up.shape, up.stride(), down.stride(), top_k, gate, *biases)

@@ -80,10 +80,10 @@ def storage_constants(format: Format4bit) -> dict[str, Any]:
     }
 
 
-def ptx(weights: Packed4bitWeights, like: Tensor) -> str:
+def ptx(format: Format4bit, like: Tensor) -> str:
     """The quant type for kernels that compute in the dtype and on the device of ``like`` to decode in PTX, or ""."""
     nvidia = like.device.type != "cpu" and tuning.target_of(like.device).backend == "cuda"
-    return weights.format.quant_type if nvidia and like.itemsize == 2 else ""
+    return format.quant_type if nvidia and like.itemsize == 2 else ""
 
 
 class Runs(NamedTuple):
@@ -343,7 +343,7 @@ def gemm(
     if n % config.block_n:
         config = replace(config, block_n=64)
     extra = low_rank.constants(extension)
-    _transposed_plan(config, stack.weights.format, extra, ptx(stack.weights, a), precision(a.dtype))(
+    _transposed_plan(config, stack.weights.format, extra, ptx(stack.weights.format, a), precision(a.dtype))(
         a.device,
         (max_tiles(num_rows, routing.num_experts, config.block_m) * (n // config.block_n), 1, 1),
         a,
@@ -391,7 +391,7 @@ def _launch_gemm(
         low_rank.constants(extension),
         out is not None,
         gate_up is not None,
-        ptx(stack.weights, a),
+        ptx(stack.weights.format, a),
         precision(a.dtype),
     )
     plan(
@@ -498,7 +498,7 @@ def down_backward(
         low_rank.constants(extension),
         weighted_h is not None,
         grad_gate_up is gate_up,
-        ptx(weight.weights, grad_y),
+        ptx(format, grad_y),
         precision(grad_y.dtype),
     )
     plan(
