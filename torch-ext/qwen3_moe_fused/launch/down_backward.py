@@ -111,10 +111,13 @@ def down_backward(
     grad_y = grad_y.contiguous()
     device = grad_y.device
     top_k_weights = top_k_weights.contiguous()
-    stored: PackedStack | None = None
-    if isinstance(weight, PackedStack) and not weight.transposed:
-        stored = weight if packed.decodes("down_backward_4bit", weight, num_rows, grad_y) else None
-    if stored is not None:
+    stored: PackedStack | None = None  # decoded in the product
+    if (
+        isinstance(weight, PackedStack)
+        and not weight.transposed
+        and packed.decodes("down_backward_4bit", weight, num_rows, grad_y)
+    ):
+        stored = weight
         config = packed.down_backward_config(num_rows, routing, grad_y, intermediate)
         block_n = config.block_n
     else:
