@@ -53,7 +53,7 @@ def packed_down_backward_kernel(
     GROUPS: tl.constexpr,
     PROJECTIONS: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
-    PTX: tl.constexpr,
+    PTX: tl.constexpr,  # the quant type to decode in PTX, or ""
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,

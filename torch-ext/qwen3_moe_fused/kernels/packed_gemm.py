@@ -32,20 +32,6 @@ from .packed import block_scale, decode, decode_in_order, elements, load_code
 
 
 @triton.jit
-def _scales(
-    absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert, start, BLOCKSIZE: tl.constexpr,
-    BLOCKS: tl.constexpr, GROUPS: tl.constexpr, PROJECTIONS: tl.constexpr, DOUBLE_QUANT: tl.constexpr,
-    SCALES: tl.constexpr,
-):  # fmt: skip
-    """(rows, SCALES) absmaxes of the 64·SCALES weights of the expert from each of ``start`` (rows,)."""
-    block = (start[:, None] + 64 * tl.arange(0, SCALES)[None, :]) // BLOCKSIZE
-    return block_scale(
-        absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert, block, BLOCKS, GROUPS, PROJECTIONS,
-        DOUBLE_QUANT,
-    )  # fmt: skip
-
-
-@triton.jit
 def _groups(
     nested_absmax_ptr, nested_offset_ptr, expert, start, K: tl.constexpr, BLOCKSIZE: tl.constexpr,
     BLOCKS: tl.constexpr, GROUPS: tl.constexpr, PROJECTIONS: tl.constexpr,
@@ -59,21 +45,36 @@ def _groups(
     last = ((start + K - 1) // BLOCKSIZE - projection * BLOCKS) // 256
     nested_absmax_ptr += expert * (PROJECTIONS * GROUPS) + projection * GROUPS
     near = tl.load(nested_absmax_ptr + first)
-    far = tl.load(nested_absmax_ptr + last)
+    if 256 * BLOCKSIZE % K == 0:
+        far = near  # a group is of whole rows
+    else:
+        far = tl.load(nested_absmax_ptr + last)
     offset = tl.load(nested_offset_ptr + expert * PROJECTIONS + projection)
     return near[:, None], far[:, None], (projection * BLOCKS + last * 256)[:, None], offset[:, None]
 
 
 @triton.jit
-def _scales_in_groups(
-    absmax_ptr, nested_code_ptr, near, far, border, offset, expert, start, BLOCKSIZE: tl.constexpr,
-    BLOCKS: tl.constexpr, PROJECTIONS: tl.constexpr, SCALES: tl.constexpr,
+def _scales(
+    absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert, start, groups, BLOCKSIZE: tl.constexpr,
+    BLOCKS: tl.constexpr, GROUPS: tl.constexpr, PROJECTIONS: tl.constexpr, DOUBLE_QUANT: tl.constexpr,
+    SCALES: tl.constexpr,
 ):  # fmt: skip
-    """As ``_scales``, of rows of which ``_groups`` has told the rest."""
+    """(rows, SCALES) absmaxes of the 64·SCALES weights of the expert from each of ``start`` (rows,).
+
+    ``groups``: of ``_groups`` for these rows, or None.
+    """
     block = (start[:, None] + 64 * tl.arange(0, SCALES)[None, :]) // BLOCKSIZE
-    scale = tl.load(absmax_ptr + expert * (PROJECTIONS * BLOCKS) + block)
-    nested = tl.where(block < border, near, far)
-    return tl.load(nested_code_ptr + scale.to(tl.int32)) * nested + offset
+    if groups is None:
+        scale = block_scale(
+            absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert, block, BLOCKS, GROUPS,
+            PROJECTIONS, DOUBLE_QUANT,
+        )  # fmt: skip
+    else:
+        near, far, border, offset = groups
+        scale = tl.load(absmax_ptr + expert * (PROJECTIONS * BLOCKS) + block)
+        nested = tl.where(block < border, near, far)
+        scale = tl.load(nested_code_ptr + scale.to(tl.int32)) * nested + offset
+    return scale
 
 
 @triton.jit(do_not_specialize=["num_rows", "fill"])
@@ -117,7 +118,7 @@ def packed_gemm_kernel(
     GROUPS: tl.constexpr,
     PROJECTIONS: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
-    PTX: tl.constexpr,
+    PTX: tl.constexpr,  # the quant type to decode in PTX, or ""
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -163,54 +164,42 @@ def packed_gemm_kernel(
     else:
         multiplied = columns
         in_width = in_n
-    OF: tl.constexpr = 8 if PTX != "" else 2  # weights an element
-    w_ptrs = elements(packed_ptr, PTX) + expert64 * (COLUMNS * K // OF) + multiplied[:, None] * (K // OF)
-    w_ptrs += tl.arange(0, BLOCK_K // OF)[None, :]
+    PER_ELEMENT: tl.constexpr = 8 if PTX != "" else 2  # weights
+    w_ptrs = elements(packed_ptr, PTX) + expert64 * (COLUMNS * K // PER_ELEMENT)
+    w_ptrs = w_ptrs + multiplied[:, None] * (K // PER_ELEMENT) + tl.arange(0, BLOCK_K // PER_ELEMENT)[None, :]
     code = load_code(code_ptr, PTX)
     starts = multiplied * K
-    IN_GROUPS: tl.constexpr = DOUBLE_QUANT and K <= 256 * BLOCKSIZE
-    if IN_GROUPS:
-        near, far, border, offset = _groups(
+    if DOUBLE_QUANT and K <= 256 * BLOCKSIZE:
+        groups = _groups(
             nested_absmax_ptr, nested_offset_ptr, expert64, starts, K, BLOCKSIZE, BLOCKS, GROUPS, PROJECTIONS
         )
-        if 256 * BLOCKSIZE % K == 0:
-            far = near  # a group is of whole rows
-        scale = _scales_in_groups(
-            absmax_ptr, nested_code_ptr, near, far, border, offset, expert64, starts, BLOCKSIZE, BLOCKS, PROJECTIONS,
-            SCALES,
-        )  # fmt: skip
     else:
-        scale = _scales(
-            absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, starts, BLOCKSIZE, BLOCKS,
-            GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
-        )  # fmt: skip
+        groups = None
+    scale = _scales(
+        absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, starts, groups, BLOCKSIZE, BLOCKS,
+        GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
+    )  # fmt: skip
     dtype: tl.constexpr = a_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         a = tl.load(a_ptrs)
         ahead = starts + tl.minimum(k + BLOCK_K, K - BLOCK_K)
-        if IN_GROUPS:
-            next_scale = _scales_in_groups(
-                absmax_ptr, nested_code_ptr, near, far, border, offset, expert64, ahead, BLOCKSIZE, BLOCKS,
-                PROJECTIONS, SCALES,
-            )  # fmt: skip
-        else:
-            next_scale = _scales(
-                absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, ahead, BLOCKSIZE, BLOCKS,
-                GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
-            )  # fmt: skip
+        next_scale = _scales(
+            absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert64, ahead, groups, BLOCKSIZE,
+            BLOCKS, GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
+        )  # fmt: skip
         packed = tl.load(w_ptrs)
         if IN_ORDER:
-            w = decode_in_order(code, packed, scale, dtype, WIDTH, BLOCK_K // OF, SCALES, PTX, False)
+            w = decode_in_order(code, packed, scale, dtype, WIDTH, BLOCK_K // PER_ELEMENT, SCALES, PTX, False)
             acc = tl.dot(a, tl.trans(w), acc, input_precision=PRECISION)
         else:
             a_even, a_odd = tl.split(tl.reshape(a, (BLOCK_M, BLOCK_K // 2, 2)))
-            even, odd = decode(code, packed, scale, dtype, WIDTH, BLOCK_K // OF, SCALES, PTX)
+            even, odd = decode(code, packed, scale, dtype, WIDTH, BLOCK_K // PER_ELEMENT, SCALES, PTX)
             acc = tl.dot(a_even, tl.trans(even), acc, input_precision=PRECISION)
             acc = tl.dot(a_odd, tl.trans(odd), acc, input_precision=PRECISION)
         scale = next_scale
         a_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K // OF
+        w_ptrs += BLOCK_K // PER_ELEMENT
     SHARED: tl.constexpr = LOW_RANK[0] > 0 and LOW_RANK[3] == 0  # of gate and up is one product with the left factor
     if SHARED:
         acc = add_low_rank(
@@ -264,7 +253,7 @@ def multiply_transposed(
     GROUPS: tl.constexpr,
     PROJECTIONS: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
-    PTX: tl.constexpr,
+    PTX: tl.constexpr,  # the quant type to decode in PTX, or ""
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -273,13 +262,14 @@ def multiply_transposed(
 ):
     """a · w[expert] (BLOCK_M, BLOCK_N) fp32, w stored (K, N)."""
     SCALES: tl.constexpr = BLOCK_N // 64
-    OF: tl.constexpr = 8 if PTX != "" else 2  # weights an element
+    PER_ELEMENT: tl.constexpr = 8 if PTX != "" else 2  # weights
     offs_k = tl.arange(0, BLOCK_K)
-    w_base = elements(packed_ptr, PTX) + expert * (K * N // OF) + n // OF + tl.arange(0, BLOCK_N // OF)[None, :]
+    w_base = elements(packed_ptr, PTX) + expert * (K * N // PER_ELEMENT)
+    w_base = w_base + n // PER_ELEMENT + tl.arange(0, BLOCK_N // PER_ELEMENT)[None, :]
     code = load_code(code_ptr, PTX)
     scale = _scales(
         absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert, tl.minimum(offs_k, K - 1) * N + n,
-        BLOCKSIZE, BLOCKS, GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
+        None, BLOCKSIZE, BLOCKS, GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
     )  # fmt: skip
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -288,14 +278,14 @@ def multiply_transposed(
             a = tl.load(a_ptrs)
         else:
             a = tl.load(a_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
-        packed = tl.load(w_base + (tl.minimum(k + offs_k, K - 1) * (N // OF))[:, None])
+        packed = tl.load(w_base + (tl.minimum(k + offs_k, K - 1) * (N // PER_ELEMENT))[:, None])
         ahead = tl.minimum(k + BLOCK_K + offs_k, K - 1) * N + n
         next_scale = _scales(
-            absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert, ahead, BLOCKSIZE, BLOCKS, GROUPS,
-            PROJECTIONS, DOUBLE_QUANT, SCALES,
+            absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, expert, ahead, None, BLOCKSIZE, BLOCKS,
+            GROUPS, PROJECTIONS, DOUBLE_QUANT, SCALES,
         )  # fmt: skip
         # Transposed twice: Triton 3.6 does not compile the plain way in fp32 for compute capability 10.0.
-        w = decode_in_order(code, packed, scale, dtype, BLOCK_K, BLOCK_N // OF, SCALES, PTX, True)
+        w = decode_in_order(code, packed, scale, dtype, BLOCK_K, BLOCK_N // PER_ELEMENT, SCALES, PTX, True)
         acc = tl.dot(a, tl.trans(w), acc, input_precision=PRECISION)
         scale = next_scale
         a_ptrs += BLOCK_K
@@ -328,7 +318,7 @@ def packed_transposed_kernel(
     GROUPS: tl.constexpr,
     PROJECTIONS: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
-    PTX: tl.constexpr,
+    PTX: tl.constexpr,  # the quant type to decode in PTX, or ""
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
