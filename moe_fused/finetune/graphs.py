@@ -84,8 +84,7 @@ class GraphedDecoder:
         return self._recording.run(kwargs)
 
     def _record(self, inputs: Mapping[str, Any]) -> _Recording:
-        # What the pass before left in cycles holds nodes of autograd that wait for its stream, which no graph can do.
-        gc.collect()
+        gc.collect()  # what the pass before left in cycles
         torch.cuda.empty_cache()
         try:
             with _no_collection():
@@ -126,6 +125,29 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+@contextlib.contextmanager
+def _other_leaves(module: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
+    """Each trained parameter of ``module``, and what takes its place meanwhile: a leaf of its own over the same memory.
+
+    A parameter's node of autograd is on the stream of the pass that made it, and lives as long as anything refers to that
+    pass. A backward through it would wait across streams, which no recording may do.
+    """
+    places = [
+        (owner, name, own)
+        for owner in module.modules()
+        for name, own in owner._parameters.items()
+        if own is not None and own.requires_grad
+    ]
+    leaves = {own: nn.Parameter(own.detach()) for _, _, own in places}
+    try:
+        for owner, name, own in places:
+            owner._parameters[name] = leaves[own]
+        yield leaves
+    finally:
+        for owner, name, own in places:
+            owner._parameters[name] = own
+
+
 class _Recording:
     """The graphs of one decoder for inputs like ``inputs``.
 
@@ -134,23 +156,21 @@ class _Recording:
     """
 
     def __init__(self, decoder: nn.Module, forward: Callable[..., Any], inputs: Mapping[str, Any]) -> None:
-        self._parameters = [own for own in decoder.parameters() if own.requires_grad]
         self._inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
         self._forward_graph, self._backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._forward_graph):
-            output = forward(**self._inputs)
-        self._hidden: Tensor = output.last_hidden_state
-        self._output_type = type(output)
-        # The backward may have what cuBLAS works in during the forward.
-        torch._C._cuda_clearCublasWorkspaces()
-        # Not backward(): what accumulates gradients belongs to the stream of the passes before.
-        with torch.cuda.graph(self._backward_graph, pool=self._forward_graph.pool()):
-            self._grad = torch.empty_like(self._hidden)
-            grads: Sequence[Tensor | None] = torch.autograd.grad(
-                self._hidden, self._parameters, self._grad, allow_unused=True
-            )
-        self._hidden = self._hidden.detach()
-        used = [(own, grad) for own, grad in zip(self._parameters, grads, strict=True) if grad is not None]
+        with _other_leaves(decoder) as leaves:
+            with torch.cuda.graph(self._forward_graph):
+                output = forward(**self._inputs)
+            hidden: Tensor = output.last_hidden_state
+            # The backward may have what cuBLAS works in during the forward.
+            torch._C._cuda_clearCublasWorkspaces()
+            with torch.cuda.graph(self._backward_graph, pool=self._forward_graph.pool()):
+                self._grad = torch.empty_like(hidden)
+                grads: Sequence[Tensor | None] = torch.autograd.grad(
+                    hidden, list(leaves.values()), self._grad, allow_unused=True
+                )
+        self._hidden, self._output_type = hidden.detach(), type(output)
+        used = [(own, grad) for own, grad in zip(leaves, grads, strict=True) if grad is not None]
         self._parameters, self._grads = [own for own, _ in used], [grad for _, grad in used]
         self._places = [own.data_ptr() for own in self._parameters]
         self._buffers: list[Tensor] | None = None

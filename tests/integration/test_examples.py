@@ -144,8 +144,7 @@ def test_qlora_trl(tmp_path: Path) -> None:
     output = run(commands("qlora_trl")[0], tmp_path)
     first, last = re.findall(r"loss (\S+) in the first step, (\S+) in the last", output)[0]
     assert float(last) < 0.7 * float(first)
-    on_gpu = torch.cuda.is_available()
-    assert number("reloaded from trained:", output) <= (0.1 if on_gpu else 0.0)
+    assert number("reloaded from trained:", output) == 0.0
     assert number("adapter from none:", output) > 0.5
     # Experts have a matrix each, and all of them learned.
     factors = experts_of(tmp_path / OUTPUT / "qlora_trl" / "adapter")

@@ -31,6 +31,15 @@ def expandable_segments() -> Iterator[None]:
     torch.cuda.memory._set_allocator_settings("expandable_segments:False")
 
 
+@pytest.fixture(autouse=True)
+def stock_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liger replaces layers for the whole process, which other tests build on a CPU."""
+    from transformers.models.qwen3_moe import modeling_qwen3_moe
+
+    for name in ("apply_rotary_pos_emb", "Qwen3MoeRMSNorm"):
+        monkeypatch.setattr(modeling_qwen3_moe, name, getattr(modeling_qwen3_moe, name))
+
+
 def release() -> None:
     """Frees what earlier tests left, or what is measured here would shrink by it when it is freed midway.
 
@@ -50,6 +59,19 @@ def save_model(directory: Path, **sizes: int) -> Path:
         Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
     torch.cuda.empty_cache()
     return directory
+
+
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 16,
+}
+TEXT = "the quick brown fox jumps over the lazy dog, and the dog looks at it. " * 8
 
 
 def make(model: Path, output: Path, rows: list[str], **options: Any) -> tuple[Any, Any]:
@@ -114,27 +136,22 @@ def test_peak_is_as_predicted(length: int, packing: str, graphs: bool, tmp_path:
     assert most() - before == pytest.approx(plan.prediction.allocated, rel=0.1)
 
 
+def count_replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by one with each batch that runs as CUDA graphs."""
+    from moe_fused.finetune import graphs
+
+    replays: list[int] = []
+    run: Callable[..., Any] = graphs._Recording.run
+    monkeypatch.setattr(graphs._Recording, "run", lambda self, inputs: replays.append(1) or run(self, inputs))
+    return replays
+
+
 @pytest.mark.parametrize("packing", ["wrapped", "bfd", "bfd_split"])
 def test_graphs_compute_what_layers_do(packing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several batches to a step, documents of many lengths, sequences that are not full."""
-    from moe_fused.finetune import graphs
-
-    replays = []
-    run: Callable[..., Any] = graphs._Recording.run
-    monkeypatch.setattr(graphs._Recording, "run", lambda self, inputs: replays.append(1) or run(self, inputs))
-    model = save_model(
-        tmp_path / "model",
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=256,
-        moe_intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_experts=16,
-    )
-    text = "the quick brown fox jumps over the lazy dog, and the dog looks at it. " * 8
-    rows = [text[i : i + 40 + 37 * i % 300] for i in range(60)]
+    replays = count_replays(monkeypatch)
+    model = save_model(tmp_path / "model", **TINY)
+    rows = [TEXT[i : i + 40 + 37 * i % 300] for i in range(60)]
     losses, adapters = {}, {}
     for use_graphs in (False, True):
         trainer, plan = make(
@@ -161,6 +178,19 @@ def test_graphs_compute_what_layers_do(packing: str, tmp_path: Path, monkeypatch
     moved = {name: value for name, value in adapters[False].items() if "lora_B" in name}
     for name, value in moved.items():
         assert (adapters[True][name] - value).norm() < 0.1 * value.norm(), name
+
+
+def test_records_while_an_earlier_pass_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something refers to the parameters' nodes of autograd, which belong to the stream that all passes before ran on."""
+    replays = count_replays(monkeypatch)
+    model = save_model(tmp_path / "model", **TINY)
+    options = {"sequence_length": 256, "packing": "wrapped", "gradient_accumulation": 1, "max_steps": 3}
+    trainer, _ = make(model, tmp_path / "out", [TEXT] * 8, **options, cuda_graphs=True)
+    trained = [own for own in trainer.model.parameters() if own.requires_grad]
+    kept = [own.view_as(own) for own in trained]
+    trainer.train_from(None)
+    assert len(replays) == 2
+    assert all(own.grad_fn is not None for own in kept)
 
 
 @pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2)])
