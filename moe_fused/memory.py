@@ -30,8 +30,9 @@ CONTEXT = 600 * MIB
 # What cuBLAS asks torch's allocator for, on Hopper; less elsewhere. For each handle and stream: the thread that goes
 # backward has a handle of its own, graphs are recorded on a stream of their own, and share one.
 CUBLAS_WORKSPACE = 32 * MIB
-# Of packed experts, ``launch.packed.WORKSPACE_BYTES`` of the kernel.
-EXPERT_WORKSPACE = 256 * MIB
+# Of packed experts, the kernel's ``launch.packed.WORKSPACE_BYTES``, and the rows per expert up to which all its products do
+# without, ``tuning.DEFAULT_DECODE_ROWS``: where it was measured it is more.
+EXPERT_WORKSPACE, DECODED_ROWS = 256 * MIB, 192
 # Tokens and words of the tiles in which TRL's loss goes through the logits, and those that ``finetune`` gives it beside CUDA
 # graphs.
 LOSS_TILE, LOSS_TILE_BESIDE_GRAPHS = (4096, 32768), (2048, 8192)
@@ -429,7 +430,8 @@ def _experts(sizes: Sizes, work: Workload) -> tuple[int, int, int]:
         kept += rows * ((hidden + inner) * (item + work.mask_itemsize) + (inner + hidden) * item)
         made += rows * hidden * item
     packed = work.quantized and up.packable and work.gpu
-    workspace = min(EXPERT_WORKSPACE, max(up.numel, down.numel) * item) if packed else 0
+    decoded = rows <= DECODED_ROWS * up.experts and up.in_features % 64 == 0 and down.in_features % 64 == 0
+    workspace = min(EXPERT_WORKSPACE, max(up.numel, down.numel) * item) if packed and not decoded else 0
     return kept, made, workspace
 
 

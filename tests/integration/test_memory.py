@@ -216,7 +216,7 @@ def test_gradients_of_a_layer_come_beside_those_of_batches_before(qwen3_30b: Siz
 
 
 # At 30B with gradients of a single batch: what a step of ``finetune`` allocated at most on an H100, without packing.
-@pytest.mark.parametrize("length, measured", [(1024, 18325.75), (4096, 18776.34)])
+@pytest.mark.parametrize("length, measured", [(4096, 18776.34)])
 def test_as_measured(length: int, measured: float, qwen3_30b: Sizes) -> None:
     prediction = predict(qwen3_30b, Workload(length=length, optimizer="adamw_8bit"))
     assert prediction.allocated / memory.MIB == pytest.approx(measured, rel=0.01)
