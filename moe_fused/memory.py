@@ -30,6 +30,8 @@ CONTEXT = 600 * MIB
 # What cuBLAS asks torch's allocator for, on Hopper; less elsewhere. For each handle and stream: the thread that goes
 # backward has a handle of its own, graphs are recorded on a stream of their own, and share one.
 CUBLAS_WORKSPACE = 32 * MIB
+# The most that torch's allocator takes for small; the memory of those is apart.
+SMALL_ALLOCATION = MIB
 # Of packed experts, the kernel's ``launch.packed.WORKSPACE_BYTES``, and the rows per expert up to which all its products do
 # without, ``tuning.DEFAULT_DECODE_ROWS``: where it was measured it is more.
 EXPERT_WORKSPACE, DECODED_ROWS = 256 * MIB, 192
@@ -296,9 +298,13 @@ def predict(sizes: Sizes, work: Workload) -> Prediction:
     last = {"gradients": max(gradients, early + own), "activations": kept_by_layer + _mask_bytes(work), **layer}
     moments["layer"] = max(first, last, key=lambda parts: sum(parts.values()))
     if work.graphs:
-        # They keep what their worst moment takes; beside it are what was accumulated before, and the loss.
+        # They keep what their worst moment takes, what goes in and out, and gradients so small that torch's allocator puts
+        # them where nothing large goes. Beside it are what was accumulated before, and the loss.
         held = moments["layer"]
-        moments = {"layer": held | {"gradients": held["gradients"] + accumulated, "loss": loss_bytes(sizes, work)}}
+        small = sum(size for size in (numel * work.adapter_itemsize for numel in adapters) if size <= SMALL_ALLOCATION)
+        held["gradients"] = max(held["gradients"], small) + accumulated
+        held["activations"] += 2 * work.tokens * sizes.hidden * work.itemsize
+        moments = {"layer": held | {"loss": loss_bytes(sizes, work)}}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     parts = {name: size for name, size in (resident | moments[moment]).items() if size}
     return Prediction(parts, moment, trainable, frozenset({"optimizer state, paged", "CUDA context"}))
