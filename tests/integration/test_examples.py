@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.support import REPOSITORY, python_path, repo_id
 EXAMPLES = REPOSITORY / "examples"
 HELPERS = {"tiny"}
 OUTPUT = "examples-output"
+ABORTED_AT_EXIT = "terminate called without an active exception\n"
 
 
 def commands(example: str) -> list[str]:
@@ -61,7 +63,9 @@ def ended(command: str, directory: Path) -> subprocess.CompletedProcess[str]:
 def run(command: str, directory: Path) -> str:
     """What a command line prints that ends well."""
     process = ended(command, directory)
-    assert process.returncode == 0, process.stderr
+    # Torch 2.11 on a busy machine, also without us: a thread of autograd, if the interpreter ends right after a backward.
+    aborted = process.returncode == -signal.SIGABRT and process.stderr.endswith(ABORTED_AT_EXIT)
+    assert process.returncode == 0 or (aborted and torch.cuda.is_available()), process.stderr
     return process.stdout
 
 
