@@ -26,6 +26,7 @@ import ast
 import importlib.metadata
 import importlib.util
 import itertools
+import json
 import math
 import sysconfig
 import tempfile
@@ -299,6 +300,12 @@ def run(
         return list(measure(task, environment, console))
 
 
+def read(path: Path) -> list[LossRow]:
+    """The rows of a file, as ``main`` writes them."""
+    rows = [LossRow(**value) for value in json.loads(path.read_text(encoding="utf-8"))]
+    return [replace(row, held_out={int(step): loss for step, loss in row.held_out.items()}) for row in rows]
+
+
 def smoothed(losses: Sequence[float]) -> list[float]:
     """The mean of each loss and up to ``WINDOW - 1`` before it."""
     slices = (losses[max(0, end - WINDOW) : end] for end in range(1, len(losses) + 1))
@@ -379,7 +386,8 @@ def figure(rows: Sequence[LossRow]) -> Figure:
         curves.plot(steps, smoothed(row.losses), label=f"{name} ({row.weights})", **style)
         curves.plot(*zip(*row.held_out.items(), strict=True), "o", color=style["color"], markersize=4, alpha=0.7)
         if name != BF16:
-            gaps.plot(steps, differences(row, by_name[BF16]), **style)
+            gaps.plot(steps, differences(row, by_name[BF16]), **style | {"linewidth": style["linewidth"] / 2})
+    curves.plot([], [], color="grey", linewidth=0.5, label="each step")
     curves.plot([], [], "o", color="grey", markersize=4, label="held out")
     curves.set_ylabel(f"loss, nats per byte; means of {WINDOW} steps", fontsize=9)
     curves.legend(frameon=False, fontsize=8)
@@ -393,8 +401,8 @@ def figure(rows: Sequence[LossRow]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     first = rows[0]
     drawing.suptitle(
-        f"LoRA on attention and experts of a small Qwen3-MoE: {first.gpu}, torch {first.torch}, "
-        f"Transformers {first.transformers}, PEFT {first.peft}, {first.date}",
+        f"LoRA on attention and experts of a Qwen3-MoE of {first.layers} layers and {first.experts} experts\n"
+        f"{first.gpu}, torch {first.torch}, Transformers {first.transformers}, PEFT {first.peft}, {first.date}",
         fontsize=9,
     )
     return drawing

@@ -20,7 +20,7 @@ from benchmarks.loss_parity import BF16, DEQUANTIZED, QUICK, TOLERANCE, WEIGHTS,
 from benchmarks.rows import OURS
 from moe_fused.demo.data import reference_text
 from moe_fused.quantizer import get_packed, packed_modules, projections_of
-from tests.support import unboxed
+from tests.support import REPOSITORY, unboxed
 
 CPU = torch.device("cpu")
 SHORT = ("--device", "cpu", "--quick", "--steps", "2", "--base-steps", "1")
@@ -197,6 +197,18 @@ def test_a_cost_that_grows_is_said():
 
 
 # The whole.
+
+
+def test_measured_curves_are_the_same():
+    """What the documentation says of the committed run."""
+    measured = loss_parity.read(REPOSITORY / "benchmarks/results/loss-parity_h100-80gb-hbm3.json")
+    assert {row.implementation: (row.weights, len(row.losses)) for row in measured} == {
+        name: (weights, 500) for name, weights in WEIGHTS.items()
+    }
+    assert loss_parity.disagreements(measured) == []
+    for a, b in itertools.combinations(measured, 2):
+        assert max(map(abs, loss_parity.differences(a, b))) < 0.002
+        assert abs(a.held_out[500] - b.held_out[500]) < 0.002
 
 
 def test_whole_run(tmp_path):
