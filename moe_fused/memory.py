@@ -32,9 +32,8 @@ CONTEXT = 600 * MIB
 CUBLAS_WORKSPACE = 32 * MIB
 # The most that torch's allocator takes for small; the memory of those is apart.
 SMALL_ALLOCATION = MIB
-# Of packed experts, the kernel's ``launch.packed.WORKSPACE_BYTES``, and the rows per expert up to which all its products do
-# without, ``tuning.DEFAULT_DECODE_ROWS``: where it was measured it is more.
-EXPERT_WORKSPACE, DECODED_ROWS = 256 * MIB, 192
+# Of packed experts, ``launch.packed.WORKSPACE_BYTES`` of the kernel, which does not load without Triton.
+EXPERT_WORKSPACE = 256 * MIB
 # Tokens and words of the tiles in which TRL's loss goes through the logits, and those that ``finetune`` gives it beside CUDA
 # graphs.
 LOSS_TILE, LOSS_TILE_BESIDE_GRAPHS = (4096, 32768), (2048, 8192)
@@ -436,9 +435,16 @@ def _experts(sizes: Sizes, work: Workload) -> tuple[int, int, int]:
         kept += rows * ((hidden + inner) * (item + work.mask_itemsize) + (inner + hidden) * item)
         made += rows * hidden * item
     packed = work.quantized and up.packable and work.gpu
-    decoded = rows <= DECODED_ROWS * up.experts and up.in_features % 64 == 0 and down.in_features % 64 == 0
-    workspace = min(EXPERT_WORKSPACE, max(up.numel, down.numel) * item) if packed and not decoded else 0
+    workspace = 0 if not packed or _decoded(up, down, rows) else min(EXPERT_WORKSPACE, max(up.numel, down.numel) * item)
     return kept, made, workspace
+
+
+def _decoded(up: Stack, down: Stack, rows: int) -> bool:
+    """Whether no product of packed experts needs the workspace; on GPUs that were measured it may be so for more rows."""
+    from .hub import get_kernel, submodule
+
+    most = submodule(get_kernel(), "tuning").DEFAULT_DECODE_ROWS
+    return rows <= most * up.experts and up.in_features % 64 == 0 and down.in_features % 64 == 0
 
 
 def loss_bytes(sizes: Sizes, work: Workload) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3MoeConfig
 
 from benchmarks.rows import OURS, read_rows
-from moe_fused import memory
+from moe_fused import hub, memory
 from moe_fused.memory import GIB, Sizes, Workload, predict, sizes_of, skeleton
 
 from .four_bit import build, config, load, packed
@@ -232,6 +232,11 @@ def test_as_measured_with_graphs(qwen3_30b: Sizes) -> None:
     work = Workload(optimizer="adamw_8bit", documents=True, graphs=True)
     predicted = {tokens: predict(qwen3_30b, replace(work, length=tokens)).allocated / memory.MIB for tokens in measured}
     assert predicted == pytest.approx(measured, rel=0.005)
+
+
+def test_workspace_is_the_kernels() -> None:
+    pytest.importorskip("triton")
+    assert memory.EXPERT_WORKSPACE == hub.submodule(hub.get_kernel(), "launch.packed").WORKSPACE_BYTES
 
 
 def test_paged_state_is_outside_of_the_allocator(qwen3_30b: Sizes) -> None:

@@ -27,9 +27,11 @@ DECODE_BLOCK_N = 8
 def use_decode(num_tokens: int, top_k: int, up: Stack, down: Stack) -> bool:
     """``reference.use_decode``: with few slots sorting costs more launches than sharing weights saves bytes."""
     num_slots = num_tokens * top_k
+    if not 0 < num_slots <= DECODE_SLOTS or down.numel() == 0:
+        return False
     packed = [stack for stack in (up, down) if isinstance(stack, PackedStack)]
-    readable = all(not own.transposed and decodes("gemm_4bit", own, num_slots, own.weights.packed) for own in packed)
-    return 0 < num_slots <= DECODE_SLOTS and down.numel() > 0 and readable and len(packed) != 1
+    readable = (not own.transposed and decodes("gemm_4bit", own, num_slots, own.weights.packed) for own in packed)
+    return len(packed) != 1 and all(readable)
 
 
 def _shared_constants(
