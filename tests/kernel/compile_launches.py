@@ -1,12 +1,14 @@
 """Compiles what one Qwen3-30B-A3B layer launches on one GPU target, and prints what each launch takes as JSON.
 
 A program of its own because Triton's interpreter, under which the other tests may run, replaces the kernels when they
-are imported: ``python -m tests.kernel.compile_launches 90 bfloat16 plain:128 adapted:16 adapted:128 untiled`` (target,
-dtype, and what: the tiled stages of a bucket without and with adapters, and those without a tile to choose).
+are imported: ``python -m tests.kernel.compile_launches 90 bfloat16 plain:128 adapted:16 adapted:128 untiled short:16``
+(target, dtype, and what: the tiled stages of a bucket without and with adapters, those without a tile to choose, those over
+packed weights in blocks shorter than usual, and, as ``int4:64``, those over weights in the format of that name).
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -23,7 +25,8 @@ from tests.kernel.offline_compile import compiling_for
 
 # One Qwen3-30B-A3B layer.
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 128, 2048, 768, 8
-# Of its adapters: one block, and one that is as wide as blocks get.
+# The rank of its adapters. One adapter's rank is one block; those of gate and up together are a block of the largest
+# width.
 RANK = 64
 
 
@@ -43,19 +46,26 @@ class Launch:
 
 def tokens_of_bucket(block_m: int) -> int:
     """A number of tokens whose rows per expert fall into the bucket of tiles ``block_m`` high."""
-    tuning = module("tuning")
-    rows = tuning.BUCKETS[block_m] or 256
-    tokens = rows * EXPERTS // TOP_K
-    assert tuning.bucket(tokens * TOP_K, EXPERTS) == block_m
-    return tokens
+    thresholds = _thresholds()
+    return _tokens(thresholds.dense.get(block_m, 256), block_m, packed=False)
 
 
 def packed_tokens_of_bucket(block_m: int) -> int:
-    """The same of packed weights, few enough rows for them to be decoded inside the products on every target."""
+    """A number of tokens for the bucket over packed weights, few enough for every product to dequantize them itself."""
+    thresholds = _thresholds()
+    return _tokens(thresholds.packed.get(block_m, min(thresholds.dequantize_rows.values())), block_m, packed=True)
+
+
+def _thresholds() -> Any:
+    """The thresholds of the target that is compiled for."""
     tuning = module("tuning")
-    rows = tuning.PACKED_BUCKETS[block_m] or tuning.DEFAULT_DECODE_ROWS
+    return tuning.thresholds_of(tuning.target_of(torch.device("meta")))
+
+
+def _tokens(rows: int, block_m: int, packed: bool) -> int:
+    tuning = module("tuning")
     tokens = rows * EXPERTS // TOP_K
-    assert tuning.bucket(tokens * TOP_K, EXPERTS, packed=True) == block_m
+    assert tuning.bucket(tokens * TOP_K, EXPERTS, packed, tuning.target_of(torch.device("meta"))) == block_m
     return tokens
 
 
@@ -87,15 +97,15 @@ def _tiled(dtype: torch.dtype, tokens: int) -> Iterator[tuple[str, str, Callable
         "down_backward",
         lambda: launch.down_backward(x, down, None, rows_2i, routing, weights, gate, True),
     )
-    yield "gram, gather a", "gram", lambda: launch.grouped_gram(x, rows_i, routing, True, False, down)
-    yield "gram, gather b", "gram", lambda: launch.grouped_gram(rows_2i, x, routing, False, True, up)
+    yield "wgrad, gather a", "wgrad", lambda: launch.grouped_wgrad(x, rows_i, routing, True, False, down)
+    yield "wgrad, gather b", "wgrad", lambda: launch.grouped_wgrad(rows_2i, x, routing, False, True, up)
 
 
 def _adapted(dtype: torch.dtype, tokens: int, packed: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """As ``_tiled`` and ``_packed_tiled``, of what an adapter adds a product to."""
+    """(stage, kernel family, call) of every stage that an adapter adds a product to, over dense or packed weights."""
     launch, gate, routing = _modules(tokens, packed)
     rows = tokens * TOP_K
-    extension = module("lora").Extension
+    term = module("stages.terms").LowRankTerm
 
     def meta(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -107,26 +117,26 @@ def _adapted(dtype: torch.dtype, tokens: int, packed: bool) -> Iterator[tuple[st
     if packed:
         up, down = _packed_stacks(dtype)
     suffix = "_4bit" if packed else ""
-    # Factors of their own for gate and up; the largest block of ranks.
+    # Gate and up have separate factors here, so the block of ranks is the largest.
     left, lefts = meta(rows, RANK), meta(rows, 2 * RANK)
     up_a, up_b = meta(EXPERTS, 2 * RANK, HIDDEN), meta(EXPERTS, 2 * INTERMEDIATE, RANK)
     down_a, down_b = meta(EXPERTS, RANK, INTERMEDIATE), meta(EXPERTS, HIDDEN, RANK)
-    call = _call(launch.grouped_up, x, up, routing, rows, None, gate, True, extension(lefts, up_b))
+    call = _call(launch.grouped_up, x, up, routing, rows, None, gate, True, term(lefts, up_b))
     yield f"up{suffix}, adapter", f"up{suffix}", call
-    for label, a, w, own in (
-        ("down", rows_i, down, extension(left, down_b)),
-        ("up transposed", rows_2i, up.mT, extension(lefts, up_a.mT)),
+    for label, a, w, low_rank in (
+        ("down", rows_i, down, term(left, down_b)),
+        ("up transposed", rows_2i, up.mT, term(lefts, up_a.mT)),
     ):
         family = "gemm" if w.shape[2] > module("tuning").SHORT_K else "gemm_short"
         if packed:
             family = "gemm_4bit" if label == "down" else "transposed_4bit"
-        call = _call(launch.grouped_gemm, a, w, routing, rows, None, False, 0.0, own)
+        call = _call(launch.grouped_gemm, a, w, routing, rows, None, False, 0.0, low_rank)
         yield f"gemm{suffix}, {label}, adapter", family, call
-    backward = (x, down, None, rows_2i, routing, weights, gate, True, extension(left, down_a.mT), True)
+    backward = (x, down, None, rows_2i, routing, weights, gate, True, term(left, down_a.mT), True)
     yield f"down backward{suffix}, adapter, in place", f"down_backward{suffix}", _call(launch.down_backward, *backward)
     if packed:
         # One left factor for gate and up, as in PEFT's layout.
-        call = _call(launch.grouped_up, x, up, routing, rows, None, gate, True, extension(left, up_b))
+        call = _call(launch.grouped_up, x, up, routing, rows, None, gate, True, term(left, up_b))
         yield "up_4bit, shared adapter", "up_4bit", call
         return
     yield "shrink, gather", "shrink", _call(launch.shrink, x, up_a, routing, True, 1.0, lefts)
@@ -140,26 +150,26 @@ def _adapted(dtype: torch.dtype, tokens: int, packed: bool) -> Iterator[tuple[st
     ):
         # Factors are trained in fp32.
         out = torch.empty_like(of, dtype=torch.float32)
-        yield f"gram, {label}", "gram_thin", _call(launch.grouped_gram, a, b, routing, gather_a, gather_b, out, by)
+        yield f"wgrad, {label}", "wgrad_thin", _call(launch.grouped_wgrad, a, b, routing, gather_a, gather_b, out, by)
     yield "up, gate_up alone", "up", lambda: launch.grouped_up(x, up, routing, rows, None, gate, True, save_h=False)
 
 
-def _packed_stacks(dtype: torch.dtype) -> tuple[Any, Any]:
+def _packed_stacks(dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
     """The layer's projections in 4 bits."""
 
     def stack(rows: int, columns: int, projections: int) -> Any:
-        own = kernel.Format4bit((EXPERTS, rows, columns), projections=projections, dtype=dtype)
-        storage = {name: torch.empty(shape, dtype=torch.uint8, device="meta") for name, shape in own.storage().items()}
-        return module("weights").PackedStack(kernel.Packed4bitWeights(own, **storage))
+        layout = kernel.Format4bit((EXPERTS, rows, columns), projections=projections, dtype=dtype, **options)
+        storage = (torch.empty(shape, dtype=torch.uint8, device="meta") for shape in layout.storage().values())
+        return module("stages.stacks").PackedStack(layout, tuple(storage))
 
     return stack(2 * INTERMEDIATE, HIDDEN, 2), stack(HIDDEN, INTERMEDIATE, 1)
 
 
-def _packed_tiled(dtype: torch.dtype, tokens: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """As ``_tiled``, of what decodes packed weights on the way."""
+def _packed_tiled(dtype: torch.dtype, tokens: int, **options: Any) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """(stage, kernel family, call) of every stage that dequantizes packed weights inside its product."""
     launch, gate, routing = _modules(tokens, packed=True)
     rows = tokens * TOP_K
-    up, down = _packed_stacks(dtype)
+    up, down = _packed_stacks(dtype, **options)
 
     def meta(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -174,26 +184,26 @@ def _packed_tiled(dtype: torch.dtype, tokens: int) -> Iterator[tuple[str, str, C
     yield "down backward 4bit", "down_backward_4bit", _call(launch.down_backward, *backward)
 
 
-def _packed_untiled(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """What packed weights launch beside them: few slots, and a workspace in parts."""
+def _packed_untiled(dtype: torch.dtype, **options: Any) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """(stage, "", call) of what packed weights launch besides: the path of few slots, and filling a workspace."""
     tokens = 4096
     launch, gate, routing = _modules(tokens, packed=True)
-    packed, (up, down) = module("launch.packed"), _packed_stacks(dtype)
+    dequantize, (up, down) = module("stages.triton.dequantize"), _packed_stacks(dtype, **options)
 
     def meta(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     ids = torch.empty((1, TOP_K), dtype=torch.int64, device="meta")
-    decode = (meta(1, HIDDEN), ids, torch.empty((1, TOP_K), device="meta"), up, down)
-    yield "decode 4bit", "", _call(launch.decode, *decode, None, None, gate)
+    few = (meta(1, HIDDEN), ids, torch.empty((1, TOP_K), device="meta"), up, down)
+    yield "gemv 4bit", "", _call(launch.gemv_experts, *few, None, None, gate)
     biases = (meta(EXPERTS, 2 * INTERMEDIATE), meta(EXPERTS, HIDDEN))
-    yield "decode 4bit, bias", "", _call(launch.decode, *decode, *biases, gate)
-    yield "dequantize", "", _call(launch.dequantize, up.weights, 0, EXPERTS, meta(*up.shape))
-    # A third of the features, gate and up rows of them.
+    yield "gemv 4bit, bias", "", _call(launch.gemv_experts, *few, *biases, gate)
+    yield "dequantize", "", _call(launch.dequantize, up, 0, EXPERTS, meta(*up.shape))
+    # A third of the features, with their gate and up rows.
     third = INTERMEDIATE // 3
-    _, runs = packed._runs(third, third, 2 * INTERMEDIATE, HIDDEN, gate, False)
-    part = (up.weights.packed, up.weights, runs, 0, EXPERTS, meta(EXPERTS, 2 * third, HIDDEN), routing.offsets)
-    yield "dequantize a part", "", _call(packed._decode, *part)
+    _, runs = dequantize._runs(third, third, 2 * INTERMEDIATE, HIDDEN, gate, False)
+    part = (up, runs, 0, EXPERTS, meta(EXPERTS, 2 * third, HIDDEN), routing.offsets)
+    yield "dequantize a part", "", _call(dequantize.dequantize_runs, *part)
 
 
 def _gemm(launch: object, a: Tensor, w: Any, routing: object, rows: int) -> Callable[[], object]:
@@ -222,16 +232,16 @@ def _untiled(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], object
     yield "row sum", "", _call(launch.grouped_row_sum, z, routing, None, False)
     yield "row sum, weighted", "", _call(launch.grouped_row_sum, x, routing, weights, True)
     one = torch.empty((1, TOP_K), dtype=torch.int64, device="meta")
-    decode = (meta(1, HIDDEN), one, weights[:1], up, down)
-    yield "decode", "", _call(launch.decode, *decode, None, None, gate)
+    few = (meta(1, HIDDEN), one, weights[:1], up, down)
+    yield "gemv", "", _call(launch.gemv_experts, *few, None, None, gate)
     biases = (meta(EXPERTS, 2 * INTERMEDIATE), meta(EXPERTS, HIDDEN))
-    yield "decode, bias", "", _call(launch.decode, *decode, *biases, gate)
+    yield "gemv, bias", "", _call(launch.gemv_experts, *few, *biases, gate)
 
 
 def _reciprocal() -> Iterator[tuple[str, str, Callable[[], object]]]:
     """What quantizing on an NVIDIA GPU launches."""
     absmax = torch.empty(EXPERTS, device="meta")
-    yield "reciprocal", "", _call(module("launch.reciprocal").approximate_reciprocal, absmax)
+    yield "reciprocal", "", _call(module("formats.absmax").approximate_reciprocal, absmax)
 
 
 def plain(dtype: torch.dtype, height: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
@@ -241,7 +251,10 @@ def plain(dtype: torch.dtype, height: int) -> Iterator[tuple[str, str, Callable[
 
 
 def adapted(dtype: torch.dtype, height: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """Those with an adapter: each family but the Gram product of weights, which no adapter takes part in."""
+    """All stages with an adapter.
+
+    The weight gradient of dense weights is not among them, for no adapter takes part in it.
+    """
     yield from _adapted(dtype, tokens_of_bucket(height), packed=False)
     yield from _adapted(dtype, packed_tokens_of_bucket(height), packed=True)
 
@@ -258,6 +271,30 @@ def untiled(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], object]
     yield from _packed_untiled(dtype)
 
 
+def short(dtype: torch.dtype, height: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """The stages that dequantize packed weights, in blocks of 32. A row of a tile then holds twice as many as usual."""
+    for name, family, call in _packed_tiled(dtype, packed_tokens_of_bucket(height), blocksize=32):
+        yield f"{name}, blocks of 32", family, call
+    launch, gate, _ = _modules(1, packed=True)
+    x = torch.empty((1, HIDDEN), dtype=dtype, device="meta")
+    ids, weights = (
+        torch.empty((1, TOP_K), dtype=value_dtype, device="meta") for value_dtype in (torch.int64, torch.float32)
+    )
+    few = (x, ids, weights, *_packed_stacks(dtype, blocksize=32), None, None, gate)
+    yield f"gemv 4bit, blocks of 32, {height}", "", _call(launch.gemv_experts, *few)
+
+
+def of_format(name: str, dtype: torch.dtype, height: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """All stages over packed weights in the format of that name, which may be the one that only tests have."""
+    formats = module("formats")
+    if name == "int4" and name not in formats.names():
+        from tests.kernel.int4 import Int4
+
+        formats.register(Int4())
+    yield from _packed_tiled(dtype, packed_tokens_of_bucket(height), quant_type=name)
+    yield from _packed_untiled(dtype, quant_type=name)
+
+
 def _call(stage: Callable[..., object], *args: object) -> Callable[[], object]:
     return lambda: stage(*args)
 
@@ -266,7 +303,7 @@ def _modules(tokens: int, packed: bool = False) -> tuple:
     routing = module("routing").Routing
     buffer = torch.empty(routing.buffer_size(tokens * TOP_K, EXPERTS), dtype=torch.int32, device="meta")
     views = routing.from_buffer(buffer, tokens * TOP_K, EXPERTS, TOP_K, packed=packed)
-    return module("launch"), module("activations").Gate(), views
+    return module("stages.triton"), module("activations").Gate(), views
 
 
 def compile_launches(arch: int | str, dtype: torch.dtype, what: list[str]) -> Iterator[Launch]:
@@ -281,7 +318,9 @@ def compile_launches(arch: int | str, dtype: torch.dtype, what: list[str]) -> It
                 stages += [(stage, 0) for stage in untiled(dtype)]
                 stages += [(stage, 0) for stage in (_reciprocal() if isinstance(arch, int) else ())]
             else:
-                of_form = plain if form == "plain" else adapted
+                of_form = {"plain": plain, "adapted": adapted, "short": short}.get(
+                    form, functools.partial(of_format, form)
+                )
                 stages += [(stage, int(height)) for stage in of_form(dtype, int(height))]
         for (name, family, call), height in stages:
             config = tuning.launch_config(family, height, target, dtype.itemsize) if family else None

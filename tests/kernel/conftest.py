@@ -25,8 +25,9 @@ if _HAS_TRITON and not torch.accelerator.is_available() and "TRITON_INTERPRET" n
         os.environ["TRITON_INTERPRET"] = "1"
 
 if _HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1":
-    from tests.kernel.interpreter import make_faster
+    from tests.kernel.interpreter import make_faster, mend
 
+    mend()
     make_faster()
 
 
@@ -57,7 +58,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return counting
 
     names = (
-        "route", "shrink", "grouped_up", "grouped_gemm", "combine", "down_backward", "grouped_gram", "grouped_row_sum"
+        "route", "shrink", "grouped_up", "grouped_gemm", "combine", "down_backward", "grouped_wgrad", "grouped_row_sum"
     )  # fmt: skip
     for name in names:
         monkeypatch.setattr(module, name, count(name, getattr(module, name)))

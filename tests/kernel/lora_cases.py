@@ -30,8 +30,8 @@ class Factors:
 
     Attributes:
         separate: gate and up have an A each.
-        dtype: of the factors; None: that of the rest.
-        layout: of the memory behind them. "peft": B as PEFT's parameter (out, r·E) shows it; "gaps": no dimension is
+        dtype: the factors' dtype; None takes that of the other tensors.
+        layout: how they lie in memory. "peft": B as PEFT's parameter (out, r·E) shows it; "gaps": no dimension is
             contiguous.
     """
 
@@ -62,14 +62,14 @@ class Factors:
 
 @dataclass(frozen=True)
 class LoraCase(PackedCase):
-    """One call of ``moe_experts`` with adapters; as ``PackedCase``, with dense weights unless it says otherwise, and
+    """One call of ``moe_experts`` with adapters: a ``PackedCase`` whose weights are dense by default.
 
     Attributes:
         up, down: adapters of the two projections.
-        trained: so are weights that are not packed, and biases; otherwise they are frozen, as under adapters they are.
+        trained: dense weights and biases are trained, too; by default they are frozen.
         recompute: the argument of that name.
-        function: the gate is a function of the caller's own.
-        in_gemm: packed weights are decoded inside the products.
+        function: the gate is a function that the caller gives.
+        in_gemm: packed weights are dequantized inside the products.
     """
 
     tokens: int = 5
@@ -112,16 +112,16 @@ def make_lora_inputs(case: LoraCase, dtype: torch.dtype) -> PackedInputs:
         "down_lora": (case.experts, case.hidden, case.intermediate),
     }
     for argument, shape in shapes.items():
-        for number, own in enumerate(case.adapters(argument)):
-            for part, value in zip("ab", own.make(rng, shape, dtype), strict=True):
+        for number, factors in enumerate(case.adapters(argument)):
+            for part, value in zip("ab", factors.make(rng, shape, dtype), strict=True):
                 inputs.inputs.tensors[f"{argument}[{number}].{part}"] = value.requires_grad_()
     return inputs
 
 
 def factors_of(case: LoraCase, argument: str, tensors: dict[str, Tensor]) -> list[tuple[Factors, Tensor, Tensor]]:
     return [
-        (own, tensors[f"{argument}[{number}].a"], tensors[f"{argument}[{number}].b"])
-        for number, own in enumerate(case.adapters(argument))
+        (factors, tensors[f"{argument}[{number}].a"], tensors[f"{argument}[{number}].b"])
+        for number, factors in enumerate(case.adapters(argument))
     ]
 
 
@@ -133,9 +133,9 @@ def run_lora(case: LoraCase, inputs: PackedInputs, **options: Any) -> Tensor:
     """``moe_experts`` with the case's adapters; ``options`` override the case's."""
     arguments: dict[str, Any] = {"recompute": case.recompute}
     for argument in ADAPTED:
-        own_factors = factors_of(case, argument, inputs.inputs.tensors)
-        loras = [LoraWeights(a, b, own.scaling, own.dropout) for own, a, b in own_factors]
-        # One adapter goes without a list, none as None.
+        adapters = factors_of(case, argument, inputs.inputs.tensors)
+        loras = [LoraWeights(a, b, factors.scaling, factors.dropout) for factors, a, b in adapters]
+        # A single adapter is passed without a list, and no adapter as None.
         arguments[argument] = loras if len(loras) > 1 else next(iter(loras), None)
     if case.function:
         arguments["activation"] = lambda gate_up: plain_gate(gate_up, case)
@@ -149,16 +149,16 @@ def lora_gradients(case: LoraCase, inputs: PackedInputs, **options: Any) -> dict
     return {name: value for name, value in results.items() if value is not None}
 
 
-def delta(own: Factors, a: Tensor, b: Tensor) -> Tensor:
+def delta(factors: Factors, a: Tensor, b: Tensor) -> Tensor:
     """s·B·A (E, out, in)."""
-    if own.separate:
+    if factors.separate:
         halves = zip(b.chunk(2, dim=1), a.chunk(2, dim=1), strict=True)
-        return own.scaling * torch.cat([right @ left for right, left in halves], dim=1)
-    return own.scaling * (b @ a)
+        return factors.scaling * torch.cat([right @ left for right, left in halves], dim=1)
+    return factors.scaling * (b @ a)
 
 
 def merged(case: LoraCase, inputs: Inputs) -> Inputs:
-    """Without adapters, but with their weights merged."""
+    """The same inputs without adapters: what these add is merged into the weights."""
     tensors = without_factors(inputs).tensors
     for argument, name in ADAPTED.items():
         for factors in factors_of(case, argument, inputs.tensors):
@@ -167,13 +167,13 @@ def merged(case: LoraCase, inputs: Inputs) -> Inputs:
     return replace(inputs, tensors=tensors)
 
 
-def low_rank(own: Factors, rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def low_rank(factors: Factors, rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """s·(rows·Aᵀ)·Bᵀ of one expert's factors, in the dtype of the rows."""
     a, b = a.to(rows.dtype), b.to(rows.dtype)
-    if own.separate:
+    if factors.separate:
         halves = zip(a.chunk(2), b.chunk(2), strict=True)
-        return own.scaling * torch.cat([rows @ left.T @ right.T for left, right in halves], dim=1)
-    return own.scaling * (rows @ a.T @ b.T)
+        return factors.scaling * torch.cat([rows @ left.T @ right.T for left, right in halves], dim=1)
+    return factors.scaling * (rows @ a.T @ b.T)
 
 
 def plain_lora(case: LoraCase, inputs: Inputs) -> Tensor:
@@ -186,8 +186,8 @@ def plain_lora(case: LoraCase, inputs: Inputs) -> Tensor:
         out = rows @ (weight if case.transposed else weight.T)
         if case.bias:
             out = out + t[bias][expert]
-        for own, a, b in factors_of(case, argument, t):
-            out = out + low_rank(own, rows, a[expert], b[expert])
+        for factors, a, b in factors_of(case, argument, t):
+            out = out + low_rank(factors, rows, a[expert], b[expert])
         return out
 
     y = torch.zeros_like(x)
@@ -199,7 +199,7 @@ def plain_lora(case: LoraCase, inputs: Inputs) -> Tensor:
     return y
 
 
-# Two more roundings than without adapters lie on the way to every value.
+# Every value is rounded twice more than without adapters.
 SLACK = 3.0
 
 
@@ -209,6 +209,6 @@ def assert_equals_merged(case: LoraCase, inputs: PackedInputs, ours: dict[str, T
     truth = gradients(plain_experts(case, merged(case, exact)), exact)
     torchs = gradients(plain_lora(case, plain), plain)
     for name, value in ours.items():
-        # A gradient in fp32 over products in less is as exact as those.
+        # A gradient in fp32 is no more exact than the narrower dtype of the products that it comes from.
         wider = FLOOR[plain.grad.dtype] / FLOOR[value.dtype]
         assert_accurate(name, value, truth[name], torchs[name], slack * max(1.0, wider))

@@ -8,11 +8,11 @@ from types import ModuleType
 
 import torch
 
-from tests.support import load_kernel
+from tests.support import accelerator, load_kernel
 
 kernel = load_kernel()
 
-DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
+DEVICE = accelerator() or torch.device("cpu")
 ON_GPU = DEVICE.type != "cpu"
 
 # In the interpreter bf16 and float64 fall back to plain torch, which has to be right as well and costs nothing.
@@ -28,9 +28,13 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"{kernel.__name__}.{name}")
 
 
-backend = module("backend")
+backend = module("stages")
 HAS_TRITON = backend.uses_triton(torch.empty(0, device=DEVICE), torch.float32)
 INTERPRETED = HAS_TRITON and not ON_GPU and os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:  # also in processes that tests start
+    from tests.kernel.interpreter import mend
+
+    mend()
 
 
 def stages(dtype: torch.dtype) -> ModuleType:

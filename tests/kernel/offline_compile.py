@@ -7,6 +7,7 @@ launching, so what is checked is what a user's call would compile: same argument
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import subprocess
 import tempfile
@@ -35,19 +36,39 @@ class Resources:
     narrow_stores: int = 0
 
 
+# Thor by the name that CUDA 12 has for it, which the assembler of Triton 3.6 is part of.
+CUDA_12_NAMES = {110: 101}
+
+
+@functools.cache
+def _assembler_help() -> str:
+    """What the assembler for Blackwell says about its options, with the names of the GPUs that it knows."""
+    assembler = triton.knobs.nvidia.ptxas_blackwell.path
+    return subprocess.run([assembler, "--help"], capture_output=True, text=True, check=True).stdout
+
+
 def gpu_target(arch: int | str) -> GPUTarget:
     """The compiler's target for a compute capability (90) or a gfx name."""
-    return GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
+    if not isinstance(arch, int):
+        return GPUTarget("hip", arch, 64)
+    if arch in CUDA_12_NAMES and f"sm_{arch}" not in _assembler_help():
+        arch = CUDA_12_NAMES[arch]
+    return GPUTarget("cuda", arch, 32)
 
 
-def _compile(function: JITFunction, args: tuple, kwargs: dict, target: GPUTarget) -> triton.compiler.CompiledKernel:
+def source_of(function: JITFunction, args: tuple, kwargs: dict, target: GPUTarget) -> tuple[ASTSource, dict]:
+    """What Triton compiles for a launch with ``args``, and the options with which it does."""
     backend = make_backend(target)
     kwargs = {"debug": False, "instrumentation_mode": "", **kwargs}
     binder = create_function_from_signature(function.signature, function.params, backend)
     bound, specialization, options = binder(*args, **kwargs)
     options, signature, constants, attrs = function._pack_args(backend, kwargs, bound, specialization, options)
-    source = ASTSource(function, signature, constants, attrs)
-    return triton.compile(source, target=target, options=options.__dict__)
+    return ASTSource(function, signature, constants, attrs), options.__dict__
+
+
+def _compile(function: JITFunction, args: tuple, kwargs: dict, target: GPUTarget) -> triton.compiler.CompiledKernel:
+    source, options = source_of(function, args, kwargs, target)
+    return triton.compile(source, target=target, options=options)
 
 
 def _resources(kernel: triton.compiler.CompiledKernel, name: str, target: GPUTarget) -> Resources:

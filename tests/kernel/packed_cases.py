@@ -1,4 +1,4 @@
-"""Packed weights for the tests: cases of ``moe_experts`` over them, and ways to force where they are decoded."""
+"""Packed weights for the tests: cases of ``moe_experts`` over them, and ways to force where they are dequantized."""
 
 from __future__ import annotations
 
@@ -16,9 +16,16 @@ from tests.kernel.machine import DTYPES as ALL_DTYPES
 from tests.kernel.machine import HAS_TRITON, kernel, module
 
 Packed4bitWeights = kernel.Packed4bitWeights
-reference, tuning = module("reference"), module("tuning")
+reference, tuning = module("stages.reference"), module("tuning")
 if HAS_TRITON:
-    launch_packed = module("launch.packed")
+    # Where the kernels that dequantize are bound, and parts of a workspace are dequantized.
+    LAUNCHES = {
+        "gemm": (module("stages.triton.packed_gemm"), "_gemm_kernel"),
+        "transposed": (module("stages.triton.packed_gemm"), "_transposed_kernel"),
+        "down backward": (module("stages.triton.packed_down_backward"), "_kernel"),
+        "part": (module("stages.triton.dequantize"), "dequantize_runs"),
+    }
+    workspace_of = LAUNCHES["part"][0]
 
 # Packed weights stand for none of float64.
 DTYPES = tuple(dtype for dtype in ALL_DTYPES if dtype != torch.float64)
@@ -29,31 +36,24 @@ ALL, ONE = 2**40, 1
 
 @contextmanager
 def decoding(in_gemm: bool, workspace: int = ALL) -> Iterator[list[str]]:
-    """Forces where packed weights are decoded; gives the launches of it from now on.
+    """Forces where packed weights are dequantized; gives the launches of it from now on.
 
-    "gemm", "transposed", "up" and "down backward" decode inside a product, "part" is some of the features decoded for a
-    dense one.
+    "gemm", "transposed", "up" and "down backward" dequantize inside a product, "part" is some of the features dequantized
+    for a dense one.
     """
     if not HAS_TRITON:
         yield []
         return
     taken: list[str] = []
-    names = {
-        "gemm": "_gemm_plan",
-        "transposed": "_transposed_plan",
-        "down backward": "_down_backward_plan",
-        "part": "_decode",
-    }
-
     asked: list[str] = []
 
-    def decodes_in_gemm(kernel: str, *_: Any) -> bool:
+    def dequantizes_in_product(kernel: str, *_: Any) -> bool:
         asked.append(kernel)
         return in_gemm
 
     def noting(name: str, function: Any) -> Any:
         def call(*args: Any) -> Any:
-            # A gate is among the arguments of an up projection's plan.
+            # A gate is among the arguments of an up projection's kernel.
             up = name == "gemm" and any(isinstance(arg, module("activations").Gate) for arg in args)
             taken.append("up" if up else name)
             if name != "part":  # the rule was asked about the kernel that is launched
@@ -63,11 +63,11 @@ def decoding(in_gemm: bool, workspace: int = ALL) -> Iterator[list[str]]:
         return call
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(tuning, "decodes_in_gemm", decodes_in_gemm))
-        stack.enter_context(mock.patch.object(launch_packed, "WORKSPACE_BYTES", workspace))
-        for name, own in names.items():
-            function = getattr(launch_packed, own)
-            stack.enter_context(mock.patch.object(launch_packed, own, noting(name, function)))
+        stack.enter_context(mock.patch.object(tuning, "dequantizes_in_product", dequantizes_in_product))
+        stack.enter_context(mock.patch.object(workspace_of, "WORKSPACE_BYTES", workspace))
+        for name, (launcher, function) in LAUNCHES.items():
+            noted = noting(name, getattr(launcher, function))
+            stack.enter_context(mock.patch.object(launcher, function, noted))
         yield taken
 
 
@@ -79,7 +79,7 @@ class PackedCase(ExpertsCase):
         quant_type, blocksize, double_quant: of both projections.
         projections: of the up projection.
         dense: projections that are not packed.
-        takes: launches that decode in forward and backward, where all weights fit the workspace.
+        takes: launches that dequantize in forward and backward, where all weights fit the workspace.
         height: of the row tiles, in cases that are there for it.
     """
 
@@ -118,8 +118,13 @@ class PackedInputs:
 def dequantized(weights: Any) -> Tensor:
     """What plain torch makes of packed weights, which ``test_quantization`` checks against bitsandbytes."""
     out = torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
-    reference.dequantize(weights, 0, weights.shape[0], out)
+    reference.dequantize(as_stack(weights), 0, weights.shape[0], out)
     return out
+
+
+def as_stack(weights: Any, transposed: bool = False) -> Any:
+    """Packed weights as the stages take them."""
+    return module("weights").stack_of(*module("weights").operands(weights), transposed)
 
 
 def make_packed_inputs(case: PackedCase, dtype: torch.dtype) -> PackedInputs:

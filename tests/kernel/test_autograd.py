@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -86,122 +87,162 @@ def test_linear_gradcheck(sizes: tuple[int, ...], bias: bool) -> None:
 # ------------------------------------------------------------------------------------------------------------- opcheck
 
 
-def operators() -> dict[str, tuple[object, tuple]]:
-    """Every custom op with arguments a model would call it with; in fp32, which the kernels serve everywhere."""
-    experts, linear, permute = (module(name) for name in ("experts", "linear", "permute"))
+@dataclass(frozen=True)
+class OperatorCase:
+    """One call of a custom operator: ``operator`` as the kernel defines it, and the record of its arguments."""
+
+    operator: Any
+    arguments: Any
+
+    @property
+    def flat(self) -> tuple[Any, ...]:
+        return tuple(module("ops.schema").flatten(self.arguments))
+
+    def results(self) -> Any:
+        """The operator's results without gradients, as a record where it has several."""
+        with torch.no_grad():
+            output = self.operator.op(*self.flat)
+        return output if self.operator.results is None else self.operator.results.unflatten(output)
+
+
+def detached(record: Any) -> Any:
+    """``record`` with all of its tensors detached, those in its records as well."""
+    values = (
+        detached(value) if isinstance(value, tuple) else value.detach() if isinstance(value, Tensor) else value
+        for value in record
+    )
+    return record._make(values)
+
+
+def experts_cases() -> dict[str, OperatorCase]:
+    """The experts and their backward, called as a model would; in fp32, which the kernels serve everywhere."""
+    ops, arguments = module("ops.experts"), module("ops.arguments")
+    forward, backward = ops.experts_operator, ops.experts_backward_operator
     case = replace(SMALL, bias=True, index="partly mine")
     inputs = make_inputs(case, torch.float32)
     t = inputs.tensors
-    order = ("top_k_weights", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
-    weights, up, down, up_bias, down_bias = (t[name] for name in order)
-    x = t["hidden_states"]
-    # Of the up projection separate ones. In fp64: gradients have the dtype of the factors.
-    factors = tuple(
+    plain = ops.Experts(
+        hidden_states=t["hidden_states"],
+        top_k_weights=t["top_k_weights"],
+        up=arguments.StackArguments(t["gate_up_proj"], [], "", False),
+        down=arguments.StackArguments(t["down_proj"], [], "", False),
+        gate_up_bias=t["gate_up_bias"],
+        down_bias=t["down_bias"],
+        up_lora=arguments.NO_LORA,
+        down_lora=arguments.NO_LORA,
+        gate=module("activations").Gate("silu"),
+        recompute=False,
+    )
+    # Those of the up projection are separate. They are in fp64: gradients have the dtype of the factors.
+    up_a, up_b, down_a, down_b = (
         torch.randn(shape, device=DEVICE, dtype=torch.float64).requires_grad_()
         for shape in ((3, 4, 5), (3, 6, 2), (3, 2, 3), (3, 5, 2))
     )
-    no_factors = (None,) * 4
-    gate = ("silu", True, False, 1.702, 7.0, False)
-    options = (*gate, "", "", 0.5, 2.0, False)
-    recompute = (*options[:-1], True)
-    dense = ([], [])
+    adapted = plain._replace(
+        up_lora=arguments.LoraArguments(up_a, up_b, 0.5), down_lora=arguments.LoraArguments(down_a, down_b, 2.0)
+    )
+    remade = adapted._replace(recompute=True)
     up4, down4 = (
         kernel.Packed4bitWeights.quantize(torch.randn(3, *shape, device=DEVICE), projections=projections)
         for shape, projections in (((64, 4), 1), ((4, 32), 1))
     )
-    (up_bytes, up_scales, up_format), (down_bytes, down_scales, down_format) = map(
-        module("weights").operands, (up4, down4)
+    packed = plain._replace(
+        hidden_states=torch.randn(case.tokens, 4, device=DEVICE).requires_grad_(),
+        up=arguments.StackArguments(*module("weights").operands(up4), False),
+        down=arguments.StackArguments(*module("weights").operands(down4), False),
+        gate_up_bias=None,
+        down_bias=None,
     )
-    x4 = torch.randn(case.tokens, 4, device=DEVICE).requires_grad_()
-    packed = (up_bytes, down_bytes, None, None, *no_factors, up_scales, down_scales)
-    packed_options = (*gate, up_format, down_format, 1.0, 1.0, False)
+
+    def of_forward(experts: Any, index: Tensor = inputs.index, save: bool = True) -> OperatorCase:
+        return OperatorCase(forward, ops.ExpertsForward(experts, index, save))
+
+    def of_backward(experts: Any, **needs: bool) -> OperatorCase:
+        y, made = detached(of_forward(experts).results())
+        kept = ops.Kept(detached(experts), made)
+        return OperatorCase(backward, ops.ExpertsBackward(y, kept, ops.ExpertsNeeds(**needs)))
+
+    every = dict.fromkeys(ops.ExpertsNeeds._fields, True)
+    without_factors = {name: "_lora_" not in name for name in every}
+    frozen = detached(plain)._replace(gate_up_bias=None, down_bias=None)
+    return {
+        "experts, partly mine": of_forward(plain),
+        "experts": of_forward(plain, inputs.index % 3),
+        "experts, inference": of_forward(frozen, save=False),
+        "experts, adapted": of_forward(adapted),
+        "experts, adapted, recompute": of_forward(remade),
+        "experts backward": of_backward(plain, **without_factors),
+        "experts backward, some": of_backward(plain, hidden_states=True, down_weight=True),
+        "experts backward, adapted": of_backward(adapted, **every),
+        "experts backward, factors": of_backward(remade, up_lora_a=True, down_lora_b=True),
+        "experts, packed": of_forward(packed),
+        "experts backward, packed": of_backward(packed, hidden_states=True, top_k_weights=True),
+    }
+
+
+def linear_cases() -> dict[str, OperatorCase]:
+    """The grouped linear layer and its backward."""
+    ops, arguments, permute = (module(f"ops.{name}") for name in ("linear", "arguments", "permute"))
+    forward, backward = ops.linear_operator, ops.linear_backward_operator
     rows, weight, m_sizes, bias = linear_arguments((2, 0, 3), True, torch.float32)
     lora_a = torch.randn((3, 2, 3), device=DEVICE, dtype=torch.float64).requires_grad_()
     lora_b = torch.randn((3, 4, 2), device=DEVICE).requires_grad_()
-    tensors = (x, inputs.index, weights, up, down, up_bias, down_bias)
-    frozen = (x.detach(), weights.detach(), up.detach(), down.detach(), up_bias.detach(), down_bias.detach())
-    frozen_factors = tuple(factor.detach() for factor in factors)
-    with torch.no_grad():
-        y, *saved = experts.experts_op(*tensors, *no_factors, *dense, *options, True)
-        _, *adapted = experts.experts_op(*tensors, *factors, *dense, *options, True)
-        _, *remade = experts.experts_op(*tensors, *factors, *dense, *recompute, True)
-        sorted_buffer = permute.route_sorted_op(m_sizes, 5, torch.float32, False)
-        y4, *saved4 = experts.experts_op(x4, inputs.index, weights, *packed, *packed_options, True)
-    grad = y.detach()
-    buffer = saved[1]
-    z = torch.randn(8, 5, device=DEVICE).requires_grad_()
-    without = (*frozen, *no_factors, *saved, *dense)
-    frozen4 = (x4.detach(), weights.detach(), up_bytes, down_bytes, None, None, *no_factors, *saved4)
-    out = torch.ones(5, 4, device=DEVICE)
-    sorted_rows = ([], "", False, True, False, 1, 0.0, 0.5)
-    linear_backward = (out, rows.detach(), weight.detach(), None, None, sorted_buffer, *sorted_rows)
-    linear_adapted = (*linear_backward[:3], lora_a.detach(), lora_b.detach(), *linear_backward[5:])
-    backward = experts.experts_backward_op
+    sorting = OperatorCase(
+        permute.route_sorted_operator, permute.RouteSortedArguments(m_sizes, 5, torch.float32, False)
+    )
+    plain = ops.Linear(
+        stack=arguments.StackArguments(weight, [], "", False),
+        lora=arguments.NO_LORA,
+        rows=ops.Rows(buffer=sorting.results(), sorted_rows=True, packed=False, top_k=1, fill=0.0),
+    )
+    adapted = plain._replace(lora=arguments.LoraArguments(lora_a, lora_b, 0.5))
+
+    def of_backward(linear: Any, **needs: bool) -> OperatorCase:
+        kept = ops.Kept(rows.detach(), detached(linear))
+        grad = torch.ones(5, 4, device=DEVICE)
+        return OperatorCase(backward, ops.LinearBackward(grad, kept, ops.LinearNeeds(**needs)))
+
     return {
-        "experts, partly mine": (experts.experts_op, (*tensors, *no_factors, *dense, *options, True)),
-        "experts": (
-            experts.experts_op,
-            (x, inputs.index % 3, weights, up, down, up_bias, down_bias, *no_factors, *dense, *options, True),
-        ),
-        "experts, inference": (
-            experts.experts_op,
-            (*(v.detach() for v in tensors[:5]), None, None, *no_factors, *dense, *options, False),
-        ),
-        "experts, adapted": (experts.experts_op, (*tensors, *factors, *dense, *options, True)),
-        "experts, adapted, recompute": (experts.experts_op, (*tensors, *factors, *dense, *recompute, True)),
-        "experts backward": (backward, (grad, *without, *options, [True] * 6 + [False] * 4)),
-        "experts backward, some": (
-            backward,
-            (grad, *without, *options, [True, False, False, True, False, False, *[False] * 4]),
-        ),
-        "experts backward, adapted": (
-            backward,
-            (grad, *frozen, *frozen_factors, *adapted, *dense, *options, [True] * 10),
-        ),
-        "experts backward, factors": (
-            backward,
-            (grad, *frozen, *frozen_factors, *remade, *dense, *recompute, [False] * 6 + [True, False, False, True]),
-        ),
-        "linear": (linear.grouped_linear_op, (rows, weight, bias, None, None, sorted_buffer, *sorted_rows)),
-        "linear, no bias": (linear.grouped_linear_op, (rows, weight, None, None, None, sorted_buffer, *sorted_rows)),
-        "linear, adapted": (
-            linear.grouped_linear_op,
-            (rows, weight, bias, lora_a, lora_b, sorted_buffer, *sorted_rows),
-        ),
-        "linear backward": (
-            linear.grouped_linear_backward_op,
-            (*linear_backward, [True, True, True, False, False]),
-        ),
-        "linear backward, input": (
-            linear.grouped_linear_backward_op,
-            (*linear_backward, [True, False, False, False, False]),
-        ),
-        "linear backward, adapted": (linear.grouped_linear_backward_op, (*linear_adapted, [True] * 5)),
-        "dispatch": (permute.dispatch_op, (x, buffer, 3, 2)),
-        "combine": (permute.combine_op, (z, weights, buffer, 3, 2)),
-        "combine, no weights": (permute.combine_op, (z, None, buffer, 3, 2)),
-        "combine backward": (permute.combine_backward_op, (x.detach(), z.detach(), weights.detach(), buffer, 3, 2)),
-        "route": (permute.route_op, (inputs.index, 3, torch.float32, False)),
-        "route sorted": (permute.route_sorted_op, (m_sizes, 5, torch.float32, False)),
-        "experts, packed": (experts.experts_op, (x4, inputs.index, weights, *packed, *packed_options, True)),
-        "experts backward, packed": (
-            backward,
-            (y4.detach(), *frozen4, up_scales, down_scales, *packed_options, [True, True, *[False] * 8]),
+        "route sorted": sorting,
+        "linear": OperatorCase(forward, ops.LinearForward(rows, plain, bias)),
+        "linear, no bias": OperatorCase(forward, ops.LinearForward(rows, plain)),
+        "linear, adapted": OperatorCase(forward, ops.LinearForward(rows, adapted, bias)),
+        "linear backward": of_backward(plain, input=True, weight=True, bias=True),
+        "linear backward, input": of_backward(plain, input=True),
+        "linear backward, adapted": of_backward(adapted, **dict.fromkeys(ops.LinearNeeds._fields, True)),
+    }
+
+
+def permute_cases() -> dict[str, OperatorCase]:
+    """Routing, and the ways to rows in expert order and back."""
+    ops = module("ops.permute")
+    inputs = make_inputs(replace(SMALL, index="partly mine"), torch.float32)
+    x, weights = inputs.tensors["hidden_states"], inputs.tensors["top_k_weights"]
+    routing = OperatorCase(ops.route_operator, ops.RouteArguments(inputs.index, 3, torch.float32, False))
+    slots = ops.Slots(buffer=routing.results(), num_experts=3, top_k=2)
+    z = torch.randn(8, 5, device=DEVICE).requires_grad_()
+    return {
+        "route": routing,
+        "dispatch": OperatorCase(ops.dispatch_operator, ops.DispatchArguments(x, slots)),
+        "combine": OperatorCase(ops.combine_operator, ops.CombineArguments(z, weights, slots)),
+        "combine, no weights": OperatorCase(ops.combine_operator, ops.CombineArguments(z, None, slots)),
+        "combine backward": OperatorCase(
+            ops.combine_backward_operator, ops.CombineBackward(x.detach(), z.detach(), weights.detach(), slots)
         ),
     }
 
 
-OPERATORS = operators()
+OPERATORS = {**experts_cases(), **linear_cases(), **permute_cases()}
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name: str) -> None:
-    op, arguments = OPERATORS[name]
-    torch.library.opcheck(op, arguments)
+    case = OPERATORS[name]
+    torch.library.opcheck(case.operator.op, case.flat)
 
 
 def test_every_operator_is_checked() -> None:
-    names = {op._name.split("::")[-1] for op, _ in OPERATORS.values()}
+    names = {case.operator.name for case in OPERATORS.values()}
     prefix = f"{kernel._ops._OPS_NAME}::"
     registered = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)]
     assert names == {name.removeprefix(prefix) for name in registered}
@@ -273,11 +314,11 @@ def test_compiled_packed_experts(in_gemm: bool, gate_function: bool, dynamic: bo
     inputs = make_packed_inputs(case, torch.float32)
     experts = torch.nn.Module()
     for name, weights in inputs.packed.items():
-        weights.attach(experts, name)
+        kernel.modules.attach(weights, experts, name)
     options = {"activation": lambda gate_up: plain_gate(gate_up, case)} if gate_function else {}
 
     def function(x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
-        up, down = (kernel.Packed4bitWeights.of_module(experts, name) for name in ("gate_up_proj", "down_proj"))
+        up, down = (kernel.modules.weights_of(experts, name) for name in ("gate_up_proj", "down_proj"))
         return kernel.moe_experts(x, index, weights, up, down, **options)
 
     leaves = [inputs.inputs.tensors[name] for name in ("hidden_states", "top_k_weights")]

@@ -236,9 +236,11 @@ def test_adapters_of_linear(case: BadCase) -> None:
 
 def packed(*shape: int, dtype: torch.dtype = torch.float32, device: object = DEVICE) -> Any:
     """Packed weights of any values."""
-    own = kernel.Format4bit(shape, dtype=dtype)
-    storage = {name: torch.zeros(size, dtype=torch.uint8, device=device) for name, size in own.storage().items()}
-    return kernel.Packed4bitWeights(own, **storage)
+    weight_format = kernel.Format4bit(shape, dtype=dtype)
+    storage = {
+        name: torch.zeros(size, dtype=torch.uint8, device=device) for name, size in weight_format.storage().items()
+    }
+    return kernel.Packed4bitWeights(weight_format, **storage)
 
 
 def packed_arguments() -> dict[str, Any]:
@@ -369,7 +371,7 @@ def test_sizes_that_do_not_fit(sizes: tuple[int, ...], message: str) -> None:
 
 
 def test_wide_dtypes_on_an_accelerator() -> None:
-    """Not a silent detour through the CPU's implementation."""
+    """float64 is refused on an accelerator instead of taking the CPU's implementation silently."""
     if not ON_GPU:
         pytest.skip("float64 runs in plain torch on a CPU")
     with pytest.raises(
@@ -380,7 +382,7 @@ def test_wide_dtypes_on_an_accelerator() -> None:
 
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
-    backend = module("backend")
+    backend = module("stages")
     backend._check_accelerator.cache_clear()
     yield backend
     monkeypatch.undo()
@@ -389,14 +391,14 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_no_triton(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(RuntimeError, match=r"tensors on cuda:0 need triton>=3.4, which is not installed"):
+    with pytest.raises(RuntimeError, match=r"tensors on cuda:0 need triton>=3.5, which is not installed"):
         backend._check_accelerator(torch.device("cuda", 0))
 
 
 def test_old_triton(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("triton")
-    monkeypatch.setattr(triton, "__version__", "3.3.1")
-    with pytest.raises(RuntimeError, match=r"triton 3.3.1 is too old for tensors on cuda:0: triton>=3.4 is needed"):
+    monkeypatch.setattr(triton, "__version__", "3.4.0")
+    with pytest.raises(RuntimeError, match=r"triton 3.4.0 is too old for tensors on cuda:0: triton>=3.5 is needed"):
         backend._check_accelerator(torch.device("cuda", 0))
 
 
@@ -450,7 +452,7 @@ def test_debug_mode(switch: str) -> None:
         "accepted",
     ]
     if switch != "1":
-        # On a CPU looking at the sizes costs nothing.
+        # On a CPU, reading the sizes costs nothing.
         assert run.stdout.splitlines() == ["accepted"] * 4 + (["accepted"] * 3 if ON_GPU else sizes)
         return
     assert run.stdout.splitlines() == [f"{ids} -1", f"{ids} 5", f"{ids} 4294967296", "accepted", *sizes]

@@ -99,7 +99,7 @@ def test_reentrant() -> None:
 def test_a_torch_that_does_not_tell_its_hooks(calls: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """One Function as elsewhere: right, and slower."""
     expected, once = counted(SMALL, layer, calls)
-    monkeypatch.setattr(module("autograd"), "_saved_tensors_hooks", lambda ignore_is_tracing: None)
+    monkeypatch.setattr(module("ops._torch_compat"), "_hooks", lambda ignore_is_tracing: None)
     got, twice = counted(SMALL, again(), calls)
     assert_same(got, expected)
     assert twice["grouped_gemm"] == once["grouped_gemm"] + 1
@@ -126,7 +126,7 @@ def test_two_functions_save_what_one_does(case: LoraCase, monkeypatch: pytest.Mo
         saved.append([])
         with saved_tensors_hooks(pack, lambda value: value):
             run_lora(case, make_lora_inputs(case, torch.float32))
-        monkeypatch.setattr(module("autograd"), "_saved_tensors_hooks", lambda ignore_is_tracing: None)
+        monkeypatch.setattr(module("ops._torch_compat"), "_hooks", lambda ignore_is_tracing: None)
     assert saved[0] == saved[1]
 
 

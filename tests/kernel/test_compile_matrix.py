@@ -5,6 +5,7 @@ Each target is compiled by a process of its own, see ``compile_launches``.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -17,21 +18,18 @@ from tests.kernel.compile_launches import Launch
 from tests.kernel.machine import HAS_TRITON, ON_GPU, module
 from tests.support import REPOSITORY
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not HAS_TRITON, reason="nothing to compile without triton"),
-]
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="nothing to compile without triton")
 
 # Bytes a thread may keep in local memory: addresses that do not fit are cheap, accumulators (256 and more) are not.
 MAX_SPILLS = 96
-# Of products over packed weights in fp32, which few ask for: both halves of an operand lie in registers there.
+# The limit for products over packed weights in fp32, which few ask for: there, registers hold both halves of an operand.
 MAX_SPILLS_PACKED_FP32 = 256
 
 # The families that stages with adapters and without launch between them.
 FAMILIES_ADAPTED = (
-    "up", "gemm", "gemm_short", "down_backward", "shrink", "gram_thin", *module("tuning").KERNELS_4BIT,
+    "up", "gemm", "gemm_short", "down_backward", "shrink", "wgrad_thin", *module("tuning").KERNELS_4BIT,
 )  # fmt: skip
-FAMILIES_PLAIN = ("up", "gemm", "gemm_short", "down_backward", "gram", *module("tuning").KERNELS_4BIT)
+FAMILIES_PLAIN = ("up", "gemm", "gemm_short", "down_backward", "wgrad", *module("tuning").KERNELS_4BIT)
 
 ALL_BUCKETS = (16, 32, 64, 128)
 
@@ -44,6 +42,7 @@ class MatrixCase:
         adapted: buckets whose stages are compiled with adapters, which take more registers and shared memory.
         plain: buckets whose stages are compiled without.
         untiled: also the stages that have no configuration.
+        short: buckets whose stages over packed weights are compiled for short blocks, too.
     """
 
     arch: int | str
@@ -52,6 +51,7 @@ class MatrixCase:
     plain: tuple[int, ...]
     why: str
     untiled: bool = False
+    short: tuple[int, ...] = ()
 
     @property
     def id(self) -> str:
@@ -61,8 +61,18 @@ class MatrixCase:
     def what(self) -> list[str]:
         """The arguments of ``compile_launches`` that say so."""
         buckets = [f"adapted:{height}" for height in self.adapted] + [f"plain:{height}" for height in self.plain]
+        buckets += [f"short:{height}" for height in self.short]
         return [*buckets, *(["untiled"] if self.untiled else [])]
 
+
+# Relatives of the targets below: they have the configurations of their family, so one sample shows that their compiler and
+# assembler take them. Together they take some two minutes of one core.
+RELATIVES = [
+    MatrixCase(87, "bfloat16", (), (128,), "Orin: the configurations of 163 KiB, for its own assembler"),
+    MatrixCase(103, "bfloat16", (), (128,), "B300: descriptors and the largest tiles", untiled=True),
+    MatrixCase(110, "bfloat16", (), (128,), "Thor: the same"),
+    MatrixCase(121, "bfloat16", (), (128,), "GB10: the configurations of 99 KiB, for the newest assembler"),
+]
 
 # Without a GPU's many cores: each stage for each kind of tensor core, each configuration for some target that has it. 8.0,
 # 8.6, 8.9 and 12.0 have the same instructions and but for the cut to 99 KiB the same configurations (bucket 32, shrink in
@@ -80,7 +90,8 @@ PAIRWISE = [
     MatrixCase(100, "float32", (128,), (), "and on these"),
     MatrixCase(120, "float32", (128,), (), "and in 99 KiB"),
     MatrixCase("gfx942", "float32", ALL_BUCKETS, (64,), "AMD's configurations for fp32"),
-    MatrixCase(90, "float16", (), (128,), "shares the configurations of bf16: one sample"),
+    MatrixCase(90, "float16", (), (128,), "shares the configurations of bf16: one sample", short=(16, 128)),
+    *RELATIVES,
 ]
 EVERYTHING = [
     *(
@@ -92,11 +103,15 @@ EVERYTHING = [
         for arch in (80, "gfx942")
     ),
     *(MatrixCase(arch, "float32", (128,), (128,), "the largest fp32 tiles") for arch in (86, 89, 90, 100, 120)),
-    MatrixCase(90, "float16", (128,), (128,), "shares the configurations of bf16: one sample"),
+    MatrixCase(90, "float16", (128,), (128,), "shares the configurations of bf16: one sample", short=ALL_BUCKETS),
+    *RELATIVES,
 ]
 CASES = EVERYTHING if ON_GPU else PAIRWISE
+# What `make test` compiles; `make test-slow` compiles the others.
+SAMPLE = ("sm_90-float16",)
 
 
+@functools.cache
 def compile_case(case: MatrixCase) -> list[Launch]:
     command = [sys.executable, "-m", "tests.kernel.compile_launches", str(case.arch), case.dtype]
     command += case.what
@@ -106,7 +121,9 @@ def compile_case(case: MatrixCase) -> list[Launch]:
     return [Launch(**row) for row in json.loads(run.stdout)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.id, marks=() if case.id in SAMPLE else pytest.mark.slow) for case in CASES]
+)
 def test_every_launch_fits_its_target(case: MatrixCase) -> None:
     tuning = module("tuning")
     launches = compile_case(case)
@@ -140,7 +157,7 @@ def test_every_launch_fits_its_target(case: MatrixCase) -> None:
 def test_every_configuration_is_compiled_for_some_target() -> None:
     """What ``PAIRWISE`` promises: no family's configuration is left out on all targets of a kind."""
     tuning = module("tuning")
-    kinds = ((80, 86, 89, 120), (90,), (100,), ("gfx942",))
+    kinds = ((80, 86, 87, 89, 120, 121), (90,), (100, 103, 110), ("gfx942",))
 
     def configurations(dtype: str, kind: tuple[int | str, ...], cases: list[MatrixCase]) -> set[tuple[str, str]]:
         return {

@@ -203,8 +203,8 @@ def test_swiglu_alpha_and_limit_are_used() -> None:
 STAGES_OF = {
     "hidden_states": {"down_backward": 1, "grouped_gemm": 1, "combine": 1},
     "top_k_weights": {"down_backward": 1},
-    "gate_up_proj": {"down_backward": 1, "grouped_gram": 1},
-    "down_proj": {"down_backward": 1, "grouped_gram": 1},
+    "gate_up_proj": {"down_backward": 1, "grouped_wgrad": 1},
+    "down_proj": {"down_backward": 1, "grouped_wgrad": 1},
     "gate_up_bias": {"down_backward": 1, "grouped_row_sum": 1},
     "down_bias": {"grouped_row_sum": 1},
 }
@@ -237,7 +237,7 @@ def test_frozen_experts_form_no_weight_gradients(calls: dict[str, int]) -> None:
     for name in ("gate_up_proj", "down_proj"):
         inputs.tensors[name].requires_grad_(False)
     run_experts(case, inputs).backward(inputs.grad)
-    assert "grouped_gram" not in calls
+    assert "grouped_wgrad" not in calls
     assert calls["down_backward"] == 1
 
 

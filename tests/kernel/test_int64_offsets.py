@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.kernel.accuracy import assert_accurate
 from tests.kernel.cases import ExpertsCase, Inputs, gradients, make_inputs, plain_experts, run_experts
 from tests.kernel.machine import DEVICE, INTERPRETED, ON_GPU, kernel, module, stages
-from tests.kernel.packed_cases import Packed4bitWeights, PackedCase, decoding, dequantized, make_packed_inputs
+from tests.kernel.packed_cases import Packed4bitWeights, PackedCase, as_stack, decoding, dequantized, make_packed_inputs
 
 LIMIT = 2**31
 # Elements between the experts or tokens of a far view: the last of three starts beyond the limit.
@@ -101,8 +101,11 @@ def test_far_features() -> None:
 
 @far_view
 def test_far_rows_of_combine() -> None:
-    """One token whose only row is the last of a z of more than 2³¹ elements; nothing else of it is read."""
-    launch, routing = module("launch"), module("routing")
+    """``combine`` reads the last row of a z of more than 2³¹ elements.
+
+    It is the only row of the only token, so it reads no other.
+    """
+    launch, routing = module("stages.triton"), module("routing")
     features, rows = 2**18, 2**13 + 2
     try:
         z = torch.empty((rows, features), dtype=torch.float16)
@@ -117,13 +120,14 @@ def test_far_rows_of_combine() -> None:
 
 @far_view
 def test_far_tokens_of_dispatch() -> None:
-    launch, permute = module("launch"), module("permute")
+    launch, permute = module("stages.triton"), module("permute")
     x = torch.randn(3, 40).half()
     view = permute.route(torch.tensor([[1], [0], [0]]), 2, torch.float16)
     assert torch.equal(launch.dispatch(far(x), view, 3), x[[1, 2, 0]])
 
 
-# Of experts whose packed bytes pass the limit together: in products, and where a single one is decoded.
+# Sizes of experts whose packed bytes pass the limit together: in grouped products, and where single experts are
+# dequantized.
 PACKED_FEATURES, DECODED_FEATURES = 4096, 256
 packed = pytest.mark.skipif(not ON_GPU or gpu_memory() < 12 * 10**9, reason="needs a GPU with 12 GB of free memory")
 
@@ -137,12 +141,12 @@ def as_last_expert(weights: Any, experts: int) -> Any:
     """``weights``, of one expert, behind others that are all zeros: without a GPU that is memory never touched."""
     assert weights.shape[0] == 1
     storage = {}
-    for part, own in weights.tensors().items():
+    for part, stored in weights.tensors().items():
         try:
-            storage[part] = torch.zeros((experts, own.shape[1]), dtype=torch.uint8, device=DEVICE)
+            storage[part] = torch.zeros((experts, stored.shape[1]), dtype=torch.uint8, device=DEVICE)
         except RuntimeError as error:
-            pytest.skip(f"no address space for {experts * own.shape[1]} bytes: {error}")
-        storage[part][-1] = own[0]
+            pytest.skip(f"no address space for {experts * stored.shape[1]} bytes: {error}")
+        storage[part][-1] = stored[0]
     assert (experts - 1) * storage["packed"].shape[1] >= LIMIT
     return Packed4bitWeights(replace(weights.format, shape=(experts, *weights.shape[1:])), **storage)
 
@@ -154,7 +158,7 @@ def test_far_packed_expert_dequantizes() -> None:
     near = packed_expert(DECODED_FEATURES)
     experts = LIMIT // near.packed.shape[1] + 1
     out = torch.empty(near.shape, dtype=torch.float16, device=DEVICE)
-    stages(torch.float16).dequantize(as_last_expert(near, experts), experts - 1, 1, out)
+    stages(torch.float16).dequantize(as_stack(as_last_expert(near, experts)), experts - 1, 1, out)
     assert torch.equal(out, dequantized(near))
 
 
@@ -183,14 +187,14 @@ def test_large_packed_weights(in_gemm: bool) -> None:
 
 @packed
 def test_large_packed_experts_of_few_slots() -> None:
-    """A matrix-vector product for each."""
+    """The path of few slots, one matrix-vector product per slot, reaches experts beyond 2³¹ bytes."""
     sizes = {"hidden": PACKED_FEATURES, "intermediate": PACKED_FEATURES}
     case = PackedCase("few of many", "", tokens=2, top_k=1, experts=1, projections=2, **sizes)
     near = make_packed_inputs(case, torch.float16)
     experts = LIMIT // near.packed["down_proj"].packed.shape[1] + 1
     last = torch.full_like(near.inputs.index, experts - 1)
     assert not near.inputs.index.any()
-    weights = {name: as_last_expert(own, experts) for name, own in near.packed.items()}
+    weights = {name: as_last_expert(stack, experts) for name, stack in near.packed.items()}
     inputs = replace(near.inputs, index=last, tensors={**near.inputs.tensors, **weights})
     with torch.no_grad(), decoding(in_gemm=True) as taken:
         y = run_experts(case, inputs)

@@ -162,7 +162,7 @@ def test_only_the_gradient_asked_for_is_computed(wanted: str, monkeypatch: pytes
     for name in ("input", "weight", "bias"):
         getattr(inputs, name).requires_grad_(name == wanted)
     y = linear(inputs)
-    needed = {"input": "grouped_gemm", "weight": "grouped_gram", "bias": "grouped_row_sum"}
+    needed = {"input": "grouped_gemm", "weight": "grouped_wgrad", "bias": "grouped_row_sum"}
     for name, stage in needed.items():
         if name != wanted:
             monkeypatch.setattr(stages(torch.float32), stage, None)
@@ -214,16 +214,16 @@ def test_autocast(low: torch.dtype) -> None:
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_rows_of_no_expert_are_nan(sizes: tuple[int, int], good_rows: int, dtype: torch.dtype) -> None:
-    permute, ops = module("permute"), module("linear")
+    permute, ops, arguments = (module(f"ops.{name}") for name in ("permute", "linear", "arguments"))
     inputs = make_inputs(LinearCase("misfit", "", sizes=(6, 4), bias=True), dtype)
     m_sizes = torch.tensor(sizes, dtype=torch.int32, device=DEVICE)
     # Below the check of the public function, which a CPU always makes.
-    buffer = permute.route_sorted_op(m_sizes, 10, dtype, False)
+    buffer = permute.sorted_routing_buffer(permute.RouteSortedArguments(m_sizes, 10, dtype, packed=False))
+    rows = ops.Rows(buffer, sorted_rows=True, packed=False, top_k=1, fill=float("nan"))
+    stack = arguments.StackArguments(inputs.weight, [], "", transposed=False)
     with torch.no_grad():
-        y = ops.grouped_linear(
-            *(inputs.input, inputs.weight, inputs.bias, None, None, buffer),
-            *([], "", False, True, False, 1, float("nan"), 1.0),
-        )
+        linear_arguments = ops.Linear(stack, arguments.NO_LORA, rows)
+        y = ops.grouped_linear(ops.LinearForward(inputs.input, linear_arguments, inputs.bias))
     assert y[good_rows:].isnan().all()
     if good_rows:
         fitting = make_inputs(LinearCase("misfit", "", sizes=(6, 4), bias=True), dtype)

@@ -88,7 +88,7 @@ CASES = [
         down=(FP32,),
         half=True,
     ),
-    LoraCase("fp32-routing-weights", "in the weighted Gram product", routing_dtype=torch.float32, half=True),
+    LoraCase("fp32-routing-weights", "in the weighted weight-gradient product", routing_dtype=torch.float32, half=True),
     LoraCase("transposed", "weights stored (E, in, out), factors not", transposed=True, up=SEPARATE),
     LoraCase("interleaved", "rows of B alternate as those of the weights", interleaved=True),
     LoraCase("bias", "adapters and biases add up", bias=True, trained=True),
@@ -228,8 +228,8 @@ def test_what_is_saved() -> None:
 
 def test_recompute_with_dropout_keeps_no_rows() -> None:
     """Where stages have autograd of their own, all of them run again, with the same mask."""
-    own = (Factors(dropout=P),)
-    case = LoraCase("recompute-dropout", "", up=own, down=own)
+    dropping = (Factors(dropout=P),)
+    case = LoraCase("recompute-dropout", "", up=dropping, down=dropping)
     rows = case.tokens * case.top_k
     assert not any(shape[0] == rows for shape in saved_by(case, recompute=True))
     results = []
@@ -261,10 +261,10 @@ NAMES = ("hidden_states", "top_k_weights", *(f"{argument}[0].{part}" for argumen
 STAGES_OF = {
     "hidden_states": {"shrink": 2, "down_backward": 1, "grouped_gemm": 1, "combine": 1},
     "top_k_weights": {"shrink": 1, "down_backward": 1},
-    "gate_up_lora[0].a": {"shrink": 2, "down_backward": 1, "grouped_gram": 1},
-    "gate_up_lora[0].b": {"shrink": 1, "down_backward": 1, "grouped_gram": 1},
-    "down_lora[0].a": {"shrink": 1, "down_backward": 1, "grouped_gram": 1},
-    "down_lora[0].b": {"grouped_gram": 1},
+    "gate_up_lora[0].a": {"shrink": 2, "down_backward": 1, "grouped_wgrad": 1},
+    "gate_up_lora[0].b": {"shrink": 1, "down_backward": 1, "grouped_wgrad": 1},
+    "down_lora[0].a": {"shrink": 1, "down_backward": 1, "grouped_wgrad": 1},
+    "down_lora[0].b": {"grouped_wgrad": 1},
 }
 
 
@@ -293,11 +293,11 @@ def test_only_the_gradient_asked_for_is_computed(
 
 
 def test_adapter_training_forms_no_gradients_of_weights(calls: dict[str, int]) -> None:
-    """Frozen experts: as many Gram products as there are factors, with halves of B apart, and no more."""
+    """Frozen experts: as many weight-gradient products as there are factors, with halves of B apart, and no more."""
     case = LoraCase("frozen-weights", "", up=SEPARATE)
     lora_gradients(case, make_lora_inputs(case, torch.float32))
     # The gradients of both halves of the output read their own half of B, and make it.
-    assert calls["grouped_gram"] == 5
+    assert calls["grouped_wgrad"] == 5
     assert calls["shrink"] == 5
 
 
@@ -351,15 +351,15 @@ def test_parameters_of_peft() -> None:
     inputs, rank, rng = make_lora_inputs(case, torch.float32), 3, torch.Generator().manual_seed(0)
     a = torch.randn((rank * case.experts, case.hidden), generator=rng).to(DEVICE).requires_grad_()
     b = torch.randn((case.columns, rank * case.experts), generator=rng).to(DEVICE).requires_grad_()
-    own = LoraWeights(
+    adapter = LoraWeights(
         a.reshape(case.experts, rank, case.hidden),
         b.reshape(case.columns, rank, case.experts).permute(2, 0, 1),
         scaling=0.5,
     )
-    run_lora(case, inputs, gate_up_lora=own).backward(inputs.inputs.grad)
+    run_lora(case, inputs, gate_up_lora=adapter).backward(inputs.inputs.grad)
     adapted = replace(case, up=(Factors(rank),))
     same = make_lora_inputs(adapted, torch.float32)
-    values = {"gate_up_lora[0].a": own.a, "gate_up_lora[0].b": own.b}
+    values = {"gate_up_lora[0].a": adapter.a, "gate_up_lora[0].b": adapter.b}
     same.inputs.tensors |= {name: value.detach().clone().requires_grad_() for name, value in values.items()}
     expected = lora_gradients(adapted, same)
     # Column r·E + e of B is rank r of expert e, row e·R + r of A.
@@ -390,9 +390,9 @@ def masked_experts(case: LoraCase, inputs: Any, masks: dict[str, list[Tensor]]) 
         out = torch.einsum("si,soi->so", rows, weight.mT if case.transposed else weight)
         if case.bias:
             out = out + t[bias][experts]
-        for (own, a, b), mask in zip(factors_of(case, argument, t), masks[argument], strict=True):
+        for (factors, a, b), mask in zip(factors_of(case, argument, t), masks[argument], strict=True):
             dropped = rows * mask[:routed].to(rows.dtype)
-            parts = [low_rank(own, row[None], a[e], b[e]) for row, e in zip(dropped, experts.tolist(), strict=True)]
+            parts = [low_rank(factors, row[None], a[e], b[e]) for row, e in zip(dropped, experts.tolist(), strict=True)]
             out = out + torch.cat(parts)
         return out
 
@@ -431,12 +431,12 @@ def test_dropout(case: LoraCase, dtype: torch.dtype) -> None:
     sizes = {"gate_up_lora": case.hidden, "down_lora": case.intermediate}
     masks = {
         argument: [
-            torch.nn.functional.dropout(torch.ones((rows, size), dtype=dtype, device=DEVICE), own.dropout)
-            for own in case.adapters(argument)
+            torch.nn.functional.dropout(torch.ones((rows, size), dtype=dtype, device=DEVICE), factors.dropout)
+            for factors in case.adapters(argument)
         ]
         for argument, size in sizes.items()
     }
-    assert any((mask == 0).any() for own in masks.values() for mask in own), "nothing is dropped"
+    assert any((mask == 0).any() for several in masks.values() for mask in several), "nothing is dropped"
     exact, plain = inputs.inputs.to(torch.float64), inputs.inputs.copy()
     masked_experts(case, exact, masks).backward(exact.grad)
     y = masked_experts(case, plain, masks)
@@ -453,11 +453,11 @@ def test_dropout_zero_takes_the_fused_way(calls: dict[str, int]) -> None:
     """And one that is not zero does not."""
     case = LoraCase("dropout-0", "")
     for dropout, fused in ((0.0, True), (P, False)):
-        own = (Factors(dropout=dropout),)
+        dropping = (Factors(dropout=dropout),)
         calls.clear()
         with torch.no_grad():
-            inputs = make_lora_inputs(replace(case, up=own, down=own), torch.float32)
-            y = run_lora(replace(case, up=own, down=own), inputs)
+            inputs = make_lora_inputs(replace(case, up=dropping, down=dropping), torch.float32)
+            y = run_lora(replace(case, up=dropping, down=dropping), inputs)
             assert ("grouped_up" in calls) is fused
             assert torch.equal(y, run_lora(case, inputs)) is fused
 

@@ -40,8 +40,8 @@ FORMULAS = [
 
 
 def same_inputs(inputs: PackedInputs, tensors: dict[str, Tensor]) -> PackedInputs:
-    own: Inputs = replace(inputs.inputs, tensors=tensors)
-    return replace(inputs, inputs=own)
+    changed: Inputs = replace(inputs.inputs, tensors=tensors)
+    return replace(inputs, inputs=changed)
 
 
 @on_cpu

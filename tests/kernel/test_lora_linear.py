@@ -95,8 +95,8 @@ def make_inputs(case: LoraLinearCase, dtype: torch.dtype) -> Inputs:
     }
     if case.bias:
         tensors["bias"] = normal("bias", *shape[:2])
-    for number, own in enumerate(case.loras):
-        for part, value in zip("ab", own.make(rng, shape, dtype), strict=True):
+    for number, factors in enumerate(case.loras):
+        for part, value in zip("ab", factors.make(rng, shape, dtype), strict=True):
             tensors[f"lora[{number}].{part}"] = value
     grad = normal("grad", rows, case.out_features)
     packed = None
@@ -109,13 +109,13 @@ def make_inputs(case: LoraLinearCase, dtype: torch.dtype) -> Inputs:
 
 
 def factors_of(case: LoraLinearCase, tensors: dict[str, Tensor]) -> list[tuple[Factors, Tensor, Tensor]]:
-    return [(own, tensors[f"lora[{i}].a"], tensors[f"lora[{i}].b"]) for i, own in enumerate(case.loras)]
+    return [(factors, tensors[f"lora[{i}].a"], tensors[f"lora[{i}].b"]) for i, factors in enumerate(case.loras)]
 
 
 def linear(case: LoraLinearCase, inputs: Inputs) -> Tensor:
     t = inputs.tensors
     weight = t["weight"] if inputs.packed is None else inputs.packed
-    loras = [LoraWeights(a, b, own.scaling, own.dropout) for own, a, b in factors_of(case, t)]
+    loras = [LoraWeights(a, b, factors.scaling, factors.dropout) for factors, a, b in factors_of(case, t)]
     lora = loras if len(loras) > 1 else loras[0]
     with decoding(bool(case.packed), ALL if case.packed else ONE):
         return kernel.moe_fused_linear(t["input"], weight, inputs.m_sizes, t.get("bias"), lora=lora)
@@ -133,9 +133,9 @@ def plain_linear(case: LoraLinearCase, inputs: Inputs, merged: bool, masks: list
         out = rows @ weight[expert].T
         if case.bias:
             out = out + t["bias"][expert]
-        for number, (own, a, b) in enumerate([] if merged else factors_of(case, t)):
+        for number, (factors, a, b) in enumerate([] if merged else factors_of(case, t)):
             kept = 1.0 if masks is None else masks[number][start : start + size].to(rows.dtype)
-            out = out + low_rank(own, rows * kept, a[expert], b[expert])
+            out = out + low_rank(factors, rows * kept, a[expert], b[expert])
         outs.append(out)
         start += size
     return torch.cat(outs)
@@ -192,22 +192,22 @@ def test_dropout(case: LoraLinearCase, dtype: torch.dtype) -> None:
     ours = results(linear(case, inputs), inputs)
     torch.manual_seed(7)
     ones = torch.ones_like(inputs.tensors["input"])
-    masks = [torch.nn.functional.dropout(ones, own.dropout) for own in case.loras]
+    masks = [torch.nn.functional.dropout(ones, factors.dropout) for factors in case.loras]
     assert (masks[-1] == 0).any()
-    truth, torchs = (results(plain_linear(case, own, False, masks), own) for own in (exact, plain))
+    truth, torchs = (results(plain_linear(case, inputs, False, masks), inputs) for inputs in (exact, plain))
     assert_all_accurate(ours, truth, torchs)
 
 
 @pytest.mark.parametrize("wanted", ["input", "lora[0].a", "lora[0].b"])
 def test_only_the_gradient_asked_for_is_computed(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under a frozen weight: a factor needs no product with the weight, the input no Gram product."""
+    """Under a frozen weight: a factor needs no product with the weight, the input no weight-gradient product."""
     case = LoraLinearCase("one-gradient", "", sizes=(3, 2))
     inputs = make_inputs(case, torch.float32)
     for name, value in inputs.tensors.items():
         value.requires_grad_(name == wanted)
     y = linear(case, inputs)
-    unneeded = ["grouped_row_sum", "grouped_gram" if wanted == "input" else "grouped_gemm"]
-    if stages(torch.float32) is not module("reference"):
+    unneeded = ["grouped_row_sum", "grouped_wgrad" if wanted == "input" else "grouped_gemm"]
+    if stages(torch.float32) is not module("stages.reference"):
         for name in unneeded:
             monkeypatch.setattr(stages(torch.float32), name, None)
     y.backward(inputs.grad)
@@ -253,12 +253,16 @@ def test_rows_of_no_expert_are_nan(sizes: tuple[int, int], good_rows: int, dtype
     case = LoraLinearCase("misfit", "", sizes=(6, 4))
     inputs, fitting = make_inputs(case, dtype), make_inputs(case, dtype)
     # Below the check of the public function, which a CPU always makes.
-    buffer = module("permute").route_sorted_op(torch.tensor(sizes, device=DEVICE), 10, dtype, False)
+    permute, ops, arguments = (module(f"ops.{name}") for name in ("permute", "linear", "arguments"))
+    m_sizes = torch.tensor(sizes, device=DEVICE)
+    buffer = permute.sorted_routing_buffer(permute.RouteSortedArguments(m_sizes, 10, dtype, packed=False))
     t = inputs.tensors
-    y = module("linear").grouped_linear(
-        *(t["input"], t["weight"], None, t["lora[0].a"], t["lora[0].b"]),
-        *(buffer, [], "", False, True, False, 1, float("nan"), 0.5),
+    layer = ops.Linear(
+        stack=arguments.StackArguments(t["weight"], [], "", transposed=False),
+        lora=arguments.LoraArguments(t["lora[0].a"], t["lora[0].b"], 0.5),
+        rows=ops.Rows(buffer, sorted_rows=True, packed=False, top_k=1, fill=float("nan")),
     )
+    y = ops.grouped_linear(ops.LinearForward(t["input"], layer))
     assert y[good_rows:].isnan().all()
     y.backward(inputs.grad)
     names = ("weight", "lora[0].a", "lora[0].b")

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from tests.kernel.machine import DEVICE, HAS_TRITON, module, name_of
-from tests.kernel.packed_cases import ALL, ONE, Packed4bitWeights, decoding
+from tests.kernel.packed_cases import ALL, ONE, Packed4bitWeights, as_stack, decoding
 from tests.kernel.test_stages import DTYPES, GEMM_DTYPES, Gate, make_scene, random, reference, same, tuning
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="there are no Triton stages without triton")
 
 if HAS_TRITON:
-    launch = module("launch")
-Extension, PackedStack = module("lora").Extension, module("weights").PackedStack
+    launch = module("stages.triton")
+LowRankTerm = module("stages.terms").LowRankTerm
 
 # Ranks around the blocks: less than one, a whole one, one and a part, several.
 RANKS = [1, 16, 20, 96]
@@ -25,7 +25,7 @@ RANKS = [1, 16, 20, 96]
 @pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])
 def descriptor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Forces every configuration the kernels are launched with."""
-    if request.param and DEVICE.type != "cpu" and tuning.target_of(DEVICE).arch not in (90, 100, 120):
+    if request.param and DEVICE.type != "cpu" and not tuning.target_of(DEVICE).has_descriptors:
         pytest.skip("descriptors need compute capability 9.0")
     usual = tuning.launch_config
 
@@ -36,22 +36,22 @@ def descriptor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return request.param
 
 
-def extension(right_rows: int, rank: int, separate: bool, dtype: torch.dtype, turned: bool = False) -> Extension:
-    """Of 26 rows and six experts; ``turned``: the rank is not what is contiguous, as in the gradient of the input."""
+def term(right_rows: int, rank: int, separate: bool, dtype: torch.dtype, turned: bool = False) -> LowRankTerm:
+    """A term for 26 rows and six experts; with ``turned`` the rank is not contiguous, as in the gradient of the input."""
     left = random("left", 26, rank * (2 if separate else 1), dtype=dtype, scale=rank**-0.5)
     right = random("right", 6, right_rows, rank, dtype=dtype)
-    return Extension(left, right.mT.contiguous().mT if turned else right)
+    return LowRankTerm(left, right.mT.contiguous().mT if turned else right)
 
 
-def doubles(extra: Extension) -> Extension:
-    return Extension(extra.left.double(), extra.right.double())
+def doubles(extra: LowRankTerm) -> LowRankTerm:
+    return LowRankTerm(extra.left.double(), extra.right.double())
 
 
-def poisoned(extra: Extension, routed: int) -> Extension:
+def poisoned(extra: LowRankTerm, routed: int) -> LowRankTerm:
     """Rows of no expert are NaN."""
     left = extra.left.clone()
     left[routed:] = float("nan")
-    return Extension(left, extra.right)
+    return LowRankTerm(left, extra.right)
 
 
 # -------------------------------------------------------------------------------------------------------- thin products
@@ -69,9 +69,9 @@ def test_shrink(gather: bool, rank: int, dtype: torch.dtype, descriptor: bool) -
         wide[scene.routed :] = float("nan")
     outs = []
     for side, routing in scene.sides():
-        own = wide if side is launch else wide.nan_to_num()
+        rows = wide if side is launch else wide.nan_to_num()
         out = torch.full((26, 2 * rank), 7.0, dtype=dtype, device=DEVICE)
-        side.shrink(own[:, 48:], weight, routing, gather, 0.5, out[:, rank:])
+        side.shrink(rows[:, 48:], weight, routing, gather, 0.5, out[:, rank:])
         assert (out[:, :rank] == 7.0).all()
         outs.append(out[:, rank:])
     exact = torch.empty((26, rank), dtype=torch.float64, device=DEVICE)
@@ -97,8 +97,8 @@ def test_shrink_by_a_factor_across(descriptor: bool) -> None:
 @pytest.mark.parametrize("out_dtype", ["same", "float32"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", [(5, 48), (48, 5), (64, 80), (80, 64), (1, 1)], ids=str)
-def test_thin_gram(shape: tuple[int, int], dtype: torch.dtype, out_dtype: str, descriptor: bool) -> None:
-    """Of columns of wider rows, in either orientation, into rows of a wider output, rounded once to its dtype."""
+def test_thin_wgrad(shape: tuple[int, int], dtype: torch.dtype, out_dtype: str, descriptor: bool) -> None:
+    """Columns of wider rows, in either orientation, go into rows of a wider output, rounded once to its dtype."""
     scene = make_scene("partly mine", dtype)
     m, n = shape
     wide_a, wide_b = random("a", 26, m + 8, dtype=dtype), random("b", 26, n + 8, dtype=dtype)
@@ -107,11 +107,11 @@ def test_thin_gram(shape: tuple[int, int], dtype: torch.dtype, out_dtype: str, d
     a, b = wide_a[:, 8:], wide_b[:, 8:]
     wanted = torch.float32 if out_dtype == "float32" else dtype
     exact = torch.empty((6, m, n), dtype=torch.float64, device=DEVICE)
-    reference.grouped_gram(a.double(), b.double(), scene.reference, False, False, exact)
+    reference.grouped_wgrad(a.double(), b.double(), scene.reference, False, False, exact)
     theirs = torch.empty((6, m, n), dtype=wanted, device=DEVICE)
-    reference.grouped_gram(a, b, scene.reference, False, False, theirs)
+    reference.grouped_wgrad(a, b, scene.reference, False, False, theirs)
     whole = torch.full((6, 2 * m, n), 7.0, dtype=wanted, device=DEVICE)
-    launch.grouped_gram(a, b, scene.launch, False, False, whole[:, m:])
+    launch.grouped_wgrad(a, b, scene.launch, False, False, whole[:, m:])
     assert (whole[:, :m] == 7.0).all()
     same("out", whole[:, m:], exact, theirs)
     if wanted != dtype:
@@ -121,7 +121,7 @@ def test_thin_gram(shape: tuple[int, int], dtype: torch.dtype, out_dtype: str, d
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("weights_dtype", ["same", "float32"])
 @pytest.mark.parametrize("rank", [5, 64])
-def test_weighted_gram(rank: int, weights_dtype: str, dtype: torch.dtype, descriptor: bool) -> None:
+def test_weighted_wgrad(rank: int, weights_dtype: str, dtype: torch.dtype, descriptor: bool) -> None:
     """Rows of the narrow side by their slot's weight; a weight of a slot that is not ours is NaN."""
     scene = make_scene("partly mine", dtype)
     a, b = random("a", 13, 48, dtype=dtype), random("b", 26, rank, dtype=dtype)
@@ -131,13 +131,13 @@ def test_weighted_gram(rank: int, weights_dtype: str, dtype: torch.dtype, descri
     out, theirs = (torch.full((6, 48, rank), float("nan"), dtype=dtype, device=DEVICE) for _ in range(2))
     exact = torch.empty((6, 48, rank), dtype=torch.float64, device=DEVICE)
     arguments = (scene.reference, True, False)
-    reference.grouped_gram(a.double(), b.double(), *arguments, exact, weights.double())
-    reference.grouped_gram(a, b, *arguments, theirs, weights)
-    launch.grouped_gram(a, b, scene.launch, True, False, out, weights)
+    reference.grouped_wgrad(a.double(), b.double(), *arguments, exact, weights.double())
+    reference.grouped_wgrad(a, b, *arguments, theirs, weights)
+    launch.grouped_wgrad(a, b, scene.launch, True, False, out, weights)
     same("out", out, exact, theirs)
 
 
-# ----------------------------------------------------------------------------------------------------------- extensions
+# ------------------------------------------------------------------------------------------------- low-rank terms
 
 
 @pytest.mark.parametrize("dtype", GEMM_DTYPES, ids=name_of)
@@ -146,7 +146,7 @@ def test_weighted_gram(rank: int, weights_dtype: str, dtype: torch.dtype, descri
 def test_grouped_gemm(turned: bool, rank: int, dtype: torch.dtype, descriptor: bool) -> None:
     scene = make_scene("partly mine", dtype)
     a, weight = random("a", 26, 32, dtype=dtype), random("w", 6, 40, 32, dtype=dtype, scale=0.2)
-    bias, extra = random("bias", 6, 40, dtype=dtype), extension(40, rank, False, dtype, turned)
+    bias, extra = random("bias", 6, 40, dtype=dtype), term(40, rank, False, dtype, turned)
     exact = reference.grouped_gemm(
         a.double(), weight.double(), scene.reference, 26, bias.double(), False, -7.0, doubles(extra)
     )
@@ -171,7 +171,7 @@ def test_grouped_up(gate: Gate, separate: bool, save_h: bool, descriptor: bool) 
     scene = make_scene("partly mine", torch.float32)
     columns = gate.columns(40)
     x, weight = random("x", 13, 32), random("w", 6, columns, 32, scale=0.2)
-    extra = extension(columns, 20, separate, torch.float32)
+    extra = term(columns, 20, separate, torch.float32)
     options = (26, None, gate, True)
     exact = reference.grouped_up(x.double(), weight.double(), scene.reference, *options, doubles(extra), save_h=save_h)
     theirs = reference.grouped_up(x, weight, scene.reference, *options, extra, save_h=save_h)
@@ -193,11 +193,11 @@ def test_grouped_up(gate: Gate, separate: bool, save_h: bool, descriptor: bool) 
     ids=["silu", "gelu-interleaved", "relu-ungated"],
 )
 def test_down_backward(gate: Gate, dtype: torch.dtype) -> None:
-    """With an extension; and in place, where every tile reads what it overwrites, no bit is another."""
+    """With an term; and in place, where every tile reads what it overwrites, no bit is another."""
     scene = make_scene("partly mine", dtype)
     grad, weight = random("grad", 13, 32, dtype=dtype), random("w", 6, 32, 80, dtype=dtype, scale=0.2)
     gate_up, weights = random("gate_up", 26, gate.columns(80), dtype=dtype), random("weights", 13, 2)
-    extra = extension(80, 20, False, dtype, turned=True)
+    extra = term(80, 20, False, dtype, turned=True)
     exact = reference.down_backward(
         *(grad.double(), weight.double(), None, gate_up.double(), scene.reference, weights.double(), gate, True),
         doubles(extra),
@@ -205,11 +205,11 @@ def test_down_backward(gate: Gate, dtype: torch.dtype) -> None:
     theirs = reference.down_backward(grad, weight, None, gate_up, scene.reference, weights, gate, True, extra)
     results = []
     for in_place in (False, True):
-        own, bad = gate_up.clone(), poisoned(extra, scene.routed)
-        arguments = (grad, weight, None, own, scene.launch, weights, gate, True, bad)
+        saved, bad = gate_up.clone(), poisoned(extra, scene.routed)
+        arguments = (grad, weight, None, saved, scene.launch, weights, gate, True, bad)
         ours = launch.down_backward(*arguments, in_place=in_place)
-        assert (ours[0].data_ptr() == own.data_ptr()) is in_place
-        assert torch.equal(own, gate_up) is not in_place
+        assert (ours[0].data_ptr() == saved.data_ptr()) is in_place
+        assert torch.equal(saved, gate_up) is not in_place
         results.append(ours)
     rows = slice(scene.routed)
     for name, part in zip(("grad_gate_up", "weighted_h"), (0, 1), strict=True):
@@ -224,10 +224,10 @@ def test_down_backward(gate: Gate, dtype: torch.dtype) -> None:
 
 def stack_of(rows: int, columns: int) -> tuple[object, Tensor]:
     """Packed weights of six experts, and what they dequantize to."""
-    own = Packed4bitWeights.quantize(random("packed", 6, rows, columns, scale=0.2))
+    weights = Packed4bitWeights.quantize(random("packed", 6, rows, columns, scale=0.2))
     dense = torch.empty((6, rows, columns), device=DEVICE)
-    reference.dequantize(own, 0, 6, dense)
-    return PackedStack(own), dense
+    reference.dequantize(as_stack(weights), 0, 6, dense)
+    return as_stack(weights), dense
 
 
 @pytest.mark.parametrize("in_gemm", [True, False], ids=["decoded", "parts"])
@@ -237,7 +237,7 @@ def test_packed_gemm(transposed: bool, in_gemm: bool) -> None:
     scene = make_scene("partly mine", torch.float32)
     stack, dense = stack_of(64, 64)
     stack, dense = (stack.mT, dense.mT) if transposed else (stack, dense)
-    a, extra = random("a", 26, 64), extension(64, 20, False, torch.float32, turned=transposed)
+    a, extra = random("a", 26, 64), term(64, 20, False, torch.float32, turned=transposed)
     exact = reference.grouped_gemm(a.double(), dense.double(), scene.reference, 26, None, False, 0.0, doubles(extra))
     theirs = reference.grouped_gemm(a, dense, scene.reference, 26, None, False, 0.0, extra)
     with decoding(in_gemm, ALL if in_gemm else ONE) as taken:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernels import get_loaded_kernels
 
-from tests.support import build_config, load_kernel
+from tests.support import accelerator, build_config, load_kernel
 
 kernel = load_kernel()
 
@@ -36,7 +36,7 @@ def test_operators_live_in_a_namespace_of_their_own() -> None:
 @pytest.mark.kernels_ci
 def test_experts_run_on_this_machine() -> None:
     """One token, one expert with identity weights: relu is all that is left."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = accelerator() or torch.device("cpu")
     x = torch.tensor([[1.0, -2.0, 3.0, -4.0]], device=device)
     weight = torch.eye(4, device=device)[None]
     index = torch.zeros(1, 1, dtype=torch.long, device=device)

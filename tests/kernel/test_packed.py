@@ -74,6 +74,17 @@ DECODED = [
     PackedCase("fp4", "another table, and routing weights in fp32", quant_type="fp4", routing_dtype=torch.float32),
     PackedCase("plain-scales", "absmaxes in fp32", double_quant=False),
     PackedCase("plain-scales-projections", "no groups to count", double_quant=False, projections=2, blocksize=128),
+    PackedCase(
+        "blocks-of-32", "two scales where others have one, and groups of 256", blocksize=32, projections=2, hidden=192
+    ),
+    PackedCase(
+        "blocks-of-32-no-64s",
+        "rows of whole blocks that no product decodes",
+        blocksize=32,
+        hidden=96,
+        intermediate=32,
+        takes=("part", "part", "part", "part"),
+    ),
     PackedCase("blocks-over-borders", "a block ends inside a row", hidden=192, blocksize=128, tokens=3),
     PackedCase("blocks-of-4096", "one block an expert in the down projection, two in the other", blocksize=4096),
     PackedCase(
@@ -148,7 +159,9 @@ def test_decoded_in_the_products(case: PackedCase, dtype: torch.dtype) -> None:
     assert_equals_truth(case, inputs, ours)
     assert_taken(taken, case.takes, dtype)
     if case.height is not None:
-        assert module("tuning").bucket(case.tokens * case.top_k, case.experts, packed=True) == case.height
+        tuning = module("tuning")
+        target = tuning.target_of(DEVICE)
+        assert tuning.bucket(case.tokens * case.top_k, case.experts, True, target) == case.height
 
 
 @dataclass(frozen=True)
@@ -164,8 +177,8 @@ class WorkspaceCase(PackedCase):
     takes: tuple[str, ...] = ("part",) * 4
 
 
-# Of 16 features: two parts of up and of the way back through down, the second not full, three of down and of the way back
-# through up.
+# Parts of 16 features. Up, and the way back through down, take two parts, of which the second is not full. Down, and
+# the way back through up, take three.
 UP_PARTS, DOWN_PARTS = ("part",) * (2 + 3), ("part",) * (3 + 2)
 IN_PARTS = UP_PARTS + DOWN_PARTS
 # Bytes of 16 features of up in fp32: down fits twice.
@@ -267,7 +280,7 @@ def shifted(weights: Any) -> Any:
         whole = torch.empty(value.numel() + 1, dtype=value.dtype, device=value.device)
         return whole[1:].view(value.shape).copy_(value)
 
-    return replace(weights, **{name: moved(value) for name, value in weights.tensors().items()})
+    return weights.replaced(**{name: moved(value) for name, value in weights.tensors().items()})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -284,6 +297,10 @@ FEW_SLOTS = [
     PackedCase("few-batch", "several tokens share experts", tokens=3, top_k=2, projections=2),
     PackedCase("few-fp4", "another table, absmaxes in fp32", tokens=2, quant_type="fp4", double_quant=False),
     PackedCase("few-long-blocks", "blocks of many rows", tokens=2, blocksize=4096),
+    PackedCase(
+        "few-short-blocks", "two scales where others have one", tokens=2, blocksize=32, projections=2, hidden=192
+    ),
+    PackedCase("few-short-blocks-thin", "a block of K is one of 64 weights", tokens=1, top_k=1, blocksize=32),
     PackedCase("few-wide-hidden", "two blocks of K in up, the second not full", tokens=1, hidden=2112),
     PackedCase(
         "few-wide-intermediate",
@@ -309,11 +326,8 @@ def wide_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if not INTERPRETED:
         yield
         return
-    decode = module("launch.decode")
-    monkeypatch.setattr(decode, "DECODE_BLOCK_N", 32)
-    decode._packed_plans.cache_clear()
+    monkeypatch.setattr(module("stages.triton.gemv"), "BLOCK_N", 32)
     yield
-    decode._packed_plans.cache_clear()
 
 
 @in_every_dtype(FEW_SLOTS)

@@ -104,7 +104,7 @@ def test_forward_and_gradients(case: PackedLinearCase, dtype: torch.dtype) -> No
     truth, torchs = results(plain_linear(exact), exact), results(plain_linear(plain), plain)
     for name, value in ours.items():
         assert_accurate(name, value, truth[name], torchs[name])
-    if module("backend").uses_triton(inputs.input, dtype):
+    if module("stages").uses_triton(inputs.input, dtype):
         assert tuple(taken) == case.takes
 
 
@@ -114,6 +114,7 @@ FORMATS = {
     "nf4": {},
     "fp4": {"quant_type": "fp4"},
     "plain-scales": {"double_quant": False},
+    "blocks-of-32": {"blocksize": 32, "projections": 2},
     "blocks-of-128": {"blocksize": 128, "projections": 2},
     "one-block": {"blocksize": 4096},
     "one-block-plain-scales": {"blocksize": 4096, "double_quant": False, "quant_type": "fp4"},
@@ -175,13 +176,13 @@ def test_every_weight_arrives(storage: dict[str, Any], shape: tuple[int, int], d
         pytest.skip("the interpreter, which is slow, has each shape in one dtype")
     with decoding(in_gemm=True) as taken:
         assert_every_weight_arrives(random_weight("arrives", (2, out_features, in_features), dtype, **storage))
-    if module("backend").uses_triton(torch.empty(0, device=DEVICE), dtype):
+    if module("stages").uses_triton(torch.empty(0, device=DEVICE), dtype):
         assert taken == ["gemm", "gemm", "transposed"]
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="there are no tiles without triton")
 def test_every_weight_arrives_in_tiles_of_several_scales(tiles: str) -> None:
-    for blocksize in (64, 128):
+    for blocksize in (32, 64, 128):
         with decoding(in_gemm=True):
             weight = random_weight("tiles", (1, 24, 256), torch.float32, blocksize=blocksize)
             assert_every_weight_arrives(weight)
@@ -195,7 +196,7 @@ def test_every_group_of_absmaxes(shape: tuple[int, int, int], projections: int, 
     if INTERPRETED and ((shape == FLAT) + projections + list(PLACES.values()).index(place)) % 2:
         pytest.skip("the interpreter, which is slow, has each pair of these three")
     weight = random_weight("groups", shape, torch.float32, projections=projections)
-    assert weight.format.groups > 1
+    assert module("formats.absmax").groups(weight.format) > 1
     assert weight.format.blocks % 256 != 0
     with decoding(*place):
         rows = torch.zeros((3, shape[2]), device=DEVICE)
@@ -223,15 +224,16 @@ def test_rows_of_a_group_of_absmaxes_and_more(columns: int) -> None:
 @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("sizes, good_rows", [((3, 2), 5), ((0, 0), 0), ((7, 4), 0), ((-1, 10), 0)], ids=str)
 def test_rows_of_no_expert_are_nan(sizes: tuple[int, int], good_rows: int, place: tuple[bool, int]) -> None:
-    permute, ops, operands = module("permute"), module("linear"), module("weights").operands
+    permute, ops, arguments = (module(f"ops.{name}") for name in ("permute", "linear", "arguments"))
     inputs, weight = make_inputs(PackedLinearCase("misfit", "", sizes=(6, 4), bias=True), torch.float32)
     m_sizes = torch.tensor(sizes, dtype=torch.int32, device=DEVICE)
-    values, scales, spec = operands(weight)
-    options = (scales, spec, False, True, True, 1, float("nan"), 1.0)
+    stack = arguments.StackArguments(*module("weights").operands(weight), transposed=False)
     with torch.no_grad(), decoding(*place):
         # Below the check of the public function, which a CPU always makes.
-        buffer = permute.route_sorted_op(m_sizes, 10, torch.float32, True)
-        y = ops.grouped_linear(inputs.input, values, inputs.bias, None, None, buffer, *options)
+        buffer = permute.sorted_routing_buffer(permute.RouteSortedArguments(m_sizes, 10, torch.float32, packed=True))
+        rows = ops.Rows(buffer, sorted_rows=True, packed=True, top_k=1, fill=float("nan"))
+        layer = ops.Linear(stack, arguments.NO_LORA, rows)
+        y = ops.grouped_linear(ops.LinearForward(inputs.input, layer, inputs.bias))
         assert y[good_rows:].isnan().all()
         rows = inputs.input[:good_rows]
         if good_rows:

@@ -1,21 +1,19 @@
-"""The PTX that looks nibbles up, run by an emulation of its few instructions: the interpreter takes another way."""
+"""The PTX that looks nibbles up, run by an emulation of its instructions: Triton's interpreter runs no PTX."""
 
 from __future__ import annotations
 
 import random
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.kernel.machine import HAS_TRITON, module
+from tests.kernel.machine import module
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="there is no PTX without triton")
-
-if HAS_TRITON:
-    packed = module("kernels.packed")
-CODES = module("quantization").CODES
+ptx, formats = module("formats.ptx"), module("formats")
+FORMATS = [formats.named(name) for name in formats.names()]
 
 DTYPES = {"BF16": torch.bfloat16, "FP16": torch.float16}
 SCALES = (1.0, 0.0, -0.25, 3.1e-3, 1e-40, 2.0**-24, 1.3e5, 7.7e-8)
@@ -38,7 +36,7 @@ def half(value: np.float32, dtype: torch.dtype) -> int:
     return int(torch.tensor(float(value)).to(dtype).view(torch.int16)) & 0xFFFF
 
 
-def run(ptx: str, dtype: torch.dtype, outputs: int, *inputs: object) -> list[int]:
+def run(code: str, dtype: torch.dtype, outputs: int, *inputs: object) -> list[int]:
     """The output registers, which come before the inputs in the numbering of operands."""
     registers: dict[str, object] = {f"${outputs + i}": value for i, value in enumerate(inputs)}
 
@@ -47,7 +45,7 @@ def run(ptx: str, dtype: torch.dtype, outputs: int, *inputs: object) -> list[int
             return np.float32(struct.unpack(">f", bytes.fromhex(name[2:]))[0])
         return registers[name] if name in registers else int(name, 0)
 
-    for statement in ptx.replace("{", "").replace("}", "").split(";"):
+    for statement in code.replace("{", "").replace("}", "").split(";"):
         name, _, rest = statement.strip().partition(" ")
         if not name or name == ".reg":
             continue
@@ -65,20 +63,21 @@ def run(ptx: str, dtype: torch.dtype, outputs: int, *inputs: object) -> list[int
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("quant_type", CODES)
+@pytest.mark.parametrize("high_first", [True, False], ids=["high-first", "low-first"])
+@pytest.mark.parametrize("weight_format", FORMATS, ids=lambda weight_format: weight_format.name)
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
-def test_words_are_looked_up(quant_type: str, dtype: str) -> None:
-    ptx = getattr(packed, f"_{quant_type.upper()}_{dtype}").value
+def test_words_are_looked_up(weight_format: Any, high_first: bool, dtype: str) -> None:
+    of_scale = ptx.table(weight_format.codes, DTYPES[dtype])
     words = random.Random(0)
     for scale in SCALES:
-        table = run(ptx, DTYPES[dtype], 8, np.float32(scale))
-        exact = torch.tensor(CODES[quant_type]) * torch.tensor(scale)
+        table = run(of_scale, DTYPES[dtype], 8, np.float32(scale))
+        exact = torch.tensor(weight_format.codes) * torch.tensor(scale)
         weights = [int(value) & 0xFFFF for value in exact.to(DTYPES[dtype]).view(torch.int16)]
         for word in (0x76543210, 0xFEDCBA98, *(words.getrandbits(32) for _ in range(5))):
-            # The first weight of a byte is in its upper half.
-            inside = [weights[byte >> shift & 15] for byte in word.to_bytes(4, "little") for shift in (4, 0)]
+            shifts = (4, 0) if high_first else (0, 4)
+            inside = [weights[byte >> shift & 15] for byte in word.to_bytes(4, "little") for shift in shifts]
             pairs = [inside[i] | inside[i + 1] << 16 for i in range(0, 8, 2)]
-            assert run(packed._IN_ORDER.value, DTYPES[dtype], 4, word, *table) == pairs
+            assert run(ptx.in_order(high_first), DTYPES[dtype], 4, word, *table) == pairs
             even, odd = inside[::2], inside[1::2]
-            apart = [own[i] | own[i + 1] << 16 for own in (even, odd) for i in (0, 2)]
-            assert run(packed._EVEN_ODD.value, DTYPES[dtype], 4, word, *table) == apart
+            apart = [values[i] | values[i + 1] << 16 for values in (even, odd) for i in (0, 2)]
+            assert run(ptx.even_odd(high_first), DTYPES[dtype], 4, word, *table) == apart

@@ -1,4 +1,4 @@
-"""The Triton stages over packed weights against ``reference``: where they are decoded, and what a workspace holds of them.
+"""The Triton stages over packed weights against ``reference``: where they are dequantized, and what a workspace holds.
 
 Every scene has rows of no expert and experts without rows.
 """
@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from tests.kernel.machine import DEVICE, HAS_TRITON, INTERPRETED, kernel, module, name_of
-from tests.kernel.packed_cases import ALL, ONE, decoding, dequantized
+from tests.kernel.packed_cases import ALL, ONE, as_stack, decoding, dequantized
 from tests.kernel.test_packed_linear import random_weight
 from tests.kernel.test_stages import DTYPES, GEMM_DTYPES, POISON, Gate, Routing, poisoned_routing, random, same
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="there are no Triton stages without triton")
 
 if HAS_TRITON:
-    launch, packed = module("launch"), module("launch.packed")
-reference, tuning, PackedStack = module("reference"), module("tuning"), module("weights").PackedStack
+    launch, paths = module("stages.triton"), module("stages.triton.paths")
+    dequantize, ByteRuns = module("stages.triton.dequantize"), module("kernels.records").ByteRuns
+reference, tuning = module("stages.reference"), module("tuning")
 
 # ------------------------------------------------------------------------------------------------------- dequantizing
 
@@ -30,13 +31,14 @@ FORMATS = {
     "fp4": {"quant_type": "fp4"},
     "plain-scales": {"double_quant": False, "blocksize": 128},
     "projections": {"projections": 2, "blocksize": 64},
+    "blocks-of-32": {"blocksize": 32, "projections": 2},
     "one-block": {"blocksize": 4096},
 }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("storage", FORMATS.values(), ids=FORMATS)
-# 2048 bytes are two programs an expert; with 2240 the last one is not full.
+# An expert of 2048 bytes takes two programs; with 2240 bytes the last one is not full.
 @pytest.mark.parametrize("shape", [(64, 64), (64, 70), (4, 16)], ids=["two-programs", "three-programs", "one-program"])
 def test_dequantize(shape: tuple[int, int], storage: dict[str, Any], dtype: torch.dtype) -> None:
     if shape[0] * shape[1] % (storage.get("blocksize", 64) * storage.get("projections", 1)):
@@ -44,8 +46,8 @@ def test_dequantize(shape: tuple[int, int], storage: dict[str, Any], dtype: torc
     weights = random_weight("dequantize", (5, *shape), torch.float32, **storage)
     for first, count in ((0, 5), (3, 2), (1, 1)):
         ours, theirs = (torch.full((count, *shape), float("nan"), dtype=dtype, device=DEVICE) for _ in range(2))
-        launch.dequantize(weights, first, count, ours)
-        reference.dequantize(weights, first, count, theirs)
+        launch.dequantize(as_stack(weights), first, count, ours)
+        reference.dequantize(as_stack(weights), first, count, theirs)
         assert torch.equal(ours, theirs)
 
 
@@ -53,21 +55,21 @@ def test_dequantize_in_groups() -> None:
     """300 absmaxes in each projection of each expert: two groups, the second not full."""
     weights = random_weight("groups", (3, 600, 64), torch.float32, projections=2)
     ours = torch.empty(weights.shape, device=DEVICE)
-    launch.dequantize(weights, 0, 3, ours)
+    launch.dequantize(as_stack(weights), 0, 3, ours)
     assert torch.equal(ours, dequantized(weights))
 
 
 @pytest.mark.parametrize("first, count", [(0, 6), (2, 3), (4, 2)], ids=["all", "middle", "end"])
-def test_experts_without_rows_are_not_decoded(first: int, count: int) -> None:
+def test_experts_without_rows_are_not_dequantized(first: int, count: int) -> None:
     weights = random_weight("skipped", (6, 64, 40), torch.float32)
     sizes = [0, 3, 0, 0, 1, 0]
     offsets = torch.tensor([0, *sizes], device=DEVICE).cumsum(0).int()
     out = torch.full((count, 64, 40), float(POISON), device=DEVICE)
     size = weights.packed.shape[1]
-    packed._decode(weights.packed, weights, packed.Runs(size, size), first, count, out, offsets)
+    dequantize.dequantize_runs(as_stack(weights), ByteRuns(size, size), first, count, out, offsets)
     exact = dequantized(weights)
-    for expert, own in enumerate(out, start=first):
-        assert torch.equal(own, exact[expert] if sizes[expert] else torch.full_like(own, POISON)), expert
+    for expert, matrix in enumerate(out, start=first):
+        assert torch.equal(matrix, exact[expert] if sizes[expert] else torch.full_like(matrix, POISON)), expert
 
 
 # ----------------------------------------------------------------------------------------------------------- in parts
@@ -89,9 +91,9 @@ def test_experts_without_rows_are_not_decoded(first: int, count: int) -> None:
     ],
 )
 def test_parts_are_of_nearly_one_size(features: int, that_fit: int, block_n: int, width: int, narrowed: int) -> None:
-    """Whole column tiles each, narrower ones where the workspace does not hold one."""
+    """Each part is whole column tiles; the tiles become narrower where the workspace does not hold a full one."""
     config = tuning.LaunchConfig(64, block_n, 32, 4, 2, slices=4)
-    got, fitting = packed._part_width(features, 1000, config, 1000 * that_fit + 999)
+    got, fitting = dequantize._part_width(features, 1000, config, 1000 * that_fit + 999)
     assert (got, fitting.block_n) == (width, narrowed)
     assert fitting.slices == min(4, narrowed // 16)
     assert got == features or got % narrowed == 0
@@ -109,10 +111,11 @@ GATES = {
 @pytest.mark.parametrize("transposed", [False, True], ids=["stored", "transposed"])
 @pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
 def test_parts_are_the_features_they_say(gate: Any, transposed: bool) -> None:
-    """In one workspace, one after the other, in the order in which a kernel wants gate and up rows."""
+    """Parts take turns in one workspace, each with its features' gate and up rows in the order that a kernel wants."""
     shape = (3, 48, 64) if transposed else (3, 64, 48)
-    stack = PackedStack(random_weight("parts", shape, torch.float32), transposed)
-    exact = dequantized(stack.weights)
+    weights = random_weight("parts", shape, torch.float32)
+    stack = as_stack(weights, transposed)
+    exact = dequantized(weights)
     exact = exact.mT if transposed else exact
     routing = poisoned_routing(10, 3, 1)
     routing.offsets.copy_(torch.arange(4) * 2)
@@ -120,7 +123,7 @@ def test_parts_are_the_features_they_say(gate: Any, transposed: bool) -> None:
     config = tuning.LaunchConfig(16, 32, 32, 4, 2)
     seen, addresses = [], set()
     with decoding(in_gemm=False, workspace=3 * 24 * 48 * 4 * 64 // features):
-        for part in packed.dense_parts(stack, routing, torch.float32, config, gate):
+        for part in dequantize.dense_parts(stack, routing, torch.float32, config, gate):
             seen.append((part.first, part.width))
             addresses.add(part.stack.data_ptr())
             rows = range(part.first, part.first + part.width)
@@ -137,40 +140,40 @@ def test_parts_are_the_features_they_say(gate: Any, transposed: bool) -> None:
 
 @pytest.mark.parametrize(("columns", "gate"), [(33, None), (66, Gate()), (66, Gate(interleaved=True))])
 def test_rows_that_share_bytes_are_one_part(columns: int, gate: Any) -> None:
-    """Transposed, with an odd number of features."""
-    stack = PackedStack(random_weight("odd", (2, 64, columns), torch.float32), transposed=True)
+    """A transposed stack with an odd number of features has rows that share bytes, so it is one part."""
+    weights = random_weight("odd", (2, 64, columns), torch.float32)
+    stack = as_stack(weights, transposed=True)
     routing = poisoned_routing(4, 2, 1)
     routing.offsets.copy_(torch.arange(3) * 2)
     with decoding(in_gemm=False, workspace=ONE):
-        (part,) = packed.dense_parts(stack, routing, torch.float32, tuning.LaunchConfig(16, 32, 32, 4, 2), gate)
-    assert torch.equal(part.stack, dequantized(stack.weights).mT)
+        (part,) = dequantize.dense_parts(stack, routing, torch.float32, tuning.LaunchConfig(16, 32, 32, 4, 2), gate)
+    assert torch.equal(part.stack, dequantized(weights).mT)
 
 
-def test_layouts_that_products_decode(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rows, rows of whole 64s, 32-bit offsets inside a matrix."""
+def test_layouts_that_products_dequantize(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product dequantizes for few rows, if rows are whole 64s and offsets inside a matrix fit 32 bits."""
     like = torch.empty(0, device=DEVICE)
-    rows = tuning.decode_rows("gemm_4bit", tuning.target_of(DEVICE))
+    rows = tuning.dequantize_rows("gemm_4bit", tuning.target_of(DEVICE))
 
     def stack(*shape: int) -> Any:
-        return PackedStack(kernel.Packed4bitWeights.quantize(torch.ones((2, *shape), device=DEVICE)))
+        return as_stack(kernel.Packed4bitWeights.quantize(torch.ones((2, *shape), device=DEVICE)))
 
-    assert packed.decodes("gemm_4bit", stack(4, 64), 2 * rows, like)
-    assert packed.decodes("gemm_4bit", stack(4, 64).mT, 2 * rows, like)
-    assert not packed.decodes("gemm_4bit", stack(4, 64), 2 * rows + 1, like)
-    assert not packed.decodes("gemm_4bit", stack(4, 80), 1, like)
-    assert not packed.decodes("gemm_4bit", stack(64, 4).mT, 1, like)
-    own = stack(4, 64).weights
-    whole = torch.empty(own.packed.numel() + 1, dtype=torch.uint8, device=DEVICE)
-    assert not packed.decodes("gemm_4bit", PackedStack(replace(own, packed=whole[1:].view(own.packed.shape))), 1, like)
-    huge = kernel.Format4bit((1, 2**25, 64))
-    weights = stack(4, 64).weights
-    object.__setattr__(weights, "format", huge)
-    assert not packed.decodes("gemm_4bit", PackedStack(weights), 1, like)
+    assert paths.dequantizes("gemm_4bit", stack(4, 64), 2 * rows, like)
+    assert paths.dequantizes("gemm_4bit", stack(4, 64).mT, 2 * rows, like)
+    assert not paths.dequantizes("gemm_4bit", stack(4, 64), 2 * rows + 1, like)
+    assert not paths.dequantizes("gemm_4bit", stack(4, 80), 1, like)
+    assert not paths.dequantizes("gemm_4bit", stack(64, 4).mT, 1, like)
+    small = stack(4, 64)
+    whole = torch.empty(small.packed.numel() + 1, dtype=torch.uint8, device=DEVICE)
+    shifted = whole[1:].view(small.packed.shape)
+    assert not paths.dequantizes("gemm_4bit", replace(small, storage=(shifted, *small.storage[1:])), 1, like)
+    huge = replace(small, format=kernel.Format4bit((1, 2**25, 64)))
+    assert not paths.dequantizes("gemm_4bit", huge, 1, like)
 
 
 # -------------------------------------------------------------------------------------------------------------- stages
 
-PLACES = {"decoded": (True, ALL), "workspace": (False, ALL), "parts": (False, ONE)}
+PLACES = {"in-product": (True, ALL), "workspace": (False, ALL), "parts": (False, ONE)}
 EXPERTS, TOKENS, TOP_K = 6, 7, 2
 ROWS = TOKENS * TOP_K
 # Expert 3 has no rows, 6 is elsewhere.
@@ -184,7 +187,7 @@ def place(request: pytest.FixtureRequest) -> tuple[bool, int]:
 
 
 def scenes(dtype: torch.dtype) -> tuple[Routing, Routing]:
-    """The routing of ``IDS`` as ``launch`` and as ``reference`` see it."""
+    """The routing of ``IDS``, made by ``launch`` and by ``reference``."""
     ids = torch.tensor(IDS, device=DEVICE)
     ours, theirs = (poisoned_routing(ROWS, EXPERTS, TOP_K)._replace(packed=True) for _ in range(2))
     launch.route(ids, ours, dtype)
@@ -201,7 +204,7 @@ def stack_of(name: str, shape: tuple[int, int], dtype: torch.dtype, transposed: 
     """(packed stack, what it dequantizes to)."""
     weights = random_weight(name, (EXPERTS, *shape), dtype, **options)
     dense = dequantized(weights)
-    return PackedStack(weights, transposed), dense.mT if transposed else dense
+    return as_stack(weights, transposed), dense.mT if transposed else dense
 
 
 @pytest.mark.parametrize("dtype", GEMM_DTYPES, ids=name_of)
@@ -235,7 +238,7 @@ def test_grouped_gemm(gather: bool, bias: bool, transposed: bool, dtype: torch.d
 )
 def test_grouped_up(gate: Gate, save: bool, dtype: torch.dtype, place: tuple[bool, int]) -> None:
     if INTERPRETED and not (save or place[0]):
-        pytest.skip("the interpreter, which is slow, has inference where the products decode")
+        pytest.skip("the interpreter, which is slow, has inference where the products dequantize")
     ours, theirs = scenes(dtype)
     columns = gate.columns(36)
     stack, dense = stack_of("up", (columns, 64), dtype)
@@ -244,7 +247,7 @@ def test_grouped_up(gate: Gate, save: bool, dtype: torch.dtype, place: tuple[boo
         got = launch.grouped_up(x, stack, ours, ROWS, bias, gate, save)
     exact = reference.grouped_up(x.double(), dense.double(), theirs, ROWS, bias.double(), gate, save)
     plain = reference.grouped_up(x, stack, theirs, ROWS, bias, gate, save)
-    # Rows of no expert are zeros for whoever reads them after: a gate function, the gate's derivative.
+    # The rows of no expert must be zeros, because a gate function or the gate's derivative reads them later.
     for name, *values in zip(("h", "gate_up"), got, exact, plain, strict=True):
         if values[1] is None:
             assert not save
@@ -292,8 +295,8 @@ def test_down_backward(
 
 
 @pytest.mark.parametrize("dtype", GEMM_DTYPES, ids=name_of)
-def test_decode_equals_the_routed_stages(dtype: torch.dtype) -> None:
-    """The same experts by two ways, formats of the projections different; ids of every kind."""
+def test_gemv_equals_the_routed_stages(dtype: torch.dtype) -> None:
+    """The matrix-vector path equals the routed stages, with another format in each projection and ids of every kind."""
     gate, ids = Gate(), torch.tensor([[1, 2], [-1, 0]], device=DEVICE)
     x, weights = random("x", 2, 64, dtype=dtype), random("weights", 2, 2)
     up, dense_up = stack_of("up", (2 * 64, 64), dtype, projections=2)
@@ -307,23 +310,23 @@ def test_decode_equals_the_routed_stages(dtype: torch.dtype) -> None:
         z = reference.grouped_gemm(h, down, routing, 4, down_bias, False, 0.0)
         return reference.combine(z, routing, 2, weights)
 
-    ours = launch.decode(x, ids, weights, up, down, up_bias, down_bias, gate)
+    ours = launch.gemv_experts(x, ids, weights, up, down, up_bias, down_bias, gate)
     exact = routed(*(value.double() for value in (x, weights, dense_up, dense_down, up_bias, down_bias)))
     same("y", ours, exact, routed(x, weights, up, down, up_bias, down_bias))
 
 
-def test_decode_serves_what_it_reads() -> None:
+def test_gemv_serves_what_it_reads() -> None:
     def stack(*shape: int, transposed: bool = False) -> Any:
-        return PackedStack(kernel.Packed4bitWeights.quantize(torch.ones((2, *shape), device=DEVICE)), transposed)
+        return as_stack(kernel.Packed4bitWeights.quantize(torch.ones((2, *shape), device=DEVICE)), transposed)
 
     up, down = stack(128, 64), stack(64, 64)
     dense = torch.empty((2, 64, 64), device=DEVICE)
-    most = module("launch.decode").DECODE_SLOTS
-    assert launch.use_decode(1, most, up, down)
-    assert not launch.use_decode(1, most + 1, up, down)
-    assert not launch.use_decode(0, 8, up, down)
-    assert not launch.use_decode(1, 1, stack(128, 80), stack(80, 64)), "80 in features of up"
-    assert not launch.use_decode(1, 1, stack(160, 64), stack(64, 80)), "80 in features of down"
-    assert not launch.use_decode(1, 1, stack(64, 128, transposed=True), stack(64, 64, transposed=True))
-    assert not launch.use_decode(1, 1, up, dense)
-    assert not launch.use_decode(1, 1, torch.empty((2, 128, 64), device=DEVICE), down)
+    most = tuning.gemv_slots(tuning.target_of(DEVICE))
+    assert launch.use_gemv(1, most, up, down)
+    assert not launch.use_gemv(1, most + 1, up, down)
+    assert not launch.use_gemv(0, 8, up, down)
+    assert not launch.use_gemv(1, 1, stack(128, 80), stack(80, 64)), "80 in features of up"
+    assert not launch.use_gemv(1, 1, stack(160, 64), stack(64, 80)), "80 in features of down"
+    assert not launch.use_gemv(1, 1, stack(64, 128, transposed=True), stack(64, 64, transposed=True))
+    assert not launch.use_gemv(1, 1, up, dense)
+    assert not launch.use_gemv(1, 1, torch.empty((2, 128, 64), device=DEVICE), down)

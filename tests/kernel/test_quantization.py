@@ -20,14 +20,18 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from tests.bits import dequantize_4bit
 from tests.kernel.machine import DEVICE, ON_GPU, kernel, module, name_of
 
 Format4bit, Packed4bitWeights, Piece = kernel.Format4bit, kernel.Packed4bitWeights, kernel.Piece
-quantization, quantize = module("quantization"), module("quantize")
+formats, bnb_scales, fp4, interchange = (
+    module(name) for name in ("formats", "formats.absmax", "formats.fp4", "interchange")
+)
+NF4, FP4 = formats.named("nf4"), formats.named("fp4")
 
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def nf4_values() -> list[float]:
@@ -65,7 +69,10 @@ def pack(nibbles: Tensor) -> Tensor:
 
 
 def assert_same_bits(name: str, ours: Tensor, theirs: Tensor, signed_zeros: bool = True) -> None:
-    """Equal to the last bit, except that a NaN is a NaN; zeros of either sign are equal unless ``signed_zeros``."""
+    """Fails unless all bits are equal.
+
+    Any NaN equals any other, and zeros of either sign are equal unless ``signed_zeros``.
+    """
     assert ours.dtype == theirs.dtype
     assert ours.shape == theirs.shape
     same = ours == theirs
@@ -81,33 +88,36 @@ def assert_same_bits(name: str, ours: Tensor, theirs: Tensor, signed_zeros: bool
 
 
 def test_nf4_is_made_of_normal_quantiles() -> None:
-    assert quantization.CODES["nf4"] == pytest.approx(VALUES["nf4"], abs=2e-7)
+    assert NF4.codes == pytest.approx(VALUES["nf4"], abs=2e-7)
 
 
 def test_fp4_is_a_four_bit_float() -> None:
-    assert [single(value) for value in quantization.CODES["fp4"]] == [single(value) for value in VALUES["fp4"]]
+    assert [single(value) for value in FP4.codes] == [single(value) for value in VALUES["fp4"]]
 
 
 def test_absmax_bytes_are_the_signed_dynamic_map() -> None:
     middles = [10.0 ** (i - 6) * (0.1 + 0.9 * (k + 0.5) / 2**i) for i in range(7) for k in range(2**i)]
     expected = sorted([0.0, 1.0, *middles, *(-value for value in middles)])
-    assert quantization.nested_code(CPU).tolist() == pytest.approx(expected, rel=1e-6)
+    assert bnb_scales.nested_code(CPU).tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def stack_of(packed: Tensor, quant_type: str, shape: tuple[int, int, int], projections: int = 1) -> Any:
-    """Packed bytes with absmaxes of one."""
-    own = Format4bit(shape, quant_type, 64, double_quant=False, projections=projections, dtype=torch.float32)
-    absmax = torch.ones((shape[0], projections * own.blocks), device=DEVICE)
-    return Packed4bitWeights(own, packed.to(DEVICE), quantization.as_bytes(absmax))
+    """Packed weights over these bytes, with every absmax one."""
+    weight_format = Format4bit(shape, quant_type, 64, double_quant=False, projections=projections, dtype=torch.float32)
+    absmax = torch.ones((shape[0], projections * weight_format.blocks), device=DEVICE)
+    return Packed4bitWeights(weight_format, packed.to(DEVICE), bnb_scales.as_bytes(absmax))
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_every_position_takes_its_own_nibble(quant_type: str) -> None:
-    """One nibble after the other, of a matrix of two blocks, is the only one that is not zero: each stands in its place."""
+    """Each position of a matrix reads its nibble.
+
+    The matrix has two blocks, and each expert has one nibble that is not zero.
+    """
     zero = VALUES[quant_type].index(0.0)
     nibbles = torch.full((128, 128), zero).fill_diagonal_(3)  # an expert for each position
     weights = stack_of(torch.stack([pack(row) for row in nibbles]), quant_type, (128, 8, 16)).dequantize()
-    expected = torch.diag(torch.full((128,), quantization.CODES[quant_type][3])).view(128, 8, 16)
+    expected = torch.diag(torch.full((128,), formats.named(quant_type).codes[3])).view(128, 8, 16)
     assert torch.equal(weights.cpu(), expected)
 
 
@@ -119,37 +129,53 @@ def test_every_byte_has_its_two_values(quant_type: str) -> None:
     assert weights == pytest.approx(expected, abs=2e-7)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_the_sign_of_zero(dtype: torch.dtype) -> None:
+    """fp4's nibble 8 is -0 in bitsandbytes' kernels for GPUs and 0 in its table in torch, and so it is here."""
+    packed = torch.full((1, 32), 0x08, dtype=torch.uint8)
+    for quant_type, signs in (("fp4", [False, ON_GPU]), ("nf4", [True, False])):
+        weights = stack_of(packed, quant_type, (1, 1, 64)).dequantize(dtype).flatten()
+        assert weights[:2].signbit().tolist() == signs
+        assert (weights[:2] == 0).all() or quant_type == "nf4"
+    if not ON_GPU:
+        table = pytest.importorskip("bitsandbytes", minversion="0.50").functional.get_4bit_type("fp4", device="cpu")
+        assert_same_bits("fp4", FP4.code(CPU), table)
+
+
 def test_every_absmax_byte_has_its_value() -> None:
-    """Of two projections with scales and offsets of their own, the second level running from one scale to the next."""
+    """Every byte of an absmax gives its value.
+
+    Two projections have separate scales and offsets, with several second-level groups each.
+    """
     scales, offsets = [[0.3, 0.07], [1.7, 1e-3]], [0.011, -2.0]
-    own = Format4bit((1, 2 * 320, 64), projections=2, dtype=torch.float32)
+    weight_format = Format4bit((1, 2 * 320, 64), projections=2, dtype=torch.float32)
     absmax = torch.stack([torch.arange(320) % 256, 255 - torch.arange(320) % 256]).to(torch.uint8)
     weights = Packed4bitWeights(
-        own,
+        weight_format,
         torch.full((1, 640 * 32), 0xFF, dtype=torch.uint8),  # nf4's 1.0 everywhere
         absmax.view(1, -1),
-        quantization.as_bytes(torch.tensor(scales).view(1, -1)),
-        quantization.as_bytes(torch.tensor(offsets).view(1, -1)),
+        bnb_scales.as_bytes(torch.tensor(scales).view(1, -1)),
+        bnb_scales.as_bytes(torch.tensor(offsets).view(1, -1)),
     ).to(DEVICE)
-    code = quantization.nested_code(CPU).tolist()
+    code = bnb_scales.nested_code(CPU).tolist()
     expected = [
         single(single(code[byte] * single(scales[p][i // 256])) + single(offsets[p]))
         for p in range(2)
         for i, byte in enumerate(absmax[p].tolist())
     ]
-    assert weights.block_absmax().flatten().tolist() == expected
+    assert weights.scales().flatten().tolist() == expected
     assert torch.equal(weights.dequantize().cpu(), torch.tensor(expected)[:, None].expand(640, 64)[None])
 
 
 def test_quantizing_takes_the_nearest_value() -> None:
-    """Against a search in float64, and so within half the distance of two values of the weight."""
+    """Quantizing takes the value that a search in float64 finds nearest."""
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn((3, 32, 64), generator=generator)
     for quant_type in ("nf4", "fp4"):
         weights = Packed4bitWeights.quantize(dense.to(DEVICE), quant_type=quant_type, double_quant=False)
         blocks = dense.double().view(-1, 64)
         absmax = blocks.abs().amax(1, keepdim=True)
-        assert torch.equal(weights.block_absmax().cpu().flatten(), absmax.flatten().float())
+        assert torch.equal(weights.scales().cpu().flatten(), absmax.flatten().float())
         values = torch.tensor(VALUES[quant_type], dtype=torch.float64) * absmax[..., None]
         nearest = (blocks[..., None] - values).abs().amin(-1)
         error = (weights.dequantize(torch.float32).cpu().double().view(-1, 64) - blocks).abs()
@@ -209,40 +235,43 @@ def around(values: Tensor) -> Tensor:
 @pytest.fixture
 def exact_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The arithmetic of an NVIDIA GPU, were its division exact, on the CPU."""
-    monkeypatch.setattr(quantize, "_fast_math", lambda: True)
-    monkeypatch.setattr(quantize, "_reciprocal", torch.reciprocal)
+    monkeypatch.setattr(bnb_scales, "_fast_math", lambda: True)
+    monkeypatch.setattr(bnb_scales, "_reciprocal", torch.reciprocal)
 
 
 def test_borders_of_fp4_on_a_gpu() -> None:
-    borders = torch.tensor(quantize.FP4_BORDERS_CUDA)
+    borders = torch.tensor(fp4.BORDERS_CUDA)
     quotients = around(torch.cat((borders, -borders, torch.tensor([0.0, -0.0, 1.0, -1.0, 0.5, -0.1]))))
-    bounds, nibbles = quantize._borders("fp4", True, CPU)
+    bounds, nibbles = FP4.borders(True, CPU)
     ours = nibbles[torch.bucketize(quotients, bounds)].tolist()
     assert ours == [gpu_fp4(quotient) for quotient in quotients.tolist()]
 
 
 def test_bytes_of_absmaxes_on_a_gpu(exact_gpu: None) -> None:
     """All values, the middles between them, and their neighbours, in groups whose absmax is one; and zeros, as NaN is."""
-    code = quantization.nested_code(CPU)
+    code = bnb_scales.nested_code(CPU)
     quotients = around(torch.cat((code, (code[:-1] + code[1:]) * 0.5))).clamp(-1.0, 1.0)
     groups = torch.nn.functional.pad(quotients, (0, -len(quotients) % 255)).view(-1, 255)
     groups = torch.cat((torch.ones(len(groups), 1), groups), dim=1)
     groups = torch.cat((groups, torch.zeros(1, 256)))
     expected = [[gpu_byte(x, code.tolist()) for x in group] for group in groups[:-1].tolist()]
-    ours, absmax = quantize._quantize_absmax_on_gpu(groups.clone())
+    ours, absmax = bnb_scales._quantize_absmax_on_gpu(groups.clone())
     assert ours.view(groups.shape).tolist() == [*expected, [0] * 256]
     assert absmax.tolist() == [1.0] * len(expected) + [0.0]
 
 
 def test_blocks_on_a_gpu(exact_gpu: None) -> None:
-    """Subnormal numbers count as zero, NaN does not count, and what has no quotient gets what the first nibble means."""
+    """A subnormal absmax is zero, and NaN is ignored in it.
+
+    A weight without a quotient gets the value of the first nibble.
+    """
     blocks = torch.zeros((5, 64))
     blocks[0, :2] = torch.tensor([1e-39, -1e-39])
     blocks[1, :3] = torch.tensor([math.nan, -4.0, 2.0])
     blocks[2, :3] = torch.tensor([math.inf, 1.0, -1.0])
     blocks[3, :3] = torch.tensor([2.0**-126, 2.0**-127, 0.0])
     blocks[4] = math.nan
-    absmax = quantize._normalize_on_gpu(blocks, -1.0)
+    absmax = bnb_scales._normalize_on_gpu(blocks, -1.0)
     assert absmax.tolist() == [0.0, 4.0, math.inf, 2.0**-126, torch.finfo(torch.float32).min]
     assert (blocks[0] == -1.0).all()
     assert blocks[1, :4].tolist() == [-1.0, -1.0, 0.5, 0.0]
@@ -254,10 +283,10 @@ def test_blocks_on_a_gpu(exact_gpu: None) -> None:
 @pytest.mark.skipif(not ON_GPU or torch.version.hip is not None, reason="an instruction of NVIDIA GPUs")
 def test_approximate_reciprocal() -> None:
     values = torch.rand(5000, device=DEVICE) * 100 + 1e-3
-    ours = quantize._reciprocal(values)
+    ours = bnb_scales._reciprocal(values)
     assert ((ours.double() * values.double() - 1).abs() < 2**-22).all()
     edges = torch.tensor([0.0, 1e-39, math.inf, 2.0**127], device=DEVICE)
-    assert quantize._reciprocal(edges).tolist() == [math.inf, math.inf, 0.0, 0.0]
+    assert bnb_scales._reciprocal(edges).tolist() == [math.inf, math.inf, 0.0, 0.0]
 
 
 # Bit for bit.
@@ -351,7 +380,7 @@ def piece_of(bnb: Any, dense: Tensor, case: BitsCase) -> tuple[Any, Tensor]:
         dense, blocksize=case.blocksize, compress_statistics=case.double_quant, quant_type=case.quant_type
     )
     nested = (state.state2.absmax, state.offset) if case.double_quant else ()
-    return Piece(packed, state.absmax, *nested), bnb.dequantize_4bit(packed, state)
+    return Piece(packed, state.absmax, *nested), dequantize_4bit(packed, state)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -370,34 +399,33 @@ def test_bits_are_those_of_bitsandbytes(bnb: Any, case: BitsCase) -> None:
     for expert, projection in itertools.product(range(case.shape[0]), range(case.projections)):
         rows = slice(*(case.shape[1] // case.projections * end for end in (projection, projection + 1)))
         theirs, dequantized = piece_of(bnb, dense[expert, rows].contiguous(), case)
-        piece = weights.piece(expert, projection)
+        piece = interchange.piece_of(weights, expert, projection)
         for part in ("packed", "absmax", "nested_absmax", "nested_offset"):
             if getattr(theirs, part) is not None:
                 assert_same_bits(part, getattr(piece, part), getattr(theirs, part))
         if ON_GPU and case.weights == "subnormal":
             continue  # products that are subnormal: flushed by bitsandbytes on NVIDIA GPUs
-        # On the CPU, bitsandbytes takes another way for odd in features, on which fp4's -0 is 0.
-        assert_same_bits("weights", ours[expert, rows], dequantized, signed_zeros=case.shape[2] % 2 == 0)
+        assert_same_bits("weights", ours[expert, rows], dequantized)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_dequantizing_to_another_dtype_rounds_once(bnb: Any, dtype: torch.dtype) -> None:
-    """What bitsandbytes gives for a state of that dtype, and not a rounding of rounded weights."""
+    """Dequantizing to another dtype rounds once: it gives what bitsandbytes gives for a state of that dtype."""
     dense = BitsCase(dtype=torch.float16).make()
     weights = Packed4bitWeights.quantize(dense, dtype=torch.bfloat16)
     packed, state = bnb.quantize_4bit(dense[0], blocksize=64, compress_statistics=True, quant_type="nf4")
     state.dtype = dtype
-    assert_same_bits("weights", weights.dequantize(dtype)[0], bnb.dequantize_4bit(packed, state))
+    assert_same_bits("weights", weights.dequantize(dtype)[0], dequantize_4bit(packed, state))
     assert weights.to(dtype=dtype).dequantize().dtype == dtype
     if dtype == torch.float16:
         assert not torch.equal(weights.dequantize(dtype), weights.dequantize().to(dtype))
 
 
 def test_tables_do_not_depend_on_who_asks_first() -> None:
-    """Models are loaded with the meta device as default; what is cached then must serve afterwards."""
-    tables = (quantization.code, quantization.nested_code, quantize._borders, quantize._nested_borders)
+    """Tables that are cached under the meta device, as while a model is loaded, must serve afterwards."""
+    tables = (module("formats.base").code_of, bnb_scales.nested_code, bnb_scales._middles, bnb_scales._nested_borders)
     expected = example()
-    for table in (*tables, quantize._nested_table):
+    for table in (*tables, bnb_scales._nested_table):
         table.cache_clear()
     dense = BitsCase(shape=SMALL).make()
     with torch.device("meta"), torch.inference_mode():
@@ -409,15 +437,15 @@ def test_tables_do_not_depend_on_who_asks_first() -> None:
 
 
 def test_tables_of_a_tracer_are_not_kept() -> None:
-    """Such as torch.export's, whose tensors have no values."""
+    """Tables made under a tracer such as torch.export's are not cached, because its tensors have no values."""
     dense = BitsCase(shape=SMALL).make().to(CPU)
     weights = Packed4bitWeights.quantize(dense, double_quant=False)
     expected = weights.dequantize()
-    for table in (quantization.code, quantize._borders):
+    for table in (module("formats.base").code_of, bnb_scales._middles):
         table.cache_clear()
     with FakeTensorMode():
-        assert isinstance(quantization.code("nf4", CPU), FakeTensor)
-        assert isinstance(quantize._borders("nf4", False, CPU)[0], FakeTensor)
+        assert isinstance(NF4.code(CPU), FakeTensor)
+        assert isinstance(NF4.borders(False, CPU)[0], FakeTensor)
     assert torch.equal(weights.dequantize(), expected)
     assert_same(Packed4bitWeights.quantize(dense, double_quant=False), weights)
 
@@ -453,39 +481,42 @@ def assert_same(ours: Any, theirs: Any) -> None:
         assert torch.equal(value, theirs.tensors()[name]), name
 
 
+@pytest.mark.kernels_ci
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_pieces_make_up_the_stack_they_came_from(double_quant: bool) -> None:
     weights = example(double_quant, shape=(2, 1024, 64))  # two groups each
-    pieces = [weights.piece(expert, projection) for expert in range(2) for projection in range(2)]
+    pieces = [interchange.piece_of(weights, expert, projection) for expert in range(2) for projection in range(2)]
     assert pieces[0].packed.shape == (512 * 64 // 2, 1)
     assert pieces[0].absmax.shape == (512,)
     assert pieces[0].absmax.dtype == (torch.uint8 if double_quant else torch.float32)
     if double_quant:
         assert pieces[3].nested_absmax.shape == (2,)
         assert pieces[3].nested_offset.shape == ()
-    assert_same(Packed4bitWeights.from_pieces(iter(pieces), weights.format), weights)
+    assert_same(interchange.stack_of_pieces(iter(pieces), weights.format), weights)
 
 
 def test_pieces_come_in_any_storage_and_shape() -> None:
-    """bitsandbytes' older rows, and bytes stored as another dtype."""
+    """Pieces may have the shape of older bitsandbytes, and bytes that are stored as another dtype."""
     weights = example()
-    pieces = [weights.piece(expert, projection) for expert in range(2) for projection in range(2)]
+    pieces = [interchange.piece_of(weights, expert, projection) for expert in range(2) for projection in range(2)]
     stored = [
         replace(piece, packed=piece.packed.view(1, -1).clone().view(dtype), nested_offset=piece.nested_offset[None])
         for piece, dtype in zip(pieces, (torch.uint8, *DTYPES), strict=True)
     ]
-    assert_same(Packed4bitWeights.from_pieces(stored, weights.format), weights)
+    assert_same(interchange.stack_of_pieces(stored, weights.format), weights)
 
 
 def test_pieces_can_go_to_another_device() -> None:
     weights = example()
-    pieces = [weights.to(CPU).piece(expert, projection) for expert in range(2) for projection in range(2)]
-    assert_same(Packed4bitWeights.from_pieces(pieces, weights.format, DEVICE), weights)
-    assert Packed4bitWeights.from_pieces(pieces, weights.format, "meta").device.type == "meta"
+    pieces = [
+        interchange.piece_of(weights.to(CPU), expert, projection) for expert in range(2) for projection in range(2)
+    ]
+    assert_same(interchange.stack_of_pieces(pieces, weights.format, DEVICE), weights)
+    assert interchange.stack_of_pieces(pieces, weights.format, "meta").device.type == "meta"
 
 
 def test_bytes_that_do_not_begin_where_floats_may() -> None:
-    """As tensors that were cut out of a file's bytes."""
+    """Bytes may begin at an odd address, as those of tensors that were cut out of a file do."""
     weights = example()
     shifted = {}
     for name, value in weights.tensors().items():
@@ -493,7 +524,9 @@ def test_bytes_that_do_not_begin_where_floats_may() -> None:
         shifted[name] = buffer[1:].view(value.shape).copy_(value)
     moved = Packed4bitWeights(weights.format, **shifted)
     assert torch.equal(moved.dequantize(), weights.dequantize())
-    assert torch.equal(moved.piece(1, 1).nested_offset, weights.piece(1, 1).nested_offset)
+    assert torch.equal(
+        interchange.piece_of(moved, 1, 1).nested_offset, interchange.piece_of(weights, 1, 1).nested_offset
+    )
 
 
 FUSED = [
@@ -509,23 +542,26 @@ def test_fused_stacks_lose_nothing(bnb: Any, shape: tuple[int, int, int], keeps:
     case = BitsCase(shape=shape)
     dense = [case.make() * (projection + 1) for projection in range(projections)]
     fused = [piece_of(bnb, stack, case) for stack in dense]
-    own = Format4bit((shape[0], shape[1] * projections, shape[2]), projections=projections)
-    weights = Packed4bitWeights.from_fused([piece for piece, _ in fused], own)
-    assert weights.format == replace(own, double_quant=keeps)
+    fused_format = Format4bit((shape[0], shape[1] * projections, shape[2]), projections=projections)
+    weights = interchange.stack_of_fused_pieces([piece for piece, _ in fused], fused_format)
+    assert weights.format == replace(fused_format, double_quant=keeps)
     assert_same_bits("weights", weights.dequantize(), torch.cat([stack for _, stack in fused], dim=1))
 
 
+@pytest.mark.kernels_ci
 def test_fused_stacks_without_double_quantization() -> None:
-    """Are the same bytes as quantizing each expert alone."""
+    """Without double quantization, a fused stack has the same bytes as experts that were quantized one by one."""
     dense = BitsCase(shape=(3, 8, 64)).make()
     alone = Packed4bitWeights.quantize(dense, double_quant=False)
-    fused = Packed4bitWeights.quantize(dense.view(1, 24, 64), double_quant=False).piece(0)
-    assert_same(Packed4bitWeights.from_fused([fused], alone.format), alone)
+    fused = Packed4bitWeights.quantize(dense.view(1, 24, 64), double_quant=False)
+    fused = interchange.piece_of(fused, 0)
+    assert_same(interchange.stack_of_fused_pieces([fused], alone.format), alone)
 
 
 # As a value, and in a module.
 
 
+@pytest.mark.kernels_ci
 def test_copies_and_pickles() -> None:
     weights = example()
     copied = copy.deepcopy(weights)
@@ -534,6 +570,7 @@ def test_copies_and_pickles() -> None:
     assert_same(pickle.loads(pickle.dumps(weights)), weights)
 
 
+@pytest.mark.kernels_ci
 def test_is_like_a_tensor() -> None:
     weights = example()
     assert (weights.shape, weights.dtype, weights.device) == (SMALL, torch.bfloat16, weights.packed.device)
@@ -548,28 +585,30 @@ def test_is_like_a_tensor() -> None:
     assert second.packed.data_ptr() == weights.packed[1].data_ptr()
 
 
+@pytest.mark.kernels_ci
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_a_module_owns_it(double_quant: bool) -> None:
     weights = example(double_quant)
     owner, other = nn.Module(), nn.Module()
     owner.register_parameter("gate_up_proj", nn.Parameter(torch.zeros(SMALL)))  # is replaced
-    weights.attach(owner, "gate_up_proj")
+    kernel.modules.attach(weights, owner, "gate_up_proj")
     parts = ["gate_up_proj", "gate_up_proj_absmax"]
     parts += ["gate_up_proj_nested_absmax", "gate_up_proj_nested_offset"] if double_quant else []
     assert [name for name, _ in owner.named_parameters()] == parts
     assert all(part.dtype == torch.uint8 and len(part) == SMALL[0] for part in owner.parameters())
     assert not any(part.requires_grad for part in owner.parameters())
-    assert_same(Packed4bitWeights.of_module(owner, "gate_up_proj"), weights)
+    assert_same(kernel.modules.weights_of(owner, "gate_up_proj"), weights)
 
-    example(double_quant).to("meta").attach(other, "gate_up_proj")
+    kernel.modules.attach(example(double_quant).to("meta"), other, "gate_up_proj")
     other.load_state_dict(owner.state_dict(), assign=True)
     for module_ in (other, copy.deepcopy(owner), owner.to(torch.float16), owner.half().requires_grad_(False)):
-        assert_same(Packed4bitWeights.of_module(module_, "gate_up_proj"), weights)
+        assert_same(kernel.modules.weights_of(module_, "gate_up_proj"), weights)
 
 
+@pytest.mark.kernels_ci
 def test_a_module_may_have_dense_weights() -> None:
     owner = nn.Linear(4, 4)
-    assert Packed4bitWeights.of_module(owner, "weight") is owner.weight
+    assert kernel.modules.weights_of(owner, "weight") is owner.weight
 
 
 def test_formats_compare_and_take_any_sequence_for_a_shape() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.kernel.test_quantization import SMALL, Format4bit, Packed4bitWeights, example
+from tests.kernel.machine import module
+from tests.kernel.test_quantization import SMALL, Format4bit, Packed4bitWeights, example, interchange
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,13 @@ class BadCase:
 
 def pieces_with(index: int, **parts: Any) -> list[Any]:
     weights = example()
-    pieces = [weights.piece(expert, projection) for expert in range(2) for projection in range(2)]
+    pieces = [interchange.piece_of(weights, expert, projection) for expert in range(2) for projection in range(2)]
     pieces[index] = replace(pieces[index], **parts)
     return pieces
 
 
 def from_pieces(index: int, **parts: Any) -> Callable[[], object]:
-    return lambda: Packed4bitWeights.from_pieces(pieces_with(index, **parts), example().format)
+    return lambda: interchange.stack_of_pieces(pieces_with(index, **parts), example().format)
 
 
 def quantized(weight: Any = None, **options: Any) -> Callable[[], object]:
@@ -43,13 +44,16 @@ def stored(**parts: Any) -> Callable[[], object]:
 
 BAD = [
     BadCase(
-        "quant-type", lambda: Format4bit(SMALL, "int4"), ValueError, "quant_type must be one of nf4, fp4, got 'int4'"
+        "quant-type",
+        lambda: Format4bit(SMALL, "int5"),
+        ValueError,
+        f"quant_type must be one of {', '.join(module('formats').names())}, got 'int5'",
     ),
     BadCase(
         "blocksize",
-        lambda: Format4bit(SMALL, blocksize=32),
+        lambda: Format4bit(SMALL, blocksize=16),
         ValueError,
-        "blocksize must be one of 64, 128, 256, 512, 1024, 2048, 4096, got 32",
+        "blocksize must be one of 32, 64, 128, 256, 512, 1024, 2048, 4096, got 16",
     ),
     BadCase(
         "format-dtype",
@@ -120,7 +124,7 @@ BAD = [
     ),
     BadCase(
         "nested-superfluous",
-        lambda: replace(example(False), nested_absmax=torch.zeros(2, 8, dtype=torch.uint8)),
+        lambda: example(False).replaced(nested_absmax=torch.zeros(2, 8, dtype=torch.uint8)),
         TypeError,
         "nested_absmax must be None with double_quant=False, got Tensor",
     ),
@@ -151,19 +155,19 @@ BAD = [
     ),
     BadCase(
         "too-few-pieces",
-        lambda: Packed4bitWeights.from_pieces(pieces_with(0)[:3], example().format),
+        lambda: interchange.stack_of_pieces(pieces_with(0)[:3], example().format),
         ValueError,
         "pieces must be 4, of each expert and projection, got 3",
     ),
     BadCase(
         "too-many-pieces",
-        lambda: Packed4bitWeights.from_pieces(pieces_with(0) * 2, example().format),
+        lambda: interchange.stack_of_pieces(pieces_with(0) * 2, example().format),
         ValueError,
         "pieces must be 4, of each expert and projection, got more",
     ),
     BadCase(
         "not-a-piece",
-        lambda: Packed4bitWeights.from_pieces([*pieces_with(0)[:3], torch.zeros(1)], example().format),
+        lambda: interchange.stack_of_pieces([*pieces_with(0)[:3], torch.zeros(1)], example().format),
         TypeError,
         "piece of expert 1, projection 1 must be a Piece, got Tensor",
     ),
@@ -205,30 +209,35 @@ BAD = [
     ),
     BadCase(
         "plain-stack-of-double-pieces",
-        lambda: Packed4bitWeights.from_pieces(pieces_with(0), replace(example().format, double_quant=False)),
+        lambda: interchange.stack_of_pieces(pieces_with(0), replace(example().format, double_quant=False)),
         TypeError,
         "piece of expert 0, projection 0.absmax must be float32, got uint8",
     ),
     BadCase(
         "too-few-fused",
-        lambda: Packed4bitWeights.from_fused(pieces_with(0)[:1], example().format),
+        lambda: interchange.stack_of_fused_pieces(pieces_with(0)[:1], example().format),
         ValueError,
         "pieces must be 2, one for each projection, got 1",
     ),
     BadCase(
         "fused-of-one-expert",
-        lambda: Packed4bitWeights.from_fused(pieces_with(0)[:2], example().format),
+        lambda: interchange.stack_of_fused_pieces(pieces_with(0)[:2], example().format),
         ValueError,
         "piece of projection 0.packed must have 256 bytes for 512 weights, got 128",
     ),
     BadCase(
         "fused-not-pieces",
-        lambda: Packed4bitWeights.from_fused([None, None], example().format),
+        lambda: interchange.stack_of_fused_pieces([None, None], example().format),
         TypeError,
         "piece of projection 0 must be a Piece, got NoneType",
     ),
-    BadCase("expert", lambda: example().piece(2), ValueError, "expert must be from 0 to 1, got 2"),
-    BadCase("projection", lambda: example().piece(0, -1), ValueError, "projection must be from 0 to 1, got -1"),
+    BadCase("expert", lambda: interchange.piece_of(example(), 2), ValueError, "expert must be from 0 to 1, got 2"),
+    BadCase(
+        "projection",
+        lambda: interchange.piece_of(example(), 0, -1),
+        ValueError,
+        "projection must be from 0 to 1, got -1",
+    ),
 ]
 
 

@@ -145,6 +145,7 @@ def packed_cases(draw: st.DrawFn) -> PackedCase:
         transposed=draw(st.booleans()),
         bias=draw(st.booleans()),
         quant_type=draw(st.sampled_from(["nf4", "fp4"])),
+        blocksize=draw(st.sampled_from([32, 64])),
         double_quant=draw(st.booleans()),
         dense=draw(st.sampled_from([(), (), ("gate_up_proj",), ("down_proj",)])),
     )

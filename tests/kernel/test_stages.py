@@ -20,8 +20,8 @@ from tests.kernel.machine import DEVICE, HAS_TRITON, INTERPRETED, module, name_o
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="there are no Triton stages without triton")
 
 if HAS_TRITON:
-    launch, operands, decode = module("launch"), module("launch.operands"), module("launch.decode")
-reference, routing_module, tuning = module("reference"), module("routing"), module("tuning")
+    launch, operands = module("stages.triton"), module("stages.triton.operands")
+reference, routing_module, tuning = module("stages.reference"), module("routing"), module("tuning")
 Gate, Routing = module("activations").Gate, routing_module.Routing
 
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
@@ -98,7 +98,7 @@ def poisoned_routing(num_rows: int, num_experts: int, top_k: int, sorted_rows: b
 def assert_tiles_cover(routing: Routing, num_rows: int, dtype: torch.dtype) -> None:
     """Every row is in exactly one tile, of its own expert; rows of no expert in tiles of expert E."""
     num_experts = routing.num_experts
-    height = tuning.tile_height(tuning.bucket(num_rows, num_experts), dtype.itemsize)
+    height = tuning.tile_height(tuning.bucket(num_rows, num_experts, False, tuning.target_of(DEVICE)), dtype.itemsize)
     launched = num_rows // height + num_experts + 1
     assert launched <= routing.tile_expert.numel()
     offsets = [*routing.offsets.tolist(), num_rows]
@@ -302,7 +302,7 @@ WAYS_UNSLICED = ("pointers", "descriptors")
 @pytest.fixture(params=[WAYS[name] for name in WAYS_UNSLICED], ids=WAYS_UNSLICED)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Forces every configuration the kernels are launched with."""
-    if request.param["descriptor"] and not INTERPRETED and tuning.target_of(DEVICE).arch not in (90, 100, 120):
+    if request.param["descriptor"] and not INTERPRETED and not tuning.target_of(DEVICE).has_descriptors:
         pytest.skip("descriptors need compute capability 9.0")
     usual = tuning.launch_config
 
@@ -364,7 +364,8 @@ def test_descriptors_are_used_where_the_layout_allows(
     usual = tuning.launch_config
     monkeypatch.setattr(tuning, "launch_config", lambda *args: replace(usual(*args), descriptor=True))
     scene = make_scene("random", torch.float32)
-    config = tuning.launch_config("gemm", tuning.bucket(26, 6), tuning.target_of(DEVICE), 4)
+    target = tuning.target_of(DEVICE)
+    config = tuning.launch_config("gemm", tuning.bucket(26, 6, False, target), target, 4)
     a, weight = random("a", 26, 64), random("w", 6, 48, 64)
 
     def blocks(a: Tensor, weight: Tensor, gather: bool = False) -> list[tuple[int, ...]]:
@@ -463,7 +464,7 @@ def test_down_backward(gate: Gate, bias: bool, need_h: bool, dtype: torch.dtype,
 )
 @pytest.mark.parametrize("out_layout", ["rows", "columns"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_grouped_gram(
+def test_grouped_wgrad(
     shape: tuple[int, int], out_layout: str, gathers: tuple[bool, bool], dtype: torch.dtype, way: dict
 ) -> None:
     scene = make_scene("partly mine", dtype)
@@ -474,18 +475,18 @@ def test_grouped_gram(
         if not gather:
             value[scene.routed :] = float("nan")
     exact = torch.empty((6, *shape), dtype=torch.float64, device=DEVICE)
-    reference.grouped_gram(a.double(), b.double(), scene.reference, *gathers, exact)
+    reference.grouped_wgrad(a.double(), b.double(), scene.reference, *gathers, exact)
     theirs = torch.empty((6, *shape), dtype=dtype, device=DEVICE)
-    reference.grouped_gram(a, b, scene.reference, *gathers, theirs)
+    reference.grouped_wgrad(a, b, scene.reference, *gathers, theirs)
     ours = torch.full((6, *(shape if out_layout == "rows" else shape[::-1])), float("nan"), dtype=dtype, device=DEVICE)
     if out_layout == "columns":
         ours = ours.mT
-    launch.grouped_gram(a, b, scene.launch, *gathers, ours)
+    launch.grouped_wgrad(a, b, scene.launch, *gathers, ours)
     same("out", ours, exact, theirs)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 31, 32, 33, 64, 100])
-def test_grouped_gram_of_full_and_partial_blocks(rows: int, way: dict) -> None:
+def test_grouped_wgrad_of_full_and_partial_blocks(rows: int, way: dict) -> None:
     """Blocks of rows that end exactly where the expert does, and those that do not; other experts' rows are Inf."""
     sizes = torch.tensor([3, rows, 2], device=DEVICE)
     routing = poisoned_routing(rows + 5, 3, 1, sorted_rows=True)
@@ -495,7 +496,7 @@ def test_grouped_gram_of_full_and_partial_blocks(rows: int, way: dict) -> None:
     for value in (a, b):
         value[:3] = value[3 + rows :] = float("inf")
     out = torch.full((3, 16, 32), float("nan"), device=DEVICE)
-    launch.grouped_gram(a, b, routing, False, False, out)
+    launch.grouped_wgrad(a, b, routing, False, False, out)
     same("out", out[1], exact, a[3 : 3 + rows].T @ b[3 : 3 + rows])
 
 
@@ -516,7 +517,7 @@ def test_grouped_row_sum(features: int, weighted: bool, index: str, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_decode_equals_the_routed_stages(dtype: torch.dtype) -> None:
+def test_gemv_equals_the_routed_stages(dtype: torch.dtype) -> None:
     """The same experts by two ways; ids of every kind."""
     gate, ids = Gate(), torch.tensor([[1, 4], [3, 3], [-1, 0]], device=DEVICE)
     x, weights = random("x", 3, 40, dtype=dtype), random("weights", 3, 2)
@@ -532,14 +533,15 @@ def test_decode_equals_the_routed_stages(dtype: torch.dtype) -> None:
         return reference.combine(z, routing, 3, weights)
 
     tensors = (x, weights, up, down, up_bias, down_bias)
-    ours = launch.decode(x, ids, weights, up, down, up_bias, down_bias, gate)
+    ours = launch.gemv_experts(x, ids, weights, up, down, up_bias, down_bias, gate)
     same("y", ours, routed(*(t.double() for t in tensors)), routed(*tensors))
 
 
-def test_decode_serves_few_slots_only() -> None:
+def test_gemv_serves_few_slots_only() -> None:
     down = torch.empty((2, 8, 8), device=DEVICE)
-    assert launch.use_decode(1, 8, down, down)
-    assert launch.use_decode(decode.DECODE_SLOTS, 1, down, down)
-    assert not launch.use_decode(decode.DECODE_SLOTS + 1, 1, down, down)
-    assert not launch.use_decode(0, 8, down, down)
-    assert not launch.use_decode(1, 8, down, down[:, :0])
+    assert launch.use_gemv(1, 8, down, down)
+    most = tuning.gemv_slots(tuning.target_of(DEVICE))
+    assert launch.use_gemv(most, 1, down, down)
+    assert not launch.use_gemv(most + 1, 1, down, down)
+    assert not launch.use_gemv(0, 8, down, down)
+    assert not launch.use_gemv(1, 8, down, down[:, :0])

@@ -6,25 +6,74 @@ up columns stand side by side ([gate | up], Transformers' "concatenated") or alt
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Names and formulas; x is the gate when the experts are gated, else the up projection itself.
-#   silu        x·sigmoid(x)
-#   gelu        x·Φ(x), by erf
-#   gelu_tanh   Hendrycks & Gimpel's tanh approximation of gelu (arXiv:1606.08415)
-#   relu        max(x, 0)
-#   relu2       max(x, 0)²
-#   swiglu_oai  gpt-oss: min(gate, limit)·sigmoid(alpha·gate)·(clamp(up, ±limit) + 1); gated only
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai")
-
 SQRT_HALF = math.sqrt(0.5)
 SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
 INV_SQRT_2PI = 1.0 / math.sqrt(2.0 * math.pi)
 GELU_CUBIC = 0.044715
+
+
+class Activation(NamedTuple):
+    """A function of one value, and its derivative.
+
+    Attributes:
+        value: x to y, elementwise.
+        derivative: x to dy/dx, elementwise.
+    """
+
+    value: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+
+
+def _silu_derivative(x: Tensor) -> Tensor:
+    s = torch.sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
+def _gelu_derivative(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.erf(x * SQRT_HALF)) + x * torch.exp(-0.5 * x * x) * INV_SQRT_2PI
+
+
+def _gelu_tanh_derivative(x: Tensor) -> Tensor:
+    t = torch.tanh(SQRT_2_OVER_PI * (x + GELU_CUBIC * x**3))
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * SQRT_2_OVER_PI * (1 + 3 * GELU_CUBIC * x * x)
+
+
+# The activations of one value; x is the gate when the experts are gated, else the up projection itself.
+OF_ONE_VALUE = {
+    # x·sigmoid(x)
+    "silu": Activation(torch.nn.functional.silu, _silu_derivative),
+    # x·Φ(x), by erf
+    "gelu": Activation(torch.nn.functional.gelu, _gelu_derivative),
+    # Hendrycks & Gimpel's tanh approximation of gelu (arXiv:1606.08415)
+    "gelu_tanh": Activation(functools.partial(torch.nn.functional.gelu, approximate="tanh"), _gelu_tanh_derivative),
+    # max(x, 0)
+    "relu": Activation(torch.relu, lambda x: (x > 0).to(x.dtype)),
+    # max(x, 0)²
+    "relu2": Activation(lambda x: torch.relu(x).square(), lambda x: 2 * torch.relu(x)),
+}
+# All that the kernels fuse. swiglu_oai, of gpt-oss, is a function of gate and up:
+# min(gate, limit)·sigmoid(alpha·gate)·(clamp(up, ±limit) + 1).
+ACTIVATIONS = (*OF_ONE_VALUE, "swiglu_oai")
+
+
+def of_one_value(name: str) -> Activation:
+    """The activation of that name.
+
+    Raises:
+        ValueError: there is none of one value; says which there are.
+    """
+    activation = OF_ONE_VALUE.get(name)
+    if activation is None:
+        raise ValueError(f"activation must be one of {', '.join(OF_ONE_VALUE)}, got {name!r}")
+    return activation
 
 
 class Gate(NamedTuple):
@@ -56,32 +105,6 @@ class Gate(NamedTuple):
         return (2, 1) if self.interleaved else (1, intermediate if self.gated else 0)
 
 
-def _act(name: str, x: Tensor) -> Tensor:
-    if name == "silu":
-        return torch.nn.functional.silu(x)
-    if name == "gelu":
-        return torch.nn.functional.gelu(x)
-    if name == "gelu_tanh":
-        return torch.nn.functional.gelu(x, approximate="tanh")
-    if name == "relu":
-        return torch.relu(x)
-    return torch.relu(x).square()
-
-
-def _act_derivative(name: str, x: Tensor) -> Tensor:
-    if name == "silu":
-        s = torch.sigmoid(x)
-        return s * (1 + x * (1 - s))
-    if name == "gelu":
-        return 0.5 * (1 + torch.erf(x * SQRT_HALF)) + x * torch.exp(-0.5 * x * x) * INV_SQRT_2PI
-    if name == "gelu_tanh":
-        t = torch.tanh(SQRT_2_OVER_PI * (x + GELU_CUBIC * x**3))
-        return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * SQRT_2_OVER_PI * (1 + 3 * GELU_CUBIC * x * x)
-    if name == "relu":
-        return (x > 0).to(x.dtype)
-    return 2 * torch.relu(x)
-
-
 def _split(gate_up: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
     """The gate and up columns of gate_up (…, 2·I) as views (…, I)."""
     if gate.interleaved:
@@ -93,18 +116,18 @@ def _split(gate_up: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
 def apply_gate(gate_up: Tensor, gate: Gate) -> Tensor:
     """h (…, I) from gate_up (…, 2·I or I), in the dtype of gate_up."""
     if not gate.gated:
-        return _act(gate.activation, gate_up)
+        return of_one_value(gate.activation).value(gate_up)
     g, u = _split(gate_up, gate)
     if gate.activation == "swiglu_oai":
         g = g.clamp(max=gate.limit)
         return g * torch.sigmoid(gate.alpha * g) * (u.clamp(-gate.limit, gate.limit) + 1)
-    return _act(gate.activation, g) * u
+    return of_one_value(gate.activation).value(g) * u
 
 
 def apply_gate_backward(gate_up: Tensor, grad_h: Tensor, gate: Gate) -> Tensor:
     """The gradient of gate_up (…, 2·I or I), in its column layout, from the gradient of h (…, I)."""
     if not gate.gated:
-        return grad_h * _act_derivative(gate.activation, gate_up)
+        return grad_h * of_one_value(gate.activation).derivative(gate_up)
     g, u = _split(gate_up, gate)
     grad = torch.empty_like(gate_up)
     grad_g, grad_u = _split(grad, gate)
@@ -114,6 +137,7 @@ def apply_gate_backward(gate_up: Tensor, grad_h: Tensor, gate: Gate) -> Tensor:
         grad_g.copy_(grad_h * (uc + 1) * s * (1 + gate.alpha * gc * (1 - s)) * (g <= gate.limit))
         grad_u.copy_(grad_h * gc * s * (u.abs() <= gate.limit))
     else:
-        grad_g.copy_(grad_h * u * _act_derivative(gate.activation, g))
-        grad_u.copy_(grad_h * _act(gate.activation, g))
+        activation = of_one_value(gate.activation)
+        grad_g.copy_(grad_h * u * activation.derivative(g))
+        grad_u.copy_(grad_h * activation.value(g))
     return grad

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import intercepted
+from .ops._torch_compat import intercepted
 
 # Checks that must look at values wait for the GPU, so they run only on request.
 CHECK_VALUES = os.environ.get("MOE_FUSED_CHECK", "0") not in ("", "0")
@@ -69,7 +69,7 @@ def sizes_sum(m_sizes: Tensor, num_rows: int) -> None:
 
 
 def expert_ids(top_k_index: Tensor, num_experts: int) -> None:
-    """With ``MOE_FUSED_CHECK=1``: raises ValueError unless all ids are in [0, num_experts] (num_experts: not mine)."""
+    """Raises ValueError, with ``MOE_FUSED_CHECK=1``, unless all ids are in [0, num_experts]; the last means "not mine"."""
     if not CHECK_VALUES or intercepted((top_k_index,)) or top_k_index.numel() == 0:
         return
     low, high = int(top_k_index.min()), int(top_k_index.max())
@@ -80,5 +80,5 @@ def expert_ids(top_k_index: Tensor, num_experts: int) -> None:
 
 def number(name: str, value: object) -> None:
     """Raises TypeError unless ``value`` is an int or float."""
-    if not isinstance(value, int | float):
+    if not isinstance(value, (int, float)):  # torch 2.9 does not trace a union
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")

@@ -1,71 +1,45 @@
-"""Pure layers for ``kernels.kernelize``: forwards that replace those of a model's own modules.
+"""Pure layers for ``kernels.kernelize``: forwards that replace those of a model's modules.
 
 A layer has no state and no constructor; annotations name what it reads from the module it is put on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .experts import moe_experts
+from .experts_module import activation_of, compute_experts, is_under_interface, read_experts
 from .linear import moe_fused_linear
-from .lora import LoraWeights
-from .quantization import Packed4bitWeights
+from .modules import weights_of
+from .param_wrappers import active_loras, adapted_experts, is_bare
 
-# Activation modules by class name, so that torch's own and Transformers' both count.
-_ACTIVATION_OF_CLASS = {
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "ReLU": "relu",
-    "ReLUSquaredActivation": "relu2",
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_tanh",
-}
-
-
-def activation_of(act_fn: Callable[[Tensor], Tensor]) -> str | None:
-    """The name under which the kernels fuse ``act_fn``, a module or function, or None if they do not know it."""
-    if act_fn is nn.functional.silu:
-        return "silu"
-    if isinstance(act_fn, nn.GELU):
-        return "gelu_tanh" if act_fn.approximate == "tanh" else "gelu"
-    return _ACTIVATION_OF_CLASS.get(type(act_fn).__name__)
+__all__ = [
+    "LoraMoeExperts",
+    "LoraMoeFusedLinear",
+    "LoraParamWrapper",
+    "MoeExperts",
+    "MoeFusedLinear",
+    "Qwen3MoeExperts",
+    "Qwen3MoeSparseMoeBlock",
+    "activation_of",
+]
 
 
-def gated_activation(act_fn: Callable[[Tensor], Tensor]) -> str | Callable[[Tensor], Tensor]:
-    """``act_fn`` as ``moe_experts`` takes it for concatenated gated experts: a name, or the gate as a function."""
-    name = activation_of(act_fn)
-    if name is not None:
-        return name
-
-    def gate(gate_up: Tensor) -> Tensor:
-        g, u = gate_up.chunk(2, dim=-1)
-        return act_fn(g) * u
-
-    return gate
+def _experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    weights = read_experts(module)
+    if isinstance(weights, str):
+        y: Tensor = type(module).forward(module, hidden_states, top_k_index, top_k_weights)
+        return y
+    return compute_experts(weights, hidden_states, top_k_index, top_k_weights)
 
 
-def gated_experts(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What ``Qwen3MoeExperts`` computes, with the weights that ``experts`` owns, dense or packed.
+class MoeExperts(nn.Module):
+    """The forward of every experts class under Transformers' ``use_experts_implementation`` (see ``experts_forward``).
 
-    Packed weights compute in the dtype of their format, whatever that of ``hidden_states``, as 4-bit linear layers do.
+    A module that the kernel cannot compute, such as one that has got another parameter, runs the forward of its class.
     """
-    gate_up_proj = Packed4bitWeights.of_module(experts, "gate_up_proj")
-    down_proj = Packed4bitWeights.of_module(experts, "down_proj")
-    dtype = hidden_states.dtype
-    if isinstance(gate_up_proj, Packed4bitWeights) and not torch.is_autocast_enabled(hidden_states.device.type):
-        hidden_states = hidden_states.to(gate_up_proj.dtype)
-    activation = gated_activation(experts.act_fn)
-    y = moe_experts(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, activation=activation)
-    return y if y.dtype == dtype else y.to(dtype)
-
-
-class Qwen3MoeExperts(nn.Module):
-    """The forward of Transformers' ``Qwen3MoeExperts``."""
 
     has_backward = True
     can_torch_compile = True
@@ -75,11 +49,29 @@ class Qwen3MoeExperts(nn.Module):
     act_fn: nn.Module
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return gated_experts(self, hidden_states, top_k_index, top_k_weights)
+        return _experts(self, hidden_states, top_k_index, top_k_weights)
+
+
+class Qwen3MoeExperts(nn.Module):
+    """As ``MoeExperts``, under the name of Qwen3-MoE's own class."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    gate_up_proj: Tensor
+    down_proj: Tensor
+    act_fn: nn.Module
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return _experts(self, hidden_states, top_k_index, top_k_weights)
 
 
 class Qwen3MoeSparseMoeBlock(nn.Module):
-    """The forward of Transformers' ``Qwen3MoeSparseMoeBlock``; calls ``self.gate``, whose hook records the router logits."""
+    """The forward of Transformers' ``Qwen3MoeSparseMoeBlock``; calls ``self.gate``, whose hook records the router logits.
+
+    Experts that the kernel cannot compute, and those that something wraps or hooks, such as PEFT's adapters, are called as
+    the modules that they are.
+    """
 
     has_backward = True
     can_torch_compile = True
@@ -91,11 +83,76 @@ class Qwen3MoeSparseMoeBlock(nn.Module):
         batch_size, sequence_length, hidden_dim = hidden_states.shape
         tokens = hidden_states.view(-1, hidden_dim)
         _, top_k_weights, top_k_index = self.gate(tokens)
-        if hasattr(self.experts, "base_layer"):  # PEFT's layer around them, which knows their adapters
-            y = self.experts(tokens, top_k_index, top_k_weights)
+        experts = self.experts
+        weights = read_experts(experts) if is_under_interface(type(experts)) and is_bare(experts) else ""
+        if isinstance(weights, str):
+            y = experts(tokens, top_k_index, top_k_weights)
         else:
-            y = gated_experts(self.experts, tokens, top_k_index, top_k_weights)
+            y = compute_experts(weights, tokens, top_k_index, top_k_weights)
         return y.view(batch_size, sequence_length, hidden_dim)
+
+
+class LoraMoeExperts(nn.Module):
+    """The forward of the layer that ``moe_fused`` puts around experts in PEFT: adapters go into the kernel.
+
+    ``base_layer`` is the experts module, or the layer of its other adapted parameter. What the kernel cannot do runs the
+    forward of the layer's own class, which knows every case.
+    """
+
+    has_backward = True
+    can_torch_compile = True
+
+    base_layer: Any
+    parameter_name: str
+    num_experts: int
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    lora_dropout: nn.ModuleDict
+    scaling: dict[str, float]
+    active_adapters: list[str]
+    disable_adapters: bool
+    merged: bool
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        gate_up_lora: Any = (),
+        down_lora: Any = (),
+        adapter_names: list[str] | None = None,
+    ) -> Tensor:
+        arguments = (hidden_states, top_k_index, top_k_weights, gate_up_lora, down_lora)
+        y = None if adapter_names else adapted_experts(self, *arguments)
+        if y is None:
+            y = type(self).forward(self, *arguments, adapter_names)
+        return y
+
+
+class LoraParamWrapper(nn.Module):
+    """The forward of PEFT's own ``lora.ParamWrapper`` around experts; otherwise as ``LoraMoeExperts``."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    base_layer: Any
+    parameter_name: str
+    num_experts: int
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    lora_dropout: nn.ModuleDict
+    scaling: dict[str, float]
+    active_adapters: list[str]
+    disable_adapters: bool
+    merged: bool
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = None
+        if len(args) == 2 and not kwargs:
+            y = adapted_experts(self, x, *args)
+        if y is None:
+            y = type(self).forward(self, x, *args, **kwargs)
+        return y
 
 
 class MoeFusedLinear(nn.Module):
@@ -107,21 +164,12 @@ class MoeFusedLinear(nn.Module):
     weight: Tensor
 
     def forward(self, input: Tensor, m_sizes: Tensor) -> Tensor:
-        return moe_fused_linear(input, Packed4bitWeights.of_module(self, "weight"), m_sizes)
+        return moe_fused_linear(input, weights_of(self, "weight"), m_sizes)
 
 
-def _active_loras(layer: Any) -> list[LoraWeights]:
-    """The adapters that count in a layer with the attributes of a PEFT LoRA layer."""
-    if layer.disable_adapters or layer.merged:
-        return []
-    loras = []
-    for name in layer.active_adapters:
-        if name in layer.lora_A:
-            # PEFT has an Identity in place of a dropout of zero.
-            dropout = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
-            weights = (layer.lora_A[name].weight, layer.lora_B[name].weight)
-            loras.append(LoraWeights(*weights, layer.scaling[name], dropout))
-    return loras
+def _linear_factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """A (E, r, in) and B (E, out, r), which a grouped linear layer holds as they are."""
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
 
 class LoraMoeFusedLinear(nn.Module):
@@ -142,5 +190,5 @@ class LoraMoeFusedLinear(nn.Module):
     merged: bool
 
     def forward(self, input: Tensor, m_sizes: Tensor) -> Tensor:
-        weight = Packed4bitWeights.of_module(self.base_layer, "weight")
-        return moe_fused_linear(input, weight, m_sizes, lora=_active_loras(self))
+        weight = weights_of(self.base_layer, "weight")
+        return moe_fused_linear(input, weight, m_sizes, lora=active_loras(self, _linear_factors))

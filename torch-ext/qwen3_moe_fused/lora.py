@@ -1,35 +1,24 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685) of expert stacks: what callers give, and the products of forward and backward.
-
-An adapter adds s·B[e]·A[e] to the matrix of expert e. It is never formed: with *left* = s·x·A[e]ᵀ (S, R), one thin product
-for all rows, the grouped GEMM adds left·B[e]ᵀ to its tile before the epilogue (an ``Extension``). The gradient of the input
-does the same with s·grad·B[e] and A[e], and the gradients of both factors are grouped Gram products with these two.
-
-A gated up projection may have factors of its own for gate and up: then A holds the gate's R rows before the up's, and left
-the gate's R columns before the up's. Rows of B are those of the weights either way.
-"""
+"""``LoraWeights``: a low-rank adapter (LoRA, arXiv:2106.09685) of an expert stack, as callers give it, and its checks."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks
-
-if TYPE_CHECKING:
-    from .quantization import Packed4bitWeights
-    from .routing import Routing
+from .ops.arguments import NO_LORA, LoraArguments
+from .packed import Packed4bitWeights
 
 
 class LoraWeights(NamedTuple):
     """One adapter of a stack of experts: the weights of expert e become W[e] + scaling · b[e] · a[e].
 
     Attributes:
-        a: (E, r, in); or (E, 2·r, in) over a gated up projection whose gate and up features have factors of their own, the
+        a: (E, r, in); or (E, 2·r, in) over a gated up projection whose gate and up features have factors apart, the
             gate's first.
         b: (E, out, r), rows as those of the weights. Both in any floating dtype; products round them to their own.
         scaling: alpha / r, or alpha / √r with rsLoRA.
@@ -45,23 +34,12 @@ class LoraWeights(NamedTuple):
     @property
     def separate(self) -> bool:
         """Whether gate and up have an ``a`` each."""
-        return self.a.shape[1] == 2 * self.b.shape[2]
+        return is_separate(self)
 
 
-class Extension(NamedTuple):
-    """What a grouped GEMM adds: left[row] · right[expert of row]ᵀ.
-
-    Attributes:
-        left: (S, R) contiguous; or (S, 2·R), the gate's columns before the up's.
-        right: (E, N, R) of any strides.
-    """
-
-    left: Tensor
-    right: Tensor
-
-    @property
-    def separate(self) -> bool:
-        return self.left.shape[1] == 2 * self.right.shape[2]
+def is_separate(lora: LoraWeights) -> bool:
+    """Whether gate and up have an ``a`` each, as a function: torch.compile does not trace a NamedTuple's property in 2.9."""
+    return lora.a.shape[1] == 2 * lora.b.shape[2]
 
 
 Loras = LoraWeights | Sequence[LoraWeights] | None
@@ -77,13 +55,13 @@ def check(
     transposed: bool = False,
     halves: bool = False,
 ) -> list[LoraWeights]:
-    """One adapter, several or none, as a list.
+    """The adapters that a caller gave, which may be one, several or none, as a list.
 
     Args:
-        name: of the argument.
-        weight: (E, out, in) that they adapt; (E, in, out) if ``transposed``.
-        like: a tensor on the device where they must be, and its name.
-        halves: gate and up features stand side by side, and so may have factors of their own.
+        name: the argument's name.
+        weight: the weights (E, out, in) that they adapt; (E, in, out) if ``transposed``.
+        like_name, like: a tensor on the device where the adapters must be, and its name.
+        halves: gate and up features stand side by side, so they may have factors apart.
 
     Raises:
         TypeError: not ``LoraWeights``, or of a dtype that does not fit.
@@ -116,13 +94,13 @@ def check(
     return adapters
 
 
-def fused(adapters: Sequence[LoraWeights]) -> tuple[Tensor | None, Tensor | None, float]:
-    """a, b and scaling of one adapter that adds what all of them add: their ranks side by side. Differentiable."""
+def fused(adapters: Sequence[LoraWeights]) -> LoraArguments:
+    """One adapter that adds what all of ``adapters`` add, with their ranks side by side. Differentiable."""
     if not adapters:
-        return None, None, 1.0
+        return NO_LORA
     if len(adapters) == 1:
-        return adapters[0][:3]
-    dtype = functools.reduce(torch.promote_types, (value.dtype for lora in adapters for value in lora[:2]))
+        return LoraArguments(adapters[0].a, adapters[0].b, adapters[0].scaling)
+    dtype = functools.reduce(torch.promote_types, (value.dtype for lora in adapters for value in (lora.a, lora.b)))
     scalings = {float(lora.scaling) for lora in adapters}
     if len(scalings) == 1:
         scaling, factors = scalings.pop(), [lora.b.to(dtype) for lora in adapters]
@@ -130,75 +108,8 @@ def fused(adapters: Sequence[LoraWeights]) -> tuple[Tensor | None, Tensor | None
         wide = torch.promote_types(dtype, torch.float32)
         scaling, factors = 1.0, [lora.b.to(wide) * lora.scaling for lora in adapters]
     b = torch.cat(factors, dim=2)
-    if not any(lora.separate for lora in adapters):
-        return torch.cat([lora.a.to(dtype) for lora in adapters], dim=1), b, scaling
-    halves = [lora.a.to(dtype).chunk(2, dim=1) if lora.separate else (lora.a.to(dtype),) * 2 for lora in adapters]
-    return torch.cat([own[half] for half in (0, 1) for own in halves], dim=1), b, scaling
-
-
-class Adapter:
-    """The factors in the dtype and layout of the products, and the products, over the stages of a backend.
-
-    Attributes:
-        a: (E, R or 2·R, in). b: (E, out, R). Both contiguous.
-    """
-
-    __slots__ = ("_whole", "a", "b", "grad_dtypes", "scaling", "stages")
-
-    def __init__(self, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype, stages: ModuleType) -> None:
-        self.a = (a if a.dtype == dtype else a.to(dtype)).contiguous()
-        self.b = (b if b.dtype == dtype else b.to(dtype)).contiguous()
-        self.scaling = float(scaling)  # Triton takes an int for a constant of the kernel, or for another type
-        self._whole = a.shape[1] == b.shape[2]  # no factors of its own for gate and up
-        self.grad_dtypes = a.dtype, b.dtype
-        self.stages = stages
-
-    @classmethod
-    def of(
-        cls, a: Tensor | None, b: Tensor | None, scaling: float, dtype: torch.dtype, stages: ModuleType
-    ) -> Adapter | None:
-        return None if a is None or b is None else cls(a, b, scaling, dtype, stages)
-
-    def left(self, x: Tensor, routing: Routing, num_rows: int, gather: bool) -> Tensor:
-        """s·x·aᵀ (S, R or 2·R) of x (S, in), or (T, in) with ``gather``."""
-        left = x.new_empty((num_rows, self.a.shape[1]))
-        self.stages.shrink(x, self.a, routing, gather, self.scaling, left)
-        return left
-
-    def extension(self, left: Tensor) -> Extension:
-        """Of the product with the weights (E, out, in)."""
-        return Extension(left, self.b)
-
-    def grad_left(self, grad: Tensor, routing: Routing, num_rows: int, gather: bool) -> Tensor:
-        """s·grad·b (S, R or 2·R) of the output's gradient (S, out), or (T, out) with ``gather``."""
-        left = grad.new_empty((num_rows, self.a.shape[1]))
-        if self._whole:
-            self.stages.shrink(grad, self.b.mT, routing, gather, self.scaling, left)
-            return left
-        halves = zip(grad.chunk(2, dim=1), self.b.chunk(2, dim=1), left.chunk(2, dim=1), strict=True)
-        for own_grad, b, own_left in halves:
-            self.stages.shrink(own_grad, b.mT, routing, gather, self.scaling, own_left)
-        return left
-
-    def grad_extension(self, grad_left: Tensor) -> Extension:
-        """Of the product with the transposed weights (E, in, out), for the gradient of the input."""
-        return Extension(grad_left, self.a.mT)
-
-    def grad_a(self, grad_left: Tensor, x: Tensor, routing: Routing, gather: bool) -> Tensor:
-        """(E, R or 2·R, in), of x as for ``left``, or weighted beforehand."""
-        grad = torch.empty_like(self.a, dtype=self.grad_dtypes[0])
-        self.stages.grouped_gram(grad_left, x, routing, gather_a=False, gather_b=gather, out=grad)
-        return grad
-
-    def grad_b(
-        self, grad: Tensor, left: Tensor, routing: Routing, gather: bool, weights: Tensor | None = None
-    ) -> Tensor:
-        """(E, out, R), of the output's gradient as for ``grad_left``, rows weighted by their slot's weight if given."""
-        grad_b = torch.empty_like(self.b, dtype=self.grad_dtypes[1])
-        if self._whole:
-            self.stages.grouped_gram(grad, left, routing, gather_a=gather, gather_b=False, out=grad_b, weights=weights)
-            return grad_b
-        halves = zip(grad.chunk(2, dim=1), left.chunk(2, dim=1), grad_b.chunk(2, dim=1), strict=True)
-        for own_grad, own_left, out in halves:
-            self.stages.grouped_gram(own_grad, own_left, routing, gather, False, out=out, weights=weights)
-        return grad_b
+    if not any(is_separate(lora) for lora in adapters):
+        return LoraArguments(torch.cat([lora.a.to(dtype) for lora in adapters], dim=1), b, scaling)
+    halves = [lora.a.to(dtype).chunk(2, dim=1) if is_separate(lora) else (lora.a.to(dtype),) * 2 for lora in adapters]
+    gates, ups = zip(*halves, strict=True)
+    return LoraArguments(torch.cat([*gates, *ups], dim=1), b, scaling)

@@ -1,16 +1,16 @@
-"""Routing: which rows of the grouped GEMMs belong to which expert.
+"""``Routing``: which rows of the grouped GEMMs belong to which expert, as views into one buffer.
 
 Every token goes to ``top_k`` experts, so T tokens make S = T·top_k *slots*, numbered ``t * top_k + k``. The grouped GEMMs
-want the slots of one expert side by side, so a stable counting sort by expert gives each slot a *row*. Everything the
-kernels need to know about that lives in one int32 buffer, whose size depends on shapes alone: nothing here synchronises
-with the host, and a replay under activation checkpointing allocates exactly the same.
+want the slots of one expert side by side, so a stable counting sort by expert gives each slot a *row*. Everything that the
+kernels need to know about rows and slots lies in one int32 buffer, whose size depends on shapes alone: nothing here
+synchronises with the host, and a replay under activation checkpointing allocates exactly the same.
 
 An expert id outside [0, E) means "not mine" (expert parallelism sends E): such a slot gets no row.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ MIN_BLOCK_M = 16
 
 
 def max_tiles(num_rows: int, num_experts: int, block_m: int = MIN_BLOCK_M) -> int:
-    """Upper bound of the number of row tiles: each expert, and the rows of none, end with a tile that is not full."""
+    """An upper bound of the number of row tiles: each expert, and the rows of no expert, may end with a partial tile."""
     return num_rows // block_m + num_experts + 1
 
 
@@ -36,7 +36,8 @@ class Routing(NamedTuple):
         tile_row: (max_tiles,) int32; first row of each row tile.
         num_experts: E.
         top_k: slots per token.
-        packed: the tiles are as high as grouped GEMMs over packed weights want them, not dense ones.
+        packed: the tiles are as high as grouped GEMMs over packed weights want them, rather than those over dense weights.
+        prepared: room for what launches make of the tensors once (``stages.triton.operands.routing_tensors``).
     """
 
     offsets: Tensor
@@ -47,25 +48,26 @@ class Routing(NamedTuple):
     num_experts: int
     top_k: int
     packed: bool = False
+    prepared: list[Any] = []  # noqa: RUF012 - from_buffer gives each its own
 
     @staticmethod
     def _sizes(num_rows: int, num_experts: int, sorted_rows: bool) -> list[int]:
         """Sizes of the views, each followed by the padding that lets the next start at 16 bytes."""
-        own = 0 if sorted_rows else num_rows
-        most = max_tiles(num_rows, num_experts)
-        offsets, rows, tiles = ((size, -size % 4) for size in (num_experts + 1, own, most))
+        mapped_rows = 0 if sorted_rows else num_rows
+        sizes = (num_experts + 1, mapped_rows, max_tiles(num_rows, num_experts))
+        offsets, rows, tiles = ((size, -size % 4) for size in sizes)
         return [*offsets, *rows, *rows, *tiles, *tiles]
 
     @classmethod
     def buffer_size(cls, num_rows: int, num_experts: int, sorted_rows: bool = False) -> int:
-        """Number of int32 of a routing buffer; ``sorted_rows`` when the caller's rows are sorted by expert already."""
+        """The number of int32 in a routing buffer; ``sorted_rows`` when the caller's rows are sorted by expert already."""
         return sum(cls._sizes(num_rows, num_experts, sorted_rows))
 
     @classmethod
     def new_buffer(
         cls, like: Tensor, num_rows: int, num_experts: int, sorted_rows: bool = False, zeroed: bool = False
     ) -> Tensor:
-        """A buffer on the device of ``like``. Some entries nobody writes or reads; ``zeroed`` gives them a value."""
+        """A new buffer on the device of ``like``; ``zeroed`` gives a value to the entries that nobody writes or reads."""
         size = cls.buffer_size(num_rows, num_experts, sorted_rows)
         return (like.new_zeros if zeroed else like.new_empty)(size, dtype=torch.int32)
 
@@ -79,8 +81,8 @@ class Routing(NamedTuple):
         sorted_rows: bool = False,
         packed: bool = False,
     ) -> Routing:
-        """Views into ``buffer`` (``buffer_size`` int32)."""
+        """The routing whose views lie in ``buffer``, which has ``buffer_size`` int32."""
         offsets, _, row_to_slot, _, slot_to_row, _, tile_expert, _, tile_row, _ = buffer.split_with_sizes(
             cls._sizes(num_rows, num_experts, sorted_rows)
         )
-        return cls(offsets, row_to_slot, slot_to_row, tile_expert, tile_row, num_experts, top_k, packed)
+        return cls(offsets, row_to_slot, slot_to_row, tile_expert, tile_row, num_experts, top_k, packed, [])

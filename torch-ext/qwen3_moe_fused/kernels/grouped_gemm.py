@@ -1,244 +1,125 @@
-"""Grouped GEMM: rows of one expert against that expert's weights, plain and with the gate in the epilogue.
+"""Grouped GEMM: rows of one expert against that expert's dense weights, plain and with the gate in the epilogue.
 
-One program computes one tile of BLOCK_M rows, all of one expert, and BLOCK_N output features; the column tiles of a row tile
-are neighbours in the grid, so they share the rows of x through the L2. Which expert and row a tile has was written by the
-routing kernel. Rows past the end of the expert are computed on whatever is there (always valid memory) and not stored.
+One program computes one tile of TILE.M rows, all of one expert, and TILE.N output features. The column tiles of a row tile
+are neighbours in the grid, so they share the rows of x through the L2. The routing kernel wrote which expert and which first
+row a tile has. Rows past the end of the expert are computed on whatever is there (always valid memory) and not stored.
 """
 
 import triton
 import triton.language as tl
 
-from .common import apply_gate
-from .low_rank import add_low_rank
-
-
-@triton.jit
-def load_weight(
-    w,  # WEIGHTS "pointer": element pointers of this tile; "rows"/"columns": a descriptor
-    first,  # descriptor: first row of this expert's matrix in the flattened stack
-    n,
-    k,
-    offs_n,
-    offs_k,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """The weight provider's device half: the (BLOCK_K, BLOCK_N) tile at in-feature k, out-feature n."""
-    if WEIGHTS == "rows":  # (E·N, K), in features contiguous
-        tile = w.load([first + n, k]).T
-    elif WEIGHTS == "columns":  # (E·K, N), out features contiguous
-        tile = w.load([first + k, n])
-    elif K % BLOCK_K == 0 and N % BLOCK_N == 0:
-        tile = tl.load(w)
-    else:
-        tile = tl.load(w, mask=(offs_k[:, None] < K - k) & (offs_n[None, :] < N), other=0.0)
-    return tile
-
-
-@triton.jit
-def fill_rows(
-    out_ptr,
-    row,
-    num_rows,
-    n,
-    value,
-    N: tl.constexpr,
-    STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Stores ``value`` in the (S, N) output's tile of rows of no expert that starts at ``row`` and column ``n``."""
-    rows = row + tl.arange(0, BLOCK_M)
-    offs_n = n + tl.arange(0, BLOCK_N)
-    tile = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32) + value
-    out = out_ptr + rows.to(tl.int64)[:, None] * STRIDE + offs_n[None, :]
-    tl.store(out, tile.to(out_ptr.dtype.element_ty), mask=(rows < num_rows)[:, None] & (offs_n < N)[None, :])
+from .low_rank import add_low_rank, add_low_rank_to_both
+from .tiles import fill_outputs, load_weight, store_outputs, token_rows
 
 
 @triton.jit
 def _up_tile(
-    x_ptr,
+    x,
     w,
-    bias_ptr,
-    left_ptr,
-    right_ptr,
-    h_ptr,
-    gate_up_ptr,
-    row_to_slot_ptr,
+    bias,
+    term,
+    out,
+    routing,
     expert,
     row,
     end,
     n,
-    STRIDE_WE: tl.constexpr,
-    STRIDE_WN: tl.constexpr,
-    STRIDE_WK: tl.constexpr,
-    H: tl.constexpr,
-    I: tl.constexpr,  # noqa: E741
-    COLUMNS: tl.constexpr,
-    COLUMN_STRIDE: tl.constexpr,
-    UP_OFFSET: tl.constexpr,
-    H_STRIDE: tl.constexpr,
-    GATE_UP_STRIDE: tl.constexpr,
-    GATE_UP_OFFSET: tl.constexpr,
     TOP_K: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    H: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    GATE: tl.constexpr,
+    OUT: tl.constexpr,
     LOW_RANK: tl.constexpr,
-    SAVE_H: tl.constexpr,
-    SAVE_GATE_UP: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
     """One tile of ``grouped_up_kernel``: rows row…min(row + BLOCK_M, end) of ``expert``, columns from n."""
-    rows = row + tl.arange(0, BLOCK_M)
-    live = rows < end
-    tokens = tl.load(row_to_slot_ptr + rows, mask=live, other=0) // TOP_K
+    BLOCK_N: tl.constexpr = TILE.N
+    BLOCK_K: tl.constexpr = TILE.K
+    live = row + tl.arange(0, BLOCK_M) < end
+    tokens = token_rows(routing, row, live, TOP_K, BLOCK_M)
     offs_n = n + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     # int64: T·H and E·out·in pass 2³¹ in real models.
-    x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * H + offs_k[None, :]
-    if WEIGHTS == "pointer":
-        w_ptr = w + expert.to(tl.int64) * STRIDE_WE
-        gate_w = w_ptr + (offs_n[None, :] * COLUMN_STRIDE) * STRIDE_WN + offs_k[:, None] * STRIDE_WK
-        up_w = gate_w + UP_OFFSET * STRIDE_WN
+    x_ptrs = x + tokens.to(tl.int64)[:, None] * H + offs_k[None, :]
+    if WEIGHT.MODE == "pointer":
+        w_ptr = w + expert.to(tl.int64) * WEIGHT.STRIDE_E
+        features = offs_n[None, :] * GATE.COLUMN_STRIDE
+        gate_w = w_ptr + features * WEIGHT.STRIDE_N + offs_k[:, None] * WEIGHT.STRIDE_K
+        up_w = gate_w + GATE.UP_OFFSET * WEIGHT.STRIDE_N
         first = 0
     else:
         gate_w = w
         up_w = w
-        first = expert * (COLUMNS if WEIGHTS == "rows" else H)
+        first = expert * (GATE.COLUMNS if WEIGHT.MODE == "rows" else H)
 
     gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, H, BLOCK_K):
         if H % BLOCK_K == 0:
-            x = tl.load(x_ptrs)
+            x_tile = tl.load(x_ptrs)
         else:
-            x = tl.load(x_ptrs, mask=offs_k[None, :] < H - k, other=0.0)
-        wg = load_weight(gate_w, first, n, k, offs_n, offs_k, I, H, WEIGHTS, BLOCK_N, BLOCK_K)
-        gate = tl.dot(x, wg, gate, input_precision=PRECISION)
-        if GATED:
-            wu = load_weight(up_w, first, n + UP_OFFSET, k, offs_n, offs_k, I, H, WEIGHTS, BLOCK_N, BLOCK_K)
-            up = tl.dot(x, wu, up, input_precision=PRECISION)
+            x_tile = tl.load(x_ptrs, mask=offs_k[None, :] < H - k, other=0.0)
+        wg = load_weight(gate_w, first, n, k, offs_n, offs_k, GATE.I, H, WEIGHT, BLOCK_N, BLOCK_K)
+        gate = tl.dot(x_tile, wg, gate, input_precision=TILE.PRECISION)
+        if GATE.GATED:
+            up_n = n + GATE.UP_OFFSET
+            wu = load_weight(up_w, first, up_n, k, offs_n, offs_k, GATE.I, H, WEIGHT, BLOCK_N, BLOCK_K)
+            up = tl.dot(x_tile, wu, up, input_precision=TILE.PRECISION)
         x_ptrs += BLOCK_K
-        if WEIGHTS == "pointer":
-            gate_w += BLOCK_K * STRIDE_WK
-            up_w += BLOCK_K * STRIDE_WK
+        if WEIGHT.MODE == "pointer":
+            gate_w += BLOCK_K * WEIGHT.STRIDE_K
+            up_w += BLOCK_K * WEIGHT.STRIDE_K
 
-    in_n = offs_n < I
-    columns = offs_n * COLUMN_STRIDE
-    if LOW_RANK[0] > 0:
-        gate = add_low_rank(gate, left_ptr, right_ptr, expert, row, live, columns, in_n, LOW_RANK, PRECISION, BLOCK_M)
-        if GATED:
-            left_ptr += LOW_RANK[3]
-            columns_up = columns + GATE_UP_OFFSET
-            up = add_low_rank(
-                up, left_ptr, right_ptr, expert, row, live, columns_up, in_n, LOW_RANK, PRECISION, BLOCK_M
-            )
-    if HAS_BIAS:
-        bias_ptrs = bias_ptr + expert * COLUMNS + columns
-        gate += tl.load(bias_ptrs, mask=in_n, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            up += tl.load(bias_ptrs + UP_OFFSET, mask=in_n, other=0.0).to(tl.float32)[None, :]
-    mask = live[:, None] & in_n[None, :]
-    # The tile's base in int64, offsets inside it in int32: half the registers.
-    row64 = row.to(tl.int64)
-    offs_m = tl.arange(0, BLOCK_M)
-    if SAVE_GATE_UP:
-        out = gate_up_ptr + row64 * GATE_UP_STRIDE + offs_m[:, None] * GATE_UP_STRIDE + columns[None, :]
-        tl.store(out, gate.to(gate_up_ptr.dtype.element_ty), mask=mask)
-        if GATED:
-            tl.store(out + GATE_UP_OFFSET, up.to(gate_up_ptr.dtype.element_ty), mask=mask)
-    if SAVE_H:
-        h = apply_gate(gate, up, ALPHA, LIMIT, ACTIVATION, GATED)
-        out = h_ptr + row64 * H_STRIDE + offs_m[:, None] * H_STRIDE + offs_n[None, :]
-        tl.store(out, h.to(h_ptr.dtype.element_ty), mask=mask)
+    if LOW_RANK.RANK > 0:
+        gate, up = add_low_rank_to_both(
+            gate, up, term, expert, row, live, offs_n * GATE.COLUMN_STRIDE, offs_n < GATE.I, OUT.GATE_UP_OFFSET,
+            GATE.GATED, LOW_RANK, TILE, BLOCK_M,
+        )  # fmt: skip
+    store_outputs(gate, up, bias, out, expert, row, live, offs_n, GATE, OUT, HAS_BIAS, BLOCK_M)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def grouped_up_kernel(
-    x_ptr,  # (T, H)
+    x,  # (T, H)
     w,  # (E, COLUMNS, H): element pointer, or descriptor of (E·COLUMNS, H) or (E·H, COLUMNS)
-    bias_ptr,  # (E, COLUMNS)
-    left_ptr,  # (S, RANK), or (S, 2·RANK): the gate's, then the up's
-    right_ptr,  # (E, COLUMNS, RANK)
-    h_ptr,  # (S, I) out
-    gate_up_ptr,  # (S, COLUMNS) out
-    offsets_ptr,  # (E+1,)
-    row_to_slot_ptr,  # (S,)
-    tile_expert_ptr,  # (tiles,)
-    tile_row_ptr,  # (tiles,)
+    bias,  # (E, COLUMNS)
+    term,  # LowRankTensors: an adapter's product that is added
+    out,  # Outputs: h (S, I), gate_up (S, COLUMNS)
+    routing,  # RoutingTensors
     num_rows,  # S
     NUM_EXPERTS: tl.constexpr,
-    STRIDE_WE: tl.constexpr,
-    STRIDE_WN: tl.constexpr,
-    STRIDE_WK: tl.constexpr,
-    H: tl.constexpr,
-    I: tl.constexpr,  # noqa: E741
-    COLUMNS: tl.constexpr,  # 2·I when gated, else I
-    COLUMN_STRIDE: tl.constexpr,  # of the gate features in w, bias and gate_up
-    UP_OFFSET: tl.constexpr,  # from a gate feature to its up feature, in w and bias
-    H_STRIDE: tl.constexpr,  # of the rows of h, which may have more columns than w computes
-    GATE_UP_STRIDE: tl.constexpr,  # of the rows of gate_up
-    GATE_UP_OFFSET: tl.constexpr,  # from a gate column to its up column
     TOP_K: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr,
+    H: tl.constexpr,
+    WEIGHT: tl.constexpr,  # DenseLayout
+    GATE: tl.constexpr,  # GateLayout
+    OUT: tl.constexpr,  # OutputLayout
+    LOW_RANK: tl.constexpr,  # LowRankLayout
     HAS_BIAS: tl.constexpr,
-    LOW_RANK: tl.constexpr,  # an adapter's product, left · right[expert]ᵀ, is added
-    SAVE_H: tl.constexpr,
-    SAVE_GATE_UP: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # of h; the program multiplies twice as many columns when gated
-    BLOCK_K: tl.constexpr,
-    HALF_TILES: tl.constexpr,  # an expert's last tile is half as high where that is enough
+    TILE: tl.constexpr,  # N columns of h; the program multiplies twice as many when gated
 ):
-    """h = gate(x[token] · w[expert]ᵀ + bias[expert]). Grid: (tiles · ⌈I / BLOCK_N⌉,), column tiles fastest."""
-    N_TILES: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
+    """h = gate(x[token] · w[expert]ᵀ + bias[expert]). Grid: (tiles · ⌈I / TILE.N⌉,), column tiles fastest."""
+    N_TILES: tl.constexpr = (GATE.I + TILE.N - 1) // TILE.N
     tile = tl.program_id(0) // N_TILES
-    n = (tl.program_id(0) % N_TILES) * BLOCK_N
-    expert = tl.load(tile_expert_ptr + tile)
+    n = (tl.program_id(0) % N_TILES) * TILE.N
+    expert = tl.load(routing.tile_expert + tile)
     if expert < 0:
         return
-    row = tl.load(tile_row_ptr + tile)
+    row = tl.load(routing.tile_row + tile)
     if expert == NUM_EXPERTS:
-        if SAVE_H:
-            fill_rows(h_ptr, row, num_rows, n, 0.0, I, H_STRIDE, BLOCK_M, BLOCK_N)
-        if SAVE_GATE_UP:
-            if GATED and COLUMN_STRIDE == 1:
-                fill_rows(gate_up_ptr, row, num_rows, n, 0.0, I, GATE_UP_STRIDE, BLOCK_M, BLOCK_N)
-                fill_rows(gate_up_ptr + GATE_UP_OFFSET, row, num_rows, n, 0.0, I, GATE_UP_STRIDE, BLOCK_M, BLOCK_N)
-            else:
-                fill_rows(gate_up_ptr, row, num_rows, n, 0.0, COLUMNS, GATE_UP_STRIDE, BLOCK_M, BLOCK_N)
-                if GATED:
-                    fill_rows(gate_up_ptr, row, num_rows, n + I, 0.0, COLUMNS, GATE_UP_STRIDE, BLOCK_M, BLOCK_N)
+        fill_outputs(out, row, num_rows, n, 0.0, GATE, OUT, TILE)
         return
-    end = tl.load(offsets_ptr + expert + 1)
-    if HALF_TILES and end - row <= BLOCK_M // 2:
+    end = tl.load(routing.offsets + expert + 1)
+    if TILE.HALF and end - row <= TILE.M // 2:
         _up_tile(
-            x_ptr, w, bias_ptr, left_ptr, right_ptr, h_ptr, gate_up_ptr, row_to_slot_ptr, expert, row, end, n,
-            STRIDE_WE, STRIDE_WN, STRIDE_WK, H, I, COLUMNS, COLUMN_STRIDE, UP_OFFSET, H_STRIDE, GATE_UP_STRIDE,
-            GATE_UP_OFFSET, TOP_K, ACTIVATION, GATED, ALPHA, LIMIT, HAS_BIAS, LOW_RANK, SAVE_H, SAVE_GATE_UP,
-            WEIGHTS, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K,
+            x, w, bias, term, out, routing, expert, row, end, n, TOP_K, H, WEIGHT, GATE, OUT, LOW_RANK, HAS_BIAS, TILE,
+            TILE.M // 2,
         )  # fmt: skip
     else:
         _up_tile(
-            x_ptr, w, bias_ptr, left_ptr, right_ptr, h_ptr, gate_up_ptr, row_to_slot_ptr, expert, row, end, n,
-            STRIDE_WE, STRIDE_WN, STRIDE_WK, H, I, COLUMNS, COLUMN_STRIDE, UP_OFFSET, H_STRIDE, GATE_UP_STRIDE,
-            GATE_UP_OFFSET, TOP_K, ACTIVATION, GATED, ALPHA, LIMIT, HAS_BIAS, LOW_RANK, SAVE_H, SAVE_GATE_UP,
-            WEIGHTS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            x, w, bias, term, out, routing, expert, row, end, n, TOP_K, H, WEIGHT, GATE, OUT, LOW_RANK, HAS_BIAS, TILE,
+            TILE.M,
         )  # fmt: skip
 
 
@@ -246,136 +127,112 @@ def grouped_up_kernel(
 def _gemm_tile(
     a,
     w,
-    bias_ptr,
-    left_ptr,
-    right_ptr,
-    out_ptr,
-    row_to_slot_ptr,
+    bias,
+    term,
+    out,
+    routing,
     scale,
     expert,
     row,
     end,
     n,
-    STRIDE_WE: tl.constexpr,
-    STRIDE_WN: tl.constexpr,
-    STRIDE_WK: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    A_STRIDE: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
     TOP_K: tl.constexpr,
-    GATHER: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    K: tl.constexpr,
+    A: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    GATE: tl.constexpr,
+    OUT: tl.constexpr,
     LOW_RANK: tl.constexpr,
-    SCALED: tl.constexpr,
-    A_DESCRIPTOR: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
     """One tile of ``grouped_gemm_kernel``: rows row…min(row + BLOCK_M, end) of ``expert``, columns from n."""
+    BLOCK_N: tl.constexpr = TILE.N
+    BLOCK_K: tl.constexpr = TILE.K
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = n + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     live = row + offs_m < end
-    if not A_DESCRIPTOR:
-        if GATHER:
-            source = tl.load(row_to_slot_ptr + row + offs_m, mask=live, other=0) // TOP_K
+    if not A.DESCRIPTOR:
+        if A.GATHER:
+            source = token_rows(routing, row, live, TOP_K, BLOCK_M)
         else:
             source = tl.where(live, row + offs_m, row)
-        a_ptrs = a + source.to(tl.int64)[:, None] * A_STRIDE + offs_k[None, :]
-    if WEIGHTS == "pointer":
-        w_tile = w + expert.to(tl.int64) * STRIDE_WE + offs_n[None, :] * STRIDE_WN + offs_k[:, None] * STRIDE_WK
+        a_ptrs = a + source.to(tl.int64)[:, None] * A.STRIDE + offs_k[None, :]
+    if WEIGHT.MODE == "pointer":
+        w_tile = w + expert.to(tl.int64) * WEIGHT.STRIDE_E
+        w_tile = w_tile + offs_n[None, :] * WEIGHT.STRIDE_N + offs_k[:, None] * WEIGHT.STRIDE_K
         first = 0
     else:
         w_tile = w
-        first = expert * (N if WEIGHTS == "rows" else K)
+        first = expert * (GATE.I if WEIGHT.MODE == "rows" else K)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
-        if A_DESCRIPTOR:
+        if A.DESCRIPTOR:
             x = a.load([row, k])
         elif K % BLOCK_K == 0:
             x = tl.load(a_ptrs)
         else:
             x = tl.load(a_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
-        wt = load_weight(w_tile, first, n, k, offs_n, offs_k, N, K, WEIGHTS, BLOCK_N, BLOCK_K)
-        acc = tl.dot(x, wt, acc, input_precision=PRECISION)
-        if not A_DESCRIPTOR:
+        wt = load_weight(w_tile, first, n, k, offs_n, offs_k, GATE.I, K, WEIGHT, BLOCK_N, BLOCK_K)
+        acc = tl.dot(x, wt, acc, input_precision=TILE.PRECISION)
+        if not A.DESCRIPTOR:
             a_ptrs += BLOCK_K
-        if WEIGHTS == "pointer":
-            w_tile += BLOCK_K * STRIDE_WK
-    in_n = offs_n < N
-    if LOW_RANK[0] > 0:
-        acc = add_low_rank(acc, left_ptr, right_ptr, expert, row, live, offs_n, in_n, LOW_RANK, PRECISION, BLOCK_M)
-    if SCALED:
+        if WEIGHT.MODE == "pointer":
+            w_tile += BLOCK_K * WEIGHT.STRIDE_K
+    if LOW_RANK.RANK > 0:
+        acc = add_low_rank(
+            acc, term.left, term.right, expert, row, live, offs_n, offs_n < GATE.I, LOW_RANK, TILE, BLOCK_M
+        )
+    if A.SCALED:
         acc *= scale
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + expert * N + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
-    out = out_ptr + row.to(tl.int64) * OUT_STRIDE + offs_m[:, None] * OUT_STRIDE + offs_n[None, :]
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & in_n[None, :])
+    store_outputs(acc, acc, bias, out, expert, row, live, offs_n, GATE, OUT, HAS_BIAS, BLOCK_M)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def grouped_gemm_kernel(
-    a,  # (S, K), or (T, K) with GATHER: element pointer, or descriptor with A_DESCRIPTOR
+    a,  # (S, K), or (T, K) where rows are gathered: element pointer, or descriptor
     a_half,  # the same; a descriptor has blocks of half the height
     w,  # (E, N, K): element pointer, or descriptor of (E·N, K) or (E·K, N)
-    bias_ptr,  # (E, N)
-    left_ptr,  # (S, RANK)
-    right_ptr,  # (E, N, RANK)
-    out_ptr,  # (S, N) out
-    offsets_ptr,  # (E+1,)
-    row_to_slot_ptr,  # (S,), read with GATHER
-    tile_expert_ptr,  # (tiles,)
-    tile_row_ptr,  # (tiles,)
+    bias,  # (E, N)
+    term,  # LowRankTensors: an adapter's product that is added
+    out,  # Outputs: h (S, N)
+    routing,  # RoutingTensors
     num_rows,  # S
     fill,  # of rows that belong to no expert
-    scale,  # of the product, with SCALED
+    scale,  # of the product, where A.SCALED
     NUM_EXPERTS: tl.constexpr,
-    STRIDE_WE: tl.constexpr,
-    STRIDE_WN: tl.constexpr,
-    STRIDE_WK: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    A_STRIDE: tl.constexpr,  # of the rows of a
-    OUT_STRIDE: tl.constexpr,  # of the rows of out, which may have more columns than w computes
     TOP_K: tl.constexpr,
-    GATHER: tl.constexpr,
+    K: tl.constexpr,
+    A: tl.constexpr,  # RowsLayout
+    WEIGHT: tl.constexpr,  # DenseLayout
+    GATE: tl.constexpr,  # GateLayout of a plain product
+    OUT: tl.constexpr,  # OutputLayout
+    LOW_RANK: tl.constexpr,  # LowRankLayout
     HAS_BIAS: tl.constexpr,
-    LOW_RANK: tl.constexpr,  # an adapter's product, left · right[expert]ᵀ, is added
-    SCALED: tl.constexpr,
-    A_DESCRIPTOR: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HALF_TILES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """out[row] = a[row or token] · w[expert]ᵀ + bias[expert]. Grid: (tiles · ⌈N / BLOCK_N⌉,), column tiles fastest."""
-    N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    """out[row] = a[row or token] · w[expert]ᵀ + bias[expert]. Grid: (tiles · ⌈N / TILE.N⌉,), column tiles fastest."""
+    N_TILES: tl.constexpr = (GATE.I + TILE.N - 1) // TILE.N
     tile = tl.program_id(0) // N_TILES
-    n = (tl.program_id(0) % N_TILES) * BLOCK_N
-    expert = tl.load(tile_expert_ptr + tile)
+    n = (tl.program_id(0) % N_TILES) * TILE.N
+    expert = tl.load(routing.tile_expert + tile)
     if expert < 0:
         return
-    row = tl.load(tile_row_ptr + tile)
+    row = tl.load(routing.tile_row + tile)
     if expert == NUM_EXPERTS:
-        fill_rows(out_ptr, row, num_rows, n, fill, N, OUT_STRIDE, BLOCK_M, BLOCK_N)
+        fill_outputs(out, row, num_rows, n, fill, GATE, OUT, TILE)
         return
-    end = tl.load(offsets_ptr + expert + 1)
-    if HALF_TILES and end - row <= BLOCK_M // 2:
+    end = tl.load(routing.offsets + expert + 1)
+    if TILE.HALF and end - row <= TILE.M // 2:
         _gemm_tile(
-            a_half, w, bias_ptr, left_ptr, right_ptr, out_ptr, row_to_slot_ptr, scale, expert, row, end, n, STRIDE_WE,
-            STRIDE_WN, STRIDE_WK, N, K, A_STRIDE, OUT_STRIDE, TOP_K, GATHER, HAS_BIAS, LOW_RANK, SCALED, A_DESCRIPTOR,
-            WEIGHTS, PRECISION, BLOCK_M // 2, BLOCK_N, BLOCK_K,
+            a_half, w, bias, term, out, routing, scale, expert, row, end, n, TOP_K, K, A, WEIGHT, GATE, OUT, LOW_RANK,
+            HAS_BIAS, TILE, TILE.M // 2,
         )  # fmt: skip
     else:
         _gemm_tile(
-            a, w, bias_ptr, left_ptr, right_ptr, out_ptr, row_to_slot_ptr, scale, expert, row, end, n, STRIDE_WE,
-            STRIDE_WN, STRIDE_WK, N, K, A_STRIDE, OUT_STRIDE, TOP_K, GATHER, HAS_BIAS, LOW_RANK, SCALED, A_DESCRIPTOR,
-            WEIGHTS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            a, w, bias, term, out, routing, scale, expert, row, end, n, TOP_K, K, A, WEIGHT, GATE, OUT, LOW_RANK,
+            HAS_BIAS, TILE, TILE.M,
         )  # fmt: skip

@@ -72,8 +72,10 @@ def combine_backward_kernel(
     NEED_WEIGHTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Of a weighted combine: grad_z[row] = weights[slot] · grad_y[token], zeros in rows of no expert;
-    grad_weights[slot] = grad_y[token] · z[row]. Grid: (S,)."""
+    """The backward of a weighted combine. Grid: (S,).
+
+    grad_z[row] = weights[slot] · grad_y[token], zeros in rows of no expert; grad_weights[slot] = grad_y[token] · z[row].
+    """
     slot = tl.program_id(0).to(tl.int64)
     row = tl.load(slot_to_row_ptr + slot).to(tl.int64)
     orphan = slot >= tl.load(offsets_ptr + NUM_EXPERTS)

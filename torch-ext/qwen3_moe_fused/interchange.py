@@ -1,0 +1,172 @@
+"""Stacks of 4-bit weights from and to the single matrices that bitsandbytes makes and checkpoints hold.
+
+The pieces are those of nf4 and fp4, whose scales are blocks' absmaxes (``formats.absmax``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .formats.absmax import GROUP, as_floats, nested_values
+from .formats.base import Format4bit
+from .packed import Packed4bitWeights, is_wanted
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """One matrix as bitsandbytes holds it: an expert's projection, or a stack that was quantized as one.
+
+    Attributes:
+        packed: (n/2, 1) or of any other shape, uint8 or a dtype that its bytes are viewed as (bnb_4bit_quant_storage).
+        absmax: (blocks,) uint8 with double quantization, else fp32.
+        nested_absmax: (groups,) fp32, the absmax of ``QuantState.state2``; None without double quantization.
+        nested_offset: one fp32, ``QuantState.offset``; None without double quantization.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None = None
+    nested_offset: Tensor | None = None
+
+    def tensors(self, name: str, weights: int, format: Format4bit) -> dict[str, Tensor]:
+        """The tensors by attribute name, flat, ``packed`` as bytes, once they fit a matrix of so many weights.
+
+        Args:
+            name: what an error calls the piece.
+            weights: of the matrix.
+            format: of the stack that the matrix becomes a part of.
+
+        Raises:
+            TypeError, ValueError: a tensor that is missing, superfluous, or of another dtype or size.
+        """
+        blocks = weights // format.blocksize
+        absmax_dtype = torch.uint8 if format.double_quant else torch.float32
+        wanted: dict[str, tuple[torch.dtype, int]] = {
+            "packed": (torch.uint8, weights // 2),
+            "absmax": (absmax_dtype, blocks),
+        }
+        if format.double_quant:
+            wanted["nested_absmax"] = (torch.float32, math.ceil(blocks / GROUP))
+            wanted["nested_offset"] = (torch.float32, 1)
+        flat: dict[str, Tensor] = {}
+        for part in (attribute.name for attribute in fields(self)):
+            value, label = getattr(self, part), f"{name}.{part}"
+            if not is_wanted(label, value, part in wanted, format):
+                continue
+            dtype, size = wanted[part]
+            value = value.detach().reshape(-1)
+            if part == "packed" and value.is_floating_point():
+                value = value.view(torch.uint8)
+            checks.dtype(label, value, (dtype,))
+            if value.numel() != size:
+                what = "bytes" if part == "packed" else "values"
+                raise ValueError(f"{label} must have {size} {what} for {weights} weights, got {value.numel()}")
+            flat[part] = value
+        return flat
+
+
+def _checked(name: str, piece: object) -> Piece:
+    if not isinstance(piece, Piece):
+        raise TypeError(f"{name} must be a Piece, got {type(piece).__name__}")
+    return piece
+
+
+def stack_of_pieces(
+    pieces: Iterable[Piece], format: Format4bit, device: torch.device | str | int | None = None
+) -> Packed4bitWeights:
+    """A stack of matrices that were quantized one by one, bit for bit.
+
+    Args:
+        pieces: E·projections of them, the projections of expert 0 first. They are taken one at a time, so an iterator that
+            loads or makes them needs memory for one.
+        format: what they make up.
+        device: of the stack; None for that of the first piece.
+
+    Raises:
+        TypeError, ValueError: too many or too few, or one that does not fit the format: which, and why.
+    """
+    num_experts, out_features, in_features = format.shape
+    weights = out_features // format.projections * in_features
+    places = [(expert, projection) for expert in range(num_experts) for projection in range(format.projections)]
+
+    def parts() -> Iterator[dict[str, Tensor]]:
+        remaining = iter(pieces)
+        for index, (expert, projection) in enumerate(places):
+            piece = next(remaining, None)
+            if piece is None:
+                raise ValueError(f"pieces must be {len(places)}, of each expert and projection, got {index}")
+            name = f"piece of expert {expert}, projection {projection}"
+            yield _checked(name, piece).tensors(name, weights, format)
+        if next(remaining, None) is not None:
+            raise ValueError(f"pieces must be {len(places)}, of each expert and projection, got more")
+
+    return Packed4bitWeights.of_parts(parts(), format, device)
+
+
+def stack_of_fused_pieces(
+    pieces: Sequence[Piece], format: Format4bit, device: torch.device | str | int | None = None
+) -> Packed4bitWeights:
+    """A stack of matrices that were quantized over all experts at once, as if each expert had been quantized alone.
+
+    Nothing is lost: ``dequantize`` gives the same bits. Groups of 256 absmaxes that run over from one expert to the next
+    cannot be kept, though; the absmaxes are then stored in fp32, and the result's format has ``double_quant=False``.
+
+    Args:
+        pieces: for each projection the one that quantizing its (E, out/projections, in) stack gave.
+        format: of the stack, with ``double_quant`` as the pieces have it.
+        device: of the stack; None for that of the first piece.
+
+    Raises:
+        TypeError, ValueError: too many or too few, or one that does not fit the format: which, and why.
+    """
+    if len(pieces) != format.projections:
+        raise ValueError(f"pieces must be {format.projections}, one for each projection, got {len(pieces)}")
+    num_experts, out_features, in_features = format.shape
+    weights = num_experts * out_features // format.projections * in_features
+    stacks = []
+    for projection, piece in enumerate(pieces):
+        name = f"piece of projection {projection}"
+        stacks.append(_checked(name, piece).tensors(name, weights, format))
+    if format.double_quant and format.blocks % GROUP:
+        format = replace(format, double_quant=False)
+        stacks = [
+            {"packed": s["packed"], "absmax": nested_values(s["absmax"], s["nested_absmax"], s["nested_offset"])}
+            for s in stacks
+        ]
+
+    def split() -> Iterator[Piece]:
+        for expert in range(num_experts):
+            for stack in stacks:
+                yield Piece(
+                    **{
+                        part: value if part == "nested_offset" else value.view(num_experts, -1)[expert]
+                        for part, value in stack.items()
+                    }
+                )
+
+    return stack_of_pieces(split(), format, device)
+
+
+def piece_of(weights: Packed4bitWeights, expert: int, projection: int = 0) -> Piece:
+    """One matrix of a stack as bitsandbytes holds it: ``packed`` (n/2, 1), the others flat, the offset a scalar.
+
+    The tensors are views of the stack's memory, as far as alignment lets them be.
+
+    Raises:
+        ValueError: no such expert or projection.
+    """
+    format = weights.format
+    for name, value, size in (("expert", expert, format.shape[0]), ("projection", projection, format.projections)):
+        if not 0 <= value < size:
+            raise ValueError(f"{name} must be from 0 to {size - 1}, got {value}")
+    parts = {part: value[expert].view(format.projections, -1)[projection] for part, value in weights.tensors().items()}
+    if not format.double_quant:
+        return Piece(parts["packed"][:, None], as_floats(parts["absmax"]))
+    nested_absmax, nested_offset = as_floats(parts["nested_absmax"]), as_floats(parts["nested_offset"])
+    return Piece(parts["packed"][:, None], parts["absmax"], nested_absmax, nested_offset.view(()))
