@@ -13,24 +13,35 @@ from __future__ import annotations
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
+from .integrations.kernelize.mapping import KERNEL_MAPPING
+
 if TYPE_CHECKING:
     import torch
     from kernels import Mode
     from torch import nn
 
-__all__ = ["__version__", "disable", "enable", "get_kernel", "kernelize", "save_format"]
+__all__ = [
+    "KERNEL_MAPPING",
+    "__version__",
+    "disable",
+    "enable",
+    "get_kernel",
+    "kernelize",
+    "register_layers",
+    "save_format",
+]
 
 __version__ = "0.1.0"
 
 
 def get_kernel() -> ModuleType:
-    """The kernel module: ``moe_experts``, ``moe_fused_linear``, ``layers`` and more, loaded once through ``kernels``.
+    """Returns the kernel module (``moe_experts``, ``moe_fused_linear``, ``layers`` and more), which is loaded once.
 
-    Taken from the directory that ``LOCAL_KERNELS`` names, else from the build that ships with this package, else from
-    the Hub.
+    ``kernels`` loads it from the directory that ``LOCAL_KERNELS`` names, else from the build that ships with this
+    package, else from the Hub.
 
     Raises:
-        RuntimeError: torch, transformers or kernels is missing or does not fit.
+        RuntimeError: torch, transformers or kernels is missing, or its version does not fit.
         FileNotFoundError: there is no build of the kernel for this machine.
     """
     from . import hub
@@ -39,39 +50,54 @@ def get_kernel() -> ModuleType:
 
 
 def enable(*, recompute: bool = False) -> None:
-    """Registers with Transformers and PEFT what this package adds; a second call changes nothing but ``recompute``.
+    """Registers this package with Transformers and PEFT. A second call changes nothing but ``recompute``.
 
     From then on ``from_pretrained(..., experts_implementation="moe_fused")`` and
     ``model.set_experts_implementation("moe_fused")`` work, for every model whose experts Transformers can exchange, and
     ``BitsAndBytesConfig(load_in_4bit=True)`` holds the weights of such experts in 4 bits, too. LoRA that PEFT adds to
-    experts of such a model runs inside the kernel. PEFT need not be installed, nor be imported first.
+    experts of such a model runs inside the kernel. PEFT need not be installed, and need not be imported first. With kernels
+    0.17 and newer, ``kernels.kernelize`` finds the kernel's layers (see ``register_layers``). On a CPU,
+    bitsandbytes' linear layers compute the same on every processor from then on
+    (see ``moe_fused.integrations.quantizer.bitsandbytes_cpu``).
 
     Args:
-        recompute: whether backward computes the experts' up projection again instead of keeping its output, (T·top_k, 2·I)
-            for each layer. Under gradient checkpointing, which computes everything again, leave it off.
+        recompute: whether the backward computes the experts' up projection again instead of keeping its output,
+            (T·top_k, 2·I) for each layer. Leave it off under gradient checkpointing, which computes everything again.
 
     Raises:
         RuntimeError: torch, transformers or kernels is missing or does not fit.
         FileNotFoundError: there is no build of the kernel for this machine.
     """
-    kernel = get_kernel()
-    from . import experts, peft, quantizer
+    get_kernel()
+    from .integrations import peft
+    from .integrations.kernelize import registration
+    from .integrations.quantizer import bitsandbytes_cpu, hf_quantizer
+    from .integrations.transformers import forward
 
-    experts.register(kernel, recompute)
-    quantizer.register()
+    bitsandbytes_cpu.register()
+    forward.register(recompute)
+    hf_quantizer.register()
     peft.register()
+    if registration.has_conditions():
+        registration.register()
 
 
 def disable() -> None:
-    """Undoes ``enable``: a model still set to ``"moe_fused"`` raises Transformers' error for what is not registered.
+    """Undoes ``enable``. A model that is still set to ``"moe_fused"`` raises Transformers' error for unknown names.
 
-    Save adapters on experts before: without ``enable``, PEFT does not know how those with factors for each linear layer are
-    written.
+    Save adapters on experts before. Without ``enable``, PEFT cannot write adapters that have factors for each linear layer
+    of an expert.
     """
     import sys
 
-    for name in ("experts", "quantizer", "peft"):
-        module = sys.modules.get(f"{__name__}.{name}")
+    for name in (
+        "kernelize.registration",
+        "transformers.forward",
+        "quantizer.hf_quantizer",
+        "peft",
+        "quantizer.bitsandbytes_cpu",
+    ):
+        module = sys.modules.get(f"{__name__}.integrations.{name}")
         if module is not None:
             module.unregister()
 
@@ -80,48 +106,70 @@ def save_format(model: nn.Module, layout: Literal["per_expert", "fused"]) -> Non
     """Chooses how ``model.save_pretrained`` writes 4-bit experts.
 
     Args:
-        model: loaded with 4-bit experts.
-        layout: ``"per_expert"``, the default, writes a 4-bit matrix for each expert as Transformers 4 did, what every
-            tool reads; experts that never were separate in any checkpoint are written fused. ``"fused"`` writes a few
-            large tensors for each layer, which load faster and which only this package reads.
+        model: a model that was loaded with 4-bit experts.
+        layout: ``"per_expert"``, the default, writes a 4-bit matrix for each expert, as Transformers 4 did. Every tool reads
+            this. Experts that were never separate in any checkpoint are written fused. ``"fused"`` writes a few large
+            tensors for each layer, which load faster, but which only this package reads.
 
     Raises:
-        ValueError: no such layout; a model without 4-bit experts.
+        ValueError: there is no such layout, or the model has no 4-bit experts.
     """
-    from . import quantizer
+    from .integrations.quantizer import hf_quantizer
 
-    quantizer.save_format(model, layout)
+    hf_quantizer.save_format(model, layout)
+
+
+def register_layers() -> None:
+    """Lets ``kernels.kernelize`` put the kernel's layers on any model. ``enable`` does this, too; ``disable`` undoes it.
+
+    It gives Transformers' experts classes, the block of Qwen3-MoE and PEFT's layers around experts the names of their
+    layers, those that are imported later included, and registers ``KERNEL_MAPPING`` with ``kernels``. A module that a layer
+    cannot serve keeps its forward, and a warning names it.
+
+    Raises:
+        RuntimeError: as for ``get_kernel``, or ``kernels`` is older than 0.17. ``kernelize`` works with that, too.
+        FileNotFoundError: as for ``get_kernel``.
+    """
+    get_kernel()
+    from .integrations.kernelize import registration
+
+    registration.register()
 
 
 def kernelize(
     model: nn.Module,
     mode: Mode | None = None,
     device: str | torch.device | None = None,
-    layer: str = "Qwen3MoeExperts",
+    layer: str | None = None,
 ) -> nn.Module:
-    """Puts the kernel's layers on a model through ``kernels.kernelize``; needs no ``enable``.
+    """Puts the kernel's layers on a loaded model through ``kernels.kernelize``. ``enable`` is not needed for it.
 
-    Serves every experts module that computes what ``Qwen3MoeExperts`` does: most of Transformers' MoE models, but not
-    those with biases, transposed weights or a gate of their own, which ``enable`` serves. Touches nothing else in the
-    model. A replaced forward wins over ``experts_implementation``.
+    It replaces the forward of every module under Transformers' experts interface that the kernel serves, with dense or
+    4-bit weights, and of PEFT's layers around them, so that adapters are multiplied in the kernel and not merged on every
+    pass. Nothing else in the model changes. A module for which there is a layer, but which the kernel cannot serve, keeps
+    its forward, and a warning names it and says why. A replaced forward takes precedence over ``experts_implementation``.
+
+    Adapters that are added afterwards count as well. PEFT merges them on every pass until ``kernelize`` is called again,
+    unless ``enable`` was called before they were added.
 
     Args:
-        model: changed in place.
-        mode: ``kernels.Mode``, ``Mode.TRAINING`` by default; the layers serve every mode.
-        device: the device type to load the kernel for; that of the model's experts by default.
-        layer: ``"Qwen3MoeExperts"``, or ``"Qwen3MoeSparseMoeBlock"`` to replace the block around the experts of
-            Qwen3-MoE. The block reads the experts' weights itself: whatever wraps or hooks its experts, such as PEFT's
-            ``target_parameters``, is passed by without a word.
+        model: the model, which is changed in place.
+        mode: a ``kernels.Mode``, by default ``Mode.TRAINING``. The layers support every mode.
+        device: the device type to load the kernel for, by default that of the model's experts. A model on the meta device
+            needs it.
+        layer: the name of one layer of ``KERNEL_MAPPING``, to put that one alone on the model. The layer
+            ``"Qwen3MoeSparseMoeBlock"``, which replaces the block around the experts of Qwen3-MoE, is used only if it is
+            named here.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: nothing in the model that the layer could serve; something, such as Accelerate's hooks, that wraps
-            what it could serve; no such layer.
-        RuntimeError, FileNotFoundError: as ``get_kernel``.
+        ValueError: the model has nothing that the layers serve, there is no such layer, or no such device.
+        TypeError: an argument is of another type.
+        RuntimeError, FileNotFoundError: as for ``get_kernel``.
     """
     get_kernel()
-    from . import layers
+    from .integrations.kernelize import apply
 
-    return layers.kernelize(model, mode, device, layer)
+    return apply.kernelize(model, mode, device, layer)

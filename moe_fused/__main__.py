@@ -1,4 +1,4 @@
-"""Entry point of the command ``moe-fused``, also as ``python -m moe_fused``."""
+"""The entry point of the command ``moe-fused``, also run by ``python -m moe_fused``."""
 
 from __future__ import annotations
 

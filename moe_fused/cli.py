@@ -1,9 +1,15 @@
-"""The command ``moe-fused``. Imports nothing heavy, so that a wrong option is answered at once."""
+"""The command ``moe-fused`` with all its subcommands.
+
+Nothing heavy is imported here, so that a wrong option is answered at once.
+"""
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from moe_fused import __version__
 from moe_fused.commands.bench import bench
 from moe_fused.commands.convert_adapter import adapter
 from moe_fused.commands.convert_model import model
@@ -15,8 +21,8 @@ from moe_fused.commands.quantize import quantize
 from moe_fused.commands.tune import tune
 from moe_fused.finetune.command import finetune
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
-convert = typer.Typer(rich_markup_mode=None, help="Convert files between layouts.")
+app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True)
+convert = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Convert files between layouts.")
 app.add_typer(convert, name="convert")
 for conversion in (adapter, model, optimizer):
     convert.command()(conversion)
@@ -24,6 +30,16 @@ for command in (finetune, generate, quantize, merge, doctor, tune, bench):
     app.command()(command)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"moe-fused {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """Tools around fused mixture-of-experts models."""

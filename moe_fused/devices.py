@@ -1,4 +1,4 @@
-"""Which device a command runs on, and how torch allocates on it."""
+"""Chooses the device that a command runs on, and sets how torch allocates memory on it."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import torch
 
 
 def use_expandable_segments() -> None:
-    """Has torch's allocator grow blocks, which leaves no holes, as the plan of memory counts on.
+    """Lets torch's allocator grow its blocks, which leaves no holes. The memory plan relies on this.
 
-    Takes effect before the first tensor on a GPU; whoever has set something of the allocator keeps that.
+    It must be called before the first tensor on a GPU is made. A setting of the allocator that the user made is kept.
     """
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the variable
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is a GPU that the kernels support, if there is one, and otherwise the CPU.
+    """Returns the device called ``name``. ``auto`` is a GPU that the kernels support if there is one, else the CPU.
 
     Raises:
-        ValueError: no such device on this machine.
+        ValueError: this machine has no such device, or the kernels do not support it.
     """
     cuda = torch.cuda.is_available()
     if name == "auto":

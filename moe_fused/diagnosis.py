@@ -1,7 +1,7 @@
-"""What is installed here, whether it fits, what would run, and whether that computes what it should.
+"""Checks an installation: which packages are installed and fit, what would run, and whether it computes correctly.
 
-Never raises for what is missing or broken: that is what it is asked about. Each check stands on its own, and one that needs
-what another found missing is left out.
+A missing or broken package is a finding and never raises an error. The checks are independent, and a check that needs
+something that another check found missing is left out.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from types import ModuleType
 from typing import Any
 
 from . import hub
+from .integrations.quantizer import bitsandbytes_cpu
 
 
 class Status(str, Enum):
     OK = "ok"
-    ABSENT = "absent"  # and not needed for everything
+    ABSENT = "absent"  # missing, but not needed for everything
     PROBLEM = "problem"
 
 
@@ -34,9 +35,9 @@ class Check:
     """One finding.
 
     Attributes:
-        name: of what was looked at.
-        found: what there is, in a few words.
-        advice: what to do, if something is.
+        name: what was checked.
+        found: the finding, in a few words.
+        advice: what to do, if anything.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Check:
 
 
 def examine() -> Iterator[Check]:
-    """All checks, each as it comes."""
+    """Yields all checks, each as soon as it is done."""
     yield _python()
     fit = True
     for check in _packages():
@@ -62,10 +63,11 @@ def examine() -> Iterator[Check]:
     try:
         kernel = hub.get_kernel()
     except Exception as error:  # noqa: BLE001 - whatever a broken installation raises is the finding
-        yield Check("kernel", Status.PROBLEM, _line(error), "reinstall moe-fused, or in a checkout `make build`")
+        yield Check("kernel", Status.PROBLEM, _line(error), _kernel_advice())
         return
     yield from _guarded("kernel", partial(_kernel, kernel))
     yield from _guarded("path", partial(_path, kernel))
+    yield from _guarded("launches", partial(_launches, kernel))
     yield from _guarded("configurations", partial(_configurations, kernel))
     yield from _guarded("self-test", partial(_test, kernel))
 
@@ -90,25 +92,25 @@ def _python() -> Check:
 
 def _packages() -> Iterator[Check]:
     try:
-        for own in hub.requirements():
-            status = Status.OK if own.problem is None else Status.PROBLEM
-            found = own.found or "not installed"
-            if own.package == "torch" and own.problem is None:
+        for requirement in hub.requirements():
+            status = Status.OK if requirement.problem is None else Status.PROBLEM
+            found = requirement.found or "not installed"
+            if requirement.package == "torch" and requirement.problem is None:
                 found = _torch_build(found)
-            yield Check(own.package, status, found, own.problem)
-            if own.problem is not None and own.package == "transformers":
-                break  # the next one asks it
+            yield Check(requirement.package, status, found, requirement.problem)
+            if requirement.problem is not None and requirement.package == "transformers":
+                break  # the next requirement depends on transformers
     except ImportError as error:
-        yield Check("kernels", Status.PROBLEM, _line(error), "pip install --upgrade moe-fused")
+        yield Check("kernels", Status.PROBLEM, _line(error), hub.install("transformers"))
     for package, (needed, purpose) in hub.OPTIONAL.items():
         yield _optional(package, needed, purpose)
 
 
 def _torch_build(found: str) -> str:
-    """The version as torch has it, with the build (+cu130), which that of its distribution may lack."""
+    """Returns the version that torch reports. It names the build (+cu130), which the version of the package may lack."""
     try:
         import torch
-    except (ImportError, OSError):  # a broken one is found by who asks it for GPUs
+    except (ImportError, OSError):  # the check of GPUs finds a broken torch
         return found
     return str(torch.__version__)
 
@@ -126,11 +128,11 @@ def _optional(package: str, needed: str, purpose: str) -> Check:
     return Check(package, Status.OK, found)
 
 
-# What they would run on.
+# Devices.
 
 
 def _driver() -> str:
-    """The version of NVIDIA's driver, or nothing."""
+    """Returns the version of NVIDIA's driver, or an empty string."""
     path = shutil.which("nvidia-smi")
     if path is None:
         return ""
@@ -149,12 +151,12 @@ def _gpus() -> Iterator[Check]:
     runtime = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            own = torch.cuda.get_device_properties(index)
+            properties = torch.cuda.get_device_properties(index)
             free, total = torch.cuda.mem_get_info(index)
-            arch = f"compute capability {own.major}.{own.minor}"
+            arch = f"compute capability {properties.major}.{properties.minor}"
             if torch.version.hip:
-                arch = str(getattr(own, "gcnArchName", "unknown"))
-            found = f"{own.name}, {arch}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, {runtime}"
+                arch = str(getattr(properties, "gcnArchName", "unknown"))
+            found = f"{properties.name}, {arch}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, {runtime}"
             yield Check(f"GPU {index}", Status.OK, f"{found}, driver {driver}" if driver else found)
     elif torch.xpu.is_available():
         for index in range(torch.xpu.device_count()):
@@ -172,8 +174,11 @@ def _four_bit() -> Iterator[Check]:
         advice = "pip install 'moe-fused[bnb]'"
         yield Check("4-bit weights", Status.ABSENT, f"not without {' and '.join(missing)}", advice)
         return
-    importlib.import_module("bitsandbytes")  # which loads its library
+    importlib.import_module("bitsandbytes")  # this loads its native library
     yield Check("4-bit weights", Status.OK, "available, for linear layers and experts")
+    if bitsandbytes_cpu.repacks_on_this_cpu():
+        found = "linear layers compute as on every other CPU; bitsandbytes' own path for avx512_bf16 is switched off"
+        yield Check("4-bit on the CPU", Status.OK, found)
 
 
 # What would run.
@@ -190,6 +195,15 @@ def _kernel(kernel: ModuleType) -> Iterator[Check]:
     yield Check("kernel", Status.OK, f"{source.repo_id} version {source.version}, {place.name}, {origin}: {place}")
 
 
+def _kernel_advice() -> str:
+    """Returns what to do about a kernel that cannot be loaded."""
+    if hub.malformed_entry() is not None or hub.KernelSource.find().is_overridden():
+        return (
+            "unset LOCAL_KERNELS, or correct it: it must hold REPOSITORY=DIRECTORY, with a directory that has a build"
+        )
+    return "reinstall moe-fused, or in a checkout `make build`"
+
+
 def _device() -> Any:
     from .devices import choose_device
 
@@ -200,7 +214,7 @@ def _path(kernel: ModuleType) -> Iterator[Check]:
     import torch
 
     device = _device()
-    backend = hub.submodule(kernel, "backend")
+    backend = hub.submodule(kernel, "stages")
     try:
         stages = backend.backend_for(torch.empty(0, device=device), torch.bfloat16)
     except RuntimeError as error:
@@ -212,13 +226,30 @@ def _path(kernel: ModuleType) -> Iterator[Check]:
         yield Check("path", Status.PROBLEM, "the GPU is too old", "compute capability 8.0 (Ampere) or newer is needed")
 
 
-def _configurations(kernel: ModuleType) -> Iterator[Check]:
+def _launches(kernel: ModuleType) -> Iterator[Check]:
+    """Says what is slower where Triton is not one whose launches can be shortened."""
+    import torch
+
     device = _device()
     if device.type == "cpu":
         return
-    tuning = hub.submodule(kernel, "tuning")
+    try:
+        hub.submodule(kernel, "stages").backend_for(torch.empty(0, device=device), torch.bfloat16)
+    except RuntimeError:
+        return  # the path says so
+    path = hub.submodule(kernel, "stages.triton.launcher").launch_path()
+    if path.cost:
+        found = f"slower by {path.cost}, which matters up to some 512 tokens: {path.reason}"
+        yield Check("launches", Status.OK, found)
+
+
+def _configurations(kernel: ModuleType) -> Iterator[Check]:
+    device, tuning = _device(), hub.submodule(kernel, "tuning")
     arch = tuning.target_of(device).arch
-    tables = tuning.table_paths(arch)
+    tables = tuning.table_paths(arch)  # raises if MOE_FUSED_CONFIGS is no directory
+    if device.type == "cpu":
+        yield from _tables_for_gpus(tuning)
+        return
     for path in tables:
         tuning.read_table(path)
     if tables:
@@ -226,6 +257,18 @@ def _configurations(kernel: ModuleType) -> Iterator[Check]:
     else:
         advice = f"`moe-fused tune` measures, and {tuning.CONFIGS_VARIABLE} names the directory of the result"
         yield Check("configurations", Status.OK, f"defaults, as nobody has measured {arch}", advice)
+
+
+def _tables_for_gpus(tuning: Any) -> Iterator[Check]:
+    """Reads the tables in ``MOE_FUSED_CONFIGS`` on a machine without a GPU, which uses none of them."""
+    directory = os.environ.get(tuning.CONFIGS_VARIABLE)
+    if not directory:
+        return
+    tables = sorted(Path(directory).glob("*.json"))
+    for path in tables:
+        tuning.read_table(path)
+    found = f"measured: {', '.join(map(str, tables))}" if tables else f"no tables in {directory}"
+    yield Check("configurations", Status.OK, f"{found}; without a GPU none is used")
 
 
 def _test(kernel: ModuleType) -> Iterator[Check]:
@@ -239,6 +282,6 @@ def _test(kernel: ModuleType) -> Iterator[Check]:
 
 
 def environment() -> dict[str, str]:
-    """The variables that change what runs, as they are set."""
+    """Returns the environment variables that change what runs, as far as they are set."""
     names = ("LOCAL_KERNELS", "MOE_FUSED_CHECK", "MOE_FUSED_CONFIGS", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
     return {name: os.environ[name] for name in names if name in os.environ}

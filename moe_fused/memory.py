@@ -1,22 +1,24 @@
-"""What fine-tuning a model takes of a GPU's memory, part by part, from its architecture alone.
+"""Predicts the GPU memory that fine-tuning a model needs, part by part, from its architecture alone.
 
-``sizes_of`` reads the sizes of a model, ``skeleton`` makes one of a config, without weights; ``predict`` is arithmetic.
-Nothing here is fitted to a measurement but ``CONTEXT``, what the driver and the libraries take for themselves.
+``skeleton`` makes a model of a config, without weights. ``sizes_of`` reads the sizes of a model, and ``predict``
+computes the memory from them. Nothing is fitted to a measurement except ``CONTEXT``, the memory that the driver and the
+libraries need.
 
-A step has three moments in which it may need the most, and the prediction is of the largest:
+A step has three moments at which it may need the most memory. The prediction is that of the largest:
 
-    loss        what every layer keeps for backward; a tile of logits; the gradient of the hidden states
-    layer       backward through one, computed again under checkpointing: what its operators keep, and what the experts'
-                backward makes meanwhile (``moe_experts``' memory plan). In the first, all layers before it keep what they
-                do; in the last, all adapters have their gradients
-    optimizer   all gradients, its state
+    loss        what every layer keeps for backward, a tile of logits, and the gradient of the hidden states
+    layer       backward through one layer, whose forward runs again under checkpointing: what its operators keep, and what
+                the experts' backward makes (``moe_experts``' memory plan). At the first layer to go backward, all others
+                still keep theirs; at the last, all adapters have gradients
+    optimizer   all gradients, and the optimizer's state
 
 Letters as in ARCHITECTURE.md: T tokens of a batch, S = T·K rows, E experts, H hidden, I intermediate, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,23 +27,24 @@ from torch import nn
 
 MIB, GIB = 2**20, 2**30
 
-# Of a process on a GPU before its first tensor, with cuBLAS loaded: measured on an H100, outside of torch's allocator.
+# What a process needs on a GPU before its first tensor, with cuBLAS loaded. Measured on an H100; torch's allocator does not
+# count it.
 CONTEXT = 600 * MIB
-# What cuBLAS asks torch's allocator for, on Hopper; less elsewhere. For each handle and stream: the thread that goes
-# backward has a handle of its own, graphs are recorded on a stream of their own, and share one.
+# What cuBLAS asks torch's allocator for, for each handle and stream, on Hopper; it asks for less on other GPUs. The
+# thread of the backward has a handle of its own. Graphs are recorded on a stream of their own, and share one workspace.
 CUBLAS_WORKSPACE = 32 * MIB
-# The most that torch's allocator takes for small; the memory of those is apart.
+# The largest allocation that torch's allocator counts as small. Small allocations have memory of their own.
 SMALL_ALLOCATION = MIB
-# Of packed experts, ``launch.packed.WORKSPACE_BYTES`` of the kernel, which does not load without Triton.
+# The workspace of packed experts. The kernel's WORKSPACE_BYTES holds the same number, but does not load without Triton.
 EXPERT_WORKSPACE = 256 * MIB
-# Tokens and words of the tiles in which TRL's loss goes through the logits, and those that ``finetune`` gives it beside CUDA
+# The tiles, in tokens and words, in which TRL's loss computes the logits, and the tiles that ``finetune`` sets beside CUDA
 # graphs.
 LOSS_TILE, LOSS_TILE_BESIDE_GRAPHS = (4096, 32768), (2048, 8192)
-# Of flash attention over documents: what each is rounded up to, and tokens of one, on the average of the batch with the
-# shortest.
+# For flash attention over documents: the multiple of tokens to which each document is rounded up, and the mean number of
+# tokens of a document in the batch with the shortest documents.
 FLASH_ROWS, DOCUMENT_TOKENS = 128, 32
-# bitsandbytes: 4-bit blocks, their groups, blocks of optimizer state; smaller parameters have a state of 32 bits, and only
-# larger ones a state in paged memory.
+# bitsandbytes' sizes: weights of a 4-bit block, blocks of a group, and elements of a block of optimizer state. Parameters
+# below SMALLEST_8BIT have a state of 32 bits, and only those from SMALLEST_PAGED on have a state in paged memory.
 BLOCK, GROUP, STATE_BLOCK = 64, 256, 256
 SMALLEST_8BIT, SMALLEST_PAGED = 4096, 100_000
 
@@ -52,7 +55,7 @@ class Stack:
 
     Attributes:
         experts, out_features, in_features: its shape.
-        projections: matrices of an expert in it, 2 for gate and up.
+        projections: the number of matrices of one expert in it, 2 for gate and up.
         packable: whether it can be held in 4 bits.
     """
 
@@ -82,17 +85,19 @@ class Linear:
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model without its weights.
+    """The sizes of a model.
 
     Attributes:
         stacks: all stacked weights of experts, up and down projections.
-        linears: all linear layers but the head.
-        others: elements of all other parameters, the embeddings and the head among them.
-        layers, hidden, heads, queries, keys: of the decoder; queries and keys are features, of all heads.
+        linears: all linear layers except the head.
+        others: the number of elements of all other parameters, including the embeddings and the head.
+        layers, hidden, heads: the number of decoder layers, the hidden size, and the number of attention heads.
+        queries, keys: the number of features of the queries and of the keys, of all heads.
         norms_queries: whether queries and keys are normalized.
-        experts, top_k: of a layer; 0 for a model without experts.
-        vocabulary: rows of the head.
-        mlp: features that the linear layers of a decoder layer outside attention and experts make, the most of any layer.
+        experts, top_k: the number of experts of a layer and of experts for each token; 0 for a model without experts.
+        vocabulary: the number of rows of the head.
+        mlp: the number of output features of the linear layers in a decoder layer outside attention and experts, the
+            largest of all layers.
     """
 
     stacks: tuple[Stack, ...]
@@ -115,21 +120,23 @@ class Workload:
     """How a model is trained.
 
     Attributes:
-        batch, length: sequences that go through the model at once, and their tokens.
-        accumulation: batches to a step.
-        quantized: experts and linear layers in 4 bits with double quantization.
-        itemsize: bytes of what is computed with, and of weights outside 4 bits.
-        adapter_itemsize: bytes of an adapter's element, and of its gradient.
-        attention_rank, attention_modules: of adapters on linear layers of these names.
-        expert_rank: of adapters on experts.
-        dropout: adapters drop some of their input.
-        optimizer: a name of Transformers'.
-        checkpointing: layers are computed again in backward.
-        masked: attention takes a mask of all pairs of tokens, as documents side by side need with SDPA.
-        documents: it takes the boundaries of documents instead, as flash attention does.
-        fused_norms: norms keep their input as it is, not in fp32.
-        gpu: whether what a GPU's libraries take counts.
-        graphs: the decoder's passes are CUDA graphs, which keep the memory that they need at their worst moment.
+        batch, length: the number of sequences in a batch, and the number of tokens in each.
+        accumulation: the number of batches in a step.
+        quantized: whether experts and linear layers are in 4 bits with double quantization.
+        itemsize: bytes of an element of activations, and of weights that are not in 4 bits.
+        adapter_itemsize: bytes of an element of adapters, and of their gradients.
+        attention_rank, attention_modules: the rank of adapters on linear layers, and the names of these layers.
+        expert_rank: the rank of adapters on experts.
+        dropout: whether adapters drop some of their input.
+        optimizer: Transformers' name for the optimizer.
+        checkpointing: whether layers are computed again in backward.
+        masked: whether attention takes a mask of all pairs of tokens, which SDPA needs for packed documents.
+        eager: whether attention makes a number for each pair of tokens and head, as Transformers' "eager" does. It takes a
+            mask, too.
+        documents: whether attention takes the boundaries of documents instead of a mask, as flash attention does.
+        fused_norms: whether norms keep their input in its dtype, and not in fp32.
+        gpu: whether the memory that a GPU's libraries need is counted.
+        graphs: whether the decoder's passes are CUDA graphs, which keep the memory that they need at their worst moment.
     """
 
     batch: int = 1
@@ -145,6 +152,7 @@ class Workload:
     optimizer: str = "paged_adamw_8bit"
     checkpointing: bool = True
     masked: bool = False
+    eager: bool = False
     documents: bool = False
     fused_norms: bool = True
     gpu: bool = True
@@ -152,24 +160,29 @@ class Workload:
 
     @property
     def mask_itemsize(self) -> int:
-        """Bytes that dropout keeps for an element to know whether it was dropped."""
+        """Bytes that dropout keeps for each element, to know whether it was dropped."""
         return 1 if self.gpu else self.itemsize
 
     @property
     def tokens(self) -> int:
-        """Tokens of a batch."""
+        """The number of tokens in a batch."""
         return self.batch * self.length
+
+    @property
+    def pairs(self) -> int:
+        """The number of pairs of tokens within the sequences of a batch."""
+        return self.batch * self.length**2
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes of GPU memory by part, at the moment that needs the most.
+    """The GPU memory that a step needs, in bytes, at the moment that needs the most.
 
     Attributes:
-        parts: by what they are for; of parts that are not needed at that moment nothing.
+        parts: the bytes of each part. Parts that are not needed at that moment are left out.
         moment: "loss", "layer" or "optimizer".
-        trainable: parameters that are trained.
-        outside: the parts that torch's allocator does not see.
+        trainable: the number of parameters that are trained.
+        outside: the names of the parts that torch's allocator does not count.
     """
 
     parts: dict[str, int]
@@ -187,34 +200,51 @@ class Prediction:
         return sum(size for part, size in self.parts.items() if part not in self.outside)
 
 
-def skeleton(config: Any) -> Any:
-    """The causal language model that a config of Transformers describes, without memory for its weights."""
-    from transformers import AutoModelForCausalLM
+def skeleton(config: Any, attention: str | None = None) -> Any:
+    """Makes the causal language model that a config of Transformers describes, on meta, without memory for its weights.
 
+    Args:
+        attention: Transformers' name for an attention implementation. None lets Transformers choose.
+
+    Raises:
+        ValueError, ImportError: there is no such model, or it does not support that attention.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
+        raise ValueError(f"Transformers has no causal language model of type {config.model_type}")
+    chosen = copy.deepcopy(config)  # because Transformers writes the attention that it chooses into the config
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(
+            chosen, **({} if attention is None else {"attn_implementation": attention})
+        )
+
+
+def is_named(path: str, names: Iterable[str]) -> bool:
+    """Whether one of ``names`` is ``path`` or the last parts of it, which is how PEFT matches the names of modules."""
+    return any(path == name or path.endswith(f".{name}") for name in names)
 
 
 def sizes_of(model: Any) -> Sizes:
-    """The sizes of a causal language model of Transformers with dense weights, on any device, meta included.
+    """Reads the sizes of a causal language model of Transformers with dense weights, on any device, including meta.
 
     Raises:
-        ValueError: its config lacks the sizes of a decoder.
+        ValueError: the config lacks the sizes of a decoder.
     """
     text = model.config.get_text_config()
-    hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
+    hidden, heads = _setting(text, "hidden_size"), _setting(text, "num_attention_heads")
     if not hidden or not heads:
         raise ValueError(
             f"no memory plan for {type(model).__name__}: its config lacks hidden_size or num_attention_heads"
         )
-    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    queries, keys = _attention_features(text)
     experts = 0
     stacks: list[Stack] = []
     inside = set()
     for module in model.modules():
         if hasattr(type(module), "_apply_gate"):
-            own = list(_stacks(module))
-            experts, stacks = own[0].experts, [*stacks, *own]
+            found = list(_stacks(module))
+            experts, stacks = found[0].experts, [*stacks, *found]
             inside |= {id(getattr(module, name)) for name in _projections(module)}
     head = model.get_output_embeddings()
     linears = tuple(
@@ -223,7 +253,7 @@ def sizes_of(model: Any) -> Sizes:
         if isinstance(module, nn.Linear) and module is not head
     )
     weights = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear) and module is not head}
-    others = sum(own.numel() for own in model.parameters() if id(own) not in inside | weights)
+    others = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside | weights)
     return Sizes(
         stacks=tuple(stacks),
         linears=linears,
@@ -231,24 +261,41 @@ def sizes_of(model: Any) -> Sizes:
         layers=text.num_hidden_layers,
         hidden=hidden,
         heads=heads,
-        queries=heads * head_dim,
-        keys=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
+        queries=queries,
+        keys=keys,
         norms_queries=any(name.endswith("q_norm") for name, _ in model.named_modules()),
         experts=experts,
-        top_k=int(getattr(text, "num_experts_per_tok", 0) or 0) if experts else 0,
+        top_k=(_setting(text, "num_experts_per_tok") or _setting(text, "top_k_experts")) if experts else 0,
         vocabulary=text.vocab_size,
         mlp=_mlp_features(linears),
     )
 
 
+def _setting(text: Any, name: str) -> int:
+    """Returns a number in the config of a decoder: the largest if layers differ, and 0 if there is none."""
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
+    values = [getattr(layer, name, None) or 0 for layer in layers]
+    return max(int(max(value) if isinstance(value, (list, tuple)) else value) for value in values)
+
+
+def _attention_features(text: Any) -> tuple[int, int]:
+    """Returns the number of features of the queries of all heads, and of the keys."""
+    heads = _setting(text, "num_attention_heads")
+    if latent := _setting(text, "qk_nope_head_dim"):  # multi-head latent attention has keys for each head
+        features = heads * (latent + _setting(text, "qk_rope_head_dim"))
+        return features, features
+    head_dim = _setting(text, "head_dim") or text.hidden_size // heads
+    return heads * head_dim, (_setting(text, "num_key_value_heads") or heads) * head_dim
+
+
 def _projections(module: nn.Module) -> tuple[str, ...]:
-    from .quantizer import projections_of
+    from .integrations.transformers.experts_module import projections_of
 
     return projections_of(module)
 
 
 def _stacks(module: nn.Module) -> Iterator[Stack]:
-    from .quantizer import BLOCKSIZE, packing_refusal
+    from .integrations.quantizer.packed_experts import BLOCKSIZE, packing_refusal
 
     packable = packing_refusal(module, BLOCKSIZE) is None
     for name in _projections(module):
@@ -260,22 +307,22 @@ def _stacks(module: nn.Module) -> Iterator[Stack]:
 
 def _mlp_features(linears: tuple[Linear, ...]) -> int:
     layers: dict[str, int] = {}
-    for own in linears:
-        layer, _, rest = own.name.partition(".layers.")[2].partition(".")
+    for linear in linears:
+        layer, _, rest = linear.name.partition(".layers.")[2].partition(".")
         if "attn" not in rest and "attention" not in rest:
-            layers[layer] = layers.get(layer, 0) + own.out_features
+            layers[layer] = layers.get(layer, 0) + linear.out_features
     return max(layers.values(), default=0)
 
 
 def predict(sizes: Sizes, work: Workload) -> Prediction:
-    """What a step takes at most."""
+    """Predicts the largest memory that a step needs."""
     adapters = list(_adapters(sizes, work))
     trainable = sum(adapters)
     states = [_state_bytes(numel, work) for numel in adapters]
     paged = sum(size for numel, size in zip(adapters, states, strict=True) if _is_paged(numel, work))
     resident = {
-        "experts": sum(_stack_bytes(own, work) for own in sizes.stacks),
-        "other weights": sum(_linear_bytes(own, work) for own in sizes.linears) + sizes.others * work.itemsize,
+        "experts": sum(_stack_bytes(stack, work) for stack in sizes.stacks),
+        "other weights": sum(_linear_bytes(linear, work) for linear in sizes.linears) + sizes.others * work.itemsize,
         "adapters": trainable * work.adapter_itemsize,
         "optimizer state": sum(states) - paged,
         "optimizer state, paged": paged,
@@ -285,20 +332,20 @@ def predict(sizes: Sizes, work: Workload) -> Prediction:
     gradients = trainable * work.adapter_itemsize
     kept_by_layer, layer = _layer(sizes, work)
     kept = kept_by_layer * sizes.layers + _mask_bytes(work)
-    # Those of a layer are there as a whole before they are added to those of the batches before.
+    # All gradients of a layer exist before they are added to those of earlier batches.
     accumulated = gradients if work.accumulation > 1 else 0
-    early, own = (0 if work.graphs else accumulated), gradients // sizes.layers
+    early, one_layer = (0 if work.graphs else accumulated), gradients // sizes.layers
     moments = {
         "loss": {"gradients": early, "activations": kept, "loss": loss_bytes(sizes, work)},
-        # Going back, layers give up what they keep and adapters get gradients.
+        # During backward, layers free what they kept and adapters get gradients.
         "optimizer": {"gradients": gradients, "optimizer step": _optimizer_step(trainable, work)},
     }
-    first = {"gradients": early + own, "activations": kept, **layer}
-    last = {"gradients": max(gradients, early + own), "activations": kept_by_layer + _mask_bytes(work), **layer}
+    first = {"gradients": early + one_layer, "activations": kept, **layer}
+    last = {"gradients": max(gradients, early + one_layer), "activations": kept_by_layer + _mask_bytes(work), **layer}
     moments["layer"] = max(first, last, key=lambda parts: sum(parts.values()))
     if work.graphs:
-        # They keep what their worst moment takes, what goes in and out, and gradients so small that torch's allocator puts
-        # them where nothing large goes. Beside it are what was accumulated before, and the loss.
+        # Graphs keep the memory of their worst moment, their inputs and outputs, and the gradients that are so small that
+        # torch's allocator keeps them apart. The accumulated gradients and the loss come on top.
         held = moments["layer"]
         small = sum(size for size in (numel * work.adapter_itemsize for numel in adapters) if size <= SMALL_ALLOCATION)
         held["gradients"] = max(held["gradients"], small) + accumulated
@@ -315,7 +362,7 @@ def _stack_bytes(stack: Stack, work: Workload) -> int:
     from .hub import get_kernel
 
     shape = (stack.experts, stack.out_features, stack.in_features)
-    storage = get_kernel().quantization.Format4bit(shape, "nf4", BLOCK, True, stack.projections).storage()
+    storage = get_kernel().Format4bit(shape, projections=stack.projections).storage()
     return sum(rows * columns for rows, columns in storage.values())
 
 
@@ -323,23 +370,23 @@ def _linear_bytes(linear: Linear, work: Workload) -> int:
     if not work.quantized:
         return linear.numel * work.itemsize
     blocks = -(-linear.numel // BLOCK)
-    # Bytes, a byte to a block, 4 to a group of blocks; the two code tables and the offset.
+    # The packed weights, one byte for each block, four for each group of blocks, the two code books, and the offset.
     return linear.numel // 2 + blocks + 4 * -(-blocks // GROUP) + 4 * (16 + 256 + 1)
 
 
 def _adapters(sizes: Sizes, work: Workload) -> Iterator[int]:
-    """The elements of each tensor that is trained."""
+    """Yields the number of elements of each tensor that is trained."""
     if rank := work.attention_rank:
-        for own in sizes.linears:
-            if own.name.rpartition(".")[2] in work.attention_modules:
-                yield from (rank * own.in_features, rank * own.out_features)
+        for linear in sizes.linears:
+            if is_named(linear.name, work.attention_modules):
+                yield from (rank * linear.in_features, rank * linear.out_features)
     if rank := work.expert_rank:
         for stack in sizes.stacks:
             yield from (stack.experts * rank * stack.in_features, stack.experts * rank * stack.out_features)
 
 
 def _state_bytes(numel: int, work: Workload) -> int:
-    """Of Adam's two moments of a tensor: torch's in its dtype, bitsandbytes' in 32 bits or 8."""
+    """Returns the size of Adam's two moments of a tensor: torch's in its dtype, bitsandbytes' in 32 or 8 bits."""
     if work.optimizer == "sgd":
         return 0
     if work.optimizer.startswith("adamw_torch"):
@@ -354,41 +401,40 @@ def _is_paged(numel: int, work: Workload) -> bool:
 
 
 def _optimizer_step(trainable: int, work: Workload) -> int:
-    """torch's Adam over all tensors at once makes a denominator for each; bitsandbytes' works in place."""
+    """Returns what the optimizer's step makes: torch's Adam a denominator for each element, bitsandbytes' nothing."""
     return trainable * work.adapter_itemsize if work.optimizer == "adamw_torch" else 0
 
 
 def _mask_bytes(work: Workload) -> int:
-    """A boolean for each pair of tokens, shared by all layers."""
-    return work.batch * work.length**2 if work.masked else 0
+    """Returns the size of the mask that all layers share: a boolean or a number to add, for each pair of tokens."""
+    return work.pairs * (work.itemsize if work.eager else 1) if work.masked or work.eager else 0
 
 
 def _norm_bytes(features: int, work: Workload) -> int:
-    """What a norm of T tokens keeps: its input, in fp32 unless it is fused."""
+    """Returns what a norm keeps for backward: its input, in fp32 unless the norm is fused."""
     return work.tokens * features * (work.itemsize if work.fused_norms else 4)
 
 
 def _layer(sizes: Sizes, work: Workload) -> tuple[int, dict[str, int]]:
-    """What a layer keeps from its forward until its backward, and what there is beside that during its backward."""
+    """Returns what a layer keeps from its forward until its backward, and what exists beside it during the backward."""
     tokens, item = work.tokens, work.itemsize
     hidden = tokens * sizes.hidden * item
     experts, rows, workspace = _experts(sizes, work)
-    # The inputs of both norms, and of the linear layers beside the experts each output twice: what they made, and what the
-    # gate makes of it.
+    # The inputs of both norms, and for each linear layer beside the experts its output and what the activation makes of it.
     rest = _attention_kept(sizes, work) + 2 * _norm_bytes(sizes.hidden, work) + 2 * tokens * sizes.mlp * item
-    # The gradient of the layer's output, which is that of its residual, too.
+    # The gradient of the layer's output, which is also the gradient of its residual.
     passing = hidden
-    # Beside attention's gradients, a dense copy of the 4-bit layer that multiplies.
-    copy = max((own.numel for own in sizes.linears), default=0) * item if work.quantized else 0
+    # Beside attention's gradients, a dense copy of the 4-bit layer that is multiplied with.
+    copy = max((linear.numel for linear in sizes.linears), default=0) * item if work.quantized else 0
     attention = _attention_made(sizes, work) + copy
     if experts + rows + workspace >= attention:
         operators = rest + experts
         made = {"expert rows": rows, "expert workspace": workspace}
-    else:  # attention goes back when experts have given up what they kept
+    else:  # attention's backward runs after the experts have freed what they kept
         operators = rest
         made = {"attention": attention}
     if work.checkpointing:
-        # The first norm's input is the layer's, which waited for this; only a fused norm keeps it as it is.
+        # The input of the first norm is that of the layer, which is kept anyway. A norm that is not fused keeps it in fp32.
         shared = hidden if work.fused_norms else 0
         return hidden, {"layer": operators - shared + passing, **made}
     return rest + experts, {"layer": passing, **made}
@@ -396,41 +442,47 @@ def _layer(sizes: Sizes, work: Workload) -> tuple[int, dict[str, int]]:
 
 def _attention_kept(sizes: Sizes, work: Workload) -> int:
     tokens, item = work.tokens, work.itemsize
-    normed = tokens * sizes.hidden * item  # the adapters' input
+    normed = tokens * sizes.hidden * item  # the input of the adapters
     before_norms = _norm_bytes(sizes.queries + sizes.keys, work) if sizes.norms_queries else 0
-    keys = sizes.queries if work.masked else sizes.keys  # SDPA with a mask has no grouped keys: one for each head
+    # SDPA with a mask and eager attention repeat grouped keys for each head.
+    keys = sizes.queries if work.masked or work.eager else sizes.keys
     inputs_and_output = tokens * (2 * sizes.queries + 2 * keys) * item
-    mask = work.batch * work.length**2 * item if work.masked else 0  # as numbers to add
+    if work.eager:  # the softmax in fp32, and its copy in the dtype of the activations
+        pairs = sizes.heads * work.pairs * (4 + (item if item < 4 else 0))
+    else:
+        pairs = work.pairs * item if work.masked else 0  # the mask, as numbers that are added
     if work.dropout and work.attention_rank:
-        # Each adapter's input, and what was dropped of it: of queries, keys and values, and of the output.
+        # The input of each adapter (queries, keys, values and output) and the mask of what was dropped from it.
         normed += tokens * (3 * sizes.hidden + sizes.queries) * (item + work.mask_itemsize)
-    return normed + before_norms + inputs_and_output + tokens * sizes.heads * 4 + mask
+    return normed + before_norms + inputs_and_output + tokens * sizes.heads * 4 + pairs
 
 
 def _attention_made(sizes: Sizes, work: Workload) -> int:
-    """The gradients of the output, the queries (which add up in fp32), the keys and the values."""
-    whole = work.masked or work.documents  # keys and values have a gradient for each head first
+    """Returns the size of the gradients of attention's output, queries (summed in fp32), keys and values."""
+    whole = work.masked or work.eager or work.documents  # gradients of keys and values first exist for each head
     keys = sizes.queries if whole else sizes.keys
     sums = work.tokens
-    if work.documents:  # each of which adds up in blocks of its own
+    if work.documents:  # each document is summed in blocks of its own
         sums += FLASH_ROWS * work.tokens // DOCUMENT_TOKENS
-    return work.tokens * (2 * sizes.queries + 2 * keys) * work.itemsize + 4 * sums * sizes.queries
+    # Eager attention has gradients of the softmax in fp32, and of the scores before and after it.
+    weights = sizes.heads * work.pairs * (4 + 2 * work.itemsize) if work.eager else 0
+    return work.tokens * (2 * sizes.queries + 2 * keys) * work.itemsize + 4 * sums * sizes.queries + weights
 
 
 def _experts(sizes: Sizes, work: Workload) -> tuple[int, int, int]:
-    """What the experts of a layer keep, what their backward makes meanwhile, and the workspace of packed ones."""
+    """Returns what the experts of a layer keep, what their backward makes, and the workspace of packed experts."""
     if not sizes.stacks:
         return 0, 0, 0
     up, down = sizes.stacks[0], sizes.stacks[1]
     rows, item = work.tokens * sizes.top_k, work.itemsize
-    # x, gate_up, the adapters' thin products; the router's probabilities; the routing, three numbers to a row.
+    # x, gate_up and the adapters' low-rank products, the router's probabilities, and three numbers of routing for each row.
     kept = work.tokens * up.in_features * item + rows * up.out_features * item + 2 * rows * work.expert_rank * item
     kept += work.tokens * up.experts * 4 + 3 * rows * 4
-    # The gradient of gate_up beside weighted h (S, I), then beside the rows of x's gradient (S, H).
+    # The gradient of gate_up together with weighted h (S, I), or later with the rows of x's gradient (S, H).
     made = rows * (up.out_features + max(down.in_features, up.in_features)) * item
     if work.dropout and work.expert_rank:
-        # Stages with autograd of their own keep both adapters' inputs and what was dropped of them, the gate's factors and
-        # the rows of the output, and pass rows back along two ways.
+        # With dropout, the stages have separate autograd functions. They keep the inputs of both adapters and the masks of
+        # what was dropped, the factors of the activation and the rows of the output, and rows have two gradients.
         hidden, inner = up.in_features, down.in_features
         kept += rows * ((hidden + inner) * (item + work.mask_itemsize) + (inner + hidden) * item)
         made += rows * hidden * item
@@ -440,15 +492,19 @@ def _experts(sizes: Sizes, work: Workload) -> tuple[int, int, int]:
 
 
 def _decoded(up: Stack, down: Stack, rows: int) -> bool:
-    """Whether no product of packed experts needs the workspace; on GPUs that were measured it may be so for more rows."""
+    """Whether no product of packed experts needs the workspace. Measured GPUs may do without it for more rows."""
     from .hub import get_kernel, submodule
 
-    most = submodule(get_kernel(), "tuning").DEFAULT_DECODE_ROWS
-    return rows <= most * up.experts and up.in_features % 64 == 0 and down.in_features % 64 == 0
+    tuning = submodule(get_kernel(), "tuning")
+    whole_units = all(stack.in_features % tuning.ROW_UNIT == 0 for stack in (up, down))
+    return whole_units and rows <= tuning.DEFAULT_DEQUANTIZE_ROWS * up.experts
 
 
 def loss_bytes(sizes: Sizes, work: Workload) -> int:
-    """A tile of logits; the hidden states with a label, before and after the norm, their gradient in fp32 and as it is."""
+    """Returns the memory of the loss: a tile of logits, the hidden states, and their gradients.
+
+    Hidden states count before and after the norm, their gradients in fp32 and in the dtype of the activations.
+    """
     tokens, words = LOSS_TILE_BESIDE_GRAPHS if work.graphs else LOSS_TILE
     tile = min(work.tokens, tokens) * words * work.itemsize
     hidden = work.tokens * sizes.hidden

@@ -1,4 +1,4 @@
-"""Whether the kernel computes here what it should: small, random experts against float64 in plain torch on the CPU."""
+"""Compares the kernel on small random experts with float64 in plain torch on the CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Of a result's norm. Half precision is off by 0.003 to 0.006 here, float32 by 3e-7.
+# The largest error, as a share of a result's norm. Half precision is off by 0.003 to 0.006 here, float32 by 3e-7.
 TOLERANCE = {torch.bfloat16: 0.02, torch.float16: 0.004, torch.float32: 1e-5}
 
 TOKENS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 96, 8, 2, 128, 64
@@ -19,7 +19,7 @@ TOKENS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 96, 8, 2, 128, 64
 
 @dataclass(frozen=True)
 class Case:
-    """What is compared: forward and backward of ``tokens``, or forward alone, over dense or 4-bit weights."""
+    """One comparison: the forward of ``tokens``, with or without the backward, over dense or 4-bit weights."""
 
     name: str
     dtype: torch.dtype
@@ -39,12 +39,12 @@ CASES = (
 
 @dataclass(frozen=True)
 class Result:
-    """How a case came out.
+    """The outcome of a case.
 
     Attributes:
-        errors: by result, the output and the gradients: the norm of the difference as a share of the truth's; nan
-            if something is not finite.
-        seconds: it took, compilation included.
+        errors: for the output and each gradient, the norm of the difference as a share of the norm of the truth; nan if
+            something is not finite.
+        seconds: how long it took, including compilation.
     """
 
     case: Case
@@ -57,11 +57,11 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        return all(error <= self.tolerance for error in self.errors.values())  # nan is not
+        return all(error <= self.tolerance for error in self.errors.values())  # false for nan
 
 
 def run(kernel: ModuleType, device: torch.device) -> Iterator[Result]:
-    """The results of ``CASES`` for the kernel's ``moe_experts`` on ``device``, each as it comes."""
+    """Runs ``CASES`` with the kernel's ``moe_experts`` on ``device``, and yields each result as it comes."""
     for case in CASES:
         start = time.perf_counter()
         inputs, weights = _make(kernel, case)
@@ -77,7 +77,7 @@ def run(kernel: ModuleType, device: torch.device) -> Iterator[Result]:
 
 
 def _make(kernel: ModuleType, case: Case) -> tuple[list[Tensor], list[Any]]:
-    """Tokens, expert ids, routing weights and the output's gradient; gate_up and down. On the CPU."""
+    """Makes inputs (tokens, expert ids, routing weights, gradient of the output) and weights (gate_up, down) on the CPU."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -100,7 +100,7 @@ def _dense(weight: Any) -> Tensor:
 
 
 def _results(kernel: ModuleType, case: Case, inputs: list[Tensor], weights: list[Any]) -> dict[str, Tensor]:
-    """The output, and the gradients of all that can have one over these weights."""
+    """Computes the output, and the gradients of everything that can have one with these weights."""
     x, ids, routing, grad = inputs
     if not case.backward:
         with torch.no_grad():

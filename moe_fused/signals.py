@@ -1,8 +1,9 @@
-"""Signals that end a run, as an exception, so that ``with`` and ``finally`` clean up after SIGTERM as after Ctrl-C."""
+"""Turns signals that end a run into an exception, so that ``with`` and ``finally`` clean up after them."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -13,10 +14,10 @@ _received: list[int] = []
 
 
 class Interrupted(BaseException):
-    """The run was asked to end. Not an Exception, so that no library on the way takes it for an error of its own."""
+    """The run was asked to end. It is no Exception, so that no library catches it as one of its own errors."""
 
     def __init__(self, signum: int) -> None:
-        self.exit_code = 128 + signum  # what shells report for a process that the signal ended
+        self.exit_code = 128 + signum  # the status that shells report for a process that a signal ended
         super().__init__(f"interrupted by {signal.Signals(signum).name}")
 
 
@@ -26,25 +27,25 @@ def _raise(signum: int, _frame: FrameType | None) -> None:
 
 
 def check_interrupted() -> None:
-    """Raises Interrupted if a signal came: what is raised within a destructor or a callback from C may get lost."""
+    """Raises Interrupted if a signal came. An exception within a destructor or a callback from C may have been lost."""
     if _received:
         raise Interrupted(_received[0])
 
 
 def raise_on_signals() -> None:
-    """From now on SIGINT, SIGTERM and SIGHUP raise Interrupted in the main thread."""
+    """Makes SIGINT, SIGTERM and SIGHUP raise Interrupted in the main thread from now on."""
     for signum in _ENDING:
         if signum == getattr(signal, "SIGHUP", None) and signal.getsignal(signum) == signal.SIG_IGN:
-            continue  # started under nohup
+            continue  # the process was started under nohup
         signal.signal(signum, _raise)
 
 
 @contextlib.contextmanager
 def signals_ignored() -> Iterator[None]:
-    """For a few milliseconds of renaming or removing that must not stop half-way."""
+    """Ignores signals for a few milliseconds of renaming or removing, which must not stop half-way."""
     if (
         threading.current_thread() is not threading.main_thread()
-    ):  # the only one that signals reach, or that may do this
+    ):  # signals reach, and are set in, the main thread alone
         yield
         return
     previous = {signum: signal.signal(signum, signal.SIG_IGN) for signum in _ENDING}
@@ -55,9 +56,41 @@ def signals_ignored() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
+# This list has an element for each ``workers_forked`` that is active.
+_pools: list[object] = []
+
+
+def _end_with_parent() -> None:
+    """Runs in each process that was forked from this one, and does what ``workers_forked`` says."""
+    if _pools:
+        for signum in _ENDING:
+            signal.signal(signum, signal.SIG_IGN if signum == signal.SIGINT else signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_end_with_parent)
+
+
+@contextlib.contextmanager
+def workers_forked() -> Iterator[None]:
+    """Makes processes that are forked within the block ignore Ctrl-C, and end at once on SIGTERM and SIGHUP.
+
+    Otherwise they would inherit the handlers of this process and raise an exception instead of ending, and a pool would
+    wait for them for ever.
+    """
+    _pools.append(None)
+    try:
+        yield
+    finally:
+        _pools.pop()
+
+
 @contextlib.contextmanager
 def interrupted_afterwards() -> Iterator[None]:
-    """For importing torch, whose C++ ends the process if a signal raises within it: the first one raises at the end."""
+    """Lets the first signal raise Interrupted only at the end of the block.
+
+    It is for importing torch, whose C++ code ends the process if a signal handler raises within it.
+    """
     with first_signal_noted() as received:
         yield
     if (signum := received()) is not None:
@@ -66,9 +99,10 @@ def interrupted_afterwards() -> Iterator[None]:
 
 @contextlib.contextmanager
 def first_signal_noted() -> Iterator[Callable[[], int | None]]:
-    """For work that ends by itself soon after it is asked to: gives a function that returns the signal that came, or None.
+    """Notes the first SIGINT, SIGTERM or SIGHUP instead of raising, and yields a function that returns it, or None.
 
-    The first SIGINT, SIGTERM or SIGHUP is noted; a second raises Interrupted, for who does not want to wait.
+    It is for work that ends by itself soon after it was asked to. A second signal raises Interrupted, for users who do not
+    want to wait.
     """
     noted: list[int] = []
 

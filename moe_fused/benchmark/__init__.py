@@ -1,1 +1,1 @@
-"""Timing experts: what ``moe-fused bench``, ``moe-fused tune`` and the repository's own benchmarks have in common."""
+"""Times experts, for ``moe-fused bench``, ``moe-fused tune`` and the benchmarks of the repository."""

@@ -1,16 +1,16 @@
-"""How the project times things: clocks, interleaved timing, peak memory, ceilings, and a check that results agree.
+"""Measures time, peak memory and the ceilings of a GPU, and checks that results agree.
 
-What is timed. A batch of calls back to back between two events, divided by their number, from an idle GPU. In the
-steady state that is the larger of the CPU's time to launch a call and the GPU's time to run it, which is what a model
-pays that runs layer after layer. The alternative, events around every call (as ``triton.testing.do_bench`` has it), was
-not taken because it depends on what the GPU did before: if it is kept busy, say by flushing its cache, the CPU launches
-ahead and a launch-bound implementation looks faster than it ever is in use; if it is idle, every launch of a chain of
-kernels is seen.
+What is timed: a batch of calls back to back between two events, divided by their number, from an idle GPU. In the steady
+state this is the larger of the CPU's time to launch a call and the GPU's time to run it, which is what each layer of a
+model costs. The alternative, events around every call (as ``triton.testing.do_bench`` has it), was rejected because its
+result depends on what the GPU did before. If the GPU is kept busy, say by flushing its cache, the CPU launches ahead, and a
+launch-bound implementation looks faster than it ever is in use. If the GPU is idle, every launch of a chain of kernels
+is seen.
 
-What keeps it honest. Calls rotate through input sets that together exceed the L2 cache several times, so a call finds
-there at most the few percent of its weights that it happens to share with the call before. The implementations of one
-point take turns, a batch each, so that they see the same clocks, temperature and neighbours. The time is the median of
-the batches. Before anything is timed, results are compared (``compare``), computed in memory poisoned with NaN
+What keeps the result honest: calls rotate through input sets that together exceed the L2 cache several times, so a call
+finds there at most the few percent of its weights that it happens to share with the call before. The implementations of
+one point take turns, a batch each, so that they see the same clocks, temperature and neighbours. The time is the median of
+the batches. Before anything is timed, results are compared (``compare``). They are computed in memory poisoned with NaN
 (``poison``), so that nothing passes by reading what an earlier call left behind.
 """
 
@@ -33,7 +33,7 @@ from torch import Tensor
 from .layers import Ceilings
 
 MIB = 2**20
-ALLOCATION = 512  # what torch rounds the size of a tensor's memory on a GPU up to
+ALLOCATION = 512  # torch rounds the size of a tensor's memory on a GPU up to a multiple of this
 BATCHES = 7
 WARMUP_CALLS = 2
 ESTIMATE_CALLS = 3
@@ -43,7 +43,7 @@ TOLERANCE = 0.02  # half-precision sums in another order differ by 0.005 of the 
 CHECK_CHUNK = 2**24  # elements compared at a time, so that the check needs little memory
 
 Call = Callable[[int], Any]
-"""``call(i)`` runs the thing once, on the input set that its number of calls so far, ``i``, comes to."""
+"""``call(i)`` runs what is timed once; ``i`` counts the calls so far and chooses the input set."""
 
 
 class Clock(Protocol):
@@ -53,10 +53,10 @@ class Clock(Protocol):
         """Waits until all work has ended."""
 
     def mark(self) -> Any:
-        """A moment in the stream of work."""
+        """Returns a mark at this moment in the stream of work."""
 
     def milliseconds(self, start: Any, end: Any) -> float:
-        """Between two moments, once both have passed."""
+        """Returns the time between two marks that the work has passed."""
 
 
 class CudaClock:
@@ -75,7 +75,7 @@ class CudaClock:
 
 
 class CpuClock:
-    """The wall clock; for smoke tests of a benchmark on a machine without a GPU."""
+    """The wall clock, for smoke tests of a benchmark on a machine without a GPU."""
 
     def synchronize(self) -> None:
         pass
@@ -93,17 +93,17 @@ def clock_for(device: torch.device) -> Clock:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call: the median over batches, and the quartiles' distance as a share of it."""
+    """The time of one call in milliseconds: the median over batches, and the interquartile range as a share of it."""
 
     ms: float
     spread: float
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Timing:
-        """The statistics of ``samples``, one per batch.
+        """Makes the statistics of ``samples``, one for each batch.
 
         Raises:
-            ValueError: no samples.
+            ValueError: there are no samples.
         """
         if not samples:
             raise ValueError("samples must hold at least one time, got none")
@@ -114,12 +114,12 @@ class Timing:
         return cls(median, (high - low) / median)
 
     def divided(self, by: int) -> Timing:
-        """Of one call, where ``by`` were timed as one."""
+        """Returns the time of one call, if ``by`` calls were timed as one."""
         return Timing(self.ms / by, self.spread)
 
 
 class _Lane:
-    """One implementation on its way through the input sets."""
+    """One implementation, and how far it has come through the input sets."""
 
     def __init__(self, call: Call, clock: Clock) -> None:
         self._call = call
@@ -129,8 +129,8 @@ class _Lane:
         self.samples: list[float] = []
 
     def batch(self, calls: int) -> float:
-        """Milliseconds a call of ``calls`` calls back to back."""
-        # From an idle GPU: otherwise the launches of this batch would hide behind the work of the one before.
+        """Runs ``calls`` calls back to back and returns the milliseconds of one."""
+        # The GPU must be idle: otherwise the launches of this batch would hide behind the work of the batch before.
         self._clock.synchronize()
         start = self._clock.mark()
         for i in range(self._calls, self._calls + calls):
@@ -168,46 +168,46 @@ def time_interleaved(
     names = list(lanes)
     order = random.Random(0)
     for turn in range(batches + 1):
-        # Another order in every turn: who always ran after the same neighbour would inherit the clocks that it left.
+        # The order changes in every turn. In a fixed order, each would run at the clocks that the same neighbour left.
         for name in order.sample(names, len(names)):
             lane = lanes[name]
             sample = lane.batch(lane.batch_size)
-            if turn > 0:  # the first turn brings the clocks to what this mixture of work keeps them at
+            if turn > 0:  # the first turn only settles the clocks for this mixture of work
                 lane.samples.append(sample)
     return {name: Timing.of(lanes[name].samples) if name in lanes else None for name in calls}
 
 
 def release_memory(device: torch.device) -> None:
-    """Hands cached memory back, after an implementation that ran out of it or before one is measured."""
+    """Hands cached memory back to the GPU."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def allocated_mib(device: torch.device) -> float:
-    """Memory (MiB) that tensors hold; 0 on a CPU, where nobody counts."""
+    """Returns the memory (MiB) that tensors hold. On a CPU, where torch does not count it, this is 0."""
     return torch.cuda.memory_allocated(device) / MIB if device.type == "cuda" else 0.0
 
 
 def run_and_weigh(call: Call, device: torch.device) -> tuple[dict[str, Tensor], float]:
-    """What ``call(0)`` returns, detached, and the memory (MiB) that is held since then besides these results.
+    """Returns the detached results of ``call(0)``, and the memory (MiB) that it keeps beside them.
 
-    That is a workspace which the implementation keeps between calls: ``peak_mib`` of a later call cannot see it.
+    This memory is a workspace that the implementation keeps between calls. ``peak_mib`` of a later call cannot see it.
     """
     before = allocated_mib(device)
     results = {name: value.detach() for name, value in call(0).items()}
     if device.type != "cuda":
         return results, 0.0
     storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in results.values()}
-    own = sum(math.ceil(size / ALLOCATION) * ALLOCATION for size in storages.values())
-    return results, allocated_mib(device) - before - own / MIB
+    returned = sum(math.ceil(size / ALLOCATION) * ALLOCATION for size in storages.values())
+    return results, allocated_mib(device) - before - returned / MIB
 
 
 def peak_mib(call: Call, device: torch.device) -> float | None:
-    """Most memory (MiB) that one call held at a time on top of what was there before, results included; None on a CPU.
+    """Returns the peak memory (MiB) of one call, results included, on top of what was held before. None on a CPU.
 
-    The call should have run before: compilation and libraries allocate on a first call. What an implementation keeps
-    between calls is not in it: ``run_and_weigh`` finds that.
+    The call should have run before, because compilation and libraries allocate on a first call. Memory that an
+    implementation keeps between calls is not included; ``run_and_weigh`` finds that.
     """
     if device.type != "cuda":
         return None
@@ -224,7 +224,7 @@ def peak_mib(call: Call, device: torch.device) -> float | None:
 def poison(device: torch.device, num_bytes: int) -> None:
     """Fills the memory that the next allocations will get, up to ``num_bytes``, with NaN; does nothing on a CPU.
 
-    Half of what is free at most, so that a peer that needs much memory does not fail for it.
+    It fills at most half of the free memory, so that an implementation that needs much memory does not fail because of it.
     """
     if device.type != "cuda":
         return
@@ -238,18 +238,18 @@ def poison(device: torch.device, num_bytes: int) -> None:
 
 
 class MismatchError(RuntimeError):
-    """An implementation whose results are not those of the others."""
+    """The results of an implementation differ from those of the others."""
 
 
 class UnavailableError(RuntimeError):
-    """An implementation that cannot run here, in a few words for a table."""
+    """An implementation cannot run here. The message is short, because it goes into a table."""
 
 
 def _relative_errors(got: Tensor, want: Tensor) -> tuple[float, float]:
-    """The error of the whole and the largest error of a row (the last dimension), relative to their norms.
+    """Returns the error of the whole tensor and the largest error of a row (the last dimension), relative to their norms.
 
-    A row's norm is its own plus the mean over rows that are not zero: rows near zero stay meaningful, and the rows of
-    experts that nobody chose do not count. nan if anything is not finite.
+    The norm of a row is its own norm plus the mean norm of the rows that are not zero. So rows near zero stay meaningful,
+    and the rows of experts that no token chose do not count. The result is nan if anything is not finite.
     """
     if not want.numel():
         return 0.0, 0.0
@@ -261,7 +261,7 @@ def _relative_errors(got: Tensor, want: Tensor) -> tuple[float, float]:
     if not errors.any():  # nan counts as an error here
         return 0.0, 0.0
     typical = norms.sum() / norms.count_nonzero()
-    # Sums and max() propagate nan; all rows zero but for errors makes both infinite or nan: never within a tolerance.
+    # Sums and max() propagate nan. If all wanted rows are zero, an error makes both infinite or nan.
     return float(errors.norm() / norms.norm()), float((errors / (norms + typical)).max())
 
 
@@ -275,12 +275,12 @@ def compare(
 ) -> None:
     """Checks the results ``got`` of the implementation ``name`` against ``want``, those of another.
 
-    The defaults allow for half-precision sums in another order (0.005 of the whole, several times that in the worst of
-    200 000 rows) and for no row that is wrong; it is no accuracy test, those stand in ``tests/``.
+    The defaults allow for half-precision sums in another order (0.005 of the whole, and several times that in the worst of
+    200 000 rows) and for no wrong row. This is no test of accuracy; those are in ``tests/``.
 
     Raises:
-        MismatchError: a result is missing, has another shape, is not finite, or is off by more than ``tolerance`` of
-            its norm or, in some row, by more than ``row_tolerance`` of a row's.
+        MismatchError: a result is missing, has another shape or is not finite, or it is off by more than ``tolerance`` of
+            its norm or, in some row, by more than ``row_tolerance`` of the row's norm.
     """
     if set(got) != set(want):
         raise MismatchError(f"{name} returned {', '.join(sorted(got))}, expected {', '.join(sorted(want))}")
@@ -289,7 +289,7 @@ def compare(
         if value.shape != wanted.shape:
             raise MismatchError(f"{key} of {name} has shape {tuple(value.shape)}, expected {tuple(wanted.shape)}")
         whole, row = _relative_errors(value.detach(), wanted.detach())
-        # Written so that nan fails.
+        # The comparison is written so that nan fails.
         if not (whole <= tolerance and row <= row_tolerance):
             raise MismatchError(
                 f"{key} of {name} is off by {whole:.2g} of its norm and up to {row:.2g} in a row, "
@@ -298,13 +298,13 @@ def compare(
 
 
 def input_sets(bytes_touched: float, device: torch.device, *, least: int = 4, most: int = 64) -> int:
-    """How many input sets to rotate through when a call touches ``bytes_touched`` of weights and activations."""
+    """Returns how many input sets to rotate through if a call touches ``bytes_touched`` of weights and activations."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     return min(most, max(least, math.ceil(CACHE_MULTIPLE * cache / max(1.0, bytes_touched))))
 
 
 def graph_of(call: Call, calls: int) -> tuple[Call, Any]:
-    """One CUDA graph of ``calls`` calls, on as many input sets, as a model's layers stand in the graph of a step.
+    """Captures ``calls`` calls, each on an input set of its own, in one CUDA graph, like the layers of a model's step.
 
     Returns:
         A call that replays the graph, and what ``call(0)`` returned in it (new content with every replay).
@@ -314,7 +314,7 @@ def graph_of(call: Call, calls: int) -> tuple[Call, Any]:
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # capture needs a warm call off the default stream
+    with torch.cuda.stream(stream):  # capture needs a call before it, on another stream than the default one
         call(0)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -340,10 +340,10 @@ def _matmul_call(size: int, device: torch.device) -> Call:
 def measure_ceilings(
     device: torch.device, *, copy_bytes: int = 2**30, matmul_size: int = 8192, seconds: float = 0.3
 ) -> Ceilings:
-    """What a large copy (bytes read plus written) and a square bf16 product of random matrices reach, each a median.
+    """Measures what a large copy (bytes read plus written) and a square bf16 product of random matrices reach.
 
     Raises:
-        torch.OutOfMemoryError: the device has not ``2 * copy_bytes`` and three matrices free.
+        torch.OutOfMemoryError: the device has no room for ``2 * copy_bytes`` and three matrices.
     """
     clock = clock_for(device)
 
@@ -370,7 +370,7 @@ class Environment:
 
 
 def current_environment(device: torch.device) -> Environment:
-    """The environment of a run on ``device``, today in UTC; a CPU counts as the GPU ``cpu``."""
+    """Returns the environment of a run on ``device``, with today's date in UTC. A CPU is reported as the GPU ``cpu``."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:

@@ -14,7 +14,7 @@ DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Inputs:
-    """One input set of a layer, the output's gradient included."""
+    """One set of inputs of a layer, including the gradient of its output."""
 
     hidden_states: Tensor
     top_k_index: Tensor
@@ -23,7 +23,7 @@ class Inputs:
 
     @classmethod
     def random(cls, layer: Layer, tokens: int, generator: torch.Generator) -> Inputs:
-        """Normal tokens, routed as a router with random logits does; the weights of a token sum to one."""
+        """Makes normally distributed tokens, routed by random logits. The routing weights of a token sum to one."""
         device = generator.device
 
         def normal(*shape: int) -> Tensor:
@@ -36,7 +36,7 @@ class Inputs:
 
 
 def random_weights(layer: Layer, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """gate_up (E, 2·I, H) and down (E, H, I), normal, scaled so that the outputs stay near unit size."""
+    """Makes gate_up (E, 2·I, H) and down (E, H, I), normally distributed and scaled so that outputs stay near unit size."""
 
     def weight(*shape: int) -> Tensor:
         values = torch.randn(*shape, generator=generator, device=generator.device, dtype=DTYPE)

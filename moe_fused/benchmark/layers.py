@@ -1,7 +1,8 @@
-"""The layer shapes that the benchmarks time, and the least work that each of them needs.
+"""The layer shapes that the benchmarks time, and their roofline.
 
-The counts are those of the mathematics, the same for every implementation: an implementation that recomputes or moves
-more gets no credit for it. ``floor_ms`` turns them into the time that no implementation can beat on the ceilings given.
+Operations and bytes are counted from the mathematics and are the same for every implementation. An implementation that
+recomputes or moves more gets no credit for it. ``roofline_ms`` turns the counts into the time that no implementation can
+beat on a GPU with given ceilings.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Layer:
 
     @property
     def expert_parameters(self) -> int:
-        """Parameters of one expert: gate and up (2·I, H), down (H, I)."""
+        """Counts the parameters of one expert: gate and up (2·I, H), down (H, I)."""
         return 3 * self.hidden * self.intermediate
 
     @property
@@ -42,13 +43,16 @@ class Layer:
 
     @property
     def adapter_parameters(self) -> int:
-        """Parameters of one expert's adapters: A (r, H) and B (2·I, r) of gate and up, A (r, I) and B (H, r) of down."""
+        """Counts the parameters of one expert's adapters.
+
+        Gate and up have A (r, H) and B (2·I, r), and down has A (r, I) and B (H, r).
+        """
         return self.lora_rank * (2 * self.hidden + 3 * self.intermediate)
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this GPU reaches where nothing is in the way."""
+    """The bandwidth and the throughput that a GPU reaches in a plain copy and in a plain product of matrices."""
 
     bytes_per_second: float
     flops_per_second: float
@@ -59,7 +63,7 @@ LAYERS = {
     for layer in (
         Layer("qwen3-30b-a3b", hidden=2048, intermediate=768, experts=128, top_k=8),
         Layer("deepseek-v2-lite", hidden=2048, intermediate=1408, experts=64, top_k=6),
-        # The shape of gpt-oss-20b with the plain SwiGLU of the others in the place of its own gate and biases.
+        # The shape of gpt-oss-20b, with the plain SwiGLU of the other layers instead of its activation and biases.
         Layer("gpt-oss-20b-like", hidden=2880, intermediate=2880, experts=32, top_k=4),
         Layer("tiny", hidden=64, intermediate=32, experts=8, top_k=2),
     )
@@ -73,10 +77,11 @@ def _check_phase(phase: str) -> None:
 
 
 def flops(layer: Layer, tokens: int, phase: str) -> int:
-    """Floating point operations of the grouped products; a multiply-add is two.
+    """Counts the floating point operations of the grouped GEMMs; a multiply-add counts as two.
 
-    Forward: two per weight and routed row. Backward: the same again for the gradient of the input, and again for that
-    of what is trained, all weights or the adapters. Gate, combine and routing are left out: they are below a thousandth.
+    The forward takes two operations for each weight and routed row. The backward takes the same again for the gradient of
+    the input, and again for the gradient of what is trained, which is all weights or the adapters. Activation, combine and
+    routing are left out, because they are less than a thousandth.
     """
     _check_phase(phase)
     weights, adapters = layer.expert_parameters, layer.adapter_parameters
@@ -94,15 +99,15 @@ def compulsory_bytes(
     itemsize: int = 2,
     weight_bytes: float | None = None,
 ) -> float:
-    """Bytes that must cross the memory bus, for activations and routing weights of ``itemsize`` bytes.
+    """Counts the bytes that must cross the memory bus, for activations and routing weights of ``itemsize`` bytes.
 
-    A weight takes ``weight_bytes`` to read, ``itemsize`` unless given; adapters take ``itemsize``.
+    A weight takes ``weight_bytes`` to read, by default ``itemsize``. Adapters take ``itemsize``.
 
-    Forward reads the weights of the experts that were chosen (``active_experts``, a mean over the inputs timed), the
-    tokens and the routing, and writes a row per token. Backward reads the same weights and tokens again (they outlast
-    the cache), the routing weights and the output's gradient, and writes the gradients of tokens, routing weights and
-    of *all* experts' weights, or adapters, as a parameter's gradient is dense. What an implementation keeps between its
-    own stages is not compulsory, nor is recomputing it: neither is counted.
+    The forward reads the weights of the experts that were chosen (``active_experts``, a mean over the inputs timed), the
+    tokens and the routing, and writes a row per token. The backward reads the same weights and tokens again, because they do
+    not fit into the cache, and the routing weights and the output's gradient. It writes the gradients of tokens and routing
+    weights, and of the weights or adapters of *all* experts, because a parameter's gradient is dense. What an
+    implementation keeps between its own stages is not compulsory and is not counted, and neither is what it recomputes.
     """
     _check_phase(phase)
     rows = tokens * layer.hidden * itemsize
@@ -118,7 +123,7 @@ def compulsory_bytes(
     return forward + backward_reads + backward_writes
 
 
-def floor_ms(
+def roofline_ms(
     layer: Layer,
     tokens: int,
     active_experts: float,
@@ -127,7 +132,7 @@ def floor_ms(
     itemsize: int = 2,
     weight_bytes: float | None = None,
 ) -> float:
-    """Milliseconds of the slower: the compulsory bytes at the copy ceiling, the operations at the matmul ceiling."""
+    """Returns the least time in milliseconds: that of the bytes or that of the operations, whichever takes longer."""
     num_bytes = compulsory_bytes(layer, tokens, active_experts, phase, itemsize, weight_bytes)
     memory = num_bytes / ceilings.bytes_per_second
     compute = flops(layer, tokens, phase) / ceilings.flops_per_second

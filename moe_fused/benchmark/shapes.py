@@ -1,4 +1,4 @@
-"""The layer of a model, by its configuration alone."""
+"""Finds the shape of a model's experts from its configuration."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .layers import Layer
 
 
 def layer_of(name: str, config: Any) -> Layer:
-    """The first layer with experts of the model that ``config`` describes; no weights are made.
+    """Returns the first layer with experts of the model that ``config`` describes. No weights are made.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the model has no such layer.
     """
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)

@@ -1,19 +1,20 @@
-"""Experts in checkpoints: which layouts there are, and how to read and write them bit for bit.
+"""Reads and writes experts in checkpoints, bit for bit, in three layouts.
 
 Per expert:
     ``experts.{i}.gate_proj.weight``, in 4 bits with ``….weight.absmax``, ``….weight.quant_state.bitsandbytes__nf4`` and so
-    on: the Hub, bitsandbytes under Transformers 4, and ours by default.
+    on. This is the layout of the Hub and of bitsandbytes under Transformers 4, and the one that we write by default.
 Stacked:
-    ``gate_proj.weight``, in 4 bits with ``gate_proj.weight.absmax`` and so on, beside the router, all experts quantized as
-    one matrix: the original qwen3-moe-fused.
+    ``gate_proj.weight``, in 4 bits with ``gate_proj.weight.absmax`` and so on, beside the router, with all experts quantized
+    as one matrix. This is the layout of the original qwen3-moe-fused.
 Fused:
     ``experts.gate_up_proj``, as Transformers 5 has it in memory, and in 4 bits ``experts.gate_up_proj_absmax``, …,
-    ``experts.gate_up_proj_format``: ours on demand.
+    ``experts.gate_up_proj_format``. This is our own layout, written on demand.
 
-``names`` says which tensor belongs where, ``quant_state`` knows a matrix of bitsandbytes, ``fused`` our own layout, and
-``entries`` what the tensors of one parameter make up. ``converter`` puts them together while Transformers loads them.
+Reading while Transformers loads: ``names`` finds the parameter that a tensor belongs to, ``quant_state`` reads a matrix of
+bitsandbytes, ``fused`` reads our own layout, ``entries`` joins the tensors of one parameter, and ``converter`` does all of
+this within Transformers' loading loop.
 
-``models`` rewrites saved models: ``tensor_files`` reads and writes files, ``architecture`` knows what model they are of,
-``checkpoint`` finds the experts among the tensors, and ``stacks`` brings those from one layout into another. ``adapters``
-does so for LoRA on experts, and ``optimizers`` for what AdamW remembers of either.
+Rewriting saved models: ``models`` is the entry, ``tensor_files`` reads and writes files, ``architecture`` knows the model,
+``checkpoint`` finds the experts among the tensors, and ``stacks`` brings them from one layout into another. ``adapters``
+does the same for LoRA on experts, and ``optimizers`` for the state of AdamW.
 """

@@ -1,8 +1,7 @@
-"""What a model directory's config says about its experts: their parameters, and the names of those in checkpoints."""
+"""Finds the parameters of a model's experts, and their names in checkpoints, from the model's config alone."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,30 +14,14 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
 
-from .names import Names, Place, Target
+from .names import Names, Target, TensorRole
+from .places import CONFIG, read_config
 
-CONFIG = "config.json"
-# What the original project calls its classes, all for the config of Qwen3-MoE, and what Transformers does.
+__all__ = ["CONFIG", "ORIGINAL_CLASSES", "Architecture", "read_config", "read_model"]
+
+# The classes of the original project, all for the config of Qwen3-MoE, with the name that Transformers has for each.
 ORIGINAL_CLASSES = {"Qwen3MoeFusedForCausalLM": "Qwen3MoeForCausalLM", "Qwen3MoeFusedModel": "Qwen3MoeModel"}
 _STACKS = {"gate_up_proj": 2, "up_proj": 1, "down_proj": 1}
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """The ``config.json`` in ``directory``.
-
-    Raises:
-        FileNotFoundError, ValueError: there is none, or it is not a JSON object with a ``model_type``.
-    """
-    path = directory / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: not the directory of a model")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON: {error}") from None
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise ValueError(f"{path} must be a JSON object with a model_type")
-    return config
 
 
 @dataclass(frozen=True)
@@ -46,10 +29,11 @@ class Architecture:
     """A model without its weights.
 
     Attributes:
-        model: on meta.
-        names: its experts' tensors.
-        renamings: from names in checkpoints to names in the model, of whatever is not stacked or split, in order.
-        reverse: the way back.
+        model: the model on the meta device.
+        names: the names of its experts' tensors in checkpoints.
+        renamings: these turn names in checkpoints into names in the model, applied in order, for tensors that are neither
+            stacked nor split.
+        reverse: these turn names in the model into names in checkpoints.
     """
 
     model: Any
@@ -59,17 +43,24 @@ class Architecture:
 
     @classmethod
     def read(cls, directory: Path, config: dict[str, Any]) -> Architecture:
-        """The architecture that ``config``, that of ``directory``, describes.
+        """Returns the architecture that ``config``, the content of ``config.json`` in ``directory``, describes.
 
         Raises:
-            ValueError: Transformers does not know it, or it has no experts that could be converted.
+            ValueError: Transformers does not know the model, or the model has no experts that could be converted.
         """
         model = _on_meta(directory, config)
-        targets = list(_targets(model))
-        if not targets:
+        _check_convertible(model)
+        result = cls.of(model)
+        if not result.names.targets:
             raise ValueError(
-                f"{directory} is of a {type(model).__name__}, which has no experts that could be converted"
+                f"{directory} holds a {type(model).__name__}, which has no experts that could be converted"
             )
+        return result
+
+    @classmethod
+    def of(cls, model: Any) -> Architecture:
+        """Returns the architecture of ``model``, on meta. It may have no experts, or experts that cannot be converted."""
+        targets = list(_targets(model))
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         converters = [
             conversion
@@ -78,29 +69,41 @@ class Architecture:
             and any(target.name.endswith(tuple(conversion.target_patterns)) for target in targets)
         ]
         renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
-        # Those that only add or remove a prefix say nothing about what the checkpoint at hand has.
+        # A renaming that only adds or removes a prefix is left out, because a checkpoint may or may not have the prefix.
         reverse: list[Any] = [r.reverse_transform() for r in reversed(renamings) if not isinstance(r, PrefixChange)]
         return cls(model, Names(targets, converters, model.base_model_prefix), renamings, reverse)
 
     def in_model(self, key: str) -> str:
-        """The name in the model of a checkpoint's tensor, as far as it is a matter of renaming."""
+        """Returns the name in the model of the checkpoint's tensor ``key``, if it is only renamed."""
         return _renamed(key, self.renamings)
 
     def in_checkpoint(self, name: str) -> str:
-        """The way back."""
+        """Returns the name in checkpoints of the model's tensor ``name``, if it is only renamed."""
         return _renamed(name, self.reverse)
 
-    def target(self, place: Place) -> Target:
-        """The parameter that ``place`` belongs to, called as the checkpoint's prefix has it."""
+    def target(self, role: TensorRole) -> Target:
+        """Returns the parameter that ``role`` belongs to, with the prefix that the checkpoint uses in its name."""
         prefix = f"{self.names.base_model_prefix}."
-        for name in (place.target, prefix + place.target, place.target.removeprefix(prefix)):
+        for name in (role.target, prefix + role.target, role.target.removeprefix(prefix)):
             if name in self.names.targets:
-                return replace(self.names.targets[name], name=place.target)
-        raise AssertionError(f"{place.target} was located, but is no target")
+                return replace(self.names.targets[name], name=role.target)
+        raise AssertionError(f"{role.target} was located, but is no target")
 
     def is_ignored(self, name: str) -> bool:
-        """Whether Transformers leaves a tensor of that name out on purpose, as those of layers that predict ahead."""
-        return any(re.search(pattern, name) for pattern in self.model._keys_to_ignore_on_load_unexpected or ())
+        """Whether Transformers ignores a tensor of that name on purpose, or it belongs to a layer that predicts ahead.
+
+        Transformers knows the numbers of such layers for some models. For others, the config announces them.
+        """
+        known = self.model._keys_to_ignore_on_load_unexpected or ()
+        return any(re.search(pattern, name) for pattern in (*known, *self._ahead()))
+
+    def _ahead(self) -> list[str]:
+        """Returns patterns of names in the layers that the config announces after the last layer of the model."""
+        config = self.model.config.get_text_config()
+        ahead, layers = getattr(config, "num_nextn_predict_layers", None), getattr(config, "num_hidden_layers", None)
+        if not isinstance(ahead, int) or not isinstance(layers, int):
+            return []
+        return [rf"(^|\.)layers\.{layers + number}\." for number in range(ahead)]
 
 
 def _renamed(name: str, renamings: list[WeightRenaming]) -> str:
@@ -110,7 +113,7 @@ def _renamed(name: str, renamings: list[WeightRenaming]) -> str:
 
 
 def read_model(name: str) -> nn.Module:
-    """The model on meta that the config at ``name``, a directory or a repository of the Hub, describes.
+    """Makes the model on meta that the config at ``name``, a directory or a repository of the Hub, describes.
 
     Raises:
         OSError, ValueError: there is no such config, or Transformers does not know the model.
@@ -125,32 +128,45 @@ def read_model(name: str) -> nn.Module:
 def _on_meta(directory: Path, config: dict[str, Any]) -> Any:
     names = [ORIGINAL_CLASSES.get(name, name) for name in config.get("architectures") or ()]
     known = [name for name in names if hasattr(transformers, name)]
-    try:  # their own messages have many lines; code that comes with a model is not run
-        own = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    try:  # Transformers' error has many lines, so it is replaced; code that comes with a model is not run
+        loaded = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
         with torch.device("meta"):
             if known:
-                return getattr(transformers, known[0])._from_config(own)
-            return transformers.AutoModelForCausalLM.from_config(own, trust_remote_code=False)
+                return getattr(transformers, known[0])._from_config(loaded)
+            return transformers.AutoModelForCausalLM.from_config(loaded, trust_remote_code=False)
     except ValueError as error:
         raise ValueError(
-            f"{directory / CONFIG} is of a model that Transformers does not know: architectures {names}, model_type "
+            f"{directory / CONFIG} describes a model that Transformers does not know: architectures {names}, model_type "
             f"{config['model_type']}"
         ) from error
 
 
-def _targets(model: nn.Module) -> Iterator[Target]:
-    """The stacked weights of the experts modules.
-
-    Raises:
-        ValueError: some are laid out as no other checkpoint has them.
-    """
+def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """Yields the stacked weights of experts: path and module, name and value of the parameter."""
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if name not in _STACKS or parameter.dim() != 3:
-                continue
-            if getattr(module, "is_transposed", False) or not getattr(module, "is_concatenated", True):
-                raise ValueError(
-                    f"{path}.{name} of {type(module).__name__} is transposed, or gate and up alternate: there is only "
-                    "one layout of such experts"
-                )
-            yield Target(f"{path}.{name}", tuple(parameter.shape), _STACKS[name])
+            if name in _STACKS and parameter.dim() == 3:
+                yield path, module, name, parameter
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the matrices of experts are (out, in), and gate stands before up."""
+    return bool(getattr(module, "is_concatenated", True) and not getattr(module, "is_transposed", False))
+
+
+def _check_convertible(model: nn.Module) -> None:
+    """Raises ValueError if some experts are in a layout for which there is no other."""
+    for path, module, name, _ in _stacks(model):
+        if not _is_plain(module):
+            raise ValueError(
+                f"{path}.{name} of {type(module).__name__} is transposed, or gate and up alternate: there is only "
+                "one layout of such experts"
+            )
+
+
+def _targets(model: nn.Module) -> Iterator[Target]:
+    """Yields the stacked weights of the experts modules."""
+    for path, module, name, parameter in _stacks(model):
+        experts, out_features, in_features = parameter.shape
+        shape = experts, out_features, in_features
+        yield Target(f"{path}.{name}", shape, _STACKS[name] if _is_plain(module) else 1)

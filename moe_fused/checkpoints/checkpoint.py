@@ -1,4 +1,4 @@
-"""A saved model by the headers of its files: which tensors are its experts, and what the rest is."""
+"""Finds the experts among the tensors of a saved model, by the headers of its files."""
 
 from __future__ import annotations
 
@@ -10,58 +10,58 @@ from torch import Tensor
 
 from .architecture import Architecture
 from .quant_state import check_fields, dtype_of, read_json
-from .stacks import LAYOUTS, DenseStack, Found, Latest, PackedStack, find_stack
+from .stacks import LAYOUTS, DenseCheckpointStack, Found, Latest, PackedCheckpointStack, find_stack
 from .tensor_files import Output, Stored
 
 Layout = Literal["per-expert", "fused", "original"]
 
-# Between the name of a 4-bit matrix and its quant_type.
+# The text between the name of a 4-bit matrix and its quant_type.
 STATE = ".quant_state.bitsandbytes__"
 
 
 class Checkpoint:
-    """What a checkpoint holds.
+    """The tensors of a checkpoint, with its experts joined to stacks.
 
     Attributes:
-        stacks: the experts.
-        layout: of all of them.
-        packed: whether anything is in 4 bits.
-        notes: for the plan.
+        stacks: the experts' parameters.
+        layout: the layout of all of them.
+        packed: whether any tensor is in 4 bits.
+        notes: what the user should know about the conversion.
     """
 
     def __init__(self, architecture: Architecture, tensors: dict[str, Stored], quantized: bool) -> None:
         self.architecture = architecture
         self.tensors = tensors
         self.notes: list[str] = []
-        # What belongs to each matrix in 4 bits, those of linear layers and of experts that are separate.
+        # The tensors that belong to each 4-bit matrix, of linear layers and of separate experts.
         self.matrices: dict[str, list[str]] = {_matrix(key): [] for key in tensors if STATE in key}
         for key in tensors:
             if _matrix(key) in self.matrices:
                 self.matrices[_matrix(key)].append(key)
         self.packed = bool(self.matrices) or any(key.endswith("_proj_format") for key in tensors)
-        # The stack that a tensor belongs to.
+        # For each tensor of experts, the stack that it belongs to.
         self.owners: dict[str, str] = {}
         found: dict[str, list[Found]] = {}
         ignored = []
         for key, stored in tensors.items():
             name = architecture.in_model(key)
-            place = architecture.names.locate(name)
-            if place is not None:
-                if place.part and not quantized:
-                    raise ValueError(f"{key} is of 4-bit weights, but config.json has no quantization_config")
-                self.owners[key] = place.target
-                found.setdefault(place.target, []).append(Found(key, place, stored))
+            role = architecture.names.locate(name)
+            if role is not None:
+                if role.part and not quantized:
+                    raise ValueError(f"{key} belongs to 4-bit weights, but config.json has no quantization_config")
+                self.owners[key] = role.target
+                found.setdefault(role.target, []).append(Found(key, role, stored))
             elif architecture.is_ignored(name):
                 ignored.append(key)
             elif ".experts." in name:
-                raise ValueError(f"{key} is of experts, but of none that {type(architecture.model).__name__} has")
+                raise ValueError(f"{key} belongs to experts that {type(architecture.model).__name__} does not have")
         if experts := [key for key in ignored if ".experts." in key]:
             self.notes.append(
-                f"{experts[0]} and {len(experts) - 1} more are of layers that Transformers ignores, and stay"
+                f"{experts[0]} and {len(experts) - 1} more belong to layers that Transformers ignores, and stay"
             )
         latest = Latest()
         self.by_name = {
-            name: find_stack(architecture.names, architecture.target(parts[0].place), parts, latest)
+            name: find_stack(architecture.names, architecture.target(parts[0].role), parts, latest)
             for name, parts in found.items()
         }
         self._check(found)
@@ -70,7 +70,7 @@ class Checkpoint:
         self.blocks = {name.rpartition(".experts.")[0] for name in self.by_name}
 
     def _check(self, found: dict[str, list[Found]]) -> None:
-        """Raises ValueError unless all experts are there, in one layout."""
+        """Raises ValueError unless the checkpoint has all experts, in a single layout."""
         names = self.architecture.names
         prefix = f"{names.base_model_prefix}."
         for name in names.targets:
@@ -86,7 +86,7 @@ class Checkpoint:
                 raise ValueError(f"{other} and {name} must both be of 4-bit weights, or neither")
 
     def outputs(self, layout: Layout, dtype: torch.dtype | None, dequantize: bool) -> dict[str, Output]:
-        """All tensors of the result by their names, in the order of the source."""
+        """Returns all tensors of the result by name, in the order of the source."""
         same = layout == self.layout
         result: dict[str, Output] = {}
         written: set[str] = set()
@@ -94,7 +94,7 @@ class Checkpoint:
             owner = self.owners.get(key)
             if owner is None:
                 outputs = self._other(key, stored, same, dtype, dequantize)
-            elif same and not (dequantize and isinstance(self.by_name[owner], PackedStack)):
+            elif same and not (dequantize and isinstance(self.by_name[owner], PackedCheckpointStack)):
                 outputs = {key: Output.of_stored(stored, dtype)}
             elif owner in written:
                 continue
@@ -108,9 +108,13 @@ class Checkpoint:
         return result
 
     def _experts(
-        self, stack: DenseStack | PackedStack, layout: Layout, dtype: torch.dtype | None, dequantize: bool
+        self,
+        stack: DenseCheckpointStack | PackedCheckpointStack,
+        layout: Layout,
+        dtype: torch.dtype | None,
+        dequantize: bool,
     ) -> dict[str, Output]:
-        if isinstance(stack, DenseStack):
+        if isinstance(stack, DenseCheckpointStack):
             outputs = stack.outputs(self.architecture.names, layout, dtype)
         else:
             outputs = stack.dequantized(layout, dtype) if dequantize else stack.outputs(layout)
@@ -119,9 +123,12 @@ class Checkpoint:
     def _other(
         self, key: str, stored: Stored, same: bool, dtype: torch.dtype | None, dequantize: bool
     ) -> dict[str, Output]:
-        """What becomes of a tensor that is not of experts: nothing of what belongs to a 4-bit one, once dequantized."""
+        """Returns what becomes of a tensor that does not belong to experts.
+
+        If matrices are dequantized, nothing becomes of the tensors that only describe a 4-bit matrix.
+        """
         name = self.architecture.in_model(key)
-        # Blocks with experts are called as on the Hub, where other names belong to other layouts.
+        # Other layouts have other names for the tensors beside experts, so those get the names of the Hub.
         renamed = self.architecture.in_checkpoint(name) if not same and self._beside_experts(name) else key
         if dequantize and key in self.matrices:
             return {renamed: self._dequantized(key, name, dtype)}
@@ -134,7 +141,7 @@ class Checkpoint:
         return any(".".join(parts[:count]) in self.blocks for count in range(1, len(parts)))
 
     def _dtype(self, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
-        """What to cast the tensor ``name`` of the model to: some stay in fp32."""
+        """Returns the dtype to cast the model's tensor ``name`` to. Models keep some tensors in fp32."""
         if dtype is None:
             return None
         for pattern, kept in self.architecture.model._get_dtype_plan(dtype).items():
@@ -143,7 +150,7 @@ class Checkpoint:
         return dtype
 
     def _dequantized(self, key: str, name: str, dtype: torch.dtype | None) -> Output:
-        """A matrix of a linear layer."""
+        """Makes the dense matrix of a linear layer that is in 4 bits."""
         parts = {part.removeprefix(f"{key}."): self.tensors[part] for part in self.matrices[key]}
         (state,) = (part for part in parts if part.startswith("quant_state."))
         fields = read_json(f"{key}.{state}", parts[state].load(f"{key}.{state}"))
@@ -156,7 +163,7 @@ class Checkpoint:
             values = {part: stored.load(f"{key}.{part}") for part, stored in parts.items()}
             packed = self.tensors[key].load(key).view(torch.uint8)
             state = QuantState.from_dict(values, device=torch.device("cpu"))
-            state.dtype = wanted  # rounded once
+            state.dtype = wanted  # so that values are rounded only once
             dense: Tensor = dequantize_4bit(packed, state)
             return dense
 
@@ -164,5 +171,5 @@ class Checkpoint:
 
 
 def _matrix(key: str) -> str:
-    """The 4-bit matrix that a tensor called ``key`` would belong to."""
+    """Returns the name of the 4-bit matrix that a tensor called ``key`` would belong to."""
     return key.partition(STATE)[0] if STATE in key else key.rpartition(".")[0]

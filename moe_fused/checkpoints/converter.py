@@ -1,10 +1,11 @@
-"""Experts on their way from a checkpoint into the model, as a converter in Transformers' loading loop.
+"""Reads experts from a checkpoint into the model, as a converter in Transformers' loading loop.
 
-Transformers gives every tensor of a checkpoint to the converter that claims its name, and asks each to convert once it has
-everything for a parameter. ``ExpertsConverter`` claims whatever belongs to an experts parameter, in any layout, decides by
-what it got, and takes the tensors one at a time: a matrix is read from the file when it is to be quantized, and not before.
+Transformers gives every tensor of a checkpoint to the converter that claims its name, and asks the converter to convert once
+it has all tensors of a parameter. ``ExpertsConverter`` claims every tensor that belongs to an experts parameter, in any
+layout, and decides on the layout by the tensors that it got. It takes them one at a time: a matrix is read from the file
+only when it is to be quantized.
 
-It raises what is wrong at once instead of noting it for Transformers' report, so that nothing half loaded is returned.
+It raises errors at once instead of noting them for Transformers' report, so that no half-loaded model is returned.
 """
 
 from __future__ import annotations
@@ -22,21 +23,22 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter
 from moe_fused.hub import get_kernel
 
 from .entries import Entry, by_matrix, by_projection, layout_of, load_dense, load_matrix, read_packed
-from .names import Names, Place, Target
+from .finite import is_finite
+from .names import Names, Target, TensorRole
 from .quant_state import quantize_matrix
 
 if TYPE_CHECKING:
-    from qwen3_moe_fused.quantization import Packed4bitWeights
+    from qwen3_moe_fused import Packed4bitWeights, Piece
 
 
 class Quantization(NamedTuple):
-    """What is asked for.
+    """How the experts of a model are to be loaded.
 
     Attributes:
-        pre_quantized: the checkpoint says that it is quantized; 4-bit experts are read as they are, dense ones stay dense.
-            Otherwise dense experts are quantized.
-        quant_type, blocksize, double_quant: of what is quantized.
-        compute_dtype: of products with the weights.
+        pre_quantized: whether the checkpoint says that it is quantized. If so, 4-bit experts are read as they are, and dense
+            ones stay dense. Otherwise dense experts are quantized.
+        quant_type, blocksize, double_quant: the format for experts that are quantized here.
+        compute_dtype: the dtype of products with the weights.
     """
 
     pre_quantized: bool
@@ -50,30 +52,33 @@ def attach(module: nn.Module, name: str, weights: Packed4bitWeights, dtype: torc
     """Makes ``weights`` the parameter ``name`` of an experts module.
 
     Args:
-        dtype: of the weights before they were quantized; what checkpoints say, whatever the products compute in.
+        dtype: the dtype of the weights before they were quantized, which checkpoints record beside the compute dtype.
     """
-    weights.attach(module, name)
+    get_kernel().modules.attach(weights, module, name)
     setattr(module, f"{name}_source_dtype", dtype)
 
 
 class _Pattern(str):
-    """A source pattern that carries the place of a tensor from one call by Transformers to the next."""
+    """A source pattern that also says what a tensor is.
 
-    __slots__ = ("place",)
-    place: Place
+    Transformers hands the pattern from ``rename_source_key`` to ``add_tensor``.
+    """
+
+    __slots__ = ("role",)
+    role: TensorRole
 
 
 class ExpertsConverter(WeightConverter):
     """Converts all tensors of ``names.targets``; see the module's docstring.
 
     Attributes:
-        names: what it claims.
-        quantization: what to do with it.
-        loaded: names of the targets that were converted; shared by all copies.
+        names: finds the tensors that it claims.
+        quantization: how the experts are to be loaded.
+        loaded: the names of the targets that were converted. All copies share this set.
     """
 
     def __init__(self, names: Names, quantization: Quantization) -> None:
-        # A pattern that equals no other converter's, and an operation, because there must be some: `convert` does it all.
+        # The pattern must differ from all other converters' patterns. There must be an operation, which `convert` replaces.
         super().__init__(["moe_fused"], ["moe_fused"], [MergeModulelist()])
         self.names = names
         self.quantization = quantization
@@ -87,26 +92,26 @@ class ExpertsConverter(WeightConverter):
         return fresh
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        place = self.names.locate(source_key)
-        if place is None:
+        role = self.names.locate(source_key)
+        if role is None:
             return source_key, None
         pattern = _Pattern(self.source_patterns[0])
-        pattern.place = place
-        return place.target, pattern
+        pattern.role = role
+        return role.target, pattern
 
     def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
         assert isinstance(source_pattern, _Pattern)
-        # Where tensors are not read by threads, it is a function that reads it.
+        # Without threads, Transformers passes a function that reads the tensor.
         load = future.result if isinstance(future, Future) else future
-        self.entries.append(Entry(source_key, source_pattern.place, load))
+        self.entries.append(Entry(source_key, source_pattern.role, load))
 
     def convert(
         self, layer_name: str, model: Any = None, config: Any = None, hf_quantizer: Any = None, loading_info: Any = None
     ) -> dict[str, Tensor]:
-        """The parameter ``layer_name`` and its companions, which the module has from now on.
+        """Makes the parameter ``layer_name`` and its companions, and attaches them to the module.
 
         Raises:
-            ValueError: names the tensor that is missing, superfluous, or does not fit.
+            ValueError: a tensor is missing, superfluous or does not fit. The message names it.
             NotImplementedError: the parameter is sharded.
         """
         entries, self.entries = self.entries, []
@@ -120,10 +125,12 @@ class ExpertsConverter(WeightConverter):
             )
         self.loaded.add(layer_name)
         layout = layout_of(layer_name, entries)
-        if any(entry.place.part for entry in entries):
+        if any(entry.role.part for entry in entries):
             if not self.quantization.pre_quantized:
-                key = next(entry.key for entry in entries if entry.place.part)
-                raise ValueError(f"{key} is of 4-bit weights, but the checkpoint's config has no quantization_config")
+                key = next(entry.key for entry in entries if entry.role.part)
+                raise ValueError(
+                    f"{key} belongs to 4-bit weights, but the checkpoint's config has no quantization_config"
+                )
             dtype, weights = read_packed(self.names, target, layout, entries)
         elif self.quantization.pre_quantized:
             return {layer_name: self._dense(target, layout, entries, model).to(placeholder.dtype)}
@@ -136,18 +143,18 @@ class ExpertsConverter(WeightConverter):
         }
 
     def _dense(self, target: Target, layout: str, entries: list[Entry], model: Any) -> Tensor:
-        """The dense stack, put together as Transformers does."""
+        """Returns the dense stack, joined as Transformers does."""
         if layout == "fused":
             stack = load_dense(entries[0])
         elif layout == "stacked":
             stack = torch.cat([load_dense(entry) for entry in by_projection(self.names, target, entries)], dim=1)
         else:
             if layout == "per expert":
-                by_matrix(self.names, target, entries)  # all are there
-            converter = deepcopy(self.names.converters[entries[0].place.converter])
+                by_matrix(self.names, target, entries)  # raises if a matrix is missing
+            converter = deepcopy(self.names.converters[entries[0].role.converter])
             for entry in entries:
                 load: Any = partial(load_dense, entry)
-                converter.add_tensor(target.name, entry.key, entry.place.pattern, load)
+                converter.add_tensor(target.name, entry.key, entry.role.pattern, load)
             stack = converter.convert(target.name, model=model, config=model.config)[target.name]
         if tuple(stack.shape) != target.shape:
             raise ValueError(f"{entries[0].key} must make up shape {target.shape}, got {tuple(stack.shape)}")
@@ -157,18 +164,27 @@ class ExpertsConverter(WeightConverter):
         self, target: Target, layout: str, entries: list[Entry], model: Any
     ) -> tuple[torch.dtype, Packed4bitWeights]:
         if layout == "per expert":
-            table = by_matrix(self.names, target, entries)
-            matrices = (load_matrix(parts[""], target) for parts in table)
+            sources = [parts[""] for parts in by_matrix(self.names, target, entries)]
+            matrices = (load_matrix(entry, target) for entry in sources)
         else:
             stack = self._dense(target, layout, entries, model)
+            sources = [Entry(target.name, entries[0].role, lambda: stack)]
             matrices = (matrix for expert in stack for matrix in expert.chunk(target.projections))
         first = next(matrices)
+        sums: list[Tensor] = []
         wanted = self.quantization
-        form = get_kernel().quantization.Format4bit(
+        form = get_kernel().Format4bit(
             target.shape, wanted.quant_type, wanted.blocksize, wanted.double_quant, target.projections, first.dtype
         )
-        pieces = (
-            quantize_matrix(matrix, wanted.quant_type, wanted.blocksize, wanted.double_quant)
-            for matrix in chain([first], matrices)
-        )
-        return first.dtype, get_kernel().quantization.Packed4bitWeights.from_pieces(pieces, form)
+
+        def quantized(matrix: Tensor) -> Piece:
+            sums.append(matrix.sum())  # checked below, because bitsandbytes quantizes NaN without an error
+            return quantize_matrix(matrix, wanted.quant_type, wanted.blocksize, wanted.double_quant)
+
+        pieces = map(quantized, chain([first], matrices))
+        weights = get_kernel().interchange.stack_of_pieces(pieces, form)
+        if not torch.isfinite(torch.stack(sums)).all():
+            for entry in sources:
+                if not is_finite(entry.load()):
+                    raise ValueError(f"{entry.key} holds NaN or infinite values, which cannot be quantized")
+        return first.dtype, weights

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that belong to one experts parameter: which layout they are in, and what they make up."""
+"""Joins the tensors of a checkpoint that belong to one experts parameter, in whatever layout they are."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from torch import Tensor
 from moe_fused.hub import get_kernel
 
 from .fused import read_fused
-from .names import Names, Place, Target, rename_expert
+from .names import Names, Target, TensorRole, rename_expert
 from .quant_state import MatrixFormat, read_matrix
 
 if TYPE_CHECKING:
-    from qwen3_moe_fused.quantization import Packed4bitWeights, Piece
+    from qwen3_moe_fused import Packed4bitWeights, Piece
 
 
 class Entry(NamedTuple):
-    """A tensor of the checkpoint that was not read yet."""
+    """A tensor of the checkpoint that has not been read yet."""
 
     key: str
-    place: Place
+    role: TensorRole
     load: Callable[[], Tensor]
 
 
 def layout_of(name: str, entries: list[Entry]) -> str:
-    """The layout that all entries of the parameter ``name`` share.
+    """Returns the layout that all entries of the parameter ``name`` share.
 
     Raises:
-        ValueError: they are of several, or two are the same part of the same matrix.
+        ValueError: the entries are in several layouts, or two are the same part of the same matrix.
     """
     seen: dict[tuple[str, int, int, str], str] = {}
     for entry in entries:
-        place = entry.place
-        part = (place.layout, place.expert, place.projection, place.part)
-        # A checkpoint may name a tensor with the prefix of the base model and without. How many make up a stack that only
-        # Transformers can put together, it alone knows.
-        if (other := seen.setdefault(part, entry.key)) != entry.key and place.layout != "other":
+        role = entry.role
+        part = (role.layout, role.expert, role.projection, role.part)
+        # A checkpoint may name the same tensor with and without the prefix of the base model. In the layout "other", only
+        # Transformers knows how many tensors make up a stack.
+        if (other := seen.setdefault(part, entry.key)) != entry.key and role.layout != "other":
             raise ValueError(f"{name} must have each tensor once, got {other} and {entry.key}, which are the same")
-    keys = {entry.place.layout: entry.key for entry in reversed(entries)}
-    # The same name is that of dense weights for a converter of Transformers, and of packed ones in our layout.
-    if keys.keys() == {"fused", "other"} and all(not e.place.part for e in entries if e.place.layout == "other"):
+    keys = {entry.role.layout: entry.key for entry in reversed(entries)}
+    # The same name can mean dense weights, to a converter of Transformers, and packed weights, in our layout.
+    if keys.keys() == {"fused", "other"} and all(not e.role.part for e in entries if e.role.layout == "other"):
         return "fused"
     if len(keys) > 1:
         raise ValueError(f"{name} must be in one layout, got {' and '.join(sorted(keys.values()))}")
@@ -67,24 +67,26 @@ def load_matrix(entry: Entry, target: Target) -> Tensor:
 
 
 def by_matrix(names: Names, target: Target, entries: list[Entry]) -> list[dict[str, Entry]]:
-    """The entries by part, for each matrix, the projections of expert 0 first.
+    """Returns, for each matrix, its entries by part. The projections of expert 0 come first.
 
     Raises:
-        ValueError: a matrix is missing, or one too many.
+        ValueError: a matrix is missing, or there is one too many.
     """
     table: dict[tuple[int, int], dict[str, Entry]] = {}
     for entry in entries:
-        place = entry.place
-        if place.expert >= target.shape[0]:
-            raise ValueError(f"{entry.key} is of expert {place.expert}, but {target.name} has {target.shape[0]}")
-        table.setdefault((place.expert, place.projection), {})[place.part] = entry
+        role = entry.role
+        if role.expert >= target.shape[0]:
+            raise ValueError(
+                f"{entry.key} belongs to expert {role.expert}, but {target.name} has {target.shape[0]} experts"
+            )
+        table.setdefault((role.expert, role.projection), {})[role.part] = entry
     matrices = [(expert, projection) for expert in range(target.shape[0]) for projection in range(target.projections)]
     for expert, projection in matrices:
         if "" in table.get((expert, projection), {}):
             continue
         for entry in entries:
-            if entry.place.projection == projection and not entry.place.part:
-                key = rename_expert(entry.key, entry.place.expert, expert)
+            if entry.role.projection == projection and not entry.role.part:
+                key = rename_expert(entry.key, entry.role.expert, expert)
                 break
         else:
             key = (names.per_expert(target) or [target.name])[projection].replace("*", str(expert))
@@ -93,12 +95,12 @@ def by_matrix(names: Names, target: Target, entries: list[Entry]) -> list[dict[s
 
 
 def by_projection(names: Names, target: Target, entries: list[Entry]) -> list[Entry]:
-    """The packed or dense stack of each projection, in the original project's layout.
+    """Returns the packed or dense stack of each projection, in the original project's layout.
 
     Raises:
-        ValueError: one is missing.
+        ValueError: a stack is missing.
     """
-    stacks = {entry.place.projection: entry for entry in entries if not entry.place.part}
+    stacks = {entry.role.projection: entry for entry in entries if not entry.role.part}
     for projection in range(target.projections):
         if projection not in stacks:
             raise ValueError(
@@ -109,7 +111,7 @@ def by_projection(names: Names, target: Target, entries: list[Entry]) -> list[En
 
 def _read_per_expert(names: Names, target: Target, entries: list[Entry]) -> tuple[torch.dtype, Packed4bitWeights]:
     table = by_matrix(names, target, entries)
-    quantization = get_kernel().quantization
+    kernel = get_kernel()
 
     def read(parts: dict[str, Entry]) -> tuple[MatrixFormat, Piece]:
         return read_matrix(parts[""].key, {part: entry.load() for part, entry in parts.items()}, target.matrix_shape)
@@ -124,39 +126,39 @@ def _read_per_expert(names: Names, target: Target, entries: list[Entry]) -> tupl
                 raise ValueError(f"{parts[''].key} must be quantized like {table[0][''].key}, {form}, got {other}")
             yield piece
 
-    stack = quantization.Format4bit(
+    stack = kernel.Format4bit(
         target.shape, form.quant_type, form.blocksize, form.double_quant, target.projections, form.dtype
     )
-    return form.dtype, quantization.Packed4bitWeights.from_pieces(pieces(), stack)
+    return form.dtype, kernel.interchange.stack_of_pieces(pieces(), stack)
 
 
 def _read_stacked(names: Names, target: Target, entries: list[Entry]) -> tuple[torch.dtype, Packed4bitWeights]:
-    quantization = get_kernel().quantization
+    kernel = get_kernel()
     forms, pieces = [], []
     shape = (target.shape[0], *target.matrix_shape)
     stacks = by_projection(names, target, entries)
     for projection, stack in enumerate(stacks):
-        parts = {entry.place.part: entry.load() for entry in entries if entry.place.projection == projection}
+        parts = {entry.role.part: entry.load() for entry in entries if entry.role.projection == projection}
         form, piece = read_matrix(stack.key, parts, shape)
         forms.append(form)
         pieces.append(piece)
         if form != forms[0]:
             raise ValueError(f"{stack.key} must be quantized like {stacks[0].key}, {forms[0]}, got {form}")
     form = forms[0]
-    whole = quantization.Format4bit(
+    whole = kernel.Format4bit(
         target.shape, form.quant_type, form.blocksize, form.double_quant, target.projections, form.dtype
     )
-    return form.dtype, quantization.Packed4bitWeights.from_fused(pieces, whole)
+    return form.dtype, kernel.interchange.stack_of_fused_pieces(pieces, whole)
 
 
 def _read_fused(names: Names, target: Target, entries: list[Entry]) -> tuple[torch.dtype, Packed4bitWeights]:
-    parts = {entry.place.part: entry.load() for entry in entries}
+    parts = {entry.role.part: entry.load() for entry in entries}
     return read_fused(target.name, parts, target.shape, target.projections)
 
 
 def _read_other(names: Names, target: Target, entries: list[Entry]) -> tuple[torch.dtype, Packed4bitWeights]:
-    key = next(entry.key for entry in entries if entry.place.part)
-    raise ValueError(f"{key} is of 4-bit weights in a layout that is not known: {target.name} cannot be loaded from it")
+    key = next(entry.key for entry in entries if entry.role.part)
+    raise ValueError(f"{key} belongs to 4-bit weights in an unknown layout: {target.name} cannot be loaded from it")
 
 
 _READERS: dict[str, Callable[[Names, Target, list[Entry]], tuple[torch.dtype, Packed4bitWeights]]] = {
@@ -170,9 +172,9 @@ _READERS: dict[str, Callable[[Names, Target, list[Entry]], tuple[torch.dtype, Pa
 def read_packed(
     names: Names, target: Target, layout: str, entries: list[Entry]
 ) -> tuple[torch.dtype, Packed4bitWeights]:
-    """The 4-bit weights that ``entries`` make up, and their dtype before they were quantized.
+    """Reads the 4-bit weights that ``entries`` make up, and returns their former dtype and the weights.
 
     Raises:
-        ValueError: names the tensor that is missing, superfluous, or does not fit.
+        ValueError: a tensor is missing, superfluous or does not fit. The message names it.
     """
     return _READERS[layout](names, target, entries)

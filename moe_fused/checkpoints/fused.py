@@ -1,4 +1,4 @@
-"""Our own layout: the parameters of an experts module as they are, and how to read them as JSON beside them."""
+"""Reads and writes our own layout: the parameters of an experts module as they are, and their format as JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moe_fused.hub import get_kernel
 from .quant_state import check_fields, dtype_of, read_json, write_json
 
 if TYPE_CHECKING:
-    from qwen3_moe_fused.quantization import Packed4bitWeights
+    from qwen3_moe_fused import Packed4bitWeights
 
 _FIELDS = {
     "shape": list,
@@ -29,14 +29,14 @@ PARTS = ("absmax", "nested_absmax", "nested_offset", "format")
 def read_fused(
     name: str, parts: Mapping[str, Tensor], shape: tuple[int, int, int], projections: int
 ) -> tuple[torch.dtype, Packed4bitWeights]:
-    """The parameter ``name``, and the dtype of its weights before they were quantized.
+    """Reads the parameter ``name``, and returns the dtype of its weights before they were quantized, and the weights.
 
     Args:
-        parts: its tensors by what follows ``name_``; the packed weights are ``""``.
-        shape, projections: what it must have.
+        parts: its tensors, by the part of their names after ``name_``; the packed weights are ``""``.
+        shape, projections: the shape and the number of projections that it must have.
 
     Raises:
-        ValueError: names the tensor that is missing, or does not fit.
+        ValueError: a tensor is missing or does not fit. The message names it.
     """
     key = f"{name}_format"
     if "format" not in parts:
@@ -49,9 +49,9 @@ def read_fused(
             f"{fields['projections']}"
         )
     dtype = dtype_of(key, fields["dtype"])
-    quantization = get_kernel().quantization
+    kernel = get_kernel()
     try:
-        form = quantization.Format4bit(
+        form = kernel.Format4bit(
             shape, fields["quant_type"], fields["blocksize"], fields["double_quant"], projections, dtype
         )
     except ValueError as error:
@@ -69,14 +69,14 @@ def read_fused(
                 f"{key} must be uint8 of shape {want}, got {str(parts[part].dtype).removeprefix('torch.')} of shape "
                 f"{tuple(parts[part].shape)}"
             )
-    return dtype, quantization.Packed4bitWeights(form, **{part or "packed": parts[part] for part in storage})
+    return dtype, kernel.Packed4bitWeights(form, **{part or "packed": parts[part] for part in storage})
 
 
 def write_fused(weights: Packed4bitWeights, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors that ``read_fused`` reads, ``format`` on the CPU.
+    """Returns the tensors that ``read_fused`` reads. ``format`` is on the CPU.
 
     Args:
-        dtype: of the weights before they were quantized.
+        dtype: the dtype of the weights before they were quantized.
     """
     form = weights.format
     fields = {field: getattr(form, field) for field in _FIELDS}

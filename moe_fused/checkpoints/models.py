@@ -1,13 +1,12 @@
-"""Saved models from one layout of their experts into another, dense or in 4 bits, a piece at a time.
+"""Converts saved models from one layout of their experts into another, dense or in 4 bits, a piece at a time.
 
-The source is read by its headers first; what is wrong with it, and what the result will be, is known before anything is
-written. The result appears whole or not at all. ``stacks`` says how a layout becomes another.
+Only the headers of the source are read at first, so that errors, and the size of the result, are known before anything is
+written. The result appears whole or not at all. ``stacks`` converts the layouts.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,30 +17,34 @@ from typing import Any, get_args
 
 import torch
 
-from moe_fused.staging import staged_directory
+from moe_fused.quantized import check_quantization
+from moe_fused.staging import check_writable, staged_directory
 
-from .architecture import CONFIG, ORIGINAL_CLASSES, Architecture, read_config
+from .architecture import ORIGINAL_CLASSES, Architecture
 from .checkpoint import Checkpoint, Layout
-from .stacks import DenseStack, PackedStack
+from .complete import check_complete
+from .files import check_json
+from .places import CONFIG, check_apart, check_replaceable, read_config
+from .stacks import DenseCheckpointStack, PackedCheckpointStack
 from .tensor_files import Output, read_checkpoint, split, write_checkpoint
 
-# Weights of the source in whatever format, which the result has anew.
+# Files of weights in any format. They are not copied, because the result has weights of its own.
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a conversion does.
+class ModelConversionPlan:
+    """What the conversion of a model will do.
 
     Attributes:
-        source, target: directories.
-        source_layout, layout: of the experts, before and after.
-        experts: what they are in, before and after: a dtype, or a format of 4 bits.
-        stacks: how many parameters of experts there are.
-        tensors, nbytes: number of tensors and their bytes, before and after.
-        shards: the names of the tensors in each file of them.
-        others: files that are copied.
-        notes: what is lost, or left as it is.
+        source, target: the directories.
+        source_layout, layout: the layout of the experts before and after.
+        experts: the dtype or 4-bit format of the experts before and after.
+        stacks: the number of experts' parameters.
+        tensors, nbytes: the number of tensors and their size in bytes, before and after.
+        shards: for each file of the result, the names of its tensors.
+        others: the files that are copied.
+        notes: what is lost or left as it is.
         overwrite: whether ``target`` may be replaced.
     """
 
@@ -72,13 +75,13 @@ class Plan:
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
     def write(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Does what was planned; the target appears once it is complete.
+        """Writes the target, which appears once it is complete.
 
         Args:
-            progress: is called with the bytes written so far and those of all tensors.
+            progress: called with the number of bytes written so far, and the number in total.
 
         Raises:
-            FileExistsError: the target exists by now.
+            FileExistsError: the target has been made by something else meanwhile.
             OSError: there is not enough space.
         """
         done, total = 0, self.nbytes[1]
@@ -114,18 +117,18 @@ def convert_model(
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> Plan:
-    """Writes the model in ``source`` to ``target`` with its experts in another layout, and warns of what is lost.
+) -> ModelConversionPlan:
+    """Converts the model in ``source`` to another layout of its experts in ``target``, and warns of what is lost.
 
     Args:
-        dry_run: only makes the plan.
-        progress: as in ``Plan.write``; the rest as in ``plan_model``.
+        dry_run: whether to make the plan only.
+        progress: as for ``ModelConversionPlan.write``. The other arguments are those of ``plan_model``.
 
     Returns:
         The plan.
 
     Raises:
-        ValueError, FileExistsError, FileNotFoundError, OSError: as ``plan_model`` and ``Plan.write``.
+        ValueError, FileExistsError, FileNotFoundError, OSError: as for ``plan_model`` and ``ModelConversionPlan.write``.
     """
     plan = plan_model(
         source,
@@ -152,28 +155,30 @@ def plan_model(
     dequantize: bool = False,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
-) -> Plan:
-    """What it takes to write the model in ``source`` to ``target`` with its experts in another layout.
+) -> ModelConversionPlan:
+    """Plans the conversion of the model in ``source`` to another layout of its experts in ``target``.
 
-    Each weight keeps its bits, dense or packed, unless ``dtype`` or ``dequantize`` says otherwise. Writing takes memory
-    for the packed experts of a layer, or for a few megabytes if they are dense.
+    Each weight keeps its bits, dense or packed, unless ``dtype`` or ``dequantize`` says otherwise. Writing needs memory for
+    the packed experts of one layer, or a few megabytes if the experts are dense.
 
     Args:
         source: a directory with ``config.json`` and safetensors, in one file or with an index.
         target: the directory to make; its parent must exist.
-        layout: ``"per-expert"``, a matrix for each expert, what the Hub has; ``"fused"``, stacks as Transformers 5 holds
-            them in memory, or, in 4 bits, as ``moe_fused.save_format(model, "fused")`` has them saved; ``"original"``, a
-            stack for each projection, as the original qwen3-moe-fused has them.
-        dtype: to cast floating-point tensors to, but for those that the model keeps in fp32; None to leave them.
-        dequantize: makes dense tensors of all 4-bit ones.
-        max_shard_size: of a file, in bytes or as in ``"5GB"``; larger tensors get a file to themselves.
-        overwrite: allows for a model at ``target``, which is replaced.
+        layout: ``"per-expert"`` writes a matrix for each expert, as the Hub has it. ``"fused"`` writes stacks as
+            Transformers 5 holds them in memory, and 4-bit stacks as ``moe_fused.save_format(model, "fused")`` does.
+            ``"original"`` writes a stack for each projection, as the original qwen3-moe-fused does.
+        dtype: the dtype to cast floating-point tensors to, except for those that the model keeps in fp32. None casts none.
+        dequantize: whether to make all 4-bit tensors dense.
+        max_shard_size: the largest size of a file, in bytes or as in ``"5GB"``. A larger tensor gets a file of its own.
+        overwrite: whether a model at ``target`` may be replaced.
 
     Raises:
-        ValueError: the source is incomplete, in several layouts or in none that is known, or cannot be in ``layout``:
-            which tensor, and why.
+        ValueError: the source is incomplete, in several layouts or in an unknown one, or ``layout`` cannot hold it. The
+            message names the tensor and says why.
         FileExistsError: ``target`` exists.
         FileNotFoundError: a file of the source is missing.
+        NotImplementedError: the source is quantized to something else than bitsandbytes' 4 bits.
+        OSError: ``target`` cannot be made, or there is not enough space for it.
     """
     if layout not in get_args(Layout):
         raise ValueError(f"layout must be one of {', '.join(get_args(Layout))}, got {layout!r}")
@@ -182,8 +187,13 @@ def plan_model(
     source, target = Path(source), Path(target)
     check_apart(source, target)
     check_replaceable(target, overwrite)
-    config, tensors = read_config(source), read_checkpoint(source)
-    checkpoint = Checkpoint(Architecture.read(source, config), tensors, "quantization_config" in config)
+    config = read_config(source)
+    check_quantization("SOURCE", str(source), config)
+    tensors = read_checkpoint(source)
+    architecture, quantized = Architecture.read(source, config), "quantization_config" in config
+    checkpoint = Checkpoint(architecture, tensors, quantized)
+    check_complete(architecture.model, tensors, str(source), quantized=quantized, packs=True)
+    check_json(source, other_files(source))
     if dequantize and not checkpoint.packed:
         raise ValueError(f"{source} has no 4-bit tensors that could be dequantized")
     if dtype is not None and checkpoint.packed and not dequantize:
@@ -196,7 +206,9 @@ def plan_model(
     results = [
         stack.description if unchanged else stack.description_after(dtype, dequantize) for stack in checkpoint.stacks
     ]
-    return Plan(
+    nbytes = sum(output.nbytes for output in outputs.values())
+    check_writable(target, "the target", nbytes)
+    return ModelConversionPlan(
         source,
         target,
         checkpoint.layout,
@@ -204,7 +216,7 @@ def plan_model(
         (_list(stack.description for stack in checkpoint.stacks), _list(results)),
         len(checkpoint.stacks),
         (len(tensors), len(outputs)),
-        (sum(own.nbytes for own in tensors.values()), sum(own.nbytes for own in outputs.values())),
+        (sum(tensor.nbytes for tensor in tensors.values()), nbytes),
         split(outputs, max_shard_size),
         tuple(other_files(source)),
         (*checkpoint.notes, *(() if unchanged or dequantize else _losses(checkpoint.stacks))),
@@ -218,27 +230,8 @@ def _list(values: Iterable[str]) -> str:
     return " and ".join(sorted(set(values)))
 
 
-def check_apart(source: Path, target: Path) -> None:
-    """Raises ValueError if one of the directories is the other or holds it."""
-    one, other = source.resolve(), target.resolve()
-    if one == other or one in other.parents or other in one.parents:
-        raise ValueError(f"source and target must be apart, got {source} and {target}")
-
-
-def check_replaceable(target: Path, overwrite: bool) -> None:
-    """Raises FileExistsError unless a model may be written to ``target``: nothing is there, or a model to overwrite."""
-    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not target.is_dir():
-        raise FileExistsError(f"{target} exists and is not a directory: choose another path")
-    if not overwrite:
-        raise FileExistsError(f"{target} exists: choose another path, or overwrite it")
-    if not (target / CONFIG).is_file():
-        raise FileExistsError(f"{target} exists and has no {CONFIG}, so that it is no model: choose another path")
-
-
-def _losses(stacks: list[DenseStack | PackedStack]) -> Iterator[str]:
-    lossy = [stack for stack in stacks if isinstance(stack, PackedStack) and stack.loses_double_quantization]
+def _losses(stacks: list[DenseCheckpointStack | PackedCheckpointStack]) -> Iterator[str]:
+    lossy = [stack for stack in stacks if isinstance(stack, PackedCheckpointStack) and stack.loses_double_quantization]
     if lossy:
         yield (
             f"double quantization is lost in {len(lossy)} of {len(stacks)} stacks, as {lossy[0].target.name}: its groups "
@@ -247,7 +240,7 @@ def _losses(stacks: list[DenseStack | PackedStack]) -> Iterator[str]:
 
 
 def _adjusted(config: dict[str, Any], layout: Layout, dtype: torch.dtype | None, dequantize: bool) -> dict[str, Any]:
-    """The config of the result."""
+    """Returns the config of the result."""
     classes = ORIGINAL_CLASSES if layout != "original" else {new: old for old, new in ORIGINAL_CLASSES.items()}
     result = dict(config)
     if result.get("architectures"):
@@ -261,7 +254,7 @@ def _adjusted(config: dict[str, Any], layout: Layout, dtype: torch.dtype | None,
 
 
 def other_files(source: Path) -> Iterator[str]:
-    """What is copied as it is: a tokenizer, a generation config and so on, but no weights and nothing hidden."""
+    """Yields the files that are copied as they are, such as a tokenizer: no weights and no hidden files."""
     for path in sorted(source.rglob("*")):
         name = path.relative_to(source)
         hidden = any(part.startswith(".") for part in name.parts)

@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint belongs to which experts parameter, and what it is called in each layout."""
+"""Finds the experts parameter that a checkpoint's tensor belongs to, and the names of a parameter in each layout."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .fused import PARTS
 _FUSED = re.compile(rf"(?P<name>.+\.(?:gate_up_proj|up_proj|down_proj))(?:_(?P<part>{'|'.join(PARTS)}))?")
 _STACKED = re.compile(r"(?P<block>.+)\.(?P<projection>gate|up|down)_proj\.weight(?:\.(?P<part>.+))?")
 _MATRIX = re.compile(r"(?P<name>.+\.weight)\.(?P<part>.+)")
-# The stack and the place in it of each matrix in the original project's checkpoints.
-_STACKED_PLACES = {"gate": ("gate_up_proj", 0), "up": ("gate_up_proj", 1), "down": ("down_proj", 0)}
+# For each matrix in the original project's checkpoints, the stack that it belongs to and its position there.
+_STACKED_POSITIONS = {"gate": ("gate_up_proj", 0), "up": ("gate_up_proj", 1), "down": ("down_proj", 0)}
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Target:
     """A stacked parameter of an experts module that is to be held in 4 bits.
 
     Attributes:
-        name: in the model.
+        name: its name in the model.
         shape: (E, out, in).
-        projections: equal parts of the out features that are quantized on their own.
+        projections: the number of equal parts of the out features that are quantized separately.
     """
 
     name: str
@@ -34,20 +34,20 @@ class Target:
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """(out, in) of one expert's projection."""
+        """The shape (out, in) of one expert's projection."""
         return self.shape[1] // self.projections, self.shape[2]
 
 
-class Place(NamedTuple):
-    """What a tensor of a checkpoint is.
+class TensorRole(NamedTuple):
+    """What a tensor of a checkpoint is for the experts parameter that it belongs to.
 
     Attributes:
-        target: name of the parameter that it belongs to, with the checkpoint's prefix.
-        layout: "per expert", "fused", "stacked", or "other" for dense tensors that only Transformers can put together.
-        expert, projection: of a matrix.
-        part: what it is of the matrix or stack; "" for the weights themselves.
-        pattern: the source pattern of Transformers' converter, if that knows the tensor.
-        converter: index of that converter.
+        target: the name of the parameter, with the checkpoint's prefix.
+        layout: "per expert", "fused", "stacked", or "other" for dense tensors that only Transformers can join.
+        expert, projection: the position of a matrix.
+        part: the part of the matrix or stack, such as "absmax"; "" is the weights themselves.
+        pattern: the source pattern of Transformers' converter for the tensor, if there is one.
+        converter: the index of that converter.
     """
 
     target: str
@@ -60,7 +60,7 @@ class Place(NamedTuple):
 
 
 def is_per_expert(converter: WeightConverter) -> bool:
-    """Whether ``converter`` only stacks experts' matrices, and their gate and up projections."""
+    """Whether ``converter`` does nothing but stack the matrices of experts, and join their gate and up projections."""
     kinds = [type(op) for op in converter.operations]
     return kinds in ([MergeModulelist], [MergeModulelist, Concatenate]) and all(
         "*." in source for source in converter.source_patterns
@@ -71,9 +71,9 @@ class Names:
     """The names of the experts' tensors in checkpoints of one model.
 
     Args:
-        targets: parameters to be held in 4 bits.
-        converters: Transformers' own that make such parameters from the tensors of a dense checkpoint.
-        base_model_prefix: of the model, which checkpoints of another head may lack, or have in addition.
+        targets: the parameters to be held in 4 bits.
+        converters: Transformers' converters that make these parameters from the tensors of a dense checkpoint.
+        base_model_prefix: the model's. A checkpoint of a model with another head may lack it, or have it in addition.
     """
 
     def __init__(
@@ -87,43 +87,43 @@ class Names:
             name for target in self.targets for name in (target, target.removeprefix(prefix), prefix + target)
         }
 
-    def locate(self, key: str) -> Place | None:
-        """The place of the checkpoint's tensor ``key``; None if it belongs to no target."""
+    def locate(self, key: str) -> TensorRole | None:
+        """Returns the role of the checkpoint's tensor ``key``, or None if it belongs to no target."""
         match = _FUSED.fullmatch(key)
-        # The name of packed weights may be that of dense ones, which a converter of Transformers then knows how to read.
+        # Packed and dense weights can have the same name. A converter of Transformers then reads the dense ones.
         if match and match["name"] in self._known and (match["part"] or not self._by_converter(key, "")):
-            return Place(match["name"], "fused", part=match["part"] or "")
+            return TensorRole(match["name"], "fused", part=match["part"] or "")
         matrix = _MATRIX.fullmatch(key)
         name, part = (matrix["name"], matrix["part"]) if matrix else (key, "")
-        if place := self._by_converter(name, part):
-            return place
+        if role := self._by_converter(name, part):
+            return role
         if match := _STACKED.fullmatch(key):
-            stack, projection = _STACKED_PLACES[match["projection"]]
+            stack, projection = _STACKED_POSITIONS[match["projection"]]
             target = f"{match['block']}.experts.{stack}"
             if target in self._known:
-                return Place(target, "stacked", projection=projection, part=match["part"] or "")
+                return TensorRole(target, "stacked", projection=projection, part=match["part"] or "")
         return None
 
-    def _by_converter(self, name: str, part: str) -> Place | None:
+    def _by_converter(self, name: str, part: str) -> TensorRole | None:
         for index, converter in enumerate(self.converters):
             target, pattern = converter.rename_source_key(name)
             if pattern is None or target not in self._known:
                 continue
             projection = converter.source_patterns.index(pattern)
             if not is_per_expert(converter):
-                return Place(target, "other", 0, projection, part, pattern, index)
+                return TensorRole(target, "other", 0, projection, part, pattern, index)
             match = re.search(pattern.replace("*.", r"(?P<expert>\d+)\."), name)
             if match is not None:
-                return Place(target, "per expert", int(match["expert"]), projection, part, pattern, index)
+                return TensorRole(target, "per expert", int(match["expert"]), projection, part, pattern, index)
         return None
 
     def per_expert(self, target: Target) -> list[str] | None:
-        """Names of the target's matrices, one for each projection, with ``*`` for the expert.
+        """Returns the names of the target's matrices, one for each projection, with ``*`` for the expert.
 
-        None if checkpoints of this model do not have a matrix for each expert.
+        Returns None if checkpoints of this model have no matrix for each expert.
         """
         for converter in self.converters:
-            # Without the anchors and escapes that they have as regular expressions.
+            # The reverse transform has the names without the anchors and escapes of regular expressions.
             reverse = converter.reverse_transform()
             stack = converter.target_patterns[0]
             if is_per_expert(converter) and target.name.endswith(stack):
@@ -132,14 +132,14 @@ class Names:
 
 
 def stacked_names(target: Target) -> list[str] | None:
-    """Names of the target's stacks in the original project's layout, one for each projection; None if it has none."""
+    """Returns the names of the target's stacks in the original project's layout, one for each projection, or None."""
     block, experts, stack = target.name.rpartition(".experts.")
-    found = {place: projection for projection, place in _STACKED_PLACES.items()}
+    found = {position: projection for projection, position in _STACKED_POSITIONS.items()}
     names = [found.get((stack, projection)) for projection in range(target.projections)]
     return [f"{block}.{name}_proj.weight" for name in names] if experts and None not in names else None
 
 
 def rename_expert(key: str, old: int, new: int) -> str:
-    """The name of the same tensor of another expert."""
+    """Returns the name of the same tensor of another expert."""
     head, number, tail = key.rpartition(f".{old}.")
     return f"{head}.{new}.{tail}" if number else key

@@ -1,13 +1,15 @@
-"""One 4-bit matrix, or stack of matrices quantized as one, as bitsandbytes writes it into a checkpoint.
+"""Reads and writes a 4-bit matrix as bitsandbytes has it in a checkpoint.
 
-Beside the packed ``weight`` stand ``weight.absmax``, ``weight.quant_map``, with double quantization ``weight.nested_absmax``
-and ``weight.nested_quant_map``, and in ``weight.quant_state.bitsandbytes__nf4`` (or ``fp4``) what is not a tensor, as JSON.
+A matrix may also be a stack of matrices that were quantized as one. Beside the packed ``weight``, the checkpoint has
+``weight.absmax`` and ``weight.quant_map``, and with double quantization also ``weight.nested_absmax`` and
+``weight.nested_quant_map``. ``weight.quant_state.bitsandbytes__nf4`` (or ``fp4``) holds everything else as JSON.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,20 +20,20 @@ from torch import Tensor
 from moe_fused.hub import get_kernel
 
 if TYPE_CHECKING:
-    from qwen3_moe_fused.quantization import Format4bit, Packed4bitWeights, Piece
+    from qwen3_moe_fused import Format4bit, Packed4bitWeights, Piece
 
 _STATE = "quant_state.bitsandbytes__"
 _FIELDS = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
 _NESTED_FIELDS = {"nested_blocksize": int, "nested_offset": float}
-# Absmaxes that share a second-level scale; bitsandbytes knows no other number.
+# How many absmaxes share a second-level scale. bitsandbytes has no other number.
 NESTED_BLOCKSIZE = 256
-# bitsandbytes' code books come from arithmetic that may differ by a rounding between its versions.
+# bitsandbytes computes its code books, and versions of it may differ by a rounding.
 _CODE_TOLERANCE = 1e-6
 
 
 @functools.cache
 def _code(quant_type: str) -> Tensor:
-    """The values of 4 bits, ``quant_map`` in checkpoints, as bitsandbytes has them on the CPU."""
+    """Returns bitsandbytes' 16 values for 4 bits on the CPU, which checkpoints have as ``quant_map``."""
     from bitsandbytes.functional import get_4bit_type
 
     values: Tensor = get_4bit_type(quant_type, device="cpu")
@@ -40,7 +42,7 @@ def _code(quant_type: str) -> Tensor:
 
 @functools.cache
 def _nested_code() -> Tensor:
-    """The values of an absmax of 8 bits, ``nested_quant_map`` in checkpoints, as bitsandbytes has them on the CPU."""
+    """Returns bitsandbytes' values for 8-bit absmaxes on the CPU, which checkpoints have as ``nested_quant_map``."""
     from bitsandbytes.functional import create_dynamic_map
 
     values: Tensor = create_dynamic_map()
@@ -48,7 +50,7 @@ def _nested_code() -> Tensor:
 
 
 class MatrixFormat(NamedTuple):
-    """How a matrix is quantized; ``dtype`` is that of the weights before."""
+    """How a matrix is quantized. ``dtype`` is the dtype of the weights before they were quantized."""
 
     quant_type: str
     blocksize: int
@@ -57,14 +59,14 @@ class MatrixFormat(NamedTuple):
 
 
 def read_json(name: str, tensor: Tensor) -> dict[str, Any]:
-    """The JSON object in the bytes of ``tensor``.
+    """Reads the JSON object in the bytes of ``tensor``.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the bytes do not hold a JSON object.
     """
     try:
         value = json.loads(bytes(tensor.cpu().view(torch.uint8).tolist()))
-    except ValueError as error:  # not UTF-8, not JSON
+    except ValueError as error:  # the bytes are not UTF-8 or not JSON
         raise ValueError(f"{name} must hold JSON, which it does not: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{name} must hold a JSON object, got a {type(value).__name__}")
@@ -72,22 +74,22 @@ def read_json(name: str, tensor: Tensor) -> dict[str, Any]:
 
 
 def write_json(value: Mapping[str, Any]) -> Tensor:
-    """``value`` as uint8 bytes, as ``read_json`` takes it."""
+    """Returns ``value`` as uint8 bytes that ``read_json`` can read."""
     return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
 
 
 def check_fields(name: str, value: Mapping[str, Any], fields: Mapping[str, type]) -> None:
-    """Raises ValueError unless ``value`` has the ``fields``, of these types."""
+    """Raises ValueError unless ``value`` has all ``fields``, with values of these types."""
     for field, wanted in fields.items():
         if not isinstance(value.get(field), wanted):
             raise ValueError(f"{name} must hold {field}, a {wanted.__name__}, got {value.get(field)!r}")
 
 
 def dtype_of(name: str, value: str) -> torch.dtype:
-    """The dtype that bitsandbytes calls ``value``.
+    """Returns the dtype that bitsandbytes calls ``value``.
 
     Raises:
-        ValueError: 4-bit weights cannot come from it.
+        ValueError: it is not a dtype that weights can have before they are quantized.
     """
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if value not in dtypes:
@@ -96,10 +98,10 @@ def dtype_of(name: str, value: str) -> torch.dtype:
 
 
 def read_format(name: str, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[MatrixFormat, float | None]:
-    """The format of the matrix ``name`` of that shape, and its nested offset if it is double-quantized.
+    """Reads the format of the matrix ``name``, and its nested offset if it is double-quantized.
 
     Raises:
-        ValueError: names the tensor that does not fit.
+        ValueError: a tensor does not fit. The message names it.
     """
     states = [part for part in parts if part.startswith(_STATE)]
     if not states:
@@ -113,11 +115,13 @@ def read_format(name: str, parts: Mapping[str, Tensor], shape: tuple[int, ...]) 
         raise ValueError(f"{key} must hold the quant_type of its name, nf4 or fp4, got {state['quant_type']!r}")
     if tuple(state["shape"]) != shape:
         raise ValueError(f"{key} must hold shape {shape}, got {tuple(state['shape'])}")
-    if state["blocksize"] not in get_kernel().quantization.BLOCKSIZES:
+    if state["blocksize"] not in get_kernel().formats.named(state["quant_type"]).blocksizes:
         raise ValueError(f"{key} must hold a blocksize of bitsandbytes, got {state['blocksize']}")
     double_quant = "nested_blocksize" in state
     if double_quant:
         check_fields(key, state, _NESTED_FIELDS)
+        if not math.isfinite(state["nested_offset"]):
+            raise ValueError(f"{key} must hold a finite nested_offset, got {state['nested_offset']}")
         if state["nested_blocksize"] != NESTED_BLOCKSIZE:
             raise ValueError(
                 f"{key} must hold a nested_blocksize of {NESTED_BLOCKSIZE}, got {state['nested_blocksize']}"
@@ -132,18 +136,18 @@ def _check_code(name: str, got: Tensor, want: Tensor) -> None:
 
 
 def read_matrix(name: str, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[MatrixFormat, Piece]:
-    """A matrix, or stack of matrices quantized as one.
+    """Reads a matrix, or a stack of matrices that were quantized as one.
 
     Args:
         name: the key of its packed weights.
-        parts: its tensors by what follows ``name.``; the packed weights are ``""``.
-        shape: what it must have.
+        parts: its tensors, by the part of their keys after ``name.``; the packed weights are ``""``.
+        shape: the shape that it must have.
 
     Raises:
-        ValueError: names the tensor that is missing, unknown, of the wrong size or dtype, or holds the wrong values.
+        ValueError: a tensor is missing, unknown, of the wrong size or dtype, or has wrong values. The message names it.
     """
     form, offset = read_format(name, parts, shape)
-    quantization = get_kernel().quantization
+    kernel = get_kernel()
     weights = prod(shape)
     blocks = weights // form.blocksize
     wanted = {
@@ -175,28 +179,30 @@ def read_matrix(name: str, parts: Mapping[str, Tensor], shape: tuple[int, ...]) 
         flat[part] = value
     _check_code(f"{name}.quant_map", flat["quant_map"], _code(form.quant_type))
     if not form.double_quant:
-        return form, quantization.Piece(flat[""], flat["absmax"])
+        return form, kernel.Piece(flat[""], flat["absmax"])
     _check_code(f"{name}.nested_quant_map", flat["nested_quant_map"], _nested_code())
     nested_offset = torch.tensor(offset, dtype=torch.float32, device=flat[""].device)
-    return form, quantization.Piece(flat[""], flat["absmax"], flat["nested_absmax"], nested_offset)
+    return form, kernel.Piece(flat[""], flat["absmax"], flat["nested_absmax"], nested_offset)
 
 
 def write_matrix(weights: Packed4bitWeights, expert: int, projection: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What bitsandbytes would save for one matrix, on the CPU, by what follows its name; the packed weights are ``""``.
+    """Returns the CPU tensors that bitsandbytes would save for one matrix.
+
+    Their keys are what follows the name of the matrix; the packed weights are ``""``.
 
     Args:
-        dtype: of the weights before they were quantized.
+        dtype: the dtype of the weights before they were quantized.
     """
     form = weights.format
     shape = (form.shape[1] // form.projections, form.shape[2])
-    return write_piece(weights.piece(expert, projection), shape, form, dtype)
+    return write_piece(get_kernel().interchange.piece_of(weights, expert, projection), shape, form, dtype)
 
 
 def write_piece(piece: Piece, shape: tuple[int, ...], form: Format4bit, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What bitsandbytes would save for ``piece``, as ``write_matrix``; meta tensors stay what they are.
+    """Returns the tensors that bitsandbytes would save for ``piece``, as ``write_matrix`` does. Meta tensors stay on meta.
 
     Args:
-        shape: of what was quantized as one.
+        shape: the shape of the matrix or stack that was quantized as one.
         form: how it was quantized.
     """
     from bitsandbytes.functional import QuantState
@@ -220,7 +226,7 @@ def write_piece(piece: Piece, shape: tuple[int, ...], form: Format4bit, dtype: t
         **nested,
     )
     parts = {"": piece.packed} | state.as_dict(packed=True)
-    # Copies, for safetensors does not write tensors that share memory.
+    # The tensors are copied, because safetensors does not write tensors that share memory.
     return {
         part: value if value.is_meta else torch.empty_like(value, device="cpu").copy_(value)
         for part, value in parts.items()
@@ -228,13 +234,13 @@ def write_piece(piece: Piece, shape: tuple[int, ...], form: Format4bit, dtype: t
 
 
 def quantize_matrix(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool) -> Piece:
-    """``weight`` (out, in) as bitsandbytes quantizes it, on its device."""
+    """Quantizes ``weight`` (out, in) with bitsandbytes, on its device."""
     from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(
         weight.contiguous(), blocksize=blocksize, compress_statistics=double_quant, quant_type=quant_type
     )
-    piece = get_kernel().quantization.Piece
+    piece = get_kernel().Piece
     if not double_quant:
         return piece(packed, state.absmax)
     return piece(packed, state.absmax, state.state2.absmax, state.offset)

@@ -1,8 +1,9 @@
-"""Writing a safetensors file a piece at a time.
+"""Writes a safetensors file one tensor at a time.
 
-``safetensors.torch.save_file`` wants all tensors in memory at once, which for a shard is gigabytes. The format does not:
-eight bytes with the length of a JSON header, the header with every tensor's dtype, shape and place, the tensors' bytes
-without gaps. Whoever knows the header beforehand can write it first, and the bytes as they come.
+``safetensors.torch.save_file`` needs all tensors in memory at once, which for a shard is gigabytes. The file format does not
+need this. A file begins with eight bytes that hold the length of a JSON header. The header holds the dtype, shape and
+position of every tensor, and the tensors' bytes follow without gaps. So if the header is known beforehand, it can be
+written first, and the bytes as they come.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 Chunks: TypeAlias = "Iterable[bytearray | memoryview]"
 
-# As in the format's own list of types; what else torch has does not occur in adapters and checkpoints.
+# The names in the format's list of types. Other dtypes of torch do not occur in adapters and checkpoints.
 DTYPES = {
     "F64": torch.float64,
     "I64": torch.int64,
@@ -39,10 +40,10 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """What safetensors calls ``dtype``.
+    """Returns the name that safetensors has for ``dtype``.
 
     Raises:
-        TypeError: the format has no name for it.
+        TypeError: safetensors has no name for it.
     """
     if dtype not in _NAMES:
         raise TypeError(f"dtype must be one that safetensors can hold, got {dtype}")
@@ -50,19 +51,19 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def as_bytes(value: Tensor) -> memoryview:
-    """The bytes of a tensor, row-major."""
-    # numpy has no bfloat16.
+    """Returns the bytes of a tensor in row-major order."""
+    # Viewed as uint8, because numpy has no bfloat16.
     return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What the header says of a tensor.
+    """What the header of a file says about a tensor.
 
     Attributes:
-        dtype: as safetensors calls it, which may be one of ``DTYPES`` or not.
-        shape: of the tensor.
-        nbytes: of the tensor.
+        dtype: the name that safetensors has for the dtype. It need not be one of ``DTYPES``.
+        shape: the shape of the tensor.
+        nbytes: the size of the tensor in bytes.
     """
 
     dtype: str
@@ -71,10 +72,13 @@ class TensorSpec:
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> TensorSpec:
-        """Of ``tensor``, which may be on meta and which ``name`` names in errors.
+        """Describes ``tensor``, which may be on meta.
+
+        Args:
+            name: what the tensor is called in errors.
 
         Raises:
-            TypeError: the format has no name for its dtype.
+            TypeError: safetensors has no name for its dtype.
         """
         if tensor.dtype not in _NAMES:
             raise TypeError(f"{name} is {tensor.dtype}, which safetensors cannot hold")
@@ -93,9 +97,9 @@ def safetensors_writer(
     """Makes a safetensors file whose tensors are announced first and then written one by one, in any order.
 
     Args:
-        path: of the file, which must not exist.
-        specs: of all tensors to come, by name.
-        metadata: the header's own strings.
+        path: the file, which must not exist.
+        specs: the descriptions of all tensors, by name.
+        metadata: strings to store in the header.
 
     Yields:
         A function that writes the tensor of a name, given its bytes in order.
@@ -107,7 +111,7 @@ def safetensors_writer(
     places: dict[str, int] = {}
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
-    # Wide types first: readers view the bytes in place, so each tensor must begin at a multiple of its item size.
+    # Wide dtypes come first, because readers view the bytes in place: a tensor must begin at a multiple of its item size.
     for name, spec in sorted(specs.items(), key=lambda item: -item[1].itemsize):
         places[name], end = end, end + spec.nbytes
         header[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [places[name], end]}

@@ -1,8 +1,8 @@
-"""One experts parameter on its way from a checkpoint of one layout into a checkpoint of another.
+"""Converts one experts parameter from a checkpoint in one layout into a checkpoint in another.
 
-Dense stacks never become tensors: each layout holds the same matrices in another order, so that they are ranges of bytes to
-be copied. Packed ones are read as Transformers' loading loop reads them, first on meta, but for what must be looked at, to
-find whatever is wrong with them before anything is written, and again for their bits.
+Dense stacks never become tensors: each layout holds the same matrices in another order, so ranges of bytes are copied.
+Packed stacks are read as in Transformers' loading loop, twice. The first time, all large tensors are on meta, so that errors
+are found before anything is written. The second time, they are read for their bits.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from moe_fused.hub import get_kernel
 
 from .entries import Entry, by_matrix, by_projection, layout_of, read_packed
 from .fused import write_fused
-from .names import Names, Place, Target, stacked_names
+from .names import Names, Target, TensorRole, stacked_names
 from .quant_state import read_format, write_matrix, write_piece
 from .safetensors_file import DTYPES, Chunks, as_bytes, dtype_name
 from .tensor_files import FLOATS, Output, Stored, cast_chunks, cast_name
 
 if TYPE_CHECKING:
-    from qwen3_moe_fused.quantization import Packed4bitWeights
+    from qwen3_moe_fused import Packed4bitWeights
 
 T = TypeVar("T")
 
-# What a layout is called by the user, by what ``names`` calls it.
+# For each layout, by its name in ``names``, the name that users know.
 LAYOUTS = {"per expert": "per-expert", "fused": "fused", "stacked": "original"}
-# Parts of packed weights whose values do not say whether they fit.
+# Parts of packed weights whose values need not be read to check that they fit.
 _LARGE = ("", "absmax", "nested_absmax", "nested_offset")
 
 
@@ -44,20 +44,20 @@ def _named(dtype: torch.dtype) -> str:
 
 
 class Found(NamedTuple):
-    """A tensor of the checkpoint that belongs to a stack."""
+    """A tensor in the checkpoint that belongs to a stack."""
 
     key: str
-    place: Place
+    role: TensorRole
     stored: Stored
 
     def entry(self, real: bool) -> Entry:
-        """As what reads it takes it; large tensors are on meta unless ``real``."""
-        load = self.stored.load if real or self.place.part not in _LARGE else self.stored.empty
-        return Entry(self.key, self.place, functools.partial(load, self.key))
+        """Makes the entry that readers take. Large tensors are on meta unless ``real``."""
+        load = self.stored.load if real or self.role.part not in _LARGE else self.stored.empty
+        return Entry(self.key, self.role, functools.partial(load, self.key))
 
 
 class Latest:
-    """Remembers the value that was made last for each purpose, and forgets it before the next one is made."""
+    """Keeps the last value that was made for each purpose, and drops it before the next one is made."""
 
     def __init__(self) -> None:
         self._values: dict[str, tuple[Hashable, Any]] = {}
@@ -71,13 +71,13 @@ class Latest:
 
 
 @dataclass(frozen=True)
-class DenseStack:
-    """An experts parameter in a checkpoint.
+class DenseCheckpointStack:
+    """A dense experts parameter in a checkpoint.
 
     Attributes:
         target: the parameter.
-        layout: of the checkpoint, as ``names`` calls it.
-        matrices: those of each expert, by projection.
+        layout: the layout of the checkpoint, by its name in ``names``.
+        matrices: for each expert, its matrices, one for each projection.
     """
 
     target: Target
@@ -89,17 +89,17 @@ class DenseStack:
         return _named(DTYPES[self.matrices[0][0].dtype])
 
     def description_after(self, dtype: torch.dtype | None, dequantize: bool) -> str:
-        """Once it is in another layout."""
+        """Describes the stack after its conversion."""
         return _named(dtype) if dtype else self.description
 
     def outputs(self, names: Names, layout: str, dtype: torch.dtype | None) -> dict[str, Output]:
-        """The tensors of the stack in ``layout``, by their names in the model.
+        """Returns the tensors of the stack in ``layout``, by their names in the model.
 
         Args:
-            dtype: to cast to; None to leave them as they are.
+            dtype: the dtype to cast to, or None for no cast.
 
         Raises:
-            ValueError: there are no such names.
+            ValueError: the model has no names for that layout.
         """
         name = cast_name(self.matrices[0][0], dtype)
         return _dense_outputs(
@@ -108,16 +108,16 @@ class DenseStack:
 
 
 @dataclass(frozen=True)
-class PackedStack:
-    """An experts parameter in 4 bits in a checkpoint.
+class PackedCheckpointStack:
+    """An experts parameter in a checkpoint that is in 4 bits.
 
     Attributes:
-        target, layout: as in ``DenseStack``.
-        names: of the model.
-        tensors: of the checkpoint.
-        weights: on meta.
-        source_dtype: of the weights before they were quantized.
-        latest: shared by all stacks of a checkpoint, whose tensors are written one after the other.
+        target, layout: as in ``DenseCheckpointStack``.
+        names: the names of the model's experts in checkpoints.
+        tensors: the tensors of the parameter in the checkpoint.
+        weights: the packed weights, on meta.
+        source_dtype: the dtype of the weights before they were quantized.
+        latest: the values read last. All stacks of a checkpoint share it, because they are written one after the other.
     """
 
     target: Target
@@ -134,27 +134,27 @@ class PackedStack:
         return f"{form.quant_type} in blocks of {form.blocksize}{_DOUBLE if self._was_double() else ''}"
 
     def description_after(self, dtype: torch.dtype | None, dequantize: bool) -> str:
-        """Once it is in another layout."""
+        """Describes the stack after its conversion."""
         if dequantize:
             return _named(dtype or self.source_dtype)
         return self.description.removesuffix(_DOUBLE) if self.loses_double_quantization else self.description
 
     @property
     def loses_double_quantization(self) -> bool:
-        """Whether the absmaxes are bytes in the checkpoint, and cannot be in any other layout."""
+        """Whether the absmaxes are in 8 bits in the checkpoint, and cannot be in any other layout."""
         return self._was_double() and not self.weights.format.double_quant
 
     def _was_double(self) -> bool:
-        return any(found.place.part == "nested_absmax" for found in self.tensors)
+        return any(found.role.part == "nested_absmax" for found in self.tensors)
 
     def dequantized(self, layout: str, dtype: torch.dtype | None) -> dict[str, Output]:
-        """The dense tensors of the stack in ``layout``, by their names in the model.
+        """Returns the dense tensors of the stack in ``layout``, by their names in the model.
 
         Args:
-            dtype: of these tensors; None for that of the weights before they were quantized.
+            dtype: the dtype of these tensors. None is that of the weights before they were quantized.
 
         Raises:
-            ValueError: there are no such names.
+            ValueError: the model has no names for that layout.
         """
         wanted = dtype or self.source_dtype
 
@@ -167,10 +167,10 @@ class PackedStack:
         return _dense_outputs(self.target, self.names, layout, dtype_name(wanted), chunks)
 
     def outputs(self, layout: str) -> dict[str, Output]:
-        """The tensors of the stack in ``layout``, by their names in the model.
+        """Returns the tensors of the stack in ``layout``, by their names in the model.
 
         Raises:
-            ValueError: there are no such names, or that layout cannot hold the stack.
+            ValueError: the model has no names for that layout, or the layout cannot hold the stack.
         """
         if layout == "per-expert":
             return dict(self._matrices())
@@ -189,7 +189,7 @@ class PackedStack:
     def _outputs(
         self, name: str, separator: str, example: dict[str, Tensor], make: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Output]:
-        """The tensors that ``make`` gives, by what follows ``name``; ``example`` is like them."""
+        """Makes outputs of the tensors that ``make`` returns, by the end of their names. ``example`` is like its result."""
 
         def one(part: str) -> Tensor:
             return self.latest.get("parts", name, make)[part]
@@ -202,8 +202,8 @@ class PackedStack:
     def _matrices(self) -> Iterator[tuple[str, Output]]:
         form, offsets = self.weights.format, self._offsets()
         for expert, projection, name in _matrix_names(self.names, self.target):
-            piece = self.weights.piece(expert, projection)
-            if offsets is not None:  # it is in the JSON, whose length must be known
+            piece = get_kernel().interchange.piece_of(self.weights, expert, projection)
+            if offsets is not None:  # the offset is part of the JSON, whose length must be known
                 piece = replace(piece, nested_offset=offsets[expert, projection])
             example = write_piece(piece, self.target.matrix_shape, form, self.source_dtype)
 
@@ -213,21 +213,21 @@ class PackedStack:
             yield from self._outputs(name, ".", example, make).items()
 
     def _offsets(self) -> Tensor | None:
-        """(E, projections) fp32, the nested offset of each matrix."""
+        """Returns the nested offset of each matrix, (E, projections) fp32, or None without double quantization."""
         if not self.weights.format.double_quant:
             return None
         size = (self.target.shape[0], self.target.projections)
         if self.layout == "fused":
-            (found,) = (found for found in self.tensors if found.place.part == "nested_offset")
+            (found,) = (found for found in self.tensors if found.role.part == "nested_offset")
             return found.stored.load(found.key).view(torch.float32).view(size)
         entries = [found.entry(real=False) for found in self.tensors]
         shape = (size[0], *self.target.matrix_shape)
         offsets = []
         for projection, stack in enumerate(by_projection(self.names, self.target, entries)):
             parts = {
-                entry.place.part: entry.load()
+                entry.role.part: entry.load()
                 for entry in entries
-                if entry.place.projection == projection and entry.place.part.startswith("quant_state")
+                if entry.role.projection == projection and entry.role.part.startswith("quant_state")
             }
             offsets.append(read_format(stack.key, parts, shape)[1])
         return torch.tensor(offsets, dtype=torch.float32).expand(size)
@@ -236,40 +236,44 @@ class PackedStack:
         if self.weights.format.double_quant:
             raise ValueError(
                 f"{self.target.name} cannot be written in the original project's layout: its double quantization has an "
-                "offset for each matrix, and that layout one for all experts; dequantize, or choose the fused layout"
+                "offset for each matrix, and that layout one for all experts; give --dequantize or --to fused"
             )
 
         def write(weights: Packed4bitWeights, projection: int) -> dict[str, Tensor]:
-            quantization = get_kernel().quantization
+            kernel = get_kernel()
             shape = (weights.shape[0], *self.target.matrix_shape)
             packed, absmax = (
                 value.view(shape[0], self.target.projections, -1)[:, projection].reshape(-1)
-                for value in (weights.packed, quantization.as_floats(weights.absmax))
+                for value in (weights.packed, weights.scales())
             )
-            return write_piece(quantization.Piece(packed[:, None], absmax), shape, weights.format, self.source_dtype)
+            return write_piece(kernel.Piece(packed[:, None], absmax), shape, weights.format, self.source_dtype)
 
         for projection, name in enumerate(_stack_names(self.target)):
             make = functools.partial(lambda projection: write(self._read(), projection), projection)
             yield from self._outputs(name, ".", write(self.weights, projection), make).items()
 
 
-def find_stack(names: Names, target: Target, tensors: Iterable[Found], latest: Latest) -> DenseStack | PackedStack:
-    """What ``tensors`` make up.
+def find_stack(
+    names: Names, target: Target, tensors: Iterable[Found], latest: Latest
+) -> DenseCheckpointStack | PackedCheckpointStack:
+    """Joins ``tensors`` to the stack that they make up.
 
     Args:
-        latest: one for all stacks of a checkpoint.
+        latest: the same object for all stacks of a checkpoint.
 
     Raises:
-        ValueError: names the tensor that is missing, superfluous, or does not fit.
+        ValueError: a tensor is missing, superfluous or does not fit. The message names it.
     """
     found = tuple(tensors)
     entries = [one.entry(real=False) for one in found]
     layout = layout_of(target.name, entries)
     if layout not in LAYOUTS:
-        raise ValueError(f"{found[0].key} is of experts in a layout of their model's own, which cannot be converted")
-    if any(one.place.part for one in found):
+        raise ValueError(
+            f"{found[0].key} belongs to experts in a layout that only their model has, which cannot be converted"
+        )
+    if any(one.role.part for one in found):
         dtype, weights = read_packed(names, target, layout, entries)
-        return PackedStack(target, layout, names, found, weights, dtype, latest)
+        return PackedCheckpointStack(target, layout, names, found, weights, dtype, latest)
     stored = {one.key: one.stored for one in found}
     count, shape = target.shape[0], target.matrix_shape
     if layout == "fused":
@@ -289,7 +293,7 @@ def find_stack(names: Names, target: Target, tensors: Iterable[Found], latest: L
     for one in found:
         if one.stored.dtype != dtype_name:
             raise ValueError(f"{one.key} must be of the dtype of {found[0].key}, {dtype_name}, got {one.stored.dtype}")
-    return DenseStack(target, layout, tuple(tuple(row) for row in matrices))
+    return DenseCheckpointStack(target, layout, tuple(tuple(row) for row in matrices))
 
 
 def _checked(key: str, stored: Stored, shape: tuple[int, ...]) -> Stored:
@@ -307,7 +311,7 @@ def _dense_outputs(
     dtype: str,
     chunks: Callable[[int, int], Chunks],
 ) -> dict[str, Output]:
-    """The tensors in ``layout`` of a stack whose matrices ``chunks`` gives by expert and projection."""
+    """Makes the tensors of a dense stack in ``layout``. ``chunks`` returns the bytes of an expert's projection."""
     everything = [(expert, part) for expert in range(target.shape[0]) for part in range(target.projections)]
 
     def output(shape: tuple[int, ...], matrices: list[tuple[int, int]]) -> Output:
@@ -327,7 +331,7 @@ def _dense_outputs(
 
 
 def _matrix_names(names: Names, target: Target) -> Iterator[tuple[int, int, str]]:
-    """Expert, projection and name of each matrix."""
+    """Yields expert, projection and name of each matrix."""
     patterns = names.per_expert(target)
     if patterns is None:
         raise ValueError(f"{target.name} cannot be written per expert: Transformers knows no such layout of this model")

@@ -1,4 +1,7 @@
-"""``moe-fused bench``: how fast experts are here, in a minute; the repository's benchmarks measure more, and keep it."""
+"""The command ``moe-fused bench``, which measures in a minute how fast experts are on this machine.
+
+The benchmarks of the repository measure more, and keep their results.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from moe_fused.benchmark.layers import FORWARD, FORWARD_BACKWARD, LAYERS, Layer, floor_ms
+from moe_fused.benchmark.layers import FORWARD, FORWARD_BACKWARD, LAYERS, Layer, roofline_ms
 
-from .options import Traceback
+from .options import Traceback, check_device, check_finite_options, read_source
 
 if TYPE_CHECKING:
     import torch
@@ -25,23 +28,31 @@ if TYPE_CHECKING:
 OURS, PACKED, THEIRS = "moe_fused", "moe_fused, nf4", "grouped_mm"
 
 Experts = Callable[["Inputs", str], "dict[str, Tensor]"]
-"""``run(inputs, phase)``: a pass over the experts, and its results by name."""
+"""``run(inputs, phase)`` makes a pass through the experts and returns its results by name."""
 
 
 def bench(
-    layer: Annotated[str, typer.Option(help=f"A layer: {', '.join(LAYERS)}.")] = "qwen3-30b-a3b",
-    model: Annotated[str | None, typer.Option(help="The layer of a model instead: a directory, or a name.")] = None,
-    tokens: Annotated[
-        list[int] | None, typer.Option(min=1, help="A number of tokens; may be given again.  [default: 1, 512, 4096]")
+    layer: Annotated[str, typer.Option(help=f"Layer to time: {', '.join(LAYERS)}.")] = "qwen3-30b-a3b",
+    model: Annotated[
+        str | None, typer.Option(help="Model whose layer to time instead: a directory, or a name on the Hub.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.001, help="Time per implementation and size.")] = 0.3,
-    device: Annotated[str, typer.Option(help="auto, cuda, or cpu for a small layer.")] = "auto",
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Number of tokens; can be given several times.  [default: 1, 512, 4096]"),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.001, help="Seconds to spend on each implementation and size.")] = 0.3,
+    device: Annotated[str, typer.Option(help="Device: auto, cuda, or cpu for a small layer.")] = "auto",
     traceback: Traceback = False,
 ) -> None:
-    """Time one layer of experts, dense and in 4 bits, against those of Transformers, on the same inputs."""
+    """Time one layer of experts, dense and in 4 bits, against Transformers' experts on the same inputs."""
     del traceback  # read by console.run, which prints errors
+    check_finite_options(seconds=seconds)
     if layer not in LAYERS:
         raise ValueError(f"--layer must be one of {', '.join(LAYERS)}, got {layer}")
+    check_device(device)
+    if model is not None:
+        read_source("--model", model, "config.json")
+    _check_served(device.partition(":")[0], LAYERS[layer] if model is None else None)
 
     import torch
 
@@ -54,14 +65,11 @@ def bench(
 
         from .loading import read_config
 
-        shape = layer_of(model, read_config(model))
-    if chosen.type == "xpu":
-        raise ValueError("--device xpu cannot be timed yet: use cuda or cpu")
-    if chosen.type == "cpu" and shape.parameters > 2**24:
-        raise ValueError(f"--device cpu takes minutes for {shape.name}, in plain torch: give --layer tiny")
+        shape = layer_of(model, read_config(model, "--model"))
+    _check_served(chosen.type, shape)
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120)  # a log has no width: 80 columns would cut names off
+        console = Console(width=120)  # a log file has no width, and the default of 80 columns would cut off names
     environment = harness.current_environment(chosen)
     if chosen.type == "cpu":
         ceilings = harness.measure_ceilings(chosen, copy_bytes=2**20, matmul_size=128, seconds=0.01)
@@ -72,7 +80,7 @@ def bench(
         f"{ceilings.bytes_per_second / 1e12:.2f} TB/s, multiplies {ceilings.flops_per_second / 1e12:.3g} TFLOP/s in bf16"
     )
     table = Table(title=f"{shape.name}: H{shape.hidden} I{shape.intermediate} E{shape.experts} k{shape.top_k}, bf16")
-    for column in ("tokens", "phase", "implementation", "ms", "±", f"× {THEIRS}", "of the floor", "peak MiB"):
+    for column in ("tokens", "phase", "implementation", "ms", "±", f"× {THEIRS}", "of the roofline", "peak MiB"):
         table.add_column(column, justify="left" if column in ("phase", "implementation") else "right", no_wrap=True)
     generator = torch.Generator(chosen).manual_seed(0)
     sizes = list(dict.fromkeys(tokens or (1, 512, 4096)))
@@ -85,12 +93,20 @@ def bench(
                 _measure(table, shape, size, phase, contenders, ceilings, seconds, generator)
                 progress.advance(task)
     console.print(table)
-    console.print("4-bit weights are frozen: the backward makes no gradient of them")
-    console.print("floor: what reading, writing and multiplying alone would take at the rates above")
+    console.print("4-bit weights are frozen: the backward computes no gradient for them")
+    console.print("roofline: what reading, writing and multiplying alone would take at the rates above")
+
+
+def _check_served(device: str, layer: Layer | None) -> None:
+    """Raises ValueError if a kind of device cannot be timed, or not with this layer. ``layer`` is None if not known yet."""
+    if device == "xpu":
+        raise ValueError("--device xpu cannot be timed yet: use cuda or cpu")
+    if device == "cpu" and layer is not None and layer.parameters > 2**24:
+        raise ValueError(f"--device cpu takes minutes for {layer.name}, in plain torch: give --layer tiny")
 
 
 def _contenders(layer: Layer, generator: torch.Generator) -> dict[str, Experts]:
-    """The implementations by name; the packed one has weights of its own, in 4 bits."""
+    """Returns the implementations by name. The packed one has a 4-bit copy of the weights."""
     import torch
     from torch import nn
     from transformers import Qwen3MoeConfig
@@ -102,7 +118,7 @@ def _contenders(layer: Layer, generator: torch.Generator) -> dict[str, Experts]:
     kernel: Any = moe_fused.get_kernel()
     weights = [nn.Parameter(weight) for weight in random_weights(layer, generator)]
     packed = None
-    if layer.hidden * layer.intermediate % 64 == 0:
+    if layer.hidden * layer.intermediate % kernel.formats.named("nf4").blocksizes[0] == 0:
         quantize = kernel.Packed4bitWeights.quantize
         packed = [quantize(weights[0].detach(), projections=2), quantize(weights[1].detach())]
     config = Qwen3MoeConfig(
@@ -114,13 +130,15 @@ def _contenders(layer: Layer, generator: torch.Generator) -> dict[str, Experts]:
     theirs.gate_up_proj, theirs.down_proj = weights
 
     def passes(forward: Callable[..., Tensor], trained: list[nn.Parameter]) -> Experts:
-        def run(own: Inputs, phase: str) -> dict[str, Tensor]:
-            arguments = (own.hidden_states, own.top_k_index, own.top_k_weights)
+        def run(inputs: Inputs, phase: str) -> dict[str, Tensor]:
+            arguments = (inputs.hidden_states, inputs.top_k_index, inputs.top_k_weights)
             if phase == FORWARD:
                 with torch.no_grad():
                     return {"output": forward(*arguments)}
             y = forward(*arguments)
-            gradients = torch.autograd.grad(y, [own.hidden_states, own.top_k_weights, *trained], own.grad_output)
+            gradients = torch.autograd.grad(
+                y, [inputs.hidden_states, inputs.top_k_weights, *trained], inputs.grad_output
+            )
             names = ("hidden_states.grad", "top_k_weights.grad", "gate_up.grad", "down.grad")
             return {"output": y, **dict(zip(names, gradients, strict=False))}
 
@@ -136,7 +154,10 @@ def _contenders(layer: Layer, generator: torch.Generator) -> dict[str, Experts]:
 
 
 def _attempt(name: str, call: Call, problems: dict[str, str]) -> dict[str, Tensor] | None:
-    """What a first call gives, which also compiles it; None, and an entry in ``problems``, if it cannot run."""
+    """Makes the first call, which also compiles, and returns its results.
+
+    If the implementation cannot run, it returns None and notes the reason in ``problems``.
+    """
     import torch
 
     try:
@@ -144,7 +165,7 @@ def _attempt(name: str, call: Call, problems: dict[str, str]) -> dict[str, Tenso
     except torch.OutOfMemoryError:
         problems[name] = "out of memory"
     except RuntimeError as error:
-        if name != THEIRS:  # ours takes every shape
+        if name != THEIRS:  # our kernels run with every shape
             raise
         problems[name] = f"cannot run: {str(error).splitlines()[0]}"
     else:
@@ -162,10 +183,10 @@ def _measure(
     seconds: float,
     generator: torch.Generator,
 ) -> None:
-    """Times one size and phase, and adds the rows.
+    """Times one size and phase, and adds the rows to the table.
 
     Raises:
-        MismatchError: the dense implementations disagree, or one gives something that is not finite.
+        MismatchError: the dense implementations disagree, or a result is not finite.
     """
 
     from moe_fused.benchmark import harness
@@ -184,14 +205,14 @@ def _measure(
     problems: dict[str, str] = {}
     results = {name: result for name, call in calls.items() if (result := _attempt(name, call, problems)) is not None}
     for name, result in results.items():
-        # 4 bits round weights, so that their results are their own: finite at least.
+        # Rounding weights to 4 bits changes the results, so these are only checked to be finite.
         harness.compare(name, result, result if name == PACKED else results.get(THEIRS, result))
     calls = {name: calls[name] for name in results}
     results.clear()
     harness.release_memory(device)
     peaks = {name: harness.peak_mib(call, device) for name, call in calls.items()}
     timings = harness.time_interleaved(calls, harness.clock_for(device), seconds=seconds)
-    floor = floor_ms(layer, tokens, active, phase, ceilings, DTYPE.itemsize)
+    roofline = roofline_ms(layer, tokens, active, phase, ceilings, DTYPE.itemsize)
     theirs = timings.get(THEIRS)
     for name in contenders:
         timing = timings.get(name)
@@ -206,8 +227,8 @@ def _measure(
             f"{timing.ms:.3g}",
             f"{timing.spread:.0%}",
             "–" if theirs is None else f"{theirs.ms / timing.ms:.2f}",
-            # Of the dense weights: the other reads a quarter of them, and makes no gradient of them.
-            "–" if name == PACKED else f"{floor / timing.ms:.0%}",
+            # The roofline is that of dense weights. The packed implementation reads a quarter of the bytes.
+            "–" if name == PACKED else f"{roofline / timing.ms:.0%}",
             "–" if peak is None else f"{peak:.0f}",
         )
     table.add_section()

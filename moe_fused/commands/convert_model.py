@@ -1,4 +1,4 @@
-"""``moe-fused convert model``."""
+"""The command ``moe-fused convert model``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from .options import DryRun, Dtype, ShardSize, Traceback
+from moe_fused.checkpoints.places import CONFIG, check_apart, check_replaceable, read_config
+
+from .options import DryRun, Dtype, ShardSize, Traceback, check_weights, writing
 
 
 class ModelLayout(str, Enum):
-    """As in ``checkpoints.models``."""
+    """The layouts of ``checkpoints.models``."""
 
     PER_EXPERT = "per-expert"
     FUSED = "fused"
@@ -22,30 +24,60 @@ class ModelLayout(str, Enum):
 
 
 def model(
-    source: Annotated[Path, typer.Argument(help="Directory of a model with experts, in safetensors.")],
-    target: Annotated[Path, typer.Argument(help="Directory to make.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="Directory of a model with experts, in safetensors.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Directory to make.")],
     to: Annotated[
         ModelLayout,
         typer.Option(
-            help="Layout to write. per-expert: what every tool reads; fused: Transformers 5 in memory, in 4 bits ours; "
-            "original: the original qwen3-moe-fused."
+            help="Layout to write. per-expert: every tool reads it; fused: as Transformers 5 holds it in memory, and in 4 "
+            "bits the layout of moe-fused; original: the layout of the original qwen3-moe-fused."
         ),
     ],
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Cast the weights of a dense or dequantized model.  [default: as they are]")
+        Dtype | None, typer.Option(help="Cast the weights of a dense or dequantized model.  [default: no cast]")
     ] = None,
-    dequantize: Annotated[bool, typer.Option("--dequantize", help="Make dense tensors of all 4-bit ones.")] = False,
+    dequantize: Annotated[bool, typer.Option("--dequantize", help="Make all 4-bit tensors dense.")] = False,
     max_shard_size: ShardSize = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model at TARGET.")] = False,
     dry_run: DryRun = False,
     traceback: Traceback = False,
 ) -> None:
-    """Convert a model to another layout of its experts, bit for bit, in little memory.
+    """Convert a model to another layout of its experts, bit for bit, with little memory.
 
-    For GGUF, which llama.cpp makes of dense models with separate experts: --to per-expert, and of one in 4 bits
-    --dequantize --dtype bfloat16; then its convert_hf_to_gguf.py on TARGET.
+    To make a GGUF file, write a dense model with separate experts: --to per-expert, and for a model in 4 bits also
+    --dequantize --dtype bfloat16. Then run llama.cpp's convert_hf_to_gguf.py on TARGET.
     """
-    del traceback  # read by whoever prints errors
+    del traceback  # read by console.run, which prints errors
+    if not source.is_dir():
+        raise FileNotFoundError(f"SOURCE {source} is not a directory")
+    check_apart(source, target)
+    check_replaceable(target, overwrite)
+    quantized = bool(read_config(source).get("quantization_config"))
+    check_weights("SOURCE", str(source), ("*.safetensors",))
+    if dtype is not None and quantized and not dequantize:
+        raise ValueError(
+            f"--dtype {dtype.value} is for dense models: those in 4 bits, as {source}, must be dequantized, too"
+        )
+    if dequantize and not quantized:
+        raise ValueError(
+            f"{source} has no 4-bit tensors that could be dequantized: its {CONFIG} has no quantization_config"
+        )
+    with writing("TARGET", target, overwrite, dry_run):
+        _convert(source, target, to, dtype, dequantize, max_shard_size, overwrite, dry_run)
+
+
+def _convert(
+    source: Path,
+    target: Path,
+    to: ModelLayout,
+    dtype: Dtype | None,
+    dequantize: bool,
+    max_shard_size: str,
+    overwrite: bool,
+    dry_run: bool,
+) -> None:
     import torch
 
     from moe_fused.checkpoints.models import plan_model

@@ -1,4 +1,4 @@
-"""``moe-fused convert optimizer``."""
+"""The command ``moe-fused convert optimizer``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from moe_fused.checkpoints.places import check_optimizer
 
 from .options import DryRun, Traceback, progress_of_steps
 
@@ -15,53 +17,62 @@ def optimizer(
         Path,
         typer.Argument(
             metavar="SOURCE",
-            help="Checkpoint of Trainer or accelerate: optimizer.pt and the adapter or model it is of.",
+            help="Checkpoint of Trainer or accelerate, with optimizer.pt and the adapter or model that it belongs to.",
         ),
     ],
     target: Annotated[
         Path,
         typer.Argument(
-            metavar="TARGET", help="Directory to resume from, with the adapter or model; gets optimizer.pt."
+            metavar="TARGET", help="Directory to resume from, with the adapter or model. optimizer.pt is written there."
         ),
     ],
     to: Annotated[
         str | None,
         typer.Option(
             metavar="LAYOUT",
-            help="Of the parameters in the run to be resumed. Models: per-expert, fused (Transformers 5) or original; "
-            "adapters: as for convert adapter, where TARGET does not tell it.",
+            help="Layout of the parameters in the run to be resumed. For models: per-expert, fused (Transformers 5) or "
+            "original. For adapters, give it only if TARGET does not show its layout; the names are those of convert "
+            "adapter.",
         ),
     ] = None,
     from_: Annotated[
         str | None,
-        typer.Option("--from", metavar="LAYOUT", help="Of the parameters in SOURCE, where it does not tell it."),
+        typer.Option(
+            "--from", metavar="LAYOUT", help="Layout of the parameters in SOURCE, if it does not show which one it is."
+        ),
     ] = None,
     parameters: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Names of SOURCE's parameters in the optimizer's order, a line each, or JSON; where the model does not "
-            "tell them.",
+            help="Names of SOURCE's parameters in the optimizer's order, one on each line or as JSON. Needed if the model "
+            "does not show their order.",
         ),
     ] = None,
     target_parameters: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The same of the run to be resumed.")
+        Path | None, typer.Option(metavar="FILE", help="The same for the run to be resumed.")
     ] = None,
     align_steps: Annotated[
         bool,
         typer.Option(
-            "--align-steps", help="Allow experts to become one that were updated in different numbers of steps."
+            "--align-steps",
+            help="Allow experts that were updated in different numbers of steps to become one parameter.",
         ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TARGET's optimizer.pt.")] = False,
     dry_run: DryRun = False,
     traceback: Traceback = False,
 ) -> None:
-    """Convert the state of AdamW, of torch or in 8 bits of bitsandbytes, so that a run resumes in another layout.
+    """Convert the state of AdamW, from torch or in 8 bits from bitsandbytes, so that a run resumes in another layout.
 
-    First convert the adapter, with --scaling keep, or the model; then this brings the optimizer's state along.
+    Convert the adapter (with --scaling keep) or the model first. This command then converts the optimizer's state.
     """
     del traceback  # read by console.run, which prints errors
+    check_optimizer(source, target, to, from_, overwrite)
+    for path in (parameters, target_parameters):
+        if path is not None:
+            path.open("rb").close()
+
     from moe_fused.checkpoints.optimizers.convert import plan_optimizer
 
     with progress_of_steps() as progress:

@@ -1,4 +1,4 @@
-"""``moe-fused doctor``: what is wrong here, if something is."""
+"""The command ``moe-fused doctor``, which says what is wrong with an installation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
     traceback: Traceback = False,
 ) -> None:
-    """Check versions, GPU and kernel, and compute a few experts against float64; exit status 1 if something is wrong."""
+    """Check versions, GPU and kernel, and compare a few experts with float64. The exit status is 1 if something is wrong."""
     del traceback  # read by console.run, which prints errors
     checks = []
     console = Console(soft_wrap=True, highlight=False)

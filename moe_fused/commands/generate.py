@@ -1,81 +1,158 @@
-"""``moe-fused generate``: a model answers, token by token."""
+"""The command ``moe-fused generate``, which lets a model continue a text."""
 
 from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .options import Dtype, Model, Traceback, check_source, require_4bit, require_peft
+from moe_fused.checkpoints.places import ADAPTER_CONFIG, read_object
+
+from .options import (
+    AllowOtherBase,
+    Dtype,
+    Model,
+    Traceback,
+    check_device,
+    check_finite_options,
+    check_weights,
+    read_source,
+    require_4bit,
+    require_peft,
+)
+
+# By default, at most this many tokens are generated, and no more than the model has room for.
+_NEW_TOKENS = 512
 
 
 def generate(
     model: Model,
     adapter: Annotated[str | None, typer.Option(help="Directory of an adapter, or its name on the Hub.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Text to go on from.  [default: standard input]")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="End after that many.")] = 512,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.  [default: standard input]")] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stop after this many tokens.  [default: 512, or as many as the model has room for]"),
+    ] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="0: the likeliest token always  [default: as the model says]")
+        float | None,
+        typer.Option(
+            min=0, help="Sampling temperature; 0 always takes the likeliest token.  [default: the model's setting]"
+        ),
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Likeliest tokens to choose from.  [default: as the model says]")
+        float | None,
+        typer.Option(min=0, max=1, help="Share of the probability to sample from.  [default: the model's setting]"),
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Makes samples repeatable.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Seed that makes samples repeatable.")] = None,
     chat: Annotated[
         bool | None,
-        typer.Option("--chat/--no-chat", help="The prompt is a user's turn.  [default: if there is a chat template]"),
+        typer.Option(
+            "--chat/--no-chat", help="Treat the prompt as a user's turn.  [default: if there is a chat template]"
+        ),
     ] = None,
     load_in_4bit: Annotated[
         bool, typer.Option("--load-in-4bit", help="Quantize a dense model to NF4 while loading it.")
     ] = False,
-    dtype: Annotated[Dtype | None, typer.Option(help="To compute in.  [default: as the model says]")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu ...")] = "auto",
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Dtype to compute in.  [default: the dtype in the model's config]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, xpu ...")] = "auto",
+    allow_other_base: AllowOtherBase = False,
     traceback: Traceback = False,
 ) -> None:
-    """Generate text with fused experts, and with an adapter; what is not the text goes to standard error."""
+    """Generate text with fused experts, with or without an adapter. Everything but the text goes to standard error."""
     del traceback  # read by console.run, which prints errors
+    check_finite_options(temperature=temperature, top_p=top_p)
     if load_in_4bit:
         require_4bit("--load-in-4bit")
     if adapter is not None:
         require_peft("--adapter")
-        check_source("--adapter", adapter, "adapter_config.json")
-    check_source("MODEL", model, "config.json")
+        read_source("--adapter", adapter, ADAPTER_CONFIG)
+        check_weights("--adapter", adapter, ("adapter_model.safetensors", "adapter_model.bin"))
+    about = read_source("MODEL", model, "config.json")
+    if load_in_4bit and about is not None and about.get("quantization_config"):
+        raise ValueError(f"MODEL {model} is quantized already: leave --load-in-4bit out")
+    check_weights("MODEL", model)
+    if chat and about is not None and not _may_have_template(Path(model)):
+        raise ValueError(_no_template(model))
+    check_device(device)
     if prompt is None:
         if sys.stdin.isatty():
             raise ValueError("--prompt is missing: give it, or text on standard input")
         prompt = sys.stdin.read()
     if not prompt.strip():
         raise ValueError("--prompt must not be empty")
+    _generate(
+        model,
+        adapter,
+        prompt,
+        max_new_tokens,
+        _sampling(temperature, top_p),
+        seed,
+        chat,
+        load_in_4bit,
+        dtype,
+        device,
+        allow_other_base,
+    )
 
+
+def _generate(
+    model: str,
+    adapter: str | None,
+    prompt: str,
+    max_new_tokens: int | None,
+    options: dict[str, Any],
+    seed: int | None,
+    chat: bool | None,
+    load_in_4bit: bool,
+    dtype: Dtype | None,
+    device: str,
+    allow_other_base: bool,
+) -> None:
+    """Loads the model and prints what it generates; ``options`` are sampling arguments of ``generate``."""
     import torch
-    from transformers import AutoTokenizer, TextStreamer
+    from transformers import TextStreamer
 
     from moe_fused.devices import choose_device
-    from moe_fused.quantizer import four_bit_config
+    from moe_fused.integrations.quantizer.packed_experts import four_bit_config
 
-    from .loading import is_quantized, load_adapter, load_model, read_config
+    from .loading import (
+        check_fits,
+        check_model,
+        generation_note,
+        is_quantized,
+        load_adapter,
+        load_model,
+        read_config,
+        read_tokenizer,
+    )
 
     chosen = choose_device(device)
     config = read_config(model)
     if load_in_4bit and is_quantized(config):
         raise ValueError(f"MODEL {model} is quantized already: leave --load-in-4bit out")
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = read_tokenizer(model)
     encoded = _encode(tokenizer, model, prompt, chat)
     inputs = {name: encoded[name].to(chosen) for name in ("input_ids", "attention_mask")}
     length = inputs["input_ids"].shape[1]
-    _check_length(config, length, max_new_tokens)
+    max_new_tokens = _new_tokens(config, length, max_new_tokens)
+    generation_note(model)  # raises if the file cannot be read
+    check_model(model, config, packs=load_in_4bit)
+    if adapter is not None:
+        check_fits(model, config, adapter, allow_other_base, "--adapter")
     compute: Any = getattr(torch, dtype.value) if dtype else "auto"
     quantization = None
     if load_in_4bit:
         quantization = four_bit_config(config.dtype or torch.float32 if compute == "auto" else compute)
     loaded: Any = load_model(model, compute, chosen, quantization)
     if adapter is not None:
-        loaded = load_adapter(loaded, adapter)
+        loaded = load_adapter(loaded, adapter, "--adapter")
     if seed is not None:
         torch.manual_seed(seed)
-    options = _sampling(temperature, top_p)
     if tokenizer.pad_token_id is not None:
         options["pad_token_id"] = tokenizer.pad_token_id
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -86,30 +163,48 @@ def generate(
     print(f"{new} tokens in {seconds:.1f} s, {new / seconds:.1f} a second", file=sys.stderr)
 
 
+def _may_have_template(directory: Path) -> bool:
+    """Whether a model's directory has any of the files that can hold a chat template."""
+    if any(
+        (directory / name).exists()
+        for name in ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+    ):
+        return True
+    path = directory / "tokenizer_config.json"
+    return path.is_file() and bool(read_object(path).get("chat_template"))
+
+
+def _no_template(model: str) -> str:
+    return f"--chat needs a chat template, which the tokenizer of {model} does not have: leave --chat out"
+
+
 def _encode(tokenizer: Any, model: str, prompt: str, chat: bool | None) -> Any:
-    """The prompt as the model's inputs, in the tokenizer's chat template if asked for or, by default, if it has one."""
+    """Turns the prompt into inputs of the model. By default, a chat template is used if the tokenizer has one."""
     has_template = bool(tokenizer.chat_template)
     if chat and not has_template:
-        raise ValueError(f"--chat needs a chat template, which the tokenizer of {model} has not: leave it out")
+        raise ValueError(_no_template(model))
     if not (has_template if chat is None else chat):
         return tokenizer(prompt, return_tensors="pt")
     messages = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 
-def _check_length(config: Any, length: int, max_new_tokens: int) -> None:
+def _new_tokens(config: Any, length: int, wanted: int | None) -> int:
+    """Returns how many tokens to generate at most after ``length`` tokens. Raises ValueError if ``wanted`` do not fit."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and length + max_new_tokens > limit:
+    room = _NEW_TOKENS if limit is None else limit - length
+    if room < (wanted or 1):
         raise ValueError(
-            f"--max-new-tokens must be at most {max(limit - length, 0)} after a prompt of {length} tokens, as the model "
-            f"has {limit} positions, got {max_new_tokens}"
+            f"--max-new-tokens must be at most {max(room, 0)} after a prompt of {length} tokens, as the model has {limit} "
+            f"positions, got {_NEW_TOKENS if wanted is None else wanted}"
         )
+    return min(_NEW_TOKENS, room) if wanted is None else wanted
 
 
 def _sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
-    """Arguments of ``generate``; what is not given is left to the model's own defaults."""
+    """Returns sampling arguments for ``generate``. What is not given is left to the model's defaults."""
     if temperature == 0:
-        # The model's own would only be warned of.
+        # The model's settings are unset, because Transformers would warn that they are ignored.
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     options: dict[str, Any] = {}
     if temperature is not None:

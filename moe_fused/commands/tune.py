@@ -1,9 +1,11 @@
-"""``moe-fused tune``: launch configurations measured on this GPU, in a table that the kernel reads."""
+"""The command ``moe-fused tune``, which measures configurations and thresholds on this GPU and writes a table of them."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moe_fused.benchmark.layers import LAYERS, Layer
+from moe_fused.locks import locked_file
 
-from .options import Traceback
+from .options import Traceback, check_finite_options, read_source
 
 if TYPE_CHECKING:
     from moe_fused.tuner.workload import Workload
@@ -25,28 +28,54 @@ def tune(
     hidden: Annotated[int | None, typer.Option(min=16, help="Hidden size.")] = None,
     intermediate: Annotated[int | None, typer.Option(min=16, help="Intermediate size of an expert.")] = None,
     experts: Annotated[int | None, typer.Option(min=1, help="Number of experts.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Experts of a token.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Number of experts for each token.")] = None,
     model: Annotated[
         str | None, typer.Option(help="Take the sizes from a model: a directory, or a name on the Hub.")
     ] = None,
     kernels: Annotated[
-        str | None, typer.Option(help="Kernels to tune, as up,gemm.  [default: all that the layer uses]")
+        str | None,
+        typer.Option(
+            help="Kernels to tune, such as up,gemm.  [default: all that the layer uses; none with --thresholds]"
+        ),
+    ] = None,
+    thresholds: Annotated[
+        str | None,
+        typer.Option(
+            help="Thresholds to measure: some of buckets,dequantize_rows,gemv_slots.  [default: all; none with --kernels]"
+        ),
     ] = None,
     output: Annotated[
-        Path, typer.Option(help="Directory of the table, or the table itself, named for the GPU as sm_90.json.")
+        Path,
+        typer.Option(
+            help="Directory of the table, or the table itself, which must be named after the GPU, such as sm_90.json."
+        ),
     ] = Path("moe-fused-configs"),
-    seconds: Annotated[float, typer.Option(min=0.1, help="Time for a kernel at a height of tiles.")] = 30,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="Seconds to spend on a kernel at one height of tiles, and on a threshold.")
+    ] = 30,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Change a table that is there; entries that are not measured stay.")
+        bool, typer.Option("--overwrite", help="Change an existing table. Entries that are not measured stay.")
     ] = False,
     traceback: Traceback = False,
 ) -> None:
-    """Measure launch configurations on this GPU, by default for a layer of Qwen3-30B-A3B, and write those that are faster.
+    """Measure launch configurations on this GPU, by default for a layer of Qwen3-30B-A3B, and write the faster ones.
 
-    Each better configuration is written as it is found: Ctrl-C loses nothing. MOE_FUSED_CONFIGS=DIRECTORY puts the table to
-    use. Four heights of tiles, for few to many tokens, are tuned for each kernel.
+    Four heights of tiles, for few to many tokens, are tuned for each kernel. With what was found, the thresholds between
+    ways of computing are measured: from how many rows on taller tiles are faster, up to how many rows 4-bit weights are
+    dequantized inside the products, and up to how many tokens the path for few rows is faster.
+
+    Each improvement is written as soon as it is found, so Ctrl-C loses nothing. Set MOE_FUSED_CONFIGS=DIRECTORY to use the
+    table.
     """
     del traceback  # read by console.run, which prints errors
+    check_finite_options(seconds=seconds)
+    if output.exists() and not output.is_dir():
+        if not overwrite:
+            raise FileExistsError(f"--output {output} exists: choose another path, or give --overwrite")
+        if not output.suffix:
+            raise FileExistsError(
+                f"--output {output} exists and is neither a directory nor a table: choose another path"
+            )
     layer = _layer(hidden, intermediate, experts, top_k, model)
 
     import moe_fused
@@ -54,37 +83,72 @@ def tune(
 
     workload = open_workload(moe_fused.get_kernel(), layer)
     tuning, target = workload.tuning, workload.target
-    chosen = _chosen(kernels, workload.kernels())
+    chosen = _chosen(workload, kernels, thresholds)
     path = table_path(output, tuning.table_name(target.arch))
     if path.exists() and not overwrite:
         raise FileExistsError(f"--output {path} exists: choose another path, or give --overwrite")
-    table = TableFile(path, tuning)
+    # Two processes at once would each overwrite what the other has found.
+    with locked_file(path.with_name(f".{path.name}.lock"), f"--output {path}", parents=True):
+        _tune(workload, layer, chosen, seconds, TableFile(path, tuning))
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What is measured: kernel families, and sections of thresholds."""
+
+    kernels: list[str]
+    sections: list[str]
+
+
+def _tune(workload: Workload, layer: Layer, chosen: _Chosen, seconds: float, table: Any) -> None:
+    """Measures what was chosen, and says what came of it."""
+    from moe_fused.tuner.thresholds import places
+
+    heights = [(kernel, height) for kernel in chosen.kernels for height in workload.heights(kernel)]
+    thresholds = places(workload, tuple(chosen.sections))
+    steps = len(heights) + len(thresholds)
     console = Console(stderr=True)
     console.print(
-        f"{target.arch}: H{layer.hidden} I{layer.intermediate} E{layer.experts} k{layer.top_k} ({layer.name}), "
-        f"{', '.join(chosen)}; at most {seconds * len(chosen) * len(tuning.BUCKETS) / 60:.0f} minutes"
+        f"{workload.target.arch}: H{layer.hidden} I{layer.intermediate} E{layer.experts} k{layer.top_k} ({layer.name}), "
+        f"{', '.join(chosen.kernels + chosen.sections)}; at most {seconds * steps / 60:.0f} minutes"
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
-        with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task("", total=len(chosen) * len(tuning.BUCKETS))
-            for kernel in chosen:
-                for block_m in tuning.BUCKETS:
-                    progress.update(task, description=f"{kernel}, tiles of {block_m} rows")
-                    _tune_one(workload, kernel, block_m, seconds, table, progress.console.print)
-                    progress.advance(task)
+        # Thresholds are measured with the configurations that were found, and with each other.
+        with contextlib.ExitStack() as found, Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("", total=steps)
+            for kernel, block_m in heights:
+                progress.update(task, description=f"{kernel}, tiles of {block_m} rows")
+                _tune_one(workload, kernel, block_m, seconds, table, found, progress.console.print)
+                progress.advance(task)
+            for place in thresholds:
+                progress.update(task, description="/".join(place))
+                _move_one(workload, place, seconds, table, found, progress.console.print)
+                progress.advance(task)
     finally:
-        # Whether or not it came to the end.
-        if table.entries:
-            print(f"{table.entries} faster configurations in {path}: export MOE_FUSED_CONFIGS={path.parent.resolve()}")
-        else:
-            print(f"nothing faster than what is in use was found; {path} was left as it is")
+        # This is reported even if the user stops the tuning early.
+        _summarize(table)
+
+
+def _summarize(table: Any) -> None:
+    if not table.entries and not table.thresholds:
+        print(f"nothing faster than what is in use was found; {table.path} was left as it is")
+        return
+    found = [f"{table.entries} faster configurations"] if table.entries else []
+    found += [f"{table.thresholds} better thresholds"] if table.thresholds else []
+    print(f"{' and '.join(found)} in {table.path}: export MOE_FUSED_CONFIGS={table.path.parent.resolve()}")
 
 
 def _tune_one(
-    workload: Workload, kernel: str, block_m: int, seconds: float, table: Any, report: Callable[[str], object]
+    workload: Workload,
+    kernel: str,
+    block_m: int,
+    seconds: float,
+    table: Any,
+    found: contextlib.ExitStack,
+    report: Callable[[str], object],
 ) -> None:
-    """Writes each configuration of ``kernel`` that beats the one in use."""
+    """Writes each configuration of ``kernel`` that beats the one in use; the last stays in force until ``found`` ends."""
     from moe_fused.tuner.search import climb, neighbours
 
     tuning, target, itemsize = workload.tuning, workload.target, 2
@@ -97,14 +161,42 @@ def _tune_one(
         lambda: time.monotonic() >= end,
     ):
         table.add(kernel, itemsize, block_m, config)
+        found.enter_context(tuning.trying(kernel, block_m, itemsize, config))
         report(f"{kernel}, tiles of {block_m} rows: {gain:.2f} times as fast")
 
 
+def _move_one(
+    workload: Workload,
+    place: tuple[str, ...],
+    seconds: float,
+    table: Any,
+    found: contextlib.ExitStack,
+    report: Callable[[str], object],
+) -> None:
+    """Writes each better place of a threshold; the last stays in force until ``found`` ends."""
+    from moe_fused.tuner.search import crossover
+    from moe_fused.tuner.thresholds import threshold_at
+
+    tuning = workload.tuning
+    threshold = threshold_at(workload, place)
+    end = time.monotonic() + seconds
+    for size, gain in crossover(
+        threshold.start, threshold.least, threshold.most, threshold.speedup, lambda: time.monotonic() >= end
+    ):
+        thresholds = threshold.laid_over(tuning.thresholds_of(workload.target), size)
+        table.add_threshold(place, thresholds)
+        found.enter_context(tuning.trying_thresholds(thresholds))
+        report(
+            f"{threshold.name}: {size} {threshold.unit}, not {threshold.start}; "
+            f"calls between are up to {gain:.2f} times as fast"
+        )
+
+
 def open_workload(kernel: Any, layer: Layer) -> Workload:
-    """The layer on this machine's GPU.
+    """Makes the workload of ``layer`` on this machine's GPU.
 
     Raises:
-        RuntimeError: there is none that could be tuned.
+        RuntimeError: there is no GPU that could be tuned.
     """
     import torch
 
@@ -118,24 +210,25 @@ def open_workload(kernel: Any, layer: Layer) -> Workload:
     device = choose_device("auto")
     if device.type != "cuda":
         name = torch.cuda.get_device_name()
-        raise RuntimeError(f"tune needs compute capability 8.0 (Ampere) or newer, which {name} has not")
+        raise RuntimeError(f"tune needs compute capability 8.0 (Ampere) or newer, which {name} does not have")
     return Workload(kernel, layer, device)
 
 
 def _layer(
     hidden: int | None, intermediate: int | None, experts: int | None, top_k: int | None, model: str | None
 ) -> Layer:
-    """The layer that the options describe."""
+    """Returns the layer that the options describe."""
     sizes = {"--hidden": hidden, "--intermediate": intermediate, "--experts": experts, "--top-k": top_k}
     given = [name for name, value in sizes.items() if value is not None]
     if model is not None:
         if given:
             raise ValueError(f"--model has sizes of its own: leave {', '.join(given)} out, or --model")
+        read_source("--model", model, "config.json")
         from moe_fused.benchmark.shapes import layer_of
 
         from .loading import read_config
 
-        return layer_of(model, read_config(model))
+        return layer_of(model, read_config(model, "--model"))
     if not given:
         return _DEFAULT
     if hidden is None or intermediate is None or experts is None or top_k is None:
@@ -146,11 +239,21 @@ def _layer(
     return Layer("as given", hidden, intermediate, experts, top_k)
 
 
-def _chosen(names: str | None, known: list[str]) -> list[str]:
-    if names is None:
-        return known
-    chosen = [name.strip() for name in names.split(",")]
+def _chosen(workload: Workload, kernels: str | None, thresholds: str | None) -> _Chosen:
+    """What ``--kernels`` and ``--thresholds`` name: all without them, and with one of them only what it names."""
+    from moe_fused.tuner.thresholds import SECTIONS
+
+    known = workload.kernels()
+    chosen = _names("--kernels", "those that this layer uses", kernels, known, thresholds is None)
+    sections = _names("--thresholds", "those that there are", thresholds, list(SECTIONS), kernels is None)
+    return _Chosen(chosen, sections)
+
+
+def _names(option: str, which: str, given: str | None, known: list[str], otherwise: bool) -> list[str]:
+    if given is None:
+        return known if otherwise else []
+    chosen = [name.strip() for name in given.split(",")]
     for name in chosen:
         if name not in known:
-            raise ValueError(f"--kernels must be of those that this layer uses, {', '.join(known)}, got {name!r}")
+            raise ValueError(f"{option} must be of {which}, {', '.join(known)}, got {name!r}")
     return list(dict.fromkeys(chosen))

@@ -1,7 +1,7 @@
-"""The demo: the whole way of a small Qwen3-MoE on real text, from its first weights to an adapter that every tool reads.
+"""The demo: trains a small Qwen3-MoE on real text, fine-tunes it in 4 bits, and loads the adapter in other tools.
 
-Read it in this order: ``cli`` (the options), ``run`` (the sequence of steps), ``data`` (the texts), ``model`` (the
-configuration), ``train``, ``compare`` (against Transformers' own experts), ``four_bit`` (the same model in 4 bits),
-``finetune`` (``moe-fused finetune`` and the adapter in PEFT), ``stock`` (the script that reads it without moe_fused),
-``report`` (the picture and the summary), ``output`` (nothing appears under the output path before all of it is there).
+Read the files in this order: ``cli`` (the options), ``run`` (the sequence of steps), ``data`` (the texts), ``model`` (the
+configuration), ``train`` (the training loop), ``compare`` (comparison with Transformers' experts), ``four_bit`` (the same
+model in 4 bits), ``finetune`` (``moe-fused finetune`` and the adapter in PEFT), ``stock`` (the script that reads the adapter
+without moe_fused), ``report`` (the picture and the summary), ``output`` (the output directory appears when it is complete).
 """

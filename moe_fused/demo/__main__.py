@@ -1,4 +1,4 @@
-"""Entry point: whatever goes wrong ends with one line on stderr and a non-zero exit status."""
+"""The entry point of the demo. Every error ends in one line on stderr and a non-zero exit status."""
 
 from __future__ import annotations
 

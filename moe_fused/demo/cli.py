@@ -1,4 +1,4 @@
-"""Options of the demo. Imports nothing heavy, so that a wrong option or path is answered at once."""
+"""The options of the demo. Nothing heavy is imported here, so that a wrong option or path is answered at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moe_fused.commands.options import require
+from moe_fused.commands.options import check_device, require
 from moe_fused.signals import interrupted_afterwards
 
 from .output import staged_output
@@ -21,30 +21,33 @@ def demo(
         "demo-output"
     ),
     steps: Annotated[
-        int | None, typer.Option(min=1, help="To train, and to fine-tune at most  [default: by device]")
+        int | None,
+        typer.Option(min=1, help="Steps to train, and most steps to fine-tune.  [default: by device]"),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu ...")] = "auto",
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Fixes the result on a CPU.")] = 0,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, xpu ...")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed, which determines the result on a CPU.")] = 0,
     load_in_4bit: Annotated[
         bool,
         typer.Option(
             "--load-in-4bit/--no-load-in-4bit",
-            help="Go on in 4 bits: quantize the model, fine-tune it on other text, reload the adapter without moe-fused.",
+            help="Continue in 4 bits: quantize the model, fine-tune it on other text, and reload the adapter without "
+            "moe-fused.",
         ),
     ] = True,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
 ) -> None:
-    """Train a small Qwen3-MoE on Python's reference text with fused experts, fine-tune it in 4 bits on Python's source code.
+    """Train a small Qwen3-MoE with fused experts on Python's reference text, and fine-tune it in 4 bits on Python's code.
 
-    Each part is compared with what Transformers and PEFT compute by themselves.
+    Each part is compared with what Transformers and PEFT compute without moe-fused.
     """
-    del traceback  # read by __main__, which prints errors
+    del traceback  # read by console.run, which prints errors
+    check_device(device)
     if load_in_4bit:
         packages = ("accelerate", "bitsandbytes", "datasets", "peft", "trl", "yaml")
         require("the demo, unless with --no-load-in-4bit,", *packages, extra="train")
     with staged_output(output) as staging:
         with interrupted_afterwards():
-            from . import report, run  # take torch and transformers
+            from . import report, run  # import torch and transformers
 
         console, results = run.run(staging, steps, device, seed, load_in_4bit)
     report.print_summary(console, results, output)

@@ -1,4 +1,4 @@
-"""The trained model against Transformers' own eager experts: the same logits, and how long a step takes."""
+"""Compares the trained model with Transformers' eager experts: its logits, and the time of a training step."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .data import Corpus
 from .model import Size, experts
 from .train import new_optimizer, train_step
 
-# Float32 sums in another order differ by about 1e-6; a kernel that computes something else, by far more than this.
+# Float32 sums in another order differ by about 1e-6. A kernel that computes something else differs by far more than this.
 _TOLERANCE = 1e-3
-# Where two experts are almost equally likely, the last bit of the layer below decides, and a byte differs for no fault.
+# Where two experts are almost equally likely, a rounding in the layer below decides between them, and a byte may differ.
 _ALLOWED_SHARE = 0.01
 
 
@@ -27,7 +27,7 @@ def logits(model: Qwen3MoeForCausalLM, batch: Tensor) -> Tensor:
 
 
 def largest_logit_difference(model: Qwen3MoeForCausalLM, batch: Tensor) -> float:
-    """Largest difference between the logits of the fused and the eager experts, in float32, for token ids (B, L).
+    """Returns the largest difference between the float32 logits of the fused and the eager experts for token ids (B, L).
 
     Raises:
         RuntimeError: the two do not compute the same function.
@@ -38,10 +38,10 @@ def largest_logit_difference(model: Qwen3MoeForCausalLM, batch: Tensor) -> float
 
 
 def largest_difference(fused: Tensor, eager: Tensor) -> float:
-    """Largest difference between logits (B, L, V) of the fused and of the eager experts.
+    """Returns the largest difference between logits (B, L, V) of the fused and of the eager experts.
 
     Raises:
-        RuntimeError: it is none that rounding explains.
+        RuntimeError: rounding does not explain the difference.
     """
     difference = (fused - eager).abs().amax(-1)
     wrong = (~(difference <= _TOLERANCE)).float().mean().item()  # not <=: NaN counts as wrong
@@ -55,20 +55,20 @@ def largest_difference(fused: Tensor, eager: Tensor) -> float:
 def check_same_logits(
     model: Qwen3MoeForCausalLM, reloaded: Qwen3MoeForCausalLM, directory: Path, batch: Tensor
 ) -> None:
-    """Raises RuntimeError unless ``reloaded``, which is ``directory`` loaded, has the very logits of ``model``."""
+    """Raises RuntimeError unless ``reloaded``, loaded from ``directory``, has exactly the logits of ``model``."""
     if not torch.equal(logits(model, batch), logits(reloaded, batch)):
         raise RuntimeError(f"the model saved in {directory.name}/ gives other logits when it is loaded again")
 
 
 def check_reload(model: Qwen3MoeForCausalLM, directory: Path, batch: Tensor) -> None:
-    """Raises RuntimeError unless stock Transformers reads ``directory`` back as the model that was saved."""
+    """Raises RuntimeError unless Transformers alone loads ``directory`` as the model that was saved."""
     reloaded = AutoModelForCausalLM.from_pretrained(directory, experts_implementation="eager").to(batch.device)  # type: ignore[arg-type]
     with experts(model, "eager"):
         check_same_logits(model, reloaded, directory, batch)
 
 
 def step_milliseconds(model: Qwen3MoeForCausalLM, corpus: Corpus, size: Size, rounds: int) -> dict[str, float]:
-    """Median time of a training step for the fused and the eager experts, on the same batches, taken in turns."""
+    """Measures the median time of a training step with fused and with eager experts, in turns on the same batches."""
     model = copy.deepcopy(model).train()
     optimizer = new_optimizer(model, size.learning_rate)
     generator = torch.Generator().manual_seed(0)
@@ -81,7 +81,7 @@ def step_milliseconds(model: Qwen3MoeForCausalLM, corpus: Corpus, size: Size, ro
                 start = time.perf_counter()
                 train_step(model, batch, optimizer)
                 _synchronize(batch.device)
-            if turn >= 3:  # the first ones compile kernels and fill caches
+            if turn >= 3:  # the first turns compile kernels and fill caches
                 samples.append((time.perf_counter() - start) * 1e3)
     return {implementation: statistics.median(samples) for implementation, samples in times.items()}
 

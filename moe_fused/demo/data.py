@@ -1,4 +1,4 @@
-"""Real text that every Python brings along: the language reference to learn first, then modules' source code."""
+"""Makes training data of text that every Python contains: first the language reference, then source code of modules."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerFast
 
 _BLOCK_CHARACTERS = 4000
 _HOLD_OUT_EVERY = 20
-# Large ones that are a single file in every Python so far.
+# Large modules that are a single file in every Python so far.
 _MODULES = ("argparse", "configparser", "difflib", "inspect", "shutil", "subprocess", "tarfile", "typing")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each byte, no merges, and one for the end: a token is a byte of loss, and any tool can load it."""
+    """Makes a tokenizer with one token for each byte and one for the end, which every tool can load."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -28,16 +28,16 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def hold_out(blocks: list[str]) -> tuple[str, str]:
-    """The text of the blocks to train on, and of a twentieth of them that is held out."""
+    """Splits blocks into the text to train on and the text of every twentieth block, which is held out."""
     held_out = "".join(blocks[_HOLD_OUT_EVERY // 2 :: _HOLD_OUT_EVERY])
     del blocks[_HOLD_OUT_EVERY // 2 :: _HOLD_OUT_EVERY]
     return "".join(blocks), held_out
 
 
 def _split(texts: Iterable[str]) -> tuple[str, str]:
-    """The text to train on and the one that is held out.
+    """Splits texts into the text to train on and the text that is held out.
 
-    A paragraph counts once, however often it is quoted: what is held out is nowhere in the training text.
+    A paragraph is used once, however often it is quoted, so that held-out text does not occur in the training text.
     """
     paragraphs: dict[str, str] = {}
     for text in texts:
@@ -52,10 +52,10 @@ def _split(texts: Iterable[str]) -> tuple[str, str]:
 
 
 def reference_text() -> tuple[str, str]:
-    """English to train on and held out, 330 and 20 kB or so, depending on the Python version.
+    """Returns English text to train on and held-out text, about 330 and 20 kB, depending on the Python version.
 
     Raises:
-        RuntimeError: this Python comes without ``pydoc_data``.
+        RuntimeError: this Python has no ``pydoc_data``.
     """
     try:
         from pydoc_data.topics import topics
@@ -65,10 +65,10 @@ def reference_text() -> tuple[str, str]:
 
 
 def source_text() -> tuple[str, str]:
-    """Python code to fine-tune on and held out, 690 and 35 kB or so, depending on the Python version.
+    """Returns Python code to fine-tune on and held-out code, about 690 and 35 kB, depending on the Python version.
 
     Raises:
-        RuntimeError: this Python comes without the source of its modules.
+        RuntimeError: this Python has no source code of its modules.
     """
     return _split(map(_source, _MODULES))
 
@@ -82,7 +82,7 @@ def _source(module: str) -> str:
 
 
 def windows(text: str, tokenizer: PreTrainedTokenizerFast, length: int, device: torch.device) -> Tensor:
-    """``text`` cut into token ids (windows, length); what is left over is dropped."""
+    """Cuts ``text`` into token ids (windows, length). What is left over is dropped."""
     tokens = torch.tensor(tokenizer(text).input_ids, device=device)
     return tokens[: len(tokens) // length * length].view(-1, length)
 
@@ -101,7 +101,7 @@ class Corpus:
         return cls(tokens, windows(held_out, tokenizer, sequence_length, device))
 
     def batch(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """``batch_size`` windows of the training text from random places: (batch_size, sequence_length)."""
+        """Returns ``batch_size`` windows of the training text from random positions: (batch_size, sequence_length)."""
         length = self.held_out.shape[1]
         start = torch.randint(len(self.train) - length, (batch_size, 1), generator=generator)
         return self.train[(start + torch.arange(length)).to(self.train.device)]

@@ -1,6 +1,6 @@
-"""The 4-bit model learns other text by ``moe-fused finetune``, and the adapter is read by stock PEFT and Transformers.
+"""Fine-tunes the 4-bit model on other text with ``moe-fused finetune``, and loads the adapter in stock PEFT.
 
-Both happen in processes of their own: the first is the command as a user types it, the second must not know moe_fused.
+Each runs in a process of its own: the first is the command as a user types it, and the second must not import moe_fused.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from .output import ADAPTER, DEQUANTIZED, EXPORTED, PACKED
 from .train import held_out_loss
 
 DATASET, PROBE, SCRIPT = "source-code.txt", "probe.safetensors", "stock.py"
-_RECORDS = 30  # points of the curve
+_RECORDS = 30  # points of the loss curve
 _RANK = 8
 
 
 def _arguments(size: Size, device: torch.device, seed: int) -> list[str]:
-    """Of ``moe-fused finetune``, run where the models are."""
+    """Returns the arguments of ``moe-fused finetune``, which runs in the directory of the models."""
     options = {
         "model": PACKED,
         "dataset": DATASET,
@@ -65,17 +65,17 @@ def _arguments(size: Size, device: torch.device, seed: int) -> list[str]:
 
 
 def _environment(device: torch.device) -> dict[str, str]:
-    # Where moe_fused is, for a checkout that is not installed; one thread on a CPU, as here.
+    # The path finds a checkout that is not installed. On a CPU, one thread is used, as in this process.
     path = [str(Path(moe_fused.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     threads = {"OMP_NUM_THREADS": "1"} if device.type == "cpu" else {}
     return {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def run_python(what: str, arguments: list[str], directory: Path, device: torch.device) -> None:
-    """Runs Python in ``directory``; what it says on standard error goes to our output. An interruption ends it, too.
+    """Runs Python in ``directory``. Its standard error goes to our output, and an interruption ends it, too.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: it ended with an error.
     """
     sys.stdout.flush()
     ended = subprocess.run(
@@ -92,14 +92,14 @@ def run_python(what: str, arguments: list[str], directory: Path, device: torch.d
 
 
 def check_round_trip(directory: Path) -> None:
-    """Raises RuntimeError unless the adapter for each expert, converted back, has the bits of the one that was trained."""
+    """Raises RuntimeError unless the exported adapter, converted back, has the bits of the adapter that was trained."""
     adapter, back = directory / ADAPTER, directory / ".round-trip"
     convert_adapter(directory / EXPORTED, back, to=Layout.PEFT_FUSED)
-    own, other = (load_file(path / WEIGHTS) for path in (adapter, back))
+    ours, other = (load_file(path / WEIGHTS) for path in (adapter, back))
     shutil.rmtree(back)
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    scaling = config["lora_alpha"] / config["r"]  # a power of two, which the export multiplied lora_B with
-    for name, tensor in own.items():
+    scaling = config["lora_alpha"] / config["r"]  # a power of two, by which the export multiplied lora_B
+    for name, tensor in ours.items():
         expected = tensor * scaling if ".lora_B." in name else tensor
         if name not in other or not torch.equal(other[name].to(tensor.dtype), expected):
             raise RuntimeError(f"{name} has other bits after an export for each expert and the way back")
@@ -116,7 +116,7 @@ def finetune(
     """Fine-tunes ``directory / PACKED``, loaded as ``model``, on Python's source code, and writes ``directory / ADAPTER``.
 
     Returns:
-        The model of PEFT, and its numbers as results.json has them.
+        PEFT's model, and the numbers for results.json.
 
     Raises:
         RuntimeError: the command failed, or the adapter changes its bits when it is exported.
@@ -147,10 +147,10 @@ def finetune(
 
 
 def reload(directory: Path, device: torch.device) -> dict[str, Any]:
-    """Dequantizes ``directory / PACKED`` and has stock Transformers and PEFT load that with the adapter, in both layouts.
+    """Dequantizes ``directory / PACKED``, and lets stock PEFT load the result with the adapter in both layouts.
 
     Returns:
-        The numbers, as results.json has them.
+        The numbers for results.json.
 
     Raises:
         RuntimeError: stock Transformers and PEFT give other logits, or fail.
@@ -161,7 +161,7 @@ def reload(directory: Path, device: torch.device) -> dict[str, Any]:
     shutil.copyfile(stock.__file__, directory / SCRIPT)
     saved = directory / ".logits.safetensors"
     run_python(SCRIPT, [SCRIPT, str(device), saved.name], directory, device)
-    own = load_file(directory / PROBE)["logits"]
-    differences = {layout: compare.largest_difference(own, logits) for layout, logits in load_file(saved).items()}
+    expected = load_file(directory / PROBE)["logits"]
+    differences = {layout: compare.largest_difference(expected, logits) for layout, logits in load_file(saved).items()}
     saved.unlink()
     return {"largest_logit_difference": differences, "seconds": time.perf_counter() - start}

@@ -1,4 +1,4 @@
-"""The trained model with its experts in 4 bits: loaded as any user loads it, measured, and saved as a model of its own."""
+"""Loads the trained model in 4 bits as any user would, measures it, and saves it as another model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Moe
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from moe_fused.quantizer import BLOCKSIZE, four_bit_config, packing_refusal, unpack_experts
+from moe_fused.integrations.quantizer.packed_experts import BLOCKSIZE, four_bit_config, packing_refusal, unpack_experts
 
 from . import compare
 from .data import Corpus
@@ -35,11 +35,11 @@ def check_usable(model: Qwen3MoeForCausalLM) -> None:
     try:
         quantizer = AutoHfQuantizer.from_config(four_bit_config(model.dtype), pre_quantized=False)
         quantizer.validate_environment(device_map={"": model.device.type})
-    except ImportError as error:  # too old
+    except ImportError as error:  # the versions are too old
         raise _refusal(
             "needs newer versions of bitsandbytes and accelerate: pip install -U 'moe-fused[train]'"
         ) from error
-    except RuntimeError as error:  # no support for the device
+    except RuntimeError as error:  # the device is not supported
         raise _refusal(str(error)) from error
     for module in _experts(model):
         if reason := packing_refusal(module, BLOCKSIZE):
@@ -53,14 +53,14 @@ def _load(directory: Path, device: torch.device, **options: Any) -> Qwen3MoeForC
 
 def _check_reload(model: Qwen3MoeForCausalLM, directory: Path, batch: Tensor) -> None:
     reloaded = _load(directory, batch.device)
-    own, other = model.state_dict(), reloaded.state_dict()
-    if own.keys() != other.keys() or not all(torch.equal(own[key], other[key]) for key in own):
+    saved, other = model.state_dict(), reloaded.state_dict()
+    if saved.keys() != other.keys() or not all(torch.equal(saved[key], other[key]) for key in saved):
         raise RuntimeError(f"the model saved in {directory.name}/ has other weights when it is loaded again")
     compare.check_same_logits(model, reloaded, directory, batch)
 
 
 def _largest_logit_difference(model: Qwen3MoeForCausalLM, batch: Tensor) -> float:
-    """From the eager experts of the same weights dequantized; all other layers are the same, so only experts differ."""
+    """Compares with eager experts of the same weights, dequantized. All other layers are the same."""
     dense = copy.deepcopy(model)
     unpack_experts(dense)
     dense.set_experts_implementation("eager")
@@ -74,14 +74,14 @@ def _expert_parameters(model: Qwen3MoeForCausalLM) -> list[nn.Parameter]:
 def convert(
     model: Qwen3MoeForCausalLM, directory: Path, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, batch_size: int
 ) -> tuple[Qwen3MoeForCausalLM, dict[str, Any]]:
-    """Loads ``directory / DENSE``, where ``model`` was saved, in 4 bits and saves that to ``directory / PACKED``.
+    """Loads ``directory / DENSE``, where ``model`` was saved, in 4 bits and saves the result to ``directory / PACKED``.
 
     Returns:
-        The model in 4 bits, and its numbers as results.json has them.
+        The model in 4 bits, and the numbers for results.json.
 
     Raises:
-        RuntimeError: what was saved is another model when it is loaded again, or the packed experts are not equal to
-            Transformers' own with the same weights dequantized.
+        RuntimeError: the saved model is another one when it is loaded again, or the packed experts differ from
+            Transformers' experts with the same weights, dequantized.
         OSError, safetensors.SafetensorError: a file could not be written.
     """
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The model: Transformers' Qwen3-MoE at a size that learns to spell English in a minute."""
+"""The model of the demo: Transformers' Qwen3-MoE at a size that learns to spell English in a minute."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _HEAD_DIM = 32
 
 @dataclass(frozen=True)
 class Size:
-    """What is trained, and on how much of it."""
+    """The size of the model, and how long it is trained and fine-tuned."""
 
     hidden_size: int
-    intermediate_size: int  # of one expert
+    intermediate_size: int  # the intermediate size of one expert
     num_layers: int
     num_experts: int
     top_k: int
@@ -26,16 +26,16 @@ class Size:
     sequence_length: int
     steps: int
     learning_rate: float
-    finetuning_steps: int  # of the adapter, on batches of the same size
+    finetuning_steps: int  # steps of the adapter, on batches of the same size
     finetuning_rate: float
 
 
-# Small batches: a new model learns more from many updates than from large ones, and two cores have a minute.
+# Batches are small, because a new model learns more from many small updates, and the demo has a minute on two cores.
 CPU_SIZE = Size(
     128, 128, 2, 8, 2, batch_size=8, sequence_length=128, steps=500, learning_rate=5e-3,
     finetuning_steps=150, finetuning_rate=1e-2,
 )  # fmt: skip
-# Seven passes over the text; more of them, or a larger model, and it learns the text by heart.
+# Seven passes over the text. With more passes or a larger model, it would learn the text by heart.
 GPU_SIZE = Size(
     256, 128, 4, 16, 4, batch_size=16, sequence_length=256, steps=600, learning_rate=3e-3,
     finetuning_steps=200, finetuning_rate=5e-3,
@@ -43,7 +43,7 @@ GPU_SIZE = Size(
 
 
 def new_model(size: Size, tokenizer: PreTrainedTokenizerFast, device: torch.device) -> Qwen3MoeForCausalLM:
-    """A randomly initialised float32 model whose experts are the fused ones. ``moe_fused.enable()`` comes first."""
+    """Makes a randomly initialised float32 model with fused experts. ``moe_fused.enable()`` must be called before."""
     options: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
@@ -67,7 +67,7 @@ def new_model(size: Size, tokenizer: PreTrainedTokenizerFast, device: torch.devi
 
 @contextlib.contextmanager
 def experts(model: PreTrainedModel, implementation: str) -> Iterator[None]:
-    """``model`` with another experts implementation for the length of a block."""
+    """Gives ``model`` another experts implementation within the block."""
     before = model.get_experts_implementation()
     model.set_experts_implementation(implementation)
     try:

@@ -1,4 +1,4 @@
-"""An output directory that appears whole or not at all, and replaces only what an earlier run wrote."""
+"""Writes the output directory as a whole or not at all, and replaces only what an earlier run wrote."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from moe_fused.staging import staged_directory
 
 RESULTS = "results.json"
-# Directories of the output; stock.py, which stands among them and imports nothing of ours, names them again.
+# Directories of the output. stock.py is copied beside them and imports nothing of moe_fused, so it names them again.
 DENSE, PACKED, DEQUANTIZED = "model", "model-4bit", "model-dequantized"
 ADAPTER, EXPORTED = "adapter", "adapter/per-expert"
 _WRITER = "moe_fused.demo"
-_NEEDED_BYTES = 128 << 20  # twice what the demo writes on a GPU, where its model is larger
+_NEEDED_BYTES = 128 << 20  # twice what the demo writes on a GPU, where the model is larger
 
 
 def _files(directory: Path) -> set[str]:
@@ -23,7 +23,7 @@ def _files(directory: Path) -> set[str]:
 
 
 def _check_replaceable(target: Path) -> None:
-    """Raises FileExistsError unless ``target`` is absent, an empty directory, or exactly what an earlier run wrote."""
+    """Raises FileExistsError unless ``target`` does not exist, is empty, or holds only what an earlier run wrote."""
     if not os.path.lexists(target):
         return
     if not target.is_dir():
@@ -42,13 +42,13 @@ def _check_replaceable(target: Path) -> None:
 
 
 def write_results(directory: Path, results: dict[str, object]) -> None:
-    """Writes ``results`` as JSON, with the list of files by which a later run knows that it may replace them."""
+    """Writes ``results`` as JSON, with a list of all files, by which a later run knows which ones it may replace."""
     content = {"written_by": _WRITER, "files": sorted(_files(directory) | {RESULTS}), **results}
     (directory / RESULTS).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def staged_output(target: Path, needed_bytes: int = _NEEDED_BYTES) -> contextlib.AbstractContextManager[Path]:
-    """Gives a new empty directory beside ``target``, which becomes ``target`` if the block ends without an error.
+    """Yields a new empty directory beside ``target``, which becomes ``target`` if the block ends without an error.
 
     Raises:
         FileExistsError: ``target`` exists and is not the output of an earlier run.

@@ -1,4 +1,4 @@
-"""The loss curves as a picture, and the closing summary on the terminal."""
+"""Draws the loss curves, and prints the summary at the end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .output import ADAPTER, DENSE, DEQUANTIZED, EXPORTED, PACKED, RESULTS
 
 
 def bits_per_byte(loss: float) -> float:
-    """From nats per token, where a token is a byte."""
+    """Converts a loss in nats per token to bits per byte; a token is a byte."""
     return loss / math.log(2)
 
 
@@ -33,9 +33,9 @@ def _draw(axes: Axes, title: str, train: Mapping[int, float], held_out: Mapping[
 
 
 def draw_loss_curves(results: dict[str, Any], path: Path) -> None:
-    """Of training and, if there was one, of fine-tuning; ``results`` as in results.json."""
+    """Draws the losses of training and, if there was one, of fine-tuning. ``results`` is the content of results.json."""
     history, tuned = results["history"], results.get("finetune")
-    figure = Figure(figsize=(12 if tuned else 7, 4), layout="constrained")  # not pyplot, which would look for a display
+    figure = Figure(figsize=(12 if tuned else 7, 4), layout="constrained")  # pyplot would look for a display
     axes = figure.subplots(1, 2 if tuned else 1, squeeze=False)[0]
     _draw(axes[0], "Qwen3-MoE on the Python reference", dict(enumerate(history["train"])), history["held_out"])
     if tuned:
@@ -58,7 +58,7 @@ def _mib(nbytes: int) -> str:
 
 
 def _saved(results: dict[str, Any], output: Path, name: str) -> str:
-    """Of a directory, with its size."""
+    """Describes a directory of the output, with its size."""
     return f"{output / name}, {_mib(results['bytes'][name])}"
 
 
@@ -112,9 +112,9 @@ def _reloaded(results: dict[str, Any], output: Path) -> dict[str, str]:
 
 
 def _next(output: Path) -> list[str]:
-    """Commands to go on with."""
+    """Returns commands that a user can run next."""
     python = shlex.quote(sys.executable)
-    program = Path(sys.executable).with_name("moe-fused")  # not another installation's that is found first
+    program = Path(sys.executable).with_name("moe-fused")  # another installation may come first in PATH
     command = shlex.quote(str(program)) if program.exists() else f"{python} -m moe_fused"
     packed, adapter = (shlex.quote(str(output / name)) for name in (PACKED, ADAPTER))
     merged, script = (
@@ -130,7 +130,7 @@ def _next(output: Path) -> list[str]:
 
 
 def print_summary(console: Console, results: dict[str, Any], output: Path) -> None:
-    """Prints what came of a run; ``results`` as in results.json."""
+    """Prints the summary of a run. ``results`` is the content of results.json."""
     parts = [("trained on the Python reference", _trained, results["training_seconds"])]
     if "finetune" in results:
         parts += [

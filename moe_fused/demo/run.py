@@ -1,4 +1,4 @@
-"""The order of the demo's steps."""
+"""Runs the steps of the demo in order."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SAMPLE_BYTES = 300
 def _train_with_progress(
     model: Qwen3MoeForCausalLM, corpus: Corpus, size: Size, seed: int, console: Console
 ) -> tuple[History, float]:
-    """The losses, and the seconds it took."""
+    """Trains with a progress bar, and returns the losses and the seconds."""
     columns = (
         TextColumn("training"),
         BarColumn(),
@@ -55,7 +55,7 @@ def _train_with_progress(
 
 
 def _sample(model: Any, tokenizer: PreTrainedTokenizerFast, text: str, seed: int, temperature: float = 0.7) -> str:
-    torch.manual_seed(seed)  # so that samples of two models differ by the models alone
+    torch.manual_seed(seed)  # so that samples of two models differ only because the models do
     prompt = tokenizer(text, return_tensors="pt").to(model.device)
     options = {"do_sample": True, "temperature": temperature, "top_p": 0.95, "min_new_tokens": _SAMPLE_BYTES}
     with autocast(model.device):
@@ -64,7 +64,7 @@ def _sample(model: Any, tokenizer: PreTrainedTokenizerFast, text: str, seed: int
 
 
 def _bytes(directory: Path) -> int:
-    """Of the tensors in a model's or adapter's directory."""
+    """Returns the size of the tensors in the directory of a model or an adapter, in bytes."""
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
@@ -85,7 +85,7 @@ def _compared(
     seed: int,
     console: Console,
 ) -> dict[str, Any]:
-    """Saves the trained model and compares it with stock Transformers. Returns the numbers, as results.json has them."""
+    """Saves the trained model and compares it with Transformers alone. Returns the numbers for results.json."""
     with console.status("saving, sampling, comparing with Transformers' eager experts"):
         model.save_pretrained(directory / DENSE)
         tokenizer.save_pretrained(directory / DENSE)
@@ -104,19 +104,19 @@ def run(
     """Trains, compares and writes everything into ``directory``.
 
     Args:
-        directory: exists and is empty.
-        steps: of training, and of fine-tuning at most; by default as many as the size for the device says.
+        directory: an existing, empty directory.
+        steps: the number of training steps and the largest number of fine-tuning steps. The default depends on the device.
         device_name: as for ``choose_device``.
-        seed: of the weights, the batches and the samples.
-        load_in_4bit: whether to go on with the saved model in 4 bits, fine-tune it and reload the adapter elsewhere.
+        seed: the seed of the weights, the batches and the samples.
+        load_in_4bit: whether to continue with the saved model in 4 bits, fine-tune it and reload the adapter elsewhere.
 
     Returns:
-        The console that the progress went to, and what results.json holds.
+        The console that shows the progress, and the content of results.json.
 
     Raises:
-        ValueError: ``device_name`` is no device that can be used here.
-        typer.BadParameter: ``load_in_4bit``, and bitsandbytes is too old or cannot hold the model.
-        RuntimeError: no usable kernel, the fused experts are not equal to Transformers' own, or a command failed.
+        ValueError: the device ``device_name`` cannot be used here.
+        typer.BadParameter: ``load_in_4bit`` is set, and bitsandbytes is too old or cannot hold the model.
+        RuntimeError: there is no usable kernel, the fused experts differ from Transformers', or a command failed.
         OSError, safetensors.SafetensorError: a file could not be written.
     """
     start = time.perf_counter()
@@ -129,17 +129,17 @@ def run(
     size = dataclasses.replace(size, steps=steps, finetuning_steps=min(steps, size.finetuning_steps))
 
     if device.type == "cpu":
-        # A second thread saves a quarter of the time on matrices this small, but where another process wants its core,
-        # the two wait for each other at every one of them and a step takes ten times as long.
+        # On matrices this small, a second thread saves a quarter of the time. But if another process wants its core, the two
+        # threads wait for each other at every matrix, and a step takes ten times as long.
         torch.set_num_threads(1)
     transformers.set_seed(seed)
     moe_fused.enable()
-    # What is shown here must be the fused experts: falling back to Transformers' own is a failure, not a warning.
+    # The demo must show the fused experts, so a warning that Transformers' experts are used instead becomes an error.
     warnings.filterwarnings("error", message=".*(keeps its own implementation|stays dense)")
     tokenizer = byte_tokenizer()
     model = new_model(size, tokenizer, device)
     if load_in_4bit:
-        from . import four_bit  # takes bitsandbytes
+        from . import four_bit  # imports bitsandbytes
 
         four_bit.check_usable(model)
     corpus = Corpus.load(tokenizer, size.sequence_length, device)
@@ -179,7 +179,7 @@ def _in_4bit(
     seed: int,
     console: Console,
 ) -> dict[str, Any]:
-    """The second half: quantizes, fine-tunes, reloads. Returns the numbers of each, as results.json has them."""
+    """Runs the second half: quantizes, fine-tunes and reloads. Returns the numbers of each part for results.json."""
     from . import finetune, four_bit
 
     with console.status("quantizing, saving, sampling, comparing"):
@@ -187,7 +187,7 @@ def _in_4bit(
         quantized["sample"] = _sample(packed, tokenizer, _PROMPT, seed)
     adapted, tuned = finetune.finetune(packed, directory, tokenizer, size, seed, console)
     with console.status("loading the adapter in stock Transformers and PEFT"):
-        # At a lower temperature the long runs of blanks in code do not end.
+        # At a lower temperature, the long runs of blanks in code would not end.
         tuned["sample"] = _sample(adapted, tokenizer, _CODE_PROMPT, seed, temperature=1.0)
         reloaded = finetune.reload(directory, packed.device)
     return {"four_bit": quantized, "finetune": tuned, "stock": reloaded}

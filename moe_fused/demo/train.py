@@ -1,4 +1,4 @@
-"""The training loop: AdamW under a warm-up and cosine schedule, bfloat16 autocast over float32 weights on a GPU."""
+"""The training loop: AdamW with a warm-up and a cosine schedule, on a GPU in bfloat16 autocast over float32 weights."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .model import Size
 class History:
     """Cross-entropy in nats per byte."""
 
-    train: list[float] = field(default_factory=list)  # of every step
-    held_out: dict[int, float] = field(default_factory=dict)  # step -> loss; 0 is before training
+    train: list[float] = field(default_factory=list)  # the loss of every step
+    held_out: dict[int, float] = field(default_factory=dict)  # the loss after a step; step 0 is before training
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -31,20 +31,20 @@ def new_optimizer(model: Qwen3MoeForCausalLM, learning_rate: float) -> torch.opt
 
 
 def train_step(model: Qwen3MoeForCausalLM, batch: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-    """One update of ``model`` on token ids ``batch`` (B, L); the cross-entropy before it, a scalar on the device."""
+    """Updates ``model`` on token ids ``batch`` (B, L), and returns the cross-entropy before it, a scalar on the device."""
     with autocast(batch.device):
         output = model(batch, labels=batch, output_router_logits=True, use_cache=False)
     output.loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    # The loss that trains also asks the router for balance, which is no part of predicting text.
+    # The training loss also contains the router's balance, which is not part of predicting text.
     return (output.loss - model.router_aux_loss_coef * output.aux_loss).detach()
 
 
 @torch.no_grad()
 def held_out_loss(model: Qwen3MoeForCausalLM, windows: Tensor, batch_size: int) -> float:
-    """Mean cross-entropy over all token ids ``windows`` (N, L)."""
+    """Returns the mean cross-entropy over all token ids ``windows`` (N, L)."""
     model.eval()
     total = torch.zeros((), device=windows.device)
     for batch in windows.split(batch_size):

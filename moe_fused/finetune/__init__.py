@@ -1,19 +1,46 @@
 """``moe-fused finetune``: from a model and a data set to an adapter, on TRL's SFTTrainer.
 
-    options   what a run can be told: the command line and the YAML file are made of this table
-    command   the command itself
-    data      rows of a file or of the Hub, checked before anything is loaded
-    model     the model in 4 bits with adapters on it
-    plan      what the run needs in memory (``moe_fused.memory``), and what is chosen by that
-    batches   packed documents in batches of one shape
-    attention causal attention over them, without masks
-    graphs    the decoder's passes as CUDA graphs
-    host      a step without what costs the host most
-    trainer   SFTTrainer with checkpoints that are whole or absent, and an end at the first loss that is not finite
-    progress  what the terminal and log.jsonl show
-    results   the adapter, its card and the plot
-    run       the order in which all of this happens
+From the options a run is resolved once, into a frozen record that all later steps read:
 
-A run's directory holds ``finetune.yaml`` from its first step on, ``checkpoints/`` and ``log.jsonl`` while it trains, and in
-the end the adapter. ``adapter_config.json`` is written last, so an adapter that can be loaded is whole.
+    options       the table of options, which the command line and the YAML file are made from
+    command       the command itself
+    precheck      checks that need the standard library alone, and the process among those of the run
+    resolve       the records of a run: every question that the options leave open, answered once
+    architecture  facts about a model's architecture by which they are answered
+    plan          the memory that a run needs, and the choice of the first record that fits
+    space         the room on disk that a run needs
+
+The data, before the model is loaded:
+
+    rows          files, directories and data sets on the Hub as rows, each with its place
+    text_files    files of text as rows, each with its line
+    formats       the forms that rows may have, and the one form that each kind becomes
+    render        a row as tokens and labels, by the chat template
+    data          all rows as sequences: checked, cut, packed and counted
+    show          rows as they will be trained, printed for people
+    fingerprint   the hashes of the data and the model that a run began with, so that a change of them is noticed
+
+The model and its training:
+
+    model         the config, the tokenizer, and the model in 4 bits
+    adapters      PEFT's config for the adapters, and the model with them
+    attention     causal attention over packed documents, without masks
+    batches       packed documents in batches of one shape
+    graphs        the decoder's passes as CUDA graphs
+    host          a training step without the work that costs the host most
+    trainer       SFTTrainer with checkpoints that are whole or absent, which ends at a loss that is not finite
+    progress      the progress on the terminal and in log.jsonl
+
+The directory of a run, and its end:
+
+    output        whether a run may begin or go on in a directory, and who uses it
+    checkpoints   the checkpoints of a run, and whether it can go on from them
+    results       the adapter, its card and the plot of the loss, written so that they are whole
+    card          the text of the model card
+    next_commands the commands that go on from an adapter
+    endings       the errors that a run expects, and what is said when it ends before its time
+    run           the order in which all of this happens
+
+The directory of a run holds ``finetune.yaml`` from the first step on, ``checkpoints/`` and ``log.jsonl`` while it
+trains, and the adapter in the end. ``adapter_config.json`` is written last, so an adapter that can be loaded is whole.
 """

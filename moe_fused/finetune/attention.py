@@ -1,9 +1,10 @@
-"""Causal attention of torch over sequences as TRL packs them, without a mask.
+"""Computes causal attention over sequences that TRL has packed, with torch's kernels and without a mask.
 
-Transformers' ``"sdpa"`` looks on the GPU whether a batch needs a mask, and waits for the answer; documents side by side
-get one of all pairs of tokens. Neither is needed here. Padding is behind the tokens, where the causal flag already hides
-it. Documents side by side come with their boundaries (``cu_seq_lens_q``), which is what flash attention over sequences of
-several lengths takes; where torch has none, a mask is made of them.
+Transformers' ``"sdpa"`` checks on the GPU whether a batch needs a mask, and waits for the answer. For documents side by
+side it makes a mask of all pairs of tokens. Neither is needed here. Padding comes after the tokens, so a causal pass
+never attends to it. TRL gives the boundaries of documents (``cu_seq_lens_q``), and torch's flash attention over
+sequences of several lengths takes such boundaries. If torch does not have that attention, a mask is made from the
+boundaries.
 """
 
 from __future__ import annotations
@@ -15,17 +16,38 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 NAME = "sdpa_packed"
-# Of flash attention.
+# The largest number of features of a head that flash attention supports.
 _MOST_FEATURES = 256
+# Transformers' names for the types of layers in which masks keep documents apart: attention over all earlier tokens or
+# over the last of them, and layers that see one token at a time.
+APART = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention", "mlp", "moe"})
+
+
+def chosen(attn: str, config: Any) -> str:
+    """Returns ``attn``, or for "auto" the attention that Transformers chooses for a causal model of this config."""
+    if attn != "auto":
+        return attn
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "sdpa" if model is None or model._supports_sdpa else "eager"
+
+
+def layer_types(config: Any) -> frozenset[str]:
+    """Returns the types of a model's layers, by Transformers' names for them."""
+    text = config.get_text_config()
+    types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    return frozenset(types or ("full_attention",))
 
 
 @functools.cache
 def _flash() -> tuple[Callable[..., Any], bool] | None:
-    """Torch's causal flash attention over several lengths, and whether it takes fewer keys than queries; None without it."""
+    """Returns torch's causal flash attention over sequences of several lengths, or None if this torch has none.
+
+    The second value is whether the function takes fewer heads for keys and values than for queries.
+    """
     try:
         from torch.nn.attention import varlen
     except ImportError:  # torch 2.9
@@ -39,20 +61,29 @@ def _flash() -> tuple[Callable[..., Any], bool] | None:
 
 
 def serves(attn: str, config: Any, device: torch.device, dtype: torch.dtype, *, packed: bool) -> bool:
-    """Whether ``NAME`` computes what ``attn`` does in a model of this config.
+    """Whether the attention of this module computes the same as ``attn`` in a model of this config, and is better.
 
     Args:
-        packed: whether documents lie side by side, which takes flash attention to be better than a mask.
+        attn: Transformers' name for an implementation of attention, or "auto".
+        config: The model's config.
+        device: The device of the run.
+        dtype: The data type of the computation.
+        packed: Whether documents lie side by side. Only flash attention is better than a mask for these.
     """
     text = config.get_text_config()
-    everything = set(getattr(text, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    if attn != "sdpa" or device.type != "cuda" or not everything or getattr(text, "sliding_window", None):
+    everything = layer_types(config) == {"full_attention"}
+    if (
+        chosen(attn, config) != "sdpa"
+        or device.type != "cuda"
+        or not everything
+        or getattr(text, "sliding_window", None)
+    ):
         return False
     return not packed or (_flash() is not None and dtype.itemsize == 2 and _flash_takes(text))
 
 
 def _flash_takes(text: Any) -> bool:
-    """Whether heads are of a size that flash attention has."""
+    """Whether flash attention supports heads of the model's size."""
     features = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     if (values := getattr(text, "v_head_dim", None)) is not None:  # multi-head latent attention
         features = text.qk_nope_head_dim + text.qk_rope_head_dim
@@ -62,7 +93,7 @@ def _flash_takes(text: Any) -> bool:
 
 
 def use(model: Any) -> None:
-    """Makes ``model`` attend by ``NAME``; Transformers makes no masks for an implementation that it does not know."""
+    """Makes ``model`` use the attention of this module. Transformers makes no masks for implementations of others."""
     AttentionInterface.register(NAME, attention)
     model.config.get_text_config()._attn_implementation = NAME
 
@@ -79,12 +110,21 @@ def attention(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' interface: query (B, heads, T, D), key and value (B, groups, T, D) to (B, T, heads, D).
+    """Computes causal attention, with Transformers' interface for implementations of attention.
 
     Args:
-        cu_seq_lens_q: (N + 1,) int32, where documents of a batch of one begin and end; None if sequences are whole.
-            Documents may have no tokens.
-        max_length_q: tokens of the longest, at least.
+        module: The attention layer.
+        query: (B, heads, T, D).
+        key, value: (B, groups, T, D).
+        attention_mask: A mask, which is ignored.
+        dropout: The dropout probability.
+        scaling: The factor of the scores.
+        cu_seq_lens_q: (N + 1,) int32, where the documents of a batch of one begin and end. Documents may have no
+            tokens. None if each sequence is one document.
+        max_length_q: The number of tokens of the longest document, or more.
+
+    Returns:
+        The output, (B, T, heads, D), and None for the attention weights.
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, **kwargs)
@@ -95,14 +135,14 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
     run, is_grouped = flash
     if not is_grouped:
-        key, value = (repeat_kv(own, query.shape[1] // own.shape[1]) for own in (key, value))
+        key, value = (repeat_kv(tensor, query.shape[1] // tensor.shape[1]) for tensor in (key, value))
     length = tokens if max_length_q is None else max_length_q
-    rows = (own[0].transpose(0, 1) for own in (query, key, value))
+    rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     return run(*rows, cu_seq_lens_q, cu_seq_lens_q, length, length, scale=scaling)[None], None
 
 
 def documents_mask(boundaries: Tensor, tokens: int) -> Tensor:
-    """Which token attends to which: (1, 1, T, T), true for those before it in its document and for itself."""
+    """Makes the mask of documents, (1, 1, T, T). A token attends to itself and to earlier tokens of its document."""
     place = torch.arange(tokens, device=boundaries.device)
     document = torch.searchsorted(boundaries[1:].contiguous(), place, right=True)
     return ((document[:, None] == document) & (place[:, None] >= place))[None, None]

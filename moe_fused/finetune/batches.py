@@ -1,4 +1,4 @@
-"""TRL's batches as ``attention`` and CUDA graphs take them: all of one shape, with the boundaries of packed documents."""
+"""Brings TRL's batches into one shape, with boundaries of documents, as ``attention`` and CUDA graphs need it."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from torch.nn import functional
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
-# The share of tokens that are no padding from which on all sequences are made equally long: padding costs what tokens do.
+# All sequences are made equally long if at least this share of the tokens is not padding. Padding costs as much as
+# tokens.
 FULL = 0.85
-# What else TRL says of where documents lie, for attention and convolutions of other kinds.
+# Further entries of TRL's batches that describe documents, for other kinds of attention and for convolutions.
 _OTHERS = ("cu_seq_lens_k", "max_length_k", "seq_idx")
 
 
 def lengths_of(dataset: Any) -> list[int]:
-    """Tokens of each sequence of a data set of TRL's, without making Python's numbers of the tokens."""
+    """Returns the number of tokens of each sequence in a data set of TRL, without reading the tokens."""
     lengths: list[int] = pc.list_value_length(dataset.data.column("input_ids")).to_pylist()
     return lengths
 
 
 def is_full(lengths: Sequence[int]) -> bool:
-    """Whether filling all sequences up to the longest adds little to them."""
+    """Whether filling up all sequences to the longest adds little padding."""
     return sum(lengths) >= FULL * len(lengths) * max(lengths)
 
 
 def _fill(batch: dict[str, Any], padding: int, rows: int, columns: int) -> None:
-    """Adds rows and columns of padding, from which nothing is learned."""
+    """Adds rows and columns of padding to a batch, with labels that are not learned from."""
     values = {"input_ids": padding, "labels": -100, "attention_mask": 0}
     for name, value in values.items():
         batch[name] = functional.pad(batch[name], (0, columns, 0, rows), value=value)
@@ -40,11 +41,12 @@ def _fill(batch: dict[str, Any], padding: int, rows: int, columns: int) -> None:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Batches of sequences side by side, filled up to ``shape``, (B, T).
+    """Collates whole sequences into batches of one shape.
 
     Attributes:
         collate: TRL's collator.
-        padding: the id of tokens that fill up.
+        shape: The shape to which batches are filled up, (B, T).
+        padding: The token of padding.
     """
 
     collate: Collate
@@ -60,14 +62,14 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Documents:
-    """Batches of packed documents, one row of tokens, with boundaries that are of one shape whatever their number.
+    """Collates packed documents into batches with one row of tokens, and boundaries whose shape is always the same.
 
     Attributes:
-        collate: TRL's collator of batches without padding.
-        most: documents of a batch, at most.
-        longest: tokens of the longest document of all, or of what fills a batch up.
-        tokens: to fill batches up to; None leaves them as they are.
-        padding: the id of tokens that do so.
+        collate: TRL's collator for batches without padding.
+        most: The largest number of documents in a batch.
+        longest: The number of tokens of the longest document, or of the longest padding if that is longer.
+        tokens: The number of tokens to which batches are filled up. None leaves batches as they are.
+        padding: The token of padding.
     """
 
     collate: Collate
@@ -80,7 +82,15 @@ class Documents:
     def of(
         cls, collate: Collate, lengths: Sequence[Sequence[int]], batch_size: int, tokens: int | None, padding: int
     ) -> Documents:
-        """For packed sequences with documents of these ``lengths``, of which ``batch_size`` make a batch."""
+        """Makes the collator for sequences of packed documents.
+
+        Args:
+            collate: TRL's collator for batches without padding.
+            lengths: The numbers of tokens of the documents in each sequence.
+            batch_size: The number of sequences in a batch.
+            tokens: The number of tokens to which batches are filled up, or None.
+            padding: The token of padding.
+        """
         most, longest = batch_size * max(map(len, lengths)), max(itertools.chain.from_iterable(lengths))
         if tokens is not None:
             longest = max(longest, tokens - min(map(sum, lengths)))
@@ -95,15 +105,15 @@ class Documents:
         total = batch["input_ids"].shape[1]
         filled = total if self.tokens is None else self.tokens
         if self.tokens is not None:
-            # Attention does not look at the mask; TRL counts tokens by it.
+            # Attention ignores this mask, but TRL counts tokens with it.
             batch["attention_mask"] = torch.ones_like(batch["input_ids"])
             _fill(batch, self.padding, 0, filled - total)
             padding = torch.arange(filled - total)[None]
             batch["position_ids"] = torch.cat([batch["position_ids"], padding], dim=1)
         if self.most == 1:
-            # One document and what comes after it, which it does not see: causal attention is all it takes.
+            # A single document needs no boundaries: causal attention does not reach the padding after it.
             return batch
-        # What fills up is a document of its own, as those that are missing are, of no tokens.
+        # The padding is a document by itself. Batches with fewer documents get documents without tokens.
         boundaries = functional.pad(boundaries, (0, self.most + 2 - len(boundaries)), value=filled)
         batch["cu_seq_lens_q"], batch["max_length_q"] = boundaries, self.longest
         return batch

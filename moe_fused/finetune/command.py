@@ -1,23 +1,30 @@
-"""The command ``finetune``. Imports nothing heavy, so that a wrong option is answered at once."""
+"""The command ``finetune``. This module imports nothing heavy, so that an error in an option appears at once."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
-from moe_fused.commands.options import require
+from moe_fused.commands.options import check_weights, require
+from moe_fused.signals import interrupted_afterwards
 
+from .checkpoints import DROP_BROKEN, resumable
+from .fingerprint import ALLOW_CHANGED, ALLOW_OTHER_BASE
 from .options import DEFAULTS, HELP, TYPES, Options, flag, read_yaml
+from .output import CONFIG, check_not_ended, check_output, check_unused, locked_output
+from .precheck import Process, check_automatic_device, notes, precheck
 
-CONFIG = "finetune.yaml"
-# What every run takes of the extra, the picture at its end included.
+# The packages of the extra that every run needs, the one for the picture at its end included.
 _NEEDED = ("accelerate", "datasets", "matplotlib", "peft", "trl", "yaml")
 
 
 def _shown(name: str) -> str:
+    """The default value of an option, as ``--help`` shows it."""
     words, default = HELP[name].shown, DEFAULTS[name]
     if words is not None:
         return str(words)
@@ -25,10 +32,10 @@ def _shown(name: str) -> str:
 
 
 def _parameter(name: str) -> inspect.Parameter:
-    """An option that is None unless given, so that what is in a file is not overruled by a default."""
+    """The command line's parameter for an option. It is None unless given, so that no default overrules a file."""
     kind = TYPES[name]
     declared = flag(name) + (f"/--no-{flag(name)[2:]}" if kind in (bool, bool | None) else "")
-    # Not as show_default, which puts words in parentheses.
+    # Not by typer's show_default, which puts words in parentheses.
     info = typer.Option(declared, help=f"{HELP[name].text}  [default: {_shown(name)}]")
     return inspect.Parameter(
         name,
@@ -44,45 +51,133 @@ def _switch(name: str, text: str, kind: Any = bool, default: Any = False) -> ins
 
 
 _SWITCHES = [
-    _switch("config", "YAML file with any of these options; what the command line says wins.", Optional[Path], None),  # noqa: UP045
+    _switch("config", "YAML file with any of these options. The command line overrides it.", Optional[Path], None),  # noqa: UP045
     _switch("resume", "Go on from the last checkpoint in --output, with the options in its finetune.yaml."),
-    _switch("overwrite", "Replace the run at --output."),
-    _switch("dry_run", "Check options, data and memory, say what would be done."),
+    _switch("overwrite", "Replace the run in --output."),
+    _switch("allow_changed_data", "With --resume, go on although the rows or the chat template have changed."),
+    _switch("allow_other_base", "With --resume, go on although the weights or the config of the model have changed."),
+    _switch(
+        "drop_broken_checkpoints",
+        "With --resume, remove damaged checkpoints and go on from the last one that is whole.",
+    ),
+    _switch("dry_run", "Check options, data and memory, and print what would be done."),
+    _switch("show_rows", "Print this many rows as they will be trained on, and end.", Optional[int], None),  # noqa: UP045
     _switch("traceback", "Show where an error came from."),
 ]
 
 
-def finetune(config: Path | None, resume: bool, overwrite: bool, dry_run: bool, traceback: bool, **given: Any) -> None:
-    """Fine-tune a mixture-of-experts model: 4-bit weights, adapters on attention and experts.
+def finetune(
+    config: Path | None,
+    resume: bool,
+    overwrite: bool,
+    allow_changed_data: bool,
+    allow_other_base: bool,
+    drop_broken_checkpoints: bool,
+    dry_run: bool,
+    show_rows: int | None,
+    traceback: bool,
+    **given: Any,
+) -> None:
+    """Fine-tune a mixture-of-experts model: 4-bit weights, with adapters on attention and experts.
 
-    Ctrl-C saves a checkpoint; the same command with --resume goes on from there.
+    Ctrl-C saves a checkpoint. The same command with --resume goes on from there.
     """
-    del traceback  # read by console.run, which prints errors
+    del traceback  # console.run, which prints errors, reads it from the command line
     require("finetune", *_NEEDED, extra="train")
+    of_resuming = {
+        ALLOW_CHANGED: allow_changed_data, ALLOW_OTHER_BASE: allow_other_base, DROP_BROKEN: drop_broken_checkpoints
+    }  # fmt: skip
+    _check_switches(resume, overwrite, show_rows, of_resuming)
+    options = _options(config, given, resume)
+    options.require(output=show_rows is None)
+    if show_rows is not None:
+        process = _precheck(options)
+        with interrupted_afterwards():
+            from .run import show
+        show(options, process, show_rows)
+        return
+    output = options.output_directory
+    if not dry_run:
+        check_unused(output)
+    check_output(output, resume, overwrite)
+    process = _precheck(options)
+    with interrupted_afterwards():
+        check_automatic_device(options)
+    with contextlib.ExitStack() as stack:
+        if not dry_run:
+            check_weights("--model", options.model)
+            if not stack.enter_context(locked_output(output)):
+                print(f"--output {output}: no locks on this file system, start no other run there", file=sys.stderr)
+            check_output(output, resume, overwrite)  # again: another run may have begun and ended
+        checkpoint = None
+        if resume:
+            checkpoint = resumable(output, drop_broken=drop_broken_checkpoints, dry_run=dry_run)
+            if checkpoint is None:
+                check_not_ended(output)
+        with interrupted_afterwards():
+            from .run import run
+        run(
+            options,
+            process,
+            resume=resume,
+            checkpoint=checkpoint,
+            overwrite=overwrite,
+            allow_changed_data=allow_changed_data,
+            allow_other_base=allow_other_base,
+            dry_run=dry_run,
+        )
+
+
+def _check_switches(resume: bool, overwrite: bool, show_rows: int | None, of_resuming: dict[str, bool]) -> None:
+    """Raises ValueError for switches that exclude each other, or that have no effect without --resume."""
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
+    for name, is_set in of_resuming.items():
+        if is_set and not resume:
+            raise ValueError(f"{name} is for a run that goes on: give --resume, too")
+    if show_rows is not None and show_rows < 1:
+        raise ValueError(f"--show-rows must be at least 1, got {show_rows}")
+
+
+def _options(config: Path | None, given: dict[str, Any], resume: bool) -> Options:
+    """The options from the command line, from ``--config`` and, for a run that goes on, from its finetune.yaml."""
+    if config is not None and not config.is_file():
+        raise FileNotFoundError(f"--config {config} {'is not a file' if config.exists() else 'is missing'}")
     said: dict[str, Any] = {} if config is None else read_yaml(config)
     said |= {name: value for name, value in given.items() if value not in (None, [])}
-    started: dict[str, Any] = {}
-    if resume:
-        if not said.get("output"):
-            raise ValueError("--resume needs --output, the directory of the run to go on with")
-        # What the run chose for itself stands, if it is left open again.
-        said = {name: value for name, value in said.items() if value not in (None, "auto")}
-        started = _started(Path(said["output"]), said)
-    options = Options(**(started | said))
-    options.require()
-    from .run import run
+    if not resume:
+        return Options(**said)
+    if not said.get("output"):
+        raise ValueError("--resume needs --output, the directory of the run to go on with")
+    # The run decided what is left open now, and keeps to that.
+    said = {name: value for name, value in said.items() if value not in (None, "auto")}
+    return Options(**(_started(Path(said["output"]), said) | said))
 
-    run(options, resume=resume, overwrite=overwrite, dry_run=dry_run)
+
+def _precheck(options: Options) -> Process:
+    process = precheck(options)
+    for note in notes(options):
+        print(f"note: {note}", file=sys.stderr)
+    return process
 
 
 def _started(output: Path, said: dict[str, Any]) -> dict[str, Any]:
-    """The options a run began with; raises ValueError if ``said`` has another value for one that cannot change."""
+    """The options that a run began with.
+
+    Args:
+        output: The directory of the run.
+        said: The options that are given now.
+
+    Raises:
+        FileNotFoundError: There is no run.
+        ValueError: ``said`` has another value for an option that cannot change while a run goes on.
+    """
     path = output / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"--resume: {path} is missing, there is no run to go on with")
     started = read_yaml(path)
+    if missing := [name for name in ("model", "dataset") if not started.get(name)]:
+        raise ValueError(f"{path} is not whole, it does not name the {missing[0]}: start again with --overwrite")
     for name, value in said.items():
         before = started.get(name, DEFAULTS[name])
         if HELP[name].shapes_run and value != before:

@@ -1,235 +1,451 @@
-"""The rows to train on. Each is checked before anything is loaded, and what is wrong with one is said with its place.
+"""Prepares the data of a run before the model is loaded: renders, tokenizes, masks, cuts, packs and counts all rows.
 
-A row is one of these, and a data set has one kind of them:
+    rows      reads the rows of files and data sets, and names the place of each row
+    formats   parses rows
+    render    makes a row into tokens and labels
 
-    {"messages": [{"role": "user", "content": "…"}, …]}          a chat; "conversations" with from and value as well
-    {"prompt": …, "completion": …}                               two strings, or two lists of messages
-    {"text": "…"}                                                plain text
+``prepare`` makes the sequences of a run. TRL trains on them as they are.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import contextlib
+import hashlib
+import importlib.metadata
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_fused.signals import workers_forked
+
+from .formats import BadRow, Kind
+from .options import Options
+from .render import IGNORED, NOTES, Renderer, training_template
+from .rows import Rows, program, read_rows
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
-Kind = Literal["chat", "completion", "text"]
-Row = dict[str, Any]
+    from .resolve import Batching
 
-_READERS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
-_JSON = (".jsonl", ".ndjson", ".json")
-_TEXT = (".txt", ".md", ".text")
-# Bad rows that are named one by one.
-_NAMED = 5
+# The number of bad rows that are named: in an error, and in the report of a run that leaves them out.
+NAMED, NAMED_LEFT_OUT = 5, 20
+# A further process pays off for this number of rows, or of bytes of rows.
+_ROWS_OF_A_PROCESS, _BYTES_OF_A_PROCESS = 1000, 2 << 20
+_BATCH = 250
+_COLUMNS = ("input_ids", "labels")
 
 
-@dataclass
-class Rows:
-    """Rows that can be trained on.
+@dataclass(frozen=True)
+class Data:
+    """The rows of a run before they are rendered, and the renderer for them.
 
     Attributes:
-        kind: of all of them.
-        rows: with the fields that belong to the kind and no others.
-        skipped: what was wrong with those that were left out, with their places.
-        plain_file: whether they are the text of a file without rows.
+        rows: The rows of the data set.
+        renderer: The renderer, which makes a row into tokens.
+        first: The index of the first row that can be parsed.
+        kind, form: The kind and the form of that row. All rows must have the same form.
     """
 
+    rows: Rows
+    renderer: Renderer
+    first: int
     kind: Kind
-    rows: list[Row] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    plain_file: bool = False
+    form: str
 
-    def dataset(self) -> Dataset:
-        from datasets import Dataset
+    @property
+    def has_turns(self) -> bool:
+        """Whether the rows are made of messages, which a chat template renders."""
+        return self.form in ("chat", "completion of messages")
 
-        # from_list takes the columns of the first row for those of all.
-        names = dict.fromkeys(name for row in self.rows for name in row)
-        return Dataset.from_dict({name: [row.get(name) for row in self.rows] for name in names})
-
-
-class BadRow(ValueError):
-    """A row that cannot be trained on; says why."""
+    def content(self, index: int) -> object:
+        """Returns the content of row ``index``, counted from 0; raises BadRow if it cannot be read."""
+        return self.rows.contents(self.rows.table[index : index + 1])[0]()
 
 
-def load_rows(
-    dataset: str, *, config: str | None = None, split: str = "train", text_field: str = "text", skip_bad: bool = False
-) -> Rows:
-    """The rows of a file or of a data set on the Hub.
+@dataclass(frozen=True)
+class Report:
+    """Counts of what was made of the rows, and remarks.
 
-    Args:
-        dataset: path of a file, or Hub id.
-        config, split: of the data set on the Hub.
-        text_field: the field with plain text.
-        skip_bad: leave bad rows out.
+    Attributes:
+        rows: The number of rows that are trained on.
+        tokens: The number of tokens of these rows, before any was cut off.
+        learned: The number of tokens that are learned from, after rows were cut.
+        cut: The number of rows that were cut.
+        lost: The number of tokens that were cut off.
+        longest: The number of tokens of the longest row.
+        sequences: The number of sequences, each of one row or of several.
+        steps: The number of steps of the run.
+        left_out: The place and the problem of each row that was left out.
+        notes: Remarks on things that are no errors but worth a look.
+    """
+
+    rows: int
+    tokens: int
+    learned: int
+    cut: int
+    lost: int
+    longest: int
+    sequences: int
+    steps: int
+    left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self) -> Iterator[str]:
+        """Yields the lines of the report."""
+        for bad in self.left_out[:NAMED_LEFT_OUT]:
+            yield f"left out: {bad}"
+        if len(self.left_out) > NAMED_LEFT_OUT:
+            yield f"left out: {len(self.left_out) - NAMED_LEFT_OUT:,} more"
+        counts = [
+            f"{_counted(self.rows, 'row')}",
+            f"{_counted(self.tokens, 'token')} ({self.learned:,} to learn from)",
+            _counted(self.sequences, "sequence"),
+            _counted(self.steps, "step"),
+        ]
+        yield f"data: {', '.join(counts)}; {_counted(len(self.left_out), 'row')} left out"
+        if self.cut:
+            yield (
+                f"cut: {_counted(self.cut, 'row')}, which lose {self.lost:,} of all {_counted(self.tokens, 'token')}; "
+                f"the longest row has {self.longest:,}"
+            )
+        for note in self.notes:
+            yield f"note: {note}"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The sequences that a run trains on.
+
+    Attributes:
+        dataset: The sequences, in the columns ``input_ids`` and ``labels``. If rows lie side by side in a sequence, the
+            column ``seq_lengths`` has their lengths.
+        report: The report about the rows.
+        fingerprint: The sha256, in hexadecimal, of the tokens and labels of all rows that are trained on, before rows
+            are cut and packed. It changes if a change of the data, the template or the tokenizer changes any of them.
+    """
+
+    dataset: Dataset
+    report: Report
+    fingerprint: str
+
+
+def find(options: Options, tokenizer: Any) -> Data:
+    """Reads the rows that ``options`` name, parses the first of them, and makes a renderer for them.
 
     Raises:
-        FileNotFoundError: no such file, and no such data set on the Hub.
-        ValueError: a row that cannot be trained on, with its file and line; nothing but such rows; a kind of file that
-            is not known.
+        FileNotFoundError: There is no such file, and no such data set on the Hub.
+        ValueError: The file cannot be read, none of its rows can be read, or the options are not for rows of this kind.
     """
-    path = Path(dataset)
-    if path.suffix in _TEXT and path.is_file():
-        return _plain(path)
-    source = _json_lines(path) if path.suffix in _JSON and path.is_file() else _with_datasets(dataset, config, split)
-    return _check_all(source, dataset, text_field, skip_bad)
-
-
-def _plain(path: Path) -> Rows:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8: {error.reason} at byte {error.start}") from None
-    if not text.strip():
-        raise ValueError(f"{path} is empty")
-    return Rows("text", [{"text": text}], plain_file=True)
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
-    """The place and content of each row; content is a BadRow where the line is not JSON."""
-    if path.suffix == ".json":  # a list, unless it is lines under another name
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            content = None
-        if isinstance(content, list):
-            yield from ((f"{path}: row {i}", row) for i, row in enumerate(content, 1))
-            return
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            place = f"{path}:{number}"
-            if not line.strip():
-                continue
-            try:
-                yield place, json.loads(line.strip())
-            except UnicodeDecodeError:
-                yield place, BadRow("is not UTF-8")
-            except ValueError as error:
-                yield place, BadRow(f"is not JSON ({error})")
-
-
-def _with_datasets(dataset: str, config: str | None, split: str) -> Iterator[tuple[str, object]]:
-    import datasets
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    path = Path(dataset)
-    if path.is_file():
-        if path.suffix not in _READERS:
-            known = ", ".join((*_JSON, *_TEXT, *_READERS))
-            raise ValueError(f"--dataset must be a file with one of the endings {known}, or a Hub id, got {dataset}")
-        rows = datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
-    elif path.suffix in (*_JSON, *_TEXT, *_READERS) or path.is_absolute() or dataset.startswith("."):
-        raise FileNotFoundError(f"--dataset {dataset} is missing")
-    else:
-        try:
-            rows = datasets.load_dataset(dataset, config, split=split)
-        except (datasets.exceptions.DatasetNotFoundError, HfHubHTTPError, HFValidationError, ConnectionError) as error:
-            raise FileNotFoundError(
-                f"--dataset {dataset}: no such file, and not to be had from the Hub: {error}"
-            ) from None
-    for number, row in enumerate(rows, 1):
-        yield f"{dataset}: row {number}", row
-
-
-def _check_all(source: Iterable[tuple[str, object]], dataset: str, text_field: str, skip_bad: bool) -> Rows:
-    result: Rows | None = None
+    rows = read_rows(options.dataset, config=options.dataset_config, split=options.split, text_field=options.text_field)
+    plain = Renderer(tokenizer, None, options.assistant_only_loss, options.text_field)
+    first = None
     bad: list[str] = []
-    first = ""
-    for place, content in source:
-        checked = _checked(content, text_field)
-        if isinstance(checked, BadRow):
-            bad.append(f"{place} {checked}")
-            continue
-        kind, row = checked
-        if result is None:
-            result, first = Rows(kind), place
-        if kind != result.kind:
-            bad.append(f"{place} is {kind}, but {first} is {result.kind}")
-        elif result.rows and is_text(row) != is_text(result.rows[0]):
-            forms = ("messages", "text") if is_text(result.rows[0]) else ("text", "messages")
-            bad.append(f"{place} has a prompt of {forms[0]}, but {first} one of {forms[1]}")
-        else:
-            result.rows.append(row)
-    if bad and not skip_bad:
-        more = f"; {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
-        raise ValueError("; ".join(bad[:_NAMED]) + more + "; --skip-bad-rows leaves out what is bad")
-    if result is None:
-        raise ValueError(f"{dataset} has no row to train on" + (f": {bad[0]}" if bad else ""))
-    result.skipped = bad
-    return result
+    for batch in rows.table.iter(batch_size=_BATCH):
+        for content in rows.contents(batch):
+            try:
+                first = plain.parse(content())
+                break
+            except BadRow as error:
+                bad.append(f"{rows.place(len(bad))} {error}")
+        if first is not None:
+            break
+    if first is None:
+        raise ValueError(_nothing(options.dataset, bad))
+    if first.turns and not tokenizer.chat_template:
+        raise ValueError(
+            f"--dataset {options.dataset} holds chats, but the tokenizer of {options.model} has no chat template: give "
+            "one with --chat-template"
+        )
+    if options.assistant_only_loss and not first.turns:
+        raise ValueError(
+            f"--assistant-only-loss is for chats, but the rows of --dataset {options.dataset} are {first.kind}"
+        )
+    template = training_template(tokenizer, options.model) if options.assistant_only_loss else None
+    renderer = Renderer(tokenizer, template, options.assistant_only_loss, options.text_field)
+    return Data(rows, renderer, len(bad), first.kind, first.form)
 
 
-def is_text(row: Row) -> bool:
-    """Whether a row with a prompt has it as text, not as messages."""
-    return isinstance(row.get("prompt", ""), str)
+def prepare(data: Data, options: Options, batching: Batching, *, vocabulary: int) -> Prepared:
+    """Makes all rows into the sequences that a run trains on.
 
+    Args:
+        data: The rows and their renderer.
+        options: The options of the run.
+        batching: How rows become sequences, batches and steps.
+        vocabulary: The number of tokens that the model knows.
 
-def _checked(content: object, text_field: str) -> tuple[Kind, Row] | BadRow:
-    try:
-        return _check(content, text_field)
-    except BadRow as error:
-        return error
-
-
-def _check(content: object, text_field: str) -> tuple[Kind, Row]:
-    """The kind of a row, and the row with what belongs to its kind; raises BadRow."""
-    if isinstance(content, BadRow):
-        raise content
-    if not isinstance(content, Mapping):
-        raise BadRow(f"must be an object, is a {type(content).__name__}")
-    if (messages := content.get("messages")) is not None:
-        extra = {name: content[name] for name in ("tools", "chat_template_kwargs") if content.get(name)}
-        return "chat", {"messages": _messages("messages", messages, "role", "content"), **extra}
-    if (turns := content.get("conversations")) is not None:
-        openai = isinstance(turns, list) and any(isinstance(turn, Mapping) and "role" in turn for turn in turns)
-        keys = ("role", "content") if openai else ("from", "value")
-        return "chat", {"conversations": _messages("conversations", turns, *keys)}
-    if "prompt" in content or "completion" in content:
-        return "completion", _completion(content)
-    if text_field in content:
-        return "text", {"text": _string(text_field, content[text_field])}
-    raise BadRow(
-        f"lacks messages, conversations, prompt and completion, and {text_field}, it has {', '.join(content) or 'nothing'}"
+    Raises:
+        ValueError: Some rows cannot be trained on, and ``options`` do not leave them out. The error names their places.
+            It is also raised if no row is left, or if the tokenizer has tokens that the model does not know.
+    """
+    rows = data.rows
+    tokens = _tokenize(data)
+    tokens, bad = _usable(data, tokens, batching)
+    named = [f"{rows.place(index)} {problem}" for index, problem in bad]
+    if not len(tokens):
+        raise ValueError(_nothing(options.dataset, named))
+    if named and not options.skip_bad_rows:
+        raise ValueError(refusal(named))
+    highest, total, digest = _totals(tokens)
+    if highest >= vocabulary:
+        raise ValueError(
+            f"the tokenizer of {options.model} makes the token {highest}, but the model knows {vocabulary} tokens: they "
+            "do not belong together"
+        )
+    sizes = np.asarray(tokens.select_columns(["length"]).with_format("numpy")[:]["length"], dtype=np.int64)
+    sequences = fit(tokens.select_columns(list(_COLUMNS)), batching)
+    batches = math.ceil(len(sequences) / batching.batch_size)
+    over = np.maximum(sizes - batching.length, 0) if batching.cuts else np.zeros(1, dtype=np.int64)
+    learned, idle = _learned(sequences)
+    report = Report(
+        rows=len(tokens),
+        tokens=total,
+        learned=learned,
+        cut=int((over > 0).sum()),
+        lost=int(over.sum()),
+        longest=int(sizes.max()),
+        sequences=len(sequences),
+        steps=options.max_steps or math.ceil(options.epochs * math.ceil(batches / batching.accumulation)),
+        left_out=named,
+        notes=list(_notes(tokens, data, len(sequences), idle)),
     )
+    return Prepared(sequences, report, digest)
 
 
-def _completion(content: Mapping[str, Any]) -> Row:
-    for name in ("prompt", "completion"):
-        if content.get(name) is None:
-            raise BadRow(f"lacks {name}")
-    prompt, completion = content["prompt"], content["completion"]
-    if isinstance(prompt, str) != isinstance(completion, str):
-        raise BadRow("must have strings or lists of messages as prompt and completion, has one of each")
-    read: Callable[[str, Any], Any] = _string if isinstance(prompt, str) else _chat
-    return {"prompt": read("prompt", prompt), "completion": read("completion", completion)}
+def fit(tokens: Dataset, batching: Batching) -> Dataset:
+    """Cuts and packs rows into sequences, exactly as TRL does.
+
+    Args:
+        tokens: The rows, in the columns ``input_ids`` and ``labels``.
+        batching: How rows become sequences.
+    """
+    from trl.data_utils import pack_dataset
+
+    if batching.packing != "none":
+        packed: Dataset = pack_dataset(tokens, batching.length, batching.packing, {"desc": "Packing"})
+        return packed
+    arrow = tokens.with_format("arrow")
+    return arrow.map(_cut, batched=True, fn_kwargs={"length": batching.length}, desc="Cutting").with_format(None)
 
 
-def _chat(name: str, messages: object) -> list[Row]:
-    return _messages(name, messages, "role", "content")
+def _cut(table: pa.Table, length: int) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    return pa.table({name: pc.list_slice(table[name], 0, length) for name in table.column_names})
 
 
-def _string(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise BadRow(f"must have a string as {name}, has {type(value).__name__}")
-    if not value.strip():
-        raise BadRow(f"has an empty {name}")
-    return value
+# --- rows to tokens
 
 
-def _messages(name: str, messages: object, role: str, content: str) -> list[Row]:
-    if not isinstance(messages, list):
-        raise BadRow(f"must have a list as {name}, has {type(messages).__name__}")
-    if not messages:
-        raise BadRow(f"has empty {name}")
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise BadRow(f"must have objects in {name}, {name}[{i}] is a {type(message).__name__}")
-        if not isinstance(message.get(role), str):
-            raise BadRow(f"lacks {role} in {name}[{i}]")
-        if not isinstance(message.get(content), str) and not message.get("tool_calls"):
-            raise BadRow(f"lacks {content} in {name}[{i}]")
-    return messages
+def _tokenize(data: Data) -> Dataset:
+    """Makes a data set with the tokens and labels of each row, and its problem if it has one."""
+    from datasets import Features, List, Value
+
+    count = len(data.rows)
+    shares = max(count / _ROWS_OF_A_PROCESS, data.rows.table.data.nbytes / _BYTES_OF_A_PROCESS)
+    processes = min(_cores(), math.ceil(shares), count)
+    features = Features(
+        {name: List(Value("int32")) for name in _COLUMNS}
+        | {name: Value("int32") for name in ("length", "first")}
+        | {name: Value("string") for name in ("form", "problem", "notes")}
+    )
+    table = data.rows.table
+    with workers_forked():
+        tokens: Dataset = table.map(
+            _Worker(data),
+            batched=True,
+            batch_size=_BATCH,
+            writer_batch_size=_BATCH,
+            remove_columns=table.column_names,
+            features=features,
+            num_proc=processes if processes > 1 else None,
+            new_fingerprint=_cache_key(data),
+            desc="Tokenizing",
+        )
+    return tokens
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cache_key(data: Data) -> str:
+    """Names the cache of a data set's tokens by everything that the tokens depend on, this program included."""
+    renderer = data.renderer
+    tokenizer = renderer.tokenizer
+    digest = hashlib.sha256()
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [
+        data.rows.table._fingerprint,
+        *(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "tokenizers", "trl", "jinja2")),
+        program("data", "formats", "render", "rows", "text_files"),
+        backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items())),
+        repr((type(tokenizer).__name__, tokenizer.chat_template, tokenizer.special_tokens_map)),
+        repr((renderer.template, renderer.assistant_only, renderer.text_field, data.rows.by_text)),
+    ]
+    for part in parts:
+        digest.update(hashlib.sha256(part.encode("utf-8", "surrogatepass")).digest())
+    return digest.hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """Makes a batch of rows into tokens. It puts the problem of a bad row into the column ``problem``."""
+
+    data: Data
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        results = [self._row(content) for content in self.data.rows.contents(batch)]
+        return {name: [result[name] for result in results] for name in results[0]}
+
+    def _row(self, content: Any) -> dict[str, Any]:
+        renderer = self.data.renderer
+        form = ""
+        try:
+            row = renderer.parse(content())
+            form = row.form
+            tokens = renderer(row)
+        except BadRow as error:
+            empty = {"input_ids": [], "labels": [], "length": 0, "first": 0}
+            return {**empty, "form": form, "problem": str(error), "notes": ""}
+        return {
+            "input_ids": tokens.ids,
+            "labels": tokens.labels,
+            "length": len(tokens.ids),
+            "first": tokens.first,
+            "form": form,
+            "problem": None,
+            "notes": " ".join(tokens.notes),
+        }
+
+
+# --- checks of all rows
+
+
+def _usable(data: Data, tokens: Dataset, batching: Batching) -> tuple[Dataset, list[tuple[int, str]]]:
+    """Returns the rows that can be trained on, and the index and the problem of each other row."""
+    names = ["form", "problem", "first", "length"]
+    columns = tokens.select_columns(names)[:]
+    bad = []
+    for i, (form, known, first, size) in enumerate(zip(*(columns[name] for name in names), strict=True)):
+        problem = known or unusable(data, form, first, size, batching)
+        if problem is not None:
+            bad.append((i, problem))
+    if not bad:
+        return tokens, []
+    others = {index for index, _ in bad}
+    return tokens.select([i for i in range(len(tokens)) if i not in others]), bad
+
+
+def unusable(data: Data, form: str, first: int, size: int, batching: Batching) -> str | None:
+    """Says why a row that has tokens cannot be trained on together with the others, or returns None if it can.
+
+    Args:
+        data: The rows of the run.
+        form: The form of the row.
+        first: The index of the first token that is learned from.
+        size: The number of tokens of the row.
+        batching: How rows become sequences.
+    """
+    if form != data.form:
+        return f"is {form}, but {data.rows.place(data.first)} is {data.form}"
+    if batching.cuts and first >= batching.length:
+        return (
+            f"has nothing left to learn from: the first of its {size} tokens to learn from is number {first + 1}, but a "
+            f"sequence has {batching.length}"
+        )
+    return None
+
+
+def _totals(tokens: Dataset) -> tuple[int, int, str]:
+    """Returns the highest token, the number of tokens, and the sha256 of the tokens and labels of all rows."""
+    highest, total, digest = -1, 0, hashlib.sha256()
+    for table in tokens.select_columns([*_COLUMNS, "length"]).with_format("arrow").iter(batch_size=1000):
+        for name in _COLUMNS:
+            values = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype("<i4", copy=False)
+            digest.update(np.ascontiguousarray(values).tobytes())
+            if name == "input_ids":
+                highest, total = max(highest, int(values.max())), total + len(values)
+        digest.update(table["length"].to_numpy().astype("<i4").tobytes())
+    return highest, total, digest.hexdigest()
+
+
+def _learned(sequences: Dataset) -> tuple[int, int]:
+    """Counts the tokens that are learned from, and the sequences without any such token."""
+    total = idle = 0
+    names = [name for name in ("labels", "seq_lengths") if name in sequences.column_names]
+    for table in sequences.select_columns(names).with_format("arrow").iter(batch_size=1000):
+        labels = table["labels"].combine_chunks()
+        ends = np.cumsum(labels.value_lengths().to_numpy())
+        rows = table[names[-1]].combine_chunks()
+        sizes = rows.flatten().to_numpy() if len(names) > 1 else rows.value_lengths().to_numpy()
+        learned = labels.flatten().to_numpy() != IGNORED
+        learned[np.cumsum(sizes) - sizes] = False  # nothing predicts the first token of a row
+        of_sequences = np.diff(np.concatenate([[0], np.cumsum(learned)[ends - 1]]))
+        total, idle = total + int(of_sequences.sum()), idle + int((of_sequences == 0).sum())
+    return total, idle
+
+
+def _notes(tokens: Dataset, data: Data, sequences: int, idle: int) -> Iterator[str]:
+    """Yields the remarks of the report. ``idle`` is the number of sequences without a token to learn from."""
+    from trl.chat_template_utils import is_chat_template_stop_token_trained
+
+    renderer = data.renderer
+    found = Counter(note for notes in tokens.select_columns(["notes"])[:]["notes"] for note in notes.split())
+    for name, count in sorted(found.items()):
+        yield f"{count:,} of {_counted(len(tokens), 'row')}: {NOTES[name]}"
+    if idle:
+        yield f"{idle:,} of {_counted(sequences, 'sequence')} have nothing to learn from, only parts of prompts"
+    if data.form == "completion of text" and renderer.tokenizer.chat_template:
+        yield "prompts of text are trained on as they are; the chat template is for lists of messages only"
+    if renderer.assistant_only and not is_chat_template_stop_token_trained(
+        renderer.tokenizer, chat_template=renderer.template
+    ):
+        yield (
+            "the chat template does not mark the token that ends the assistant's turn, so the model may not learn to stop: "
+            "move that token into {% generation %}…{% endgeneration %}"
+        )
+
+
+# --- words
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _several(named: list[str]) -> str:
+    more = f"; {len(named) - NAMED:,} more" if len(named) > NAMED else ""
+    return "; ".join(named[:NAMED]) + more
+
+
+def refusal(named: list[str]) -> str:
+    """Makes the text of the error about bad rows that are not left out."""
+    return _several(named) + "; --skip-bad-rows leaves such rows out"
+
+
+def _nothing(dataset: str, named: list[str]) -> str:
+    return f"{dataset} has no row to train on" + (f": {_several(named)}" if named else "")
+
+
+@contextlib.contextmanager
+def bars(shown: bool) -> Iterator[None]:
+    """Shows the progress bars of the library ``datasets`` within the block, if ``shown``, and hides them afterwards."""
+    import datasets
+
+    if shown:
+        datasets.enable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.disable_progress_bars()

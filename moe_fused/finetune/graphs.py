@@ -1,12 +1,13 @@
-"""The decoder's forward and its backward as two CUDA graphs, for batches of one shape.
+"""Runs the decoder's forward and backward pass as two CUDA graphs, for batches of one shape.
 
-A layer of Qwen3-30B-A3B is some hundred launches with its recomputation, which take the host 10 to 20 ms and, at 1024
-tokens, a GPU 3 ms. A graph is one launch. The loss stays outside: TRL's selects the tokens that count, and waits for their
-number.
+A layer of Qwen3-30B-A3B takes some hundred kernel launches, including those that compute it again in the backward pass.
+At 1024 tokens these launches take the host 10 to 20 ms and the GPU 3 ms. A graph is one launch. The loss stays outside
+of the graphs, because TRL's loss selects the tokens that count and waits for their number.
 
-Graphs read and write where they were recorded. A batch is therefore copied to where the first one was, and gradients appear
-in the graphs' memory, in blocks that the next forward overwrites; they are handed out as they are, and moved out only if a
-forward comes before somebody took them (gradient accumulation).
+Graphs read and write the memory that they were recorded with. Each batch is therefore copied to where the recorded
+batch was. Gradients appear in the graphs' memory, in blocks that the next forward pass overwrites. They are handed out
+where they are, and copied to other memory only if a forward pass comes before the optimizer has used them, as with
+gradient accumulation.
 """
 
 from __future__ import annotations
@@ -19,44 +20,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .endings import CannotRecord
+
 
 class GraphedDecoder:
-    """``decoder`` with graphs in its training forward; everything else about it stays as it is.
+    """Replaces the forward pass of ``decoder`` by one that runs training passes as graphs.
 
-    A forward raises RuntimeError if something in the decoder cannot be recorded, such as waiting for the GPU.
-    A decoder that gives more than hidden states is left to run eagerly.
-
-    The first batch of ``shape`` runs eagerly, and with it whatever compiles, tunes or allocates on a first call; the
-    second is recorded. Batches of other shapes, and passes without gradients, always run eagerly.
+    The first batch of ``shape`` runs eagerly, so that code that compiles, tunes or allocates on its first call does so.
+    The second batch is recorded. Batches of other shapes and passes without gradients always run eagerly, and so does a
+    decoder that returns more than hidden states. A forward pass raises CannotRecord if something in the decoder cannot
+    be recorded, for example because it waits for the GPU.
 
     Args:
-        decoder: a model of Transformers, from token ids to hidden states, that does nothing random.
-        shape: of the token ids, (B, T).
+        decoder: A model of Transformers from token ids to hidden states. No part of it may be random.
+        shape: The shape of the token ids, (B, T).
 
     Attributes:
-        enabled: False runs everything eagerly.
+        enabled: Whether graphs are used. Without them, everything runs eagerly.
     """
 
     def __init__(self, decoder: Any, shape: tuple[int, int]) -> None:
         self.enabled = True
         self._decoder, self._shape = decoder, torch.Size(shape)
-        self._own = vars(decoder).get("forward")
+        self._forward_before = vars(decoder).get("forward")
         self._eager: Callable[..., Any] = decoder.forward
         self._is_warm = False
         self._recording: _Recording | None = None
         decoder.forward = self._forward
 
     def close(self) -> None:
-        """Leaves the decoder as it was, and gives the graphs' memory back, with the gradients in it."""
+        """Restores the decoder and frees the graphs' memory, together with the gradients in it."""
         del self._decoder.forward
-        if self._own is not None:
-            self._decoder.forward = self._own
+        if self._forward_before is not None:
+            self._decoder.forward = self._forward_before
         if self._recording is not None:
             self._recording.drop_gradients()
         self.forget()
 
     def forget(self) -> None:
-        """Gives the graphs' memory back; the next batch is a first one again."""
+        """Frees the graphs' memory. The next batch then counts as the first one."""
         self._is_warm = False
         if self._recording is not None:
             self._recording.move_gradients()
@@ -84,7 +86,7 @@ class GraphedDecoder:
         return self._recording.run(kwargs)
 
     def _record(self, inputs: Mapping[str, Any]) -> _Recording:
-        gc.collect()  # what the pass before left in cycles
+        gc.collect()  # the last pass may have left tensors in reference cycles
         torch.cuda.empty_cache()
         try:
             with _no_collection():
@@ -92,16 +94,18 @@ class GraphedDecoder:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            # Ending a recording that failed fails, too: what came first says why.
+            # A recording that failed raises once more when it ends. The first error has the reason.
             first: BaseException = error
             while first.__context__ is not None:
                 first = first.__context__
             reason = str(first).strip().partition("\n")[0]
             if isinstance(first, torch.OutOfMemoryError) or "out of memory" in reason:
                 raise torch.OutOfMemoryError(reason) from error
-            # No going on eagerly: torch's random numbers are left as if the recording still went on.
+            # The pass cannot go on eagerly, because torch's random state is still that of a recording.
             name = type(self._decoder).__name__
-            raise RuntimeError(f"{name} cannot run as CUDA graphs, --no-cuda-graphs does without: {reason}") from error
+            raise CannotRecord(
+                f"{name} cannot run as CUDA graphs, --no-cuda-graphs runs it without them: {reason}"
+            ) from error
 
     def _takes(self, tokens: Tensor) -> bool:
         return (
@@ -115,7 +119,7 @@ class GraphedDecoder:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """The collector might free, and so wait for, what belongs to another stream."""
+    """Turns off the garbage collector within the block. It might free tensors of another stream and wait for it."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -127,32 +131,35 @@ def _no_collection() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _other_leaves(module: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
-    """Each trained parameter of ``module``, and what takes its place meanwhile: a leaf of its own over the same memory.
+    """Replaces each trained parameter of ``module``, within the block, by another leaf over the same memory.
 
-    A parameter's node of autograd is on the stream of the pass that made it, and lives as long as anything refers to that
-    pass. A backward through it would wait across streams, which no recording may do.
+    A parameter's node in autograd belongs to the stream of the pass that made it, and lives as long as anything refers
+    to that pass. A backward pass through this node would wait for that stream, which no recording may do.
+
+    Yields:
+        For each parameter, the leaf that replaces it.
     """
     places = [
-        (owner, name, own)
+        (owner, name, parameter)
         for owner in module.modules()
-        for name, own in owner._parameters.items()
-        if own is not None and own.requires_grad
+        for name, parameter in owner._parameters.items()
+        if parameter is not None and parameter.requires_grad
     ]
-    leaves = {own: nn.Parameter(own.detach()) for _, _, own in places}
+    leaves = {parameter: nn.Parameter(parameter.detach()) for _, _, parameter in places}
     try:
-        for owner, name, own in places:
-            owner._parameters[name] = leaves[own]
+        for owner, name, parameter in places:
+            owner._parameters[name] = leaves[parameter]
         yield leaves
     finally:
-        for owner, name, own in places:
-            owner._parameters[name] = own
+        for owner, name, parameter in places:
+            owner._parameters[name] = parameter
 
 
 class _Recording:
-    """The graphs of one decoder for inputs like ``inputs``.
+    """Records the graphs of one decoder with ``inputs``, and replays them.
 
     Raises:
-        RuntimeError: something in the decoder cannot be recorded, such as waiting for the GPU.
+        RuntimeError: Something in the decoder cannot be recorded, for example because it waits for the GPU.
     """
 
     def __init__(self, decoder: nn.Module, forward: Callable[..., Any], inputs: Mapping[str, Any]) -> None:
@@ -162,7 +169,7 @@ class _Recording:
             with torch.cuda.graph(self._forward_graph):
                 output = forward(**self._inputs)
             hidden: Tensor = output.last_hidden_state
-            # The backward may have what cuBLAS works in during the forward.
+            # The backward pass may then use the memory that cuBLAS' workspaces had in the forward pass.
             torch._C._cuda_clearCublasWorkspaces()
             with torch.cuda.graph(self._backward_graph, pool=self._forward_graph.pool()):
                 self._grad = torch.empty_like(hidden)
@@ -170,28 +177,29 @@ class _Recording:
                     hidden, list(leaves.values()), self._grad, allow_unused=True
                 )
         self._hidden, self._output_type = hidden.detach(), type(output)
-        used = [(own, grad) for own, grad in zip(leaves, grads, strict=True) if grad is not None]
-        self._parameters, self._grads = [own for own, _ in used], [grad for _, grad in used]
-        self._places = [own.data_ptr() for own in self._parameters]
+        used = [(parameter, grad) for parameter, grad in zip(leaves, grads, strict=True) if grad is not None]
+        self._parameters, self._grads = [parameter for parameter, _ in used], [grad for _, grad in used]
+        self._places = [parameter.data_ptr() for parameter in self._parameters]
         self._buffers: list[Tensor] | None = None
 
     @property
     def is_stale(self) -> bool:
-        """Whether a trained parameter has moved since; the graphs would go on with what it was."""
-        return self._places != [own.data_ptr() for own in self._parameters]
+        """Whether a trained parameter is in other memory than when it was recorded. The graphs read the old memory."""
+        return self._places != [parameter.data_ptr() for parameter in self._parameters]
 
     def takes(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether ``inputs`` are like those that were recorded."""
+        """Whether ``inputs`` have the names, shapes and values that the graphs were recorded with."""
         if inputs.keys() != self._inputs.keys():
             return False
         return all(_alike(value, self._inputs[name]) for name, value in inputs.items())
 
     def run(self, inputs: Mapping[str, Any]) -> Any:
+        """Computes the decoder's output for ``inputs`` with the graphs."""
         self.move_gradients()
         for name, value in inputs.items():
             if isinstance(value, Tensor):
                 self._inputs[name].copy_(value)
-        # Of all parameters only one is needed for autograd to know that there is a backward.
+        # Autograd calls the backward pass because one of the arguments is a parameter.
         return self._output_type(last_hidden_state=_Replay.apply(self._parameters[0], self))
 
     def replay_forward(self) -> Tensor:
@@ -201,13 +209,13 @@ class _Recording:
     def replay_backward(self, grad: Tensor) -> None:
         self._grad.copy_(grad)
         self._backward_graph.replay()
-        own = [parameter.grad for parameter in self._parameters]
-        if all(grad is None for grad in own):
+        before = [parameter.grad for parameter in self._parameters]
+        if all(grad is None for grad in before):
             for parameter, new in zip(self._parameters, self._grads, strict=True):
                 parameter.grad = new
             return
         held, added = [], []
-        for parameter, old, new in zip(self._parameters, own, self._grads, strict=True):
+        for parameter, old, new in zip(self._parameters, before, self._grads, strict=True):
             if old is None:
                 parameter.grad = new.clone()
             else:
@@ -216,7 +224,7 @@ class _Recording:
         torch._foreach_add_(held, added)
 
     def _kept(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Parameters whose gradients are still where the next pass writes."""
+        """Returns the parameters whose gradients are still in the graphs' memory, with these gradients."""
         return [
             (parameter, new)
             for parameter, new in zip(self._parameters, self._grads, strict=True)
@@ -228,7 +236,7 @@ class _Recording:
             parameter.grad = None
 
     def move_gradients(self) -> None:
-        """Gradients that are still where the next pass writes go to memory of their own."""
+        """Copies gradients out of the graphs' memory, which the next pass overwrites."""
         kept = self._kept()
         if not kept:
             return
@@ -246,12 +254,12 @@ def _alike(value: Any, recorded: Any) -> bool:
 
 
 class _Replay(torch.autograd.Function):
-    """Hidden states (B, T, H) of a recording; gradients go straight to the parameters."""
+    """Replays a recording. Forward returns its hidden states (B, T, H), and backward writes the parameters' gradients."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, recording: _Recording) -> Tensor:
         ctx.recording = recording
-        # A tensor of its own over the same memory: autograd marks what it returns.
+        # This is another tensor over the same memory, because autograd changes the tensor that is returned.
         return recording.replay_forward().detach()
 
     @staticmethod

@@ -1,12 +1,15 @@
-"""The options of ``moe-fused finetune``: one table, from which the command line, the YAML file and their checks are made.
+"""The options of ``moe-fused finetune``, in one table that the command line, the YAML file and their checks are made from.
 
-Imports nothing heavy, so that a wrong option is answered at once.
+This module imports nothing heavy, so that an error in an option appears at once. ``Options`` checks each value by
+itself and the combinations of options that no model, data set or device could make possible. ``precheck`` and
+``resolve`` check the rest.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,12 +28,12 @@ Optimizer = Literal[
 
 @dataclass(frozen=True)
 class Help:
-    """What is said about an option.
+    """The description of an option.
 
     Attributes:
-        text: what it does.
-        shown: the default in words, where its value does not say it.
-        shapes_run: whether a run that goes on must have the value it began with.
+        text: The text that ``--help`` shows.
+        shown: The default value in words, for options whose default value does not explain itself.
+        shapes_run: Whether a run that is resumed must have the same value as when it began.
     """
 
     text: str
@@ -40,125 +43,178 @@ class Help:
 
 @dataclass(frozen=True)
 class Options:
-    """All that a run can be told; the help of each option stands beside it."""
+    """Every option of a run. The help text of each option stands in its annotation."""
 
-    model: Annotated[str, Help("Model to adapt: Hub id or directory.", shown="required", shapes_run=True)] = ""
+    model: Annotated[str, Help("Model to fine-tune: a Hub id or a directory.", shown="required", shapes_run=True)] = ""
     dataset: Annotated[
         str,
         Help(
-            "Data to train on: a file (.jsonl, .json, .txt, .parquet, .csv) or a Hub id. Rows have messages or "
-            "conversations (chat), prompt and completion, or text.",
+            "Data to train on: a file (.jsonl, .json, .txt, .parquet, .csv, also compressed), a directory that "
+            "save_to_disk wrote, or a Hub id. Each row has messages or conversations (chat), prompt and completion, "
+            "question and answer, or text.",
             shown="required",
             shapes_run=True,
         ),
     ] = ""
-    output: Annotated[str, Help("Directory to make, for the adapter, its checkpoints, the log.", shown="required")] = ""
+    output: Annotated[
+        str, Help("Directory for the adapter, its checkpoints and the log. It is created.", shown="required")
+    ] = ""
 
-    revision: Annotated[str, Help("Of the model on the Hub: branch, tag or commit.", shapes_run=True)] = "main"
+    revision: Annotated[str, Help("Branch, tag or commit of the model on the Hub.", shapes_run=True)] = "main"
     quantization: Annotated[
         Quantization,
-        Help("Hold experts and linear layers in 4 bits, with double quantization, or not.", shapes_run=True),
+        Help(
+            "4-bit format for experts and linear layers, with double quantization; none keeps them in --dtype.",
+            shapes_run=True,
+        ),
     ] = "nf4"
     dtype: Annotated[
         Dtype,
-        Help("To compute in, and of weights outside 4 bits.", shown="bfloat16; float32 on a CPU", shapes_run=True),
+        Help(
+            "Data type of the computation, and of weights that are not in 4 bits.",
+            shown="bfloat16; float32 on a CPU",
+            shapes_run=True,
+        ),
     ] = "auto"
-    attn: Annotated[str, Help("Attention of Transformers, as sdpa or kernels-community/flash-attn3.")] = "sdpa"
+    attn: Annotated[
+        str,
+        Help(
+            "Transformers' attention, such as sdpa or kernels-community/flash-attn3.",
+            shown="sdpa; eager for models without sdpa, such as gpt-oss",
+        ),
+    ] = "auto"
     liger: Annotated[
         bool | None,
-        Help("Liger's kernels for rope and norms, where Liger knows the model.", shown="on NVIDIA and AMD GPUs"),
+        Help(
+            "Use Liger's kernels for rotary embeddings and norms, if Liger knows the model.",
+            shown="on NVIDIA and AMD GPUs",
+        ),
     ] = None
     cuda_graphs: Annotated[
         bool | None,
         Help(
-            "The decoder's passes as CUDA graphs, which a host that is slower than the GPU does not hold up.",
-            shown="on NVIDIA GPUs, where packing fills the sequences and nothing is random",
+            "Run the decoder's passes as CUDA graphs, so that a slow host does not hold up the GPU.",
+            shown="on NVIDIA GPUs, if packing fills the sequences and nothing is random",
         ),
     ] = None
-    device: Annotated[str, Help("Where to train: cpu, cuda, cuda:1, xpu.", shown="a GPU if there is one")] = "auto"
+    device: Annotated[str, Help("Device to train on: cpu, cuda, cuda:1 or xpu.", shown="a GPU if there is one")] = (
+        "auto"
+    )
 
     dataset_config: Annotated[str | None, Help("Configuration of the data set on the Hub.", shapes_run=True)] = None
-    split: Annotated[str, Help("Split of the data set on the Hub.", shapes_run=True)] = "train"
-    text_field: Annotated[str, Help("Field with the text in rows of plain text.", shapes_run=True)] = "text"
+    split: Annotated[
+        str, Help("Split of the data set on the Hub, or of a directory with several.", shapes_run=True)
+    ] = "train"
+    text_field: Annotated[
+        str, Help("Name of the field that holds the text in rows of plain text.", shapes_run=True)
+    ] = "text"
     skip_bad_rows: Annotated[
-        bool, Help("Leave out rows that cannot be trained on, instead of refusing them.", shapes_run=True)
+        bool, Help("Leave out rows that cannot be trained on, instead of ending with an error.", shapes_run=True)
     ] = False
     chat_template: Annotated[
         str | None, Help("Jinja file with a chat template.", shown="the tokenizer's", shapes_run=True)
     ] = None
-    assistant_only_loss: Annotated[bool, Help("In chats, learn from the assistant's words only.", shapes_run=True)] = (
+    assistant_only_loss: Annotated[bool, Help("Learn only from what the assistant says in chats.", shapes_run=True)] = (
         False
     )
     packing: Annotated[
         Packing,
         Help(
-            "How rows fill sequences. bfd: whole rows side by side, each attends to itself, what is too long is cut "
-            "off; bfd_split: what is too long goes on in another sequence; wrapped: one stream cut into sequences; "
-            "none: padding.",
-            shown="bfd for chats, bfd_split for plain text",
+            "How rows fill sequences. bfd puts whole rows side by side, each attends only to itself, and cuts off what "
+            "is too long. bfd_split continues long rows in another sequence. wrapped cuts one stream of all rows into "
+            "sequences. none gives each row a sequence and pads it.",
+            shown="bfd for chats, bfd_split for plain text; none for models with recurrent layers",
             shapes_run=True,
         ),
     ] = "auto"
     sequence_length: Annotated[
-        int | None, Help("Tokens in a sequence.", shown="what fits, 4096 at most", shapes_run=True)
+        int | None,
+        Help("Number of tokens in a sequence.", shown="the longest that fits, at most 4096", shapes_run=True),
     ] = None
-    batch_size: Annotated[int, Help("Sequences that go through the model at once.", shapes_run=True)] = 1
+    batch_size: Annotated[int, Help("Number of sequences that go through the model at once.", shapes_run=True)] = 1
     gradient_accumulation: Annotated[
-        int | None, Help("Batches to a step.", shown="16384 tokens to a step", shapes_run=True)
+        int | None,
+        Help("Number of batches in an optimizer step.", shown="as many as make 16384 tokens", shapes_run=True),
     ] = None
 
-    attention_rank: Annotated[int, Help("Rank of the adapters of attention, 0 for none.", shapes_run=True)] = 16
-    attention_alpha: Annotated[float | None, Help("Their alpha.", shown="twice the rank", shapes_run=True)] = None
+    attention_rank: Annotated[
+        int, Help("Rank of the adapters on attention layers; 0 adapts none.", shapes_run=True)
+    ] = 16
+    attention_alpha: Annotated[
+        float | None, Help("LoRA alpha of the adapters on attention.", shown="twice the rank", shapes_run=True)
+    ] = None
     attention_modules: Annotated[
         list[str] | None,
         Help(
-            "Their layers' names; give the option again for each.", shown="q_proj k_proj v_proj o_proj", shapes_run=True
+            "Name of a linear layer that gets an adapter of --attention-rank; repeat the option for each name.",
+            shown="all linear layers of attention, such as q_proj k_proj v_proj o_proj",
+            shapes_run=True,
         ),
     ] = None
-    expert_rank: Annotated[int, Help("Rank of the adapters of experts, 0 for none.", shapes_run=True)] = 8
-    expert_alpha: Annotated[float | None, Help("Their alpha.", shown="twice the rank", shapes_run=True)] = None
-    router_rank: Annotated[
-        int, Help("Rank of the routers' adapters; 0 leaves routers as they are.", shapes_run=True)
-    ] = 0
-    lora_dropout: Annotated[float, Help("Dropout on the input of adapters.", shapes_run=True)] = 0.0
+    expert_rank: Annotated[int, Help("Rank of the adapters on experts; 0 adapts none.", shapes_run=True)] = 8
+    expert_alpha: Annotated[
+        float | None, Help("LoRA alpha of the adapters on experts.", shown="twice the rank", shapes_run=True)
+    ] = None
+    router_rank: Annotated[int, Help("Rank of the adapters on routers; 0 adapts none.", shapes_run=True)] = 0
+    lora_dropout: Annotated[float, Help("Dropout probability for the input of the adapters.", shapes_run=True)] = 0.0
     adapter_dtype: Annotated[
-        Dtype, Help("Of the adapters while they are trained.", shown="bfloat16; float32 on a CPU", shapes_run=True)
+        Dtype,
+        Help(
+            "Data type of the adapters during training.",
+            shown="bfloat16 if the computation is in bfloat16, else float32",
+            shapes_run=True,
+        ),
     ] = "auto"
 
-    epochs: Annotated[float, Help("Passes over the data.")] = 1.0
-    max_steps: Annotated[int | None, Help("Steps after which to end, whatever --epochs says.")] = None
-    learning_rate: Annotated[float, Help("Highest learning rate.", shapes_run=True)] = 1e-4
-    scheduler: Annotated[Scheduler, Help("Course of the learning rate.", shapes_run=True)] = "cosine"
-    warmup: Annotated[float, Help("Warm-up of the learning rate, as a share of all steps.", shapes_run=True)] = 0.03
+    epochs: Annotated[float, Help("Number of passes over the data.")] = 1.0
+    max_steps: Annotated[int | None, Help("Number of steps after which training ends, regardless of --epochs.")] = None
+    learning_rate: Annotated[float, Help("Peak learning rate.", shapes_run=True)] = 1e-4
+    scheduler: Annotated[Scheduler, Help("Schedule of the learning rate.", shapes_run=True)] = "cosine"
+    warmup: Annotated[float, Help("Share of all steps during which the learning rate warms up.", shapes_run=True)] = (
+        0.03
+    )
     weight_decay: Annotated[float, Help("Weight decay.", shapes_run=True)] = 0.0
-    max_grad_norm: Annotated[float, Help("Norm to which gradients are clipped.", shapes_run=True)] = 1.0
+    max_grad_norm: Annotated[float, Help("Norm to which gradients are clipped; 0 clips nothing.", shapes_run=True)] = (
+        1.0
+    )
     optimizer: Annotated[
         Optimizer, Help("Optimizer.", shown="paged_adamw_8bit; adamw_torch on a CPU", shapes_run=True)
     ] = "auto"
     gradient_checkpointing: Annotated[
-        bool, Help("Compute layers again in backward instead of keeping what they made.")
+        bool, Help("Recompute layers in the backward pass instead of keeping their activations.")
     ] = True
     router_aux_loss: Annotated[
-        float, Help("Weight of the load-balancing loss, of use if routers are trained.", shapes_run=True)
+        float, Help("Weight of the load-balancing loss, which helps if routers are trained.", shapes_run=True)
     ] = 0.0
-    seed: Annotated[int, Help("Of adapters, data order and dropout.", shapes_run=True)] = 0
+    seed: Annotated[
+        int, Help("Seed for the adapters' initial values, the order of the data, and dropout.", shapes_run=True)
+    ] = 0
 
-    save_steps: Annotated[int, Help("Steps between checkpoints.")] = 50
-    keep_checkpoints: Annotated[int, Help("Checkpoints to keep.")] = 2
-    log_steps: Annotated[int, Help("Steps between lines of the log.")] = 1
-    memory_limit: Annotated[float | None, Help("GiB of GPU memory to plan for.", shown="what is free")] = None
-    export: Annotated[Export, Help("Write the adapter in this layout, too, as moe-fused convert adapter does.")] = (
+    save_steps: Annotated[int, Help("Number of steps between two checkpoints.")] = 50
+    keep_checkpoints: Annotated[int, Help("Number of checkpoints to keep.")] = 2
+    log_steps: Annotated[int, Help("Number of steps between two lines of the log.")] = 1
+    memory_limit: Annotated[
+        float | None, Help("GiB of GPU memory that the run may use.", shown="the memory that is free")
+    ] = None
+    export: Annotated[Export, Help("Write the adapter in this layout as well, as moe-fused convert adapter does.")] = (
         "none"
     )
 
     def __post_init__(self) -> None:
+        for name in DEFAULTS:
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{flag(name)} must be a finite number, got {value}")
+        if self.seed >= 2**32:
+            raise ValueError(f"--seed must be below 2**32, got {self.seed}")
         for name, low in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"{flag(name)} must be at least {low}, got {value}")
-        for name in ("learning_rate", "epochs"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{flag(name)} must be above 0, got {getattr(self, name)}")
+        for name in ("learning_rate", "epochs", "memory_limit"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{flag(name)} must be above 0, got {value}")
         for name in ("lora_dropout", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{flag(name)} must be in [0, 1), got {getattr(self, name)}")
@@ -171,21 +227,26 @@ class Options:
         if self.export != "none" and not self.expert_rank:
             raise ValueError(f"--export {self.export} is a layout of adapters on experts, but --expert-rank is 0")
 
-    def require(self) -> None:
-        """Raises ValueError naming what a run cannot do without."""
-        for name in ("model", "dataset", "output"):
+    def require(self, *, output: bool = True) -> None:
+        """Raises ValueError if a required option is missing.
+
+        Args:
+            output: Whether ``--output`` is required, too.
+        """
+        for name in ("model", "dataset", "output") if output else ("model", "dataset"):
             if not getattr(self, name):
                 raise ValueError(f"{flag(name)} is missing: give it on the command line or in --config")
 
     @property
     def output_directory(self) -> Path:
+        """The directory that ``--output`` names."""
         return Path(self.output)
 
 
 _AT_LEAST = {
     "sequence_length": 8, "batch_size": 1, "gradient_accumulation": 1, "attention_rank": 0, "expert_rank": 0,
     "router_rank": 0, "attention_alpha": 0, "expert_alpha": 0, "max_steps": 1, "weight_decay": 0, "max_grad_norm": 0,
-    "router_aux_loss": 0, "seed": 0, "save_steps": 1, "keep_checkpoints": 1, "log_steps": 1, "memory_limit": 0,
+    "router_aux_loss": 0, "seed": 0, "save_steps": 1, "keep_checkpoints": 1, "log_steps": 1,
 }  # fmt: skip
 
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Options)}
@@ -195,12 +256,16 @@ HELP: dict[str, Help] = {name: _HINTS[name][1] for name in DEFAULTS}
 
 
 def flag(name: str) -> str:
-    """The option of the command line for a field."""
+    """The name of a field as an option of the command line."""
     return "--" + name.replace("_", "-")
 
 
 def _convert(value: object, kind: Any) -> Any:
-    """``value`` of a YAML file as ``kind``; raises ValueError saying what is needed."""
+    """Converts a value from a YAML file to the type ``kind``.
+
+    Raises:
+        ValueError: The value has another type. The message is only what is needed, such as "a number".
+    """
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
         if value is None:
@@ -208,7 +273,7 @@ def _convert(value: object, kind: Any) -> Any:
         (kind,) = (inner for inner in get_args(kind) if inner is not type(None))
         return _convert(value, kind)
     if origin is Literal:
-        # YAML reads a bare "no" as False and "null" as None; neither is a choice here, so say what the choices are.
+        # YAML reads a bare "no" as False and "null" as None. Neither is a choice, so the error lists the choices.
         if value not in get_args(kind):
             raise ValueError(f"one of {', '.join(get_args(kind))}")
         return value
@@ -219,7 +284,7 @@ def _convert(value: object, kind: Any) -> Any:
         return values
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML 1.1 takes 1e-4 for a string
+            return float(value)  # YAML 1.1 reads 1e-4 as a string
         except ValueError:
             raise ValueError("a number") from None
     if type(value) is not kind:
@@ -229,10 +294,11 @@ def _convert(value: object, kind: Any) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The options in a YAML file, by field name; dashes in keys are as good as underscores.
+    """Reads options from a YAML file. The keys may have dashes or underscores; the result has underscores.
 
     Raises:
-        FileNotFoundError, ValueError: no such file; not a mapping; an unknown key or a value of another type, by name.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not a YAML mapping, a key is no option, or a value has another type than its option.
     """
     import yaml
 
@@ -261,7 +327,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def to_yaml(options: Options) -> str:
-    """What ``read_yaml`` reads back, without what is at its default."""
+    """Writes options as YAML that ``read_yaml`` reads back. Options with their default value are left out."""
     import yaml
 
     values = {name: getattr(options, name) for name, default in DEFAULTS.items() if getattr(options, name) != default}

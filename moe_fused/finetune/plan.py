@@ -1,8 +1,10 @@
-"""What a run needs, and what is chosen by it: printed before anything is loaded, and refused if it cannot fit."""
+"""Predicts the memory of a run before anything is loaded, and refuses a run that cannot fit.
+
+``plan_run`` predicts the memory of one record of ``resolve.candidates`` after another, and takes the first that fits.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,69 +13,42 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moe_fused.memory import CONTEXT, GIB, MIB, Prediction, Sizes, Workload, predict, sizes_of, skeleton
+from moe_fused.memory import CONTEXT, GIB, MIB, Prediction, Sizes, Workload, predict, sizes_of
 
-from .model import (
-    ATTENTION,
-    adapter_dtype,
-    attends_packed,
-    compute_dtype,
-    graphs_serve,
-    is_packed,
-    liger_serves,
-    lora_config,
-    optimizer_of,
-    quantizes,
-)
-from .options import Options, flag
+from .options import flag
+from .resolve import LENGTHS, ModelSetup, ResolvedRun, candidates, with_options
 
-# Tokens of a sequence that are tried, and of a step that are aimed at, unless the options say.
-LENGTHS = (4096, 2048, 1024, 512, 256)
-STEP_TOKENS = 16384
-# Room for what the allocator cannot use: blocks between others.
+# Room for gaps between the allocator's blocks, which it cannot use.
 SLACK = 256 * MIB
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run needs.
+class MemoryPlan:
+    """A run with the prediction of its memory and the limit for it.
 
     Attributes:
-        length: tokens of a sequence.
-        accumulation: batches of a step.
-        packing: not "auto".
-        prediction: of its memory.
-        limit: bytes of GPU memory to plan for; None on a CPU.
-        batch: sequences of a batch.
-        graphs: whether the decoder runs as CUDA graphs.
+        run: The run that was planned.
+        prediction: The prediction of its memory.
+        limit: The bytes of GPU memory that the run may use; None on a CPU.
     """
 
-    length: int
-    accumulation: int
-    packing: str
+    run: ResolvedRun
     prediction: Prediction
     limit: int | None
-    batch: int
-    graphs: bool
 
     @property
-    def step_tokens(self) -> int:
-        return self.length * self.batch * self.accumulation
+    def fits(self) -> bool:
+        """Whether the run needs no more memory than it may use."""
+        return self.limit is None or self.needed <= self.limit
 
-    def settle(self, options: Options, device: torch.device) -> Options:
-        """``options`` with what they left open, so that a run that goes on elsewhere or later chooses nothing anew."""
-        settled: dict[str, Any] = {
-            "sequence_length": self.length,
-            "gradient_accumulation": self.accumulation,
-            "packing": self.packing,
-            "dtype": str(compute_dtype(options, device)).removeprefix("torch."),
-            "adapter_dtype": str(adapter_dtype(options, device)).removeprefix("torch."),
-            "optimizer": optimizer_of(options, device),
-        }
-        return dataclasses.replace(options, **settled)
+    @property
+    def needed(self) -> int:
+        """The bytes that must be free for the run."""
+        return self.prediction.total + SLACK
 
     def show(self, console: Console) -> None:
-        """Prints the plan: parts, and what a step is."""
+        """Prints the parts of the memory, the trainable parameters and the tokens of a step."""
+        batching = self.run.batching
         table = Table(box=None, show_header=False, pad_edge=False)
         table.add_column()
         table.add_column(justify="right")
@@ -84,92 +59,83 @@ class Plan:
             table.add_row("limit", _gib(self.limit))
         console.print(table)
         console.print(
-            f"{self.prediction.trainable:,} trainable parameters; {self.step_tokens:,} tokens to a step at most: "
-            f"{self.batch} x {self.length} x {self.accumulation} (batch x length x accumulation), packing {self.packing}",
+            f"{self.prediction.trainable:,} trainable parameters; {batching.step_tokens:,} tokens to a step at most: "
+            f"{batching.batch_size} x {batching.length} x {batching.accumulation} (batch x length x accumulation), "
+            f"packing {batching.packing}",
             highlight=False,
             soft_wrap=True,
         )
 
 
-def make_plan(options: Options, config: Any, device: torch.device, *, plain_text: bool) -> Plan:
-    """Chooses what the options leave open, by what fits.
+def plan_run(setup: ModelSetup, *, plain_text: bool, rows: int = 0) -> MemoryPlan:
+    """Plans the run with the longest sequences that fit, and with CUDA graphs if they fit as well.
+
+    Args:
+        setup: The record of everything that does not depend on the data.
+        plain_text: Whether the rows are plain text.
+        rows: The number of rows, or 0 if it is not known.
 
     Raises:
-        ValueError: it cannot fit, says by which option it would; the model has not what the options adapt.
+        ValueError: The run cannot fit, and the error names an option with which it would. It is also raised if the
+            model or the device does not support what the options ask for.
     """
-    model = skeleton(config)
-    lora_config(options, model)
-    sizes = sizes_of(model)
-    packing = options.packing if options.packing != "auto" else ("bfd_split" if plain_text else "bfd")
-    limit = _limit(options, device)
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or LENGTHS[0]
-    if options.sequence_length is not None:
-        lengths = [options.sequence_length]
-        if options.sequence_length > longest:
-            raise ValueError(f"--sequence-length must be at most {longest} for {options.model}, got {lengths[0]}")
-    else:
-        lengths = sorted({min(length, longest) for length in LENGTHS}, reverse=True)
-    # Rather without graphs, which take some memory, than shorter.
-    ways = [options] if options.cuda_graphs is not None else [options, dataclasses.replace(options, cuda_graphs=False)]
-    for length in lengths:
-        for way in ways:
-            plan = _plan(way, config, sizes, device, length, packing, limit)
-            if limit is None or plan.prediction.total + SLACK <= limit:
-                return plan
-    raise ValueError(_advice(plan, options, config, sizes, device))
+    sizes, limit = sizes_of(setup.skeleton), _limit(setup)
+    for run in candidates(setup, plain_text=plain_text, rows=rows):
+        plan = _plan(run, sizes, limit)
+        if plan.fits:
+            return plan
+    raise ValueError(_advice(plan, sizes))
 
 
-def _plan(
-    options: Options, config: Any, sizes: Sizes, device: torch.device, length: int, packing: str, limit: int | None
-) -> Plan:
-    accumulation = options.gradient_accumulation or max(1, STEP_TOKENS // (options.batch_size * length))
-    packed = is_packed(packing)
-    apart = packed and attends_packed(options, config, device, packing)
-    graphs = graphs_serve(options, config, device, packing)
+def _plan(run: ResolvedRun, sizes: Sizes, limit: int | None) -> MemoryPlan:
+    options, batching = run.options, run.batching
+    # Documents side by side go through the model as one sequence with all tokens of the batch.
+    batch, joined = (1, batching.batch_size) if batching.has_documents else (batching.batch_size, 1)
     work = Workload(
-        # Documents side by side go through the model as one sequence, of a batch's tokens.
-        batch=1 if packed else options.batch_size,
-        length=length * options.batch_size if packed else length,
-        accumulation=accumulation,
-        quantized=quantizes(options, config),
-        itemsize=compute_dtype(options, device).itemsize,
-        adapter_itemsize=adapter_dtype(options, device).itemsize,
+        batch=batch,
+        length=joined * batching.length,
+        accumulation=batching.accumulation,
+        quantized=run.is_4bit,
+        itemsize=run.dtype.itemsize,
+        adapter_itemsize=run.adapter_dtype.itemsize,
         attention_rank=options.attention_rank,
-        attention_modules=tuple(options.attention_modules or ATTENTION),
+        attention_modules=run.attention_modules,
         expert_rank=options.expert_rank,
         dropout=options.lora_dropout > 0,
-        optimizer=optimizer_of(options, device),
+        optimizer=run.optimizer,
         checkpointing=options.gradient_checkpointing,
-        masked=packed and options.attn in ("sdpa", "eager") and not apart,
-        documents=apart,
-        fused_norms=liger_serves(options, config, device),
-        gpu=device.type != "cpu",
-        graphs=graphs,
+        masked=batching.has_documents and run.attention == "sdpa" and not run.maskless,
+        eager=run.attention == "eager",
+        documents=batching.has_documents and run.maskless,
+        fused_norms=run.liger,
+        gpu=run.device.type != "cpu",
+        graphs=run.graphs,
     )
-    return Plan(length, accumulation, packing, predict(sizes, work), limit, options.batch_size, graphs)
+    return MemoryPlan(run, predict(sizes, work), limit)
 
 
-def _limit(options: Options, device: torch.device) -> int | None:
-    if options.memory_limit is not None:
-        return int(options.memory_limit * GIB)
-    if device.type != "cuda":
+def _limit(setup: ModelSetup) -> int | None:
+    if setup.options.memory_limit is not None:
+        return int(setup.options.memory_limit * GIB)
+    if setup.device.type != "cuda":
         return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + CONTEXT  # which this process has taken by asking
+    free, _ = torch.cuda.mem_get_info(setup.device)
+    return free + CONTEXT  # the question itself made this process allocate its CUDA context
 
 
-def _changes(options: Options, length: int) -> Iterator[dict[str, Any]]:
-    """Single options that would lower the peak, those that cost the least first."""
+def _changes(run: ResolvedRun) -> Iterator[dict[str, Any]]:
+    """Yields changes of a single option that would lower the peak, the least costly first."""
+    options = run.options
     if not options.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
-    if options.quantization == "none":
+    if not run.is_4bit:
         yield {"quantization": "nf4"}
-    if options.cuda_graphs is not False:
+    if run.graphs_asked_for:
         yield {"cuda_graphs": False}
-    if options.batch_size > 1:
+    if run.batching.batch_size > 1:
         yield {"batch_size": 1}
     for shorter in LENGTHS:
-        if shorter < length:
+        if shorter < run.batching.length:
             yield {"sequence_length": shorter}
     rank = options.expert_rank
     while rank > 1:
@@ -177,20 +143,20 @@ def _changes(options: Options, length: int) -> Iterator[dict[str, Any]]:
         yield {"expert_rank": rank}
 
 
-def _advice(plan: Plan, options: Options, config: Any, sizes: Sizes, device: torch.device) -> str:
+def _advice(plan: MemoryPlan, sizes: Sizes) -> str:
+    """Makes the text of the error for a run that does not fit: its memory, and a single option that makes it fit."""
     limit = plan.limit or 0
-    allowed = f"{_gib(limit)} {'are free' if options.memory_limit is None else 'is the --memory-limit'}"
-    begin = f"the run needs {_gib(plan.prediction.total + SLACK)} of GPU memory, {allowed}"
-    for change in _changes(options, plan.length):
-        length = change.get("sequence_length", plan.length)
-        other = _plan(dataclasses.replace(options, **change), config, sizes, device, length, plan.packing, plan.limit)
-        if other.prediction.total + SLACK <= limit:
+    allowed = f"{_gib(limit)} {'are free' if plan.run.options.memory_limit is None else 'is the --memory-limit'}"
+    begin = f"the run needs {_gib(plan.needed)} of GPU memory, but {allowed}"
+    for change in _changes(plan.run):
+        other = _plan(with_options(plan.run, **change), sizes, plan.limit)
+        if other.fits:
             ((name, value),) = change.items()
             switches = {True: flag(name), False: flag(name).replace("--", "--no-", 1)}
             words = switches[value] if isinstance(value, bool) else f"{flag(name)} {value}"
-            return f"{begin}; with {words} it would need {_gib(other.prediction.total + SLACK)}"
+            return f"{begin}; with {words} it would need {_gib(other.needed)}"
     largest = max(plan.prediction.parts.items(), key=lambda part: part[1])
-    return f"{begin}; no single option makes it fit, the largest part is {largest[0]}, {_gib(largest[1])}"
+    return f"{begin}; no single option makes it fit; the largest part is {largest[0]} with {_gib(largest[1])}"
 
 
 def _gib(size: int) -> str:

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a bar or lines on the terminal, and ``log.jsonl``."""
+"""Shows the progress of a run on the terminal, writes it to ``log.jsonl``, and ends the run after a signal."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from moe_fused.memory import GIB
 from moe_fused.staging import replace_file
 
-LOG = "log.jsonl"
-# Of what the trainer logs, by the names in log.jsonl.
+from .endings import writing
+from .output import LOG
+
+__all__ = ["LOG", "Log", "Stop", "memory_gib", "read_log"]
+
+# The entries of the trainer's records that are logged, with their names in log.jsonl.
 _LOGGED = {
     "loss": "loss",
     "grad_norm": "grad_norm",
@@ -30,7 +34,13 @@ _LOGGED = {
 
 
 def memory_gib(device: torch.device, graphs: bool) -> float | None:
-    """The most memory that tensors took on a GPU so far, or, with CUDA graphs, was kept for them; None on a CPU."""
+    """Returns the peak of GPU memory so far, in GiB, or None on a CPU.
+
+    Args:
+        device: The device of the run.
+        graphs: Whether the run has CUDA graphs. Graphs keep memory between their replays, so reserved memory is counted
+            instead of allocated memory.
+    """
     if device.type == "cpu":
         return None
     most = torch.accelerator.max_memory_reserved if graphs else torch.accelerator.max_memory_allocated
@@ -38,15 +48,19 @@ def memory_gib(device: torch.device, graphs: bool) -> float | None:
 
 
 class Log(TrainerCallback):
-    """Writes a line of log.jsonl for each record, and shows it.
+    """Writes each record of the trainer as a line of log.jsonl, and shows it on the console.
 
-    A run that goes on first takes back the lines after its checkpoint, which it will write again.
+    A resumed run first removes the lines after its checkpoint, because it writes them again.
 
     Args:
-        path: of log.jsonl.
-        console: for progress, a bar if it is a terminal, else a line for each record.
-        graphs: whether memory is kept for CUDA graphs.
-        tokens: how many tokens the trainer has gone through.
+        path: The path of log.jsonl.
+        console: The console that shows the progress: a terminal as a bar, anything else as a line for each record.
+        device: The device of the run.
+        graphs: Whether there are CUDA graphs.
+        tokens: Returns the number of tokens that the trainer has gone through.
+
+    Raises:
+        CannotWrite: A line cannot be written.
     """
 
     def __init__(
@@ -64,7 +78,8 @@ class Log(TrainerCallback):
     ) -> None:
         kept = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
         lines = [line for line in kept if _step_of(line) <= state.global_step] if state.global_step else []
-        replace_file(self._path, "".join(f"{line}\n" for line in lines).encode())
+        with writing(LOG):
+            replace_file(self._path, "".join(f"{line}\n" for line in lines).encode())
         self._last = (time.perf_counter(), self._tokens())
         self._first = (self._last[0], state.global_step)
         self._bar.start()
@@ -75,7 +90,7 @@ class Log(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs: dict[str, Any] = kwargs["logs"]
-        if "loss" not in logs:  # the summary at the end
+        if "loss" not in logs:  # this is the summary at the end
             return
         now, tokens = time.perf_counter(), self._tokens()
         rate = (tokens - self._last[1]) / (now - self._last[0])
@@ -86,7 +101,7 @@ class Log(TrainerCallback):
         record["tokens_per_second"] = round(rate, 1)
         if (memory := memory_gib(self._device, self._graphs)) is not None:
             record["memory_gib"] = round(memory, 3)
-        with self._path.open("a", encoding="utf-8") as file:
+        with writing(LOG), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         words = f"loss {record['loss']:.4f}, {rate:,.0f} tokens/s" + (f", {memory:.1f} GiB" if memory else "")
         self._bar.update(self._task, description=words)
@@ -101,12 +116,12 @@ class Log(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Ends the bar; an error ends the training without a callback."""
+        """Removes the bar. It is also called after errors, for which the trainer has no callback."""
         self._bar.stop()
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of log.jsonl; infinite for a line that a killed process did not finish."""
+    """Returns the step of a line of log.jsonl. The step is infinite if a killed process did not finish the line."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -114,15 +129,15 @@ def _step_of(line: str) -> float:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of log.jsonl."""
+    """Reads the records of log.jsonl."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 class Stop(TrainerCallback):
-    """Ends the training after the step during which a signal came, with a checkpoint.
+    """Ends the training after the step during which a signal came, and saves a checkpoint.
 
     Args:
-        received: the signal that came, or None.
+        received: Returns the signal that came, or None.
     """
 
     def __init__(self, received: Callable[[], int | None]) -> None:

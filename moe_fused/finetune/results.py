@@ -1,4 +1,4 @@
-"""What a run leaves behind: the adapter, its card and the plot of the loss."""
+"""The files that a run leaves: the adapter, its card and the plot of the loss."""
 
 from __future__ import annotations
 
@@ -6,18 +6,27 @@ import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_fused.signals import signals_ignored
 
-from .options import Options
+from .endings import writing
+from .output import ADAPTER_CONFIG, LOG
 from .progress import read_log
 
+if TYPE_CHECKING:
+    from .resolve import ResolvedRun
+
 CARD, PLOT = "README.md", "loss.png"
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def draw_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws the loss by steps, with its moving average, as a picture.
+
+    Args:
+        records: The records of the log.
+        path: Where the picture is written.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")  # without pyplot, which would look for a display
@@ -35,97 +44,52 @@ def draw_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _loading(options: Options, quantizes: bool) -> str:
-    """Python that loads the model as the run did, and the adapter."""
-    arguments = [f'"{options.model}"', f"dtype=torch.{options.dtype}", 'experts_implementation="moe_fused"']
-    if options.revision is not None:
-        arguments.insert(1, f'revision="{options.revision}"')
-    imports, quantization = "AutoModelForCausalLM", ""
-    if quantizes:
-        imports += ", BitsAndBytesConfig"
-        arguments.append("quantization_config=quantization")
-        quantization = f"""quantization = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="{options.quantization}",
-    bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=torch.{options.dtype},
-)
-"""
-    given = "".join(f"    {argument},\n" for argument in arguments)
-    return f"""import moe_fused
-import torch
-from peft import PeftModel
-from transformers import {imports}
+def write_results(model: Any, tokenizer: Any, run: ResolvedRun, text: str) -> None:
+    """Writes the adapter and the files beside it to the output directory.
 
-moe_fused.enable()
-{quantization}model = AutoModelForCausalLM.from_pretrained(
-{given})
-model = PeftModel.from_pretrained(model, "DIRECTORY OF THIS ADAPTER")"""
-
-
-def card(options: Options, facts: dict[str, str], quantizes: bool) -> str:
-    """The model card: what was trained on what, in which way, and how to load it.
+    All files are first written elsewhere and then moved. ``adapter_config.json``, which PEFT looks for first, is moved
+    last: whenever the process ends, an adapter that can be loaded is whole.
 
     Args:
-        options: of the run, with nothing left open.
-        facts: what else the card says of it.
-        quantizes: whether the model is quantized while it is loaded.
+        model: PEFT's model, with the trained adapters.
+        tokenizer: The tokenizer of the run.
+        run: The record of the run.
+        text: The text of the model card.
+
+    Raises:
+        CannotWrite: Writing failed, as on a full disk. An adapter that was there before is whole or gone.
     """
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    is_hub_id = not Path(options.dataset).exists()
-    metadata = ["library_name: peft", f"base_model: {options.model}"]
-    metadata += [f"datasets:\n- {options.dataset}"] if is_hub_id else []
-    metadata += ["pipeline_tag: text-generation", "tags:\n- lora\n- moe-fused"]
-    head = "\n".join(metadata)
-    return f"""---
-{head}
----
-
-# Adapter for {options.model}
-
-Trained by `moe-fused finetune`; every option is in `finetune.yaml`, every step in `log.jsonl`.
-
-| | |
-|---|---|
-{rows}
-
-![loss](loss.png)
-
-```python
-{_loading(options, quantizes)}
-```
-"""
-
-
-def export(source: Path, target: Path, options: Options) -> None:
-    """Writes an adapter in the layout that was asked for, as ``moe-fused convert adapter`` does."""
-    from moe_fused.checkpoints.adapters import Layout
-    from moe_fused.checkpoints.adapters.convert import convert_adapter
-
-    convert_adapter(source, target, to=Layout(options.export), given=Layout.PEFT_FUSED)
-
-
-def write_results(model: Any, tokenizer: Any, options: Options, text: str, log: Path) -> None:
-    """Writes the adapter and what goes with it to the output directory; ``text`` is its card.
-
-    Everything is made elsewhere first and then moved, what PEFT looks for first as the last: whenever the process ends, an
-    adapter that can be loaded is whole.
-    """
-    output = options.output_directory
-    staging = output / f".adapter-{secrets.token_hex(4)}.partial"
+    staging = run.output / f".adapter-{secrets.token_hex(4)}.partial"
     try:
-        model.save_pretrained(str(staging))
-        if options.export != "none":
-            export(staging, staging / options.export, options)
-        tokenizer.save_pretrained(str(staging))
-        draw_loss(read_log(log), staging / PLOT)
-        (staging / CARD).write_text(text, encoding="utf-8")
-        with signals_ignored():
-            (output / ADAPTER_CONFIG).unlink(missing_ok=True)
-            for path in sorted(staging.iterdir(), key=lambda path: path.name == ADAPTER_CONFIG):
-                if path.is_dir():
-                    shutil.rmtree(output / path.name, ignore_errors=True)
-                path.replace(output / path.name)
+        with writing("the adapter"):
+            _write_files(model, tokenizer, run, text, staging)
+            with signals_ignored():
+                _publish(staging, run.output)
     finally:
         with signals_ignored():
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_files(model: Any, tokenizer: Any, run: ResolvedRun, text: str, directory: Path) -> None:
+    model.save_pretrained(str(directory))
+    if run.options.export != "none":
+        _export(directory, directory / run.options.export)
+    tokenizer.save_pretrained(str(directory))
+    draw_loss(read_log(run.output / LOG), directory / PLOT)
+    (directory / CARD).write_text(text, encoding="utf-8")
+
+
+def _publish(staging: Path, output: Path) -> None:
+    (output / ADAPTER_CONFIG).unlink(missing_ok=True)
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == ADAPTER_CONFIG):
+        if path.is_dir():
+            shutil.rmtree(output / path.name, ignore_errors=True)
+        path.replace(output / path.name)
+
+
+def _export(source: Path, target: Path) -> None:
+    """Writes an adapter in the layout that ``target`` is named after, as ``moe-fused convert adapter`` does."""
+    from moe_fused.checkpoints.adapters import Layout
+    from moe_fused.checkpoints.adapters.convert import convert_adapter
+
+    convert_adapter(source, target, to=Layout(target.name), given=Layout.PEFT_FUSED)

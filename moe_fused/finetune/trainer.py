@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with checkpoints that are whole or absent, and an end at the first loss that is not finite."""
+"""Trains with TRL's SFTTrainer, writes checkpoints whole or not at all, and ends at a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -7,34 +7,84 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
+from transformers import PrinterCallback, TrainerCallback, TrainerState
+from transformers.trainer import SCALER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import sort_checkpoints
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from moe_fused.checkpoints.adapters.fits import check_saved
+from moe_fused.checkpoints.finite import not_finite
 from moe_fused.memory import LOSS_TILE_BESIDE_GRAPHS
-from moe_fused.staging import is_partial, staged_directory
+from moe_fused.staging import staged_directory
 
+from . import attention
+from .batches import Documents, Sequences, is_full, lengths_of
+from .checkpoints import CHECKPOINTS
+from .endings import CannotResume, NotFinite, resuming, writing
 from .graphs import GraphedDecoder
 from .host import queued, without_walks
-from .model import adapter_dtype, compute_dtype, optimizer_of
-from .options import Options
+from .model import apply_liger
 
-CHECKPOINTS = "checkpoints"
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .resolve import ResolvedRun
+
+
+def make_trainer(model: Any, tokenizer: Any, dataset: Dataset, run: ResolvedRun) -> Finetuner:
+    """Makes the trainer of a run.
+
+    Args:
+        model: PEFT's model with the adapters, on the device of the run.
+        tokenizer: The tokenizer of the run.
+        dataset: The sequences that ``data.prepare`` or ``data.fit`` returns. Training does not change them.
+        run: The record of the run.
+    """
+    base = model.get_base_model()
+    if run.liger:
+        apply_liger(base)
+    if run.maskless:
+        attention.use(base)
+    trainer = Finetuner(model, run, args=sft_config(run), train_dataset=dataset, processing_class=tokenizer)
+    batches: Any = trainer.train_dataset
+    if run.graphs:
+        trainer.shape = _shape(run, lengths_of(batches))
+    collate: Any = trainer.data_collator
+    size, padding = run.batching.batch_size, collate.pad_token_id
+    if run.batching.has_documents and run.maskless:
+        columns = None if trainer.shape is None else trainer.shape[1]
+        trainer.data_collator = Documents.of(collate, batches["seq_lengths"], size, columns, padding)
+    elif trainer.shape is not None:
+        trainer.data_collator = Sequences(collate, trainer.shape, padding)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _shape(run: ResolvedRun, lengths: list[int]) -> tuple[int, int] | None:
+    """Returns the shape of the batches that run as CUDA graphs, or None if too much of them would be padding.
+
+    Args:
+        run: The record of the run.
+        lengths: The number of tokens of each sequence.
+    """
+    if not run.graphs_asked_for and not is_full(lengths):
+        return None
+    size, tokens = run.batching.batch_size, max(lengths)
+    return (1, size * tokens) if run.batching.has_documents else (size, tokens)
 
 
 @contextlib.contextmanager
 def narrow_tiles() -> Iterator[None]:
-    """TRL's loss through an eighth of its tile of logits, 256 MiB, for which there is no room in the memory of graphs.
+    """Makes TRL's loss, within the block, use tiles with an eighth of the usual 256 MiB of logits.
 
-    TRL has no option for it.
+    CUDA graphs leave no room for larger tiles, and TRL has no option for their size.
     """
     places = ((chunked_logprob, "TOKEN_CHUNK_SIZE"), (trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE"))
     before = [getattr(module, name) for module, name in places]
@@ -48,48 +98,37 @@ def narrow_tiles() -> Iterator[None]:
 
 
 class _AllocateStates(TrainerCallback):
-    """Makes the optimizer's states before there are activations and gradients.
+    """Allocates the optimizer's states before there are activations and gradients.
 
-    Between those they would leave holes for good, which the graphs' memory cannot use: 190 MiB for Qwen3-30B-A3B.
+    States that are allocated among those would leave gaps in memory that graphs cannot use: 190 MiB for Qwen3-30B-A3B.
     """
 
     def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
-        optimizer = kwargs["optimizer"]  # of accelerate, around ours
+        optimizer = kwargs["optimizer"]  # accelerate's optimizer, which holds ours
         allocate = getattr(getattr(optimizer, "optimizer", optimizer), "allocate", None)
         if allocate is not None:
             allocate()
 
 
-class NotFinite(RuntimeError):
-    """A loss or a gradient that is not a number, or infinite."""
-
-
-def sft_config(
-    options: Options, device: torch.device, packing: str, length: int, accumulation: int, *, random: bool
-) -> SFTConfig:
-    """TRL's arguments for a run.
-
-    Args:
-        packing: not "auto".
-        length: of sequences.
-        accumulation: batches to a step.
-        random: whether recomputation must repeat random numbers.
-    """
-    dtype = compute_dtype(options, device)
-    # Weights and adapters of one dtype need no autocast, which costs time on the host at every operator.
-    mixed = dtype is not torch.float32 and adapter_dtype(options, device) is not dtype
-    checkpointing = {"use_reentrant": False, "preserve_rng_state": random}
+def sft_config(run: ResolvedRun) -> SFTConfig:
+    """Makes TRL's arguments for a run."""
+    options, batching = run.options, run.batching
+    # If weights and adapters have one dtype, autocast is not needed. It would cost host time at every operator.
+    mixed = run.dtype is not torch.float32 and run.adapter_dtype is not run.dtype
+    is_packed = batching.packing != "none"
+    checkpointing = {"use_reentrant": False, "preserve_rng_state": run.is_random}
     arguments = SFTConfig(
-        output_dir=str(options.output_directory / CHECKPOINTS),
-        use_cpu=device.type == "cpu",
-        bf16=mixed and dtype is torch.bfloat16,
-        fp16=mixed and dtype is torch.float16,
-        max_length=length,
-        packing=packing != "none",
-        packing_strategy=packing if packing != "none" else "bfd",
-        assistant_only_loss=options.assistant_only_loss,
-        per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=accumulation,
+        output_dir=str(run.output / CHECKPOINTS),
+        use_cpu=run.device.type == "cpu",
+        bf16=mixed and run.dtype is torch.bfloat16,
+        fp16=mixed and run.dtype is torch.float16,
+        max_length=batching.length,
+        packing=is_packed,
+        packing_strategy=batching.packing if is_packed else "bfd",
+        # The data set has labels already, see data.py.
+        dataset_kwargs={"skip_prepare_dataset": True},
+        per_device_train_batch_size=batching.batch_size,
+        gradient_accumulation_steps=batching.accumulation,
         num_train_epochs=options.epochs,
         max_steps=options.max_steps or -1,
         learning_rate=options.learning_rate,
@@ -97,7 +136,7 @@ def sft_config(
         warmup_steps=options.warmup,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
-        optim=optimizer_of(options, device),
+        optim=run.optimizer,
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs=checkpointing if options.gradient_checkpointing else None,
         router_aux_loss_coef=options.router_aux_loss,
@@ -105,34 +144,32 @@ def sft_config(
         save_strategy="steps",
         save_steps=options.save_steps,
         logging_steps=options.log_steps,
-        logging_nan_inf_filter=False,  # it would put an average in the place of a loss that is not finite
+        logging_nan_inf_filter=False,  # the filter would log an average instead of a loss that is not finite
         report_to="none",
         disable_tqdm=True,
     )
     if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # where several are visible, Trainer would replicate the model to all of them
+        arguments._n_gpu = 1  # Trainer would replicate the model to all GPUs that are visible
     return arguments
 
 
 class Finetuner(SFTTrainer):
-    """Trains adapters; see the module.
+    """Trains the adapters of a run with TRL's trainer.
 
     Args:
-        model: of PEFT.
-        options: of the run.
-        device: where the model is.
-        other arguments: SFTTrainer's.
+        model: PEFT's model with the adapters, on the device of the run.
+        run: The record of the run.
+        kwargs: SFTTrainer's own arguments.
 
     Attributes:
-        shape: of the batches that run as CUDA graphs; None runs everything eagerly.
-        graphs: of the decoder, while it trains.
+        shape: The shape of the batches that run as CUDA graphs. If it is None, everything runs eagerly.
+        graphs: The decoder with its graphs during the training, else None.
     """
 
-    def __init__(self, model: Any, options: Options, device: torch.device, **kwargs: Any) -> None:
-        self._options = options
+    def __init__(self, model: Any, run: ResolvedRun, **kwargs: Any) -> None:
+        self._resolved = run
         self.shape: tuple[int, int] | None = None
         self.graphs: GraphedDecoder | None = None
-        self._adapter_dtype = adapter_dtype(options, device)
         arguments = kwargs["args"]
         if "8bit" in arguments.optim or "paged" in arguments.optim:
             optimizer_class, optimizer_options = self.get_optimizer_cls_and_kwargs(arguments)
@@ -145,11 +182,14 @@ class Finetuner(SFTTrainer):
         self._take_adapters()
 
     def _take_adapters(self) -> None:
-        # TRL makes adapters of 4-bit models bf16 and PEFT makes loaded ones fp32, whatever they are to be.
-        # In place: those who were handed the list go on with it.
-        self._trained[:] = (own for own in self._base_model().parameters() if own.requires_grad)
+        """Lists the parameters that are trained, and casts them to the adapters' data type.
+
+        TRL casts the adapters of 4-bit models to bf16, and PEFT casts loaded adapters to fp32.
+        """
+        # The list is changed in place, because other objects hold it.
+        self._trained[:] = (parameter for parameter in self._base_model().parameters() if parameter.requires_grad)
         for parameter in self._trained:
-            parameter.data = parameter.data.to(self._adapter_dtype)
+            parameter.data = parameter.data.to(self._resolved.adapter_dtype)
 
     def _base_model(self) -> Any:
         model: Any = self.accelerator.unwrap_model(self.model)
@@ -157,12 +197,12 @@ class Finetuner(SFTTrainer):
 
     @property
     def tokens(self) -> int:
-        """Tokens that went through the model, in this process and those before."""
+        """The number of tokens that went through the model, including those before the run was resumed."""
         return int(self._total_train_tokens)
 
     @property
     def total_steps(self) -> int:
-        """Steps of the run, those before it was resumed included."""
+        """The number of steps of the run, including those before it was resumed."""
         if self.args.max_steps > 0:
             return int(self.args.max_steps)
         batches = len(self.get_train_dataloader())
@@ -172,43 +212,50 @@ class Finetuner(SFTTrainer):
         """Trains to the end, from the beginning or from a checkpoint.
 
         Raises:
-            NotFinite: see the class.
+            NotFinite: A loss, a gradient or a weight is not finite.
+            CannotResume: The checkpoint does not fit the run.
+            CannotWrite: A checkpoint or the log cannot be written.
+            CannotRecord: The decoder cannot run as CUDA graphs.
         """
         if checkpoint is not None:
+            if self.accelerator.scaler is not None and not (checkpoint / SCALER_NAME).is_file():
+                raise CannotResume(f"{checkpoint} lacks {SCALER_NAME}, the scale of the gradients in fp16")
             state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-            if state.global_step >= self.total_steps:  # Trainer would go one step too far
+            if state.global_step >= self.total_steps:  # Trainer would train for one more step
                 self.state, self._total_train_tokens = state, state.num_input_tokens_seen
                 self._load_from_checkpoint(str(checkpoint))
+                self.check_adapters()
                 return
         model: Any = self.model
         tiles: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self.shape is not None:
-            # What TRL's loss calls for hidden states.
+            # TRL's loss calls this module to get hidden states.
             self.graphs = GraphedDecoder(self._base_model().base_model, self.shape)
             tiles = narrow_tiles()
         try:
             with tiles, without_walks(model, self._trained):
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             self.check_finite()
+            self.check_adapters()
         finally:
             if self.graphs is not None:
                 self.graphs.close()
                 self.graphs = None
 
-    # Without walks through the model in each step.
+    # A step without walks through the model.
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """None, of a number that nobody reads and for which Trainer would count the model's parameters."""
+        """Returns 0. Nobody reads this number, and Trainer would count the model's parameters for it in each step."""
         return 0
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
-    # An end at what is not finite.
+    # The end at a value that is not finite.
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         result = super().compute_loss(*args, **kwargs)
-        # TRL has just waited for the forward, so this waits for nothing, nor does the norm of the step before.
+        # TRL has just waited for the forward pass, so reading the loss and the last step's norm does not wait again.
         self.check_finite()
         loss = result[0] if isinstance(result, tuple) else result
         if not math.isfinite(loss.item()):
@@ -226,6 +273,12 @@ class Finetuner(SFTTrainer):
         if norm is not None and self.accelerator.scaler is None and not math.isfinite(float(norm)):
             raise NotFinite(f"the gradient norm of step {self.state.global_step} is {float(norm)}")
 
+    def check_adapters(self) -> None:
+        """Raises NotFinite if a trained weight is NaN or infinite. It is called before weights are written."""
+        named = ((name, value) for name, value in self._base_model().named_parameters() if value.requires_grad)
+        if names := list(not_finite(named)):
+            raise NotFinite(f"{names[0]} holds NaN or infinite values after step {self.state.global_step}")
+
     # Whole checkpoints.
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -234,10 +287,16 @@ class Finetuner(SFTTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_finite()
+        self.check_adapters()
         self.state.num_input_tokens_seen = self.tokens
-        directory = self._options.output_directory / CHECKPOINTS
-        directory.mkdir(parents=True, exist_ok=True)
         name = f"checkpoint-{self.state.global_step}"
+        with writing(name):
+            self._save_whole(name, model, trial)
+
+    def _save_whole(self, name: str, model: nn.Module, trial: Any) -> None:
+        """Saves a checkpoint that appears whole or not at all, and removes the oldest ones."""
+        directory = self._resolved.output / CHECKPOINTS
+        directory.mkdir(parents=True, exist_ok=True)
         with staged_directory(directory / name, "checkpoint", _replaceable, needed_bytes=0) as staging:
             self._staging = staging
             try:
@@ -247,32 +306,24 @@ class Finetuner(SFTTrainer):
             for path in (staging / name).iterdir():
                 path.rename(staging / path.name)
             (staging / name).rmdir()
-        for old in map(Path, sort_checkpoints(str(directory))[: -self._options.keep_checkpoints]):
+        for old in map(Path, sort_checkpoints(str(directory))[: -self._resolved.options.keep_checkpoints]):
             aside = old.rename(old.with_name(f".{old.name}.partial"))
             shutil.rmtree(aside, ignore_errors=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """None for checkpoints: the card is written once, with the adapter."""
+        """Does nothing. Checkpoints have no card; the card is written once, with the adapter."""
 
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_checkpoint(*args, **kwargs)
-        self._take_adapters()  # others than before, if PEFT had them in another dtype
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        with resuming():
+            # PEFT only reports tensors that are missing, and Trainer ignores the report.
+            check_saved(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        self._take_adapters()  # because PEFT makes new parameters if the checkpoint has another dtype
 
     def _load_callback_state(self) -> None:
         super()._load_callback_state()
-        self._total_train_tokens = self.state.num_input_tokens_seen  # TRL would count from 0
+        self._total_train_tokens = self.state.num_input_tokens_seen  # otherwise TRL counts from 0
 
 
 def _replaceable(target: Path) -> None:
-    """Any checkpoint may be replaced by one of the same step."""
-
-
-def last_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint of a run; removes what was left behind by one that was killed while it saved."""
-    directory = output / CHECKPOINTS
-    if not directory.is_dir():
-        return None
-    for path in filter(is_partial, list(directory.iterdir())):
-        shutil.rmtree(path, ignore_errors=True)
-    last = get_last_checkpoint(str(directory))
-    return None if last is None else Path(last)
+    """Does nothing, because a checkpoint may always be replaced by one of the same step."""

@@ -1,1 +1,1 @@
-"""``moe-fused tune``: the search, the table it writes, and what it times on a GPU."""
+"""``moe-fused tune``: the searches, the table that it writes, and what it times on a GPU."""

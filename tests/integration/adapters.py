@@ -73,7 +73,7 @@ def peft_adapter(directory: Path, **options: Any) -> tuple[Path, Tensor]:
 
 
 def peft_logits(directory: Path) -> Tensor:
-    """Of the adapter as stock PEFT loads it."""
+    """Logits of a small Qwen3-MoE with the adapter in ``directory``, as stock PEFT loads it."""
     model = PeftModel.from_pretrained(QWEN3_MOE.build(), directory)
     with torch.no_grad():
         return model.eval()(tokens()).logits
@@ -86,7 +86,7 @@ def per_expert_adapter(
     dtype: torch.dtype = torch.float32,
     **config: Any,
 ) -> Path:
-    """An adapter as PEFT under Transformers 4 saved it: of every expert's projections and of attention.
+    """An adapter of every expert's projections and of attention, as PEFT saved it under Transformers 4.
 
     Args:
         shared: whether gate and up have the same A.
@@ -101,11 +101,11 @@ def per_expert_adapter(
         tensors[f"{attention}.lora_A.weight"] = torch.randn(rank, HIDDEN, dtype=dtype) * 0.2
         tensors[f"{attention}.lora_B.weight"] = torch.randn(32, rank, dtype=dtype) * 0.2
         for expert in range(EXPERTS):
-            for projection, own in ranks.items():
+            for projection, projection_rank in ranks.items():
                 module = f"{PREFIX}.{layer}.mlp.experts.{expert}.{projection}_proj"
                 outs, ins = SIZES[projection]
-                tensors[f"{module}.lora_A.weight"] = torch.randn(own, ins, dtype=dtype) * 0.2
-                tensors[f"{module}.lora_B.weight"] = torch.randn(outs, own, dtype=dtype) * 0.2
+                tensors[f"{module}.lora_A.weight"] = torch.randn(projection_rank, ins, dtype=dtype) * 0.2
+                tensors[f"{module}.lora_B.weight"] = torch.randn(outs, projection_rank, dtype=dtype) * 0.2
                 if shared and projection == "up":
                     gate = tensors[f"{module.replace('up_proj', 'gate_proj')}.lora_A.weight"]
                     tensors[f"{module}.lora_A.weight"] = gate.clone()
@@ -120,7 +120,7 @@ def per_expert_adapter(
 
 
 def _effective(config: Config, name: str, option: str, pattern: str) -> float:
-    """What PEFT's patterns give to a module."""
+    """The value of ``option`` that PEFT's ``pattern`` gives to a module."""
     for key, value in (config.get(pattern) or {}).items():
         if re.match(rf"(.*\.)?({key})$", name):
             return float(value)
@@ -134,7 +134,7 @@ def scaling(config: Config, name: str) -> float:
 
 
 def _fused_formula(layout: Layout) -> Callable[[Tensor, Tensor, int], Tensor]:
-    """(E, out, in) from lora_A and lora_B, as the library that trains in that layout computes it."""
+    """The function that makes (E, out, in) of lora_A and lora_B, as the library that trains in that layout does."""
 
     def delta(a: Tensor, b: Tensor, experts: int) -> Tensor:
         stack_a = a.reshape(experts, -1, a.shape[1])

@@ -16,6 +16,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 STEPS = 8
-# Of the runs that are compared with each other: a checkpoint every other step, dropout that a resumed run must repeat.
+# Options of the runs that are compared: a checkpoint every other step, and dropout that a resumed run must repeat.
 OPTIONS = (
     "--sequence-length", "64", "--gradient-accumulation", "1", "--max-steps", str(STEPS), "--save-steps", "2",
     "--learning-rate", "0.01", "--lora-dropout", "0.1", "--seed", "3",
@@ -112,11 +114,16 @@ def save_model(path: Path) -> Path:
     build(
         vocab_size=272, num_hidden_layers=1, num_experts=4, num_experts_per_tok=2, max_position_embeddings=128
     ).save_pretrained(path)
+    save_tokenizer(path)
+    return path
+
+
+def save_tokenizer(path: Path) -> None:
+    """A tokenizer of bytes with a chat template."""
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "<|pad|>"})
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(path)
-    return path
 
 
 def chats(number: int = 24) -> list[dict[str, Any]]:
@@ -145,16 +152,31 @@ def losses(output: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in records}
 
 
-def wait_for_step(command: Command, output: Path, step: int) -> None:
-    """Returns once the log has ``step``."""
-    log = output / "log.jsonl"
-    for _ in range(1200):
-        if log.exists() and log.read_text(encoding="utf-8").count("\n") >= step:
-            return
-        if command.process.exitcode is not None:
-            break
-        time.sleep(0.05)
-    pytest.fail(f"no step {step}: {command.end()}")
+def finetune_signalled(signum: int, step: int, *arguments: str | Path, cwd: Path) -> Ended:
+    """Runs ``finetune``, which receives ``signum`` in training step ``step`` however fast the machine is."""
+    ours, theirs = multiprocessing.Pipe()
+    command = Command("finetune", *arguments, cwd=cwd, before=partial(_pause_in_step, step, theirs))
+    while not ours.poll(0.1):
+        assert command.process.exitcode is None, command.end()
+    ours.recv()
+    command.signal(signum)
+    ours.send("go on")
+    return command.end()
+
+
+def _pause_in_step(step: int, connection: Connection) -> None:
+    """Training waits for the test at the beginning of ``step``. This runs in the process of the command."""
+    from moe_fused.finetune.trainer import Finetuner
+
+    train = Finetuner.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step - 1:
+            connection.send(step)
+            connection.recv()
+        return train(self, *args, **kwargs)
+
+    Finetuner.training_step = training_step  # type: ignore[method-assign]
 
 
 def assert_error(ended: Ended, *words: str, status: int = 1) -> None:

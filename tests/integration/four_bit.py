@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 import moe_fused
-from moe_fused.quantizer import packed_modules, projections_of
+from moe_fused.integrations.quantizer.packed_experts import packed_modules
+from moe_fused.integrations.transformers.experts_module import projections_of
+from tests.bits import dequantize_4bit
 
 from .conftest import DEVICE
 from .models import MODELS, QWEN3_MOE, ModelCase, tokens
@@ -32,21 +35,19 @@ BY_ID = {case.id: case for case in MODELS}
 MIXTRAL = ModelCase(
     "mixtral", "", "MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 6, "intermediate_size": 32}
 )
-NEMOTRON_H = ModelCase(
-    "nemotron_h",
-    "experts without a gate",
-    "NemotronHForCausalLM",
-    "NemotronHConfig",
-    {
-        "layers_block_type": ["moe", "moe"],
-        "n_routed_experts": 6,
-        "n_shared_experts": 1,
-        "moe_shared_expert_intermediate_size": 32,
-        "mamba_num_heads": 4,
-        "mamba_head_dim": 16,
-        "n_groups": 2,
-    },
-)
+NEMOTRON_H = BY_ID["nemotron_h"]
+
+
+def fitting(case: ModelCase) -> ModelCase:
+    """``case`` for the sizes of ``build``, whose heads are wider."""
+    options = dict(case.options)
+    if options.get("head_dim", 8) != 8:
+        del options["head_dim"]
+    return dataclasses.replace(case, options=options)
+
+
+# Every family in the tests, with experts that fit 4 bits.
+FOUR_BIT = tuple(map(fitting, MODELS))
 
 
 def config(**options: Any) -> BitsAndBytesConfig:
@@ -70,9 +71,9 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 def packed(model: nn.Module) -> dict[str, Any]:
     """The packed weights of all experts by the name of their parameter."""
-    of_module = moe_fused.get_kernel().Packed4bitWeights.of_module
+    weights_of = moe_fused.get_kernel().modules.weights_of
     return {
-        f"{path}.{name}": of_module(module, name)
+        f"{path}.{name}": weights_of(module, name)
         for path, module in packed_modules(model)
         for name in projections_of(module)
     }
@@ -107,7 +108,7 @@ def quantize(weight: Tensor, **options: Any) -> tuple[Tensor, Any]:
 
 def through_4bit(weight: Tensor, **options: Any) -> Tensor:
     """What bitsandbytes makes of a matrix on the way into 4 bits and back."""
-    result: Tensor = bnb.dequantize_4bit(*quantize(weight, **options))
+    result = dequantize_4bit(*quantize(weight, **options))
     return result.cpu()
 
 

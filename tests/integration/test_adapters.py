@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -81,27 +82,29 @@ def test_exports_of_pefts_adapters_have_their_logits(name: str, made: Made, tmp_
     plan = convert_adapter(
         source, tmp_path / "export", to=Layout.PER_EXPERT, given=Layout.PEFT_FUSED, widen=widened(options)
     )
-    # Our own truth for the layouts that no installed library reads is worth what it says of those that PEFT reads.
-    same_function((source, Layout.PEFT_FUSED), (tmp_path / "export", Layout.PER_EXPERT))
-    if options.get("target_parameters") == BOTH[:1]:
-        # Stock PEFT looks for gate and up where they are if down is adapted, too, and finds nothing.
-        assert any("down_proj" in note for note in plan.notes)
-        with pytest.warns(UserWarning, match="missing adapter keys"):
-            peft_logits(tmp_path / "export")
-    else:
-        assert not any("down_proj" in note for note in plan.notes)
-        torch.testing.assert_close(peft_logits(tmp_path / "export"), logits, rtol=1e-4, atol=1e-4)
+    # ``deltas`` is our own formula. PEFT reads this layout, so PEFT's logits below check the formula, too.
+    truth, exported = deltas(source, Layout.PEFT_FUSED), deltas(tmp_path / "export", Layout.PER_EXPERT)
+    for layer, projection in itertools.product(range(2), ("gate_proj", "up_proj", "down_proj")):
+        delta = exported.pop(f"{layer}.{projection}")
+        # Other tools read the three only together, so what is not adapted has factors of zeros.
+        torch.testing.assert_close(delta, truth.pop(f"{layer}.{projection}", torch.zeros_like(delta)))
+    assert not exported
+    assert not truth
+    partial = len(options.get("target_parameters", BOTH)) == 1
+    assert any("get factors of zeros" in note for note in plan.notes) == partial
+    assert any("lm_head.weight is no LoRA" in note for note in plan.notes) == ("modules_to_save" not in options)
+    torch.testing.assert_close(peft_logits(tmp_path / "export"), logits, rtol=1e-4, atol=1e-4)
     config = read(tmp_path / "export")[1]
     assert config["lora_alpha"] == config["r"] == max(tensor.shape[0] for tensor in lora_a(tmp_path / "export"))
     assert not config["use_rslora"]
-    # One rank, for readers that divide alpha by a tensor's own.
+    # All tensors have one rank, because some readers divide alpha by the rank of each tensor.
     assert {tensor.shape[0] for tensor in lora_a(tmp_path / "export")} == {config["r"]}
     convert_adapter(tmp_path / "export", tmp_path / "back", to=Layout.PEFT_FUSED)
     torch.testing.assert_close(peft_logits(tmp_path / "back"), logits, rtol=1e-4, atol=1e-4)
 
 
 def widened(options: dict[str, Any]) -> bool:
-    """Whether PEFT itself has taken gate and up for targets of their own, and trains both with twice the rank."""
+    """Whether PEFT takes gate and up for separate targets under these options, and doubles their rank."""
     return options.get("target_modules") == "all-linear"
 
 
@@ -153,7 +156,10 @@ def test_there_and_back_from_per_expert(shared: bool, to: Layout, tmp_path: Path
 
 @pytest.mark.parametrize("rslora", [False, True], ids=["LoRA", "rsLoRA"])
 def test_widened_as_peft_does_it(rslora: bool, tmp_path: Path) -> None:
-    """PEFT loads per-expert adapters by the same conversion, wrong by √2 in the scaling of rsLoRA."""
+    """``widen`` makes the tensors that PEFT makes when it loads a per-expert adapter.
+
+    With rsLoRA, PEFT's scaling is off by √2.
+    """
     source = per_expert_adapter(tmp_path / "source", use_rslora=rslora)
     convert_adapter(source, tmp_path / "fused", to=Layout.PEFT_FUSED, widen=True)
     same_function((source, Layout.PER_EXPERT), (tmp_path / "fused", Layout.PEFT_FUSED))
@@ -163,7 +169,7 @@ def test_widened_as_peft_does_it(rslora: bool, tmp_path: Path) -> None:
         torch.testing.assert_close(peft_logits(tmp_path / "fused"), peft_logits(source), rtol=1e-5, atol=1e-5)
     convert_adapter(loaded, tmp_path / "back", to=Layout.PER_EXPERT, given=Layout.PEFT_FUSED, scaling=KEEP)
     assert same_tensors(source, tmp_path / "back")
-    # What PEFT's file computes is kept, √2 and all.
+    # Converting back keeps what PEFT's file computes, with the factor of √2.
     same_function((loaded, Layout.PEFT_FUSED), (tmp_path / "back", Layout.PER_EXPERT))
 
 
@@ -219,7 +225,10 @@ def test_one_of_gate_and_up(only: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("widened", [False, True])
 def test_examples_of_the_original(widened: bool, tmp_path: Path) -> None:
-    """Its README gives experts a smaller rank than attention, under rsLoRA."""
+    """Adapters like those in the original project's README convert.
+
+    Under rsLoRA, experts have a smaller rank than attention.
+    """
     source = per_expert_adapter(
         tmp_path / "source",
         not widened,
@@ -244,7 +253,7 @@ def test_examples_of_the_original(widened: bool, tmp_path: Path) -> None:
 
 
 def test_gpt_oss(tmp_path: Path) -> None:
-    """Its inverted adapters become straight ones; the layout of its gate and up does not matter for that."""
+    """Inverted adapters of gpt-oss become PEFT's and come back. No layout with separate gate and up can hold them."""
     torch.manual_seed(4)
     experts = f"{PREFIX}.0.mlp.experts"
     tensors = {
@@ -270,14 +279,14 @@ def test_gpt_oss(tmp_path: Path) -> None:
 def test_shared_expert_stays_and_is_targeted_by_its_own_name(tmp_path: Path) -> None:
     source = per_expert_adapter(tmp_path / "source", shared=True)
     tensors, config = read(source)
-    own = {
+    shared_expert = {
         f"{PREFIX}.0.mlp.shared_expert.down_proj.lora_A.weight": torch.randn(4, INTERMEDIATE),
         f"{PREFIX}.0.mlp.shared_expert.down_proj.lora_B.weight": torch.randn(HIDDEN, 4),
     }
-    source = write(tmp_path / "more", tensors | own, config)
+    source = write(tmp_path / "more", tensors | shared_expert, config)
     convert_adapter(source, tmp_path / "fused", to=Layout.PEFT_FUSED)
     tensors, config = read(tmp_path / "fused")
-    assert all(torch.equal(tensors[key], tensor) for key, tensor in own.items())
+    assert all(torch.equal(tensors[key], tensor) for key, tensor in shared_expert.items())
     assert config["target_modules"] == ["q_proj", "shared_expert.down_proj"]
     assert config["target_parameters"] == sorted(BOTH)
     convert_adapter(tmp_path / "fused", tmp_path / "back", to=Layout.PER_EXPERT, scaling=KEEP)

@@ -294,7 +294,7 @@ def test_original_of_other_ranks(source: Path, tmp_path: Path) -> None:
     key = f"{PREFIX}.1.mlp.up_proj.lora_B.weight"
     for tensor in (torch.ones(6, 12, 3), torch.ones(5, 12, 4)):
         adapter = changed(tmp_path / "original", _replace(key, tensor))
-        with pytest.raises(ValueError, match=r"1\.mlp\.up_proj\.lora_B\.weight .*needed is \(6, out, 4\)"):
+        with pytest.raises(ValueError, match=r"1\.mlp\.up_proj\.lora_B\.weight .*but needs \(6, out, 4\)"):
             convert_adapter(adapter, tmp_path / "out", to=Layout.PER_EXPERT)
         for path in adapter.iterdir():
             path.unlink()
@@ -373,7 +373,7 @@ def test_one_line_and_nothing_done(
         (lambda path: (path / WEIGHTS).unlink(), f"has no {WEIGHTS}"),
         (lambda path: (path / WEIGHTS).rename(path / "adapter_model.bin"), "only safetensors are read"),
         (lambda path: (path / WEIGHTS).write_bytes(b"\x00" * 9), WEIGHTS),
-        (lambda path: (path / "adapter_config.json").write_text("{"), "is not JSON"),
+        (lambda path: (path / "adapter_config.json").write_text("{"), "must be JSON"),
     ],
     ids=["no weights", "pickled", "broken weights", "broken config"],
 )

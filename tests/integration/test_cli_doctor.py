@@ -81,7 +81,7 @@ def test_a_needed_package_is_missing(
     ended = command("doctor")
     assert ended.status == 1
     assert f"!!  {package}: not installed" in ended.stdout
-    assert f"pip install {package}" in ended.stdout
+    assert f"pip install '{package}" in ended.stdout
     assert "1 problem, marked !!" in ended.stdout
     assert not ended.stderr
 
@@ -107,11 +107,25 @@ def test_packages_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert checks["self-test"].found == "left out until the packages fit"
 
 
-def test_minima_are_those_of_the_distribution() -> None:
-    text = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
-    for package, (needed, _) in hub.OPTIONAL.items():
-        asked = set(re.findall(rf'"{package}(>=[\d.]+)', text))
-        assert asked <= {needed}, package
+def test_a_transformers_that_is_too_new(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is advised can be installed: not the kernels that such a Transformers asks for."""
+    version = hub.version
+    monkeypatch.setattr(hub, "version", lambda name: "5.24.0" if name == "transformers" else version(name))
+    monkeypatch.setattr(hub, "get_kernel", hub.get_kernel.__wrapped__)  # without the cache
+    ended = command("doctor")
+    assert ended.status == 1
+    assert "!!  transformers: 5.24.0" in ended.stdout
+    said = " ".join(ended.stdout.split())
+    assert "pip install 'transformers[kernels]>=5.17,<5.23'. Use transformers<5.23 until moe_fused takes" in said
+    assert "kernels>=0.18" not in said
+
+
+def test_what_is_too_new_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = hub.version
+    monkeypatch.setattr(hub, "version", lambda name: "1.17.0" if name == "trl" else version(name))
+    (check,) = found("trl")
+    assert check.status is Status.PROBLEM
+    assert check.advice == "fine-tuning needs trl>=1.16,<1.17: pip install 'trl>=1.16,<1.17'"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("libfoo.so: cannot open\nshared object"), ImportError("no symbol")])
@@ -142,6 +156,17 @@ def test_no_build(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: A
     assert ended.status == 1
     assert "no kernel build in" in ended.stdout
     assert "make build" in ended.stdout
+
+
+@pytest.mark.parametrize("value", ["foo", "", "org/other=/path:", "{repository}=/nowhere/at/all"])
+def test_local_kernels_that_cannot_be_used(value: str, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_KERNELS", value.format(repository=hub.KernelSource.find().repo_id))
+    monkeypatch.setattr(hub, "get_kernel", hub.get_kernel.__wrapped__)  # without the cache
+    ended = command("doctor")
+    assert ended.status == 1
+    assert "!!  kernel: " in ended.stdout
+    assert "unset LOCAL_KERNELS, or correct it" in ended.stdout
+    assert "reinstall" not in ended.stdout
 
 
 # The GPU, which there need not be.
@@ -180,7 +205,7 @@ def test_a_gpu_that_the_kernels_do_not_run_on(kernel: ModuleType, monkeypatch: p
     def refuse(*_: object) -> None:
         raise RuntimeError("T4 has compute capability 7.5: 8.0 (Ampere) or newer is needed")
 
-    monkeypatch.setattr(kernel.backend, "backend_for", refuse)
+    monkeypatch.setattr(hub.submodule(kernel, "stages"), "backend_for", refuse)
     (check,) = diagnosis._path(kernel)
     assert (check.status, check.found) == (
         Status.PROBLEM,
@@ -203,6 +228,43 @@ def test_configurations_of_a_gpu(kernel: ModuleType, monkeypatch: pytest.MonkeyP
     (check,) = diagnosis._guarded("configurations", lambda: diagnosis._configurations(kernel))
     assert check.status is Status.PROBLEM
     assert "the table must be an object" in check.found
+
+
+def test_configurations_without_a_gpu(
+    kernel: ModuleType, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setattr(diagnosis, "_device", lambda: torch.device("cpu"))
+    monkeypatch.delenv("MOE_FUSED_CONFIGS", raising=False)
+    assert list(diagnosis._configurations(kernel)) == []
+    monkeypatch.setenv("MOE_FUSED_CONFIGS", str(tmp_path))
+    (check,) = diagnosis._configurations(kernel)
+    assert (check.status, check.found) == (Status.OK, f"no tables in {tmp_path}; without a GPU none is used")
+    (tmp_path / "sm_90.json").write_text('{"gemv_slots": 8}')
+    (check,) = diagnosis._configurations(kernel)
+    assert check.found == f"measured: {tmp_path / 'sm_90.json'}; without a GPU none is used"
+    (tmp_path / "sm_80.json").write_text("[]")
+    ended = command("doctor")
+    assert ended.status == 1
+    assert f"!!  configurations: {tmp_path / 'sm_80.json'}: the table must be an object" in ended.stdout
+    monkeypatch.setenv("MOE_FUSED_CONFIGS", str(tmp_path / "nowhere"))
+    ended = command("doctor")
+    assert ended.status == 1
+    assert "!!  configurations: MOE_FUSED_CONFIGS must be a directory with tables" in ended.stdout
+
+
+@pytest.mark.parametrize("path, cost", [("run", "20 µs"), ("ordinary", "50 µs"), ("direct", "")])
+def test_launches_that_take_longer(path: str, cost: str, kernel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    launcher = hub.submodule(kernel, "stages.triton.launcher")
+    monkeypatch.setattr(launcher, "launch_path", lambda: launcher.LaunchPath(path, "this Triton is another"))
+    assert list(diagnosis._launches(kernel)) == [], "nothing is launched on a CPU"
+    monkeypatch.setattr(diagnosis, "_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(hub.submodule(kernel, "stages"), "backend_for", lambda *_: None)
+    checks = list(diagnosis._launches(kernel))
+    assert [check.status for check in checks] == ([Status.OK] if cost else [])
+    for check in checks:
+        assert check.found.startswith(f"slower by some {cost} of host time for each ")
+        assert check.found.endswith(": this Triton is another")
 
 
 # The self-test.
@@ -252,6 +314,20 @@ def test_help_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=False).returncode == 0
 
 
+def test_version(command: Command) -> None:
+    ended = command("--version")
+    assert (ended.status, ended.stdout, ended.stderr) == (0, f"moe-fused {moe_fused.__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments, names", [((), ("finetune", "doctor")), (("convert",), ("adapter", "optimizer"))])
+def test_no_command_shows_the_help(arguments: tuple[str, ...], names: tuple[str, ...], command: Command) -> None:
+    ended = command(*arguments)
+    assert ended.status in (0, 2)  # typer's version decides, and about the stream
+    for name in names:
+        assert f"\n  {name} " in ended.stdout + ended.stderr
+    assert "error" not in ended.stderr.partition("\n")[0]
+
+
 def test_every_command_has_help(command: Command) -> None:
     names = ("convert", "generate", "quantize", "merge", "doctor", "tune", "bench")
     overview = command("--help")
@@ -262,3 +338,6 @@ def test_every_command_has_help(command: Command) -> None:
         assert ended.status == 0
         assert f"{name} [OPTIONS]" in ended.stdout
         assert not ended.stderr
+    for conversion in ("adapter", "model", "optimizer"):
+        shown = " ".join(command("convert", conversion, "--help").stdout.split())
+        assert re.search(r"\[OPTIONS\] \{?SOURCE\}? \{?TARGET\}? ", shown)  # typer's version decides about braces

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_fused
-from moe_fused.quantizer import packed_modules
+from moe_fused.integrations.quantizer.packed_experts import packed_modules
 from tests.support import REPOSITORY, python_path
 
 from .adapters import peft_logits, per_expert_adapter
@@ -37,9 +37,9 @@ EXPERTS = {
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense float32 model with a tokenizer, a chat template and a generation config."""
     path = tmp_path_factory.mktemp("cli") / "model"
-    own = build(dtype=torch.float32, use_cache=True)
-    own.generation_config.update(do_sample=False, eos_token_id=None, max_length=None, pad_token_id=0)
-    own.save_pretrained(path)
+    built = build(dtype=torch.float32, use_cache=True)
+    built.generation_config.update(do_sample=False, eos_token_id=None, max_length=None, pad_token_id=0)
+    built.save_pretrained(path)
     save_tokenizer(path)
     (path / "README.md").write_text("about the model")
     (path / "LICENSE").write_text("terms")
@@ -60,7 +60,7 @@ def make_adapter(model: Path, path: Path, **options: object) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of attention only."""
+    """An adapter of attention only."""
     return make_adapter(model, tmp_path_factory.mktemp("cli") / "adapter", **ATTENTION)
 
 
@@ -99,7 +99,7 @@ def test_generates_what_the_model_says(model: Path, command: Command) -> None:
 
 
 def test_as_a_user_types_it(model: Path) -> None:
-    """In a process of its own, between pipes: nothing but the text on standard output."""
+    """The command in a process of its own prints nothing but the text on standard output."""
     ended = subprocess.run(
         [sys.executable, "-m", "moe_fused", "generate", model, "--no-chat", "--max-new-tokens", "4", "--device", "cpu"],
         input="w7 w8\n",
@@ -151,6 +151,20 @@ def test_generates_in_4bit(model: Path, command: Command, monkeypatch: pytest.Mo
     assert len(ended.stdout.split()) == 3
 
 
+def test_generates_as_much_as_there_is_room_for(model: Path, command: Command) -> None:
+    """By default it generates until the model's 64 positions are full."""
+    ended = command("generate", model, "--prompt", "w7", "--device", "cpu")
+    assert ended.status == 0, ended
+    assert "61 tokens in" in ended.stderr
+
+
+def test_an_adapter_of_a_run_that_has_not_ended(model: Path, tmp_path: Path, command: Command) -> None:
+    (tmp_path / "finetune.yaml").write_text("model: m")
+    ended = command("generate", model, "--adapter", tmp_path, "--prompt", "w7")
+    assert ended.status == 1
+    assert ended.error.endswith("has no adapter_config.json: its run has not ended, only its checkpoints can be used")
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
@@ -160,6 +174,7 @@ def test_generates_in_4bit(model: Path, command: Command, monkeypatch: pytest.Mo
         (["{model}", "--prompt", "w7", "--adapter", "{empty}"], "--adapter {empty} has no adapter_config.json"),
         (["{model}", "--prompt", "w7", "--device", "tpu9"], "--device tpu9 cannot be used here"),
         (["{model}", "--prompt", "w7", "--max-new-tokens", "99"], "at most 61 after a prompt of 3 tokens"),
+        (["{model}", "--prompt", "w7 " * 70], "at most 0 after a prompt of 72 tokens"),
         (["{model}", "--prompt", "w7", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["{model}", "--prompt", "w7", "--temperature", "-1"], "--temperature"),
         (["{model}", "--prompt", "w7", "--dtype", "int8"], "--dtype"),
@@ -186,6 +201,12 @@ def test_chat_needs_a_template(model: Path, tmp_path: Path, command: Command) ->
     assert command(*options).status == 0
 
 
+def test_generate_needs_a_tokenizer(tmp_path: Path, command: Command) -> None:
+    build(dtype=torch.float32).save_pretrained(tmp_path)
+    ended = command("generate", tmp_path, "--prompt", "w7", "--device", "cpu")
+    assert f"MODEL {tmp_path} has no tokenizer: tokenizer.json and the like are missing" in ended.error
+
+
 def test_no_prompt(model: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
@@ -194,7 +215,7 @@ def test_no_prompt(model: Path, command: Command, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_name_that_the_hub_does_not_have(command: Command) -> None:
-    """Or that cannot be asked for: no traceback, no page of advice."""
+    """A name that the Hub does not have, or that is no valid name, is an error in one line, without a traceback."""
     assert "MODEL nobody/nothing cannot be read" in command("generate", "nobody/nothing", "--prompt", "w7").error
 
 
@@ -300,11 +321,11 @@ def test_experts_that_cannot_be_packed(tmp_path: Path, command: Command) -> None
 
 @pytest.mark.parametrize("options", [ATTENTION, EXPERTS], ids=["attention", "experts"])
 def test_merges_into_a_dense_model(options: dict[str, object], model: Path, tmp_path: Path, command: Command) -> None:
-    own = make_adapter(model, tmp_path / "adapter", **options)
-    ended = command("merge", model, own, tmp_path / "out")
+    adapter = make_adapter(model, tmp_path / "adapter", **options)
+    ended = command("merge", model, adapter, tmp_path / "out")
     assert ended.status == 0, ended
     with torch.no_grad():
-        expected = PeftModel.from_pretrained(load(model), own)(tokens()).logits
+        expected = PeftModel.from_pretrained(load(model), adapter)(tokens()).logits
         merged = load(tmp_path / "out")
         torch.testing.assert_close(merged(tokens()).logits, expected, rtol=1e-4, atol=1e-4)
         assert (expected - logits(load(model))).abs().max() > 1e-2
@@ -314,14 +335,14 @@ def test_merges_into_a_dense_model(options: dict[str, object], model: Path, tmp_
 
 
 def test_merges_an_adapter_of_separate_experts(tmp_path: Path, command: Command) -> None:
-    """Whose names PEFT converts while loading."""
+    """An adapter with a matrix for each expert, whose names PEFT converts while loading, is merged."""
     QWEN3_MOE.build().save_pretrained(tmp_path / "model")
-    own = per_expert_adapter(tmp_path / "adapter", shared=True)
-    ended = command("merge", tmp_path / "model", own, tmp_path / "out")
+    adapter = per_expert_adapter(tmp_path / "adapter", shared=True)
+    ended = command("merge", tmp_path / "model", adapter, tmp_path / "out")
     assert ended.status == 0, ended
     with torch.no_grad():
         merged = load(tmp_path / "out")(tokens()).logits
-    torch.testing.assert_close(merged, peft_logits(own), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(merged, peft_logits(adapter), rtol=1e-4, atol=1e-4)
 
 
 def test_merges_into_what_4_bits_dequantize_to(
@@ -354,7 +375,7 @@ def test_merge_refuses(model: Path, adapter: Path, tmp_path: Path, command: Comm
     other = tmp_path / "other"
     build(dtype=torch.float32, num_hidden_layers=3).save_pretrained(other)
     target = tmp_path / "out"
-    # Without effect on the layer that it knows nothing of: not what anybody asked for.
+    # A merge would leave the layer that the adapter does not know as it was, which nobody asked for.
     ended = command("merge", other, adapter, target)
     assert f"ADAPTER {adapter} does not fit Qwen3MoeForCausalLM" in ended.error
     build(dtype=torch.float32, num_hidden_layers=1).save_pretrained(other)

@@ -78,15 +78,15 @@ DENSE: dict[str, tuple[Change, str]] = {
     ),
     "one expert too many": (
         lambda tensors: tensors.update({UP.replace(".3.", ".6."): tensors[UP].clone()}),
-        r"experts\.6\.up_proj\.weight is of expert 6, but .*gate_up_proj has 6",
+        r"experts\.6\.up_proj\.weight belongs to expert 6, but .*gate_up_proj has 6 experts",
     ),
     "unknown tensor of experts": (
         lambda tensors: tensors.update({UP.replace("weight", "weight_scale_inv"): torch.ones(1)}),
-        rf"{EXPERTS}\.3\.up_proj\.weight_scale_inv is of experts, but of none that Qwen3MoeForCausalLM has",
+        rf"{EXPERTS}\.3\.up_proj\.weight_scale_inv belongs to experts that Qwen3MoeForCausalLM does not have",
     ),
     "a layer that the model has not": (
         lambda tensors: tensors.update({UP.replace("layers.0", "layers.7"): tensors[UP].clone()}),
-        r"layers\.7\.mlp\.experts\.3\.up_proj\.weight is of experts, but of none that",
+        r"layers\.7\.mlp\.experts\.3\.up_proj\.weight belongs to experts that",
     ),
     "two layouts in two layers": (
         fuse_layer,
@@ -98,7 +98,7 @@ DENSE: dict[str, tuple[Change, str]] = {
     ),
     "4-bit unannounced": (
         lambda tensors: tensors.update({f"{UP}.absmax": torch.zeros(1)}),
-        rf"{UP}\.absmax is of 4-bit weights, but config.json has no quantization_config",
+        rf"{UP}\.absmax belongs to 4-bit weights, but config.json has no quantization_config",
     ),
 }
 
@@ -163,7 +163,8 @@ def test_a_module_half_in_4_bits(dense: Path, tmp_path: Path) -> None:
 def test_original_layout_of_double_quantization(v4: Path, tmp_path: Path) -> None:
     rewrite(v4, tmp_path / "v4", dict)
     refuse(
-        r"^model\.layers\.\d\.mlp\.experts\.\w+ cannot be written in the original project's layout: .* dequantize, or",
+        r"^model\.layers\.\d\.mlp\.experts\.\w+ cannot be written in the original project's layout: "
+        r".* give --dequantize or --to fused$",
         tmp_path / "v4",
         "original",
     )
@@ -177,7 +178,7 @@ def test_models_with_one_layout(tmp_path: Path) -> None:
     refuse(r"the original project's layout is for Qwen3-MoE, not for a GraniteMoe", tmp_path / "granitemoe", "original")
     values = config_of(tmp_path / "granitemoe") | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
     (tmp_path / "granitemoe" / "config.json").write_text(json.dumps(values), encoding="utf-8")
-    refuse(r"is of a Qwen3ForCausalLM, which has no experts that could be converted", tmp_path / "granitemoe")
+    refuse(r"holds a Qwen3ForCausalLM, which has no experts that could be converted", tmp_path / "granitemoe")
 
 
 # Files.
@@ -208,7 +209,8 @@ def test_files_of_the_source(dense: Path, tmp_path: Path) -> None:
     (source / "config.json").write_text('{"model_type": "unheard_of"}', encoding="utf-8")
     (source / "model.safetensors").write_bytes(data)
     refuse(
-        r"config\.json is of a model that Transformers does not know: architectures \[\], model_type unheard_of", source
+        r"config\.json describes a model that Transformers does not know: architectures \[\], model_type unheard_of",
+        source,
     )
     (source / "config.json").write_text("{", encoding="utf-8")
     refuse(r"config\.json must be JSON", source)
@@ -235,7 +237,7 @@ def test_targets(dense: Path, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     target.mkdir()
     (target / "thesis.txt").write_text("years of work", encoding="utf-8")
-    refuse(r"target exists: choose another path, or overwrite it", source, error=FileExistsError)
+    refuse(r"target exists: choose another path, or replace it with --overwrite", source, error=FileExistsError)
     refuse(r"target exists and has no config\.json, so that it is no", source, error=FileExistsError, overwrite=True)
     (target / "thesis.txt").unlink()
     convert_model(source, target, "fused")  # an empty directory is as good as none
@@ -329,6 +331,7 @@ print(json.dumps(growth))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_is_less_than_a_layer(tmp_path: Path) -> None:
     import moe_fused
@@ -348,6 +351,6 @@ def test_peak_memory_is_less_than_a_layer(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     growth = json.loads(result.stdout)
-    # Of a dense model a few megabytes at a time are in memory, of one in 4 bits a stack before and after.
+    # A dense model has a few megabytes in memory at a time, one in 4 bits a stack before and after.
     assert max(value for name, value in growth.items() if "4-bit" not in name) < layer / 2, f"{growth}, a layer {layer}"
     assert max(growth.values()) < layer, f"{growth}, a layer {layer}"

@@ -46,12 +46,12 @@ def transfer(state: dict[str, Tensor], model: nn.Module) -> None:
         if name in state:
             value.copy_(state[name])
         elif stack == "gate_up_proj":
-            for expert, own in enumerate(value):
+            for expert, matrix in enumerate(value):
                 gate, up = (state[f"{block}.experts.{expert}.{part}_proj.weight"] for part in ("gate", "up"))
-                own.copy_(torch.cat([gate, up]))
+                matrix.copy_(torch.cat([gate, up]))
         elif stack == "down_proj":
-            for expert, own in enumerate(value):
-                own.copy_(state[f"{block}.experts.{expert}.down_proj.weight"])
+            for expert, matrix in enumerate(value):
+                matrix.copy_(state[f"{block}.experts.{expert}.down_proj.weight"])
         else:
             number, leaf, _ = stack.split(".")
             whole = state[f"{block}.experts.{'down_proj' if leaf == 'down_proj' else 'gate_up_proj'}"][int(number)]
@@ -96,10 +96,10 @@ def test_a_run_goes_on_in_the_other_layout(apart: bool, kind: str, tmp_path: Pat
     transfer(other.state_dict(), again)
     for name, parameter in model.named_parameters():
         difference = (again.get_parameter(name) - parameter).abs()
-        # Where a sum's last bit decides between two codes of 8 bits, one step is another.
+        # With 8-bit moments, the last bit of a sum may decide between two codes, and so change a step.
         assert (difference > 2e-6).sum() <= (0 if cls is torch.optim.AdamW else 1e-3 * parameter.numel()), name
         assert difference.max() < 1e-3, name
-    # Without its state the run would be another one.
+    # Without the state the losses would be different.
     transfer(weights, other)
     assert train(other, adamw(other, cls, **settings), STEPS, STEPS) != pytest.approx(expected, abs=1e-4)
 
@@ -132,7 +132,10 @@ def _other_names(name: str, layout: str) -> list[str]:
 
 
 def test_every_element_is_where_its_weight_is(tmp_path: Path) -> None:
-    """The weights themselves as moments: what the converted state has for a parameter is the parameter."""
+    """Every element of a moment goes where its weight goes.
+
+    Moments are set to the weights, so they must equal them again.
+    """
     model = build(False)
     optimizer = adamw(model)
     for parameter in model.parameters():
@@ -153,7 +156,7 @@ def test_every_element_is_where_its_weight_is(tmp_path: Path) -> None:
         assert torch.equal(state["state"][number]["exp_avg"], weight), name
         assert torch.equal(state["state"][number]["exp_avg_sq"], weight.square()), name
     # torch counts in place: a counter for two parameters would count twice.
-    steps = [own["step"].data_ptr() for own in state["state"].values()]
+    steps = [entry["step"].data_ptr() for entry in state["state"].values()]
     assert len(set(steps)) == len(steps)
 
 
@@ -197,7 +200,7 @@ def test_blocks(options: dict[str, int], requantized: int, tmp_path: Path) -> No
         return convert_optimizer(source, tmp_path / "out", to="per-expert", target_parameters=names)
 
     if requantized:
-        with pytest.warns(UserWarning, match=rf"8-bit moments of {requantized} parameters are quantized anew"):
+        with pytest.warns(UserWarning, match=rf"8-bit moments of {requantized} parameters are quantized again"):
             plan = convert()
     elif options:
         plan = convert()
@@ -220,14 +223,15 @@ def test_blocks(options: dict[str, int], requantized: int, tmp_path: Path) -> No
                     assert bits == (torch.uint8 if options else torch.float32)
                     found = values(entry, number)
                     if f"{block}.{expert}.{leaf}_proj.weight" in plan.requantized:
-                        # Half a step of the coarsest part of the code, twice: it was quantized before.
+                        # The value is quantized a second time, so it may be off by half a step of the coarsest part of
+                        # the code, twice.
                         assert (found - value).abs().max() <= 0.02 * value.abs().max()
                     else:
                         assert torch.equal(found, value)
 
 
 def test_small_moments_stay_in_32_bits(tmp_path: Path) -> None:
-    """Matrices of less than 4096 elements become a stack of more."""
+    """Small matrices keep moments in 32 bits, also as part of a stack that is large enough for 8 bits."""
     model = build(True)
     optimizer = adamw(model, bnb.optim.AdamW8bit)
     train(model, optimizer, 0, 2)
@@ -305,7 +309,10 @@ def test_a_run_of_lora_goes_on_in_the_other_layout(
 
 
 def test_factors_of_gate_and_up_there_and_back(tmp_path: Path) -> None:
-    """Between the layouts that have them apart, with moments that are the factors."""
+    """An adapter's state goes there and back between layouts with separate factors of gate and up.
+
+    Moments are set to the factors.
+    """
     source = per_expert_adapter(
         tmp_path / "source", ranks={"gate": 4, "up": 4, "down": 2}, rank_pattern={"down_proj": 2}
     )
@@ -342,7 +349,7 @@ def test_factors_of_gate_and_up_there_and_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", [Layout.UNSLOTH_GROUPED, Layout.PEFT_SWAPPED, Layout.UNSLOTH_SWAPPED])
 def test_common_factors_between_fused_layouts(layout: Layout, tmp_path: Path) -> None:
-    """With moments that are the factors: the converted state is the converted adapter."""
+    """Between layouts with a common factor, moments that are set to the factors convert as the adapter does."""
     separated = per_expert_adapter(tmp_path / "separated", shared=True)
     convert_adapter(separated, tmp_path / "source", to=Layout.PEFT_FUSED, scaling=ScalingChoice.KEEP)
     convert_adapter(tmp_path / "source", tmp_path / "out", to=layout)
@@ -372,13 +379,13 @@ def test_common_factors_between_fused_layouts(layout: Layout, tmp_path: Path) ->
 
 
 def test_names_in_the_state(tmp_path: Path) -> None:
-    """Which torch writes for an optimizer that was given them; what is written has names, too."""
+    """Names in the state, which torch writes for an optimizer that was given them, are read, and are written again."""
     model = build(False)
     optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-2)
     train(model, optimizer, 0, 1)
     source = checkpoint(tmp_path / "source", model, optimizer)
     content = load_state(source)
-    # In an order that the model would not tell.
+    # The order is not that of the model, so only the names can tell it.
     (group,) = content["param_groups"]
     group["param_names"].reverse()
     group["params"].reverse()
@@ -390,7 +397,8 @@ def test_names_in_the_state(tmp_path: Path) -> None:
     (after,) = load_state(tmp_path / "out")["param_groups"]
     assert after["param_names"] == names
     stacks = {
-        name: own["exp_avg"] for name, own in zip(group["param_names"][::-1], content["state"].values(), strict=True)
+        name: entry["exp_avg"]
+        for name, entry in zip(group["param_names"][::-1], content["state"].values(), strict=True)
     }
     place = names.index("model.layers.1.mlp.experts.4.up_proj.weight")
     found = load_state(tmp_path / "out")["state"][place]["exp_avg"]
@@ -398,14 +406,14 @@ def test_names_in_the_state(tmp_path: Path) -> None:
 
 
 def test_frozen_parameters(tmp_path: Path) -> None:
-    """Only the stacks of one layer are trained: the names must be said, and the other experts are left out."""
+    """If only one layer's stacks are trained, the names must be given, and the other experts are left out."""
     model = build(False)
     names = [name for name, _ in model.named_parameters() if "layers.1.mlp.experts" in name]
     optimizer = torch.optim.AdamW([model.get_parameter(name) for name in names])
     train(model, optimizer, 0, 1)
     source = checkpoint(tmp_path / "source", model, optimizer)
     (tmp_path / "out").mkdir()
-    with pytest.raises(ValueError, match=r"fits no order of the parameters: .* the state is of 2"):
+    with pytest.raises(ValueError, match=r"fits no order of the parameters: .* the state has 2"):
         convert_optimizer(source, tmp_path / "out", to="per-expert")
     given = write_names(tmp_path / "names.json", [names])
     plan = convert_optimizer(source, tmp_path / "out", to="per-expert", parameters=given)
@@ -467,25 +475,25 @@ def test_steps_are_aligned_on_request(cls: Any, tmp_path: Path) -> None:
         ValueError, match=r"experts\.1\.down_proj\.weight was updated 1 times, .*experts\.0\.\S+ 3 times"
     ):
         convert_optimizer(source, tmp_path / "out", to="fused")
-    with pytest.warns(UserWarning, match="the moments of 2 parameters, as of .*, are scaled"):
+    with pytest.warns(UserWarning, match="the moments of 2 parameters, for example of .*, are scaled"):
         convert_optimizer(source, tmp_path / "out", to="fused", align_steps=True)
     other = build(False, **ALIGNED)
     resumed = adamw(other, cls)
     resumed.load_state_dict(load_state(tmp_path / "out"))
-    own = resumed.state[other.model.layers[0].mlp.experts.down_proj]
-    assert int(own["step"]) == 3
+    fused_state = resumed.state[other.model.layers[0].mlp.experts.down_proj]
+    assert int(fused_state["step"]) == 3
     for expert, parameter in enumerate((experts[0].down_proj.weight, rarely)):
         before = optimizer.state[parameter]
         for beta, name, number in ((0.9, "exp_avg", 1), (0.999, "exp_avg_sq", 2)):
             if cls is torch.optim.AdamW:
-                one, two = before[name], own[name][expert]
+                one, two = before[name], fused_state[name][expert]
             else:
-                one, two = (values({"__bnb_optimizer_quant_state__": part}, number) for part in (before, own))
+                one, two = (values({"__bnb_optimizer_quant_state__": part}, number) for part in (before, fused_state))
                 two = two[expert]
             corrected = one / (1 - beta ** float(before["step"]))
             torch.testing.assert_close(two / (1 - beta**3), corrected)
     if cls is torch.optim.AdamW:
-        assert not own["exp_avg"][2].any()
-        assert not own["exp_avg_sq"][2].any()
+        assert not fused_state["exp_avg"][2].any()
+        assert not fused_state["exp_avg_sq"][2].any()
     else:
-        assert not values({"__bnb_optimizer_quant_state__": own}, 1)[2].any()
+        assert not values({"__bnb_optimizer_quant_state__": fused_state}, 1)[2].any()

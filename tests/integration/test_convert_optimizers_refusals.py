@@ -41,7 +41,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Content, list[lis
 
 @pytest.fixture
 def source(trained: tuple[Content, list[list[str]]], tmp_path: Path) -> Path:
-    """Of them a checkpoint, beside which there is a directory "out"."""
+    """A checkpoint with the state of ``trained``; beside it there is a directory "out"."""
     directory = tmp_path / "source"
     QWEN3_MOE.build().config.save_pretrained(directory)
     torch.save(trained[0], directory / "optimizer.pt")
@@ -92,7 +92,11 @@ STATES: dict[str, tuple[Callable[[Content, list[list[str]]], object], str]] = {
     ),
     "shape of the squares": (
         lambda content, names: content["state"][number(names, DOWN.format(4))].update(exp_avg_sq=torch.zeros(12, 40)),
-        r"exp_avg_sq in the state of .*experts\.4\.down_proj\.weight is of another shape or dtype than exp_avg",
+        r"exp_avg_sq in the state of .*experts\.4\.down_proj\.weight has another shape or dtype than exp_avg",
+    ),
+    "not finite": (
+        lambda content, names: content["state"][number(names, DOWN.format(4))]["exp_avg_sq"][3].fill_(float("inf")),
+        r"exp_avg_sq in the state of .*experts\.4\.down_proj\.weight holds NaN or infinite values",
     ),
     "another optimizer": (
         lambda content, names: content["state"][number(names, DOWN.format(4))].pop("exp_avg_sq"),
@@ -104,11 +108,11 @@ STATES: dict[str, tuple[Callable[[Content, list[list[str]]], object], str]] = {
     ),
     "something else": (
         lambda content, names: content["state"][number(names, DOWN.format(4))].update(unorm_vec=torch.zeros(1)),
-        r"the state of .*experts\.4\.down_proj\.weight has unorm_vec, which AdamW's has not",
+        r"the state of .*experts\.4\.down_proj\.weight has unorm_vec, which AdamW's state does not have",
     ),
     "integers": (
         lambda content, names: content["state"][0].update(exp_avg=torch.zeros(64, 40, dtype=torch.int64)),
-        r"exp_avg in the state of model\.embed_tokens\.weight is torch\.int64, needed is a floating-point dtype",
+        r"exp_avg in the state of model\.embed_tokens\.weight is torch\.int64, but must be a floating-point dtype",
     ),
     "one too few": (
         lambda content, names: content["param_groups"][0]["params"].pop(),
@@ -174,7 +178,7 @@ def test_groups_of_what_becomes_one(source: Path, trained: tuple[Content, list[l
         source,
         parameters=given,
     )
-    # In groups of the same kind it does not matter.
+    # If both groups have the same hyper-parameters, it does not matter.
     second["weight_decay"] = first["weight_decay"]
     torch.save(content, source / "optimizer.pt")
     convert_optimizer(source, source.parent / "out", to="fused", parameters=given)
@@ -190,7 +194,7 @@ def test_names(source: Path, trained: tuple[Content, list[list[str]]]) -> None:
 
     refuse_names(r"^lm_head\.bias is no parameter in layout per-expert", [*names[:-1], "lm_head.bias"])
     refuse_names(r"^model\.embed_tokens\.weight is listed twice", [*names[:-1], names[0]])
-    refuse_names(r"there are \d+ parameters, the state is of \d+", names[:-1])
+    refuse_names(r"there are \d+ parameters, but the state has \d+", names[:-1])
     refuse_names(r"q_proj\.weight has shape \(32, 40\), number 0 of the state", [names[1], names[0], *names[2:]])
     refuse_names(r"names\.json must hold a list of names", {"names": names})
     target = write_names(source.parent / "target.json", [["model.embed_tokens.weight"]])
@@ -198,7 +202,7 @@ def test_names(source: Path, trained: tuple[Content, list[list[str]]]) -> None:
     file.write_text("[")
     refuse(r"names\.json is not JSON", source, parameters=file)
     refuse("No such file", source, FileNotFoundError, parameters=source / "nothing.txt")
-    # An expert that is not among the parameters.
+    # One expert is missing from the parameters.
     content = load_state(source)
     place = names.index(DOWN.format(4))
     content["state"].pop(content["param_groups"][0]["params"].pop(place))
@@ -215,12 +219,12 @@ def test_layouts(source: Path) -> None:
     refuse("--from peft-fused is no layout of a model", source, given="peft-fused")
     refuse(r"optimizer\.pt are in layout per-expert already", source, to="per-expert")
     refuse(r"fits no order of the parameters: fused: there are", source, to="per-expert", given="fused")
-    # Of other layouts than Transformers' own today it depends on its version where experts are.
+    # In other layouts than that of today's Transformers, the place of experts depends on the version of Transformers.
     refuse(r"--target-parameters must say the names in layout original", source, to="original")
 
 
 def test_orders_that_shapes_do_not_tell(tmp_path: Path) -> None:
-    """A router of the shape of all matrices of experts, before them or behind them."""
+    """A router with the shape of the experts' matrices may stand before or behind them, so the names must be given."""
     options = {"hidden_size": 8, "moe_intermediate_size": 8, "num_experts": 8}
     model = separate(QWEN3_MOE.build(**options))
     optimizer = adamw(model)
@@ -252,13 +256,13 @@ def test_blocks_of_another_size(tmp_path: Path) -> None:
 
     def change(**parts: torch.Tensor) -> None:
         content = load_state(source)
-        own = content["state"][place]["__bnb_optimizer_quant_state__"]
-        own.update(parts)
+        quant_state = content["state"][place]["__bnb_optimizer_quant_state__"]
+        quant_state.update(parts)
         torch.save(content, source / "optimizer.pt")
 
     change(absmax2=torch.ones(2))
     refuse(
-        r"absmax2 in the state of .*experts\.4\.down_proj\.weight has shape \(2,\), needed is \(16,\), for blocks",
+        r"absmax2 in the state of .*experts\.4\.down_proj\.weight has shape \(2,\), but needs \(16,\) for blocks",
         source,
     )
     torch.save(whole, source / "optimizer.pt")
@@ -276,7 +280,7 @@ def test_blocks_of_another_size(tmp_path: Path) -> None:
 
 
 def adapter(directory: Path, **options: Any) -> Path:
-    """With the state of an optimizer, whose moments are as its tensors."""
+    """An adapter with the state of an optimizer whose moments equal the adapter's tensors."""
     source = per_expert_adapter(directory, **options)
     base = directory.parent / "base"
     QWEN3_MOE.build().config.save_pretrained(base)
@@ -298,14 +302,14 @@ def names_of(directory: Path) -> Path:
 
 
 def test_common_factors(tmp_path: Path) -> None:
-    """One lora_A for gate and up has moments of its own, from which theirs do not follow, and the other way around."""
+    """Moments of a lora_A that gate and up share cannot become moments of separate ones, nor the other way around."""
     source = adapter(tmp_path / "source", shared=True)
     convert_adapter(source, tmp_path / "out", to=Layout.PEFT_FUSED, scaling=ScalingChoice.KEEP)
     common, single = (
         rf"{PREFIX}.0.mlp.experts.base_layer.lora_A.weight",
         rf"{PREFIX}.0.mlp.experts.0.gate_proj.lora_A.weight",
     )
-    message = rf"^{re.escape(common)} is one lora_A for gate_proj and up_proj, {re.escape(single)} is of one of them"
+    message = rf"^{re.escape(common)} is one lora_A for gate_proj and up_proj, {re.escape(single)} is for one of them"
     refuse(message, source, to=None, parameters=names_of(source))
     back = tmp_path / "fused"
     (tmp_path / "out").rename(back)
@@ -342,7 +346,7 @@ def test_adapters(tmp_path: Path, source: Path) -> None:
     assert plan.layouts == ("per-expert", "peft-fused")
     edit(down, base_model_name_or_path=str(tmp_path / "nowhere"))
     (out / "optimizer.pt").unlink()
-    refuse(r"the base model .*nowhere does not tell the order of the parameters", down, to=None)
+    refuse(r"the base model .*nowhere does not show the order of the parameters", down, to=None)
     refuse(r"SOURCE .*nowhere is not a directory", tmp_path / "nowhere", FileNotFoundError)
     (source / "config.json").unlink()
     refuse(r"has neither adapter_config\.json nor config\.json", source, FileNotFoundError)
@@ -403,7 +407,7 @@ def test_one_line_and_nothing_done(
 
 
 def test_in_place(source: Path) -> None:
-    """The weights of a model are the same files in both layouts, so that its own directory may be the target."""
+    """The target may be the source's directory, because a model's weights are the same files in both layouts."""
     convert_optimizer(source, source.parent / "out", to="fused")
     convert_optimizer(source, source, to="fused", overwrite=True)
     assert same(load_state(source), load_state(source.parent / "out"))
@@ -413,7 +417,6 @@ _KILLED = """
 import os, sys
 from pathlib import Path
 from moe_fused import console
-from moe_fused.checkpoints.optimizers.convert import convert_optimizer
 
 def kill(step, done, total):
     if step == "writing" and 2 * done > total:
@@ -422,6 +425,8 @@ def kill(step, done, total):
         os.kill(os.getpid(), int(sys.argv[1]))
 
 def app(standalone_mode):
+    from moe_fused.checkpoints.optimizers.convert import convert_optimizer
+
     convert_optimizer(Path("source"), Path("out"), to="fused", overwrite=True, progress=kill)
 
 sys.exit(console.run(lambda: app))
@@ -436,7 +441,7 @@ def test_killed_while_writing(end: signal.Signals, source: Path, tmp_path: Path)
     assert earlier.read_bytes() == b"of another run"
     if end is signal.SIGKILL:
         assert ended.status == -end, ended
-        # What is left is hidden and in nobody's way.
+        # What is left behind is hidden and does not prevent the next conversion.
         convert_optimizer(source, tmp_path / "out", to="fused", overwrite=True)
         assert load_state(tmp_path / "out")["state"]
     else:

@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -36,13 +37,13 @@ def commands(example: str) -> list[str]:
     return [line.strip() for line in docstring.splitlines() if re.match(rf" {{4}}\S.*examples/{example}\.py", line)]
 
 
-def ended(command: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    """A command line, run in ``directory``, with ``examples`` in it, by the Python of the tests."""
+def ended(command: str, directory: Path, path: Sequence[Path] = ()) -> subprocess.CompletedProcess[str]:
+    """A command line, run in ``directory``, with ``examples`` in it, by this Python, with ``path`` before all else."""
     examples = directory / "examples"
     if not examples.exists():
         examples.symlink_to(EXAMPLES)
     words = shlex.split(command)
-    environment = {**os.environ, "PYTHONPATH": python_path(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": python_path(*path, REPOSITORY), "OMP_NUM_THREADS": "1"}
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
         environment[name] = value.replace("$PWD", str(REPOSITORY))
@@ -60,9 +61,9 @@ def ended(command: str, directory: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def run(command: str, directory: Path) -> str:
+def run(command: str, directory: Path, path: Sequence[Path] = ()) -> str:
     """What a command line prints that ends well."""
-    process = ended(command, directory)
+    process = ended(command, directory, path)
     # Torch 2.11 on a busy machine, also without us: a thread of autograd, if the interpreter ends right after a backward.
     aborted = process.returncode == -signal.SIGABRT and process.stderr.endswith(ABORTED_AT_EXIT)
     assert process.returncode == 0 or (aborted and torch.cuda.is_available()), process.stderr
@@ -117,6 +118,24 @@ def test_kernel_only(tmp_path: Path) -> None:
     assert 0 < number("in 4 bits.*\n", output) < 0.3
 
 
+def test_without_moe_fused(tmp_path: Path) -> None:
+    """Where nothing but torch, transformers and kernels is installed: every import of another package of ours fails."""
+    first, second = commands("without_moe_fused")
+    assert first.endswith(second)
+    others = ["moe_fused", "peft", "accelerate", "bitsandbytes", "trl", "datasets", "liger_kernel"]
+    program = "import sys\nsys.modules.update(dict.fromkeys(" + repr(others) + "))\n"
+    (tmp_path / "sitecustomize.py").write_text(program, encoding="utf-8")
+    output = run(first, tmp_path, [tmp_path])
+    found = re.findall(r"^(\w+) +(\w+) +largest relative difference from Transformers (\S+)$", output, re.MULTILINE)
+    assert [(way, how) for way, how, _ in found] == [
+        ("by_layer", "eager"), ("by_layer", "compiled"), ("by_function", "eager"), ("by_function", "compiled")
+    ]  # fmt: skip
+    assert all(float(difference) < 1e-5 for *_, difference in found), output
+    # Were the kernel not used, the differences would be zero.
+    assert all(float(difference) > 0 for *_, difference in found), output
+
+
+@pytest.mark.slow
 def test_transformers_model(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")  # for device_map
     output = run(commands("transformers_model")[0], tmp_path)
@@ -125,6 +144,7 @@ def test_transformers_model(tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 0.1, output
 
 
+@pytest.mark.slow
 def test_inference_4bit(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     first, second = commands("inference_4bit")
@@ -164,6 +184,7 @@ def test_qlora_trl(tmp_path: Path) -> None:
     assert len(experts_of(tmp_path / "my-adapter" / "adapter")) == 96
 
 
+@pytest.mark.slow
 def test_export(exported: tuple[Path, str]) -> None:
     directory, output = exported
     assert "exported adapter: 96 tensors" in output
@@ -181,6 +202,7 @@ def test_export(exported: tuple[Path, str]) -> None:
         ).is_file()
 
 
+@pytest.mark.slow
 def test_export_of_a_given_adapter(exported: tuple[Path, str], tmp_path: Path) -> None:
     directory, _ = exported
     made = directory / OUTPUT / "export"
@@ -200,6 +222,7 @@ def test_export_of_a_given_adapter(exported: tuple[Path, str], tmp_path: Path) -
     assert "nothing in the adapter tells its layout, say --adapter-layout peft-fused" in refused.stderr
 
 
+@pytest.mark.slow
 def test_export_is_what_gguf_knows(exported: tuple[Path, str]) -> None:
     gguf = pytest.importorskip("gguf")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3MOE, 2)
@@ -224,6 +247,7 @@ def ddp(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return directory, run(commands("qlora_ddp")[0], directory)
 
 
+@pytest.mark.slow
 def test_qlora_ddp(ddp: tuple[Path, str]) -> None:
     directory, output = ddp
     assert "2 processes on " in output

@@ -9,7 +9,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +18,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moe_fused.finetune.card import card
+from moe_fused.finetune.next_commands import print_next
 from moe_fused.finetune.options import HELP, Options, flag
-from moe_fused.finetune.results import card
-from moe_fused.quantizer import get_packed, packed_modules
+from moe_fused.finetune.resolve import ModelSetup, set_up
+from moe_fused.integrations.quantizer.packed_experts import get_packed, packed_modules
 from tests.support import REPOSITORY, python_path
 
 from .finetuning import (
@@ -37,6 +38,7 @@ from .finetuning import (
     save_model,
     write_jsonl,
 )
+from .models import QWEN3_MOE
 
 RESULTS = {
     "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "finetune.yaml", "log.jsonl",
@@ -105,14 +107,19 @@ def test_the_next_commands_run_as_printed(chat_run: tuple[Path, Ended]) -> None:
     assert (output.parent / "out-merged" / "config.json").is_file()
 
 
+def setup_of(options: Options, quantization_config: object) -> ModelSetup:
+    """The record of a run with a model whose checkpoint is quantized so."""
+    config = QWEN3_MOE.build().config
+    if quantization_config is not None:
+        config.quantization_config = quantization_config
+    return set_up(options, config, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("quantization_config, in_4bit", [(None, True), ({"load_in_4bit": True}, False)])
 def test_next_command_quantizes_what_is_not_in_4_bits(
     quantization_config: object, in_4bit: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from moe_fused.finetune.run import print_next
-
-    options = Options(model="m", dataset="d.jsonl", output="o")
-    print_next(options, SimpleNamespace(quantization_config=quantization_config))
+    print_next(setup_of(Options(model="m", dataset="d.jsonl", output="o"), quantization_config))
     generate = capsys.readouterr().out.splitlines()[2]
     assert generate.split()[:3] == ["moe-fused", "generate", "m"]
     assert ("--load-in-4bit" in generate) is in_4bit
@@ -175,7 +182,7 @@ def test_card_loads_what_was_trained(chat_run: tuple[Path, Ended], monkeypatch: 
 @pytest.mark.parametrize("quantizes", [False, True])
 def test_card_quantizes_what_the_run_did(quantizes: bool) -> None:
     options = Options(model="org/m", dataset="d", dtype="bfloat16", quantization="fp4", revision="v2")
-    text = card(options, {"steps": "1"}, quantizes)
+    text = card(setup_of(options, None if quantizes else {"load_in_4bit": True}), {"steps": "1"})
     (call,) = (
         node
         for node in ast.walk(ast.parse(python_of(text)))
@@ -266,7 +273,7 @@ def test_bad_rows_are_named_and_can_be_left_out(model: Path, tmp_path: Path) -> 
     "arguments, words",
     [
         (["--model", ""], ["--model is missing"]),
-        (["--model", "./nowhere"], ["--model ./nowhere is not a directory"]),
+        (["--model", "./nowhere"], ["--model ./nowhere is neither a directory nor a name"]),
         (["--dataset", "nowhere.jsonl"], ["--dataset nowhere.jsonl is missing"]),
         (["--dataset", "chat.docx"], ["--dataset", ".jsonl", "chat.docx"]),
         (["--dataset", "empty.jsonl"], ["empty.jsonl has no row"]),
@@ -293,7 +300,7 @@ def test_bad_rows_are_named_and_can_be_left_out(model: Path, tmp_path: Path) -> 
         (["--chat-template", "nowhere.jinja"], ["nowhere.jinja"]),
         (["--resume"], ["--resume", "no run to go on with"]),
         (["--resume", "--overwrite"], ["--resume and --overwrite exclude each other"]),
-        (["--assistant-only-loss", "--dataset", "text.txt"], ["--assistant-only-loss", "is text"]),
+        (["--assistant-only-loss", "--dataset", "text.txt"], ["--assistant-only-loss", "are text"]),
     ],
     ids=" ".join,
 )
@@ -322,7 +329,7 @@ def test_refuses(arguments: list[str], words: list[str], model: Path, tmp_path: 
     [
         (["--lerning-rate", "1"], ["--lerning-rate", "--learning-rate"]),
         (["--scheduler", "zigzag"], ["--scheduler", "zigzag", "cosine"]),
-        (["--batch-size", "many"], ["--batch-size", "valid int"]),
+        (["--batch-size", "many"], ["--batch-size", "must be a whole number, got many"]),
     ],
     ids=" ".join,
 )
@@ -389,6 +396,6 @@ sys.exit(str(heavy) if heavy else status)
     )
     assert ended.returncode == 0, ended.stderr
     words = " ".join(ended.stdout.split())
-    for name, own in HELP.items():
+    for name, entry in HELP.items():
         assert flag(name) in words
-        assert own.text in words
+        assert entry.text in words

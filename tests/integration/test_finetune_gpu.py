@@ -16,9 +16,9 @@ import moe_fused
 from moe_fused.devices import use_expandable_segments
 from moe_fused.finetune.options import Options
 
-from .finetuning import CHAT_TEMPLATE
+from .finetuning import CHAT_TEMPLATE, write_jsonl
 
-datasets = pytest.importorskip("datasets")
+pytest.importorskip("datasets")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,7 +57,7 @@ TINY = {
     "num_key_value_heads": 2,
     "num_experts": 16,
 }
-# Of which experts, activations and the loss each take hundreds of MiB.
+# A model whose experts, activations and loss each take hundreds of MiB.
 MEDIUM = {
     "vocab_size": 32768,
     "hidden_size": 1024,
@@ -76,25 +76,29 @@ def make(model: Path, output: Path, rows: list[str], **options: Any) -> tuple[An
     from transformers import AutoConfig
 
     from moe_fused.demo.data import byte_tokenizer
-    from moe_fused.finetune.model import adapt, device_of, load_model
-    from moe_fused.finetune.plan import make_plan
-    from moe_fused.finetune.run import make_trainer
+    from moe_fused.finetune.adapters import adapt
+    from moe_fused.finetune.data import find, prepare
+    from moe_fused.finetune.model import load_model
+    from moe_fused.finetune.plan import plan_run
+    from moe_fused.finetune.resolve import set_up, training_device
+    from moe_fused.finetune.trainer import make_trainer
 
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "<|pad|>"})
     tokenizer.chat_template = CHAT_TEMPLATE
-    chosen = Options(model=str(model), output=str(output), **options)
-    device, config = device_of(chosen), AutoConfig.from_pretrained(model)
-    plan = make_plan(chosen, config, device, plain_text=True)
-    adapted = adapt(load_model(chosen, config, device), chosen)
-    dataset = datasets.Dataset.from_list([{"text": row} for row in rows])
-    return make_trainer(adapted, tokenizer, dataset, chosen, device, plan), plan
+    path = write_jsonl(output.with_suffix(".jsonl"), [{"text": row} for row in rows])
+    chosen = Options(model=str(model), dataset=str(path), output=str(output), **options)
+    setup = set_up(chosen, AutoConfig.from_pretrained(model), training_device(chosen))
+    plan = plan_run(setup, plain_text=True)
+    adapted = adapt(load_model(plan.run), plan.run)
+    prepared = prepare(find(chosen, tokenizer), chosen, plan.run.batching, vocabulary=plan.run.vocabulary)
+    return make_trainer(adapted, tokenizer, prepared.dataset, plan.run), plan
 
 
 def peak_of(directory: Path, length: int, packing: str, graphs: bool) -> tuple[int, int]:
-    """What a run takes at most, as predicted and as measured, in bytes. For a process that has done nothing yet.
+    """The predicted and the measured peak of a run's memory, in bytes. It needs a process that has done nothing yet.
 
-    What graphs keep is not allocated between their replays, so of them counts what is reserved.
+    What graphs keep is not allocated between their replays, so a run with graphs is measured by what is reserved.
     """
     use_expandable_segments()
     moe_fused.enable()
@@ -122,7 +126,10 @@ def peak_of(directory: Path, length: int, packing: str, graphs: bool) -> tuple[i
 @pytest.mark.parametrize("length, packing", [(2048, "wrapped"), (8192, "wrapped"), (4096, "bfd")])
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
 def test_peak_is_as_predicted(length: int, packing: str, graphs: bool, tmp_path: Path) -> None:
-    """In a process of its own, as the command is one: what other tests leave holds on to memory around it."""
+    """The peak of memory is within 10 % of the prediction.
+
+    It runs in a process of its own, because other tests leave memory in use.
+    """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as executor:
         predicted, measured = executor.submit(peak_of, tmp_path, length, packing, graphs).result()
@@ -141,7 +148,10 @@ def count_replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("packing", ["wrapped", "bfd", "bfd_split"])
 def test_graphs_compute_what_layers_do(packing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several batches to a step, documents of many lengths, sequences that are not full."""
+    """Graphs train as eager layers do.
+
+    A step has several batches, documents have many lengths, and sequences are not full.
+    """
     replays = count_replays(monkeypatch)
     model = save_model(tmp_path / "model", **TINY)
     rows = [TEXT[i : i + 40 + 37 * i % 300] for i in range(60)]
@@ -158,11 +168,11 @@ def test_graphs_compute_what_layers_do(packing: str, tmp_path: Path, monkeypatch
             learning_rate=1e-3,
             cuda_graphs=use_graphs,
         )
-        assert plan.graphs == use_graphs
+        assert plan.run.graphs == use_graphs
         trainer.train_from(None)
         losses[use_graphs] = [record["loss"] for record in trainer.state.log_history if "loss" in record]
         adapters[use_graphs] = {
-            name: own.detach().float() for name, own in trainer.model.named_parameters() if own.requires_grad
+            name: value.detach().float() for name, value in trainer.model.named_parameters() if value.requires_grad
         }
         assert len(replays) == 17 * use_graphs  # of 18 batches the first runs eagerly
         assert "forward" not in vars(trainer.model.get_base_model().model)
@@ -174,21 +184,24 @@ def test_graphs_compute_what_layers_do(packing: str, tmp_path: Path, monkeypatch
 
 
 def test_records_while_an_earlier_pass_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Something refers to the parameters' nodes of autograd, which belong to the stream that all passes before ran on."""
+    """Graphs record while views of the parameters are alive.
+
+    These keep autograd's nodes of the stream that earlier passes ran on.
+    """
     replays = count_replays(monkeypatch)
     model = save_model(tmp_path / "model", **TINY)
     options = {"sequence_length": 256, "packing": "wrapped", "gradient_accumulation": 1, "max_steps": 3}
     trainer, _ = make(model, tmp_path / "out", [TEXT] * 8, **options, cuda_graphs=True)
-    trained = [own for own in trainer.model.parameters() if own.requires_grad]
-    kept = [own.view_as(own) for own in trained]
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    kept = [parameter.view_as(parameter) for parameter in trained]
     trainer.train_from(None)
     assert len(replays) == 2
-    assert all(own.grad_fn is not None for own in kept)
+    assert all(view.grad_fn is not None for view in kept)
 
 
 @pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2)])
 def test_flash_attention_keeps_documents_apart(heads: int, groups: int) -> None:
-    """Against the mask, with documents of no tokens at the end."""
+    """Flash attention keeps documents apart as the mask does, with documents of no tokens at the end."""
     from moe_fused.finetune import attention
 
     module = torch.nn.Module()
@@ -201,7 +214,13 @@ def test_flash_attention_keeps_documents_apart(heads: int, groups: int) -> None:
     results = {}
     for dtype in (torch.float32, torch.bfloat16):  # in fp32 there is only the mask
         out, _ = attention.attention(
-            module, *(own.to(dtype) for own in inputs), None, 0.0, 0.125, cu_seq_lens_q=boundaries, max_length_q=169
+            module,
+            *(tensor.to(dtype) for tensor in inputs),
+            None,
+            0.0,
+            0.125,
+            cu_seq_lens_q=boundaries,
+            max_length_q=169,
         )
         results[dtype] = (out, *torch.autograd.grad(out, inputs, grad.to(dtype)))
     for got, want in zip(results[torch.bfloat16], results[torch.float32], strict=True):

@@ -26,7 +26,7 @@ import torch
 
 from .finetuning import Command, Run, checkpoints, finetune, leftovers
 
-# Files and signals are the same there; that a GPU's run resumes exactly is in test_finetune_ends.
+# Files and signals do not depend on the device. That a run on a GPU resumes exactly is tested in test_finetune_ends.
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="22 processes that take 15 s each to start with a GPU"
 )
@@ -60,7 +60,7 @@ def _phases() -> list[tuple[str, Any, str]]:
 
 
 def _around_calls(around: Callable[[Kill, Callable[[], Any]], Any]) -> None:
-    """Hands each call of a phase to ``around``, with its number; in the process of a command."""
+    """Hands each call of a phase to ``around``, with its number. This runs in the process of the command."""
     calls: Counter[str] = Counter()
 
     def wrap(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,17 +98,20 @@ def _await(wanted: Kill, sending: Connection) -> None:
 
 
 def _plan(rng: random.Random, calls: Counter[str]) -> list[Kill]:
-    """Twenty kills, those while results are written last: nothing comes before them once the last step is done."""
+    """Twenty kills.
+
+    Those while results are written come last, because a run that has done its last step has nothing else left.
+    """
     saves = STEPS // SAVE_STEPS
     early = [Kill("preparing"), *[Kill("loading")] * 4, *[Kill("saving")] * 3]
-    # Within the two steps to the next checkpoint, and right after it.
+    # Training is killed in the two steps before a checkpoint, and right after it.
     early += [Kill("training", step) for step in (1, 2, SAVE_STEPS + 1) for _ in range(2)]
     early += [Kill("renaming", rng.randint(1, calls["renaming"] // saves)) for _ in range(2)]
     rng.shuffle(early)
     late = [Kill("results"), Kill("moving", rng.randint(1, calls["moving"]))]
     rng.shuffle(late)
-    # First right after the first move, when nothing of an adapter is there yet that the others could belong to; last after
-    # the last one, when all is there.
+    # The first of these is right after the first move, when the output has no other file of an adapter yet. The last is
+    # after the last move, when all files are there.
     return [*early, Kill("moving"), *late, Kill("moving", calls["moving"])]
 
 
@@ -128,6 +131,7 @@ def _logged(output: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_twenty_times(tmp_path: Path) -> None:
     receiving, sending = multiprocessing.Pipe(duplex=False)
     options = ("--max-steps", str(STEPS), "--save-steps", str(SAVE_STEPS))
@@ -135,13 +139,13 @@ def test_killed_and_resumed_twenty_times(tmp_path: Path) -> None:
     whole = Run(tmp_path / "whole", *options, before=partial(_report_seconds, sending))
     seconds: dict[str, list[float]] = defaultdict(list)
     while receiving.poll():
-        phase, own = receiving.recv()
-        seconds[phase].append(own)
+        phase, duration = receiving.recv()
+        seconds[phase].append(duration)
     assert sorted(seconds) == sorted(phase for phase, _, _ in _phases())
 
     print(f"KILL_SEED={SEED}")
     output, rng, done = tmp_path / "out", random.Random(SEED), 0
-    plan = _plan(rng, Counter({phase: len(own) for phase, own in seconds.items()}))
+    plan = _plan(rng, Counter({phase: len(durations) for phase, durations in seconds.items()}))
     assert len(plan) == 20
     for number, kill in enumerate(plan, start=1):
         delay = rng.uniform(0, max(seconds[kill.phase]))
@@ -160,7 +164,7 @@ def test_killed_and_resumed_twenty_times(tmp_path: Path) -> None:
         command.process.join()
         assert command.process.exitcode == -signal.SIGKILL
 
-        # An adapter that can be loaded is the adapter.
+        # If the adapter can be loaded, it is the finished one.
         if (output / "adapter_config.json").exists():
             assert kill.phase in ("results", "moving")
             whole.assert_as_uninterrupted(output)

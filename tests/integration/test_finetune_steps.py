@@ -26,8 +26,8 @@ from moe_fused.finetune import attention, graphs
 from moe_fused.finetune.batches import Documents, Sequences, is_full, lengths_of
 from moe_fused.finetune.graphs import GraphedDecoder
 from moe_fused.finetune.host import queued, without_walks
-from moe_fused.finetune.model import graphs_serve, is_random
 from moe_fused.finetune.options import Options
+from moe_fused.finetune.resolve import ResolvedRun, candidates, set_up
 from moe_fused.finetune.trainer import narrow_tiles
 from moe_fused.memory import LOSS_TILE, LOSS_TILE_BESIDE_GRAPHS
 
@@ -47,9 +47,9 @@ def model() -> Qwen3MoeForCausalLM:
 def packed(*lengths: list[int]) -> list[dict[str, Any]]:
     """Sequences of documents of these lengths, as TRL packs them."""
     rows = []
-    for i, own in enumerate(lengths):
-        tokens = [(7 * k + i) % 60 + 1 for k in range(sum(own))]
-        rows.append({"input_ids": tokens, "seq_lengths": own})
+    for i, row_lengths in enumerate(lengths):
+        tokens = [(7 * k + i) % 60 + 1 for k in range(sum(row_lengths))]
+        rows.append({"input_ids": tokens, "seq_lengths": row_lengths})
     return rows
 
 
@@ -72,7 +72,7 @@ def trl_batch(rows: list[dict[str, Any]]) -> dict[str, Any]:
     ids=["one row", "two rows", "of one token", "one document", "two of one document"],
 )
 def test_same_hidden_states_as_with_a_mask(model: Any, rows: list[dict[str, Any]], tokens: int | None) -> None:
-    """Of the model's own sdpa, which makes a mask of the positions."""
+    """Hidden states equal those of the model's own sdpa, which makes a mask of the positions."""
     theirs = trl_batch(rows)
     want = model.model(input_ids=theirs["input_ids"], position_ids=theirs["position_ids"]).last_hidden_state
     batch = collator(rows, len(rows), tokens)(copy.deepcopy(rows))
@@ -99,21 +99,21 @@ def test_documents_do_not_see_each_other(model: Any) -> None:
     batch["input_ids"][0, 0] += 1
     after = model.model(**batch).last_hidden_state
     assert not torch.equal(before[0, 5], after[0, 5])
-    # Other tokens to an expert are another shape to multiply, of which the last bits may differ.
+    # With other tokens, an expert multiplies another shape, and the last bits may differ.
     torch.testing.assert_close(before[0, 6:], after[0, 6:], rtol=1e-5, atol=1e-6)
 
 
 def test_batches_are_of_one_shape() -> None:
-    """Whatever their documents: what a CUDA graph has recorded must fit all of them."""
+    """All batches have the same shapes, whatever their documents, because a CUDA graph must fit all of them."""
     rows = packed([9, 9], [1, 2, 3, 4], [18], [5, 1])
     collate = collator(rows, 2, 48)
-    batches = [collate(copy.deepcopy(own)) for own in (rows[:2], rows[2:], rows[1:3], rows[3:])]
+    batches = [collate(copy.deepcopy(subset)) for subset in (rows[:2], rows[2:], rows[1:3], rows[3:])]
     for batch in batches:
         assert batch.keys() == batches[0].keys()
         boundaries = batch["cu_seq_lens_q"]
         assert (boundaries[0], boundaries[-1]) == (0, 48)
         assert (boundaries.diff() >= 0).all()
-        # 42 fill up the shortest, of 6 tokens.
+        # The shortest sequence has 6 tokens and is filled up with 42.
         assert boundaries.diff().max() <= batch["max_length_q"] == 42
         for name, value in batch.items():
             if isinstance(value, Tensor):
@@ -122,7 +122,10 @@ def test_batches_are_of_one_shape() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 5), (3, 8)])
 def test_sequences_are_filled_up(model: Any, shape: tuple[int, int]) -> None:
-    """With tokens from which nothing is learned and rows of them; those that count come out as they do without."""
+    """Padding tokens and padding rows fill the shape up.
+
+    They are not learned from, and the other tokens' results stay the same.
+    """
     rows = [{"input_ids": [1, 2, 3, 4, 5]}, {"input_ids": [6, 7, 8]}]
     collate = DataCollatorForLanguageModeling(pad_token_id=0)
     theirs, batch = collate(copy.deepcopy(rows)), Sequences(collate, shape, 0)(copy.deepcopy(rows))
@@ -145,7 +148,7 @@ def test_lengths_tell_whether_filling_up_pays() -> None:
 
 
 def test_padding_behind_the_tokens_changes_nothing(model: Any) -> None:
-    """Sequences of several lengths side by side, without packing."""
+    """Without packing, padding behind shorter sequences does not change the results."""
     ids = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     want = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -176,7 +179,7 @@ def test_serves_what_it_computes(
 
 
 def test_flash_attention_of_torch_without_a_scale_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in torch 2.10."""
+    """torch 2.10's ``varlen_attn``, which takes no scale, is not used."""
     from torch.nn.attention import varlen
 
     def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
@@ -194,6 +197,11 @@ def test_flash_attention_of_torch_without_a_scale_is_not_used(monkeypatch: pytes
 # Which runs have graphs.
 
 
+def resolved(config: Qwen3MoeConfig, device: torch.device = CUDA, **options: Any) -> ResolvedRun:
+    """The run that these options prefer, whether it fits or not."""
+    return next(candidates(set_up(Options(**options), config, device), plain_text=True))
+
+
 @pytest.mark.parametrize(
     ("options", "packing", "serve"),
     [
@@ -209,12 +217,12 @@ def test_flash_attention_of_torch_without_a_scale_is_not_used(monkeypatch: pytes
     ],
 )
 def test_graphs_where_they_are_safe(options: dict[str, Any], packing: str, serve: bool) -> None:
-    assert graphs_serve(Options(**options), Qwen3MoeConfig(**SIZES), CUDA, packing) == serve
+    assert resolved(Qwen3MoeConfig(**SIZES), packing=packing, **options).graphs == serve
 
 
 def test_graphs_need_a_rotary_embedding_that_does_not_look_at_positions() -> None:
     config = Qwen3MoeConfig(**SIZES, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
-    assert not graphs_serve(Options(), config, CUDA, "wrapped")
+    assert not resolved(config, packing="wrapped").graphs
 
 
 @pytest.mark.parametrize(
@@ -229,13 +237,13 @@ def test_graphs_need_a_rotary_embedding_that_does_not_look_at_positions() -> Non
 )
 def test_graphs_that_cannot_be(options: dict[str, Any], device: torch.device, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        graphs_serve(Options(cuda_graphs=True, **options), Qwen3MoeConfig(**SIZES), device, "wrapped")
+        resolved(Qwen3MoeConfig(**SIZES), device, cuda_graphs=True, packing="wrapped", **options)
 
 
 def test_random_models_are_known() -> None:
-    assert not is_random(Options(), Qwen3MoeConfig(**SIZES))
-    assert is_random(Options(), Qwen3MoeConfig(**SIZES, attention_dropout=0.1))
-    assert is_random(Options(), Qwen3MoeConfig(**SIZES, hidden_dropout_prob=0.1))
+    assert not resolved(Qwen3MoeConfig(**SIZES)).is_random
+    assert resolved(Qwen3MoeConfig(**SIZES, attention_dropout=0.1)).is_random
+    assert resolved(Qwen3MoeConfig(**SIZES, hidden_dropout_prob=0.1)).is_random
 
 
 # Graphs: when, and where gradients are.
@@ -289,19 +297,19 @@ def test_which_passes_are_replayed(model: Any, recorded: list[_Recorded]) -> Non
     decoder.eval()
     decoder(input_ids=full)
     decoder.train()
-    assert [own.runs for own in recorded] == [1]
+    assert [recording.runs for recording in recorded] == [1]
     recorded[0].is_stale = True  # a parameter moved: from the beginning
     decoder(input_ids=full)
     decoder(input_ids=full)
-    assert [own.runs for own in recorded] == [1, 1]
+    assert [recording.runs for recording in recorded] == [1, 1]
     graphed.enabled = False
     decoder(input_ids=full)
-    assert [own.runs for own in recorded] == [1, 1]
+    assert [recording.runs for recording in recorded] == [1, 1]
     graphed.close()
     assert "forward" not in vars(decoder)
-    decoder.forward = own = decoder.forward
+    decoder.forward = forward = decoder.forward
     GraphedDecoder(decoder, (1, 4)).close()
-    assert vars(decoder)["forward"] == own
+    assert vars(decoder)["forward"] == forward
     del decoder.forward
     assert decoder(input_ids=full).last_hidden_state.shape == (1, 4, 64)
 
@@ -315,7 +323,7 @@ def test_more_than_hidden_states_is_left_alone(model: Any, recorded: list[_Recor
 
 
 def test_what_went_wrong_first_is_said(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ending a recording fails as well, and hides it."""
+    """The first error is reported, although ending the recording fails as well and hides it."""
     reasons: list[Exception] = [RuntimeError("operation not permitted"), torch.OutOfMemoryError("CUDA out of memory")]
 
     def fail(*_: Any) -> None:
@@ -328,7 +336,7 @@ def test_what_went_wrong_first_is_said(model: Any, monkeypatch: pytest.MonkeyPat
     GraphedDecoder(model.model, (1, 4))
     tokens = torch.ones(1, 4, dtype=torch.int64)
     model.model(input_ids=tokens)
-    with pytest.raises(RuntimeError, match="--no-cuda-graphs does without: operation not permitted"):
+    with pytest.raises(RuntimeError, match="--no-cuda-graphs runs it without them: operation not permitted"):
         model.model(input_ids=tokens)
     del reasons[0]
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
@@ -342,8 +350,8 @@ class _Replays(graphs._Recording):
         self._parameters, self._passes = parameters, iter(passes)
         self._inputs = {"input_ids": torch.zeros(1, 2)}
         self._hidden, self._grad = torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)
-        self._grads = [torch.zeros_like(own) for own in parameters]
-        self._places = [own.data_ptr() for own in parameters]
+        self._grads = [torch.zeros_like(parameter) for parameter in parameters]
+        self._places = [parameter.data_ptr() for parameter in parameters]
         self._buffers = None
         self._output_type = SimpleNamespace
         self._forward_graph = SimpleNamespace(replay=self._overwrite)  # type: ignore[assignment]
@@ -367,31 +375,31 @@ def test_gradients_add_up_until_they_are_taken() -> None:
         for _ in range(batches):
             recording.run({"input_ids": torch.ones(1, 2)}).last_hidden_state.sum().backward()
         sums = []
-        for own in parameters:
-            assert own.grad is not None
-            assert (own.grad == own.grad[0]).all()
-            sums.append(float(own.grad[0]))
-            own.grad = None
+        for parameter in parameters:
+            assert parameter.grad is not None
+            assert (parameter.grad == parameter.grad[0]).all()
+            sums.append(float(parameter.grad[0]))
+            parameter.grad = None
         return sums
 
     assert step(3) == [7.0, 7.0]
     assert step(1) == [8.0, 8.0]
     recording.run({"input_ids": torch.ones(1, 2)}).last_hidden_state.sum().backward()
     recording.drop_gradients()
-    assert [own.grad for own in parameters] == [None, None]
+    assert [parameter.grad for parameter in parameters] == [None, None]
     assert not recording.is_stale
     parameters[0].data = parameters[0].data.clone()
     assert recording.is_stale
 
 
 def test_gradients_from_elsewhere_are_kept() -> None:
-    """Of a batch that ran eagerly, as the first one does, for some parameters or all."""
+    """Replays add to gradients of a batch that ran eagerly, as the first one does, for some parameters or for all."""
     parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))]
     recording = _Replays(parameters, [1.0, 2.0])
     parameters[0].grad = torch.full((2,), 0.5)
     for want in ([1.5, 1.0], [3.5, 3.0]):
         recording.run({"input_ids": torch.ones(1, 2)}).last_hidden_state.sum().backward()
-        assert [own.grad[0].item() for own in parameters if own.grad is not None] == want
+        assert [parameter.grad[0].item() for parameter in parameters if parameter.grad is not None] == want
 
 
 # The host's part of a step.
@@ -417,14 +425,17 @@ def test_modes_and_gradients_without_walks(model: Any) -> None:
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "AdamW32bit"])
 def test_queued_steps_are_the_same(name: str) -> None:
-    """As bitsandbytes' own, parameters without a gradient included, and with the state of one the other goes on."""
+    """Queued steps equal those of bitsandbytes' optimizer, also for parameters without a gradient.
+
+    Either goes on from the other's state.
+    """
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    own = getattr(bitsandbytes.optim, name)
+    stock = getattr(bitsandbytes.optim, name)
     torch.manual_seed(0)
     start = [torch.randn(64, 128), torch.randn(7), torch.randn(5)]
     runs: list[list[nn.Parameter]] = []
     optimizers = []
-    for kind in (own, queued(own)):
+    for kind in (stock, queued(stock)):
         parameters = [nn.Parameter(value.clone()) for value in start]
         optimizers.append(kind(parameters, lr=0.01, weight_decay=0.1))
         runs.append(parameters)
@@ -445,7 +456,10 @@ def test_queued_steps_are_the_same(name: str) -> None:
 
 
 def test_tiles_of_the_loss_are_narrower_meanwhile() -> None:
-    """Fails when TRL calls it something else: then the plan of memory is wrong."""
+    """The loss uses narrower tiles meanwhile.
+
+    If TRL renames their width, this fails, for the predicted memory is wrong then.
+    """
 
     def tile() -> tuple[int, int]:
         return chunked_logprob.TOKEN_CHUNK_SIZE, trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import kernels
 import pytest
 import torch
 import transformers
+from packaging.requirements import Requirement
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import import_utils
 
@@ -21,6 +24,11 @@ import moe_fused
 from moe_fused import hub
 from moe_fused.hub import KernelSource
 from tests.support import REPOSITORY, build_config, python_path, repo_id
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 BUILD_TOML = '[general]\nname = "k"\nversion = 3\n[general.hub]\nrepo-id = "org/k"\n'
 
@@ -70,7 +78,10 @@ def test_enable_is_idempotent_and_disable_undoes_it() -> None:
 
 
 def test_get_kernel_is_cached_and_serves_the_cpu() -> None:
-    """The variant of the machine's accelerator serves CPU tensors, too: one module is enough."""
+    """``get_kernel`` always returns one module.
+
+    It is the variant of the machine's accelerator, which takes CPU tensors, too.
+    """
     kernel = moe_fused.get_kernel()
     assert moe_fused.get_kernel() is kernel
     assert Path(kernel.__file__).parent.name == f"torch-{_backend()}"
@@ -177,6 +188,34 @@ class TestOrder:
         assert asked == [("org/k", {"version": 3, "trust_remote_code": True})]
 
 
+def test_a_gpu_that_is_too_old_does_not_keep_the_kernel_from_loading(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It serves CPU tensors there. Where ``kernels`` can check the current GPU, it is told not to."""
+    asked: list[dict[str, Any]] = []
+
+    def get_kernel(repository: str, *, check_arch: bool = True, **options: Any) -> ModuleType:
+        asked.append({"check_arch": check_arch})
+        return ModuleType("from_hub")
+
+    def get_local_kernel(path: Path, *, check_arch: bool = True) -> ModuleType:
+        asked.append({"check_arch": check_arch})
+        return ModuleType("local")
+
+    monkeypatch.setattr(kernels, "get_kernel", get_kernel)
+    monkeypatch.setattr(kernels, "get_local_kernel", get_local_kernel)
+    monkeypatch.delenv("LOCAL_KERNELS", raising=False)
+    (tmp_path / "built" / "torch-cpu").mkdir(parents=True)
+    hub.load(KernelSource("org/k", 3, tmp_path / "built", True))
+    hub.load(KernelSource("org/k", 3, tmp_path, False))
+    monkeypatch.setenv("LOCAL_KERNELS", f"org/k={tmp_path}")
+    hub.load(KernelSource("org/k", 3, tmp_path, False))
+    assert asked == [{"check_arch": False}] * 3
+
+
+TRANSFORMERS = r"pip install 'transformers\[kernels\]>=5\.17,<5\.23'"
+
+
 def _install(site_packages: Path) -> None:
     """The package as a wheel installs it, its kernel inside."""
     package = site_packages / "moe_fused"
@@ -185,8 +224,9 @@ def _install(site_packages: Path) -> None:
     shutil.copy(REPOSITORY / "build.toml", package / "_kernel")
 
 
+@pytest.mark.slow
 def test_installed_package_offline(tmp_path: Path) -> None:
-    """Installed like a wheel and without a network: its own build, or the one that ``LOCAL_KERNELS`` names."""
+    """An installed package works without a network. It loads its own build, or the one that ``LOCAL_KERNELS`` names."""
     _install(tmp_path)
     code = "import moe_fused; moe_fused.enable(); print(moe_fused.get_kernel().__file__)"
     shipped = tmp_path / "moe_fused" / "_kernel" / f"torch-{_backend()}" / "__init__.py"
@@ -200,15 +240,29 @@ def test_installed_package_offline(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("package", "found", "message"),
     [
-        ("torch", "2.8.1+cu128", r"^moe_fused needs torch>=2\.9, found 2\.8\.1\+cu128$"),
-        ("transformers", "5.16.2", r"^moe_fused needs transformers>=5\.17, found 5\.16\.2$"),
+        ("torch", "2.8.1+cu128", r"^moe_fused needs torch>=2\.9, found 2\.8\.1\+cu128: pip install 'torch>=2\.9'$"),
+        (
+            "transformers",
+            "5.16.2",
+            rf"^moe_fused needs transformers>=5\.17,<5\.23, found 5\.16\.2: {TRANSFORMERS}$",
+        ),
+        (
+            "transformers",
+            "5.24.0",
+            rf"found 5\.24\.0: {TRANSFORMERS}\. Use transformers<5\.23 until moe_fused takes a newer one$",
+        ),
+        ("transformers", None, rf"^moe_fused needs transformers, which is not installed: {TRANSFORMERS}$"),
         (
             "kernels",
             "0.1.0",
             rf"^transformers {transformers.__version__} needs kernels>=0\.1\d\.\d,<0\.1\d\.0, found 0\.1",
         ),
         ("kernels", "0.99.0", r"found 0\.99\.0: pip install 'kernels>=0\.1\d\.\d,<0\.1\d\.0'$"),
-        ("kernels", None, r"^moe_fused needs kernels, which is not installed: pip install kernels$"),
+        (
+            "kernels",
+            None,
+            r"^moe_fused needs kernels, which is not installed: pip install 'kernels>=0\.1\d\.\d,<0\.1\d\.0'$",
+        ),
     ],
 )
 def test_wrong_versions(package: str, found: str | None, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +281,45 @@ def test_wrong_versions(package: str, found: str | None, message: str, monkeypat
     with pytest.raises(RuntimeError, match=message):
         moe_fused.enable()
     assert "moe_fused" not in ALL_EXPERTS_FUNCTIONS
+
+
+def test_a_transformers_that_wants_another_kernels_than_we_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Transformers that wants other kernels than we take is reported.
+
+    The advice is a release that pip finds and we take.
+    """
+    monkeypatch.setattr(import_utils, "KERNELS_MIN_VERSION", "0.18.2")
+    monkeypatch.setattr(import_utils, "KERNELS_MAX_VERSION", "0.19.0")
+    *_, kernels_requirement = hub.requirements()
+    assert kernels_requirement.problem is not None
+    assert re.search(rf"needs kernels>=0\.18\.2,<0\.19\.0, found .*: {TRANSFORMERS}$", kernels_requirement.problem)
+
+
+def test_what_is_advised_is_in_the_ranges_of_the_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each version that a message tells to install fits pyproject.toml, whatever is installed."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = {dependency.name: dependency.specifier for dependency in map(Requirement, project["dependencies"])}
+    installed = hub.version
+    for package, found in itertools.product(hub.REQUIRED, (None, "0.0.1", "5.24.0", "99.0")):
+        versions = {package: found}
+        monkeypatch.setattr(
+            hub, "version", lambda name, versions=versions: _found(versions.get(name, installed(name)), name)
+        )
+        for requirement in hub.requirements():
+            for advised in re.findall(r"'([^']+)'", (requirement.problem or "").partition("pip install")[2]):
+                parsed = Requirement(advised)
+                lows = [part.version for part in parsed.specifier if part.operator == ">="]
+                assert lows
+                assert all(version in wanted[parsed.name] for version in lows), requirement.problem
+                assert {part.operator for part in wanted[parsed.name]} <= {part.operator for part in parsed.specifier}
+            if requirement.problem is not None:
+                break  # later requirements need the package that this one lacks
+
+
+def _found(version: str | None, name: str) -> str:
+    if version is None:
+        raise hub.PackageNotFoundError(name)
+    return version
 
 
 @pytest.mark.parametrize("found", ["2.9.0", "2.9.0a0+git1234", "2.13.0+cpu", "3.0.0"])

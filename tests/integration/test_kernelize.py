@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterator
+import re
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import kernels
 import pytest
@@ -14,23 +19,20 @@ from kernels.layer.globals import _KERNEL_MAPPING
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import moe_fused
 
 from .compare import Pass, assert_near, assert_passes_as_good, forward_backward, under
 from .conftest import Calls
-from .models import GPT_OSS, MODELS, QWEN3_MOE, ModelCase, experts_modules, tokens
+from .models import GPT_OSS, MODELS, QWEN3_MOE, ModelCase, experts_modules, tokens, with_derived_blocks
 
-SERVED = [case for case in MODELS if case is not GPT_OSS]
 BLOCK = "Qwen3MoeSparseMoeBlock"
 
 
 @pytest.fixture
-def layer_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
+def layer_calls(spy: Calls) -> Iterator[Calls]:
     """The calls of ``moe_experts`` from the kernel's layers."""
-    layers = moe_fused.get_kernel().layers
-    spy = Calls(layers.moe_experts)
-    monkeypatch.setattr(layers, "moe_experts", spy)
     assert "moe_fused" not in ALL_EXPERTS_FUNCTIONS, "kernelize must not depend on enable"
     yield spy
     assert "moe_fused" not in ALL_EXPERTS_FUNCTIONS
@@ -41,7 +43,7 @@ def replaced(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if "forward" in vars(module)]
 
 
-@pytest.mark.parametrize("case", SERVED, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", MODELS, ids=lambda case: case.id)
 def test_equals_eager(case: ModelCase, device: str, layer_calls: Calls) -> None:
     model = case.build().to(device)
     ids = tokens(device=device)
@@ -141,27 +143,126 @@ def test_deepcopy_has_its_own_weights(device: str, layer_calls: Calls) -> None:
     assert not torch.allclose(model(ids).logits, expected)
 
 
-@pytest.mark.parametrize("kernelize_first", [True, False], ids=["before", "after"])
-def test_experts_lora(kernelize_first: bool, device: str, layer_calls: Calls) -> None:
-    """PEFT's ``target_parameters`` before or after: the adapter counts either way."""
-    config = LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"], init_lora_weights=False)
-    ids = tokens(device=device)
-    model = QWEN3_MOE.build().to(device)
-    bare = model(ids).logits
-    if kernelize_first:
-        moe_fused.kernelize(model)
+TARGETS = [
+    ["mlp.experts.gate_up_proj"],
+    ["mlp.experts.down_proj"],
+    ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+]
+
+
+def adapted(case: ModelCase, device: str, targets: list[str]) -> nn.Module:
+    """The model with PEFT's own adapters, whose factors have values."""
     torch.manual_seed(0)
-    wrapped = get_peft_model(model, config)
-    if not kernelize_first:
-        moe_fused.kernelize(wrapped)
-    ours = forward_backward(wrapped, ids)
-    assert layer_calls.count == 2
-    for module in experts_modules(wrapped):
-        vars(module).pop("forward", None)
-    theirs = forward_backward(wrapped, ids)
-    assert layer_calls.count == 2
+    config = LoraConfig(r=2, lora_alpha=5, target_modules=[], target_parameters=targets, init_lora_weights=False)
+    return get_peft_model(case.build().to(device), config)
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids=lambda targets: "+".join(name.split(".")[-1] for name in targets))
+@pytest.mark.parametrize("case", [QWEN3_MOE, GPT_OSS], ids=lambda case: case.id)
+def test_experts_lora(case: ModelCase, targets: list[str], device: str, layer_calls: Calls) -> None:
+    """PEFT's own adapters go into the kernel instead of being merged on every pass."""
+    targets = [name.replace("mlp.experts", "experts") for name in targets]
+    ids = tokens(device=device)
+    theirs = forward_backward(adapted(case, device, targets), ids)
+    model = moe_fused.kernelize(adapted(case, device, targets))
+    ours = forward_backward(model, ids)
+    assert layer_calls.count == case.moe_layers
+    assert layer_calls.adapters == case.moe_layers * len(targets)
     assert_near(ours, theirs, 1e-5)
-    assert not torch.allclose(ours.logits, bare)
+
+
+def test_experts_lora_added_afterwards(device: str, layer_calls: Calls) -> None:
+    """The adapter counts at once, merged on every pass, and goes into the kernel once kernelize is called again."""
+    ids, targets = tokens(device=device), TARGETS[2]
+    theirs = forward_backward(adapted(QWEN3_MOE, device, targets), ids)
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, lora_alpha=5, target_modules=[], target_parameters=targets, init_lora_weights=False)
+    model = get_peft_model(moe_fused.kernelize(QWEN3_MOE.build().to(device)), config)
+    assert_near(forward_backward(model, ids), theirs, 1e-5)
+    assert layer_calls.adapters == 0
+    moe_fused.kernelize(model)
+    layer_calls.options.clear()
+    assert_near(forward_backward(model, ids), theirs, 1e-5)
+    assert layer_calls.adapters == 4
+
+
+def test_what_peft_does_with_adapters(device: str, layer_calls: Calls) -> None:
+    """Switching, disabling, merging, unmerging and unloading give what they give without the layers."""
+    ids = tokens(device=device)
+    models = []
+    for _ in range(2):
+        model = adapted(QWEN3_MOE, device, TARGETS[2])
+        torch.manual_seed(1)
+        config = LoraConfig(r=3, target_modules=[], target_parameters=TARGETS[2], init_lora_weights=False)
+        model.add_adapter("other", config)
+        models.append(model)
+    stock, ours = models
+    moe_fused.kernelize(ours)
+
+    def assert_equal() -> None:
+        with torch.no_grad():
+            torch.testing.assert_close(ours(ids).logits, stock(ids).logits, rtol=1e-4, atol=1e-5)
+
+    for model in models:
+        model.set_adapter("other")
+    assert_equal()
+    for model in models:
+        model.base_model.set_adapter(["default", "other"])
+    assert_equal()
+    with stock.disable_adapter(), ours.disable_adapter():
+        assert_equal()
+    for model in models:
+        model.merge_adapter()
+    assert_equal()
+    with stock.disable_adapter(), ours.disable_adapter():  # which unmerges
+        assert_equal()
+    assert_equal()
+    stock, ours = (model.merge_and_unload() for model in models)
+    assert_equal()
+    assert ours.get_submodule("model.layers.0.mlp.experts").forward.__func__ is not None
+    assert layer_calls.count > 0
+
+
+def test_an_adapter_on_something_else_stays_pefts(device: str, layer_calls: Calls) -> None:
+    """An adapted router is no experts module, and its adapter counts."""
+    targets = ["mlp.gate.weight", "mlp.experts.down_proj"]
+    ids = tokens(device=device)
+    theirs = forward_backward(adapted(QWEN3_MOE, device, targets), ids)
+    ours = forward_backward(moe_fused.kernelize(adapted(QWEN3_MOE, device, targets)), ids)
+    assert_near(ours, theirs, 1e-5)
+    assert layer_calls.adapters == 2
+
+
+def test_hooks_on_adapted_experts_run(device: str, layer_calls: Calls) -> None:
+    model = moe_fused.kernelize(adapted(QWEN3_MOE, device, TARGETS[2]))
+    ids = tokens(device=device)
+    expected = model(ids).logits
+    seen = []
+    for module in experts_modules(model):
+        module.register_forward_hook(lambda module, *_: seen.append(module))
+    torch.testing.assert_close(model(ids).logits, expected)
+    assert seen == experts_modules(model)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_again_after_a_change_of_mode(training: bool, device: str, layer_calls: Calls) -> None:
+    model = moe_fused.kernelize(adapted(QWEN3_MOE, device, TARGETS[2]).train(not training))
+    ids = tokens(device=device)
+    expected = model(ids).logits
+    moe_fused.kernelize(model.train(training), Mode.TRAINING if training else Mode.INFERENCE)
+    torch.testing.assert_close(model(ids).logits, expected)
+    assert layer_calls.adapters == 8
+
+
+def test_compile_with_adapters(device: str, layer_calls: Calls) -> None:
+    ids = tokens(device=device)
+    model = adapted(QWEN3_MOE, device, TARGETS[2])
+    theirs = model(ids).logits
+    moe_fused.kernelize(model, Mode.TRAINING | Mode.TORCH_COMPILE)
+    torch._dynamo.reset()
+    ours = torch.compile(model, fullgraph=True, backend="aot_eager")(ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert layer_calls.count > 0
 
 
 def test_generates_the_same_tokens(device: str, layer_calls: Calls) -> None:
@@ -191,29 +292,165 @@ def test_twice(device: str, layer_calls: Calls) -> None:
     assert layer_calls.count == 2
 
 
-def test_does_not_undo_what_wraps_a_forward() -> None:
-    """Accelerate's hooks, which may be what brings the weights to the device."""
-    model = QWEN3_MOE.build()
+def test_what_wraps_a_forward_is_named(device: str, layer_calls: Calls) -> None:
+    """Accelerate's hooks, which may be what brings the weights to the device. The other layers are served."""
+    model = QWEN3_MOE.build().to(device)
+    ids = tokens(device=device)
+    expected = model(ids).logits
     last = experts_modules(model)[1]
     add_hook_to_module(last, ModelHook())
     hooked = last.forward
-    with pytest.raises(ValueError, match=r"a Qwen3MoeExperts whose forward is a partial of its own: use moe_fused\.en"):
+    with pytest.warns(
+        UserWarning, match=r"Qwen3MoeExperts \(model\.layers\.1\.mlp\.experts\) keeps its own forward: it"
+    ):
         moe_fused.kernelize(model)
     assert last.forward is hooked
-    assert replaced(model) == ["model.layers.1.mlp.experts"]
+    torch.testing.assert_close(model(ids).logits, expected)
+    assert layer_calls.count == 1
+
+
+def _derived(experts: nn.Module) -> None:
+    """A class that derives from the experts and computes something else."""
+
+    class Mine(type(experts)):  # type: ignore[misc]
+        def forward(self, *args: Any) -> Any:
+            return 3 * super().forward(*args)
+
+    experts.__class__ = Mine
+
+
+def _method(experts: nn.Module) -> None:
+    """A forward that another library has bound to the module, as Liger does."""
+    before = experts.forward
+    experts.forward = types.MethodType(lambda self, *args: 3 * before(*args), experts)
+
+
+def _function(experts: nn.Module) -> None:
+    before = experts.forward
+    experts.forward = lambda *args: 3 * before(*args)
+
+
+def _implementation(experts: Any) -> None:
+    """An experts implementation of the user's own."""
+    experts.config._experts_implementation = "mine"
+
+
+@pytest.fixture
+def mine() -> Iterator[None]:
+    eager = Qwen3MoeExperts.forward.__wrapped__  # type: ignore[attr-defined]
+    ALL_EXPERTS_FUNCTIONS.register("mine", lambda self, *args: 3 * eager(self, *args))
+    yield
+    del type(ALL_EXPERTS_FUNCTIONS)._global_mapping["mine"]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["dense", "lora"])
+@pytest.mark.parametrize("layer", [None, BLOCK], ids=["experts", "block"])
+@pytest.mark.parametrize("change", [_derived, _method, _function, _implementation], ids=lambda change: change.__name__)
+def test_experts_that_compute_something_else(
+    change: Callable[[Any], None], layer: str | None, lora: bool, mine: None, device: str, layer_calls: Calls
+) -> None:
+    """They keep computing it, changed before or after kernelize, and a warning names those that it finds."""
+    ids = tokens(device=device)
+
+    def build() -> nn.Module:
+        return adapted(QWEN3_MOE, device, TARGETS[2]) if lora else QWEN3_MOE.build().to(device)
+
+    stock = build()
+    for module in experts_modules(stock):
+        change(module)
+    expected = forward_backward(stock, ids)
+    ours = build()
+    for module in experts_modules(ours):
+        change(module)
+    with warnings.catch_warnings(record=True), contextlib.suppress(ValueError):  # nothing in it may be served
+        moe_fused.kernelize(ours, layer=layer)
+    assert_near(forward_backward(ours, ids), expected, 1e-5)
+    if change is _implementation or (change is _derived and layer is None):
+        return  # a layer takes precedence over what the module is set to, or derived from, afterwards
+    ours = moe_fused.kernelize(build(), layer=layer)
+    if change in (_method, _function) and layer is None and not lora:
+        return  # what is put in the place of a layer takes the place of the layer
+    for module in experts_modules(ours):
+        change(module)
+    assert_near(forward_backward(ours, ids), expected, 1e-5)
+
+
+def test_a_derived_block_keeps_its_forward(device: str, layer_calls: Calls) -> None:
+    model = with_derived_blocks(QWEN3_MOE.build().to(device))
+    ids = tokens(device=device)
+    expected = model(ids).logits
+    with pytest.raises(ValueError, match="layer Qwen3MoeSparseMoeBlock that the kernel serves"):
+        moe_fused.kernelize(model, layer=BLOCK)
+    moe_fused.kernelize(model)
+    torch.testing.assert_close(model(ids).logits, expected)
+    assert layer_calls.count == 2
+
+
+def test_what_cannot_be_served_is_named(device: str, layer_calls: Calls) -> None:
+    model = QWEN3_MOE.build().to(device)
+    ids = tokens(device=device)
+    expected = model(ids).logits
+    experts_modules(model)[0].register_buffer("counts", torch.zeros(1, device=device))
+    with pytest.warns(
+        UserWarning, match=r"layers\.0\.mlp\.experts\) keeps its own forward: it has a buffer of unknown"
+    ):
+        moe_fused.kernelize(model)
+    torch.testing.assert_close(model(ids).logits, expected)
+    assert layer_calls.count == 1
+
+
+def test_adapters_that_the_kernel_does_not_take_are_named(device: str, layer_calls: Calls) -> None:
+    """gpt-oss has biases, which PEFT can adapt. Such layers merge on every pass, and results stay right."""
+    targets = ["experts.gate_up_proj", "experts.down_proj_bias"]
+    ids = tokens(device=device)
+    theirs = forward_backward(adapted(GPT_OSS, device, targets), ids)
+    with pytest.warns(UserWarning, match="it has adapters on down_proj_bias, which PEFT merges on every pass"):
+        model = moe_fused.kernelize(adapted(GPT_OSS, device, targets))
+    assert_near(forward_backward(model, ids), theirs, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("a/model",), TypeError, "model must be a torch.nn.Module that is loaded, got str"),
+        ((nn.Linear,), TypeError, "model must be a torch.nn.Module that is loaded, got Linear"),
+        ((None, "training"), TypeError, "mode must be a kernels.Mode, as Mode.TRAINING, got 'training'"),
+        ((None, None, 0), TypeError, "device must be a string or a torch.device, got 0"),
+        ((None, None, "meta"), ValueError, "device must be one of cpu, cuda, rocm, xpu, got meta"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    model = QWEN3_MOE.build()
+    given = (model, *arguments[1:]) if arguments[0] is None else arguments
+    with pytest.raises(error, match=re.escape(message)):
+        moe_fused.kernelize(*given)
+    assert replaced(model) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has such a GPU")
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match="device is cuda, but torch finds no such GPU on this machine"):
+        moe_fused.kernelize(QWEN3_MOE.build(), device="cuda")
 
 
 def test_errors() -> None:
     """Each names what was looked for, and leaves the model alone."""
     model = GPT_OSS.build()
-    with pytest.raises(ValueError, match=r"gated experts in the layout of Qwen3MoeExperts, got a GptOssForCausalLM"):
-        moe_fused.kernelize(model)
-    with pytest.raises(ValueError, match=r"Qwen3MoeSparseMoeBlock, got a GptOssForCausalLM"):
+    with pytest.raises(
+        ValueError, match=r"layer Qwen3MoeSparseMoeBlock that the kernel serves, got a GptOssForCausalLM"
+    ):
         moe_fused.kernelize(model, layer=BLOCK)
-    with pytest.raises(ValueError, match=r"layer must be one of Qwen3MoeExperts, Qwen3MoeSparseMoeBlock, got 'Mlp'"):
+    with pytest.raises(ValueError, match=r"layer must be one of MoeExperts, Qwen3MoeExperts, .*, got 'Mlp'"):
         moe_fused.kernelize(model, layer="Mlp")
-    with pytest.raises(ValueError, match="got a Linear"):
+    with pytest.raises(ValueError, match="under Transformers' experts interface that the kernel serves, got a Linear"):
         moe_fused.kernelize(nn.Linear(2, 2))
+    for module in experts_modules(model):
+        module.has_post_expert_norm = True
+    with pytest.raises(
+        ValueError, match=r"got GptOssExperts \(model\.layers\.0\.mlp\.experts\) keeps .*: it normalizes"
+    ):
+        moe_fused.kernelize(model)
     assert replaced(model) == []
     qwen = QWEN3_MOE.build()
     with pytest.raises(ValueError, match="FALLBACK"):

@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -13,6 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraModel
+from peft.tuners.lora.config import ArrowConfig, BdLoraConfig, KasaConfig, VeloraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import transformers_weight_conversion as conversion
 from torch import Tensor
@@ -39,7 +41,7 @@ from .lora import (
     theirs,
     wrappers,
 )
-from .models import EXPERTS, GPT_OSS, MODELS, QWEN3_MOE, ModelCase, tokens
+from .models import EXPERTS, GPT_OSS, MODELS, QWEN3_MOE, STACKED, ModelCase, tokens
 
 pytestmark = pytest.mark.usefixtures("enabled")
 
@@ -94,7 +96,8 @@ def test_computes_what_peft_does(case: ModelCase, feature: str, calls: Calls) ->
 
 @pytest.mark.parametrize("case", MODELS, ids=lambda case: case.id)
 def test_every_model(case: ModelCase) -> None:
-    options = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "target_modules": []}
+    up = "up_proj" if case.id == "nemotron_h" else "gate_up_proj"
+    options = {"target_parameters": [f"experts.{up}", "experts.down_proj"], "target_modules": []}
     one, other = ours(case, **options), theirs(case, **options)
     assert len(wrappers(one)) == 2 * case.moe_layers
     assert all(map(is_ours, wrappers(one)))
@@ -179,7 +182,7 @@ def test_scaling_is_by_the_rank_of_each_linear_layer(rslora: bool) -> None:
 
 def test_ranks_of_linear_layers_by_pattern() -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         model = ours(
             target_modules=["q_proj", *LINEAR],
             rank_pattern={"gate_proj": 5, r"experts\.\d+\.up_proj": 5, "q_proj": 7},
@@ -203,7 +206,7 @@ def test_ranks_of_linear_layers_by_pattern() -> None:
 )
 def test_linear_layers_beside_experts_are_adapted(case: ModelCase, targets: Any, adapted: set[str]) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         model = ours(case, target_modules=targets)
     assert len(wrappers(model)) == 4
     assert all(wrapper.linears["default"] for wrapper in wrappers(model))
@@ -213,7 +216,7 @@ def test_linear_layers_beside_experts_are_adapted(case: ModelCase, targets: Any,
         if isinstance(module, BaseTunerLayer) and module not in wrappers(model)
     }
     assert others == adapted
-    # As the user gave it, so that the file says what it holds.
+    # The config keeps the targets as the user gave them, so that the file says what it holds.
     config = model.peft_config["default"]
     wanted = adapted | set(LINEAR) if targets == "all-linear" else targets
     assert config.target_modules == (wanted if isinstance(wanted, str) else set(wanted))
@@ -231,6 +234,46 @@ def test_some_layers(options: dict[str, Any]) -> None:
     assert not any(isinstance(module, BaseTunerLayer) for module in first.modules())
     assert len(wrappers(second)) == 2
     assert isinstance(second.self_attn.q_proj, BaseTunerLayer)
+
+
+@pytest.mark.parametrize("case", [case for case in MODELS if case.id in STACKED], ids=lambda case: case.id)
+def test_all_linear_reaches_experts_that_never_were_linear_layers(case: ModelCase) -> None:
+    model = ours(case, target_modules="all-linear")
+    config, block = model.peft_config["default"], "mlp" if case is GPT_OSS else "block_sparse_moe"
+    named = [f"{block}.experts.down_proj", f"{block}.experts.gate_up_proj"]
+    assert config.target_parameters == named
+    assert len(wrappers(model)) == 2 * case.moe_layers
+    assert all(map(is_ours, wrappers(model)))
+    layers = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    assert sum(name.endswith(("q_proj", "k_proj", "v_proj", "o_proj")) for name in layers) == 2 * 4
+    # PEFT computes the same when it is told the names.
+    other = theirs(case, target_modules=sorted(config.target_modules), target_parameters=named)
+    torch.testing.assert_close(run(model).logits, run(other).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("excluded", "left"),
+    [
+        (["experts"], None),
+        (r".*\.experts", None),
+        (["down_proj"], ["mlp.experts.gate_up_proj"]),
+        (
+            r".*layers\.0\..*",
+            ["model.layers.1.mlp.experts.down_proj", "model.layers.1.mlp.experts.gate_up_proj"],
+        ),
+    ],
+)
+def test_all_linear_but_some(excluded: Any, left: list[str] | None) -> None:
+    model = ours(GPT_OSS, target_modules="all-linear", exclude_modules=excluded)
+    assert model.peft_config["default"].target_parameters == left
+    assert len(wrappers(model)) == (0 if left is None else 2)
+
+
+def test_all_linear_leaves_out_linear_layers_of_the_models_own() -> None:
+    """PhiMoE's router returns more than a product, which PEFT's layer cannot wrap."""
+    model = ours(next(case for case in MODELS if case.id == "phimoe"), target_modules="all-linear")
+    assert model.peft_config["default"].target_modules == {"q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"}
+    assert run(model).logits.isfinite().all()
 
 
 # Adapters come and go.
@@ -275,7 +318,7 @@ def test_several_adapters() -> None:
 
 
 def test_a_second_adapter_beside_biases() -> None:
-    """Biases are adapted by PEFT's own layers, among ours."""
+    """Biases are adapted by PEFT's own layers, which stand among ours, also for a second adapter."""
     targets = [*BOTH, "mlp.experts.down_proj_bias"]
     model = ours(GPT_OSS, target_parameters=targets, target_modules=[])
     assert sum(map(is_ours, wrappers(model))) == 4
@@ -289,7 +332,7 @@ def test_a_second_adapter_beside_biases() -> None:
 def test_options_are_refused_under_another_implementation_too() -> None:
     model = ours()
     model.base_model.model.set_experts_implementation("eager")
-    with pytest.raises(NotImplementedError, match="use_dora"):
+    with pytest.raises(ValueError, match="use_dora"):
         model.add_adapter("second", LoraConfig(use_dora=True, target_parameters=BOTH, target_modules=[]))
 
 
@@ -316,7 +359,10 @@ def test_dropout_acts_in_training_only(targets: dict[str, Any], calls: Calls) ->
     assert_near(forward_backward(with_dropout, tokens()), first, 0.0)
     assert (first.logits - expected.logits).abs().max() > 1e-3
     with_dropout.base_model.model.set_experts_implementation("eager")
-    with pytest.raises(NotImplementedError, match="lora_dropout on down_proj needs experts_implementation='moe_fused'"):
+    peft_says = r"lora\.ParamWrapper does not work with lora_dropout != 0\."
+    with pytest.raises(
+        ValueError, match=rf"^{peft_says} lora_dropout on down_proj needs experts_implementation='moe_f"
+    ):
         run(with_dropout)
 
 
@@ -432,7 +478,7 @@ def test_compiles_without_a_break(targets: dict[str, Any]) -> None:
 
 
 def losses(model: PeftModel, steps: int = 100) -> list[float]:
-    """Of training on one batch."""
+    """The loss of each step of training on one batch."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     curve = []
@@ -471,10 +517,46 @@ def test_trains_as_peft() -> None:
 @pytest.mark.parametrize("targets", [{"target_parameters": BOTH}, {"target_modules": LINEAR}], ids=["shared", "apart"])
 def test_unsupported_options(option: str, value: Any, targets: dict[str, Any]) -> None:
     model = plain()
-    with pytest.raises(NotImplementedError, match=f"^{option}=.* is not supported for LoRA on experts: .*leave"):
+    message = f"{option}=.* is not supported for LoRA on experts: .*leave"
+    with pytest.raises((NotImplementedError, ValueError), match=message):
         get_peft_model(model, LoraConfig(**{option: value}, **targets))
     assert not any(isinstance(module, BaseTunerLayer) for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def raised(call: Callable[[], object]) -> tuple[type[Exception], str]:
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001 - which one is the question
+        return type(error), str(error)
+    raise AssertionError("nothing was raised")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"fan_in_fan_out": True},
+        {"alora_invocation_tokens": [1]},
+        {"velora_config": VeloraConfig()},
+        {"kasa_config": KasaConfig()},
+        {"use_bdlora": BdLoraConfig()},
+        {"arrow_config": ArrowConfig()},
+        {"r": 0},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_what_peft_refuses_is_refused_in_its_words(option: dict[str, Any]) -> None:
+    """What PEFT refuses is the same exception here.
+
+    Its message begins with PEFT's, so that code written for PEFT finds it.
+    """
+    config = LoraConfig(target_parameters=BOTH, target_modules=[], **option)
+    error, message = raised(lambda: get_peft_model(plain(), config))
+    expected, words = raised(lambda: get_peft_model(QWEN3_MOE.build(), config))
+    assert error is expected
+    assert message.startswith(words)
 
 
 def test_options_are_free_where_experts_are_not_adapted() -> None:
@@ -512,15 +594,26 @@ def test_impossible_targets(options: dict[str, Any], error: type[Exception], mes
 
 def test_adapters_of_a_layer_adapt_the_same() -> None:
     model = ours(target_modules=["down_proj"])
-    with pytest.raises(ValueError, match="must adapt the same parameters"):
+    peft_says = (
+        "^When using multiple adapters with `target_parameters`, all adapters must target the same set of parameters"
+    )
+    with pytest.raises(ValueError, match=peft_says):
         model.add_adapter("second", LoraConfig(target_modules=LINEAR))
     assert model.peft_config.keys() == {"default"}
 
 
-def test_mixing_adapters_is_refused() -> None:
-    model = ours(target_modules=LINEAR)
-    with pytest.raises(ValueError, match="add_weighted_adapter cannot mix LoRA on experts"):
-        model.add_weighted_adapter(["default"], [1.0], "mixed", combination_type="linear")
+@pytest.mark.parametrize("targets", [{"target_parameters": BOTH}, {"target_modules": LINEAR}], ids=["shared", "apart"])
+def test_mixing_adapters_is_refused(targets: dict[str, Any]) -> None:
+    def mixing(model: Any, *names: str) -> tuple[type[Exception], str]:
+        return raised(lambda: model.add_weighted_adapter([*names], [1.0] * len(names), "mixed"))
+
+    model, stock = ours(**targets), theirs()
+    for names in (("default",), ("default", "unknown")):
+        error, message = mixing(model, *names)
+        expected, words = mixing(stock, *names)
+        assert error is expected is ValueError
+        assert message.startswith(words)
+    assert model.peft_config.keys() == {"default"}
 
 
 # With and without us.
@@ -578,7 +671,7 @@ assert importlib.util.find_spec("peft") is not None
 assert "peft" not in sys.modules
 import peft
 tuner = peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA]
-assert tuner.__module__ == "moe_fused.peft.tuner", tuner
+assert tuner.__module__ == "moe_fused.integrations.peft.tuner", tuner
 moe_fused.disable()
 assert peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA] is peft.LoraModel
 """

@@ -12,8 +12,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import PreTrainedModel
 
+import moe_fused
+
 from .compare import Pass, assert_near, forward_backward
-from .conftest import DEVICE
+from .conftest import DEVICE, Calls
 from .four_bit import config, load, packed, same_bits
 from .lora import BOTH, LINEAR, OPTIONS, adapt, disabled, is_ours, randomize, run, wrappers
 from .models import tokens
@@ -101,11 +103,33 @@ def test_prepared_for_training(reentrant: bool, dense: Path) -> None:
     assert_near(forward_backward(adapted, tokens()), expected, 0.0)
 
 
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("first", [True, False], ids=["kernelized before", "kernelized after"])
+def test_kernelized(first: bool, targets: dict[str, Any], dense: Path, calls: Calls) -> None:
+    """4-bit experts with adapters compute the same bits through the layers, trained and evaluated, and merge as before."""
+    model = quantized(dense)
+    expected = adapt(copy.deepcopy(model), **targets)
+    if first:
+        moe_fused.kernelize(model)
+    model = adapt(model, **targets)
+    if not first:
+        moe_fused.kernelize(model)
+    count = calls.count
+    for training in (True, False):
+        expected.train(training)
+        moe_fused.kernelize(model.train(training)) if not first else model.train(training)
+        assert_near(forward_backward(model, tokens()), forward_backward(expected, tokens()), 0.0)
+    assert calls.count == count + 8
+    merged, merged_too = (each.merge_and_unload() for each in (model, expected))
+    with torch.no_grad():
+        assert torch.equal(merged(tokens()).logits, merged_too(tokens()).logits)
+
+
 def expected_merge(model: PeftModel) -> dict[str, Any]:
     """What the experts are to be after merging: quantized as before, from their sum with the adapter's product."""
     result = {}
     for name, weights in packed(model).items():
-        wrapper = next(own for own in wrappers(model) if own.weight is weights.packed)
+        wrapper = next(candidate for candidate in wrappers(model) if candidate.weight is weights.packed)
         form = weights.format
         result[name] = type(weights).quantize(
             weights.dequantize(torch.float32) + wrapper.get_delta_weight("default").detach(),
@@ -120,9 +144,9 @@ def expected_merge(model: PeftModel) -> dict[str, Any]:
 
 def same_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(
-        own.format == wanted.format
-        and all(same_bits(value, wanted.tensors()[part]) for part, value in own.tensors().items())
-        for own, wanted in zip(one.values(), other.values(), strict=True)
+        weights.format == wanted.format
+        and all(same_bits(value, wanted.tensors()[part]) for part, value in weights.tensors().items())
+        for weights, wanted in zip(one.values(), other.values(), strict=True)
     )
 
 
@@ -175,7 +199,9 @@ def test_safe_merge_leaves_the_experts(dense: Path) -> None:
         for wrapper in wrappers(model):
             wrapper.lora_B["default"].weight[0, 0] = torch.inf
     before = packed(model)
-    with pytest.raises(ValueError, match="default must have finite values to be merged"):
+    with pytest.raises(
+        ValueError, match=r"^NaNs detected in the merged weights\. The adapter default seems to be broken"
+    ):
         model.merge_adapter(safe_merge=True)
     assert same_weights(packed(model), before)
     assert not any(wrapper.merged for wrapper in wrappers(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from moe_fused.checkpoints.adapters.convert import convert_adapter
 from .compare import assert_near, forward_backward
 from .conftest import DEVICE
 from .lora import BOTH, LINEAR, OPTIONS, RANK, disabled, is_ours, ours, plain, randomize, run, theirs, wrappers
-from .models import EXPERTS, HIDDEN, INTERMEDIATE, MODELS, QWEN3_MOE, ModelCase, tokens
+from .models import EXPERTS, HIDDEN, INTERMEDIATE, MODELS, QWEN3_MOE, STACKED, ModelCase, tokens
 
 pytestmark = pytest.mark.usefixtures("enabled")
 
@@ -47,7 +48,7 @@ def test_round_trip(kind: str, tmp_path: Path) -> None:
     expected = forward_backward(model, tokens())
     model.save_pretrained(tmp_path / "first")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         loaded = PeftModel.from_pretrained(plain(), tmp_path / "first", is_trainable=True)
     assert all(map(is_ours, wrappers(loaded)))
     assert_near(forward_backward(loaded, tokens()), expected, 0.0)
@@ -123,13 +124,21 @@ def test_files_of_linear_layers_are_those_of_transformers_4(
     torch.testing.assert_close(run(other).logits, logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3", "qwen3_next", "qwen3_5_moe"])
-def test_names_in_files_are_those_of_the_model(name: str, tmp_path: Path) -> None:
-    """Whatever checkpoints of the model add before them, as of a vision-language model."""
-    case = next(case for case in MODELS if case.id == name)
+@pytest.mark.parametrize("case", MODELS, ids=lambda case: case.id)
+def test_names_in_files_are_those_of_the_model(case: ModelCase, tmp_path: Path) -> None:
+    """Keys in adapter files are the model's names, even if the model's checkpoints add a prefix to them.
+
+    A file has matrices for each expert where the model's checkpoints do, and otherwise the factors of all experts.
+    """
     model = ours(case, target_modules="all-linear")
     model.save_pretrained(tmp_path)
-    assert all(key.startswith("base_model.model.model.layers.") for key in saved(tmp_path))
+    keys = saved(tmp_path)
+    assert all(key.startswith("base_model.model.model.layers.") for key in keys)
+    expert_keys = {key for key in keys if ".experts." in key}
+    stacked = {key for key in expert_keys if re.search(r"\.experts\.(base_layer\.)?lora_[AB]", key)}
+    matrices = EXPERTS * (2 if case.id == "nemotron_h" else 3)  # which has no gate
+    assert len(expert_keys) == 2 * case.moe_layers * (2 if case.id in STACKED else matrices)
+    assert stacked == (expert_keys if case.id in STACKED else set())
     logits = run(model).logits
     assert torch.equal(run(PeftModel.from_pretrained(plain(case), tmp_path)).logits, logits)
     loaded = plain(case)
@@ -157,7 +166,7 @@ def test_from_pretrained_finds_the_adapter(tmp_path: Path) -> None:
 
 
 def test_a_model_without_the_head(tmp_path: Path) -> None:
-    """Whose modules have other names than the file says."""
+    """An adapter loads into the model without its head, where modules have other names than in the file."""
     QWEN3_MOE.build().save_pretrained(tmp_path / "base")
     model = ours(target_modules=LINEAR)
     model.save_pretrained(tmp_path / "adapter")
@@ -225,7 +234,9 @@ def test_a_missing_matrix(loader: str, tmp_path: Path) -> None:
     tensors = saved(tmp_path)
     del tensors[key]
     edited(tmp_path, tensors)
-    with pytest.raises(ValueError, match=r"layers.1.mlp.experts.4.up_proj.lora_B.weight is missing, which belongs to"):
+    with pytest.raises(
+        ValueError, match=r"layers.1.mlp.experts.4.up_proj.lora_B.weight is missing, although it belongs to"
+    ):
         PeftModel.from_pretrained(plain(), tmp_path) if loader == "peft" else plain().load_adapter(tmp_path)
 
 
@@ -233,7 +244,7 @@ def test_a_matrix_of_another_shape(tmp_path: Path) -> None:
     ours(target_modules=LINEAR).save_pretrained(tmp_path)
     key = "base_model.model.model.layers.1.mlp.experts.4.up_proj.lora_A.weight"
     edited(tmp_path, saved(tmp_path) | {key: torch.zeros(2, HIDDEN)})
-    with pytest.raises(ValueError, match=rf"{key} has shape \(2, 40\), needed is \(3, 40\)"):
+    with pytest.raises(ValueError, match=rf"{key} has shape \(2, 40\), but needs \(3, 40\)"):
         PeftModel.from_pretrained(plain(), tmp_path)
 
 
@@ -252,7 +263,7 @@ def test_experts_that_match_nothing(loader: str, tmp_path: Path) -> None:
 def test_adapters_without_experts_do_not_warn(tmp_path: Path) -> None:
     ours(target_modules=["q_proj"]).save_pretrained(tmp_path)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         PeftModel.from_pretrained(plain(), tmp_path)
         PeftModel.from_pretrained(QWEN3_MOE.build(), tmp_path)
 
@@ -267,7 +278,7 @@ def test_empty_weights_first(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:The following .* keys did not match any targeted module")
 def test_a_config_that_was_used_before(tmp_path: Path) -> None:
-    """A config keeps nothing of the model that it was used for, nor does what PEFT makes of it get lost."""
+    """A config that was used for a model of ours can be used for a stock one, whose adapter then loads into both."""
     config = LoraConfig(**OPTIONS, target_modules=LINEAR)
     peft.get_peft_model(plain(), config)
     eager = peft.get_peft_model(QWEN3_MOE.build().to(DEVICE), config)

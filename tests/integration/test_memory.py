@@ -14,10 +14,13 @@ from transformers import Qwen3Config, Qwen3MoeConfig
 
 from benchmarks.rows import OURS, read_rows
 from moe_fused import hub, memory
+from moe_fused.finetune.options import Options
+from moe_fused.finetune.plan import plan_run
+from moe_fused.finetune.resolve import set_up
 from moe_fused.memory import GIB, Sizes, Workload, predict, sizes_of, skeleton
 
-from .four_bit import build, config, load, packed
-from .models import MODELS, ModelCase, experts_modules
+from .four_bit import BY_ID, build, config, load, packed
+from .models import GPT_OSS, MODELS, ModelCase, experts_modules
 
 ROOT = Path(__file__).parents[2]
 # Larger than a block of absmax's absmax, so that the second level counts; 4 bits and 32 for adapters on a CPU.
@@ -31,6 +34,9 @@ WORK = Workload(
     optimizer="adamw_torch",
     fused_norms=False,
     gpu=False,
+)
+MIMO = ModelCase(
+    "mimo_v2_flash", "another without SDPA", "MiMoV2FlashForCausalLM", "MiMoV2FlashConfig", {"n_routed_experts": 6}
 )
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
@@ -62,11 +68,11 @@ def test_weights_and_adapters(quantized: bool, tmp_path: Path) -> None:
     assert sizes == sizes_of(build(**SHAPES))
     parts = predict(sizes, replace(WORK, quantized=quantized)).parts
 
-    experts = nbytes(own for module in experts_modules(model) for own in module.parameters())
+    experts = nbytes(parameter for module in experts_modules(model) for parameter in module.parameters())
     assert parts["experts"] == experts
-    own = {tensor.data_ptr() for module in experts_modules(model) for tensor in module.parameters()}
+    in_experts = {tensor.data_ptr() for module in experts_modules(model) for tensor in module.parameters()}
     states = [module.weight.quant_state for module in model.modules() if hasattr(module, "quant_state")]
-    others = [tensor for tensor in model.parameters() if tensor.data_ptr() not in own]
+    others = [tensor for tensor in model.parameters() if tensor.data_ptr() not in in_experts]
     for state in states:
         others += [state.absmax, state.offset, state.code, state.state2.absmax, state.state2.code]
     assert parts["other weights"] == pytest.approx(nbytes(others), rel=0.01)
@@ -107,7 +113,7 @@ def kept_for_backward(model: nn.Module, tokens: Tensor) -> int:
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
 @pytest.mark.parametrize("dropout", [False, True])
 def test_what_a_layer_keeps(dropout: bool) -> None:
-    """The difference between two layers and one, so that embeddings and loss do not count."""
+    """A layer keeps as much as predicted. The difference between two layers and one leaves out embeddings and loss."""
     kept, predicted = {}, {}
     work = replace(WORK, dropout=dropout)
     for layers in (1, 2):
@@ -123,14 +129,74 @@ def test_what_a_layer_keeps(dropout: bool) -> None:
     assert predicted[2] - predicted[1] == pytest.approx(kept[2] - kept[1], rel=0.07)
 
 
+@pytest.mark.usefixtures("enabled")
+@pytest.mark.parametrize("name", ["gpt_oss", "mimo_v2_flash", "granitemoe"])
+def test_eager_attention_keeps_a_number_for_each_pair_and_head(name: str) -> None:
+    """Eager attention keeps as much as predicted.
+
+    In the difference between two lengths, what grows with tokens alone counts little.
+    """
+    case = MIMO if name == "mimo_v2_flash" else BY_ID[name]
+    kept, predicted = {}, {}
+    for length in (96, 192):
+        model = build(case, dtype=torch.float32, max_position_embeddings=256)
+        model.set_attn_implementation("eager")
+        model.set_experts_implementation("moe_fused")
+        sizes = sizes_of(model)
+        config = LoraConfig(r=WORK.attention_rank, target_modules=list(WORK.attention_modules))
+        model = get_peft_model(model, config).train()
+        model.enable_input_require_grads()
+        tokens = torch.randint(3, 60, (1, length), generator=torch.Generator().manual_seed(0))
+        kept[length] = kept_for_backward(model.base_model.model.model, tokens)
+        work = replace(WORK, length=length, eager=True, checkpointing=False, quantized=False, expert_rank=0)
+        predicted[length] = predict(sizes, work).parts["activations"]
+    assert predicted[192] - predicted[96] == pytest.approx(kept[192] - kept[96], rel=0.25)
+    without = replace(work, eager=False)
+    assert predict(sizes, work).total - predict(sizes, without).total > 2 * sizes.heads * 192**2 * 4
+
+
+def test_eager_attention_is_planned_for() -> None:
+    config = GPT_OSS.build(max_position_embeddings=4096).config
+    totals = {}
+    for attn in ("auto", "eager"):
+        options = Options(model="m", attn=attn, sequence_length=2048)
+        setup = set_up(options, config, torch.device("cpu"))
+        totals[attn] = plan_run(setup, plain_text=False).prediction.total
+    assert totals["auto"] == totals["eager"] > 4 * 2048**2 * 4
+
+
+def test_names_are_matched_as_peft_matches_them() -> None:
+    sizes = sizes_of(BY_ID["qwen3_next"].build())
+    trainable = {}
+    for names in (("out_proj",), ("linear_attn.out_proj",), ("attn.out_proj",), ("proj",), ("q_proj", "out_proj")):
+        model = (
+            get_peft_model(BY_ID["qwen3_next"].build(), LoraConfig(r=4, target_modules=list(names)))
+            if (names not in (("attn.out_proj",), ("proj",)))
+            else None
+        )
+        work = replace(WORK, attention_modules=names, expert_rank=0)
+        trainable[names] = predict(sizes, work).trainable
+        assert trainable[names] == (0 if model is None else model.get_nb_trainable_parameters()[0])
+    assert trainable[("out_proj",)] == trainable[("linear_attn.out_proj",)] > 0
+
+
+def test_sizes_of_other_configs() -> None:
+    """Latent attention has a key for each head, and experts to a token may differ by layer."""
+    latent = sizes_of(BY_ID["deepseek_v3"].build())
+    assert (latent.queries, latent.keys) == (4 * 16, 4 * 16)
+    assert sizes_of(BY_ID["hunyuan_v1_moe"].build(moe_topk=[2, 3])).top_k == 3
+    assert sizes_of(BY_ID["ernie4_5_moe"].build()).top_k == 3
+
+
 @pytest.mark.parametrize("case", MODELS, ids=lambda case: case.id)
 def test_every_parameter_counts_once(case: ModelCase) -> None:
     model = case.build()
     sizes = sizes_of(model)
-    counted = sum(own.numel for own in (*sizes.stacks, *sizes.linears)) + sizes.others
+    counted = sum(weight.numel for weight in (*sizes.stacks, *sizes.linears)) + sizes.others
     assert counted == sum(parameter.numel() for parameter in model.parameters())
     assert len(sizes.stacks) == 2 * case.moe_layers
-    assert predict(sizes, replace(WORK, quantized=False)).parts["experts"] == 4 * sum(own.numel for own in sizes.stacks)
+    in_stacks = sum(stack.numel for stack in sizes.stacks)
+    assert predict(sizes, replace(WORK, quantized=False)).parts["experts"] == 4 * in_stacks
 
 
 def test_a_model_without_experts() -> None:
@@ -201,7 +267,7 @@ def test_checkpointing_keeps_one_hidden_state_to_a_layer(qwen3_30b: Sizes) -> No
 
 
 def test_a_single_layer_needs_the_same_with_checkpointing(qwen3_30b: Sizes) -> None:
-    """It is computed again at once, and its input, which a fused norm keeps as it is, counts once."""
+    """For a single layer, checkpointing saves nothing. It is recomputed at once, and its input counts once."""
     for work in (Workload(), Workload(length=512), Workload(length=16384)):
         again, kept = (
             predict(replace(qwen3_30b, layers=1), replace(work, checkpointing=checkpointing)).parts
@@ -225,7 +291,7 @@ def test_as_measured(qwen3_30b: Sizes) -> None:
 
 
 def test_as_measured_with_graphs(qwen3_30b: Sizes) -> None:
-    """What torch's allocator held in the rows of ``benchmarks.finetune_30b``, which packs."""
+    """The prediction with graphs is what torch's allocator held in the rows of ``benchmarks.finetune_30b``."""
     rows = read_rows(ROOT / "benchmarks/results/finetune-30b_h100-80gb-hbm3.json")
     measured = {row.tokens: row.details["reserved_mib"] for row in rows if row.implementation == OURS}
     assert set(measured) == {1024, 2048, 4096, 8192, 16384}
@@ -236,7 +302,7 @@ def test_as_measured_with_graphs(qwen3_30b: Sizes) -> None:
 
 def test_workspace_is_the_kernels() -> None:
     pytest.importorskip("triton")
-    assert memory.EXPERT_WORKSPACE == hub.submodule(hub.get_kernel(), "launch.packed").WORKSPACE_BYTES
+    assert memory.EXPERT_WORKSPACE == hub.submodule(hub.get_kernel(), "stages.triton.dequantize").WORKSPACE_BYTES
 
 
 def test_paged_state_is_outside_of_the_allocator(qwen3_30b: Sizes) -> None:
@@ -247,7 +313,7 @@ def test_paged_state_is_outside_of_the_allocator(qwen3_30b: Sizes) -> None:
 
 
 def test_graphs_keep_what_others_would_use_again(qwen3_30b: Sizes) -> None:
-    """The loss and what was accumulated lie beside the layers' worst moment, not in its place."""
+    """With graphs, the loss and accumulated gradients add to the layers' worst moment instead of reusing its memory."""
     work = Workload(length=4096)
     eager, graphs = predict(qwen3_30b, work), predict(qwen3_30b, replace(work, graphs=True))
     assert eager.moment == "layer"
@@ -255,7 +321,7 @@ def test_graphs_keep_what_others_would_use_again(qwen3_30b: Sizes) -> None:
     activations = eager.parts["activations"] + 2 * work.tokens * qwen3_30b.hidden * work.itemsize
     others = {"activations": activations, "gradients": gradients, "cuBLAS": 3 * memory.CUBLAS_WORKSPACE}
     assert graphs.parts == eager.parts | {"loss": loss} | others
-    # Those of attention, which are small, and lie apart.
+    # The gradients of attention's adapters, which are small, lie apart.
     attention = predict(qwen3_30b, replace(work, expert_rank=0)).trainable
     assert gradients == attention * work.adapter_itemsize > eager.parts["gradients"]
     assert 2 * 2048 * 8192 < loss < predict(qwen3_30b, replace(work, length=8192, graphs=True)).parts["loss"]
@@ -264,8 +330,13 @@ def test_graphs_keep_what_others_would_use_again(qwen3_30b: Sizes) -> None:
 
 
 def test_documents_take_attention_more(qwen3_30b: Sizes) -> None:
-    """A block of queries in fp32 for each, and gradients of keys and values for each head before those of a group."""
+    """Each document adds a block of queries in fp32.
+
+    Gradients of keys and values are made for each head, then for each group.
+    """
     work = Workload(length=4096)
-    whole, packed = (memory._attention_made(qwen3_30b, replace(work, documents=own)) for own in (False, True))
+    whole, packed = (
+        memory._attention_made(qwen3_30b, replace(work, documents=documents)) for documents in (False, True)
+    )
     blocks = 4096 // 32 * 128 * 4 * qwen3_30b.queries
     assert packed - whole == blocks + 4096 * 2 * (qwen3_30b.queries - qwen3_30b.keys) * work.itemsize

@@ -31,13 +31,13 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 import moe_fused
 from moe_fused.checkpoints.names import Names, Target
-from moe_fused.quantizer import PackedConfig, packed_modules
+from moe_fused.integrations.quantizer.packed_experts import PackedConfig, packed_modules
+from tests.bits import dequantize_4bit
 
 from .conftest import DEVICE, Calls
 from .four_bit import (
-    BY_ID,
+    FOUR_BIT,
     MIXTRAL,
-    NEMOTRON_H,
     SIZES,
     build,
     config,
@@ -57,7 +57,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "lm_head"]
 
 
 def dequantized_matrices(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Of all packed weights, in the dtype they had, by parameter, expert and projection."""
+    """All packed weights as dense bf16 matrices, by parameter, expert and projection."""
     result = {}
     for name, weights in packed(model).items():
         stack = weights.dequantize(torch.bfloat16).cpu()
@@ -70,12 +70,9 @@ def dequantized_matrices(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("case", "quant_type", "double_quant"),
     [
-        pytest.param(QWEN3_MOE, "nf4", True, id="qwen3_moe-nf4-double"),
         pytest.param(QWEN3_MOE, "fp4", False, id="qwen3_moe-fp4"),
         pytest.param(MIXTRAL, "nf4", False, id="mixtral-renamed keys"),
-        pytest.param(NEMOTRON_H, "nf4", True, id="nemotron_h-no gate"),
-        pytest.param(BY_ID["granitemoe"], "nf4", True, id="granitemoe-fused in its checkpoints"),
-        pytest.param(GPT_OSS, "nf4", True, id="gpt_oss-transposed, gate and up alternate"),
+        *(pytest.param(case, "nf4", True, id=case.id) for case in FOUR_BIT),
     ],
 )
 def test_quantizes_on_loading_as_bitsandbytes(
@@ -104,7 +101,7 @@ def test_quantizes_on_loading_as_bitsandbytes(
 
 
 def test_logits_equal_those_of_the_dequantized_model(dense: Path) -> None:
-    """Attention stays dense, so that nothing but the experts can differ."""
+    """Logits equal those of the dequantized model. Attention stays dense, so that only the experts can differ."""
     options = config(llm_int8_skip_modules=LINEAR, bnb_4bit_compute_dtype=torch.float32)
     model = load(dense, quantization_config=options, dtype=torch.float32)
     reference = load(dense, dtype=torch.float32, experts_implementation="eager", device_map=DEVICE)
@@ -126,8 +123,8 @@ def test_gpt_oss_is_trained_as_its_dequantized_self(tmp_path: Path) -> None:
         for name, weights in packed(model).items():
             reference.get_parameter(name).copy_(weights.dequantize(torch.float32))
     ids = tokens(device=DEVICE)
-    for own in (model, reference):
-        own(ids, labels=ids).loss.backward()
+    for trained in (model, reference):
+        trained(ids, labels=ids).loss.backward()
     with torch.no_grad():
         torch.testing.assert_close(logits(model), logits(reference), rtol=1e-4, atol=1e-4)
     wanted = {name: p.grad for name, p in reference.named_parameters() if name not in packed(model)}
@@ -153,7 +150,7 @@ def test_no_other_implementation_computes_packed_experts(implementation: str, de
 
 
 def test_computes_in_the_compute_dtype(dense: Path, calls: Calls) -> None:
-    """Inputs are cast to it and outputs back, as 4-bit linear layers do."""
+    """Experts cast their inputs to the compute dtype and their outputs back, as 4-bit linear layers do."""
     model = load(dense, quantization_config=config(bnb_4bit_compute_dtype=torch.float16), dtype=torch.bfloat16)
     with torch.no_grad():
         values = logits(model)
@@ -199,7 +196,7 @@ def test_skipped_experts_stay_dense(dense: Path, tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / layout)
         assert same_state(load(tmp_path / layout), model)
         keys = load_file(tmp_path / layout / "model.safetensors").keys()
-        # The dense ones go back to what they were in the checkpoint that they came from.
+        # Dense experts are saved as they were in the checkpoint that they came from.
         assert "model.layers.0.mlp.experts.5.gate_proj.weight" in keys
         assert "model.layers.0.mlp.experts.5.gate_proj.weight.absmax" not in keys
 
@@ -242,7 +239,7 @@ def test_loading_options_change_nothing(options: dict[str, Any], dense: Path, tm
 
 
 def test_dtype_is_that_of_the_weights_before(dense: Path, tmp_path: Path) -> None:
-    """As for 4-bit linear layers: experts are quantized from the dtype asked for, and checkpoints say so."""
+    """Experts are quantized from the dtype asked for, and checkpoints record it, as for 4-bit linear layers."""
     model = load(dense, quantization_config=config(), dtype=torch.float16)
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
@@ -287,7 +284,7 @@ def test_a_head_that_the_checkpoint_does_not_have(dense: Path, tmp_path: Path) -
     ("case", "skip"),
     [
         pytest.param(QWEN3_MOE, None, id="qwen3_moe"),
-        # Called otherwise in the part, and so in its config.
+        # The layer has another name in the part, and so in its config.
         pytest.param(
             QWEN3_MOE, ["lm_head", "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.experts"], id="partly dense"
         ),
@@ -311,7 +308,7 @@ def test_saving_a_model_without_its_head(case: ModelCase, skip: list[str] | None
 
 
 def test_saving_the_text_model_of_another(tmp_path: Path) -> None:
-    """Which has a config of its own, that says nothing of 4 bits as long as it is part of the whole."""
+    """The text model of a larger model saves that it is in 4 bits, which its config does not say while it is a part."""
     sizes = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     text = {**SIZES, **sizes, "num_experts": 6, "num_experts_per_tok": 3}
     vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
@@ -326,16 +323,16 @@ def test_saving_the_text_model_of_another(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "whole")
     assert same_state(type(model).from_pretrained(tmp_path / "whole"), model)
     model.dequantize()
-    for name, own in (("dense whole", model), ("dense text", part)):
-        own.save_pretrained(tmp_path / name)
+    for name, saved in (("dense whole", model), ("dense text", part)):
+        saved.save_pretrained(tmp_path / name)
         assert "quantization_config" not in (tmp_path / name / "config.json").read_text(encoding="utf-8")
-        again = type(own).from_pretrained(tmp_path / name)
+        again = type(saved).from_pretrained(tmp_path / name)
         assert not packed(again)
-        assert same_state(again, own)
+        assert same_state(again, saved)
 
 
 def test_dequantizing_a_model_without_its_head(dense: Path, tmp_path: Path) -> None:
-    """Leaves the whole one as it would be had it been dequantized itself, for its head never was in 4 bits."""
+    """Dequantizing a model without its head leaves the whole model dequantized, for its head never was in 4 bits."""
     model = load(dense, quantization_config=config())
     model.model.dequantize()
     model.save_pretrained(tmp_path)
@@ -344,7 +341,7 @@ def test_dequantizing_a_model_without_its_head(dense: Path, tmp_path: Path) -> N
 
 
 def test_default_checkpoint_is_that_of_bitsandbytes(dense: Path, tmp_path: Path) -> None:
-    """Key by key what bitsandbytes reads, and writes again, with nothing of ours."""
+    """By default, a checkpoint has the keys that bitsandbytes reads and writes, and no others."""
     import bitsandbytes as bnb
 
     model = load(dense, quantization_config=config())
@@ -359,12 +356,12 @@ def test_default_checkpoint_is_that_of_bitsandbytes(dense: Path, tmp_path: Path)
         state = weight.quant_state.as_dict(packed=True)
         assert state.keys() == parts.keys()
         assert all(same_bits(state[part], parts[part]) for part in parts)
-        theirs = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        theirs = dequantize_4bit(weight.data, weight.quant_state)
         assert torch.equal(theirs.cpu(), through_4bit(sources[key]))
 
 
 def test_routers_are_named_for_transformers_4(dense: Path, tmp_path: Path) -> None:
-    """Where they are linear layers, which must not be taken for quantized ones."""
+    """Routers are listed as skipped, because Transformers 4 has them as linear layers and would expect 4 bits."""
     load(dense, quantization_config=config()).save_pretrained(tmp_path / "qwen")
     build(MIXTRAL).save_pretrained(tmp_path / "dense")
     load(tmp_path / "dense", MIXTRAL, quantization_config=config()).save_pretrained(tmp_path / "mixtral")
@@ -490,7 +487,10 @@ def test_what_is_not_supported_stays_dense(tmp_path: Path) -> None:
 
 
 def test_experts_that_checkpoints_hold_together_stay_dense() -> None:
-    """Of text and images, in Ernie 4.5-VL: no checkpoint is at hand, so this asks the quantizer alone."""
+    """Experts stay dense if a checkpoint stacks those of text and images together, as that of Ernie 4.5-VL does.
+
+    No such checkpoint is at hand, so this asks the quantizer alone.
+    """
     converter = WeightConverter(
         ["experts.*.down_proj.weight"],
         ["text.experts.down_proj", "images.experts.down_proj"],

@@ -47,6 +47,7 @@ NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         pytest.param(QWEN3_MOE, {}, id="qwen3_moe"),
         pytest.param(QWEN3_MOE, {"compress_statistics": False}, id="plain absmax"),
         pytest.param(QWEN3_MOE, {"quant_type": "fp4", "blocksize": 128}, id="fp4 in blocks of 128"),
+        pytest.param(QWEN3_MOE, {"blocksize": 32}, id="blocks of 32"),
         pytest.param(QWEN3_MOE, {"quant_storage": torch.bfloat16}, id="stored as bf16"),
         pytest.param(MIXTRAL, {}, id="mixtral"),
     ],
@@ -225,7 +226,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "renamed absmax": (rename(f"{UP}.absmax", f"{UP}.absmin"), rf"{UP}\.absmin is not a tensor of nf4 weights"),
     "renamed expert": (
         rename(UP, f"{EXPERTS}.6.up_proj.weight"),
-        r"\.experts\.6\.up_proj\.weight is of expert 6, but .* has 6",
+        r"\.experts\.6\.up_proj\.weight belongs to expert 6, but .* has 6 experts",
     ),
     "the same weight without the prefix": (
         repeat(UP, UP.removeprefix("model.")),
@@ -329,7 +330,7 @@ def test_broken_fused_layout(name: str, v4: Path, tmp_path: Path) -> None:
         ),
         pytest.param(
             lambda tensors: tensors.update(quantized_tensors(UP, tensors[UP])),
-            rf"{UP}\.\S+ is of 4-bit weights, but the checkpoint's config has no quantization_config",
+            rf"{UP}\.\S+ belongs to 4-bit weights, but the checkpoint's config has no quantization_config",
             id="4-bit unannounced",
         ),
     ],

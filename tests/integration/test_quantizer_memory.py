@@ -45,6 +45,7 @@ print(json.dumps({"growth": peak - before, "model": model.get_memory_footprint()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_is_near_the_4_bit_size(tmp_path: Path) -> None:
     sizes = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 16, "num_hidden_layers": 12}

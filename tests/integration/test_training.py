@@ -12,6 +12,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 
 import moe_fused
+from moe_fused import hub
 
 from .compare import Pass, assert_near, assert_passes_as_good, forward_backward, under
 from .conftest import Calls
@@ -94,7 +95,7 @@ def test_what_runs_again_ends_before_the_down_projection(
     case: ModelCase, device: str, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The experts are the last of a layer that saves anything: their output is of no use to backward."""
-    stages = moe_fused.get_kernel().backend.backend_for(torch.empty(0, device=device), torch.float32)
+    stages = hub.submodule(moe_fused.get_kernel(), "stages").backend_for(torch.empty(0, device=device), torch.float32)
     combined = mock.Mock(wraps=stages.combine)
     monkeypatch.setattr(stages, "combine", combined)
     model = case.build().to(device)

@@ -1,31 +1,33 @@
-"""``adapter_config.json``: which rank and alpha a module has, which modules are adapted, and how to say so for others."""
+"""Reads ``adapter_config.json``, and makes the targets and patterns of a converted adapter."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from moe_fused.checkpoints.places import read_object
+
 from .factors import DOWN, GATE, GATE_UP, UP, Scaling
+from .names import names_gpt_oss
 
 CONFIG = "adapter_config.json"
 LEAVES = {GATE_UP: "gate_up_proj", GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"}
-# What Unsloth writes: the order of lora_B, and the same again for each parameter.
+# Unsloth's options: the order of lora_B, and the same for each parameter.
 B_LAYOUT, DETAILS = "lora_B_layout", "unsloth_fused_expert_lora"
-# Options that give an adapter parts which the conversion does not know.
+# Options that give an adapter parts that the conversion does not know.
 _UNKNOWN_PARTS = ("use_dora", "lora_bias", "use_qalora", "kasa_config", "velora_config", "monteclora_config")
 
 
 def module_of(key: str) -> str | None:
-    """The module, as PEFT names it in a config, that a LoRA tensor of an adapter belongs to; None for other tensors."""
+    """Returns the module that a LoRA tensor belongs to, by its name in PEFT's config, or None for other tensors."""
     match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(?:[AB]\.weight|embedding_[AB])", key)
     return match[1] if match else None
 
 
 def _pattern(patterns: Iterable[str], module: str) -> str | None:
-    """The first of ``patterns`` that PEFT would apply to ``module``."""
+    """Returns the first of ``patterns`` that PEFT would apply to ``module``."""
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
 
 
@@ -37,7 +39,7 @@ class AdapterConfig:
     """The content of ``adapter_config.json``.
 
     Raises:
-        ValueError: not a LoRA adapter, or one with parts that the conversion does not know.
+        ValueError: the adapter is not a LoRA adapter, or has parts that the conversion does not know.
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
@@ -55,10 +57,7 @@ class AdapterConfig:
 
     @classmethod
     def load(cls, path: Path) -> AdapterConfig:
-        try:
-            return cls(json.loads(path.read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
+        return cls(read_object(path))
 
     @property
     def rank(self) -> int:
@@ -75,22 +74,24 @@ class AdapterConfig:
 
     @property
     def peft_version(self) -> tuple[int, ...] | None:
-        """Of the PEFT that wrote the adapter, which says so from 0.18 on."""
+        """The version of the PEFT that wrote the adapter. PEFT records it since 0.18."""
         match = re.match(r"(\d+)\.(\d+)\.(\d+)", str(self.content.get("peft_version") or ""))
         return tuple(map(int, match.groups())) if match else None
 
     @property
     def interleaved(self) -> bool:
-        """Whether gate and up take turns in the base model, gpt-oss, as far as its name and its own config tell."""
+        """Whether the base model is gpt-oss, in which gate and up alternate, by its config or else by its name."""
         base = str(self.content.get("base_model_name_or_path"))
         mapping = self.content.get("auto_mapping") or {}
-        names = [base, str(mapping.get("base_model_class"))]
+        names = [str(mapping.get("base_model_class")), base]
         if (local := Path(base) / "config.json").is_file():
-            names.append(local.read_text(encoding="utf-8"))
-        return any(re.search(r"gpt[-_]?oss", name, re.IGNORECASE) for name in names)
+            # The name of a directory says nothing, so its config is read.
+            content = read_object(local)
+            names[1:] = [str(content.get("model_type")), *map(str, content.get("architectures") or ())]
+        return any(map(names_gpt_oss, names))
 
     def name_of(self, module: str) -> str:
-        """What patterns go by: the parameter, where a module such as the router is adapted by its weight."""
+        """Returns the name that patterns apply to, which is a router's weight if the router is adapted by its weight."""
         weight = f"{module}.weight"
         return weight if self.adapts_parameter(weight) else module
 
@@ -110,18 +111,22 @@ class AdapterConfig:
 def retarget(
     config: AdapterConfig, others: Iterable[str], blocks: Mapping[str, Iterable[str]], fused: bool
 ) -> dict[str, Any]:
-    """``target_modules`` and ``target_parameters`` of the converted adapter.
+    """Makes ``target_modules`` and ``target_parameters`` of the converted adapter.
+
+    With separate experts, ``target_modules`` also matches shared experts and dense layers, to which PEFT then adds factors
+    that are zero. ``exclude_modules`` is not written against this: PEFT warns if it excludes nothing, and raises an error if
+    it leaves no module.
 
     Args:
-        config: of the source.
-        others: modules with LoRA that are not experts.
-        blocks: the projections that are adapted in the target, by the experts' module.
-        fused: whether the experts' parameters are targeted, else modules named after the projections.
+        config: the config of the source.
+        others: the modules with LoRA that are not experts.
+        blocks: for each experts module, the projections that are adapted in the target.
+        fused: whether the target names the experts' parameters; if not, it names modules called after the projections.
     """
     others = sorted(set(others))
     expert_leaves = {LEAVES[name] for name in (GATE, UP, DOWN)}
     modules: set[str] = set()
-    if isinstance(config.modules, str):  # a regular expression or "all-linear", which may match experts by any name
+    if isinstance(config.modules, str):  # a regular expression or "all-linear", which may match experts under any name
         modules.update(other.rpartition(".")[2] for other in others)
     else:
         modules.update(
@@ -137,13 +142,13 @@ def retarget(
     }
     projections = {name for names in blocks.values() for name in names}
     if not fused:
-        # Such as the router's weight, a module's only parameter: tools that read separate experts know modules.
+        # Tools that read separate experts know modules only, so that the router's weight, for example, becomes the router.
         for target in [target for target in parameters if target.endswith(".weight")]:
             parameters.remove(target)
             modules.add(target.removesuffix(".weight"))
         modules.update(LEAVES[name] for name in projections)
         return {"target_modules": sorted(modules), "target_parameters": sorted(parameters) or None}
-    # Names that PEFT would take for experts: of shared experts and dense layers, with the module they are in.
+    # Shared experts and dense layers have the same last names as experts. Each gets the name of the module it is in, too.
     for target in modules & expert_leaves:
         modules.remove(target)
         modules.update(".".join(other.split(".")[-2:]) for other in others if _serves(target, other))
@@ -157,34 +162,34 @@ def retarget(
 def repattern(
     config: AdapterConfig, others: Iterable[str], experts: Mapping[str, tuple[str, int, float]], fused: bool
 ) -> dict[str, dict[str, Any]]:
-    """``rank_pattern`` and ``alpha_pattern`` that give every module its own rank and alpha.
+    """Makes ``rank_pattern`` and ``alpha_pattern`` that give every module its rank and alpha.
 
     Args:
-        config: of the source, whose ``r`` and ``lora_alpha`` stay.
-        others: modules with LoRA that are not experts: what is said of them stays.
-        experts: for each module or parameter of experts in the target a regular expression for all of its kind, its
+        config: the config of the source, whose ``r`` and ``lora_alpha`` stay.
+        others: the modules with LoRA that are not experts. Their patterns stay.
+        experts: for each module or parameter of experts in the target, a regular expression for all of its kind, its
             rank and its alpha.
-        fused: as for ``retarget``, which makes modules of other parameters where they are not.
+        fused: as for ``retarget``. If False, other parameters have become modules.
     """
     others = [config.name_of(other) for other in others]
     result: dict[str, dict[str, Any]] = {}
-    for option, patterns, default, place in (
+    for option, patterns, default, index in (
         ("rank_pattern", config.ranks, config.rank, 0),
         ("alpha_pattern", config.alphas, config.content["lora_alpha"], 1),
     ):
         kept = {key: value for key, value in patterns.items() if any(_pattern([key], other) for other in others)}
         if not fused:
-            # By either name: PEFT under Transformers 5 makes the router's weight of the module again.
+            # Both names must match, because PEFT under Transformers 5 turns the router back into the router's weight.
             kept = {re.sub(r"\\?\.weight$", r"(\\.weight)?", key): value for key, value in kept.items()}
         values: dict[str, set[Any]] = {}
         for kind, *numbers in experts.values():
-            values.setdefault(kind, set()).add(numbers[place])
+            values.setdefault(kind, set()).add(numbers[index])
         first: dict[str, Any] = {}
         for module, (kind, *numbers) in experts.items():
             common = len(values[kind]) == 1 and not any(_pattern([kind], other) for other in others)
             key = _pattern(kept, module)
-            if not common or numbers[place] != (default if key is None else kept[key]):
-                first[kind if common else re.escape(module)] = numbers[place]
-        # PEFT takes the first that matches.
+            if not common or numbers[index] != (default if key is None else kept[key]):
+                first[kind if common else re.escape(module)] = numbers[index]
+        # PEFT takes the first pattern that matches.
         result[option] = {**first, **kept}
     return result

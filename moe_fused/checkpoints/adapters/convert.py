@@ -1,24 +1,29 @@
-"""Conversion of an adapter's directory: reads layer by layer, checks everything, then writes layer by layer."""
+"""Converts the directory of an adapter: reads layer by layer, checks everything, then writes layer by layer."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from moe_fused.checkpoints.finite import is_finite
+from moe_fused.checkpoints.places import check_adapter_replaceable
 from moe_fused.checkpoints.safetensors_file import TensorSpec, as_bytes, safetensors_writer
-from moe_fused.staging import staged_directory
+from moe_fused.staging import check_writable, staged_directory
 
+from .by_expert import by_expert_refusal, model_type_of
 from .config import B_LAYOUT, CONFIG, DETAILS, repattern, retarget
 from .detect import MARKER
-from .factors import DOWN, GATE, UP, Block, Factors, Scaling, fold, fuse, pad, split
+from .factors import DOWN, GATE, UP, Block, Factors, Scaling, complete, fold, fuse, pad, split
 from .layouts import LAYOUTS, Fused, Grouped, unprefixed
 from .names import Layout, ScalingChoice
 from .saved import WEIGHTS, SavedAdapter
@@ -26,18 +31,22 @@ from .saved import WEIGHTS, SavedAdapter
 Progress = Callable[[str, int, int], None]
 
 
+# The files that `moe-fused finetune` writes beside the adapter of a run.
+_OF_A_RUN = ("finetune.yaml", "log.jsonl")
+
+
 @dataclass(frozen=True)
-class Plan:
-    """What a conversion does, found out by doing all of it but the writing.
+class AdapterConversionPlan:
+    """What the conversion of an adapter will do. It is made by converting everything without writing it.
 
     Attributes:
-        source, target: layouts.
-        layers, experts: how many.
-        ranks: of the experts' projections, in the target.
-        tensors: of the target.
-        config: content of the target's ``adapter_config.json``.
-        files: other files that are copied.
-        notes: what else the user should know, a sentence each.
+        source, target: the layouts.
+        layers, experts: the number of layers with experts, and of experts in each.
+        ranks: the ranks of the experts' projections in the target.
+        tensors: the tensors of the target.
+        config: the content of the target's ``adapter_config.json``.
+        files: the other files that are copied.
+        notes: what else the user should know, one sentence each.
     """
 
     source: Layout
@@ -55,17 +64,26 @@ class Plan:
         return sum(spec.nbytes for spec in self.tensors.values())
 
 
-class _Conversion(SavedAdapter):
-    """One adapter on its way to another layout.
+def _finite(file: Any, key: str) -> torch.Tensor:
+    """Reads the tensor ``key`` of a file. Raises ValueError if it holds NaN or infinite values."""
+    tensor: torch.Tensor = file.get_tensor(key)
+    if not is_finite(tensor):
+        raise ValueError(f"{key} holds NaN or infinite values")
+    return tensor
 
-    Tensors are read twice: once to find out whether all of it can be converted and how large the result is, and once to
-    write it. In between only shapes are kept, as tensors on torch's meta device.
+
+class _Conversion(SavedAdapter):
+    """The conversion of one adapter to another layout.
+
+    Tensors are read twice: the first time to check that everything can be converted and to find the size of the result,
+    the second time to write it. In between only shapes are kept, as tensors on the meta device.
     """
 
     def __init__(
         self, source: Path, to: Layout, given: Layout | None, scaling: ScalingChoice | None, widen: bool
     ) -> None:
         super().__init__(source, "SOURCE", given)
+        self._check_pairs()
         self.to = LAYOUTS[to]
         self.widen = widen
         self.fold = to is Layout.PER_EXPERT if scaling is None else scaling is ScalingChoice.FOLD
@@ -75,19 +93,38 @@ class _Conversion(SavedAdapter):
                 f"gate and up of gpt-oss take turns in gate_up_proj, no tool reads them apart: {to.value} is not possible "
                 f"from {self.layout.layout.value}"
             )
-        self.rank = 0  # that all LoRA gets; 0: each its own
+        model_type = model_type_of(str(self.config.content.get("base_model_name_or_path")))
+        reason = None if model_type is None else by_expert_refusal(model_type)
+        if to is Layout.PER_EXPERT and reason is not None:
+            raise ValueError(f"{to.value} is not possible: {reason}; `moe-fused merge` makes a model of the adapter")
+        self.rank = 0  # the rank that all LoRA gets; 0 keeps each rank
+        self.exports = self.fold and to is Layout.PER_EXPERT  # for tools that read less than PEFT
+        self.filled: set[str] = set()  # the projections that get factors of zeros in some layer
+
+    def _check_pairs(self) -> None:
+        """Raises ValueError if a module that does not belong to experts has only one of lora_A and lora_B."""
+        for key in self.others:
+            for factor, other in (("A", "B"), ("B", "A")):
+                partner = re.sub(rf"lora_(embedding_)?{factor}(?=\.|$)", rf"lora_\g<1>{other}", key)
+                if partner != key and partner not in self.shapes:
+                    raise ValueError(f"{partner} is missing, although it belongs to {key}")
 
     def convert(self, group: Grouped) -> Block:
-        # Opened for each layer: what a mapped file has read stays in memory until it is closed.
+        # The file is opened for each layer, because what was read from a mapped file stays in memory until it is closed.
         with safe_open(self.directory / WEIGHTS, "pt") as file:
-            block = self.layout.read(group, self.config, file.get_tensor)
+            block = self.layout.read(group, self.config, partial(_finite, file))
         if self.to.fused:
             return fuse(block, self.widen)
         down = block.projections.get(DOWN)
-        return split(block, down.rank if down else self.config.rank, self.widen)
+        block = split(block, down.rank if down else self.config.rank, self.widen)
+        if not self.exports:
+            return block
+        whole = complete(block)
+        self.filled |= whole.projections.keys() - block.projections.keys()
+        return whole
 
     def finish(self, block: Block) -> Block:
-        """Scaling and rank as the target has them."""
+        """Gives the factors of a layer the scaling and the rank that they have in the target."""
         if not self.fold:
             return block
         return Block(
@@ -103,8 +140,8 @@ class _Conversion(SavedAdapter):
         )
 
     def other(self, key: str) -> torch.Tensor:
-        """A tensor that is none of experts, changed only where scaling and rank become those of the whole adapter."""
-        tensor = self.file.get_tensor(key)
+        """Reads a tensor that does not belong to experts. It changes only if scaling and rank become the same for all."""
+        tensor = _finite(self.file, key)
         module = self.others[key]
         if module is None:
             return tensor
@@ -112,7 +149,7 @@ class _Conversion(SavedAdapter):
         dim = 0 if "lora_A." in key or key.endswith("lora_embedding_A") else 1
         if tensor.dim() < 2 or tensor.shape[dim] != rank:
             raise ValueError(
-                f"{key} has shape {tuple(tensor.shape)}, needed is rank {rank} of the config in dimension {dim}"
+                f"{key} has shape {tuple(tensor.shape)}, but needs rank {rank} of the config in dimension {dim}"
             )
         if not self.fold:
             return tensor
@@ -123,11 +160,11 @@ class _Conversion(SavedAdapter):
     def tensors(self, blocks: Iterable[Block]) -> Iterator[tuple[str, torch.Tensor]]:
         for block in blocks:
             yield from self.to.write(self.finish(block))
-            del block  # before the next one is read
+            del block  # freed before the next one is read
         for key in self.others:
             yield key, self.other(key)
 
-    def plan(self, progress: Progress) -> Plan:
+    def plan(self, progress: Progress) -> AdapterConversionPlan:
         groups = list(self.groups())
         blocks: list[Block] = []
         for done, group in enumerate(groups):
@@ -151,6 +188,8 @@ class _Conversion(SavedAdapter):
             self.rank = max(all_ranks)
             ranks = dict.fromkeys(ranks, self.rank)
             notes += self._notes_on_folding(blocks, all_ranks)
+        if self.exports:
+            notes += self._notes_on_readers()
         tensors: dict[str, TensorSpec] = {}
         for key, tensor in self.tensors(blocks):
             if key in tensors:
@@ -165,7 +204,7 @@ class _Conversion(SavedAdapter):
         if any(name.startswith("optimizer.") for name in left):
             notes.append("moe-fused convert optimizer brings an optimizer's state into another layout.")
         experts = next(iter(blocks[0].projections.values())).experts
-        return Plan(
+        return AdapterConversionPlan(
             self.layout.layout,
             self.to.layout,
             len(blocks),
@@ -191,6 +230,20 @@ class _Conversion(SavedAdapter):
             notes.append(f"Ranks {', '.join(map(str, sorted(ranks)))} become {self.rank}, filled up with zeros.")
         return notes
 
+    def _notes_on_readers(self) -> list[str]:
+        notes = []
+        if self.filled:
+            names = ", ".join(f"{name}_proj" for name in (GATE, UP, DOWN) if name in self.filled)
+            notes.append(
+                f"{names} get factors of zeros: vLLM, SGLang and llama.cpp read the three projections only together."
+            )
+        if whole := [unprefixed(key) for key, module in self.others.items() if module is None]:
+            notes.append(
+                f"{', '.join(whole)} {'is' if len(whole) == 1 else 'are'} no LoRA: vLLM and llama.cpp refuse the adapter "
+                "for that, SGLang does not apply it; moe-fused merge makes a model with it."
+            )
+        return notes
+
     def _config(self, blocks: list[Block]) -> dict[str, Any]:
         others = {module for module in self.others.values() if module}
         adapted = {unprefixed(block.name): tuple(block.projections) for block in blocks}
@@ -210,18 +263,20 @@ class _Conversion(SavedAdapter):
         if isinstance(self.to, Fused):
             content["lora_dropout"] = 0.0
             if self.to.layout is not self.layout.layout:
-                content.pop("peft_version", None)  # would tell the source's layout
+                content.pop("peft_version", None)  # it would suggest the source's layout
             if self.to.grouped:
                 content[B_LAYOUT] = "grouped_by_expert"
         return content
 
     def _files(self) -> tuple[list[str], list[str]]:
-        """Names of files that go along, and of those that do not fit any more."""
-        names = sorted(path.name for path in self.directory.iterdir() if path.is_file())
+        """Returns the names of the files to copy, and of those that no longer fit."""
+        paths = (path for path in self.directory.iterdir() if path.is_file() and not path.name.startswith("."))
+        names = sorted(path.name for path in paths)
         left = [name for name in names if name.startswith(("optimizer.", "adapter_model.")) and name != WEIGHTS]
-        return [name for name in names if name not in {CONFIG, WEIGHTS, *left}], left
+        # The files of a run are left out, because a directory with them looks like a run that can be resumed.
+        return [name for name in names if name not in {CONFIG, WEIGHTS, *_OF_A_RUN, *left}], left
 
-    def write(self, plan: Plan, directory: Path, progress: Progress) -> None:
+    def write(self, plan: AdapterConversionPlan, directory: Path, progress: Progress) -> None:
         groups = list(self.groups())
 
         def blocks() -> Iterator[Block]:
@@ -250,23 +305,6 @@ def _shapes_only(block: Block) -> Block:
     )
 
 
-def _check_replaceable(source: Path, target: Path, overwrite: bool) -> None:
-    """Raises FileExistsError unless ``target`` is absent, or an adapter that may be replaced."""
-    if target == source.resolve() or target in source.resolve().parents:
-        raise FileExistsError(f"TARGET {target} is SOURCE or holds it: choose another path")
-    if not target.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(f"TARGET {target} exists: choose another path or give --overwrite")
-    if not target.is_dir():
-        raise FileExistsError(f"TARGET {target} exists and is not a directory: choose another path")
-    content = sorted(target.iterdir())
-    if content and not (target / CONFIG).is_file():
-        raise FileExistsError(f"TARGET {target} has no {CONFIG}: --overwrite replaces adapters only")
-    if inner := [path.name for path in content if path.is_dir()]:
-        raise FileExistsError(f"TARGET {target} holds the directory {inner[0]}, which would be deleted: move it away")
-
-
 def _no_progress(step: str, done: int, total: int) -> None:
     pass
 
@@ -282,42 +320,44 @@ def convert_adapter(
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress = _no_progress,
-) -> Plan:
+) -> AdapterConversionPlan:
     """Converts an adapter with LoRA on experts from one layout to another.
 
-    At no time are more than one layer's tensors in memory. ``target`` appears when all of it is written.
+    Only one layer's tensors are in memory at a time. ``target`` appears when all of it is written.
 
     Args:
-        source: directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        target: directory to make.
-        to: layout of the target.
-        given: layout of the source, if it does not tell.
-        scaling: ``FOLD`` multiplies every lora_B of the adapter with its scaling, fills all ranks up to the largest and
-            writes alpha = r: right under every reader's rule for scaling. ``KEEP`` leaves alpha, rsLoRA and ranks as they
-            are. By default ``FOLD`` for ``Layout.PER_EXPERT``, else ``KEEP``.
-        widen: allow a rank larger than the source's, or zeros for a projection without LoRA, where the target cannot
-            have the same function otherwise.
-        overwrite: replace an adapter at ``target``.
-        dry_run: read and check all, write nothing.
-        progress: called with the step's name, the layers done and all layers.
+        source: the directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        target: the directory to make.
+        to: the layout of the target.
+        given: the layout of the source, if its files do not show it.
+        scaling: ``FOLD`` multiplies every lora_B of the adapter by its scaling, pads all ranks to the largest and writes
+            alpha = r, which every reader's rule for the scaling takes for 1. ``KEEP`` leaves alpha, rsLoRA and ranks as they
+            are. The default is ``FOLD`` for ``Layout.PER_EXPERT``, else ``KEEP``.
+        widen: whether a rank may become larger than in the source, and whether zeros may stand for a projection without
+            LoRA, if the target cannot compute the same otherwise.
+        overwrite: whether an adapter at ``target`` may be replaced.
+        dry_run: whether to read and check everything, but write nothing.
+        progress: called with the name of the step, the number of layers done, and the number of all layers.
 
     Returns:
-        What was, or with ``dry_run`` would be, done.
+        What was done, or with ``dry_run`` what would be done.
 
     Raises:
         FileNotFoundError: ``source`` is not an adapter in safetensors.
         FileExistsError: ``target`` exists and may not be replaced.
         OSError: ``target`` cannot be written.
-        ValueError: the source is wrong, mixed, or of an unknown layout; the target's layout cannot hold it exactly.
+        ValueError: the source is wrong, or its layout is mixed or unknown, or the target's layout cannot hold it exactly.
     """
     conversion = _Conversion(source, to, given, scaling, widen)
 
     def check(path: Path) -> None:
-        _check_replaceable(source, path, overwrite)
+        check_adapter_replaceable(source, path, overwrite)
 
     check(target.resolve())
     plan = conversion.plan(progress)
-    if not dry_run:
+    if dry_run:
+        check_writable(target, "TARGET", plan.nbytes)
+    else:
         with staged_directory(target, "TARGET", check, plan.nbytes) as staging:
             conversion.write(plan, staging, progress)
     return plan

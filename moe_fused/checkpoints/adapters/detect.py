@@ -1,4 +1,7 @@
-"""Which layout a file has: by its keys, its shapes and what its writer left behind; else the user must say."""
+"""Finds the layout of an adapter file by its keys, its shapes and the marks of its writer.
+
+Where these do not decide, the user must name the layout.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ from collections.abc import Iterable, Mapping
 
 from .config import B_LAYOUT, DETAILS, AdapterConfig
 from .factors import DOWN, GATE_UP
-from .layouts import LAYOUTS, ExpertLayout, Fused, Place, Shapes, unprefixed
+from .layouts import LAYOUTS, ExpertLayout, FactorRole, Fused, Shapes, unprefixed
 from .names import Layout
 
-# In the header of the files we write. Not in the config, where PEFT would warn of an option that it does not know.
+# A mark in the header of the files that are written here. In the config, PEFT would warn of an unknown option.
 MARKER = "moe_fused.layout"
 _B_LAYOUTS = {"rank_major": False, "grouped_by_expert": True}
 _FAMILIES = (Layout.PER_EXPERT, Layout.PEFT_FUSED, Layout.ORIGINAL)
@@ -23,35 +26,35 @@ _WHERE = {
 }
 
 
-def _family(shapes: Shapes, config: AdapterConfig) -> tuple[ExpertLayout, dict[str, Place]]:
-    """The kind of keys that the file has, with the place of every tensor of experts."""
-    places: dict[Layout, dict[str, Place]] = {}
+def _family(shapes: Shapes, config: AdapterConfig) -> tuple[ExpertLayout, dict[str, FactorRole]]:
+    """Finds which kind of keys the file has, and the role of every tensor of experts."""
+    roles: dict[Layout, dict[str, FactorRole]] = {}
     for key in shapes:
         for layout in _FAMILIES:
-            if place := LAYOUTS[layout].locate(key, shapes, config):
-                places.setdefault(layout, {})[key] = place
+            if role := LAYOUTS[layout].locate(key, shapes, config):
+                roles.setdefault(layout, {})[key] = role
                 break
         else:
             if re.search(r"\.experts\.", key):
                 raise ValueError(f"{key} is a tensor of experts in no layout that can be converted")
-    if not places:
+    if not roles:
         raise ValueError(
             f"no LoRA on experts among {len(shapes)} tensors, of which {min(shapes, default='none')} is one"
         )
-    if len(places) > 1:
-        rarer, common = sorted(places, key=lambda layout: len(places[layout]))[:2]
-        raise ValueError(f"{min(places[rarer])} is in layout {rarer.value}, other experts are in {common.value}")
-    ((layout, found),) = places.items()
+    if len(roles) > 1:
+        rarer, common = sorted(roles, key=lambda layout: len(roles[layout]))[:2]
+        raise ValueError(f"{min(roles[rarer])} is in layout {rarer.value}, other experts are in {common.value}")
+    ((layout, found),) = roles.items()
     return LAYOUTS[layout], found
 
 
-def _swapped_by_shapes(shapes: Shapes, places: Mapping[str, Place]) -> bool | None:
-    """Whether lora_A and lora_B have changed places, which the shapes of gate_up and down together tell."""
+def _swapped_by_shapes(shapes: Shapes, roles: Mapping[str, FactorRole]) -> bool | None:
+    """Whether lora_A and lora_B are swapped, or None if the shapes of gate_up and down do not show it."""
     sizes: dict[str, dict[tuple[str, str], int]] = {}
-    for key, (block, projection, factor, _) in places.items():
+    for key, (block, projection, factor, _) in roles.items():
         shape = shapes[key]
         if len(shape) != 2:
-            raise ValueError(f"{key} has shape {shape}, needed are two dimensions")
+            raise ValueError(f"{key} has shape {shape}, but needs two dimensions")
         sizes.setdefault(block, {})[projection, factor] = shape[1 if factor == "A" else 0]
     result = None
     for block, size in sizes.items():
@@ -75,12 +78,12 @@ def _swapped_by_version(config: AdapterConfig) -> bool | None:
         return None
     if version >= (0, 19, 1):
         return False
-    # 0.17 and 0.18 took every parameter for (E, in, out), which gpt-oss has; 0.19.0 changed the wrong ones.
+    # 0.17 and 0.18 took every parameter for (E, in, out), which is right for gpt-oss only. 0.19.0 swapped the wrong ones.
     return version == (0, 19, 0) if config.interleaved else True
 
 
 def _grouped_by_marker(config: AdapterConfig) -> bool | None:
-    """Whether lora_B has the expert slowest, as Unsloth's marks say."""
+    """Whether Unsloth's marks say that the expert is the slowest index of lora_B, or None if there are no marks."""
     marks = {config.content[B_LAYOUT]} if B_LAYOUT in config.content else set()
     details = (config.content.get(DETAILS) or {}).get("parameters") or {}
     marks.update(detail[B_LAYOUT] for detail in details.values() if B_LAYOUT in detail)
@@ -88,31 +91,31 @@ def _grouped_by_marker(config: AdapterConfig) -> bool | None:
         return None
     if len(marks) > 1 or not marks <= _B_LAYOUTS.keys():
         raise ValueError(
-            f"adapter_config.json: {B_LAYOUT} is {sorted(map(str, marks))}, needed is one of {[*_B_LAYOUTS]}"
+            f"adapter_config.json: {B_LAYOUT} is {sorted(map(str, marks))}, but must be one of {[*_B_LAYOUTS]}"
         )
     return _B_LAYOUTS[marks.pop()]
 
 
 def detect(
     shapes: Shapes, config: AdapterConfig, metadata: Mapping[str, str], given: Layout | None
-) -> tuple[ExpertLayout, dict[str, Place]]:
-    """The layout of a file, and the place of each of its tensors of experts.
+) -> tuple[ExpertLayout, dict[str, FactorRole]]:
+    """Finds the layout of a file, and the role of each of its tensors of experts.
 
     Args:
-        shapes: of the file's tensors.
-        config: of the adapter.
-        metadata: the file's own strings.
-        given: what the user says, which must agree with what the file tells.
+        shapes: the shapes of the file's tensors.
+        config: the config of the adapter.
+        metadata: the strings in the file's header.
+        given: the layout that the user names. It must agree with what the file shows.
 
     Raises:
-        ValueError: no or several layouts are possible, or another than the one ``given``.
+        ValueError: no layout or several are possible, or not the one that was ``given``.
     """
-    family, places = _family(shapes, config)
+    family, roles = _family(shapes, config)
     if not isinstance(family, Fused):
         if given not in (None, family.layout):
-            raise ValueError(f"{min(places)} is in layout {family.layout.value}, not {given.value}")
-        return family, places
-    swapped, grouped = _swapped_by_shapes(shapes, places), _grouped_by_marker(config)
+            raise ValueError(f"{min(roles)} is in layout {family.layout.value}, not {given.value}")
+        return family, roles
+    swapped, grouped = _swapped_by_shapes(shapes, roles), _grouped_by_marker(config)
     if given is not None:
         layout = LAYOUTS[given]
         if (
@@ -121,19 +124,19 @@ def detect(
             or grouped not in (None, layout.grouped)
         ):
             possible = " or ".join(found.layout.value for found in _candidates(swapped, grouped, config))
-            raise ValueError(f"{min(places)} and the config are in layout {possible}, not {given.value}")
-        return layout, places
+            raise ValueError(f"{min(roles)} and the config are in layout {possible}, not {given.value}")
+        return layout, roles
     if (marked := metadata.get(MARKER)) in [layout.value for layout in LAYOUTS]:
         return detect(shapes, config, {}, Layout(marked))
     if swapped is None:
         swapped = _swapped_by_version(config)
-    if grouped is None and _orders_agree(places, shapes, config):
+    if grouped is None and _orders_agree(roles, shapes, config):
         grouped = False
     candidates = _candidates(swapped, grouped, config)
     if len(candidates) > 1:
         names = " or ".join(f"--from {found.layout.value} ({_WHERE[found.layout]})" for found in candidates)
-        raise ValueError(f"{min(places)}: nothing in the adapter tells its layout, say {names}")
-    return candidates[0], places
+        raise ValueError(f"{min(roles)}: nothing in the adapter tells its layout, say {names}")
+    return candidates[0], roles
 
 
 def _candidates(swapped: bool | None, grouped: bool | None, config: AdapterConfig) -> list[Fused]:
@@ -146,11 +149,11 @@ def _candidates(swapped: bool | None, grouped: bool | None, config: AdapterConfi
     ]
 
 
-def _orders_agree(places: Mapping[str, Place], shapes: Shapes, config: AdapterConfig) -> bool:
-    """Whether experts and ranks lie the same in both orders, since there is one of either everywhere."""
+def _orders_agree(roles: Mapping[str, FactorRole], shapes: Shapes, config: AdapterConfig) -> bool:
+    """Whether both orders of experts and ranks are the same, because all ranks are 1 or there is only one expert."""
     layout = LAYOUTS[Layout.PEFT_FUSED]
-    for key, place in places.items():
-        rank = config.rank_of(layout.module(unprefixed(place.block), place.projection, 0))
-        if rank != 1 and shapes[key][0 if place.factor == "A" else 1] != rank:
+    for key, role in roles.items():
+        rank = config.rank_of(layout.module(unprefixed(role.block), role.projection, 0))
+        if rank != 1 and shapes[key][0 if role.factor == "A" else 1] != rank:
             return False
     return True

@@ -1,4 +1,4 @@
-"""The neutral form of LoRA on experts, and what can be done to it without changing its function."""
+"""The neutral form of LoRA on experts, and operations on it that do not change what it computes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PROJECTIONS = (GATE_UP, GATE, UP, DOWN)
 
 @dataclass(frozen=True)
 class Scaling:
-    """What the product of the factors is multiplied with: alpha / rank, or alpha / √rank with rsLoRA."""
+    """The number that the product of the factors is multiplied by: alpha / rank, or alpha / √rank with rsLoRA."""
 
     alpha: float
     rslora: bool
@@ -23,23 +23,23 @@ class Scaling:
         return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def at(self, old: int, new: int) -> Scaling:
-        """The scaling that has at rank ``new`` the value that this one has at rank ``old``."""
+        """Returns the scaling that has the same value at rank ``new`` as this one has at rank ``old``."""
         if old == new:
             return self
         alpha = self.alpha * (math.sqrt(new / old) if self.rslora else new / old)
-        # Roots of two that cancel out leave a last digit, which an integer should not have.
+        # Roots of two that cancel leave a rounding error, which an integer should not have.
         whole = round(alpha)
         return Scaling(whole if math.isclose(alpha, whole, rel_tol=1e-12) else alpha, self.rslora)
 
 
 @dataclass(frozen=True)
 class Factors:
-    """LoRA of one projection of all experts of a layer: ``W + scaling · b @ a``.
+    """LoRA of one projection of all experts in a layer: ``W + scaling · b @ a``.
 
     Attributes:
         a: (E, rank, in).
         b: (E, out, rank).
-        scaling: with the rank of ``a`` and ``b``.
+        scaling: the scaling at the rank of ``a`` and ``b``.
     """
 
     a: torch.Tensor
@@ -57,11 +57,11 @@ class Factors:
 
 @dataclass(frozen=True)
 class Block:
-    """LoRA of the experts of a layer.
+    """LoRA of the experts in a layer.
 
     Attributes:
         name: the experts' module, with the prefix of the adapter's keys: ``base_model.model.….mlp.experts``.
-        projections: "down", and "gate_up" or "gate" and "up", those which are adapted.
+        projections: the factors of the adapted projections: of "down", and of "gate_up" or "gate" and "up".
     """
 
     name: str
@@ -69,12 +69,12 @@ class Block:
 
 
 def fold(b: torch.Tensor, scaling: float) -> torch.Tensor:
-    """``scaling · b``, rounded once to the dtype of ``b``; ``b`` itself if there is nothing to do."""
+    """Returns ``scaling · b``, rounded once to the dtype of ``b``, or ``b`` itself if ``scaling`` is 1."""
     return b if scaling == 1 else (b.double() * scaling).to(b.dtype)
 
 
 def pad(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    """``tensor`` with zeros behind, so that ``dim`` has ``size``: ranks that contribute nothing."""
+    """Appends zeros to ``tensor`` so that ``dim`` has ``size``. These are ranks that contribute nothing."""
     missing = size - tensor.shape[dim]
     if not missing:
         return tensor
@@ -84,15 +84,15 @@ def pad(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
 
 
 def fuse(block: Block, widen: bool) -> Block:
-    """Gate and up under one pair of factors, with one ``a`` for both.
+    """Joins gate and up under one pair of factors, with one ``a`` for both.
 
     Args:
-        block: as read; returned as it is if nothing is separate.
-        widen: whether gate and up with an ``a`` each may take rank 2r, with a block-diagonal ``b``, and whether one of
-            them alone may be joined by zeros.
+        block: the layer as read. It is returned unchanged if gate and up are not separate.
+        widen: whether gate and up that have different ``a`` may get rank 2r, with a block-diagonal ``b``, and whether zeros
+            may stand for one of them if only the other is adapted.
 
     Raises:
-        ValueError: that would be needed and is not allowed; scalings or ranks differ.
+        ValueError: widening would be needed and is not allowed, or scalings or ranks differ.
     """
     separate = {name: block.projections[name] for name in (GATE, UP) if name in block.projections}
     if not separate:
@@ -127,15 +127,15 @@ def fuse(block: Block, widen: bool) -> Block:
 
 
 def split(block: Block, rank: int, widen: bool) -> Block:
-    """Gate and up with factors of their own.
+    """Splits gate_up into gate and up with separate factors.
 
     Args:
-        block: as read; returned as it is if nothing is fused.
-        rank: of the other factors: a gate_up of twice that with a block-diagonal ``b`` comes back to it.
-        widen: whether such a ``b`` that is not block-diagonal any more may keep its rank.
+        block: the layer as read. It is returned unchanged if gate and up are separate.
+        rank: the rank of the other factors. A gate_up of twice this rank with a block-diagonal ``b`` gets this rank back.
+        widen: whether gate and up may keep twice this rank if ``b`` is no longer block-diagonal.
 
     Raises:
-        ValueError: that would be needed and is not allowed; an odd number of out features.
+        ValueError: widening would be needed and is not allowed, or the number of out features is odd.
     """
     if GATE_UP not in block.projections:
         return block
@@ -160,3 +160,23 @@ def split(block: Block, rank: int, widen: bool) -> Block:
     gate = Factors(factors.a, gate_b, factors.scaling)
     up = Factors(factors.a, up_b, factors.scaling)
     return Block(block.name, {GATE: gate, UP: up, **rest})
+
+
+def complete(block: Block) -> Block:
+    """Gives gate, up and down factors of zeros where they have none, because other tools read the three only together.
+
+    Args:
+        block: a layer with gate and up apart.
+    """
+    present = next(iter(block.projections.values()))
+    outs, ins = present.b.shape[1], present.a.shape[2]
+    if DOWN in block.projections:
+        other = block.projections[DOWN]
+        outs, ins = other.a.shape[2], other.b.shape[1]
+
+    def zeros(outs: int, ins: int) -> Factors:
+        a = present.a.new_zeros(present.experts, present.rank, ins)
+        return Factors(a, present.b.new_zeros(present.experts, outs, present.rank), present.scaling)
+
+    missing = {GATE: (outs, ins), UP: (outs, ins), DOWN: (ins, outs)}
+    return Block(block.name, {name: block.projections.get(name) or zeros(*sizes) for name, sizes in missing.items()})

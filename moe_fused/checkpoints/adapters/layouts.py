@@ -1,4 +1,4 @@
-"""One small class for each way in which a file holds LoRA on experts: which keys there are, reading, writing."""
+"""The layouts of LoRA on experts in adapter files, a class for each: its keys, reading and writing."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _FUSED = re.compile(r"(?P<block>.+\.experts)(?P<inner>\.base_layer)?\.lora_(?P<f
 _STACKED = re.compile(r"(?P<block>.+)\.(?P<leaf>gate_proj|up_proj|down_proj)\.lora_(?P<factor>[AB])\.weight")
 
 
-class Place(NamedTuple):
-    """What a tensor of experts is: which factor of which projection, and in a layout with a tensor for each, whose."""
+class FactorRole(NamedTuple):
+    """What a tensor of experts is: which factor of which projection, and of which expert if each has a tensor of its own."""
 
     block: str
     projection: str
@@ -35,23 +35,23 @@ class Place(NamedTuple):
 
 
 class Grouped(NamedTuple):
-    """A layer's experts in a file: the key of each tensor by its place, and what is common to them."""
+    """The tensors of a layer's experts in a file, each key by its role."""
 
     name: str
-    keys: Mapping[Place, str]
+    keys: Mapping[FactorRole, str]
     projections: tuple[str, ...]
 
 
 def unprefixed(name: str) -> str:
-    """``name`` as PEFT's config has it."""
+    """Returns ``name`` as PEFT's config has it, without the prefix of keys."""
     return name.removeprefix(_PREFIX)
 
 
 class ExpertLayout(ABC):
-    """A way to hold LoRA on experts. ``write`` after ``read`` gives the same tensors under the same keys, bit for bit.
+    """A layout of LoRA on experts. ``write`` after ``read`` gives the same tensors under the same keys, bit for bit.
 
     Attributes:
-        layout: its name.
+        layout: the name of the layout.
         fused: whether gate and up are one projection.
     """
 
@@ -61,31 +61,31 @@ class ExpertLayout(ABC):
         self.layout = layout
 
     @abstractmethod
-    def locate(self, key: str, shapes: Shapes, config: AdapterConfig) -> Place | None:
-        """The place of the tensor ``key``; None if it does not belong to experts in this layout."""
+    def locate(self, key: str, shapes: Shapes, config: AdapterConfig) -> FactorRole | None:
+        """Returns the role of the tensor ``key``, or None if it does not belong to experts in this layout."""
 
     @abstractmethod
     def module(self, block: str, projection: str, expert: int) -> str:
-        """The name by which PEFT's config knows what is adapted."""
+        """Returns the name that PEFT's config has for the adapted module or parameter."""
 
     @abstractmethod
     def kind(self, projection: str) -> str:
-        """A regular expression for the names of that projection in all layers."""
+        """Returns a regular expression for the names of the projection in all layers."""
 
     @abstractmethod
     def read(self, group: Grouped, config: AdapterConfig, load: Load) -> Block:
-        """The neutral form of a layer.
+        """Reads a layer into the neutral form.
 
         Raises:
-            ValueError: a tensor is missing or has another rank or size than the config and the others say.
+            ValueError: a tensor is missing, or its rank or size contradicts the config or the other tensors.
         """
 
     @abstractmethod
     def write(self, block: Block) -> Iterator[tuple[str, torch.Tensor]]:
-        """Keys and tensors of a layer whose gate and up are as ``fused`` says."""
+        """Yields keys and tensors of a layer. Its gate and up must be fused if and only if ``fused`` is true."""
 
     def modules(self, block: Block) -> Iterator[tuple[str, str]]:
-        """Projection and name of everything that is adapted in ``block``."""
+        """Yields projection and name of every module or parameter that is adapted in ``block``."""
         for projection, factors in block.projections.items():
             for name in dict.fromkeys(
                 self.module(unprefixed(block.name), projection, expert) for expert in range(factors.experts)
@@ -93,29 +93,29 @@ class ExpertLayout(ABC):
                 yield projection, name
 
     def _pairs(self, group: Grouped) -> Iterator[tuple[str, int, str, str]]:
-        """Projection, expert and the keys of both factors, each of which must be there."""
+        """Yields projection, expert and the keys of both factors. Raises ValueError if one of them is missing."""
         for projection in group.projections:
-            for expert in range(1 + max(place.expert for place in group.keys)):
-                keys = [group.keys.get(Place(group.name, projection, factor, expert)) for factor in "AB"]
+            for expert in range(1 + max(role.expert for role in group.keys)):
+                keys = [group.keys.get(FactorRole(group.name, projection, factor, expert)) for factor in "AB"]
                 if keys[0] is None or keys[1] is None:
                     missing = "A" if keys[0] is None else "B"
                     other = keys[0] or keys[1] or next(iter(group.keys.values()))
                     what = f"lora_{missing} of {self.module(group.name, projection, expert)}"
-                    raise ValueError(f"{what} is missing, which belongs to {other}")
+                    raise ValueError(f"{what} is missing, although it belongs to {other}")
                 yield projection, expert, keys[0], keys[1]
 
 
 def _expect(condition: bool, key: str, shape: tuple[int, ...], need: str) -> None:
     if not condition:
-        raise ValueError(f"{key} has shape {shape}, needed is {need}")
+        raise ValueError(f"{key} has shape {shape}, but needs {need}")
 
 
 class PerExpert(ExpertLayout):
     """``experts.{i}.{gate,up,down}_proj.lora_{A,B}.weight``: an ordinary LoRA of every expert's linear layers."""
 
-    def locate(self, key: str, shapes: Shapes, config: AdapterConfig) -> Place | None:
+    def locate(self, key: str, shapes: Shapes, config: AdapterConfig) -> FactorRole | None:
         match = _PER_EXPERT.fullmatch(key)
-        return match and Place(match["block"], _PROJECTIONS[match["leaf"]], match["factor"], int(match["expert"]))
+        return match and FactorRole(match["block"], _PROJECTIONS[match["leaf"]], match["factor"], int(match["expert"]))
 
     def module(self, block: str, projection: str, expert: int) -> str:
         return f"{block}.{expert}.{LEAVES[projection]}"
@@ -143,7 +143,7 @@ class PerExpert(ExpertLayout):
                         stack[0].shape == tensor.shape and stack[0].dtype == tensor.dtype,
                         key,
                         shape,
-                        f"{tuple(stack[0].shape)} in {stack[0].dtype} as of expert 0",
+                        f"{tuple(stack[0].shape)} in {stack[0].dtype} like expert 0",
                     )
                 stack.append(tensor)
         return Block(
@@ -169,11 +169,11 @@ class PerExpert(ExpertLayout):
 class Original(ExpertLayout):
     """``{gate,up,down}_proj.lora_{A,B}.weight`` beside the router, (E, r, in) and (E, out, r)."""
 
-    def locate(self, key: str, shapes: Shapes, config: AdapterConfig) -> Place | None:
+    def locate(self, key: str, shapes: Shapes, config: AdapterConfig) -> FactorRole | None:
         match = _STACKED.fullmatch(key)
-        if not match or len(shapes[key]) != 3:  # of two dimensions: a dense layer, a shared expert
+        if not match or len(shapes[key]) != 3:  # with two dimensions, it is of a dense layer or a shared expert
             return None
-        return Place(f"{match['block']}.experts", _PROJECTIONS[match["leaf"]], match["factor"])
+        return FactorRole(f"{match['block']}.experts", _PROJECTIONS[match["leaf"]], match["factor"])
 
     def module(self, block: str, projection: str, expert: int) -> str:
         return f"{block.removesuffix('.experts')}.{LEAVES[projection]}"
@@ -207,13 +207,13 @@ class Original(ExpertLayout):
 class Fused(ExpertLayout):
     """PEFT's ``target_parameters``: ``experts.base_layer.lora_{A,B}`` is gate_up, ``experts.lora_{A,B}`` is down.
 
-    With one of them adapted there is no ``base_layer`` and only the config says which. lora_A is (E·r, in), the expert
-    slowest; lora_B is (out, ·) with experts and ranks in either order.
+    If only one of them is adapted, there is no ``base_layer``, and only the config says which one it is. lora_A is (E·r, in)
+    with the expert as the slowest index. lora_B is (out, ·) with experts and ranks in either order.
 
     Args:
-        layout: its name.
-        swapped: ``lora_A`` holds what is B: (E·r, out), and ``lora_B`` what is A: (in, ·).
-        grouped: in ``lora_B`` the expert is the slowest, too.
+        layout: the name of the layout.
+        swapped: whether ``lora_A`` holds B (E·r, out), and ``lora_B`` holds A (in, ·).
+        grouped: whether the expert is the slowest index in ``lora_B``, too.
     """
 
     fused = True
@@ -223,14 +223,14 @@ class Fused(ExpertLayout):
         self.swapped = swapped
         self.grouped = grouped
 
-    def locate(self, key: str, shapes: Shapes, config: AdapterConfig) -> Place | None:
+    def locate(self, key: str, shapes: Shapes, config: AdapterConfig) -> FactorRole | None:
         match = _FUSED.fullmatch(key)
         if not match:
             return None
         if match["inner"]:
-            return Place(match["block"], GATE_UP, match["factor"])
+            return FactorRole(match["block"], GATE_UP, match["factor"])
         if any(f"{match['block']}.base_layer.lora_{factor}.weight" in shapes for factor in "AB"):
-            return Place(match["block"], DOWN, match["factor"])
+            return FactorRole(match["block"], DOWN, match["factor"])
         targeted = [
             name
             for name in (GATE_UP, DOWN)
@@ -241,7 +241,7 @@ class Fused(ExpertLayout):
                 f"{key} has no base_layer beside it, and target_parameters {config.parameters} do not tell whether it "
                 "is gate_up_proj or down_proj"
             )
-        return Place(match["block"], targeted[0], match["factor"])
+        return FactorRole(match["block"], targeted[0], match["factor"])
 
     def module(self, block: str, projection: str, expert: int) -> str:
         return f"{block}.{LEAVES[projection]}"
@@ -283,13 +283,13 @@ class Fused(ExpertLayout):
             yield f"{block.name}{inner}.lora_B.weight", other.permute(order).reshape(other.shape[1], -1)
 
 
-# All of them; one instance each, they have no state.
+# All layouts. There is one instance of each, because they have no state.
 LAYOUTS: dict[Layout, ExpertLayout] = {
     Layout.PER_EXPERT: PerExpert(Layout.PER_EXPERT),
     Layout.ORIGINAL: Original(Layout.ORIGINAL),
     Layout.PEFT_FUSED: Fused(Layout.PEFT_FUSED, swapped=False, grouped=False),
     Layout.PEFT_SWAPPED: Fused(Layout.PEFT_SWAPPED, swapped=True, grouped=False),
-    # The same bytes as PEFT_SWAPPED: its gate and up, which take turns, are what cannot be separated.
+    # The bytes are those of PEFT_SWAPPED, but gate and up alternate here and cannot be separated.
     Layout.GPT_OSS_INVERTED: Fused(Layout.GPT_OSS_INVERTED, swapped=True, grouped=False),
     Layout.UNSLOTH_GROUPED: Fused(Layout.UNSLOTH_GROUPED, swapped=False, grouped=True),
     Layout.UNSLOTH_SWAPPED: Fused(Layout.UNSLOTH_SWAPPED, swapped=True, grouped=True),

@@ -1,12 +1,13 @@
-"""The names of layouts and choices, apart from what takes torch to read and write them."""
+"""The names of layouts and choices. Unlike the code that reads and writes layouts, this file does not need torch."""
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 
 
 class Layout(str, Enum):
-    """How an adapter's file holds LoRA on experts. The package's docstring describes each."""
+    """A layout of LoRA on experts in an adapter file. The package's docstring describes each."""
 
     PER_EXPERT = "per-expert"
     PEFT_FUSED = "peft-fused"
@@ -18,7 +19,12 @@ class Layout(str, Enum):
 
 
 class ScalingChoice(str, Enum):
-    """What becomes of alpha / rank, and of ranks that differ."""
+    """What a conversion does with alpha / rank, and with ranks that differ."""
 
     FOLD = "fold"
     KEEP = "keep"
+
+
+def names_gpt_oss(name: str) -> bool:
+    """Whether a name says gpt-oss, in which gate and up alternate in one tensor."""
+    return re.search(r"gpt[-_]?oss", name, re.IGNORECASE) is not None

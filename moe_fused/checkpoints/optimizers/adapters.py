@@ -1,4 +1,4 @@
-"""LoRA on experts as an optimizer's parameters: what becomes of each factor in another layout."""
+"""The factors of LoRA on experts as parameters of an optimizer, and how each moves to another layout."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from .parameters import Key, Side
 from .rearrange import Load, Unit
 
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-# PEFT has the adapter's name in a parameter's, which it leaves out of files.
+# The adapter's name within the name of a parameter. PEFT leaves it out of files.
 _NAMED = re.compile(r"\.(lora_[AB])\.[^.]+(?=\.weight$)|\.(lora_embedding_[AB])\.[^.]+$|\.modules_to_save\.[^.]+(?=\.)")
 
 
 def called(name: str) -> str:
-    """What files call the parameter ``name`` of a model with an adapter."""
+    """Returns the name that files have for the parameter ``name`` of a model with an adapter."""
     return _NAMED.sub(lambda match: f".{match[1] or match[2]}" if match[1] or match[2] else "", name)
 
 
 def side(adapter: SavedAdapter) -> Side:
-    """The parameters of ``adapter``, all of which are trained."""
+    """Describes the parameters of ``adapter``, all of which are trained."""
 
     def module(key: str) -> tuple[str, Key]:
-        if place := adapter.places.get(key):
-            order = PROJECTIONS.index(place.projection), "AB".index(place.factor)
-            return unprefixed(place.block), (place.expert, *order)
+        if role := adapter.roles.get(key):
+            order = PROJECTIONS.index(role.projection), "AB".index(role.factor)
+            return unprefixed(role.block), (role.expert, *order)
         factor = next((index for index, name in enumerate(_FACTORS) if f".{name}" in key), 0)
         return adapter.others[key] or unprefixed(key).rpartition(".")[0], (factor,)
 
@@ -40,25 +40,25 @@ def side(adapter: SavedAdapter) -> Side:
 
 
 def _shapes(adapter: SavedAdapter, group: Grouped) -> Block:
-    """What ``group`` holds, in bytes that say nothing. On meta torch takes ten times as long to stack them."""
+    """Reads ``group`` with arbitrary bytes for values. Stacking meta tensors would take ten times as long."""
     return adapter.layout.read(group, adapter.config, lambda key: torch.empty(adapter.shapes[key], dtype=torch.uint8))
 
 
 def _check_alike(source: SavedAdapter, target: SavedAdapter) -> None:
-    """Raises ValueError unless both adapters are the same function of the same elements."""
+    """Raises ValueError unless both adapters compute the same from the same elements."""
     targets = {group.name: group for group in target.groups()}
     for group in source.groups():
         if group.name not in targets:
-            raise ValueError(f"{next(iter(group.keys.values()))} is of {group.name}, which has no LoRA in TARGET")
+            raise ValueError(f"{next(iter(group.keys.values()))} belongs to {group.name}, which has no LoRA in TARGET")
         other = targets[group.name]
         present = set(group.projections) | set(other.projections)
         if GATE_UP in present and present & {GATE, UP}:
             fused, separate = (group, other) if GATE_UP in group.projections else (other, group)
-            common = next(key for place, key in fused.keys.items() if place[1:3] == (GATE_UP, "A"))
-            single = next(key for place, key in separate.keys.items() if place[1] in (GATE, UP) and place.factor == "A")
+            common = next(key for role, key in fused.keys.items() if role[1:3] == (GATE_UP, "A"))
+            single = next(key for role, key in separate.keys.items() if role[1] in (GATE, UP) and role.factor == "A")
             raise ValueError(
-                f"{common} is one lora_A for gate_proj and up_proj, {single} is of one of them: the moments of a common "
-                "factor do not follow from those of two, nor theirs from its"
+                f"{common} is one lora_A for gate_proj and up_proj, {single} is for one of them: the moments of one "
+                "factor for both do not follow from those of two factors, nor the other way round"
             )
         blocks = _shapes(source, group), _shapes(target, other)
         for projection, factors in blocks[0].projections.items():
@@ -72,7 +72,8 @@ def _check_alike(source: SavedAdapter, target: SavedAdapter) -> None:
         if target.shapes.get(key) != source.shapes[key]:
             raise ValueError(f"{key} has shape {source.shapes[key]} in SOURCE, {target.shapes.get(key)} in TARGET")
         if module:
-            scalings = [own.config.scaling_of(module).value(own.config.rank_of(module)) for own in (source, target)]
+            configs = (source.config, target.config)
+            scalings = [config.scaling_of(module).value(config.rank_of(module)) for config in configs]
             _check_equal(module, "scaling", *scalings)
 
 
@@ -85,16 +86,16 @@ def _check_equal(what: str, kind: str, one: float, other: float) -> None:
 
 
 def units(source: SavedAdapter, target: SavedAdapter) -> Iterator[Unit]:
-    """What becomes of the factors of experts; all others stay as they are.
+    """Yields how the factors of experts move. All other parameters stay as they are.
 
     Raises:
-        ValueError: the adapters differ in more than the order of their elements: which, and where.
+        ValueError: the adapters differ in more than the order of their elements. The message says where.
     """
     _check_alike(source, target)
     for group in source.groups():
         for projection in group.projections:
             for factor in "AB":
-                keys = [key for place, key in group.keys.items() if place[1:3] == (projection, factor)]
+                keys = [key for role, key in group.keys.items() if role[1:3] == (projection, factor)]
                 shapes = {key: source.shapes[key] for key in keys}
                 yield Unit(shapes, partial(_convert, source, target.layout, group, frozenset(keys)))
 
@@ -102,7 +103,7 @@ def units(source: SavedAdapter, target: SavedAdapter) -> Iterator[Unit]:
 def _convert(
     source: SavedAdapter, to: ExpertLayout, group: Grouped, keys: frozenset[str], load: Load
 ) -> Iterator[tuple[str, Tensor]]:
-    """One factor of a projection. The others go along, marked: what a tensor is called depends on what there is."""
+    """Converts the factors ``keys``. All others are filled with -1 and dropped; they are needed for the names alone."""
 
     def one(key: str) -> Tensor:
         return load(key) if key in keys else torch.full(source.shapes[key], -1)

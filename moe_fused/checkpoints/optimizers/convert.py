@@ -1,4 +1,4 @@
-"""Conversion of an optimizer's state: reads it, finds out what each parameter is, converts it, writes it."""
+"""Converts an optimizer's state: reads it, identifies its parameters, moves their moments, and writes it."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ import torch
 from torch import nn
 
 from moe_fused.checkpoints.adapters import Layout
-from moe_fused.checkpoints.adapters.config import CONFIG as ADAPTER_CONFIG
 from moe_fused.checkpoints.adapters.saved import SavedAdapter
-from moe_fused.checkpoints.architecture import CONFIG, Architecture, read_config, read_model
-from moe_fused.checkpoints.stacks import LAYOUTS
+from moe_fused.checkpoints.architecture import Architecture, read_config, read_model
+from moe_fused.checkpoints.places import check_optimizer, check_state_replaceable
 from moe_fused.staging import staged_files
 
 from . import adapters
 from .models import ModelParameters
 from .parameters import Side, arrange, identify, read_names
 from .rearrange import Unit, aligned, rearrange
-from .state import FILES, OptimizerState, ParameterState, pack
+from .state import OptimizerState, ParameterState, pack
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 Progress = Callable[[str, int, int], None]
-# What Trainer and accelerate need besides to resume, and what depends on no layout.
+# The other files that Trainer and accelerate need to resume. They depend on no layout.
 _COMPANIONS = (
     "scheduler.pt",
     "scheduler.bin",
@@ -43,19 +42,19 @@ _COMPANIONS = (
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a conversion does, found out by doing all of it but the writing.
+class OptimizerConversionPlan:
+    """What the conversion of an optimizer's state will do. It is made by converting everything without writing it.
 
     Attributes:
         source: the file that was read.
         target: the file to be written.
-        layouts: of the parameters, before and after.
-        parameters: how many there are, before and after.
-        groups: how many of them are in each group afterwards.
-        nbytes: of the moments, afterwards.
-        requantized: parameters whose 8-bit moments could not move block by block.
-        files: others that are copied, because the target lacks them.
-        notes: what is not as it was, a sentence each.
+        layouts: the layouts of the parameters before and after.
+        parameters: the number of parameters before and after.
+        groups: the number of parameters in each group afterwards.
+        nbytes: the size of the moments afterwards, in bytes.
+        requantized: the parameters whose 8-bit moments could not move block by block.
+        files: the other files that are copied because the target lacks them.
+        notes: what changes, one sentence each.
         overwrite: whether ``target`` may be replaced.
     """
 
@@ -81,16 +80,16 @@ class Plan:
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
     def write(self, progress: Progress | None = None) -> None:
-        """Does what was planned; the files appear once all of them are complete.
+        """Writes the files, which appear once all of them are complete.
 
         Args:
-            progress: called with the step's name, the bytes written and all bytes.
+            progress: called with the name of the step, the number of bytes written, and the number in total.
 
         Raises:
-            FileExistsError: the target exists by now.
+            FileExistsError: the target has been made by something else meanwhile.
             OSError: there is not enough space.
         """
-        check = partial(_check_replaceable, self.target, self.overwrite)
+        check = partial(check_state_replaceable, self.target, self.overwrite)
         with staged_files(self.target.parent, "TARGET", check, self.nbytes) as staging:
             for name in self.files:
                 shutil.copyfile(self.source.parent / name, staging / name)
@@ -99,7 +98,7 @@ class Plan:
 
 
 class _Watched(io.BufferedWriter):
-    """A new file that tells how far it is written."""
+    """A new file that reports how many bytes of it are written."""
 
     def __init__(self, path: Path, total: int, progress: Progress | None) -> None:
         super().__init__(io.FileIO(path, "wb"))
@@ -114,30 +113,15 @@ class _Watched(io.BufferedWriter):
         return count
 
 
-def _check_replaceable(target: Path, overwrite: bool) -> None:
-    if target.exists() and not (overwrite and target.is_file()):
-        hint = ": give --overwrite" if target.is_file() else " and is not a file"
-        raise FileExistsError(f"TARGET has an {target.name}, {target}{hint}")
-
-
-def _find_file(source: Path) -> Path:
-    if not source.is_dir():
-        raise FileNotFoundError(f"SOURCE {source} is not a directory")
-    for name in FILES:
-        if (source / name).is_file():
-            return source / name
-    raise FileNotFoundError(f"SOURCE {source} has no {' or '.join(FILES)}")
-
-
 @dataclass(frozen=True)
 class _Kind:
-    """What an optimizer's parameters may be, and what they become.
+    """What the parameters of an optimizer may be, and what they become.
 
     Attributes:
-        sides: what they may be.
-        after: what they become.
-        units: gives the experts' for the side that they are.
-        model: with the order of the parameters, on meta.
+        sides: the layouts in which they may be.
+        after: the layout that they get.
+        units: returns how the experts' parameters move from a given layout.
+        model: makes the model on meta, which shows the order of the parameters.
     """
 
     sides: Sequence[Side]
@@ -147,14 +131,6 @@ class _Kind:
 
 
 def _of_adapter(source: Path, target: Path, to: str | None, given: str | None) -> _Kind:
-    names = [layout.value for layout in Layout]
-    for option, value in (("--from", given), ("--to", to)):
-        if value not in (None, *names):
-            raise ValueError(f"{option} {value} is no layout of an adapter, which are {', '.join(names)}")
-    if not (target / ADAPTER_CONFIG).is_file():
-        raise FileNotFoundError(
-            f"TARGET {target} has no {ADAPTER_CONFIG}: first `moe-fused convert adapter SOURCE TARGET --scaling keep`"
-        )
     before = SavedAdapter(source, "SOURCE", Layout(given) if given else None)
     after = SavedAdapter(target, "TARGET", Layout(to) if to else None)
 
@@ -165,22 +141,14 @@ def _of_adapter(source: Path, target: Path, to: str | None, given: str | None) -
             return read_model(str(base))
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"the base model {base} does not tell the order of the parameters, --parameters and "
-                f"--target-parameters must: {error}"
+                f"the base model {base} does not show the order of the parameters, so --parameters and "
+                f"--target-parameters must give it: {error}"
             ) from error
 
     return _Kind([adapters.side(before)], adapters.side(after), lambda _: adapters.units(before, after), model)
 
 
-def _of_model(source: Path, target: Path, to: str | None, given: str | None) -> _Kind:
-    names = list(LAYOUTS.values())
-    for option, value in (("--from", given), ("--to", to)):
-        if value not in (None, *names):
-            raise ValueError(f"{option} {value} is no layout of a model, which are {', '.join(names)}")
-    if to is None:
-        raise ValueError(f"--to must say how the run to be resumed has its experts: {', '.join(names)}")
-    if not target.is_dir():
-        raise FileNotFoundError(f"TARGET {target} is not a directory, it must be that of the model to be resumed")
+def _of_model(source: Path, to: str, given: str | None) -> _Kind:
     model = ModelParameters(Architecture.read(source, read_config(source)))
     sides = [side for side in model.sides() if given in (None, side.layout)]
     after = model.side(to)
@@ -200,39 +168,35 @@ def plan_optimizer(
     align_steps: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> Plan:
-    """The state of AdamW in ``source`` for parameters in another layout, to be written to ``target``.
+) -> OptimizerConversionPlan:
+    """Plans the conversion of the state of AdamW in ``source`` to another layout of the parameters in ``target``.
 
-    Takes memory for the resulting state and for the largest layer's experts.
+    It needs memory for the resulting state and for the experts of the largest layer.
 
     Args:
         source: a checkpoint of Trainer or accelerate: ``optimizer.pt`` or ``optimizer.bin`` with the adapter, or the model's
             ``config.json``, that it belongs to.
-        target: the directory to resume from, which exists. If ``source`` has an adapter, so has this, the same one in
-            another layout, with the same scaling.
-        to: layout of the parameters in the run to be resumed: of a model ``"per-expert"``, ``"fused"`` or ``"original"``,
-            of an adapter that of ``target``, if it does not tell.
-        given: layout of the parameters in ``source``, if they do not tell.
-        parameters, target_parameters: files with the names of the parameters in the optimizers' order, in ``source`` and
-            in the run to be resumed, where the models do not tell.
-        overwrite: allows for an optimizer's state in ``target``, which is replaced.
-        progress: called with the step's name, the parameters done and all.
+        target: the directory to resume from, which must exist. If ``source`` has an adapter, ``target`` has the same one
+            in another layout, with the same scaling.
+        to: the layout of the parameters in the run to be resumed. For a model it is ``"per-expert"``, ``"fused"`` or
+            ``"original"``. For an adapter it is the layout of ``target``, if that does not show it.
+        given: the layout of the parameters in ``source``, if that does not show it.
+        parameters, target_parameters: files with the names of the parameters in the optimizer's order, in ``source`` and
+            in the run to be resumed. They are needed if the models do not show the order.
+        align_steps: whether experts that were updated in different numbers of steps may become one parameter. Their moments
+            are scaled to the largest number of steps.
+        overwrite: whether an optimizer's state in ``target`` may be replaced.
+        progress: called with the name of the step, the number of parameters done, and the number of all parameters.
 
     Raises:
         FileNotFoundError: a file or directory is missing.
-        FileExistsError: ``target`` has a state.
-        ValueError: the state is damaged, not AdamW's, does not fit the parameters, or cannot be converted exactly: which
-            parameter, and why.
+        FileExistsError: ``target`` has a state already.
+        ValueError: the state is damaged, is not AdamW's, does not fit the parameters, or cannot be converted exactly. The
+            message names the parameter and says why.
     """
     source, target = Path(source), Path(target)
-    path = _find_file(source)
-    _check_replaceable(target / path.name, overwrite)
-    if (source / ADAPTER_CONFIG).is_file():
-        kind = _of_adapter(source, target, to, given)
-    elif (source / CONFIG).is_file():
-        kind = _of_model(source, target, to, given)
-    else:
-        raise FileNotFoundError(f"SOURCE {source} has neither {ADAPTER_CONFIG} nor {CONFIG}, what it belongs to")
+    path, of_adapter = check_optimizer(source, target, to, given, overwrite)
+    kind = _of_adapter(source, target, to, given) if of_adapter else _of_model(source, str(to), given)
     state = OptimizerState(path)
     before, names = identify(state, kind.sides, kind.model, read_names(parameters) if parameters else None)
     if before.layout == kind.after.layout:
@@ -242,9 +206,11 @@ def plan_optimizer(
     order = list(
         arrange(conversion.states, kind.after, kind.model, read_names(target_parameters) if target_parameters else None)
     )
-    groups = [[name for name, called in order if conversion.groups[called] == own] for own in range(len(state.groups))]
+    groups = [
+        [name for name, called in order if conversion.groups[called] == number] for number in range(len(state.groups))
+    ]
     states = {name: conversion.states[called] for name, called in order}
-    return Plan(
+    return OptimizerConversionPlan(
         path,
         target / path.name,
         (before.layout, kind.after.layout),
@@ -260,11 +226,11 @@ def plan_optimizer(
 
 
 class _Conversion:
-    """The states of all parameters on their way to another layout.
+    """The conversion of the states of all parameters to another layout.
 
     Attributes:
-        states, groups: by the name that files have for a parameter afterwards.
-        requantized: names of parameters.
+        states, groups: the state and the group of each parameter, by its name in files afterwards.
+        requantized: the names of the parameters whose 8-bit moments were quantized again.
     """
 
     def __init__(self, state: OptimizerState, before: Side, names: list[str], kind: _Kind, align_steps: bool) -> None:
@@ -296,7 +262,7 @@ class _Conversion:
 
     def _convert(self, unit: Unit) -> None:
         there = [name for name in unit.sources if name in self.slots]
-        if not there:  # frozen
+        if not there:  # the parameters are frozen
             return
         for name in unit.sources:
             if name not in self.slots:
@@ -313,9 +279,9 @@ class _Conversion:
             self.aligned += changed
         after, requantized = rearrange(unit, before)
         self.requantized += requantized
-        for name, own in after.items():
-            self._put(name, own, self.slots[there[0]].group)
-            if own and own.bits == 32 and any(one and one.bits == 8 for one in before.values()):
+        for name, state in after.items():
+            self._put(name, state, self.slots[there[0]].group)
+            if state and state.bits == 32 and any(one and one.bits == 8 for one in before.values()):
                 self.widened += 1
 
     def _put(self, name: str, state: ParameterState | None, group: int) -> None:
@@ -331,13 +297,13 @@ class _Conversion:
         notes = []
         if self.requantized:
             notes.append(
-                f"the 8-bit moments of {len(self.requantized)} parameters are quantized anew, as of {self.requantized[0]}: "
-                "their blocks are not those of the other layout"
+                f"the 8-bit moments of {len(self.requantized)} parameters are quantized again, for example of "
+                f"{self.requantized[0]}: their blocks differ from those of the other layout"
             )
         if self.aligned:
             notes.append(
-                f"the moments of {len(self.aligned)} parameters, as of {self.aligned[0]}, are scaled to the number of steps "
-                "of the others that they become one with"
+                f"the moments of {len(self.aligned)} parameters, for example of {self.aligned[0]}, are scaled to the number "
+                "of steps of the parameters that they are joined with"
             )
         if self.widened:
             notes.append(f"the moments of {self.widened} small parameters go from 8 to 32 bits, exactly")
@@ -345,26 +311,27 @@ class _Conversion:
 
 
 def _companions(source: Path, target: Path) -> list[str]:
-    """Files for a run to resume that ``target`` lacks."""
+    """Returns the names of files that a run needs to resume and ``target`` lacks."""
     found = {path.name for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()}
     return sorted(name for name in found if not (target / name).exists())
 
 
 def convert_optimizer(
     source: Path, target: Path, *, dry_run: bool = False, progress: Progress | None = None, **options: Any
-) -> Plan:
+) -> OptimizerConversionPlan:
     """Writes the state of AdamW in ``source`` to ``target``, for parameters in another layout, and warns of what is lost.
 
     Args:
-        dry_run: only makes the plan.
-        progress: as in ``plan_optimizer`` and ``Plan.write``.
-        options: as in ``plan_optimizer``, which tells about ``source`` and ``target``, too.
+        dry_run: whether to make the plan only.
+        progress: as for ``plan_optimizer`` and ``OptimizerConversionPlan.write``.
+        options: the other arguments of ``plan_optimizer``. ``source`` and ``target`` are explained there, too.
 
     Returns:
         The plan.
 
     Raises:
-        ValueError, FileExistsError, FileNotFoundError, OSError: as ``plan_optimizer`` and ``Plan.write``.
+        ValueError, FileExistsError, FileNotFoundError, OSError: as for ``plan_optimizer`` and
+            ``OptimizerConversionPlan.write``.
     """
     plan = plan_optimizer(source, target, progress=progress, **options)
     if not dry_run:

@@ -1,4 +1,4 @@
-"""The weights of experts as an optimizer's parameters: what becomes of each matrix in another layout."""
+"""The weights of experts as parameters of an optimizer, and how each matrix moves to another layout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LEAVES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 class ModelParameters:
     """The parameters of a model in every layout of its experts.
 
-    A checkpoint does not tell in which one it was trained: Transformers 5 writes its stacks expert by expert.
+    A checkpoint does not show in which layout it was trained, because Transformers 5 writes its stacks expert by expert.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -31,15 +31,15 @@ class ModelParameters:
         self.parameters: dict[str, Shape] = {
             name: tuple(parameter.shape) for name, parameter in architecture.model.named_parameters()
         }
-        self.places = {name: place for place, name in enumerate(self.parameters)}
+        self.numbers = {name: number for number, name in enumerate(self.parameters)}
 
     @cached_property
     def decays(self) -> Callable[[str], bool]:
-        """Whether Trainer lets a parameter decay. Importing it takes seconds, which one group does not need."""
+        """Says whether Trainer applies weight decay to a parameter. Cached, because importing Trainer takes seconds."""
         return decaying(self.architecture.model)
 
     def names(self, target: Target, layout: str) -> list[str] | None:
-        """Of the tensors of ``target``, expert by expert or all in one; None if ``layout`` has no such."""
+        """Returns the names of the tensors of ``target`` in ``layout``, or None if the layout cannot hold it."""
         if layout == "fused":
             return [target.name]
         if layout == "original":
@@ -50,7 +50,7 @@ class ModelParameters:
         ]
 
     def side(self, layout: str) -> Side | None:
-        """The parameters in ``layout``; None if this model's experts cannot be in it."""
+        """Describes the parameters in ``layout``, or returns None if this model's experts cannot be in it."""
         targets = self.architecture.names.targets
         shapes, owners = {}, {}
         for name, shape in self.parameters.items():
@@ -58,22 +58,22 @@ class ModelParameters:
             names = [name] if target is None else self.names(target, layout)
             if names is None:
                 return None
-            for own in names:
-                shapes[own] = shape if target is None else _shape(target, layout)
-                owners[own] = name
+            for key in names:
+                shapes[key] = shape if target is None else _shape(target, layout)
+                owners[key] = name
 
         def called(name: str) -> str:
             return self.architecture.in_model(name)
 
         def module(name: str) -> tuple[str, Key]:
             owner = owners[name]
-            key: Key = (self.places[owner],)
+            key: Key = (self.numbers[owner],)
             if owner in targets and layout != "fused":
-                place = self.architecture.names.locate(name)
+                role = self.architecture.names.locate(name)
                 leaf = next((part for part in reversed(name.split(".")) if part in _LEAVES), None)
-                if place is None or leaf is None:
-                    raise ValueError(f"{name} is of experts whose order is not known: the names must be given")
-                key = (place.expert, _LEAVES.index(leaf))
+                if role is None or leaf is None:
+                    raise ValueError(f"{name} belongs to experts whose order is not known: give the names")
+                key = (role.expert, _LEAVES.index(leaf))
             return owner.rpartition(".")[0], key
 
         return Side(layout, shapes, called, module, layout == "fused", lambda name: self.decays(owners[name]))
@@ -84,7 +84,7 @@ class ModelParameters:
                 yield side
 
     def units(self, source: str, to: str) -> Iterator[Unit]:
-        """What becomes of the experts' weights between the layouts ``source`` and ``to``; all others stay as they are."""
+        """Yields how the experts' weights move from layout ``source`` to ``to``. All other parameters stay as they are."""
         for target in self.architecture.names.targets.values():
             names, others = self.names(target, source), self.names(target, to)
             if names is None or others is None:
@@ -94,7 +94,7 @@ class ModelParameters:
 
 
 def _shape(target: Target, layout: str) -> Shape:
-    """Of each tensor of ``target``."""
+    """Returns the shape of each tensor of ``target`` in ``layout``."""
     return {
         "fused": target.shape,
         "original": (target.shape[0], *target.matrix_shape),

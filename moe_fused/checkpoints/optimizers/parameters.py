@@ -1,16 +1,18 @@
-"""The names of an optimizer's parameters in its order, which its state does not tell.
+"""Finds the names of an optimizer's parameters in its order, which its state does not contain.
 
-The order is that of the model's ``named_parameters()``, which the safetensors beside the state have lost: they are sorted.
-Names come from the first of these that there is:
+The order is that of the model's ``named_parameters()``. The safetensors beside the state do not show it, because they are
+sorted. Names come from the first of these sources that exists:
 
-1. a file that lists them in the optimizer's order: JSON, a list or a list for each group, or text with a name a line;
+1. a file that lists them in the optimizer's order, either JSON (a list, or a list for each group) or text with a name on
+   each line;
 2. ``param_names`` in the state, of an optimizer that was given ``model.named_parameters()``;
-3. the model that the config describes, as Transformers builds it, with the experts in each layout that it may have had; in
-   two groups, that Trainer has for parameters with and without weight decay. Transformers 4 had the experts of some models
-   before the router that are behind it now, or the other way around, so that both are tried. The shapes in the state must
-   leave exactly one. In the run to be resumed there is no state yet: what Transformers has in memory today is taken to have
-   the order that it has today, of other layouts both orders must be the same. The order in Transformers 4.57.1 was found so
-   for Qwen3-MoE, which is the one that had it the other way around, Qwen2-MoE, Mixtral, OLMoE, DeepSeek-V3 and GLM-4-MoE.
+3. the model that the config describes, as Transformers builds it, with the experts in each layout that they may have
+   had. Two groups are taken for Trainer's, of parameters with and without weight decay. In some models, Transformers 4
+   had the experts before the router and Transformers 5 has them after it, or the other way round, so both orders are
+   tried. Exactly one must fit the shapes in the state. The run to be resumed has no state yet. The layout that
+   Transformers has in memory today is taken to have today's order; for other layouts, both orders must be the same. In
+   Transformers 4.57.1 the order was checked for Qwen3-MoE (the only one with the other order), Qwen2-MoE, Mixtral,
+   OLMoE, DeepSeek-V3 and GLM-4-MoE.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from torch import nn
 
 from .state import OptimizerState, Shape
 
-# The name of the child that routes tokens to the experts beside it.
+# The names of the module that routes tokens to the experts beside it.
 _ROUTERS = ("gate", "router")
 Key = tuple[int, ...]
 
@@ -36,12 +38,12 @@ class Side:
     """The parameters of a model in one layout of its experts.
 
     Attributes:
-        layout: its name.
-        shapes: of the parameters, by the name that files have for them.
-        called: the name that files have for a parameter that the model calls as given.
-        module: of the model, that holds a parameter, and where it comes among that module's own.
-        current: whether Transformers has the experts in this layout.
-        decays: whether Trainer lets the weight of a parameter decay; None if that is not known.
+        layout: the name of the layout.
+        shapes: the shapes of the parameters, by their names in files.
+        called: turns the model's name for a parameter into the name in files.
+        module: returns the module that holds a parameter, and the parameter's position among those of the module.
+        current: whether Transformers has the experts in this layout today.
+        decays: says whether Trainer applies weight decay to a parameter; None if that is not known.
     """
 
     layout: str
@@ -56,10 +58,10 @@ class Side:
 
 
 def read_names(path: Path) -> list[str]:
-    """The names in a file that lists them.
+    """Reads a file that lists names.
 
     Raises:
-        OSError, ValueError: it cannot be read, or has something else in it.
+        OSError, ValueError: the file cannot be read, or holds something else.
     """
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".json":
@@ -76,10 +78,10 @@ def read_names(path: Path) -> list[str]:
 
 
 def orders(side: Side, model: nn.Module) -> list[list[str]]:
-    """The orders that ``model`` may have the parameters of ``side`` in, without regard to groups; its own comes first.
+    """Returns the orders in which ``model`` may have the parameters of ``side``, ignoring groups; today's comes first.
 
     Raises:
-        ValueError: it has no module for one of them.
+        ValueError: the model has no module for one of the parameters.
     """
     modules = [path for path, _ in model.named_modules()]
     result: list[list[str]] = []
@@ -89,7 +91,7 @@ def orders(side: Side, model: nn.Module) -> list[list[str]]:
         for name in side.shapes:
             module, key = side.module(name)
             if module not in positions:
-                raise ValueError(f"{name} is of {module}, which a {type(model).__name__} does not have")
+                raise ValueError(f"{name} belongs to {module}, which a {type(model).__name__} does not have")
             keys[name] = (positions[module], key)
         order = sorted(keys, key=keys.__getitem__)
         if order not in result:
@@ -98,8 +100,11 @@ def orders(side: Side, model: nn.Module) -> list[list[str]]:
 
 
 def _positions(modules: Sequence[str], moved: bool) -> dict[str, float]:
-    """Where each module comes in ``named_parameters()``; if ``moved``, experts on the other side of their router."""
-    positions: dict[str, float] = {path: place for place, path in enumerate(modules)}
+    """Returns the position of each module in ``named_parameters()``.
+
+    If ``moved``, experts come on the other side of their router.
+    """
+    positions: dict[str, float] = {path: position for position, path in enumerate(modules)}
     if not moved:
         return positions
     for path in modules:
@@ -113,13 +118,13 @@ def _positions(modules: Sequence[str], moved: bool) -> dict[str, float]:
 
 
 def decaying(model: nn.Module) -> Callable[[str], bool]:
-    """Whether Trainer lets a parameter of ``model`` decay, by its name."""
+    """Returns a function that says whether Trainer applies weight decay to the parameter of a name."""
     names = set(transformers.Trainer.get_decay_parameter_names(cast(Any, None), cast(Any, model)))
     return names.__contains__
 
 
 def _grouped(order: list[str], side: Side, state: OptimizerState) -> list[str] | None:
-    """``order`` as the groups of ``state`` have it; None if that is not known."""
+    """Brings ``order`` into the order of the groups of ``state``, or returns None if that is not known."""
     filled = {slot.group for slot in state.slots}
     if len(filled) < 2:
         return order
@@ -131,12 +136,12 @@ def _grouped(order: list[str], side: Side, state: OptimizerState) -> list[str] |
 def identify(
     state: OptimizerState, sides: Sequence[Side], model: Callable[[], nn.Module], given: list[str] | None
 ) -> tuple[Side, list[str]]:
-    """The layout of an optimizer's parameters, and their names in its order, as the model calls them.
+    """Finds the layout of an optimizer's parameters, and the model's names for them in the optimizer's order.
 
     Args:
-        sides: what may be.
+        sides: the layouts that are possible.
         model: makes the model, on meta.
-        given: the names, if the user says them.
+        given: the names, if the user gave them.
 
     Raises:
         ValueError: none of ``sides`` fits ``state``, or several do.
@@ -184,17 +189,18 @@ def _check_names(names: Sequence[str], side: Side) -> None:
 def arrange(
     made: Mapping[str, Any], side: Side, model: Callable[[], nn.Module], given: list[str] | None
 ) -> Iterator[tuple[str, str]]:
-    """The parameters ``made``, by their names in files, in the order of the optimizer to be resumed.
+    """Yields the parameters ``made`` in the order of the optimizer to be resumed.
 
     Args:
-        side: of that optimizer.
-        given: the names, if the user says them.
+        made: the parameters, by their names in files.
+        side: the parameters of that optimizer.
+        given: the names, if the user gave them.
 
     Yields:
-        The name that the model has for a parameter, and the one that files have.
+        The model's name for a parameter, and the name in files.
 
     Raises:
-        ValueError: the order is not known, or another one of parameters.
+        ValueError: the order is not known, or is an order of other parameters.
     """
     if given is None:
         possible = [[name for name in order if name in made] for order in orders(side, model())]

@@ -1,4 +1,4 @@
-"""Moves the elements of parameters' moments to where they are in the parameters of another layout."""
+"""Moves the elements of moments to the positions that they have in another layout of the parameters."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Unit:
-    """Parameters that become others, with the same elements in another order.
+    """Parameters that become other parameters, with the same elements in another order.
 
     Attributes:
-        sources: shapes by name.
-        rearrange: gives the others by name, from a function that gives the sources by name: for each element of these
-            its number, int64.
+        sources: the shapes of the parameters by name.
+        rearrange: returns the other parameters by name. Its argument is a function that returns a source by name, with the
+            number of each element (int64) as its value.
     """
 
     sources: Mapping[str, Shape]
     rearrange: Callable[[Load], Iterable[tuple[str, Tensor]]]
 
     def index(self) -> dict[str, Tensor]:
-        """For each of the others, in its shape, where its elements are in the sources, one behind the other."""
+        """Returns, for each of the other parameters, the positions of its elements in the concatenated sources."""
         starts, end = {}, 0
         for name, shape in self.sources.items():
             starts[name], end = end, end + torch.Size(shape).numel()
@@ -43,13 +43,16 @@ class Unit:
 def rearrange(
     unit: Unit, states: Mapping[str, ParameterState | None]
 ) -> tuple[dict[str, ParameterState | None], list[str]]:
-    """The states of the parameters that ``unit`` makes, and the names of those whose 8-bit moments were quantized anew.
+    """Makes the states of the parameters that ``unit`` makes.
 
     Args:
-        states: of all sources; None for parameters that were not updated yet.
+        states: the states of all sources; None for parameters that were not updated yet.
+
+    Returns:
+        The states, and the names of the parameters whose 8-bit moments were quantized again.
 
     Raises:
-        ValueError: states that become one do not agree in steps or kind.
+        ValueError: states that become one differ in the number of steps or in their kind.
     """
     index = unit.index()
     first = _agreed(unit, states)
@@ -62,24 +65,24 @@ def rearrange(
         quantized = [part for part in parts if isinstance(part, Blockwise)]
         if not quantized:
             flat = torch.cat([part.reshape(-1) for part in parts if isinstance(part, Tensor)])
-            for name, places in index.items():
-                moments[name][key] = flat[places]
+            for name, positions in index.items():
+                moments[name][key] = flat[positions]
             continue
         whole = _Blocks(unit.sources, key, quantized)
-        for name, places in index.items():
-            moments[name][key], kept = whole.take(places)
+        for name, positions in index.items():
+            moments[name][key], kept = whole.take(positions)
             if not kept:
                 again.add(name)
     result: dict[str, ParameterState | None] = {}
-    for name, own in moments.items():
-        # Its own: torch counts steps in place.
+    for name, moved in moments.items():
+        # Each gets a copy of the step, because torch counts steps in place.
         step = first.step.clone() if isinstance(first.step, Tensor) else first.step
-        result[name] = replace(first, step=step, moments=own)
+        result[name] = replace(first, step=step, moments=moved)
     return result, sorted(again)
 
 
 def _agreed(unit: Unit, states: Mapping[str, ParameterState | None]) -> ParameterState | None:
-    """The state of one of the sources, with which the others agree in everything but their moments' values."""
+    """Returns the state of one source, after checking that the others differ in the values of their moments only."""
     found = next(((name, state) for name in unit.sources if (state := states[name]) is not None), None)
     if found is None:
         return None
@@ -99,14 +102,17 @@ def _agreed(unit: Unit, states: Mapping[str, ParameterState | None]) -> Paramete
 def aligned(
     unit: Unit, states: Mapping[str, ParameterState | None], betas: tuple[float, float]
 ) -> tuple[dict[str, ParameterState | None], list[str]]:
-    """The states as if all had been updated as often as the one that was most often, and the names of those changed.
+    """Brings all states to the largest number of steps among them.
 
-    Adam divides its moments by ``1 - beta ** step``. They are scaled so that this gives what it gave before; those of
-    parameters that were not updated yet are zero.
+    Adam divides its moments by ``1 - beta ** step``. The moments are scaled so that the quotient stays the same. The moments
+    of parameters that were not updated yet are zero.
 
     Args:
-        states: of the sources of ``unit``.
-        betas: of the optimizer, for the moments and those of the squares.
+        states: the states of the sources of ``unit``.
+        betas: the optimizer's, for the first and the second moments.
+
+    Returns:
+        The states, and the names of the parameters whose states were changed.
     """
     present = [state for name in unit.sources if (state := states[name]) is not None]
     if not present:
@@ -116,16 +122,18 @@ def aligned(
     for name, shape in unit.sources.items():
         state = states[name]
         if state is not None and (float(state.step) == float(last.step) or _kind(state) != _kind(last)):
-            continue  # the latter cannot become one anyway
+            continue  # states of another kind are refused later
         changed.append(name)
         factors = (0.0, 0.0)
         if state is not None and float(state.step):
             factors = (_correction(betas[0], last, state), _correction(betas[1], last, state))
         moments = {}
         for key, example in last.moments.items():
-            own = _zeros(example, shape) if state is None else state.moments[key]
+            moment = _zeros(example, shape) if state is None else state.moments[key]
             factor = factors[key not in FIRST_MOMENTS]
-            scaled = own._replace(absmax=own.absmax * factor) if isinstance(own, Blockwise) else own * factor
+            scaled = (
+                moment._replace(absmax=moment.absmax * factor) if isinstance(moment, Blockwise) else moment * factor
+            )
             moments[key] = scaled
         result[name] = replace(last, moments=moments)
     return result, changed
@@ -151,10 +159,10 @@ def _kind(state: ParameterState) -> str:
 
 
 class _Blocks:
-    """The moments in 8 bits of some parameters, one behind the other.
+    """The concatenated 8-bit moments of some parameters.
 
     Raises:
-        ValueError: their codes have different meanings.
+        ValueError: their code books differ.
     """
 
     def __init__(self, sources: Mapping[str, Shape], key: str, parts: list[Blockwise]) -> None:
@@ -172,19 +180,19 @@ class _Blocks:
         self.absmax = torch.cat([part.absmax for part in parts])
         self._values: Tensor | None = None
 
-    def take(self, places: Tensor) -> tuple[Moment, bool]:
-        """The elements at ``places``, and whether they are exactly what they were."""
-        if places.numel() < SMALLEST:
-            return self.values[places], True
-        blocks = self._blocks(places.reshape(-1))
+    def take(self, positions: Tensor) -> tuple[Moment, bool]:
+        """Returns the elements at ``positions``, and whether their values are exactly the same."""
+        if positions.numel() < SMALLEST:
+            return self.values[positions], True
+        blocks = self._blocks(positions.reshape(-1))
         if blocks is None:
-            return self._quantize(self.values[places]), False
-        return Blockwise(self.codes[places], self.absmax[blocks], self.qmap), True
+            return self._quantize(self.values[positions]), False
+        return Blockwise(self.codes[positions], self.absmax[blocks], self.qmap), True
 
-    def _blocks(self, places: Tensor) -> Tensor | None:
-        """The blocks that ``places`` consist of; None if they have other elements, or in another order."""
+    def _blocks(self, positions: Tensor) -> Tensor | None:
+        """Returns the blocks that ``positions`` consists of, or None if it does not consist of whole blocks in order."""
         result = []
-        for chunk in places.split(_CHUNK):
+        for chunk in positions.split(_CHUNK):
             heads = chunk[::BLOCK].contiguous()
             part = torch.searchsorted(self.starts, heads, right=True) - 1
             offset = heads - self.starts[part]
@@ -192,7 +200,7 @@ class _Blocks:
                 return None
             if not torch.equal((heads[:, None] + torch.arange(BLOCK)).reshape(-1)[: len(chunk)], chunk):
                 return None
-            # The last block of a part may be short, and what follows is of the next.
+            # The last block of a part may be short, and the elements after it belong to the next part.
             ends = torch.clamp(torch.arange(1, len(heads) + 1) * BLOCK, max=len(chunk))
             if (offset + ends - torch.arange(len(heads)) * BLOCK > self.sizes[part]).any():
                 return None

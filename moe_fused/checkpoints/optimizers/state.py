@@ -1,4 +1,4 @@
-"""The file that holds an optimizer's state, and what it says of each parameter."""
+"""Reads and writes the file with an optimizer's state."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# What Transformers' Trainer and accelerate call it.
-FILES = ("optimizer.pt", "optimizer.bin")
-# Elements that share a scale in bitsandbytes' 8-bit optimizers, and the size from which tensors are in 8 bits.
+from moe_fused.checkpoints.finite import is_finite
+
+# In bitsandbytes' 8-bit optimizers: how many elements share a scale, and from which size on tensors are in 8 bits.
 BLOCK, SMALLEST = 256, 4096
-# The dictionary within that of a parameter in which bitsandbytes hides from FSDP what FSDP could not gather.
+# The key under which bitsandbytes hides moments that FSDP could not gather.
 _WRAPPER = "__bnb_optimizer_quant_state__"
-# Those that are means of gradients; all others are of their squares.
+# The moments that are means of gradients. All others are means of their squares.
 FIRST_MOMENTS = ("exp_avg", "state1")
 _TORCH = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _BNB = ("state1", "state2")
@@ -40,7 +40,7 @@ class Blockwise(NamedTuple):
     qmap: Tensor
 
     def dequantize(self) -> Tensor:
-        """The fp32 values, in the shape of the parameter."""
+        """Returns the fp32 values, in the shape of the parameter."""
         flat = self.qmap[self.codes.reshape(-1).long()]
         return (flat * self.absmax.repeat_interleave(BLOCK)[: flat.numel()]).view(self.codes.shape)
 
@@ -50,11 +50,11 @@ Moment = Tensor | Blockwise
 
 @dataclass(frozen=True)
 class ParameterState:
-    """What an optimizer knows of a parameter.
+    """The state of one parameter.
 
     Attributes:
-        step: how often it was updated: a number, or torch's tensor of no dimensions.
-        moments: each in the shape of the parameter, under the name that the optimizer has for it.
+        step: the number of updates, either a number or torch's tensor without dimensions.
+        moments: the moments by the optimizer's names for them, each in the shape of the parameter.
         wrapped: whether the moments are hidden from FSDP.
     """
 
@@ -64,12 +64,12 @@ class ParameterState:
 
     @property
     def shape(self) -> Shape:
-        """Of the parameter."""
+        """The shape of the parameter."""
         return _shape_and_bits(next(iter(self.moments.values())))[0]
 
     @property
     def bits(self) -> int:
-        """8 or 32, the latter for whatever is not quantized."""
+        """8, or 32 for moments that are not quantized."""
         return _shape_and_bits(next(iter(self.moments.values())))[1]
 
     @property
@@ -81,10 +81,10 @@ class ParameterState:
 
     @classmethod
     def read(cls, name: str, entry: Any) -> ParameterState | None:
-        """Of the parameter ``name``, from its ``entry`` in the file; None if that is empty.
+        """Reads the state of the parameter ``name`` from its ``entry`` in the file. Returns None if the entry is empty.
 
         Raises:
-            ValueError: it is not AdamW's, of torch or bitsandbytes.
+            ValueError: it is not a state of torch's or bitsandbytes' AdamW.
         """
         if not isinstance(entry, Mapping):
             raise ValueError(f"the state of {name} must be a dictionary, got {type(entry).__name__}")
@@ -101,18 +101,20 @@ class ParameterState:
                 raise ValueError(f"the state of {name} has no {key}, so that it is not AdamW's: {_listed(entries)}")
         for key, value in entries.items():
             if key not in known:
-                raise ValueError(f"the state of {name} has {key}, which AdamW's has not: it cannot be converted")
+                raise ValueError(
+                    f"the state of {name} has {key}, which AdamW's state does not have: it cannot be converted"
+                )
             if not isinstance(value, Tensor):
                 raise ValueError(f"{key} in the state of {name} must be a tensor, got {type(value).__name__}")
         keys = _BNB if "state1" in entries else [key for key in _TORCH if key in entries]
         moments = {key: _moment(name, key, entries) for key in keys}
         for key, moment in moments.items():
             if _shape_and_bits(moment) != _shape_and_bits(moments[keys[0]]):
-                raise ValueError(f"{key} in the state of {name} is of another shape or dtype than {keys[0]}")
+                raise ValueError(f"{key} in the state of {name} has another shape or dtype than {keys[0]}")
         return cls(step, moments, wrapped)
 
     def entry(self) -> dict[str, Any]:
-        """The way back."""
+        """Returns the entry for the file."""
         moments: dict[str, Any] = {}
         for key, moment in self.moments.items():
             if isinstance(moment, Blockwise):
@@ -135,23 +137,26 @@ def _listed(keys: Mapping[Any, Any]) -> str:
 
 def _moment(name: str, key: str, entries: Mapping[str, Tensor]) -> Moment:
     value = entries[key]
+    scales = value if value.is_floating_point() else entries.get(f"absmax{key.removeprefix('state')}")
+    if scales is not None and not is_finite(scales):
+        raise ValueError(f"{key} in the state of {name} holds NaN or infinite values")
     if value.is_floating_point():
         return value
     if key not in _BNB or value.dtype != torch.uint8:
-        raise ValueError(f"{key} in the state of {name} is {value.dtype}, needed is a floating-point dtype, or uint8")
+        raise ValueError(f"{key} in the state of {name} is {value.dtype}, but must be a floating-point dtype or uint8")
     number = key.removeprefix("state")
     for part, size in ((f"absmax{number}", -(-value.numel() // BLOCK)), (f"qmap{number}", 256)):
         tensor = entries.get(part)
         shape = None if tensor is None else tuple(tensor.shape)
         if tensor is None or shape != (size,) or not tensor.is_floating_point():
             raise ValueError(
-                f"{part} in the state of {name} has shape {shape}, needed is ({size},), for blocks of {BLOCK} elements"
+                f"{part} in the state of {name} has shape {shape}, but needs ({size},) for blocks of {BLOCK} elements"
             )
     return Blockwise(value, entries[f"absmax{number}"], entries[f"qmap{number}"])
 
 
 class Slot(NamedTuple):
-    """A parameter as the optimizer has it: its number, the index of its group, and its state, not yet read."""
+    """A parameter in the optimizer: its number, the index of its group, and its state, which has not been read yet."""
 
     number: int
     group: int
@@ -159,7 +164,7 @@ class Slot(NamedTuple):
 
     @property
     def shape(self) -> Shape | None:
-        """Of the parameter, None if it has no state, or none that tells."""
+        """The shape of the parameter, or None if its state does not show it."""
         entries = {**self.entry, **self.entry.get(_WRAPPER, {})} if isinstance(self.entry, Mapping) else {}
         moment = next((entries[key] for key in (*_TORCH, *_BNB) if isinstance(entries.get(key), Tensor)), None)
         return None if moment is None else tuple(moment.shape)
@@ -169,18 +174,18 @@ class OptimizerState:
     """The content of an optimizer's file.
 
     Attributes:
-        path: of the file.
-        groups: of parameters, without them: their hyper-parameters.
+        path: the file.
+        groups: the hyper-parameters of each group.
         slots: the parameters, group by group.
-        names: of the parameters, if the optimizer was told them.
+        names: the names of the parameters, if the optimizer was given names.
 
     Raises:
-        ValueError: it is damaged, or not the state of an optimizer.
+        ValueError: the file is damaged, or does not hold the state of an optimizer.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:  # mapped, so that a tensor is read when it is used
+        try:  # the file is mapped, so that a tensor is only read when it is used
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise ValueError(f"{path} is not a whole file of torch.save: {error}") from error
@@ -218,9 +223,9 @@ class OptimizerState:
         return [name for names in lists for name in names or ()]
 
     def mismatch(self, names: Sequence[str], shape_of: Callable[[str], Shape]) -> str | None:
-        """Why parameters of these names, in this order, cannot be the optimizer's; None if they can."""
+        """Why the optimizer's parameters cannot have these names in this order, or None if they can."""
         if len(names) != len(self.slots):
-            return f"there are {len(names)} parameters, the state is of {len(self.slots)}"
+            return f"there are {len(names)} parameters, but the state has {len(self.slots)}"
         for slot, name in zip(self.slots, names, strict=True):
             if slot.shape not in (None, shape_of(name)):
                 return f"{name} has shape {shape_of(name)}, number {slot.number} of the state has {slot.shape}"
@@ -230,11 +235,11 @@ class OptimizerState:
 def pack(
     source: OptimizerState, groups: Sequence[Sequence[str]], states: Mapping[str, ParameterState | None]
 ) -> dict[str, Any]:
-    """The content of a file like ``source`` with other parameters.
+    """Makes the content of a file like ``source`` with other parameters.
 
     Args:
-        groups: names of the parameters of each group, in order.
-        states: of all of them.
+        groups: for each group, the names of its parameters, in order.
+        states: the states of all parameters.
     """
     numbers: Iterator[int] = iter(range(sum(map(len, groups))))
     result: dict[str, Any] = {"state": {}, "param_groups": [], **source.others}

@@ -1,6 +1,7 @@
-"""PEFT's LoRA on models whose experts the kernel serves: what is adapted, refused, saved and loaded.
+"""The tuner for LoRA on models whose experts the kernel computes: what is adapted, refused, saved and loaded.
 
-PEFT looks its tuner for LoRA up in a table, where ``register`` puts ours: PEFT's own, which asks us first about experts.
+PEFT finds its tuner for LoRA in a table. ``register`` puts the tuner of this file there, which extends PEFT's and leaves
+everything but experts to it.
 """
 
 from __future__ import annotations
@@ -14,25 +15,26 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from moe_fused.experts import Experts
-from moe_fused.quantizer import unpack_experts
+from moe_fused.integrations.quantizer.packed_experts import unpack_experts
+from moe_fused.integrations.transformers.experts_module import Experts
 
-from .files import PLACES, check_matches, places_of, split, wrappers
-from .targets import ExpertLayer, Plan, config_for, expert_layers, plan_of, unwrapped
+from .files import ADAPTED_STACKS, adapted_stacks, check_matches, split, wrappers
+from .targets import ExpertLayer, ExpertTargets, config_for, expert_layers, expert_targets, stacks_of, unwrapped
 from .wrapper import ARGUMENTS, ParamWrapper, refuse_unsupported, takes_adapters
 
-PLAN = "_moe_fused_plan"
+# The attribute of a LoRA config that holds its ``ExpertTargets`` while PEFT adds the adapter.
+TARGETS = "_moe_fused_targets"
 
 
 def served_experts(model: nn.Module) -> Iterator[tuple[str, Experts]]:
-    """The experts modules that run in the kernel, with their names, inside whatever PEFT put around them."""
+    """Yields the experts modules that run in the kernel, with their names, inside whatever PEFT put around them."""
     for name, module in model.named_modules():
         if takes_adapters(module):
             yield name, module
 
 
 def _named(config: Any, layers: list[ExpertLayer]) -> set[str]:
-    """The experts' parameters that ``target_parameters`` names."""
+    """Returns the experts' parameters that ``target_parameters`` names."""
     targets = tuple(config.target_parameters or ())
     return {
         name
@@ -43,38 +45,40 @@ def _named(config: Any, layers: list[ExpertLayer]) -> set[str]:
 
 
 class LoraModel(lora.LoraModel):
-    """PEFT's tuner for LoRA, with experts."""
+    """PEFT's tuner for LoRA, extended to experts that run in the kernel."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config = self.peft_config[adapter_name]
-        vars(config).pop(PLACES, None)  # of another model that the config was used for
+        config: Any = self.peft_config[adapter_name]
+        vars(config).pop(ADAPTED_STACKS, None)  # the config may have been used for another model
         layers = expert_layers(model, served_experts(model))
-        plan = plan_of(config, model, layers) if layers else Plan()
-        adapted = _named(config, layers) | plan.targets.keys()
+        if stacks := stacks_of(config, layers):  # kept in the config, as PEFT keeps its names for "all-linear"
+            config.target_parameters = sorted({*(config.target_parameters or ()), *stacks})
+        requested = expert_targets(config, model, layers) if layers else ExpertTargets()
+        adapted = _named(config, layers) | requested.targets.keys()
         if adapted:
             refuse_unsupported(config)
-            self._check_nesting(model, adapted, plan)
-        if not plan.targets:
+            self._check_nesting(model, adapted, requested)
+        if not requested.targets:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
-        with _planned(config, plan):
+        with _asking_for(config, requested):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        setattr(config, PLACES, places_of(model, adapter_name))
+        setattr(config, ADAPTED_STACKS, adapted_stacks(model, adapter_name))
 
     def _check_new_adapter_config(self, config: Any) -> None:
-        planned = getattr(config, PLAN, None) is not None
         parameters = config.target_parameters
-        if planned:  # PEFT compares names as they are written; _check_nesting has compared what they name
+        if getattr(config, TARGETS, None) is not None:
+            # PEFT would compare the names as they are written. _check_nesting has compared the parameters that they mean.
             config.target_parameters = None
         try:
             super()._check_new_adapter_config(config)
         finally:
             config.target_parameters = parameters
 
-    def _check_nesting(self, model: nn.Module, adapted: set[str], plan: Plan) -> None:
+    def _check_nesting(self, model: nn.Module, adapted: set[str], requested: ExpertTargets) -> None:
         """Raises ValueError unless all adapters of a layer's experts adapt the same parameters.
 
-        Where a factor is in the model, and in files, depends on what else is adapted.
+        The name of a factor, in the model and in files, depends on which other parameters of the layer are adapted.
         """
         for name, module in model.named_modules():
             path = unwrapped(name)
@@ -90,10 +94,13 @@ class LoraModel(lora.LoraModel):
             if not new:
                 continue
             if new != there.keys():
-                raise ValueError(
-                    f"all adapters of {path} must adapt the same parameters, got {sorted(new)} after {sorted(there)}"
+                others = next(iter(module.lora_A), "")
+                raise ValueError(  # the message begins as PEFT's does
+                    "When using multiple adapters with `target_parameters`, all adapters must target the same set of "
+                    f"parameters, but got {sorted(new)} for the new adapter and {sorted(there)} for adapter '{others}': "
+                    f"give both the same targets in {path}, or use two models"
                 )
-            if any(name in plan.targets and not isinstance(own, ParamWrapper) for name, own in there.items()):
+            if any(name in requested.targets and not isinstance(layer, ParamWrapper) for name, layer in there.items()):
                 raise ValueError(
                     f"{path} has adapters from before it ran in the kernel: add them again after "
                     'set_experts_implementation("moe_fused"), or use target_parameters'
@@ -102,9 +109,9 @@ class LoraModel(lora.LoraModel):
     def _create_and_replace(  # type: ignore[override]  # named as in PEFT's LoraModel
         self, lora_config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        plan: Plan | None = getattr(lora_config, PLAN, None)
-        if plan is not None and kwargs["current_key"] in plan.targets:
-            lora_config = config_for(lora_config, *plan.targets[kwargs["current_key"]])
+        requested: ExpertTargets | None = getattr(lora_config, TARGETS, None)
+        if requested is not None and kwargs["current_key"] in requested.targets:
+            lora_config = config_for(lora_config, *requested.targets[kwargs["current_key"]])
         super()._create_and_replace(lora_config, adapter_name, *args, **kwargs)
 
     @staticmethod
@@ -116,12 +123,13 @@ class LoraModel(lora.LoraModel):
         return module
 
     def _check_add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
-        for name, wrapper in wrappers(self.model):
+        known = all(adapter in self.peft_config for adapter in adapters)  # PEFT itself checks the names first
+        for name, wrapper in wrappers(self.model) if known else ():
             for adapter in adapters:
                 if adapter in wrapper.lora_A:
-                    raise ValueError(
-                        f"add_weighted_adapter cannot mix LoRA on experts, which adapter {adapter!r} has on {name}: "
-                        "activate several adapters with base_model.set_adapter([...]), or merge them"
+                    raise ValueError(  # the message begins as PEFT's does
+                        f"add_weighted_adapter does not support targeting nn.Parameter (problematic adapter '{adapter}'): "
+                        f"it has LoRA on {name}; activate several adapters with base_model.set_adapter([...]), or merge them"
                     )
         return super()._check_add_weighted_adapter(adapters, *args, **kwargs)
 
@@ -132,15 +140,15 @@ class LoraModel(lora.LoraModel):
         adapter_names: list[str] | None = None,
         dtype: torch.dtype | None = None,
     ) -> nn.Module:
-        """PEFT's, with a choice for 4-bit experts.
+        """Merges adapters into the model and removes PEFT's layers, as PEFT does, with a choice for 4-bit experts.
 
         Args:
-            progressbar, safe_merge, adapter_names: as PEFT has them.
-            dtype: None quantizes merged 4-bit experts again; a dtype makes them dense, which loses nothing but the rounding
-                to it. Layers that are not experts are not affected.
+            progressbar, safe_merge, adapter_names: as in PEFT.
+            dtype: None quantizes merged 4-bit experts again. A dtype makes them dense, which loses nothing but the rounding
+                to that dtype. Other layers are not affected.
         """
         if dtype is not None:
-            merged = [(own, own.merged_adapters[:]) for _, own in wrappers(self.model) if own.unmerged]
+            merged = [(layer, layer.merged_adapters[:]) for _, layer in wrappers(self.model) if layer.unmerged]
             for wrapper, _ in merged:
                 wrapper.unmerge()
             unpack_experts(self.model, dtype)
@@ -149,14 +157,14 @@ class LoraModel(lora.LoraModel):
         model: nn.Module = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         return model
 
-    # What PEFT calls to save and load; see ``files`` for what it calls before.
+    # PEFT calls these to save and load. The functions that it calls before them are wrapped in ``files``.
 
     @classmethod
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
-        return split(model, adapter_name, own)
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        return split(model, adapter_name, tensors)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -170,19 +178,19 @@ class LoraModel(lora.LoraModel):
 
 
 @contextmanager
-def _planned(config: Any, plan: Plan) -> Iterator[None]:
-    """Makes ``config`` ask for what is planned, as PEFT understands it, and leaves it asking for what it did."""
+def _asking_for(config: Any, requested: ExpertTargets) -> Iterator[None]:
+    """Makes ``config`` ask for ``requested`` in terms that PEFT understands, and restores the config afterwards."""
     before = {name: getattr(config, name) for name in ("target_parameters", "rank_pattern", "alpha_pattern")}
-    config.target_modules = plan.modules
-    config.target_parameters = sorted({*(config.target_parameters or ()), *plan.parameters, *plan.targets})
+    config.target_modules = requested.modules
+    config.target_parameters = sorted({*(config.target_parameters or ()), *requested.parameters, *requested.targets})
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, name)
-        setattr(config, name, {key: value for key, value in patterns.items() if key not in plan.patterns})
-    setattr(config, PLAN, plan)
+        setattr(config, name, {key: value for key, value in patterns.items() if key not in requested.patterns})
+    setattr(config, TARGETS, requested)
     try:
         yield
     finally:
-        delattr(config, PLAN)
-        config.target_modules = plan.resolved
+        delattr(config, TARGETS)
+        config.target_modules = requested.resolved
         for name, value in before.items():
             setattr(config, name, value)

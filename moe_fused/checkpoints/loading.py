@@ -1,0 +1,106 @@
+"""Loads a model for a command, and raises an error if a tensor is missing, has a wrong shape or is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM
+
+from moe_fused.memory import skeleton
+
+from .complete import check_complete, check_problems, problems_of
+from .files import find_weights, read_tensors
+from .finite import check_finite, weights_of
+from .places import read_object
+
+
+def quantization_of(config: Any) -> Mapping[str, Any] | None:
+    """Returns the quantization in a model's config, or None for a dense model."""
+    value = getattr(config, "quantization_config", None)
+    if value is None:
+        value = getattr(config.get_text_config(), "quantization_config", None)
+    if value is None or isinstance(value, Mapping):
+        return value
+    result: Mapping[str, Any] = value.to_dict()
+    return result
+
+
+def is_4bit(config: Any) -> bool:
+    """Whether a config says that the checkpoint is in bitsandbytes' 4 bits."""
+    quantization = quantization_of(config) or {}
+    return quantization.get("quant_method", "bitsandbytes") == "bitsandbytes" and bool(
+        quantization.get("load_in_4bit") or quantization.get("_load_in_4bit")
+    )
+
+
+# Checkpoints that this process has found complete, with the names, times and sizes of their files.
+_complete: set[tuple[object, ...]] = set()
+
+
+def check_checkpoint(
+    source: str, name: str, config: Any, *, revision: str = "main", packs: bool = False, download: bool = False
+) -> None:
+    """Compares the headers of a model's files with what its config needs. ``load_pretrained`` does this, too.
+
+    Args:
+        source: a directory, or a name on the Hub.
+        name: what ``source`` is called in errors.
+        config: the configuration of the model.
+        packs: whether the model will be quantized to 4 bits while it is loaded.
+        download: whether to download files that the Hub's cache lacks. If not, nothing is checked in this case.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, damaged or outside of the directory, or a tensor is missing, has
+            another shape or does not belong to the model.
+    """
+    try:
+        path = find_weights(source, revision, download=download)
+        if path is None:
+            return
+        key = (path, packs, *_state_of(path.parent))
+        if key in _complete:
+            return
+        tensors = read_tensors(path)
+        if path.name.endswith(".index.json") and not isinstance(read_object(path).get("metadata"), dict):
+            raise ValueError(
+                f'{path} has no metadata, without which Transformers does not read an index: {{"total_size": BYTES}}'
+            )
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
+    if quantization_of(config) is None or is_4bit(config):
+        check_complete(skeleton(config), tensors, name, quantized=is_4bit(config), packs=packs)
+    _complete.add(key)
+
+
+def _state_of(directory: Path) -> Iterator[tuple[str, int, int]]:
+    for path in sorted(directory.iterdir()):
+        if path.is_file():
+            stat = path.stat()
+            yield path.name, stat.st_mtime_ns, stat.st_size
+
+
+def load_pretrained(
+    source: str, name: str, config: Any, *, revision: str = "main", quantization: Any = None, **options: Any
+) -> Any:
+    """Loads a ``PreTrainedModel`` and checks that it is complete and has finite weights.
+
+    Args:
+        source: a directory, or a name on the Hub.
+        name: what ``source`` is called in errors.
+        config: the configuration of the model.
+        quantization: the ``quantization_config`` for ``from_pretrained``, or None.
+        options: further options of ``from_pretrained``.
+
+    Raises:
+        FileNotFoundError, ValueError: as for ``check_checkpoint``, or some weights are NaN or infinite.
+    """
+    check_checkpoint(source, name, config, revision=revision, packs=quantization is not None, download=True)
+    if quantization is not None:
+        options["quantization_config"] = quantization
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source, revision=revision, output_loading_info=True, **options)
+    model, info = loaded
+    check_problems(name, model, problems_of(model, info))
+    check_finite(weights_of(model), name)
+    return model

@@ -1,0 +1,113 @@
+"""The adapters of a run: PEFT's config for them, and a model with them."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from moe_fused.integrations.transformers.experts_module import layout_refusal
+
+if TYPE_CHECKING:
+    from .resolve import ModelSetup
+
+
+def lora_config(setup: ModelSetup, model: nn.Module) -> Any:
+    """PEFT's config for the adapters of a run.
+
+    Args:
+        setup: The record of the run.
+        model: A model of its architecture, on any device, meta included.
+
+    Raises:
+        ValueError: The model has no experts or no routers that could be adapted, and the options say to adapt them.
+    """
+    from peft import LoraConfig
+
+    options = setup.options
+    experts = _experts_of(model)
+    ranks, alphas = {}, {}
+    if options.expert_rank:
+        if not experts:
+            raise ValueError(f"--expert-rank: {type(model).__name__} has no experts that could be adapted, set it to 0")
+        _check_adaptable(model)
+        for target in (f"{path}.{name}" for path, names in experts.items() for name in names):
+            ranks[target] = options.expert_rank
+            alphas[target] = setup.expert_alpha
+    if options.router_rank:
+        for target in _routers(model, experts):
+            ranks[target] = options.router_rank
+            alphas[target] = 2.0 * options.router_rank
+    return LoraConfig(
+        r=options.attention_rank or options.expert_rank or options.router_rank,
+        lora_alpha=setup.attention_alpha,  # type: ignore[arg-type]  # any number
+        lora_dropout=options.lora_dropout,
+        target_modules=list(setup.attention_modules),
+        target_parameters=list(ranks) or None,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        task_type="CAUSAL_LM",
+    )
+
+
+def adapt(model: Any, setup: ModelSetup) -> Any:
+    """Puts new adapters on a model, which become the only part of it that is trained.
+
+    The initial values of the adapters are the same for the same seed.
+
+    Returns:
+        PEFT's model around ``model``.
+    """
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    set_seed(setup.options.seed)
+    with warnings.catch_warnings():
+        # PEFT looks for patterns among modules only, not among the parameters that these patterns name.
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+        adapted = get_peft_model(model, lora_config(setup, model))
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    if setup.options.expert_rank and not any(".experts." in name for name in trained):
+        raise RuntimeError(f"no experts of {type(model).__name__} were adapted, only {', '.join(trained[:3])}, …")
+    return adapted
+
+
+def _suffix(path: str) -> str:
+    """The name of a module within its layer, which is what follows the last number in its path."""
+    return re.split(r"(?:^|\.)\d+\.", path)[-1]
+
+
+def _experts_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The names of the experts modules within their layers, each with the names of its projections."""
+    from moe_fused.integrations.transformers.experts_module import projections_of
+
+    return {
+        _suffix(path): projections_of(module)
+        for path, module in model.named_modules()
+        if hasattr(type(module), "_apply_gate")
+    }
+
+
+def _check_adaptable(model: nn.Module) -> None:
+    """Raises ValueError if the kernel cannot adapt the experts of a model."""
+    for module in model.modules():
+        reason = layout_refusal(module) if hasattr(type(module), "_apply_gate") else None
+        if reason is not None:
+            raise ValueError(
+                f"--expert-rank: the experts of {type(model).__name__} cannot be adapted, set it to 0: {reason}"
+            )
+
+
+def _routers(model: nn.Module, experts: dict[str, tuple[str, ...]]) -> list[str]:
+    """The names within their layers of the routers' matrices, which lie beside the experts."""
+    found: dict[str, None] = {}
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        beside = any(_suffix(path).rpartition(".")[0] == name.rpartition(".")[0] for name in experts)
+        if beside and not isinstance(module, nn.Linear) and weight is not None and weight.dim() == 2:
+            found[f"{_suffix(path)}.weight"] = None
+    if not found:
+        raise ValueError(f"--router-rank: {type(model).__name__} has no routers that could be adapted, set it to 0")
+    return list(found)

@@ -1,0 +1,134 @@
+"""How a run ends before its time, and what the user is told: after which step, why, and how to go on.
+
+Errors that need no bug to happen are raised as ``Expected`` at the places where they are expected: a full disk where a
+file is written, damage where a checkpoint is read. Every other error is a bug, here or in a library, and shows its
+traceback, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import signal
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+
+from moe_fused.memory import GIB
+
+from .checkpoints import last_checkpoint
+from .output import has_begun
+
+if TYPE_CHECKING:
+    from .plan import MemoryPlan
+    from .trainer import Finetuner
+
+
+class Stopped(Exception):
+    """A run ended early, with its checkpoints in place. The message says how to go on.
+
+    Attributes:
+        exit_code: The exit status of the process.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Expected(Exception):
+    """The base of the errors that a run expects while it trains. Their messages are written for users."""
+
+
+class NotFinite(Expected, RuntimeError):
+    """A loss, a gradient or a weight is not a number, or infinite."""
+
+
+class CannotWrite(Expected):
+    """A file could not be written, as on a full disk."""
+
+
+class CannotResume(Expected):
+    """A checkpoint cannot be read, or is not one of this run."""
+
+
+class CannotRecord(Expected, RuntimeError):
+    """Something in the decoder cannot run as CUDA graphs."""
+
+
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Raises CannotWrite if writing ``what`` fails within the block.
+
+    The libraries that write files raise RuntimeError for it (torch) and SafetensorError, beside OSError.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CannotWrite(f"{what} cannot be written: {error}") from error
+
+
+@contextlib.contextmanager
+def resuming() -> Iterator[None]:
+    """Raises CannotResume if reading a checkpoint fails within the block, or the checkpoint does not fit."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise CannotResume(str(error)) from error
+
+
+@contextlib.contextmanager
+def explained(trainer: Finetuner, plan: MemoryPlan) -> Iterator[None]:
+    """Raises Stopped for an error within the block, which says after which step it came and how to go on.
+
+    Errors before the first step are raised as they are, unless their advice does not depend on the step. A bug prints
+    its traceback in both cases.
+    """
+    output, graphs = plan.run.output, trainer.shape is not None
+    try:
+        yield
+    except (Stopped, CannotResume):
+        raise
+    except NotFinite as error:
+        # Not --resume, which would come to the same end.
+        advice = f"{_again(output)} a lower --learning-rate, or look at the rows around it"
+        raise Stopped(f"{error}: {advice}; {_where(last_checkpoint(output))}") from error
+    except torch.OutOfMemoryError as error:
+        advice = f"predicted were {plan.prediction.total / GIB:.2f} GiB; {_again(output)} a lower --sequence-length"
+        where = _way_on(output, " --no-cuda-graphs") if graphs else _where(last_checkpoint(output))
+        raise Stopped(f"out of memory after step {trainer.state.global_step}: {advice}; {where}") from error
+    except Exception as error:
+        is_bug, step = not isinstance(error, Expected), trainer.state.global_step
+        if is_bug:
+            traceback.print_exception(error)
+        if not step:
+            raise
+        reason = f"{type(error).__name__}: {error}" if is_bug else str(error)
+        raise Stopped(f"stopped after step {step}: {reason}; {_way_on(output)}") from error
+
+
+def stopped_by(signum: int, output: Path) -> Stopped:
+    """The end of a run that a signal ended."""
+    return Stopped(f"interrupted by {signal.Signals(signum).name}; {_way_on(output)}", 128 + signum)
+
+
+def _where(checkpoint: Path | None) -> str:
+    return "no checkpoint was saved yet" if checkpoint is None else f"the last checkpoint is {checkpoint}"
+
+
+def _again(output: Path) -> str:
+    return "start again with --overwrite and" if has_begun(output) else "start again with"
+
+
+def _way_on(output: Path, options: str = "") -> str:
+    checkpoint = last_checkpoint(output)
+    how = f", go on with: moe-fused finetune --resume --output {shlex.quote(str(output))}{options}"
+    return _where(checkpoint) + ("" if checkpoint is None else how)

@@ -1,0 +1,172 @@
+"""Hashes the data and the model of a run, so that a resumed run notices if one of them has changed.
+
+The hashes stand as comments at the beginning of finetune.yaml. This module imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .data import Data, Prepared
+
+ALLOW_CHANGED, ALLOW_OTHER_BASE = "--allow-changed-data", "--allow-other-base"
+_HEAD = "# The data and the model that this run began with. --resume compares them. These lines are no options.\n"
+_ROWS, _TEMPLATE, _CONFIG, _WEIGHTS = "rows", "chat template", "model config", "model weights"
+_LINE = re.compile(rf"# ({_ROWS}|{_TEMPLATE}|{_CONFIG}|{_WEIGHTS}): (sha256:[0-9a-f]{{64}})")
+
+# The bytes that are read from a file of weights: those at its beginning and its end, and a block at each step between.
+_EDGE, _BLOCK, _STEP = 1 << 20, 1 << 16, 1 << 26
+# Entries of a model's config that saving it again changes.
+_VOLATILE = ("_name_or_path", "transformers_version")
+
+
+def fingerprints(prepared: Prepared, data: Data) -> dict[str, str]:
+    """Returns the sha256 of the tokens and labels of all rows and, if the rows are chats, that of the chat template."""
+    found = {_ROWS: f"sha256:{prepared.fingerprint}"}
+    if data.has_turns:
+        renderer = data.renderer
+        templates = json.dumps([renderer.tokenizer.chat_template, renderer.template], sort_keys=True)
+        found[_TEMPLATE] = _hash(templates.encode())
+    return found
+
+
+def base_fingerprints(model: str, revision: str, *, download: bool) -> dict[str, str]:
+    """Returns the sha256 of a model's config and that of its weights. They do not depend on where the model lies.
+
+    Reading all weights would take minutes. The hash of the weights covers the names and sizes of their files, the
+    header of each file (the names, dtypes and shapes of its tensors), and samples: the first and the last MiB of each
+    file, and 64 KiB of each 64 MiB between. The hash is another one for another checkpoint, and for the same checkpoint
+    saved again in another dtype or in other files. It does not notice a change of single values between the samples.
+
+    Args:
+        model: A directory, or a name on the Hub.
+        revision: The revision of a model on the Hub.
+        download: Whether to download files that the Hub's cache lacks.
+
+    Returns:
+        The hashes by their names. There are none if the model is not on this machine and ``download`` is false.
+
+    Raises:
+        FileNotFoundError, ValueError: There are no weights, or their index is damaged.
+    """
+    from moe_fused.checkpoints.files import find_weights
+    from moe_fused.checkpoints.places import CONFIG, read_object
+    from moe_fused.checkpoints.tensor_files import read_index
+
+    try:
+        weights = find_weights(model, revision, download=download)
+        if weights is None:
+            return {}
+        names = sorted(set(read_index(weights).values())) if weights.name.endswith(".index.json") else [weights.name]
+        digest = hashlib.sha256()
+        for name in names:
+            with (weights.parent / name).open("rb") as file:
+                for part in (name.encode(), *_samples(file)):
+                    digest.update(hashlib.sha256(part).digest())
+        config = {key: value for key, value in read_object(weights.parent / CONFIG).items() if key not in _VOLATILE}
+    except (FileNotFoundError, ValueError) as error:
+        kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
+        raise kind(f"--model {model}: {error}") from error
+    return {
+        _CONFIG: _hash(json.dumps(config, sort_keys=True).encode()),
+        _WEIGHTS: f"sha256:{digest.hexdigest()}",
+    }
+
+
+def _samples(file: IO[bytes]) -> Iterator[bytes]:
+    """Yields the size of a file of weights, its header, and samples of its content."""
+    size = file.seek(0, 2)
+    yield str(size).encode()
+    file.seek(0)
+    # A safetensors file begins with the size of its header. A file of torch.save has its header at the end.
+    header = 8 + int.from_bytes(file.read(8), "little") if file.name.endswith(".safetensors") else 0
+    spans = [(0, max(header, _EDGE)), *((place, _BLOCK) for place in range(_STEP, size, _STEP)), (size - _EDGE, _EDGE)]
+    for begin, length in spans:
+        file.seek(max(begin, 0))
+        yield file.read(length)
+
+
+def _hash(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def as_comment(found: dict[str, str]) -> str:
+    """Writes the fingerprints as comments for the beginning of a YAML file."""
+    return _HEAD + "".join(f"# {what}: {value}\n" for what, value in found.items())
+
+
+def recorded(path: Path) -> dict[str, str]:
+    """Reads the fingerprints that ``as_comment`` wrote into a file."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {match[1]: match[2] for line in lines if (match := _LINE.fullmatch(line))}
+
+
+def check_same_data(path: Path, now: dict[str, str], allow: bool) -> list[str]:
+    """Compares the data of a resumed run with the data that it began with.
+
+    Args:
+        path: The finetune.yaml of the run.
+        now: The fingerprints of the data today, as ``fingerprints`` gives them.
+        allow: Whether the data may have changed.
+
+    Returns:
+        A remark if the data have changed or cannot be compared, else none.
+
+    Raises:
+        ValueError: The data have changed, and ``allow`` is false.
+    """
+    before = {what: value for what, value in recorded(path).items() if what in (_ROWS, _TEMPLATE)}
+    if not before:
+        return [f"{path} does not say what data the run began with, so that they cannot be compared"]
+    changed, run = _changes(before, now), path.parent
+    if not changed:
+        return []
+    if not allow:
+        raise ValueError(
+            f"{changed} changed since the run in {run} began: put back what was there, or go on with {ALLOW_CHANGED}"
+        )
+    return [f"{changed} changed since the run in {run} began; the run goes on with the data of today"]
+
+
+def check_same_base(path: Path, model: str, now: dict[str, str], allow: bool) -> list[str]:
+    """Compares the model of a resumed run with the one that it began with.
+
+    Runs of versions that did not record their model are not compared.
+
+    Args:
+        path: The finetune.yaml of the run.
+        model: The model, as ``--model`` gives it.
+        now: The fingerprints of the model today, as ``base_fingerprints`` gives them.
+        allow: Whether the model may have changed.
+
+    Returns:
+        A remark if the model has changed, else none.
+
+    Raises:
+        ValueError: The model has changed, and ``allow`` is false.
+    """
+    changed = _changes({what: value for what, value in recorded(path).items() if what in now}, now)
+    run = path.parent
+    if not changed:
+        return []
+    if not allow:
+        raise ValueError(
+            f"{changed} changed since the run in {run} began: --model {model} is not what its adapter was trained on; put "
+            f"back what was there, or go on with {ALLOW_OTHER_BASE}"
+        )
+    return [f"{changed} changed since the run in {run} began; the run goes on with the model of today"]
+
+
+def _changes(before: dict[str, str], now: dict[str, str]) -> str:
+    """Names the fingerprints that have changed, each with both values. The text is empty if none has changed."""
+    return " and ".join(
+        f"the {what} ({value[:15]} before, {now.get(what, 'none')[:15]} now)"
+        for what, value in before.items()
+        if value != now.get(what)
+    )

@@ -1,0 +1,55 @@
+"""The commands that go on from an adapter, which a run prints at its end."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .resolve import ModelSetup
+
+
+def print_next(setup: ModelSetup) -> None:
+    """Prints the commands that generate with the adapter of a run, convert it and merge it."""
+    print(f"adapter: {setup.options.output}")
+    print("next:")
+    for command in _next_commands(setup):
+        print(f"  {command}")
+
+
+def _next_commands(setup: ModelSetup) -> Iterator[str]:
+    options = setup.options
+    output, source = options.output.rstrip("/") or "/", options.model
+    if not Path(source).is_dir() and options.revision != "main":
+        # The other commands take the newest revision.
+        kept = _free(f"{source.rpartition('/')[2]}-{options.revision.replace('/', '-')}")
+        yield f"hf download {_word(source)} --revision {_word(options.revision)} --local-dir {_word(kept)}"
+        source = kept
+    base, in_4bit = source, ""
+    if setup.quantize_to == "nf4":
+        in_4bit = " --load-in-4bit"
+    elif setup.quantize_to is not None:  # generate does not quantize to other formats
+        base = _free(f"{Path(source).name}-{setup.quantize_to}")
+        yield f"moe-fused quantize {_word(source)} {_word(base)} --quant-type {setup.quantize_to}"
+    yield f'moe-fused generate {_word(base)} --adapter {_word(output)}{in_4bit} --prompt "..."'
+    if options.expert_rank and options.export == "none" and setup.layout_refusals["per-expert"] is None:
+        target = _free(f"{output}-per-expert")
+        yield f"moe-fused convert adapter --from peft-fused {_word(output)} {_word(target)}"
+    yield f"moe-fused merge {_word(source)} {_word(output)} {_word(_free(f'{output}-merged'))}"
+
+
+def _free(path: str) -> str:
+    """``path``, with a number behind it if something of that name exists."""
+    number, result = 1, path
+    while os.path.lexists(result):
+        number += 1
+        result = f"{path}-{number}"
+    return result
+
+
+def _word(argument: str) -> str:
+    """``argument`` as a shell takes it for one word, and a command does not take it for an option."""
+    return shlex.quote(f"./{argument}" if argument.startswith("-") else argument)

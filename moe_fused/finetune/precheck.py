@@ -1,0 +1,178 @@
+"""Checks of a run that need the standard library alone, so that their errors appear before torch is imported.
+
+``precheck`` makes all of them, and ``check_automatic_device`` asks torch for a GPU where that matters. Some of the
+questions can be answered only in part at this point: ``--device auto`` is a GPU or not, and a model on the Hub has a
+config that is not here yet. Their checks are functions of their own, which ``resolve`` calls again as soon as it knows
+the answer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_fused.checkpoints.adapters.names import names_gpt_oss
+from moe_fused.checkpoints.places import CONFIG, read_config
+from moe_fused.commands.options import check_device, check_source
+from moe_fused.quantized import check_quantization
+
+from .options import DEFAULTS, Options, flag
+
+# The reason why an adapter has no layout with a matrix for each expert, or with gate and up apart.
+INTERLEAVED = "gate and up of gpt-oss take turns in gate_up_proj, no tool reads adapters of them apart"
+
+# Endings of data files. Names on the Hub do not end like this.
+_FILES = {".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md", ".text", ".gz", ".zst"}
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among the processes of a run, as ``torchrun`` numbers them.
+
+    Attributes:
+        rank: The number of this process among all processes, counted from 0.
+        local_rank: The number of this process among those of this machine, counted from 0.
+        world_size: The number of processes.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def of_environment(cls, environment: Mapping[str, str]) -> Process:
+        """Reads the variables that ``torchrun`` sets. Without them, a process is alone.
+
+        Raises:
+            ValueError: There are several processes, which ``finetune`` does not support yet. Nothing else refuses them.
+        """
+        rank, local_rank, world_size = (int(environment.get(name, default)) for name, default in _VARIABLES.items())
+        if world_size > 1:
+            raise ValueError(
+                "finetune trains on one GPU: start it without accelerate launch or torchrun; "
+                "examples/qlora_ddp.py takes several"
+            )
+        return cls(rank, local_rank, world_size)
+
+
+_VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+
+
+def precheck(options: Options) -> Process:
+    """Checks what can be known about a run before anything heavy is imported.
+
+    Returns:
+        This process among the processes of the run.
+
+    Raises:
+        ValueError: An option cannot have the value that it has.
+        FileNotFoundError: A file is missing.
+        NotImplementedError: The model is quantized in a way that is not supported.
+    """
+    check_device(options.device)
+    check_device_type(options, options.device.partition(":")[0])
+    process = Process.of_environment(os.environ)
+    _check_dataset(options.dataset)
+    if options.chat_template is not None:
+        _check_template_file(options.chat_template)
+    _check_model(options)
+    return process
+
+
+def check_device_type(options: Options, kind: str) -> None:
+    """Raises ValueError if ``options`` ask for something that devices of a type do not have.
+
+    Args:
+        kind: torch's name for the type of device, or "auto", with which nothing is known.
+    """
+    if options.cuda_graphs and kind not in ("auto", "cuda"):
+        raise ValueError("--cuda-graphs: it needs a GPU of NVIDIA or AMD")
+    if options.liger and kind == "cpu":
+        raise ValueError("--liger: Liger's kernels need a GPU")
+
+
+def check_automatic_device(options: Options) -> None:
+    """Raises ValueError if ``--device auto`` finds no GPU, and ``options`` ask for something that needs one.
+
+    ``resolve`` would say the same some seconds later: this function imports torch, if it must, and nothing else. It
+    does not initialize CUDA, because the settings of torch's allocator are not made yet.
+    """
+    if options.device == "auto" and (options.cuda_graphs or options.liger):
+        import torch
+
+        from moe_fused.devices import choose_device
+
+        if not torch.cuda.is_available():
+            check_device_type(options, choose_device("auto").type)
+
+
+def check_sequence_length(options: Options, longest: object) -> None:
+    """Raises ValueError if ``--sequence-length`` is more than the model has positions.
+
+    Args:
+        options: The options of the run.
+        longest: The number of positions. Anything but an int stands for a number that is not known.
+    """
+    length = options.sequence_length
+    if length is not None and isinstance(longest, int) and length > longest:
+        raise ValueError(f"--sequence-length must be at most {longest} for {options.model}, got {length}")
+
+
+def check_export(options: Options, reason: str | None) -> None:
+    """Raises ValueError if the adapter is to be exported and there is a ``reason`` why it cannot be."""
+    if options.export != "none" and reason is not None:
+        raise ValueError(
+            f"--export {options.export}: {reason}; leave it out, `moe-fused merge` makes a model of the adapter"
+        )
+
+
+def _check_template_file(name: str) -> None:
+    """Raises FileNotFoundError unless ``name``, the value of ``--chat-template``, is a file."""
+    path = Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"--chat-template {name} {'is not a file' if path.exists() else 'is missing'}")
+
+
+def _looks_like_a_path(name: str) -> bool:
+    """Whether a name cannot be a name on the Hub, which has at most one slash."""
+    return Path(name).is_absolute() or name.startswith(".") or len(Path(name).parts) > 2
+
+
+def _check_dataset(name: str) -> None:
+    is_path = _looks_like_a_path(name) or Path(name).suffix.lower() in _FILES
+    if is_path and not Path(name).exists():
+        raise FileNotFoundError(f"--dataset {name} is missing")
+
+
+def _check_model(options: Options) -> None:
+    path = Path(options.model)
+    if not path.is_dir():
+        check_source("--model", options.model, CONFIG)
+        return
+    config = read_config(path)
+    check_quantization("--model", options.model, config)
+    check_sequence_length(options, (config.get("text_config") or config).get("max_position_embeddings"))
+    check_export(options, INTERLEAVED if names_gpt_oss(str(config["model_type"])) else None)
+
+
+def notes(options: Options) -> Iterator[str]:
+    """Remarks about options that were given and have no effect beside the others."""
+    if Path(options.dataset).is_file():
+        for name in ("dataset_config", "split"):
+            yield from _unused(options, name, f"--dataset {options.dataset} is a file")
+    if Path(options.model).is_dir():
+        yield from _unused(options, "revision", f"--model {options.model} is a directory")
+    for rank, names in _BELONGING.items():
+        if not getattr(options, rank):
+            for name in names:
+                yield from _unused(options, name, f"{flag(rank)} is 0")
+
+
+_BELONGING = {"attention_rank": ("attention_alpha", "attention_modules"), "expert_rank": ("expert_alpha",)}
+
+
+def _unused(options: Options, name: str, reason: str) -> Iterator[str]:
+    if getattr(options, name) != DEFAULTS[name]:
+        yield f"{flag(name)} has no effect: {reason}"

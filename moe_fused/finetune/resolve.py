@@ -1,0 +1,388 @@
+"""Resolves a run: answers every question that the options leave open, once, into frozen records.
+
+    Batching      how rows become sequences, sequences batches and batches steps
+    ModelSetup    the answers that options, architecture, device and process give, whatever the data are
+    ResolvedRun   the same, with the answers that depend on the data and on how much memory there is
+
+All later steps (the plan of memory, the model, the data, the trainer, the results) take a record and only read it. They
+may read an option that needs no answer, such as the learning rate, from ``options``; ``ANSWERED`` names those that they
+may not, and ``tests/integration/test_finetune_resolve.py`` looks at the source. Refusals of options that depend on the
+architecture or the device are made here. Those that need less are made by ``options`` and ``precheck``.
+
+Which length fits is not known before memory is planned. ``candidates`` therefore gives the records of a run in the
+order in which they are preferred, and ``plan.plan_run`` takes the first that fits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_fused.devices import choose_device
+from moe_fused.memory import is_named, skeleton
+
+from . import attention
+from .adapters import lora_config
+from .architecture import (
+    apart_refusal,
+    attention_modules,
+    has_random_layers,
+    waits_for_lengths,
+    why_rows_mix,
+)
+from .options import Optimizer, Options
+from .precheck import Process, check_device_type, check_export, check_sequence_length
+
+# The options whose values later steps must take from a record.
+ANSWERED = frozenset(
+    {"quantization", "dtype", "attn", "liger", "cuda_graphs", "device", "packing", "sequence_length", "batch_size",
+     "gradient_accumulation", "attention_modules", "attention_alpha", "expert_alpha", "adapter_dtype", "optimizer"}
+)  # fmt: skip
+# Lengths of sequences that are tried, and the number of tokens that a step should have, unless the options say.
+LENGTHS = (4096, 2048, 1024, 512, 256)
+STEP_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How rows become sequences, sequences batches and batches steps.
+
+    Attributes:
+        packing: How rows fill sequences, one of the values of ``--packing`` but "auto".
+        length: The number of tokens of a sequence.
+        batch_size: The number of sequences in a batch.
+        accumulation: The number of batches in a step.
+    """
+
+    packing: str
+    length: int
+    batch_size: int = 1
+    accumulation: int = 1
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether rows lie side by side in a sequence, as documents that do not attend to each other."""
+        return self.packing.startswith("bfd")
+
+    @property
+    def cuts(self) -> bool:
+        """Whether what a row has beyond the length of a sequence is cut off."""
+        return self.packing in ("bfd", "none")
+
+    @property
+    def step_tokens(self) -> int:
+        """The number of tokens of a step, at most."""
+        return self.length * self.batch_size * self.accumulation
+
+
+@dataclass(frozen=True)
+class ModelSetup:
+    """What options, architecture, device and process decide about a run, whatever its data are. ``set_up`` makes it.
+
+    Attributes:
+        options: The options as they were given.
+        process: This process among those of the run.
+        config: The model's config, of Transformers.
+        skeleton: The model on the meta device, with the attention of the run and without adapters.
+        device: The device that this process trains on, with its number if it is a GPU.
+        dtype: The data type of the computation and of weights that are not in 4 bits.
+        adapter_dtype: The data type of the adapters' parameters, gradients and optimizer.
+        optimizer: The optimizer, by TRL's name for it.
+        attention: The implementation of attention, by Transformers' name for it.
+        attention_modules: The linear layers that get adapters, by PEFT's names for them.
+        attention_alpha, expert_alpha: The alphas of the adapters on these layers and on experts.
+        quantize_to: The 4-bit format to which weights are quantized while they are loaded. None if they are in 4 bits
+            already, or stay as they are.
+        is_4bit: Whether experts and linear layers are in 4 bits, from the checkpoint or because of ``quantize_to``.
+        liger: Whether Liger's rotary embeddings and norms are used.
+        is_random: Whether two passes over the same batch differ, because something is dropped or jittered.
+        layout_refusals: For each layout of ``--export``, why the adapter cannot be had in it, or None.
+    """
+
+    options: Options
+    process: Process
+    config: Any
+    skeleton: Any
+    device: torch.device
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    optimizer: Optimizer
+    attention: str
+    attention_modules: tuple[str, ...]
+    attention_alpha: float
+    expert_alpha: float
+    quantize_to: str | None
+    is_4bit: bool
+    liger: bool
+    is_random: bool
+    layout_refusals: Mapping[str, str | None]
+
+    @property
+    def output(self) -> Path:
+        """The directory of the run."""
+        return self.options.output_directory
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens that the model knows."""
+        return int(self.config.get_text_config().vocab_size)
+
+
+@dataclass(frozen=True)
+class ResolvedRun(ModelSetup):
+    """All that is decided about a run. ``candidates`` makes it.
+
+    Attributes:
+        batching: How rows become sequences, batches and steps.
+        maskless: Whether ``attention`` of this package takes the place of the model's, which needs no masks.
+        graphs: Whether the decoder runs as CUDA graphs, if the sequences are full enough.
+        graphs_asked_for: Whether it does so however much padding that takes.
+    """
+
+    batching: Batching
+    maskless: bool
+    graphs: bool
+    graphs_asked_for: bool
+
+    def settled(self) -> Options:
+        """The options with the answers filled in, so that a run that goes on elsewhere or later decides nothing anew.
+
+        What depends on the machine (the device, CUDA graphs, Liger) is left open.
+        """
+        modules = list(self.attention_modules) if self.options.attention_rank else self.options.attention_modules
+        return dataclasses.replace(
+            self.options,
+            sequence_length=self.batching.length,
+            gradient_accumulation=self.batching.accumulation,
+            packing=self.batching.packing,  # type: ignore[arg-type]  # one of the names
+            attn=self.attention,
+            attention_modules=modules,
+            dtype=_name(self.dtype),  # type: ignore[arg-type]
+            adapter_dtype=_name(self.adapter_dtype),  # type: ignore[arg-type]
+            optimizer=self.optimizer,
+        )
+
+
+def training_device(options: Options) -> torch.device:
+    """The device that this process trains on, with its number if it is a GPU.
+
+    Raises:
+        ValueError: This machine has no such device.
+    """
+    device = choose_device(options.device)
+    if device.type == "cpu" or ":" in options.device:
+        return device
+    return torch.device(device.type, torch.accelerator.current_device_index())
+
+
+def set_up(options: Options, config: Any, device: torch.device, process: Process | None = None) -> ModelSetup:
+    """Decides all that does not depend on the data.
+
+    Args:
+        options: The options as they were given.
+        config: The model's config, of Transformers.
+        device: The device to train on, as ``training_device`` gives it.
+        process: This process among those of the run. The default is a process that is alone.
+
+    Raises:
+        ValueError: The model or the device does not have what the options ask for, or Transformers has no causal
+            language model for the config.
+    """
+    check_device_type(options, device.type)
+    model = _skeleton(options, config)
+    return _set_up(options, process or Process(), config, model, device)
+
+
+def _set_up(options: Options, process: Process, config: Any, model: Any, device: torch.device) -> ModelSetup:
+    dtype = _dtype(options, device)
+    in_4bit = getattr(config, "quantization_config", None) is not None
+    quantizes = options.quantization != "none" and not in_4bit
+    setup = ModelSetup(
+        options=options,
+        process=process,
+        config=config,
+        skeleton=model,
+        device=device,
+        dtype=dtype,
+        adapter_dtype=_adapter_dtype(options, dtype),
+        optimizer=_optimizer(options, device),
+        attention=attention.chosen(options.attn, config),
+        attention_modules=_attention_modules(options, model),
+        attention_alpha=_alpha(options.attention_alpha, options.attention_rank or 1),
+        expert_alpha=_alpha(options.expert_alpha, options.expert_rank),
+        quantize_to=options.quantization if quantizes else None,
+        is_4bit=quantizes or in_4bit,
+        liger=_liger(options, config, device),
+        is_random=bool(options.lora_dropout) or has_random_layers(config),
+        layout_refusals={layout: apart_refusal(options.model, config, model, layout) for layout in _LAYOUTS},
+    )
+    check_export(options, setup.layout_refusals.get(options.export))
+    lora_config(setup, model)  # raises if the model lacks a layer that is to be adapted
+    return setup
+
+
+_LAYOUTS = ("per-expert", "original")
+
+
+def candidates(setup: ModelSetup, *, plain_text: bool, rows: int = 0) -> Iterator[ResolvedRun]:
+    """The records that a run may have, in the order in which they are preferred: they need less and less memory.
+
+    Args:
+        setup: What is decided already.
+        plain_text: Whether the rows are plain text.
+        rows: The number of rows, 0 if it is not known.
+
+    Raises:
+        ValueError: The model or the device cannot have what the options ask for.
+    """
+    packing = _packing(setup, plain_text=plain_text, rows=rows)
+    for length in _lengths(setup):
+        run = _resolved(setup, packing, length)
+        yield run
+        # Rather without graphs, which take some memory, than shorter.
+        if run.graphs and not run.graphs_asked_for:
+            yield dataclasses.replace(run, graphs=False)
+
+
+def with_options(run: ResolvedRun, **changes: Any) -> ResolvedRun:
+    """The record that ``run`` would have with some other options, for the same data and on the same device."""
+    options = dataclasses.replace(run.options, **changes)
+    setup = _set_up(options, run.process, run.config, run.skeleton, run.device)
+    return _resolved(setup, run.batching.packing, changes.get("sequence_length", run.batching.length))
+
+
+def _resolved(setup: ModelSetup, packing: str, length: int) -> ResolvedRun:
+    options = setup.options
+    size = options.batch_size
+    batching = Batching(packing, length, size, options.gradient_accumulation or max(1, STEP_TOKENS // (size * length)))
+    maskless = attention.serves(setup.attention, setup.config, setup.device, setup.dtype, packed=batching.has_documents)
+    return ResolvedRun(
+        **{field.name: getattr(setup, field.name) for field in dataclasses.fields(ModelSetup)},
+        batching=batching,
+        maskless=maskless,
+        graphs=_graphs(setup, batching, maskless),
+        graphs_asked_for=bool(options.cuda_graphs),
+    )
+
+
+# --- each question
+
+
+def _dtype(options: Options, device: torch.device) -> torch.dtype:
+    if options.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, options.dtype)
+        return dtype
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def _adapter_dtype(options: Options, dtype: torch.dtype) -> torch.dtype:
+    """The data type of the adapters. It is never fp16: its gradients would need unscaling, which torch refuses."""
+    if options.adapter_dtype != "auto":
+        chosen: torch.dtype = getattr(torch, options.adapter_dtype)
+        return chosen
+    return torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _optimizer(options: Options, device: torch.device) -> Optimizer:
+    if options.optimizer != "auto":
+        return options.optimizer
+    return "adamw_torch" if device.type == "cpu" else "paged_adamw_8bit"
+
+
+def _alpha(alpha: float | None, rank: int) -> float:
+    return 2.0 * rank if alpha is None else alpha
+
+
+def _skeleton(options: Options, config: Any) -> Any:
+    model = skeleton(config)
+    if options.attn == "auto":
+        return model
+    try:
+        return skeleton(config, options.attn)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        reason = re.split(r"\.\s", str(error).strip(), maxsplit=1)[0]
+        raise ValueError(
+            f"--attn {options.attn} is not possible for {type(model).__name__} here, without it the run takes "
+            f"{attention.chosen('auto', config)}: {reason}"
+        ) from error
+
+
+def _attention_modules(options: Options, model: Any) -> tuple[str, ...]:
+    if not options.attention_rank:
+        return ()
+    if options.attention_modules is None:
+        return attention_modules(model)
+    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for name in options.attention_modules:
+        if not any(is_named(path, (name,)) for path in paths):
+            has = ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
+            raise ValueError(f"--attention-modules: {type(model).__name__} has no linear layer {name}, it has {has}")
+    return tuple(options.attention_modules)
+
+
+def _liger(options: Options, config: Any, device: torch.device) -> bool:
+    if options.liger is False or (options.liger is None and device.type != "cuda"):
+        return False
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    known = config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
+    if options.liger and not known:
+        raise ValueError(f"--liger: Liger does not know models of type {config.model_type}")
+    return known
+
+
+def _packing(setup: ModelSetup, *, plain_text: bool, rows: int) -> str:
+    """How rows fill sequences. A single text may go on from sequence to sequence, whatever the model is."""
+    asked, model = setup.options.packing, setup.skeleton
+    reason = why_rows_mix(model)
+    if asked == "auto":
+        if reason is None:
+            return "bfd_split" if plain_text else "bfd"
+        return "wrapped" if plain_text and rows == 1 else "none"
+    if reason is not None and asked.startswith("bfd"):
+        raise ValueError(
+            f"--packing {asked} is not possible for {type(model).__name__}, where one row would see the one "
+            f"before it: {reason}; use --packing none"
+        )
+    return asked
+
+
+def _lengths(setup: ModelSetup) -> list[int]:
+    """The lengths of sequences that are tried, the longest first."""
+    longest = getattr(setup.config.get_text_config(), "max_position_embeddings", None) or LENGTHS[0]
+    if setup.options.sequence_length is not None:
+        check_sequence_length(setup.options, longest)
+        return [setup.options.sequence_length]
+    return sorted({min(length, longest) for length in LENGTHS}, reverse=True)
+
+
+def _graphs(setup: ModelSetup, batching: Batching, maskless: bool) -> bool:
+    """Whether the decoder runs as CUDA graphs: if asked for, or on NVIDIA GPUs where packing makes batches alike."""
+    options = setup.options
+    if options.cuda_graphs is False or setup.device.type != "cuda":
+        return False
+    reasons = {
+        "what dropout drops could not be dropped again when layers are computed anew": setup.is_random,
+        "--router-aux-loss takes more than hidden states out of the decoder": options.router_aux_loss > 0,
+        "adapters of another dtype than the weights need autocast": setup.adapter_dtype is not setup.dtype,
+        "the model's rotary embedding waits for the GPU": waits_for_lengths(setup.config),
+        f"--attn {setup.attention} waits for the GPU, or the model's layers do not attend to all that is before them": (
+            not maskless
+        ),
+    }
+    reason = next((text for text, applies in reasons.items() if applies), None)
+    if options.cuda_graphs and reason is not None:
+        raise ValueError(f"--cuda-graphs: {reason}")
+    by_itself = batching.packing != "none" and torch.version.hip is None
+    return reason is None and (bool(options.cuda_graphs) or by_itself)

@@ -1,0 +1,410 @@
+"""Reads the rows of a file, a directory or a data set on the Hub, and names the place of each row.
+
+``text_files`` reads files of text, alone or in a directory, so that each row keeps its file and line, and a bad line
+does not hide the others. Their rows become a data set of JSON texts, which keeps every row as it was written. The
+library ``datasets`` reads tables (.parquet, .arrow, the output of ``save_to_disk``) and the Hub. This module does not
+check the content of rows; ``formats`` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .formats import FIELDS, MEDIA, BadRow, lacks
+from .text_files import ENDINGS, SEPARATED, TextFile, endings_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TABLES = {".parquet": "parquet", ".arrow": "arrow"}
+KNOWN = (*ENDINGS, *TABLES)
+
+# Advice on files that are not read, by their endings.
+_ADVICE = {
+    (".zip", ".tar", ".tgz", ".7z", ".rar"): "unpack it and name the file inside",
+    (".xlsx", ".xls", ".ods"): "save the sheet as .csv",
+    (".pdf", ".docx", ".doc", ".html", ".htm", ".epub"): "save its text as .txt",
+    (".pkl", ".pickle", ".pt", ".npy", ".npz", ".h5"): "write the rows with datasets' Dataset.to_parquet or to_json",
+    (".yaml", ".yml", ".xml", ".toml"): "write the rows as .jsonl, a JSON object on each line",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that rows come from, with its name in errors.
+
+    Attributes:
+        name: The path of the file, below the path that ``--dataset`` gives.
+        unit: The text between the name and the number of a row. None if the whole file is one row.
+        begin: The index of the file's first row in the table of all rows. It is 0 if the rows are JSON texts, which
+            have their own numbers.
+    """
+
+    name: str
+    unit: str | None = ": row "
+    begin: int = 0
+
+    def place(self, number: int) -> str:
+        """Names the row with this number, counted from 1, in errors."""
+        return self.name if self.unit is None else f"{self.name}{self.unit}{number}"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a data set before they are parsed.
+
+    Attributes:
+        table: If ``by_text``, a data set with the columns ``file`` (an index in ``sources``), ``number`` (int64),
+            ``row`` (a JSON text or None) and ``problem`` (a text or None). Otherwise the columns of the data set that
+            are needed.
+        by_text: Whether the rows are JSON texts.
+        sources: The files that the rows come from, in the order of the rows. If the files are not known, the data set
+            counts as one file.
+    """
+
+    table: Dataset
+    by_text: bool
+    sources: tuple[Source, ...]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def place(self, index: int) -> str:
+        """Names row ``index``, counted from 0, by its file and its line or number, both counted from 1."""
+        if self.by_text:
+            columns = self.table.data
+            file, number = (columns.column(name)[index].as_py() for name in ("file", "number"))
+            return self.sources[file].place(number)
+        source = self.sources[bisect_right(self.sources, index, key=lambda source: source.begin) - 1]
+        return source.place(index - source.begin + 1)
+
+    def contents(self, batch: dict[str, list[Any]]) -> list[Callable[[], object]]:
+        """Returns a function for each row of a batch of ``table``, which returns the row's content or raises BadRow."""
+        if self.by_text:
+            return [_FromText(text, problem) for text, problem in zip(batch["row"], batch["problem"], strict=True)]
+        names, features = list(batch), self.table.features
+        return [
+            _FromTable(dict(zip(names, values, strict=True)), features) for values in zip(*batch.values(), strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class _FromText:
+    text: str | None
+    problem: str | None
+
+    def __call__(self) -> object:
+        if self.text is None:
+            raise BadRow(self.problem or "is missing")
+        try:
+            return json.loads(self.text)
+        except (ValueError, RecursionError) as error:
+            raise BadRow(f"is not JSON ({error})") from None
+
+
+@dataclass(frozen=True)
+class _FromTable:
+    values: dict[str, Any]
+    features: Any
+
+    def __call__(self) -> object:
+        return {name: _as_written(value, self.features[name]) for name, value in self.values.items()}
+
+
+def _as_written(value: Any, feature: Any) -> Any:
+    """Removes from a value the keys that only other rows have. A table holds None for them.
+
+    A ``content`` that is None is kept, because the row may have been written so.
+    """
+    if isinstance(value, dict) and isinstance(feature, dict):
+        return {
+            name: _as_written(item, feature[name])
+            for name, item in value.items()
+            if item is not None or name == "content"
+        }
+    inner = getattr(feature, "feature", None)
+    if isinstance(value, list) and inner is not None:
+        return [_as_written(item, inner) for item in value]
+    return value
+
+
+def read_rows(dataset: str, *, config: str | None = None, split: str = "train", text_field: str = "text") -> Rows:
+    """Reads the rows of a file, of a directory or of a data set on the Hub.
+
+    Args:
+        dataset: A path or a Hub id.
+        config: The configuration of a data set on the Hub.
+        split: The split of a data set on the Hub, of a directory, or of a data set that ``save_to_disk`` wrote.
+        text_field: The name of the field that holds plain text.
+
+    Raises:
+        FileNotFoundError: There is no such file, and no such data set on the Hub.
+        ValueError: The kind of file is not known, or the file cannot be read as what its ending says.
+    """
+    path = Path(dataset)
+    ending, compression = endings_of(path)
+    if path.is_file() and ending in ENDINGS:
+        return _text_rows(dataset, [TextFile.at(path, dataset, alone=True)])
+    if compression is not None and path.is_file():
+        raise ValueError(f"--dataset {dataset}: a compressed file must be one of {', '.join(ENDINGS)}; unpack it")
+    if path.is_dir() and not _is_saved(path):
+        return _rows_of_directory(dataset, config, split, text_field)
+    table = _needed_columns(dataset, _with_datasets(dataset, config, split), text_field)
+    return Rows(table, by_text=False, sources=(Source(dataset),))
+
+
+# --- files of text
+
+
+def _text_rows(dataset: str, files: list[TextFile]) -> Rows:
+    from datasets import Dataset, Features, Value, exceptions
+
+    features = Features(
+        {"file": Value("int32"), "number": Value("int64"), "row": Value("large_string"), "problem": Value("string")}
+    )
+    # A tuple, because datasets takes a list for shards of the work.
+    arguments = {"files": tuple(files)}
+    try:
+        table = Dataset.from_generator(
+            _items,
+            features=features,
+            gen_kwargs=arguments,
+            cache_dir=_cache_directory(),
+            fingerprint=_fingerprint(files),
+        )
+    except exceptions.DatasetGenerationError as error:
+        cause = error.__cause__
+        if isinstance(cause, (OSError, ValueError)):
+            raise cause from None
+        raise
+    except ValueError:  # datasets raises it if there are no rows
+        if next(_items(**arguments), None) is None:
+            raise ValueError(f"{dataset} has no row to train on") from None
+        raise
+    return Rows(table, by_text=True, sources=tuple(Source(file.name, file.unit) for file in files))
+
+
+def _items(files: tuple[TextFile, ...]) -> Iterator[dict[str, object]]:
+    for index, file in enumerate(files):
+        for number, row, problem in file.items():
+            yield {"file": index, "number": number, "row": row, "problem": problem}
+
+
+def program(*names: str) -> str:
+    """Returns the source code of modules in this package.
+
+    It is a part of the names of caches, so that another version of the code does not read the caches of this one.
+    """
+    return "".join((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8") for name in names)
+
+
+def _fingerprint(files: list[TextFile]) -> str:
+    """Names the cache of files' rows by the content of the files. A changed file may keep its name and time."""
+    digest = hashlib.sha256(program("rows", "text_files").encode())
+    for file in files:
+        digest.update(f" {file.ending} {file.compression} {file.alone} {file.path.stat().st_size} ".encode())
+        with file.path.open("rb") as content:
+            while block := content.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:32]
+
+
+def _cache_directory() -> str | None:
+    """Returns a temporary directory if the cache of ``datasets`` is read-only, as in some containers, else None."""
+    from datasets import config
+    from datasets.fingerprint import get_temporary_cache_files_directory
+
+    directory = Path(config.HF_DATASETS_CACHE)
+    with contextlib.suppress(OSError):
+        directory.mkdir(parents=True, exist_ok=True)
+    if os.access(directory, os.W_OK):
+        return None
+    temporary: str = get_temporary_cache_files_directory()
+    return temporary
+
+
+# --- directories
+
+# The builders of datasets that read the files of a split one after another, and nothing else.
+_PLAIN_BUILDERS = ("json", "csv", "text", *TABLES.values())
+
+
+def _rows_of_directory(dataset: str, config: str | None, split: str, text_field: str) -> Rows:
+    """Reads a directory whose files are arranged like those of a data set on the Hub."""
+    files = _files_of_directory(dataset, config, split)
+    names = [_name_within(dataset, file) for file in files]
+    if files and all(endings_of(file)[0] in ENDINGS for file in files):
+        return _text_rows(
+            dataset, [TextFile.at(file, name, alone=False) for file, name in zip(files, names, strict=True)]
+        )
+    table = _needed_columns(dataset, _from_hub(dataset, config, split), text_field)
+    sources: tuple[Source, ...] = ()
+    if files and all(file.suffix.lower() in TABLES for file in files):
+        counts = [_number_of_rows(file) for file in files]
+        if sum(counts) == len(table):
+            begins = itertools.accumulate(counts[:-1], initial=0)
+            sources = tuple(Source(name, begin=begin) for name, begin in zip(names, begins, strict=True))
+    return Rows(table, by_text=False, sources=sources or (Source(dataset),))
+
+
+def _files_of_directory(dataset: str, config: str | None, split: str) -> list[Path]:
+    """Lists the files of a split of a directory, in the order of their rows.
+
+    The list is empty if it is not known which rows come from which file. This is so if ``split`` names a part of a
+    split or several splits, if the kind of file is not one that is read here, and if the directory's card (README.md)
+    changes how files are read.
+    """
+    import datasets
+
+    with _reading(dataset):
+        builder = datasets.load_dataset_builder(dataset, config)
+    if builder.info.builder_name not in _PLAIN_BUILDERS:
+        return []
+    settings = builder.config
+    files = {str(name): [Path(file) for file in names] for name, names in (settings.data_files or {}).items()}
+    found = files.get(split, [])
+    if not all(file.is_file() for file in found):
+        return []
+    default = type(settings)()
+    named = {field.name for field in dataclasses.fields(datasets.BuilderConfig)} | {"features"}
+    changed = {
+        field.name
+        for field in dataclasses.fields(settings)
+        if field.name not in named and getattr(settings, field.name) != getattr(default, field.name)
+    }
+    separators = {SEPARATED.get(endings_of(file)[0]) for file in found}
+    if "sep" in vars(settings) and separators == {settings.sep}:
+        changed.discard("sep")
+    return [] if changed else found
+
+
+def _name_within(dataset: str, file: Path) -> str:
+    """Names a file in the directory ``dataset``. The name begins with the directory as the user gave it."""
+    with contextlib.suppress(ValueError):
+        return str(Path(dataset) / file.relative_to(Path(dataset).resolve()))
+    return str(file)
+
+
+def _number_of_rows(file: Path) -> int:
+    """Counts the rows in a .parquet or .arrow file."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    if file.suffix.lower() == ".parquet":
+        return int(parquet.read_metadata(file).num_rows)
+    with pa.memory_map(str(file)) as content:
+        try:
+            batches: Any = pa.ipc.open_stream(content)
+        except pa.ArrowInvalid:
+            reader = pa.ipc.open_file(content)
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+        return sum(batch.num_rows for batch in batches)
+
+
+# --- tables and the Hub
+
+
+def _with_datasets(dataset: str, config: str | None, split: str) -> Dataset:
+    """Reads a .parquet or .arrow file, the output of ``save_to_disk``, or a data set on the Hub."""
+    import datasets
+
+    path = Path(dataset)
+    ending, compression = endings_of(path)
+    if path.is_file():
+        if ending not in TABLES:
+            raise ValueError(
+                f"--dataset must be a file with one of the endings {', '.join(KNOWN)}, a directory or a Hub id, got "
+                f"{dataset}" + next((f": {advice}" for endings, advice in _ADVICE.items() if ending in endings), "")
+            )
+        try:
+            table: Dataset = datasets.load_dataset(TABLES[ending], data_files=str(path), split="train")
+        except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            raise ValueError(f"{path} cannot be read as {TABLES[ending]}: {_line(error.__cause__ or error)}") from None
+        return table
+    if _is_saved(path):
+        return _from_disk(dataset, split)
+    if ending in KNOWN or compression is not None or path.is_absolute() or dataset.startswith("."):
+        raise FileNotFoundError(f"--dataset {dataset} is missing")
+    return _from_hub(dataset, config, split)
+
+
+def _from_hub(dataset: str, config: str | None, split: str) -> Dataset:
+    """Reads a data set on the Hub, or a directory whose files are arranged like those of one."""
+    import datasets
+
+    with _reading(dataset):
+        table: Dataset = datasets.load_dataset(dataset, config, split=split)
+    return table
+
+
+@contextlib.contextmanager
+def _reading(dataset: str) -> Iterator[None]:
+    """Turns errors of the library ``datasets`` within the block into errors of one line that name ``dataset``."""
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    not_found = datasets.exceptions.DatasetNotFoundError
+    try:
+        yield
+    except (FileNotFoundError, not_found, HfHubHTTPError, HFValidationError, ConnectionError) as error:
+        if Path(dataset).is_dir():
+            raise FileNotFoundError(f"--dataset {dataset} has no file that can be read: {_line(error)}") from None
+        raise FileNotFoundError(
+            f"--dataset {dataset} is not a file, and cannot be loaded from the Hub: {_line(error)}"
+        ) from None
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"--dataset {dataset} cannot be read: {_line(error.__cause__ or error)}") from None
+    except ValueError as error:  # an unknown split or configuration, which the error lists
+        raise ValueError(f"--dataset {dataset}: {_line(error)}") from None
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether a directory is the output of ``save_to_disk``."""
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _from_disk(dataset: str, split: str) -> Dataset:
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(dataset)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"--dataset {dataset} cannot be read as a data set of save_to_disk: {error}") from None
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise ValueError(f"--split: {dataset} has no {split}, but has {', '.join(found)}")
+        return found[split]
+    return found
+
+
+def _needed_columns(dataset: str, table: Dataset, text_field: str) -> Dataset:
+    """Selects the columns that are needed. It does not decode pictures and sounds, which takes time."""
+    kept = [name for name in table.column_names if name in FIELDS or name == text_field]
+    for name in kept:
+        if name in MEDIA:
+            table = table.cast_column(name, _undecoded(table.features[name]))
+    if not kept:
+        raise ValueError(f"--dataset {dataset} {lacks(table.column_names, text_field)}")
+    return table.select_columns(kept).with_format(None)
+
+
+def _undecoded(feature: Any) -> Any:
+    from datasets import List
+
+    if isinstance(feature, List):
+        return List(_undecoded(feature.feature))
+    return type(feature)(decode=False) if hasattr(feature, "decode") else feature

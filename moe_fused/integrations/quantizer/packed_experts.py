@@ -1,0 +1,122 @@
+"""Experts modules that hold their weights in 4 bits.
+
+The parameters of such a module are uint8, with their companions (``gate_up_proj_absmax``, …) beside them. Its forward is
+the kernel's, whatever ``experts_implementation`` says, because no other implementation can read such weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from moe_fused.hub import get_kernel
+from moe_fused.integrations.transformers.experts_module import Experts, is_packed, layout_refusal, projections_of
+from moe_fused.integrations.transformers.forward import IMPLEMENTATION
+
+if TYPE_CHECKING:
+    from qwen3_moe_fused import Packed4bitWeights
+
+# The block size that bitsandbytes quantizes with; BitsAndBytesConfig has no option for it.
+BLOCKSIZE = 64
+
+
+def four_bit_config(dtype: torch.dtype, quant_type: str = "nf4", double_quant: bool = True) -> BitsAndBytesConfig:
+    """Makes the ``quantization_config`` with which ``from_pretrained`` quantizes a dense checkpoint to 4 bits.
+
+    Args:
+        dtype: the dtype that products with the weights compute in.
+        quant_type: ``"nf4"`` or ``"fp4"``.
+        double_quant: whether the scales of the blocks are held in 8 bits.
+    """
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+class PackedConfig:
+    """The config of an experts module with packed weights: its model's config with another experts implementation.
+
+    Attributes:
+        model_config: the config that the module shares with its model.
+    """
+
+    _experts_implementation = IMPLEMENTATION
+
+    def __init__(self, model_config: Any) -> None:
+        self.model_config = model_config
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "model_config" or name.startswith("__"):  # absent while the object is copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.model_config, name)
+
+
+def packed_modules(model: nn.Module) -> Iterator[tuple[str, Experts]]:
+    """Yields the experts modules of ``model`` that hold packed weights, with their names."""
+    for name, module in model.named_modules():
+        if is_packed(module):
+            yield name, module
+
+
+def packing_refusal(module: Experts, blocksize: int) -> str | None:
+    """Why the weights of ``module`` cannot be held in 4 bits, or None if they can."""
+    if not hasattr(type(module), "_apply_gate"):
+        return "it is not under Transformers' experts interface"
+    if reason := layout_refusal(module):
+        return reason
+    format4bit = get_kernel().Format4bit
+    try:
+        for name in projections_of(module):
+            shape = tuple(getattr(module, name).shape)
+            format4bit(shape, blocksize=blocksize, projections=matrices_per_expert(module, name))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def matrices_per_expert(module: Experts, name: str) -> int:
+    """How many matrices of one expert the parameter ``name`` holds one after the other: 2 for gate and up, else 1."""
+    halves = getattr(module, "is_concatenated", True) and not getattr(module, "is_transposed", False)
+    return 2 if name == "gate_up_proj" and halves else 1
+
+
+def get_packed(module: Experts, name: str) -> Packed4bitWeights:
+    """Returns the packed parameter ``name`` of an experts module."""
+    weights: Packed4bitWeights = get_kernel().modules.weights_of(module, name)
+    return weights
+
+
+def pin(module: Experts) -> None:
+    """Makes the kernel the implementation of an experts module, whatever its model is set to."""
+    if not isinstance(module.config, PackedConfig):
+        module.config = PackedConfig(module.config)
+
+
+def unpack(module: Experts, name: str, dtype: torch.dtype | None) -> None:
+    """Replaces the packed parameter ``name`` by a dense one of ``dtype``, by default of its dtype before quantization."""
+    weights = get_packed(module, name)
+    dense = weights.dequantize(dtype or getattr(module, f"{name}_source_dtype"))
+    for part in weights.tensors():
+        delattr(module, name if part == "packed" else f"{name}_{part}")
+    for attribute in (f"{name}_format", f"{name}_source_dtype"):
+        delattr(module, attribute)
+    module.register_parameter(name, nn.Parameter(dense))
+
+
+def unpack_experts(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Makes all packed experts of ``model`` dense and leaves other layers alone.
+
+    Args:
+        dtype: of the dense weights; by default each gets the dtype that it had before it was quantized.
+    """
+    for _, module in list(packed_modules(model)):
+        for name in projections_of(module):
+            unpack(module, name, dtype)
+        module.config = module.config.model_config

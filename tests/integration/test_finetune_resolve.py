@@ -1,0 +1,165 @@
+"""A run is resolved once: what the record holds, what is refused where, and that later steps ask nothing again."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+pytest.importorskip("datasets")
+
+from moe_fused import finetune
+from moe_fused.finetune.options import DEFAULTS, Options
+from moe_fused.finetune.plan import plan_run
+from moe_fused.finetune.precheck import Process, check_automatic_device, notes
+from moe_fused.finetune.resolve import ANSWERED, ResolvedRun, candidates, set_up, with_options
+
+from .models import QWEN3_MOE
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+# The modules that answer the questions: the table of options, the checks before torch is imported, and the resolution.
+ANSWERING = {"options.py", "precheck.py", "resolve.py"}
+
+
+def run_of(device: torch.device = CPU, *, plain_text: bool = False, **options: Any) -> ResolvedRun:
+    setup = set_up(Options(model="m", **options), QWEN3_MOE.build().config, device)
+    return next(candidates(setup, plain_text=plain_text))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "optimizer"), [(CPU, torch.float32, "adamw_torch"), (CUDA, torch.bfloat16, "paged_adamw_8bit")]
+)
+def test_nothing_is_left_open(device: torch.device, dtype: torch.dtype, optimizer: str) -> None:
+    run = run_of(device)
+    assert (run.dtype, run.adapter_dtype, run.optimizer, run.attention) == (dtype, dtype, optimizer, "sdpa")
+    assert run.attention_modules == ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert (run.attention_alpha, run.expert_alpha) == (32, 16)
+    assert (run.quantize_to, run.is_4bit) == ("nf4", True)
+    assert run.batching.packing == "bfd"
+    assert run.batching.length * run.batching.accumulation == 16384
+    assert run.process == Process(rank=0, local_rank=0, world_size=1)
+
+
+def test_records_are_frozen() -> None:
+    run = run_of()
+    for record in (run, run.batching, run.process, run.options):
+        field = dataclasses.fields(record)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(record, field, None)
+
+
+def test_what_is_settled_resolves_to_the_same() -> None:
+    """So a run that goes on decides nothing anew, on another device either."""
+    run = run_of(CUDA, plain_text=True)
+    settled = run.settled()
+    open_still = {name for name in ANSWERED if getattr(settled, name) in (None, "auto")}
+    assert open_still == {"attention_alpha", "expert_alpha", "liger", "cuda_graphs", "device"}
+    elsewhere = next(candidates(set_up(settled, run.config, CPU), plain_text=False))
+    for name in ("dtype", "adapter_dtype", "optimizer", "attention", "attention_modules", "batching"):
+        assert getattr(elsewhere, name) == getattr(run, name), name
+
+
+def test_candidates_need_less_and_less() -> None:
+    config = QWEN3_MOE.build(max_position_embeddings=2048).config
+    found = list(candidates(set_up(Options(model="m"), config, CUDA), plain_text=False))
+    assert [(run.batching.length, run.graphs) for run in found[:3]] == [
+        (2048, found[0].graphs),
+        (2048, False),
+        (1024, True),
+    ]
+    lengths = [run.batching.length for run in found]
+    assert lengths == sorted(lengths, reverse=True)
+    asked = list(candidates(set_up(Options(model="m", cuda_graphs=True), config, CUDA), plain_text=False))
+    assert all(run.graphs and run.graphs_asked_for for run in asked)
+
+
+def test_other_options_for_the_same_run() -> None:
+    run = run_of(sequence_length=64)
+    other = with_options(run, batch_size=2, gradient_accumulation=3)
+    assert (other.batching.batch_size, other.batching.accumulation, other.batching.length) == (2, 3, 64)
+    assert with_options(run, sequence_length=32).batching.length == 32
+    assert with_options(run, quantization="none").quantize_to is None
+
+
+def test_a_plan_is_of_one_record() -> None:
+    setup = set_up(Options(model="m", sequence_length=64), QWEN3_MOE.build().config, CPU)
+    plan = plan_run(setup, plain_text=True)
+    assert plan.run.batching.packing == "bfd_split"
+    assert plan.fits
+    assert plan.limit is None
+
+
+# Several processes.
+
+
+def test_the_process_is_read_from_the_environment() -> None:
+    assert Process.of_environment({}) == Process()
+    assert Process.of_environment({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}) == Process()
+
+
+def test_several_processes_are_refused_in_one_place() -> None:
+    with pytest.raises(ValueError, match="finetune trains on one GPU: start it without accelerate launch or torchrun"):
+        Process.of_environment({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"})
+    # A record of several processes can be made, so that nothing else stands in their way.
+    process = Process(rank=1, local_rank=1, world_size=2)
+    assert set_up(Options(model="m"), QWEN3_MOE.build().config, CPU, process).process is process
+
+
+# Options without effect.
+
+
+def test_options_without_effect_are_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("")
+    given = {"model": str(tmp_path), "dataset": str(tmp_path / "rows.jsonl")}
+    assert list(notes(Options(**given))) == []
+    options = Options(**given, split="test", dataset_config="en", revision="v2", attention_rank=0, attention_alpha=4.0)
+    named = [note.split()[0] for note in notes(options)]
+    assert named == ["--dataset-config", "--split", "--revision", "--attention-alpha"]
+    assert list(notes(Options(model="org/m", dataset="org/d", split="test", revision="v2"))) == []
+
+
+# Questions that are asked once.
+
+
+def _reads(path: Path) -> set[str]:
+    """The answered options that a module reads from options."""
+    return {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+        and node.attr in ANSWERED
+        and (
+            (isinstance(node.value, ast.Name) and node.value.id in ("options", "said"))
+            or (isinstance(node.value, ast.Attribute) and node.value.attr in ("options", "_options"))
+        )
+    }
+
+
+def test_nobody_asks_again() -> None:
+    modules = {path for path in Path(finetune.__file__).parent.glob("*.py") if path.name not in ANSWERING}
+    assert len(modules) > 20
+    assert {path.name: _reads(path) for path in modules if _reads(path)} == {}
+    assert _reads(Path(finetune.__file__).parent / "resolve.py") >= ANSWERED - {"attention_alpha"}
+
+
+@pytest.mark.parametrize("option", ["cuda_graphs", "liger"])
+def test_what_needs_a_gpu_is_refused_early_where_there_is_none(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = Options(model="m", **{option: True})
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=f"--{option.replace('_', '-')}: .* a GPU"):
+        check_automatic_device(options)
+    check_automatic_device(Options(model="m"))
+    # Asking a GPU for more than its presence would initialize CUDA before the allocator's settings are made.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: pytest.fail("initializes CUDA"))
+    check_automatic_device(options)
+
+
+def test_the_questions_are_options() -> None:
+    assert DEFAULTS.keys() >= ANSWERED
