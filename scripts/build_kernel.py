@@ -8,6 +8,8 @@ and the ``kernels`` library, so that a checkout, a wheel and the tests load the 
         __init__.py, ...    every file of torch-ext/<module>/ whose extension is in [torch-noarch] pyext
         _ops.py             generated: the torch.ops namespace of this variant
         metadata.json       name, id, version, licence, backend and the SHA-256 of every other file
+    build/benchmarks/       a copy of benchmarks/, whose benchmark*.py `kernels benchmark` runs
+    build/CARD.md           CARD.md with its variables filled in, which becomes the README.md of the Hub repository
 
 Three properties matter and are tested:
 
@@ -21,6 +23,7 @@ Three properties matter and are tested:
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import hashlib
 import json
@@ -143,7 +146,7 @@ def _native() -> Any:
         try:
             import kernels_data
         except ImportError as error:
-            raise BuildError("the 'kernels' library is missing, need kernels>=0.16: pip install kernels") from error
+            raise BuildError("the 'kernels' library is missing: pip install 'kernels>=0.16,<0.18'") from error
         return kernels_data
     return _rust
 
@@ -156,7 +159,7 @@ def _parse_strictly(root: Path) -> None:
     try:
         build.open(root)
     except ValueError as error:
-        raise BuildError(f"{root / 'build.toml'}: {_one_line(error)}") from error
+        raise BuildError(f"{root / 'build.toml'}: {one_line(error)}") from error
 
 
 def read_sources(root: Path, config: KernelConfig) -> dict[str, bytes]:
@@ -225,14 +228,73 @@ def validate_variant(directory: Path) -> Any:
     try:
         metadata = native.Metadata.read_from_file(directory / "metadata.json")
     except ValueError as error:
-        raise BuildError(f"{directory / 'metadata.json'}: {_one_line(error)}") from error
+        raise BuildError(f"{directory / 'metadata.json'}: {one_line(error)}") from error
     if metadata.digest is None:
         raise BuildError(f"{directory / 'metadata.json'}: 'digest' is missing")
     try:
         metadata.digest.validate(native.Digest.hash_variant(metadata.digest.algorithm, directory))
     except native.DigestValidationError as error:
-        raise BuildError(f"{directory}: {_one_line(error)}") from error
+        raise BuildError(f"{directory}: {one_line(error)}") from error
     return metadata
+
+
+def _literal_names(module: ast.Module) -> list[str]:
+    """The strings of the literal list ``__all__``, which is all that kernel-builder reads of a kernel's API."""
+    for node in module.body:
+        named = isinstance(node, ast.Assign) and any(getattr(target, "id", "") == "__all__" for target in node.targets)
+        if named and isinstance(node, ast.Assign) and isinstance(node.value, ast.List):
+            elements = (element.value for element in node.value.elts if isinstance(element, ast.Constant))
+            return [name for name in elements if isinstance(name, str) and not name.startswith("_")]
+    return []
+
+
+def card_variables(root: Path, config: KernelConfig) -> dict[str, Any]:
+    """What kernel-builder's ``fill-card`` gives to the template ``CARD.md``, read from the sources as it does."""
+    package = root / "torch-ext" / config.module
+    names = _literal_names(ast.parse((package / "__init__.py").read_text(encoding="utf-8")))
+    layers: list[str] = []
+    if "layers" in names:
+        path = next(path for path in (package / "layers" / "__init__.py", package / "layers.py") if path.is_file())
+        classes = (node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef))
+        layers = [node.name for node in classes if not node.name.startswith("_")]
+    return {
+        "repo_id": config.repo_id,
+        "version": config.version,
+        "functions": [name for name in names if name != "layers"] or None,
+        "layers": layers or None,
+        "has_benchmark": (root / "benchmarks" / "benchmark.py").is_file(),
+        "upstream": config.upstream,
+        "source": config.source,
+        "license": config.license.lower(),
+    }
+
+
+def render_card(root: Path, config: KernelConfig) -> str:
+    """``root/CARD.md`` with its variables filled in.
+
+    Raises:
+        BuildError: CARD.md cannot be read, is no template, or asks for a variable that kernel-builder does not have.
+    """
+    try:
+        import jinja2  # torch brings it; a wheel, which has no card, is built without
+    except ImportError as error:
+        raise BuildError("the 'jinja2' library is missing, which fills in CARD.md: pip install jinja2") from error
+
+    path = root / "CARD.md"
+    try:
+        template = path.read_text(encoding="utf-8")
+        environment = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined)
+        return environment.from_string(template).render(card_variables(root, config))
+    except OSError as error:
+        raise BuildError(f"cannot read {path}: {error.strerror}") from error
+    except (jinja2.TemplateError, UnicodeDecodeError) as error:
+        raise BuildError(f"{path}: {one_line(error)}") from error
+
+
+def _contents(path: Path) -> dict[str, bytes]:
+    """Every file at or below ``path`` by its relative path."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files if file.is_file()}
 
 
 def _is_current(directory: Path, staged: Path) -> bool:
@@ -313,7 +375,38 @@ def build(root: Path, output: Path, backends: Sequence[str] | None = None) -> li
     return targets
 
 
-def _one_line(error: BaseException) -> str:
+def bundle(root: Path, output: Path, backends: Sequence[str] | None = None) -> list[Path]:
+    """``build``, and beside the variants what kernel-builder puts there: ``benchmarks/`` and ``CARD.md``.
+
+    Each of the two is there if ``root`` has it.
+
+    Raises:
+        BuildError: as ``build`` does, and for a wrong CARD.md. Whatever was in ``output`` before is then still there, whole.
+    """
+    config = read_config(root)
+    card = render_card(root, config) if (root / "CARD.md").is_file() else None
+    targets = build(root, output, backends)
+    try:
+        with _staging(output) as staging:
+            if (root / "benchmarks").is_dir():
+                ignored = shutil.ignore_patterns("__pycache__", ".*")
+                shutil.copytree(root / "benchmarks", staging / "benchmarks", ignore=ignored)
+            if card is not None:
+                (staging / "CARD.md").write_text(card, encoding="utf-8")
+            for name in ("benchmarks", "CARD.md"):
+                staged, target = staging / name, output / name
+                if not staged.exists():
+                    if os.path.lexists(target):
+                        os.replace(target, staging / f"old-{name}")
+                elif not target.exists() or _contents(staged) != _contents(target):
+                    _swap(staged, target, staging / f"old-{name}")
+    except OSError as error:
+        raise BuildError(f"cannot write {error.filename or output}: {error.strerror or error}") from error
+    return targets
+
+
+def one_line(error: object) -> str:
+    """What ``error`` says, without line breaks."""
     return " ".join(str(error).split())
 
 
@@ -325,7 +418,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quiet", action="store_true", help="print nothing unless it fails")
     arguments = parser.parse_args(argv)
     try:
-        for directory in build(arguments.root, arguments.output, arguments.backends):
+        for directory in bundle(arguments.root, arguments.output, arguments.backends):
             if not arguments.quiet:
                 print(f"{directory}  {validate_variant(directory).id}")
     except BuildError as error:

@@ -1,9 +1,9 @@
-"""Writes what the documentation takes from the code: ``python scripts/docs.py`` renews it.
+"""Writes the parts of the documentation that come from the code: ``python scripts/docs.py`` renews them.
 
-- ``docs/api/``: public functions and classes from their docstrings (read by griffe, nothing is imported for that), and the
-  commands' options.
-- The table of the memory plan in ``docs/finetuning.md``, and its last line in the README, between two comments, as
-  ``moe-fused finetune`` predicts it.
+- ``docs/api/`` has the public functions and classes from their docstrings, which griffe reads without importing them, and
+  the options of the commands.
+- The table of the memory plan stands between two comments in ``docs/finetuning.md``, as ``moe-fused finetune`` predicts
+  it.
 
 ``scripts/figures.py`` draws the figures.
 """
@@ -30,9 +30,10 @@ class Page(NamedTuple):
     """A page of the reference.
 
     Attributes:
-        name: of its file.
-        title, text: what it begins with.
-        objects: what it describes, in order: paths in Python, one a line, with ``as`` and a title where the name is not one.
+        name: the name of the page's file.
+        title, text: the heading and the introduction of the page.
+        objects: the objects that the page describes, in order. Each line has a path in Python, followed by ``as`` and a
+            title where the object's name does not serve as one.
     """
 
     name: str
@@ -45,23 +46,27 @@ PAGES = (
     Page(
         "moe_fused",
         "moe_fused",
-        "What plugs the kernel into Transformers and PEFT. Importing the package changes nothing.",
+        "These functions plug the kernel into Transformers and PEFT. Importing the package changes nothing.",
         """
         moe_fused.enable
         moe_fused.disable
         moe_fused.save_format
         moe_fused.kernelize
+        moe_fused.register_layers
+        moe_fused.KERNEL_MAPPING
         moe_fused.get_kernel
         """,
     ),
     Page(
         "kernel",
         "The kernel",
-        'What `kernels.get_kernel("org/qwen3-moe-fused", ...)` and `moe_fused.get_kernel()` return. Needs torch and, on a '
-        "GPU, Triton.\n\nLetters in shapes: T tokens, K or top_k experts for each, S = T·top_k rows, E experts, H hidden "
-        "size, I intermediate size, r the rank of an adapter.",
+        'This page describes the module that `kernels.get_kernel("org/qwen3-moe-fused", ...)` and '
+        "`moe_fused.get_kernel()` return. The module needs torch and, on a GPU, Triton.\n\nLetters in shapes: T is the "
+        "number of tokens, K or top_k the number of experts of a token, S = T·top_k the number of rows, E the number of "
+        "experts, H the hidden size, I the intermediate size and r the rank of an adapter.",
         """
         qwen3_moe_fused.moe_experts
+        qwen3_moe_fused.experts_forward
         qwen3_moe_fused.moe_fused_linear
         qwen3_moe_fused.LoraWeights
         qwen3_moe_fused.Packed4bitWeights
@@ -69,8 +74,11 @@ PAGES = (
         qwen3_moe_fused.Piece
         qwen3_moe_fused.route
         qwen3_moe_fused.Routing
+        qwen3_moe_fused.layers.MoeExperts
         qwen3_moe_fused.layers.Qwen3MoeExperts
         qwen3_moe_fused.layers.Qwen3MoeSparseMoeBlock
+        qwen3_moe_fused.layers.LoraMoeExperts
+        qwen3_moe_fused.layers.LoraParamWrapper
         qwen3_moe_fused.layers.MoeFusedLinear
         qwen3_moe_fused.layers.LoraMoeFusedLinear
         qwen3_moe_fused.tuning.LaunchConfig
@@ -79,25 +87,25 @@ PAGES = (
     Page(
         "checkpoints",
         "Conversions",
-        "What `moe-fused convert` does, as functions. The layouts are described in [formats](../formats.md).",
+        "These functions do what `moe-fused convert` does. [Formats](../formats.md) describes the layouts.",
         """
         moe_fused.checkpoints.models.convert_model
         moe_fused.checkpoints.models.plan_model
-        moe_fused.checkpoints.models.Plan as Plan of models
+        moe_fused.checkpoints.models.ModelConversionPlan
         moe_fused.checkpoints.adapters.convert.convert_adapter
-        moe_fused.checkpoints.adapters.convert.Plan as Plan of adapters
+        moe_fused.checkpoints.adapters.convert.AdapterConversionPlan
         moe_fused.checkpoints.adapters.names.Layout
         moe_fused.checkpoints.adapters.names.ScalingChoice
         moe_fused.checkpoints.optimizers.convert.convert_optimizer
         moe_fused.checkpoints.optimizers.convert.plan_optimizer
-        moe_fused.checkpoints.optimizers.convert.Plan as Plan of optimizers
+        moe_fused.checkpoints.optimizers.convert.OptimizerConversionPlan
         """,
     ),
     Page(
         "memory",
         "The memory plan",
-        "What `moe-fused finetune` predicts, as functions. [Fine-tuning](../finetuning.md#what-fits) says what the parts "
-        "are.",
+        "These functions predict the memory of a run, as `moe-fused finetune` does. "
+        "[Fine-tuning](../finetuning.md#what-fits) explains the parts.",
         """
         moe_fused.memory.skeleton
         moe_fused.memory.sizes_of
@@ -120,7 +128,7 @@ def _load() -> dict[str, Any]:
 
     import griffe
 
-    # It warns of what stands in docstrings for two parameters at once.
+    # griffe warns about docstrings that describe two parameters at once.
     logging.getLogger("griffe").setLevel(logging.ERROR)
     return {
         KERNEL: griffe.load(KERNEL, search_paths=[REPOSITORY / "torch-ext"], docstring_parser="google"),
@@ -135,7 +143,7 @@ def _find(modules: dict[str, Any], path: str) -> Any:
 
 
 def _text(text: str) -> str:
-    """Docstrings' ``code`` as Markdown's; indented blocks, which are code, fenced."""
+    """Turns a docstring into Markdown: code between double backticks, and indented blocks, which become fenced ones."""
     text = re.sub(r"``([^`]+)``", r"`\1`", text)
     lines: list[str] = []
     inside = False
@@ -154,18 +162,18 @@ def _text(text: str) -> str:
 
 
 def _item(name: str, text: str) -> str:
-    """A line of a list, whose further lines are indented."""
+    """An item of a Markdown list, with its further lines indented."""
     return f"- {name}: " + _text(text).replace("\n", "\n  ")
 
 
-def _names(own: Any) -> str:
-    """Of the parameters that a line of a docstring describes; griffe takes what follows a comma for a type."""
-    words = f"{own.name} {own.annotation}" if own.name.endswith(",") else own.name
+def _names(parameter: Any) -> str:
+    """The parameters that a line of a docstring describes; griffe takes the names after a comma for a type."""
+    words = f"{parameter.name} {parameter.annotation}" if parameter.name.endswith(",") else parameter.name
     return ", ".join(f"`{name.strip()}`" for name in words.split(","))
 
 
 def _sections(item: Any) -> Iterator[str]:
-    """The parts of a docstring."""
+    """The parts of a docstring as Markdown."""
     if item.docstring is None:
         raise ValueError(f"{item.path} is part of the reference and has no docstring")
     for section in item.docstring.parsed:
@@ -174,19 +182,19 @@ def _sections(item: Any) -> Iterator[str]:
             yield _text(value)
         elif kind in ("parameters", "attributes"):
             title = "Arguments" if kind == "parameters" else "Attributes"
-            yield f"**{title}**\n\n" + "\n".join(_item(_names(own), own.description) for own in value)
+            yield f"**{title}**\n\n" + "\n".join(_item(_names(entry), entry.description) for entry in value)
         elif kind == "returns":
-            yield "**Returns**\n\n" + "\n".join(_text(own.description) for own in value)
+            yield "**Returns**\n\n" + "\n".join(_text(entry.description) for entry in value)
         elif kind == "raises":
-            names = [", ".join(f"`{name}`" for name in re.findall(r"\w+", str(own.annotation))) for own in value]
-            described = [_item(name, own.description) for name, own in zip(names, value, strict=True)]
+            names = [", ".join(f"`{name}`" for name in re.findall(r"\w+", str(entry.annotation))) for entry in value]
+            described = [_item(name, entry.description) for name, entry in zip(names, value, strict=True)]
             yield "**Raises**\n\n" + "\n".join(described)
         else:
             raise ValueError(f"{item.path}: the reference has no place for a section of kind {kind}")
 
 
 def _signature(item: Any, name: str) -> str:
-    """As in the source, on one line if it fits."""
+    """The signature of a function as in the source, on one line if it fits."""
     parameters = [parameter for parameter in item.parameters if parameter.name not in ("self", "cls")]
     words: list[str] = []
     starred = False
@@ -209,7 +217,7 @@ def _signature(item: Any, name: str) -> str:
 
 
 def _functions(item: Any) -> Iterator[Any]:
-    """Public methods and properties with docstrings, in the order of the source."""
+    """The public methods and properties of a class that have docstrings, in the order of the source."""
     for name, member in item.members.items():
         if not name.startswith("_") and not member.is_alias and member.docstring is not None:
             yield member
@@ -226,10 +234,10 @@ def _describe(item: Any, level: int) -> Iterator[str]:
         yield title
         yield from _sections(item)
         return
-    own = list(_fields(item))
+    fields = list(_fields(item))
     bases = ", ".join(map(str, item.bases))
     yield f"{title}\n\n```python\nclass {item.name}{f'({bases})' if bases else ''}" + (
-        ":\n" + "\n".join(own) + "\n```" if own else "\n```"
+        ":\n" + "\n".join(fields) + "\n```" if fields else "\n```"
     )
     yield from _sections(item)
     for member in _functions(item):
@@ -237,7 +245,7 @@ def _describe(item: Any, level: int) -> Iterator[str]:
 
 
 def _fields(item: Any) -> Iterator[str]:
-    """The lines of a class that declare what it holds."""
+    """The lines that declare the fields of a class."""
     for member in item.members.values():
         value = str(member.value) if member.is_attribute and member.value else ""
         if (
@@ -252,18 +260,18 @@ def _fields(item: Any) -> Iterator[str]:
 
 
 def _summary(item: Any) -> str:
-    """The first sentence of a docstring, the first paragraph at most."""
+    """The first sentence of a docstring, or its first paragraph if that is shorter."""
     paragraph = str(item.docstring.value).split("\n\n")[0].replace("\n", " ")
     return _text(re.split(r"(?<=\.)\s", paragraph, maxsplit=1)[0])
 
 
 def _anchor(title: str) -> str:
-    """What GitHub makes of a heading."""
+    """The anchor that GitHub gives a heading."""
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
 def reference() -> dict[Path, str]:
-    """The pages of the reference by their paths."""
+    """The text of each page of the reference, by its path."""
     modules = _load()
     pages, index = {}, []
     for page in PAGES:
@@ -289,7 +297,7 @@ def reference() -> dict[Path, str]:
 
 
 def path_of(item: Any) -> str:
-    """Where an object is imported from."""
+    """The path from which users import an object."""
     path = str(item.path)
     exported = f"{KERNEL}.{item.name}"
     public = item.package.exports or ()
@@ -301,8 +309,8 @@ def _index(rows: Iterable[tuple[Page, str, str]]) -> Iterator[str]:
     yield "# API reference"
     for page in PAGES:
         yield f"\n## [{page.title}]({page.name}.md)\n"
-        for own, title, summary in rows:
-            if own is page:
+        for row_page, title, summary in rows:
+            if row_page is page:
                 yield f"- [{title}]({page.name}.md#{_anchor(title)}): {summary}"
     yield "\n## [Commands](commands.md)\n"
     for name, command in commands():
@@ -313,7 +321,7 @@ def _index(rows: Iterable[tuple[Page, str, str]]) -> Iterator[str]:
 
 
 def commands() -> Iterator[tuple[str, Any]]:
-    """Every command of ``moe-fused`` with its full name, as click has it."""
+    """Every command of ``moe-fused`` with its full name and its click object."""
     import typer
 
     from moe_fused.cli import app
@@ -323,8 +331,8 @@ def commands() -> Iterator[tuple[str, Any]]:
         if inner is None:
             yield name, command
             return
-        for own, child in inner.items():
-            yield from walk(f"{name} {own}", child)
+        for child_name, child in inner.items():
+            yield from walk(f"{name} {child_name}", child)
 
     yield from walk("moe-fused", typer.main.get_command(app))
 
@@ -334,7 +342,7 @@ def _first(text: str) -> str:
 
 
 def _default(parameter: Any) -> str:
-    """In words, where the text of an option does not say it already."""
+    """The default of an option in words, unless the text of the option says it already."""
     value = parameter.default
     if parameter.required or "[default:" in (parameter.help or "") or value is None or callable(value):
         return ""
@@ -344,39 +352,46 @@ def _default(parameter: Any) -> str:
 
 
 def _word(value: Any) -> str:
-    """A choice as it is typed."""
+    """A choice as users type it."""
     return str(getattr(value, "value", value))
 
 
 def _choices(hint: Any) -> list[str]:
-    """What an option of that type may be, if it is one of few words."""
+    """The words that an option of that type accepts; empty if it accepts others."""
     if isinstance(hint, type) and issubclass(hint, Enum):
         return [_word(choice) for choice in hint]
     if get_origin(hint) is Literal:
         return [_word(choice) for choice in get_args(hint)]
-    return [choice for inner in get_args(hint) for choice in _choices(inner)]  # of an option that may be None
+    return [choice for inner in get_args(hint) for choice in _choices(inner)]  # an option that may be None
 
 
 def _commands() -> Iterator[str]:
     yield "# Commands"
-    yield "Each has `--help`. An error is one line on standard error, and the exit status is then not 0."
+    yield (
+        "Every command has `--help`. A command that fails writes one line to standard error and ends with an exit status "
+        "other than 0."
+    )
     for name, command in commands():
         yield f"## {name}"
-        arguments = [own for own in command.params if own.param_type_name == "argument"]
-        words = [own.name.upper() for own in arguments]
+        arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+        words = [argument.name.upper() for argument in arguments]
         yield "```\n" + " ".join([name, *words, "[OPTIONS]"]) + "\n```"
         yield " ".join(_first(command.help).split())
-        yield from (" ".join(own.split()) for own in command.help.strip().split("\n\n")[1:])
+        yield from (" ".join(paragraph.split()) for paragraph in command.help.strip().split("\n\n")[1:])
         hints = get_type_hints(command.callback)
         rows = ["| | |", "|---|---|"]
-        for own in command.params:
-            if own.name == "help":
+        for parameter in command.params:
+            if parameter.name == "help":
                 continue
-            names = own.name.upper() if own in arguments else ", ".join((*own.opts, *own.secondary_opts))
-            text = f"{own.help or ''}{_default(own)}".replace("|", "\\|").replace(
+            names = (
+                parameter.name.upper()
+                if parameter in arguments
+                else ", ".join((*parameter.opts, *parameter.secondary_opts))
+            )
+            text = f"{parameter.help or ''}{_default(parameter)}".replace("|", "\\|").replace(
                 "  [default: required]", " (required)"
             )
-            if choices := _choices(hints[own.name]):
+            if choices := _choices(hints[parameter.name]):
                 text += f" One of {', '.join(f'`{choice}`' for choice in choices)}."
             rows.append(f"| `{names}` | {text} |")
         yield "\n".join(rows)
@@ -386,7 +401,7 @@ def _commands() -> Iterator[str]:
 
 
 def qwen3_30b_a3b() -> Any:
-    """The config of Qwen3-30B-A3B."""
+    """The configuration of Qwen3-30B-A3B."""
     from transformers import Qwen3MoeConfig
 
     return Qwen3MoeConfig(
@@ -407,22 +422,23 @@ def qwen3_30b_a3b() -> Any:
 
 @functools.cache
 def _plans() -> list[Any]:
-    """Predictions of a step's memory for ``LENGTHS``, as ``finetune`` makes them for an NVIDIA GPU."""
+    """The predictions of a step's memory for ``LENGTHS`` that ``finetune`` makes for an NVIDIA GPU."""
     import torch
 
     from moe_fused.finetune.options import Options
-    from moe_fused.finetune.plan import make_plan
+    from moe_fused.finetune.plan import plan_run
+    from moe_fused.finetune.resolve import set_up
 
     config, device = qwen3_30b_a3b(), torch.device("cuda")
     plans = []
     for length in LENGTHS:
         options = Options(model="model", dataset="data", output="out", sequence_length=length, memory_limit=1024)
-        plans.append(make_plan(options, config, device, plain_text=False).prediction)
+        plans.append(plan_run(set_up(options, config, device), plain_text=False).prediction)
     return plans
 
 
-def plan_table(unit: str = "", *, parts: bool = True) -> str:
-    """The predicted peak by the length of sequences in GiB, and the parts it is made of."""
+def plan_table(*, parts: bool = True) -> str:
+    """A table of the predicted peak by sequence length, in GiB, with the parts that make it up if ``parts``."""
     from moe_fused.memory import GIB
 
     plans = _plans()
@@ -431,7 +447,7 @@ def plan_table(unit: str = "", *, parts: bool = True) -> str:
         f"| tokens of a sequence | {' | '.join(map(str, LENGTHS))} |",
         f"|---|{'---:|' * len(LENGTHS)}",
         *(_row(name, [plan.parts.get(name, 0) / GIB for plan in plans]) for name in names),
-        _row(f"**predicted peak**{unit}", [plan.total / GIB for plan in plans]),
+        _row("**predicted peak**", [plan.total / GIB for plan in plans]),
     ]
     return "\n".join(lines) + "\n"
 
@@ -441,7 +457,7 @@ def _row(name: str, values: Iterable[float]) -> str:
 
 
 def with_table(path: Path, name: str, table: str) -> str:
-    """The text of ``path`` with ``table`` between the two comments of that name."""
+    """Returns the text of ``path`` with ``table`` between the two comments of that name."""
     head, begin, rest = path.read_text(encoding="utf-8").partition(f"<!-- {name} begin -->\n")
     _, end, tail = rest.partition(f"<!-- {name} end -->")
     if not begin or not end:
@@ -455,23 +471,20 @@ def with_table(path: Path, name: str, table: str) -> str:
 
 
 def generated() -> dict[Path, str]:
-    """All that this script writes, by path."""
-    finetuning, readme = DOCS / "finetuning.md", REPOSITORY / "README.md"
-    return reference() | {
-        finetuning: with_table(finetuning, "plan", plan_table()),
-        readme: with_table(readme, "peaks", plan_table(", GiB", parts=False)),
-    }
+    """The text of every file that this script writes, by its path."""
+    finetuning = DOCS / "finetuning.md"
+    return reference() | {finetuning: with_table(finetuning, "plan", plan_table())}
 
 
 def outdated(pages: dict[Path, str]) -> list[str]:
-    """Files that are not what they would be, and pages of the reference that nothing writes."""
+    """The files that differ from what this script would write, and pages of the reference that it would not write."""
     changed = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     extra = set((DOCS / "api").glob("*.md")) - pages.keys()
     return sorted(str(path.relative_to(REPOSITORY)) for path in {*changed, *extra})
 
 
 def main() -> None:
-    argparse.ArgumentParser(description="Renew what the documentation takes from the code.").parse_args()
+    argparse.ArgumentParser(description="Renew the parts of the documentation that come from the code.").parse_args()
     pages = generated()
     old = outdated(pages)
     for path, text in pages.items():

@@ -1,6 +1,7 @@
-"""Draws the figures of ``docs/how-it-works.md`` into ``docs/figures``: ``python scripts/figures.py``.
+"""Draws the figures of the README and of ``docs/how-it-works.md`` into ``docs/figures``: ``python scripts/figures.py``.
 
-What has a size in them is computed: the experts' tensors from their shapes, a step of fine-tuning from ``moe_fused.memory``.
+No size in a figure is typed by hand. The sizes of the experts' tensors follow from their shapes, the memory of a
+fine-tuning step comes from ``moe_fused.memory``, and measured numbers come from the rows in ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -13,25 +14,30 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FIGURES = REPOSITORY / "docs" / "figures"
+# The rows of the README's figure.
+FINETUNING = REPOSITORY / "benchmarks" / "results" / "finetune-30b_h100-80gb-hbm3.json"
+CAP_GIB = 24
 
 # One layer of Qwen3-30B-A3B, in bf16.
 HIDDEN, INTERMEDIATE, TOP_K, TOKENS, ITEM = 2048, 768, 8, 4096, 2
 ROWS = TOKENS * TOP_K
-# How wide the loss is drawn, in layers.
+# The width in which the loss is drawn, in layers.
 LOSS = 3
 
 KEPT, PASSING, AGAIN, STAGE = "#4878a8", "#b8c4cf", "#d9975b", "#f4f1ea"
+# Okabe and Ito's palette, as in benchmarks/plot.py; ours comes first.
+BARS = ("#D55E00", "#E69F00", "#0072B2", "#CC79A7")
 
 
 @dataclass(frozen=True)
 class Life:
-    """A tensor of the experts' pass.
+    """One tensor of the experts' forward and backward, and when it exists.
 
     Attributes:
-        name: with its shape.
-        nbytes: of it.
-        begin, end: first and last of ``STAGES`` that has it.
-        colour: kept for backward, made again, or neither.
+        name: the tensor's name and shape.
+        nbytes: the tensor's size.
+        begin, end: the first and the last entry of ``STAGES`` during which the tensor exists.
+        colour: whether the tensor is kept for backward, computed again, or neither.
     """
 
     name: str
@@ -63,7 +69,7 @@ def _lives(recompute: bool) -> Iterator[Life]:
 
 
 def draw_lives(path: Path) -> None:
-    """When each tensor of a layer's experts exists, with and without ``recompute``."""
+    """Draws when each tensor of a layer's experts exists, with and without ``recompute``."""
     from moe_fused.memory import MIB
 
     figure, panels = _figure(10, 6.2, rows=2)
@@ -90,7 +96,7 @@ def draw_lives(path: Path) -> None:
 
 
 def draw_step(path: Path) -> None:
-    """The memory of a step's first batch beyond the weights, without CUDA graphs, from ``moe_fused.memory``."""
+    """Draws the memory that a step's first batch needs beyond the weights, as ``moe_fused.memory`` predicts it."""
     from moe_fused.memory import GIB, Workload, loss_bytes, predict, sizes_of, skeleton
     from scripts.docs import qwen3_30b_a3b
 
@@ -141,15 +147,49 @@ def draw_step(path: Path) -> None:
     _save(figure, path)
 
 
-def _figure(width: float, height: float, rows: int = 1) -> tuple[Any, list[Any]]:
+def draw_finetuning(path: Path) -> None:
+    """Draws tokens per second and peak memory of fine-tuning Qwen3-30B-A3B by sequence length, from the committed rows."""
+    from benchmarks.rows import FINETUNING_LABELS, read_rows
+
+    rows = read_rows(FINETUNING)
+    names = [name for name in FINETUNING_LABELS if any(row.implementation == name for row in rows)]
+    lengths = sorted({row.tokens for row in rows})
+    figure, (speed, memory) = _figure(12, 4, columns=2)
+    width = 0.84 / len(names)
+    colours = {FINETUNING_LABELS[name]: colour for name, colour in zip(names, BARS, strict=False)}
+    for place, name in enumerate(names):
+        for row in rows:
+            if row.implementation != name or row.ms is None or row.peak_mib is None:
+                continue
+            at = lengths.index(row.tokens) + (place - (len(names) - 1) / 2) * width
+            per_second, gib = row.tokens / row.ms * 1e3, row.peak_mib / 1024
+            for axes, value, text in ((speed, per_second, f"{per_second / 1e3:.1f}k"), (memory, gib, f"{gib:.1f}")):
+                axes.bar(at, value, width=width * 0.94, color=colours[FINETUNING_LABELS[name]])
+                white = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}  # in front of the line at 24 GiB
+                axes.text(at, value * 1.01, text, ha="center", va="bottom", fontsize=6.5, bbox=white)
+    for axes, title in ((speed, "tokens per second (more is better)"), (memory, "peak memory, GiB (less is better)")):
+        axes.set_title(title, fontsize=10)
+        axes.set_xticks(range(len(lengths)), list(map(str, lengths)), fontsize=8)
+        axes.set_xlabel("tokens in a sequence", fontsize=9)
+        axes.tick_params(axis="x", length=0)
+        axes.tick_params(axis="y", labelsize=8)
+    memory.axhline(CAP_GIB, color="black", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    memory.text(-0.5, CAP_GIB + 1, f"{CAP_GIB} GiB", fontsize=8, va="bottom")
+    newest = max(rows, key=lambda row: row.date)
+    figure.suptitle(f"Fine-tuning Qwen3-30B-A3B, one sequence a step, {newest.gpu}", fontsize=10)
+    _legend(figure, colours)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    panels = figure.subplots(rows, 1, squeeze=False)
-    for axes in panels[:, 0]:
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes in panels.flat:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    return figure, list(panels[:, 0])
+    return figure, list(panels.flat)
 
 
 def _legend(figure: Any, colours: dict[str, str]) -> None:
@@ -162,7 +202,7 @@ def _legend(figure: Any, colours: dict[str, str]) -> None:
 def _save(figure: Any, path: Path) -> None:
     import matplotlib as mpl
 
-    # Text as text; no date and no random names, so that the same figure is the same file.
+    # Text stays text, and there are neither dates nor random names, so that the same figure gives the same file.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem}):
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
@@ -171,6 +211,7 @@ def draw_all(directory: Path, suffix: str = "svg") -> None:
     directory.mkdir(parents=True, exist_ok=True)
     draw_lives(directory / f"experts-memory.{suffix}")
     draw_step(directory / f"step-memory.{suffix}")
+    draw_finetuning(directory / f"finetune-30b.{suffix}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from scripts import build_kernel
-from tests.support import REPOSITORY, build_config
+from tests.support import REPOSITORY, build_config, repo_id
 
 BACKENDS = ("cpu", "cuda", "rocm", "xpu")
 MODULE = build_config()["name"].replace("-", "_")
@@ -78,6 +78,21 @@ def test_metadata_has_the_published_fields(built: Path, backend: str) -> None:
     assert set(raw["digest"]["files"]) == set(tree(directory)) - {"metadata.json"}
 
 
+def test_the_cuda_variant_is_for_every_gpu_that_the_kernels_run_on(built: Path) -> None:
+    """``get_kernel`` refuses the others, by the loader's own rule; a GPU to come is compiled for when it is there."""
+    archs = pytest.importorskip("kernels.archs")
+    capabilities = build_kernel.validate_variant(built / "torch-cuda").backend.archs
+    targets = ast.parse((REPOSITORY / "torch-ext" / MODULE / "tuning" / "targets.py").read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(targets) if isinstance(node, ast.Call) and ast.unparse(node.func) == "Target"]
+    known = [ast.literal_eval(call.args[1]) for call in calls if call.args and ast.unparse(call.args[0]) == "'cuda'"]
+    assert len(known) > 5
+    for capability in (*known, 130):
+        assert archs._supports_cuda_capability(capabilities, divmod(capability, 10)), capability
+    assert not archs._supports_cuda_capability(capabilities, (7, 5))
+    for backend in ("cpu", "rocm", "xpu"):
+        assert not build_kernel.validate_variant(built / f"torch-{backend}").backend.archs
+
+
 def test_variants_have_every_source_file_and_differ_only_in_their_id(built: Path) -> None:
     package = REPOSITORY / "torch-ext" / MODULE
     sources = {name: content for name, content in tree(package).items() if name != "_ops.py"}
@@ -107,22 +122,22 @@ def test_same_sources_give_the_same_bytes_anywhere(built: Path, checkout: Path, 
 
 
 def test_other_sources_give_another_id(built: Path, checkout: Path, tmp_path: Path) -> None:
-    with (checkout / "torch-ext" / MODULE / "reference.py").open("a") as file:
+    with (checkout / "torch-ext" / MODULE / "stages" / "reference.py").open("a") as file:
         file.write("# changed\n")
     (directory,) = build_kernel.build(checkout, tmp_path / "out", ["cpu"])
     assert build_kernel.validate_variant(directory).id != build_kernel.validate_variant(built / "torch-cpu").id
 
 
 def _append(directory: Path) -> None:
-    with (directory / "reference.py").open("ab") as file:
+    with (directory / "stages" / "reference.py").open("ab") as file:
         file.write(b" ")
 
 
 @pytest.mark.parametrize(
     ("tamper", "violation"),
     [
-        (_append, "mismatch for reference.py"),
-        (lambda directory: (directory / "reference.py").unlink(), "Missing file: reference.py"),
+        (_append, "mismatch for stages/reference.py"),
+        (lambda directory: (directory / "stages" / "reference.py").unlink(), "Missing file: stages/reference.py"),
         (lambda directory: (directory / "extra.py").touch(), "Unknown file: extra.py"),
     ],
     ids=["changed", "removed", "added"],
@@ -151,7 +166,7 @@ def test_an_interrupted_build_leaves_whole_variants(
     """Two variants are two pairs of renames (old away, new in place); Ctrl-C before each of the four."""
     output = tmp_path / "build"
     build_kernel.build(checkout, output, ["cpu", "cuda"])
-    with (checkout / "torch-ext" / MODULE / "reference.py").open("a") as file:
+    with (checkout / "torch-ext" / MODULE / "stages" / "reference.py").open("a") as file:
         file.write("# changed\n")
     calls = 0
     replace = os.replace
@@ -187,7 +202,7 @@ def test_a_killed_build_is_cleaned_up_by_the_next(tmp_path: Path) -> None:
         ('"xpu"]', '"abacus"]', "abacus"),
         ("[torch-noarch]", "[torch-noarch]\nsurprise = 1", "surprise"),
         ("[general]", "[general", "not valid TOML"),
-        ('repo-id = "org/qwen3-moe-fused"', "", "repo-id"),
+        (f'repo-id = "{repo_id()}"', "", "repo-id"),
         ('name = "qwen3-moe-fused"', 'name = "Qwen3_MoE"', "name"),
         ('name = "qwen3-moe-fused"', 'name = "another-kernel"', "another_kernel/__init__.py does not exist"),
         ('"json", ', "", ".json"),
@@ -216,6 +231,73 @@ def test_wrong_arguments_end_in_one_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert message in error_of(capfd, "--output", tmp_path, *arguments)
+
+
+SOURCE, UPSTREAM = "https://example.com/source.git", "https://example.com/upstream.git"
+
+
+def test_a_bundle_has_benchmarks_and_card_beside_the_variants(checkout: Path) -> None:
+    """As kernel-builder leaves it; what a source no longer has is not in the next bundle."""
+    output = checkout / "build"
+    shutil.copy(REPOSITORY / "CARD.md", checkout)
+    shutil.copytree(REPOSITORY / "benchmarks", checkout / "benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
+    build_kernel.bundle(checkout, output, ["cpu"])
+    assert {path.name for path in output.iterdir()} == {".lock", "torch-cpu", "benchmarks", "CARD.md"}
+    assert tree(output / "benchmarks") == tree(checkout / "benchmarks")
+    inode = (output / "CARD.md").stat().st_ino
+    build_kernel.bundle(checkout, output, ["cpu"])
+    assert (output / "CARD.md").stat().st_ino == inode
+    (checkout / "benchmarks" / "benchmark.py").write_text("# another\n")
+    build_kernel.bundle(checkout, output, ["cpu"])
+    assert tree(output / "benchmarks") == tree(checkout / "benchmarks")
+    shutil.rmtree(checkout / "benchmarks")
+    (checkout / "CARD.md").unlink()
+    build_kernel.bundle(checkout, output, ["cpu"])
+    assert {path.name for path in output.iterdir()} == {".lock", "torch-cpu"}
+
+
+def test_the_card_has_what_build_toml_and_the_sources_say(checkout: Path) -> None:
+    shutil.copy(REPOSITORY / "CARD.md", checkout)
+    path = checkout / "build.toml"
+    path.write_text(path.read_text().replace("version = 0", "version = 3"))
+    plain = build_kernel.render_card(checkout, build_kernel.read_config(checkout))
+    assert plain.startswith("---\nlibrary_name: kernels\nlicense: apache-2.0\n")
+    assert f'get_kernel("{repo_id()}", version=3, trust_remote_code=True)' in plain
+    listed = re.findall(r"^- `(\w+)`$", plain, re.MULTILINE)
+    assert {"moe_experts", "moe_fused_linear", "Qwen3MoeExperts", "LoraMoeFusedLinear"} <= set(listed)
+    assert "layers" not in listed
+    assert "No benchmark is available." in plain
+    assert "## Source" not in plain
+    assert "## Upstream" not in plain
+
+    (checkout / "benchmarks").mkdir()
+    (checkout / "benchmarks" / "benchmark.py").touch()
+    known = f'license = "Apache-2.0"\nsource = "{SOURCE}"\nupstream = "{UPSTREAM}"'
+    path.write_text(path.read_text().replace('license = "Apache-2.0"', known))
+    full = build_kernel.render_card(checkout, build_kernel.read_config(checkout))
+    assert f"Run `kernels benchmark {repo_id()} --version 3`" in full
+    assert f"The source of this kernel is at {SOURCE}." in full
+    assert UPSTREAM in full
+    (directory,) = build_kernel.build(checkout, checkout / "build", ["cpu"])
+    metadata = build_kernel.validate_variant(directory)
+    assert (metadata.source, metadata.upstream) == (SOURCE, UPSTREAM)
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [("{{ name }}", "'name' is undefined"), ("{% if %}", "Expected an expression"), ("\xff", "can't decode")],
+)
+def test_a_broken_card_ends_in_one_line(
+    checkout: Path, capfd: pytest.CaptureFixture[str], card: str, message: str
+) -> None:
+    (checkout / "CARD.md").write_bytes(card.encode("latin-1"))
+    assert message in error_of(capfd, "--root", checkout, "--output", checkout / "build")
+    assert not (checkout / "build").exists()
+
+
+def test_the_hub_finds_the_benchmark_by_its_name() -> None:
+    """kernel-builder's card says that there is a benchmark if there is a file of this name."""
+    assert (REPOSITORY / "benchmarks" / "benchmark.py").is_file()
 
 
 def test_the_command_prints_what_it_built(tmp_path: Path) -> None:
@@ -267,17 +349,23 @@ def test_all_is_a_literal() -> None:
 
 
 def test_operators_are_named_where_the_namespace_check_finds_them() -> None:
-    """Every custom operator says ``add_op_namespace_prefix("...")`` in its decorator, with a literal name."""
-    decorators = 0
+    """Every operator is registered under ``add_op_namespace_prefix(...)``, and has a literal name that is one word."""
+    registered = named = 0
     for path in (REPOSITORY / "torch-ext").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.FunctionDef):
+            if not isinstance(node, ast.Call):
                 continue
-            for decorator in node.decorator_list:
-                if isinstance(decorator, ast.Call) and ast.unparse(decorator.func).startswith("torch.library."):
-                    assert re.match(r"add_op_namespace_prefix\('\w+'\)$", ast.unparse(decorator.args[0])), path
-                    decorators += 1
-    assert decorators > 0
+            function = ast.unparse(node.func)
+            if function.startswith("torch.library."):
+                assert re.match(r"add_op_namespace_prefix\(.+\)$", ast.unparse(node.args[0])), path
+                registered += 1
+            if function in ("add_op_namespace_prefix", "Operator"):
+                name = node.args[0]
+                # The one place that registers takes the name that Operator was given.
+                assert path.name == "schema.py" or re.match(r"'\w+'$", ast.unparse(name)), path
+                named += function == "Operator"
+    assert registered > 0
+    assert named > 0
 
 
 def test_cpu_variant_runs_where_triton_is_absent(built: Path) -> None:
