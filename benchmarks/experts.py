@@ -8,6 +8,9 @@ model calls it: ``grouped_mm`` (its default), ``batched_mm``, ``eager``, and the
 beside them. ``forward`` runs without gradients; ``forward_backward`` gives the gradients of the tokens, the routing
 weights and both weights, freshly allocated; ``forward_cuda_graph`` replays a graph of forwards, which takes the CPU out
 of the picture.
+
+Where it is installed, ``triton_kernels`` competes in the forward: Triton's own mixture-of-experts kernels, over the same
+weights and called as ``triton_experts.py`` says.
 """
 
 from __future__ import annotations
@@ -28,9 +31,9 @@ from moe_fused.benchmark.harness import Call
 from moe_fused.benchmark.inputs import DTYPE, Inputs, random_weights
 from moe_fused.benchmark.layers import DEFAULT_LAYERS, FORWARD, FORWARD_BACKWARD, FORWARD_CUDA_GRAPH, Layer
 
-from . import runner
+from . import runner, triton_experts
 from .rows import OURS
-from .runner import Benchmark, Contenders, Implementation, forward_call
+from .runner import Benchmark, Contenders, Implementation, MakeCall, forward_call
 
 # Our implementation's name in Transformers' table: not "moe_fused", which is the integration's to register.
 REGISTERED_NAME = "moe_fused_benchmark"
@@ -73,9 +76,11 @@ def make_call(module: Qwen3MoeExperts, inputs: Sequence[Inputs], phase: str) -> 
     weights = (module.gate_up_proj, module.down_proj)
 
     def forward_backward(i: int) -> dict[str, Tensor]:
-        own = inputs[i % len(inputs)]
-        y = module(own.hidden_states, own.top_k_index, own.top_k_weights)
-        x, w, up, down = torch.autograd.grad(y, (own.hidden_states, own.top_k_weights, *weights), own.grad_output)
+        input_set = inputs[i % len(inputs)]
+        y = module(input_set.hidden_states, input_set.top_k_index, input_set.top_k_weights)
+        x, w, up, down = torch.autograd.grad(
+            y, (input_set.hidden_states, input_set.top_k_weights, *weights), input_set.grad_output
+        )
         return {"output": y, "hidden_states.grad": x, "top_k_weights.grad": w, "gate_up.grad": up, "down.grad": down}
 
     return forward_backward if phase == FORWARD_BACKWARD else forward_call(module, inputs)
@@ -88,7 +93,11 @@ def setup(names: Sequence[str]) -> runner.Prepare:
 
     def prepare(layer: Layer, generator: torch.Generator) -> Contenders:
         experts = make_experts(layer, names, generator)
-        calls = {name: functools.partial(make_call, module) for name, module in experts.items()}
+        calls: dict[str, MakeCall] = {name: functools.partial(make_call, module) for name, module in experts.items()}
+        if (weights := experts.get(triton_experts.NAME)) is not None:
+            stacks = (weights.gate_up_proj.detach(), weights.down_proj.detach())
+            forward = triton_experts.dense_forward(*stacks)
+            calls[triton_experts.NAME] = lambda inputs, _phase: forward_call(forward, inputs)
         return Contenders(calls, weight_bytes=DTYPE.itemsize)
 
     return prepare
@@ -104,6 +113,7 @@ BENCHMARK = Benchmark(
         Implementation("batched_mm", most_tokens=64),
         # A Python loop over experts that waits for the GPU in each.
         Implementation("eager", most_tokens=512, capturable=False),
+        Implementation(triton_experts.NAME, forward_only=True, unavailable=triton_experts.unavailable),
     ),
     setup=setup,
     layers=DEFAULT_LAYERS,

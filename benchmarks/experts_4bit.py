@@ -12,6 +12,8 @@ All over one NF4 layer with double quantization, without gradients:
 - ``dequantize_whole``: ``Packed4bitWeights.dequantize`` of both stacks, then ``moe_experts`` on the dense weights: the plain
   way, in four times the memory of the packed weights.
 - ``moe_fused_bf16``: ``moe_experts`` on the same weights, dequantized once and kept; what four times the memory buys.
+- ``triton_kernels``, where it is installed: Triton's own kernels over the same weights in MXFP4, which is the 4-bit format
+  that they have. Its results must be those of ``composed`` over these MXFP4 weights.
 
 bitsandbytes quantizes a stack as a whole and we an expert at a time, so the two have other second-level scales, and
 results that differ by less than the rounding of bf16 products does.
@@ -35,9 +37,10 @@ from moe_fused.benchmark.harness import Call
 from moe_fused.benchmark.inputs import Inputs, random_weights
 from moe_fused.benchmark.layers import DEFAULT_LAYERS, FORWARD, FORWARD_CUDA_GRAPH, Layer
 
-from . import runner
+from . import runner, triton_experts
 from .rows import OURS
-from .runner import Benchmark, Contenders, Forward, Implementation, forward_call
+from .runner import Benchmark, Contenders, Forward, Implementation, MakeCall, forward_call
+from .triton_experts import Mxfp4Stack
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -56,7 +59,7 @@ class BitsandbytesStack:
 
     @classmethod
     def quantize(cls, weight: Tensor) -> BitsandbytesStack:
-        """Of ``weight`` (E, out, in)."""
+        """Quantizes ``weight`` (E, out, in) as one matrix."""
         from bitsandbytes.functional import quantize_4bit
 
         packed, state = quantize_4bit(
@@ -88,8 +91,8 @@ def composed(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    gate_up_proj: BitsandbytesStack,
-    down_proj: BitsandbytesStack,
+    gate_up_proj: BitsandbytesStack | Mxfp4Stack,
+    down_proj: BitsandbytesStack | Mxfp4Stack,
 ) -> Tensor:
     """The experts as plain torch around ``torch._grouped_mm``; never waits for the GPU, one dense stack at a time."""
     top_k = top_k_index.shape[1]
@@ -121,11 +124,11 @@ def make_forwards(
     tuning: Any = importlib.import_module(f"{kernel.__name__}.tuning")
 
     def dequantize_first(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        chosen, tuning.decodes_in_gemm = tuning.decodes_in_gemm, lambda *_: False
+        chosen, tuning.dequantizes_in_product = tuning.dequantizes_in_product, lambda *_: False
         try:
             return fused(x, index, weights)
         finally:
-            tuning.decodes_in_gemm = chosen
+            tuning.dequantizes_in_product = chosen
 
     def dequantize_whole(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         y: Tensor = kernel.moe_experts(x, index, weights, *(stack.dequantize() for stack in packed))
@@ -138,7 +141,8 @@ def make_forwards(
     if "moe_fused_bf16" in names:
         dense = [stack.dequantize() for stack in packed]
         forwards["moe_fused_bf16"] = lambda *inputs: kernel.moe_experts(*inputs, *dense)
-    return {name: forwards[name] for name in names}, sum(stack.nbytes for stack in packed)
+    made: dict[str, Forward] = {name: forwards[name] for name in names if name != triton_experts.NAME}
+    return made, sum(stack.nbytes for stack in packed)
 
 
 def setup(names: Sequence[str]) -> runner.Prepare:
@@ -153,10 +157,18 @@ def setup(names: Sequence[str]) -> runner.Prepare:
     kernel = runner.load_kernel()
 
     def prepare(layer: Layer, generator: torch.Generator) -> Contenders:
-        forwards, stored = make_forwards(kernel, names, *random_weights(layer, generator))
+        gate_up, down = random_weights(layer, generator)
+        forwards, stored = make_forwards(kernel, names, gate_up, down)
+        expected: dict[str, MakeCall] = {}
+        if triton_experts.NAME in names:
+            stacks = (Mxfp4Stack.quantize(gate_up), Mxfp4Stack.quantize(down))
+            forwards[triton_experts.NAME] = triton_experts.mxfp4_forward(*stacks)
+            # Weights in another format give other results than the baseline's.
+            reference = functools.partial(composed, gate_up_proj=stacks[0], down_proj=stacks[1])
+            expected[triton_experts.NAME] = functools.partial(_make_call, reference)
         calls = {name: functools.partial(_make_call, forward) for name, forward in forwards.items()}
         weight_bytes = stored / layer.parameters
-        return Contenders(calls, weight_bytes, f"{OURS} stores {weight_bytes:.4f} bytes per parameter")
+        return Contenders(calls, weight_bytes, f"{OURS} stores {weight_bytes:.4f} bytes per parameter", expected)
 
     return prepare
 
@@ -174,6 +186,7 @@ BENCHMARK = Benchmark(
         Implementation("dequantize_first", QUANT_TYPE),
         Implementation("dequantize_whole", QUANT_TYPE),
         Implementation("moe_fused_bf16", "bf16"),
+        Implementation(triton_experts.NAME, "mxfp4", forward_only=True, unavailable=triton_experts.unavailable),
     ),
     setup=setup,
     layers=DEFAULT_LAYERS[:1],

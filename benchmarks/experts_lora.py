@@ -194,7 +194,7 @@ def _maybe_checkpointed(function: Callable[..., Tensor], recompute: bool, *input
 
 
 Forward = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
-"""Of hidden_states (T, H), top_k_index (T, K), top_k_weights (T, K) and whether to recompute, to (T, H)."""
+"""Maps hidden_states (T, H), top_k_index (T, K), top_k_weights (T, K) and whether to recompute to (T, H)."""
 
 
 def _as_it_is(_: str, grad: Tensor) -> Tensor:
@@ -218,10 +218,12 @@ class Trained:
         """``call(i)``: one step on input set ``i`` modulo their number; returns the results by name."""
 
         def call(i: int) -> dict[str, Tensor]:
-            own = inputs[i % len(inputs)]
-            x, weights = own.hidden_states, own.top_k_weights
-            y = self.forward(x, own.top_k_index, weights, phase == RECOMPUTE)
-            x_grad, weights_grad, *grads = torch.autograd.grad(y, (x, weights, *self.factors.values()), own.grad_output)
+            input_set = inputs[i % len(inputs)]
+            x, weights = input_set.hidden_states, input_set.top_k_weights
+            y = self.forward(x, input_set.top_k_index, weights, phase == RECOMPUTE)
+            x_grad, weights_grad, *grads = torch.autograd.grad(
+                y, (x, weights, *self.factors.values()), input_set.grad_output
+            )
             named = zip(self.factors, grads, strict=True)
             return {
                 "output": y,
@@ -322,11 +324,11 @@ def make_contenders(kernel: ModuleType, names: Sequence[str], layer: Layer, gene
         "attention_only": fused(kernel, *packed, None),
     }
 
-    def plain(gate_up: Stack, down: Stack, own: Adapters | None) -> Trained:
+    def plain(gate_up: Stack, down: Stack, adapters: Adapters | None) -> Trained:
         def forward(x: Tensor, index: Tensor, weights: Tensor, recompute: bool) -> Tensor:
-            return composed(x, index, weights, recompute, gate_up, down, own, layer.experts)
+            return composed(x, index, weights, recompute, gate_up, down, adapters, layer.experts)
 
-        return Trained(forward, own.tensors if own else {})
+        return Trained(forward, adapters.tensors if adapters else {})
 
     if "composed" in names:
         trained["composed"] = plain(BitsandbytesStack.quantize(gate_up), BitsandbytesStack.quantize(down), adapters)

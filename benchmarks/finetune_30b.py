@@ -1,13 +1,14 @@
 """Trains Qwen3-30B-A3B as a 4-bit QLoRA in 24 GiB of a GPU: how fast, in how much memory, and where the time goes.
 
-    python -m benchmarks.finetune_30b                    48 layers, five lengths, two implementations
+    python -m benchmarks.finetune_30b                    48 layers, five lengths, three implementations
     python -m benchmarks.finetune_30b --layers 4         a short model to try things on, writes nothing
     python -m benchmarks.finetune_30b --device cpu --quick
 
 Weights are random and made on the GPU; nothing is downloaded. The model, its adapters, the optimizer and all kernels but the
-experts' are the same for every implementation; options such as ``--compile`` are for ``moe_fused`` alone:
+experts' are the same for every implementation; options such as ``--compile`` are for ours alone:
 
 - ``moe_fused``: what ``from_pretrained`` and PEFT give while ``moe_fused`` is enabled, the decoder as CUDA graphs.
+- ``moe_fused_eager``: the same without CUDA graphs, so that the host launches every kernel, as it does for the others.
 - ``composed``: the same experts over the same bytes in plain torch (``experts_lora.composed``), decoder layers run eagerly.
 - ``peft``: experts in bf16 under stock Transformers and PEFT, which fits no 24 GiB and runs without the limit. By
   ``--implementation peft`` only.
@@ -54,7 +55,7 @@ from moe_fused.devices import use_expandable_segments
 from . import full_model, plot, runner
 from .experts_4bit import QUANT_TYPE
 from .full_model import Model
-from .rows import OURS, Row, merge, new_row, read_rows, slug, write_rows
+from .rows import EAGER, OURS, Row, merge, new_row, read_rows, slug, write_rows
 from .step_trace import PARTS
 from .training import Measurement, Recipe, Recompute, Training, measure, set_up_loop, trained
 
@@ -64,7 +65,7 @@ QWEN3_30B = Model(LAYERS["qwen3-30b-a3b"], layers=48, heads=32, kv_heads=4, head
 TINY = Model(Layer("tiny-model", 128, 128, 4, 2), layers=2, heads=4, kv_heads=2, head_dim=32, vocabulary=512)
 TOKENS = (1024, 2048, 4096, 8192, 16384)
 QUICK_TOKENS = (16, 64)
-# Of the others: what we might do better than they, is ours alone.
+# The recipe of the other implementations: options that may be an advantage are for ours alone.
 PLAIN = Recipe()
 CAP_GIB = 24.0
 SEED = 0
@@ -72,8 +73,8 @@ MEMORY = ("weights", "training", "transient", "reserved", "predicted")
 # Losses of the first step, over the same weights and tokens, may differ by this share: what bf16 makes of them.
 LOSS_TOLERANCE = 0.005
 
-Implementation = Literal["moe_fused", "composed", "peft"]
-DEFAULT_IMPLEMENTATIONS: tuple[Implementation, ...] = ("moe_fused", "composed")
+Implementation = Literal["moe_fused", "moe_fused_eager", "composed", "peft"]
+DEFAULT_IMPLEMENTATIONS: tuple[Implementation, ...] = ("moe_fused", "moe_fused_eager", "composed")
 
 TRAINERS = ("finetune", "loop")
 
@@ -98,16 +99,16 @@ def _set_up(trainer: str) -> SetUp:
 
 
 def model_flops(model: Model, tokens: int) -> int:
-    """Of a step on one sequence, as the module says."""
+    """Floating-point operations of a step on one sequence, as the module's docstring counts them."""
     return 4 * model.multiplied_parameters * tokens + 3 * model.attention_flops(tokens)
 
 
 def recomputed_flops(model: Model, tokens: int, *, down: bool) -> int:
-    """Of the decoder layers once more; with the experts' down projections if ``down``."""
-    own = model.experts
-    parameters = model.multiplied_parameters - model.vocabulary * own.hidden
+    """Floating-point operations of recomputing the decoder layers, with the experts' down projections if ``down``."""
+    moe = model.experts
+    parameters = model.multiplied_parameters - model.vocabulary * moe.hidden
     if not down:
-        parameters -= model.layers * own.top_k * own.hidden * own.intermediate
+        parameters -= model.layers * moe.top_k * moe.hidden * moe.intermediate
     return 2 * parameters * tokens + model.attention_flops(tokens)
 
 
@@ -132,14 +133,16 @@ class Bench:
         model = full_model.build(self.model, self.device, dense_experts=name == "peft", seed=SEED)
         if name == "composed":
             full_model.run_composed(model)
-        elif name == OURS:
+        elif name in (OURS, EAGER):
             full_model.run_fused(recompute=self.recipe.recompute == "selective")
         weights = sum(value.nbytes for value in full_model.storage(model))
-        torch.manual_seed(SEED)  # of the adapters
-        training = self.set_up(model, self.recipe if name == OURS else PLAIN)
+        torch.manual_seed(SEED)  # for the adapters
+        recipes = {OURS: self.recipe, EAGER: dataclasses.replace(self.recipe, cuda_graphs=False)}
+        training = self.set_up(model, recipes.get(name, PLAIN))
+        adapters = sum(parameter.numel() for parameter in trained(model))
         self.console.print(
             f"{name}: {self.model.layers} layers built in {time.perf_counter() - start:.0f} s, weights "
-            f"{weights / 2**30:.2f} GiB, {sum(own.numel() for own in trained(model)) / 1e6:.0f} M parameters trained"
+            f"{weights / 2**30:.2f} GiB, {adapters / 1e6:.0f} M parameters trained"
         )
         losses: dict[int, float] = {}
         for length in lengths:
@@ -195,10 +198,11 @@ class Bench:
             **{f"{part}_ms": ms for part, ms in measured.parts.items()},
             **{f"{part}_mib": mib for part, mib in measured.memory.items() if part != "peak"},
         }
-        if name != OURS or self.recipe.recompute == "layers":
-            again = recomputed_flops(self.model, tokens, down=name != OURS or self.recipe.compile_layers)
+        is_ours = name in (OURS, EAGER)
+        if not is_ours or self.recipe.recompute == "layers":
+            again = recomputed_flops(self.model, tokens, down=not is_ours or self.recipe.compile_layers)
             details["hfu"] = (operations + again) * per_second / peak
-        return dataclasses.replace(row, details={key: round(value, 4) for key, value in details.items()})
+        return dataclasses.replace(row, details={key: float(f"{value:.6g}") for key, value in details.items()})
 
 
 def results_tables(rows: Sequence[Row]) -> list[Table]:
@@ -274,7 +278,8 @@ def disagreements(losses: dict[str, dict[int, float]]) -> list[str]:
 def main(
     tokens: Annotated[list[int] | None, typer.Option(help="Tokens of a step; may be given again.", min=2)] = None,
     implementation: Annotated[
-        list[str] | None, typer.Option(help="moe_fused, composed or peft; may be given again. Writes only to --output.")
+        list[str] | None,
+        typer.Option(help="moe_fused, moe_fused_eager, composed or peft; may be given again. Writes only to --output."),
     ] = None,
     layers: Annotated[int | None, typer.Option(help="Decoder layers. Writes only to --output.", min=1)] = None,
     cap_gib: Annotated[
@@ -378,7 +383,7 @@ def main(
                 plot.save(rows, written[-1])
         console.print(f"Wrote {' and '.join(map(str, written))}")
     console.print(f"Took {time.perf_counter() - start:.0f} s")
-    if problems := disagreements({name: own for name, own in losses.items() if name != "peft"}):
+    if problems := disagreements({name: by_length for name, by_length in losses.items() if name != "peft"}):
         for problem in problems:
             typer.echo(f"Implementations disagree: {problem}", err=True)
         raise typer.Exit(1)

@@ -20,11 +20,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import AutoHfQuantizer
 
 import moe_fused
-from moe_fused import experts as integration
 from moe_fused.benchmark.layers import Layer
 from moe_fused.checkpoints.converter import attach
-from moe_fused.experts import IMPLEMENTATION
-from moe_fused.quantizer import four_bit_config, get_packed, pin, projections_of
+from moe_fused.integrations.quantizer.packed_experts import four_bit_config, get_packed, pin
+from moe_fused.integrations.transformers import forward
+from moe_fused.integrations.transformers.experts_module import projections_of
+from moe_fused.integrations.transformers.forward import IMPLEMENTATION
 
 from . import experts_lora
 from .experts_4bit import BLOCKSIZE, QUANT_TYPE, BitsandbytesStack
@@ -71,13 +72,13 @@ class Model:
 
         Not the embedding, which is looked up: of the 3.35 B active parameters of Qwen3-30B-A3B these are 3.04 B.
         """
-        own = self.experts
-        attention = 2 * own.hidden * self.head_dim * (self.heads + self.kv_heads)
-        layer = attention + own.hidden * own.experts + own.top_k * own.expert_parameters
-        return self.layers * layer + self.vocabulary * own.hidden
+        moe = self.experts
+        attention = 2 * moe.hidden * self.head_dim * (self.heads + self.kv_heads)
+        layer = attention + moe.hidden * moe.experts + moe.top_k * moe.expert_parameters
+        return self.layers * layer + self.vocabulary * moe.hidden
 
     def attention_flops(self, tokens: int) -> int:
-        """Of one causal sequence, forward: scores and their product with the values, over the half that is not masked."""
+        """Operations of attention in a causal sequence's forward: two products, over the half that is not masked."""
         return 2 * self.layers * self.heads * self.head_dim * tokens * (tokens + 1)
 
 
@@ -142,7 +143,7 @@ def as_bitsandbytes(weights: Any) -> BitsandbytesStack:
     offsets = weights.nested_offset.view(torch.float32).flatten()
     if not torch.equal(offsets, offsets[:1].expand_as(offsets)):
         raise ValueError("weights must have been quantized as one matrix, got an offset for each expert")
-    whole = moe_fused.get_kernel().quantization.Piece(
+    whole = moe_fused.get_kernel().Piece(
         packed=weights.packed.view(-1, 1),
         absmax=weights.absmax.flatten(),
         nested_absmax=weights.nested_absmax.view(torch.float32).flatten(),
@@ -177,7 +178,7 @@ def dequantized(weights: Any) -> DequantizedStack:
     matrices = []
     for expert in range(experts):
         for projection in range(form.projections):
-            piece = weights.piece(expert, projection)
+            piece = moe_fused.get_kernel().interchange.piece_of(weights, expert, projection)
             matrices.append(dequantize_4bit(piece.packed, _quant_state(form, piece, shape)))
     return DequantizedStack(torch.cat(matrices).view(weights.shape))
 
@@ -211,7 +212,7 @@ def build(model: Model, device: torch.device, *, dense_experts: bool = False, se
             if parameter.dim() == 1:
                 value = torch.ones(parameter.shape, device=device, dtype=DTYPE)
             else:
-                # Of Linear4bit, too, which still has the shape of the dense weight.
+                # This serves Linear4bit, too, whose weight still has its dense shape here.
                 value = _random(parameter.shape, generator)
             if parameter.dim() == 3 and not dense_experts:
                 attach(module, name, _experts_in_4bit(kernel, value, 2 if name == "gate_up_proj" else 1), DTYPE)
@@ -236,9 +237,9 @@ def storage(model: nn.Module) -> Iterator[Tensor]:
     for parameter in model.parameters():
         yield parameter
         state = getattr(parameter, "quant_state", None)
-        for own in (state, getattr(state, "state2", None)):
-            if own is not None:
-                yield own.absmax
+        for quant_state in (state, getattr(state, "state2", None)):
+            if quant_state is not None:
+                yield quant_state.absmax
     yield from model.buffers()
 
 
@@ -265,10 +266,10 @@ def composed_forward(model: nn.Module, stack_of: StackOf = as_bitsandbytes) -> C
         gate_up, down = stacks[self]
         adapters = None
         if gate_up_lora and down_lora:
-            if any(own.scaling != experts_lora.SCALING for own in (*gate_up_lora, *down_lora)):
+            if any(lora.scaling != experts_lora.SCALING for lora in (*gate_up_lora, *down_lora)):
                 raise ValueError(f"adapters must be scaled by {experts_lora.SCALING}, as plain torch does here")
             # Grouped products want factors whose rows or columns are contiguous; PEFT keeps experts innermost.
-            adapters = Adapters(*(Factors(own.a, own.b.contiguous()) for (own,) in (gate_up_lora, down_lora)))
+            adapters = Adapters(*(Factors(lora.a, lora.b.contiguous()) for (lora,) in (gate_up_lora, down_lora)))
         return experts_lora.composed(
             hidden_states, top_k_index, top_k_weights, False, gate_up, down, adapters, gate_up.shape[0]
         )
@@ -283,4 +284,4 @@ def run_composed(model: nn.Module, stack_of: StackOf = as_bitsandbytes) -> None:
 
 def run_fused(recompute: bool = False) -> None:
     """Makes models with 4-bit experts run them in the kernel, making the up projection again in backward if asked to."""
-    integration.register(moe_fused.get_kernel(), recompute)
+    forward.register(recompute)

@@ -173,7 +173,7 @@ def load_model(directory: Path, implementation: str, device: torch.device) -> Lo
         import bitsandbytes  # noqa: F401  imported here, it is not part of what is measured
 
         import moe_fused
-        from moe_fused.quantizer import four_bit_config
+        from moe_fused.integrations.quantizer.packed_experts import four_bit_config
 
         moe_fused.enable()
         options["quantization_config"] = four_bit_config(torch.bfloat16, WEIGHTS[OURS])

@@ -49,9 +49,11 @@ from moe_fused.benchmark.harness import Environment, current_environment, releas
 from moe_fused.demo.data import Corpus, byte_tokenizer, hold_out, reference_text, windows
 from moe_fused.demo.model import Size, new_model
 from moe_fused.demo.train import train
-from moe_fused.finetune.model import adapt, adapter_dtype, load_config, load_model
+from moe_fused.finetune.adapters import adapt
+from moe_fused.finetune.model import load_config, load_model
 from moe_fused.finetune.options import Options
-from moe_fused.quantizer import packed_modules
+from moe_fused.finetune.resolve import ModelSetup, set_up
+from moe_fused.integrations.quantizer.packed_experts import packed_modules
 
 from . import full_model, plot, runner
 from .experts_4bit import QUANT_TYPE
@@ -66,7 +68,7 @@ BF16, DEQUANTIZED = "transformers_bf16", "dequantized"
 WEIGHTS = {OURS: QUANT_TYPE, BF16: "bf16", DEQUANTIZED: QUANT_TYPE}
 SEED = 0
 
-# Of the adapters; large, as they are for small models.
+# The learning rate of the adapters; it is large, as is usual for small models.
 LEARNING_RATE = 1e-3
 # Four passes over the reference; steps and learning rate are those of this first training.
 FULL = Size(
@@ -118,6 +120,8 @@ class LossRow:
 def docstrings(characters: int) -> tuple[str, str]:
     """Docstrings of the standard library's modules, to train on and held out; each counts once.
 
+    Paragraphs that another docstring or the reference quotes, which depends on the Python version, are not held out.
+
     Args:
         characters: after how many to stop.
     """
@@ -133,7 +137,10 @@ def docstrings(characters: int) -> tuple[str, str]:
                     size += len(text)
         if size >= characters:
             break
-    return hold_out(list(texts.values()))
+    text, held_out = hold_out(list(texts.values()))
+    seen = text + "".join(reference_text())
+    unseen = [part for part in held_out.split("\n\n") if len(part) <= 2 * LEAST_CHARACTERS or part not in seen]
+    return text, "\n\n".join(unseen)
 
 
 def corpus_of(texts: tuple[str, str], size: Size, most: int, device: torch.device) -> Corpus:
@@ -153,11 +160,14 @@ def save_base(directory: Path, size: Size, corpus: Corpus) -> float:
     return history.held_out[size.steps]
 
 
-def _options(directory: Path, device: torch.device) -> Options:
-    return Options(model=str(directory), device=device.type, dtype="bfloat16", learning_rate=LEARNING_RATE, seed=SEED)
+def _set_up(directory: Path, device: torch.device) -> ModelSetup:
+    options = Options(
+        model=str(directory), device=device.type, dtype="bfloat16", learning_rate=LEARNING_RATE, seed=SEED
+    )
+    return set_up(options, load_config(options), device)
 
 
-def load(name: str, directory: Path, options: Options, device: torch.device) -> Any:
+def load(name: str, directory: Path, setup: ModelSetup) -> Any:
     """The model in ``directory`` as an implementation has it, without adapters.
 
     Raises:
@@ -166,10 +176,10 @@ def load(name: str, directory: Path, options: Options, device: torch.device) -> 
     moe_fused.disable()  # whatever ran before
     if name == BF16:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.bfloat16, attn_implementation=options.attn, experts_implementation="grouped_mm"
+            directory, dtype=torch.bfloat16, experts_implementation="grouped_mm"
         )
-        return model.to(device)
-    model = load_model(options, load_config(options), device)
+        return model.to(setup.device)
+    model = load_model(setup)
     if len(list(packed_modules(model))) != model.config.num_hidden_layers:
         raise RuntimeError(f"{name} must have experts in {QUANT_TYPE} in all {model.config.num_hidden_layers} layers")
     if name == DEQUANTIZED:
@@ -201,12 +211,13 @@ class Task:
             RuntimeError: the adapters are not those of the other implementations.
             FloatingPointError: a loss is not finite.
         """
-        options = _options(self.directory, self.device)
-        model = adapt(load(name, self.directory, options, self.device), options)
+        setup = _set_up(self.directory, self.device)
+        options = setup.options
+        model = adapt(load(name, self.directory, setup), setup)
         parameters = trained(model)
         for parameter in parameters:
-            parameter.data = parameter.data.to(adapter_dtype(options, self.device))
-        self._initialize({own: value for own, value in model.named_parameters() if value.requires_grad})
+            parameter.data = parameter.data.to(setup.adapter_dtype)
+        self._initialize({key: value for key, value in model.named_parameters() if value.requires_grad})
         optimizer = new_optimizer(parameters, Recipe(learning_rate=options.learning_rate, paged=True))
         warmup = math.ceil(options.warmup * self.steps)
         schedule = get_scheduler(options.scheduler, optimizer, warmup, self.steps)
@@ -236,7 +247,7 @@ class Task:
         if self.adapters is None:
             self.adapters = {name: value.detach().clone() for name, value in parameters.items()}
         shapes, others = (
-            {name: tuple(value.shape) for name, value in own.items()} for own in (parameters, self.adapters)
+            {name: tuple(value.shape) for name, value in by_name.items()} for by_name in (parameters, self.adapters)
         )
         if shapes != others:
             raise RuntimeError(f"adapters must be the same for all, got {shapes} and {others}")
@@ -313,7 +324,7 @@ def smoothed(losses: Sequence[float]) -> list[float]:
 
 
 def differences(row: LossRow, other: LossRow) -> list[float]:
-    """Of the smoothed curves."""
+    """The differences of two smoothed curves, step by step."""
     return [a - b for a, b in zip(smoothed(row.losses), smoothed(other.losses), strict=True)]
 
 

@@ -18,7 +18,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from moe_fused.staging import replace_file
 
-from .rows import FLOOR, OURS, Row, baselines_of, read_rows, weights_of
+from .rows import OURS, ROOFLINE, Row, baselines_of, read_rows, weights_of
 
 METRICS = ("speedup", "ms")
 # A phase of fewer sizes (CUDA graphs stand at the smallest only) has a place in the tables, not in a curve.
@@ -30,7 +30,7 @@ LEAST_SPEEDUP = 0.25
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442")
 _MARKERS = ("s", "^", "D", "v", "P", "X")
 OUR_COLOUR = "#D55E00"
-_FLOOR_COLOUR = "#777777"
+_ROOFLINE_COLOUR = "#777777"
 
 
 def _ordered(values: Iterable[str]) -> list[str]:
@@ -41,14 +41,14 @@ def _styles(rows: Sequence[Row]) -> dict[str, dict[str, object]]:
     """Line style by implementation, the same in every panel; ours in front of the rest."""
     styles: dict[str, dict[str, object]] = {}
     names = _ordered(row.implementation for row in rows)
-    peers = [name for name in names if name not in (OURS, FLOOR)]
+    peers = [name for name in names if name not in (OURS, ROOFLINE)]
     if OURS in names:
         styles[OURS] = {"color": OUR_COLOUR, "marker": "o", "linewidth": 2.2, "markersize": 5, "zorder": 4}
     for i, name in enumerate(peers):
         colour, marker = COLOURS[i % len(COLOURS)], _MARKERS[i % len(_MARKERS)]
         styles[name] = {"color": colour, "marker": marker, "linewidth": 1.4, "markersize": 4, "zorder": 3}
-    if FLOOR in names:
-        styles[FLOOR] = {"color": _FLOOR_COLOUR, "linestyle": (0, (4, 2)), "linewidth": 1.2, "zorder": 2}
+    if ROOFLINE in names:
+        styles[ROOFLINE] = {"color": _ROOFLINE_COLOUR, "linestyle": (0, (4, 2)), "linewidth": 1.2, "zorder": 2}
     return styles
 
 
@@ -75,8 +75,8 @@ def _speedups(rows: Sequence[Row], implementation: str) -> list[tuple[int, float
 
 
 def _label(name: str, rows: Sequence[Row], metric: str) -> str:
-    if name == FLOOR:
-        return "floor (bytes, FLOPs)"
+    if name == ROOFLINE:
+        return "roofline (bytes, FLOPs)"
     speedups = [speedup for _, speedup in _speedups(rows, name)]
     if metric == "speedup" and all(speedup < LEAST_SPEEDUP for speedup in speedups):
         return f"{name} (below {LEAST_SPEEDUP:g}×)" if speedups else f"{name} (not comparable)"
@@ -142,9 +142,9 @@ def figure(rows: Sequence[Row], metric: str = "speedup") -> Figure:
     for i, phase in enumerate(phases):
         for j, (layer, rank) in enumerate(layers):
             axes = grid[j][i] if flat else grid[i][j]
-            own = [row for row in rows if (row.phase, row.layer, row.lora_rank) == (phase, layer, rank)]
-            if own:  # none in a run that was cut short
-                _draw(axes, own, styles, metric)
+            panel_rows = [row for row in rows if (row.phase, row.layer, row.lora_rank) == (phase, layer, rank)]
+            if panel_rows:  # none in a run that was cut short
+                _draw(axes, panel_rows, styles, metric)
             lora = f", LoRA rank {rank}" if rank else ""
             axes.set_title(f"{layer}{lora}, {phase.replace('_', ' + ', 1)}", fontsize=9)
             if flat or i + 1 == len(phases):

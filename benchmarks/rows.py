@@ -1,9 +1,9 @@
-"""Benchmark rows: what every benchmark of the project writes, and the files they stand in.
+"""Benchmark rows: what every benchmark of the project writes, and the files that hold the rows.
 
-A file is a JSON list of objects with the keys of ``Row``, ``details`` only where there are any. All rows of one *point*
+A file is a JSON list of objects with the keys of ``Row``; ``details`` is left out where it is empty. All rows of one *point*
 (the same benchmark, GPU, layer, tokens, phase and LoRA rank) come from one run, so a ratio between two of them is a ratio
-under the same clocks: ``merge`` replaces a point as a whole, never single implementations of it. How the weights are stored
-is no part of a point: that is what the implementations of one may differ in.
+under the same clocks. ``merge`` therefore replaces a point as a whole and never single implementations of it. How the
+weights are stored is not part of a point, because the implementations of a point may differ in it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,19 @@ from moe_fused.benchmark.harness import Environment
 from moe_fused.staging import replace_file
 
 OURS = "moe_fused"
-FLOOR = "floor"  # the implementation name of the rows that hold the least time the hardware allows
+EAGER = "moe_fused_eager"  # the implementation name of our rows of a run without CUDA graphs
+ROOFLINE = "roofline"  # the implementation name of the rows that hold the least time the hardware allows
+_FORMER_NAMES = {"floor": ROOFLINE}  # in files that were written before the name changed
 
-# Implementations by benchmark that the others are compared with; where there is room for one, it is the first.
+# What the implementations of the fine-tuning benchmark are called where readers have not seen their definitions.
+FINETUNING_LABELS = {
+    OURS: "moe-fused",
+    EAGER: "moe-fused without CUDA graphs",
+    "composed": "bitsandbytes + torch._grouped_mm",
+    "peft": "PEFT on bf16 experts",
+}
+
+# For each benchmark, the implementations that others are compared with. Where there is room for one, it is the first.
 BASELINES: dict[str, tuple[str, ...]] = {
     "experts": ("grouped_mm",),
     "experts_4bit": ("composed", "dequantize_first", "moe_fused_bf16"),
@@ -40,7 +50,7 @@ class Row:
 
     ``ms`` is None where the implementation ran out of memory or could not run; ``tflops`` then is None too.
     ``peak_mib`` is memory allocated on top of inputs and weights, of whole models with them, None where it was not
-    measured. ``lora_rank`` is 0 without LoRA. Rows of the implementation ``floor`` are not timed: they hold the larger of
+    measured. ``lora_rank`` is 0 without LoRA. Rows of the implementation ``roofline`` are not timed: they hold the larger of
     the compulsory bytes and operations at the ceilings that the same run measured. ``details`` are further numbers, which
     the benchmark explains.
     """
@@ -63,7 +73,7 @@ class Row:
 
     @property
     def point(self) -> Point:
-        """What was measured, whichever the implementation; rows of a point are comparable."""
+        """What was measured, without the implementation. Rows of the same point can be compared."""
         return (self.benchmark, self.gpu, self.layer, self.tokens, self.phase, self.lora_rank)
 
 
@@ -81,7 +91,7 @@ def new_row(
     peak_mib: float | None = None,
     lora_rank: int = 0,
 ) -> Row:
-    """A row of a run in ``environment``; TFLOP/s are those of ``flops`` operations in ``ms``."""
+    """Makes the row of a run in ``environment``. Its TFLOP/s are ``flops`` operations divided by ``ms``."""
     return Row(
         benchmark=benchmark,
         **asdict(environment),
@@ -98,7 +108,7 @@ def new_row(
 
 
 DETAILS = "details"
-KEYS = tuple(own.name for own in fields(Row) if own.name != DETAILS)
+KEYS = tuple(column.name for column in fields(Row) if column.name != DETAILS)
 _NUMBERS_OR_NULL = ("ms", "tflops", "peak_mib")
 _INTEGERS = ("tokens", "lora_rank")
 
@@ -108,10 +118,10 @@ def _is_number(value: Any) -> bool:
 
 
 def row_from_json(value: Any) -> Row:
-    """The row that a JSON object holds.
+    """Returns the row that a JSON object holds.
 
     Raises:
-        ValueError: not an object of exactly the keys of ``Row``, or a value of the wrong type.
+        ValueError: the value is not an object with exactly the keys of ``Row``, or one of its values has the wrong type.
     """
     if not isinstance(value, dict) or set(value) - {DETAILS} != set(KEYS):
         got = ", ".join(sorted(value)) if isinstance(value, dict) else type(value).__name__
@@ -128,14 +138,15 @@ def row_from_json(value: Any) -> Row:
             fits, needed = isinstance(item, str), "a string"
         if not fits:
             raise ValueError(f"{key} of a benchmark row must be {needed}, got {item!r}")
-    return Row(**value)
+    name = value["implementation"]
+    return Row(**{**value, "implementation": _FORMER_NAMES.get(name, name)})
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows in the file at ``path``.
+    """Returns the rows in the file at ``path``.
 
     Raises:
-        ValueError: the file is no JSON list of rows.
+        ValueError: the file is not a JSON list of rows.
         OSError: the file cannot be read.
     """
     try:
@@ -148,7 +159,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_rows(path: Path, rows: Iterable[DataclassInstance]) -> None:
-    """Writes ``rows``, of whatever class, as a JSON list, one row a line, so that a new measurement is a readable diff."""
+    """Writes ``rows`` as a JSON list with one row on each line, so that a new measurement gives a readable diff."""
     lines = ",\n".join(
         json.dumps({key: value for key, value in asdict(row).items() if key != DETAILS or value}) for row in rows
     )
@@ -156,7 +167,7 @@ def write_rows(path: Path, rows: Iterable[DataclassInstance]) -> None:
 
 
 def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """``old`` with every point that ``new`` measured replaced by what ``new`` says of it, in a fixed order."""
+    """Replaces every point of ``old`` that ``new`` measured by the rows of ``new``. The rows come back in a fixed order."""
     measured = {row.point for row in new}
     rows = [row for row in old if row.point not in measured] + list(new)
     # A stable sort: implementations keep the order in which the benchmark lists them.
@@ -164,10 +175,10 @@ def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
 
 
 def baselines_of(rows: Iterable[Row]) -> tuple[str, ...]:
-    """The implementations that others of ``rows`` are compared with, the most important first.
+    """Returns the implementations that others in ``rows`` are compared with, the most important one first.
 
     Raises:
-        ValueError: rows of several benchmarks, or of one that has no baselines.
+        ValueError: the rows are of several benchmarks, or of one that has no baselines.
     """
     names = list(dict.fromkeys(row.benchmark for row in rows))
     if len(names) != 1 or names[0] not in BASELINES:
@@ -176,11 +187,11 @@ def baselines_of(rows: Iterable[Row]) -> tuple[str, ...]:
 
 
 def weights_of(rows: Sequence[Row]) -> str:
-    """The kind of weights that ``rows`` are about: our implementation's, as a peer may store its own otherwise."""
+    """Returns how weights are stored in ``rows``: by our implementation, because another may store its weights otherwise."""
     return next((row for row in rows if row.implementation == OURS), rows[0]).weights
 
 
 def slug(gpu: str) -> str:
-    """A GPU's name for a file name: ``NVIDIA H100 80GB HBM3`` is ``h100-80gb-hbm3``."""
+    """Turns a GPU's name into a part of a file name: ``NVIDIA H100 80GB HBM3`` becomes ``h100-80gb-hbm3``."""
     words = "".join(c if c.isalnum() else " " for c in gpu.lower()).split()
     return "-".join(word for word in words if word not in ("nvidia", "amd")) or "unknown"

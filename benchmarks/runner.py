@@ -28,10 +28,11 @@ from torch import Tensor
 from moe_fused.benchmark import harness
 from moe_fused.benchmark.harness import Call, MismatchError, Timing, UnavailableError, current_environment
 from moe_fused.benchmark.inputs import DTYPE, Inputs
-from moe_fused.benchmark.layers import FORWARD_CUDA_GRAPH, LAYERS, Ceilings, Layer, floor_ms, flops
+from moe_fused.benchmark.layers import FORWARD, FORWARD_CUDA_GRAPH, LAYERS, Ceilings, Layer, flops, roofline_ms
+from moe_fused.integrations.quantizer import bitsandbytes_cpu
 
 from . import plot
-from .rows import BASELINES, FLOOR, Row, merge, new_row, read_rows, slug, write_rows
+from .rows import BASELINES, ROOFLINE, Row, merge, new_row, read_rows, slug, write_rows
 
 ROOT = Path(__file__).resolve().parent
 GRAPH_TOKENS = (1, 8)  # beyond, the GPU takes longer than the launches
@@ -41,21 +42,30 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Implementation:
-    """One contender, and where it is not asked to compete."""
+    """One contender, and where it is not asked to compete.
+
+    Attributes:
+        forward_only: it computes no gradients.
+        unavailable: says why it cannot compete on a device, or None; such a contender is left out of a run.
+    """
 
     name: str
     weights: str = "bf16"
     most_tokens: int | None = None
     capturable: bool = True
+    forward_only: bool = False
+    unavailable: Callable[[torch.device], str | None] = lambda _: None
 
     def competes(self, tokens: int, phase: str) -> bool:
         if phase == FORWARD_CUDA_GRAPH and not self.capturable:
+            return False
+        if self.forward_only and phase not in (FORWARD, FORWARD_CUDA_GRAPH):
             return False
         return self.most_tokens is None or tokens <= self.most_tokens
 
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Of hidden_states (T, H), top_k_index (T, K) and top_k_weights (T, K), to (T, H)."""
+"""Maps hidden_states (T, H), top_k_index (T, K) and top_k_weights (T, K) to (T, H)."""
 
 MakeCall = Callable[[Sequence["Inputs"], str], Call]
 """``make_call(inputs, phase)``: what is timed in a phase; a call returns its results by name."""
@@ -66,9 +76,9 @@ class Contenders:
     """The implementations of one layer, all over the same weights.
 
     Attributes:
-        weight_bytes: of a weight, as the floor counts them.
+        weight_bytes: the size of a weight, for the roofline.
         remark: a line for the terminal.
-        expected: by name of those that compute something else than the baseline does, what they must agree with.
+        expected: for implementations that compute something else than the baseline does, what they must agree with.
     """
 
     make_call: Mapping[str, MakeCall]
@@ -90,7 +100,7 @@ class Benchmark:
         implementations: in the order in which tables list them.
         setup: given the names that compete, loads what they need, once; what it returns makes the contenders of a layer.
         layers, tokens, phases, lora_ranks: what is measured unless asked otherwise; there are no other phases and ranks.
-        weights: how the weights are stored, of the floor.
+        weights: how the weights are stored for which the roofline is computed.
         seconds: time per implementation and point.
         tolerance: of results, relative to their norms.
     """
@@ -139,9 +149,9 @@ def forward_call(forward: Forward, inputs: Sequence[Inputs]) -> Call:
     """``call(i)``: ``forward`` of input set ``i`` modulo their number, without gradients."""
 
     def call(i: int) -> dict[str, Tensor]:
-        own = inputs[i % len(inputs)]
+        input_set = inputs[i % len(inputs)]
         with torch.no_grad():
-            return {"output": forward(own.hidden_states, own.top_k_index, own.top_k_weights)}
+            return {"output": forward(input_set.hidden_states, input_set.top_k_index, input_set.top_k_weights)}
 
     return call
 
@@ -180,7 +190,7 @@ class Bench:
     def measure(
         self, point: Point, contenders: Contenders, names: Sequence[str]
     ) -> tuple[list[Row], dict[str, Outcome]]:
-        """Rows of ``names`` and of the floor at ``point``; an implementation with wrong results gets none."""
+        """Rows of ``names`` and of the roofline at ``point``; an implementation with wrong results gets none."""
         inputs = self._inputs(point, contenders.weight_bytes)
         calls = {name: contenders.make_call[name](inputs, point.phase) for name in names}
         expected = {name: make(inputs, point.phase) for name, make in contenders.expected.items()}
@@ -275,7 +285,7 @@ class Bench:
         outcomes: Mapping[str, Outcome],
     ) -> list[Row]:
         layer, tokens, phase = point.layer, point.tokens, point.phase
-        active = sum(own.top_k_index.unique().numel() for own in inputs) / len(inputs)
+        active = sum(input_set.top_k_index.unique().numel() for input_set in inputs) / len(inputs)
         operations = flops(layer, tokens, phase)
 
         def row(implementation: str, weights: str, ms: float | None, peak_mib: float | None = None) -> Row:
@@ -303,8 +313,8 @@ class Bench:
             for name, outcome in ((name, outcomes[name]) for name in names)
             if not outcome.wrong
         ]
-        floor = floor_ms(layer, tokens, active, phase, self.ceilings, DTYPE.itemsize, weight_bytes)
-        return [*rows, row(FLOOR, self.benchmark.weights, floor)]
+        roofline = roofline_ms(layer, tokens, active, phase, self.ceilings, DTYPE.itemsize, weight_bytes)
+        return [*rows, row(ROOFLINE, self.benchmark.weights, roofline)]
 
 
 def results_table(
@@ -315,29 +325,28 @@ def results_table(
     lora = f", LoRA rank {layer.lora_rank}" if layer.lora_rank else ""
     table = Table(title=f"{layer.name} ({shape}, {benchmark.weights}{lora}), {phase}", title_justify="left")
     ratios = [f"× {name}" for name in benchmark.baselines]
-    for column in ("tokens", "implementation", "ms", "±", *ratios, "TFLOP/s", "of the floor", "peak MiB"):
+    for column in ("tokens", "implementation", "ms", "±", *ratios, "TFLOP/s", "of the roofline", "peak MiB"):
         table.add_column(column, justify="left" if column == "implementation" else "right", no_wrap=True)
     for tokens, rows, outcomes in measured:
         ms = {row.implementation: row.ms for row in rows}
-        floor = ms[FLOOR]
+        roofline = ms[ROOFLINE]
         for row in rows:
-            own = row.ms
-            if row.implementation == FLOOR:
-                table.add_row(str(tokens), "[dim]floor", f"[dim]{own:.4g}")
+            if row.implementation == ROOFLINE:
+                table.add_row(str(tokens), "[dim]roofline", f"[dim]{row.ms:.4g}")
                 continue
             outcome = outcomes[row.implementation]
-            if own is None or floor is None or outcome.timing is None:
+            if row.ms is None or roofline is None or outcome.timing is None:
                 table.add_row(str(tokens), row.implementation, outcome.problem or "–")
                 continue
             bases = [ms.get(name) for name in benchmark.baselines]
             table.add_row(
                 str(tokens),
                 row.implementation,
-                f"{own:.4g}",
+                f"{row.ms:.4g}",
                 f"{outcome.timing.spread:.1%}",
-                *(f"{base / own:.2f}" if base else "–" for base in bases),
+                *(f"{base / row.ms:.2f}" if base else "–" for base in bases),
                 f"{row.tflops:.3g}",
-                f"{floor / own:.0%}",
+                f"{roofline / row.ms:.0%}",
                 "–" if row.peak_mib is None else f"{row.peak_mib:.0f}",
             )
         table.add_section()
@@ -435,6 +444,12 @@ def _run(
     return problems
 
 
+def unavailable(benchmark: Benchmark, names: Sequence[str], device: torch.device) -> dict[str, str]:
+    """Those of ``names`` that cannot compete on ``device``, with the reasons."""
+    reasons = {name: benchmark.named(name).unavailable(device) for name in names}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
 def make_console() -> Console:
     console = Console()
     # A log has no width: 80 columns would cut names off.
@@ -474,9 +489,19 @@ def command(benchmark: Benchmark) -> Callable[..., None]:
         if chosen.type == "cpu" and layers != ["tiny"]:
             raise typer.BadParameter("a CPU is only for smoke tests: give --layer tiny", param_hint="--device")
 
+        bitsandbytes_cpu.register()  # for smoke tests: its own kernel for CPUs is wrong at small sizes
         console = make_console()
+        some = set(names) != set(every)
+        absent = unavailable(benchmark, names, chosen)
+        if implementation and absent:
+            name, reason = next(iter(absent.items()))
+            typer.echo(f"{name} cannot compete: {reason}; `--implementation` chooses others", err=True)
+            raise typer.Exit(2)
+        names = [name for name in names if name not in absent]
         start = time.perf_counter()
         prepare = benchmark.setup(names)
+        for name, reason in absent.items():
+            console.print(f"{name} does not compete: {reason}")
         if chosen.type == "cpu":
             ceilings = harness.measure_ceilings(chosen, copy_bytes=2**20, matmul_size=128, seconds=0.01)
         else:
@@ -484,7 +509,7 @@ def command(benchmark: Benchmark) -> Callable[..., None]:
         bench = Bench(benchmark, chosen, ceilings, seconds or (0.1 if quick else benchmark.seconds))
         environment = bench.environment
         # A run of some implementations only would leave points in the shared file without their rivals.
-        partial = quick or set(names) != set(every) or chosen.type == "cpu"
+        partial = quick or some or chosen.type == "cpu"
         shared = ROOT / "results" / f"{benchmark.name.replace('_', '-')}_{slug(environment.gpu)}.json"
         path = output or (None if partial else shared)
         console.print(

@@ -68,7 +68,7 @@ def _boundary(x: Tensor, reached: Callable[[], None]) -> Tensor:
 
 
 def _part_of_model(forward: Callable[..., Any], part: str) -> Callable[..., Any]:
-    """Of a module from hidden states (its first argument) to hidden states (its result, or the first of a tuple)."""
+    """Opens ranges around a module. Its first argument and its result, or the first of a tuple, are hidden states."""
 
     @functools.wraps(forward)
     def ranged(*args: Any, **kwargs: Any) -> Any:
@@ -103,7 +103,7 @@ def _in_range(function: Callable[..., Any], part: str) -> Callable[..., Any]:
 
 
 def _loss_head(forward: Callable[..., Any], span: _Span) -> Callable[..., Any]:
-    """Of a causal language model: what is not in its decoder is its loss."""
+    """Opens ranges around the loss of a causal language model, which is whatever is not in its decoder."""
 
     @functools.wraps(forward)
     def ranged(*args: Any, **kwargs: Any) -> Any:
@@ -216,8 +216,8 @@ def time_by_part(events: Events) -> dict[str, float]:
     ranges: dict[Any, list[tuple[float, float, str]]] = {}
     for event in events:
         if event.get("cat") == "user_annotation" and event["name"].startswith(_PREFIX):
-            own = (event["ts"], event["ts"] + event["dur"], event["name"].removeprefix(_PREFIX))
-            ranges.setdefault(event["tid"], []).append(own)
+            interval = (event["ts"], event["ts"] + event["dur"], event["name"].removeprefix(_PREFIX))
+            ranges.setdefault(event["tid"], []).append(interval)
     for opened in ranges.values():
         opened.sort()
     times = dict.fromkeys(PARTS, 0.0)
@@ -243,8 +243,8 @@ def time_by_kernel(events: Events) -> dict[str, tuple[float, int]]:
 
 def wall_ms(events: Events) -> float:
     """Milliseconds from the first launch to the end of the last kernel, or, without a GPU, of operators."""
-    own = [event for event in events if event.get("cat") in _LAUNCHES | _KERNELS | {"cpu_op"}]
-    return (max(event["ts"] + event["dur"] for event in own) - min(event["ts"] for event in own)) / 1e3
+    counted = [event for event in events if event.get("cat") in _LAUNCHES | _KERNELS | {"cpu_op"}]
+    return (max(event["ts"] + event["dur"] for event in counted) - min(event["ts"] for event in counted)) / 1e3
 
 
 def busy_ms(events: Events) -> float:

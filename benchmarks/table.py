@@ -1,21 +1,23 @@
-"""Writes benchmark rows into a Markdown file as tables, so that no number in it is ever typed.
+"""Writes benchmark rows into a Markdown file as tables, so that nobody types a number by hand.
 
     python -m benchmarks.table README.md            renews the tables
     python -m benchmarks.table README.md --check    fails if a table is not what its rows say
 
-A table stands between two comments, of which the first names the rows' file, relative to the Markdown file, and may
-narrow the rows down by key; what is between them is replaced:
+A table stands between two comments. The first comment names the file of rows, relative to the Markdown file, and may
+select rows by key. The script replaces everything between the two comments:
 
     <!-- rows: benchmarks/results/experts_h100-80gb-hbm3.json layer=qwen3-30b-a3b -->
     <!-- rows end -->
 
-The plot that stands beside the rows follows the table, and rows that nobody has measured yet are said to be that.
+The plot that lies beside the file of rows follows the table. A file that does not exist yet gives "Not measured yet."
+With ``view=summary`` the rows of the fine-tuning benchmark become one small table, without the plot: wall time beside
+GPU time, and peak memory, with the implementations named in words.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated
 
@@ -23,10 +25,12 @@ import typer
 
 from moe_fused.staging import replace_file
 
-from .rows import FLOOR, KEYS, OURS, Row, baselines_of, read_rows, weights_of
+from .rows import EAGER, FINETUNING_LABELS, KEYS, OURS, ROOFLINE, Row, baselines_of, read_rows, weights_of
 
 _BEGIN = re.compile(r"<!-- rows: (?P<file>\S+)(?P<filters>(?: \S+=\S+)*) -->")
 _END = "<!-- rows end -->"
+_VIEW = "view"
+_SUMMARY = "summary"
 _TITLES = {
     "forward": "forward",
     "forward_backward": "forward + backward",
@@ -34,19 +38,24 @@ _TITLES = {
     "recompute": "forward + backward with recomputation",
     "train_step": "a training step",
 }
-# What the details of ours and of the baseline say, and of ours alone: title, keys, form.
+# Details that the tables show for our implementations and for the baseline: title, keys, form.
 _DETAILS = (
     ("tokens/s", ("tokens_per_second",), "{:,.0f}"),
     ("GPU busy", ("gpu_busy",), "{:.0%}"),
     (
-        "ms of the GPU: experts + attention + loss + optimizer + rest",
+        "GPU time by part, ms: experts + attention + loss + optimizer + rest",
         ("experts_ms", "attention_ms", "loss_ms", "optimizer_ms", "other_ms"),
         "{:.0f}",
     ),
 )
-_OWN_DETAILS = (
+# Details that the tables show for our main implementation alone.
+_OUR_DETAILS = (
     ("model FLOP utilization", ("mfu",), "{:.0%}"),
-    ("MiB: weights + adapters and optimizer + the rest", ("weights_mib", "training_mib", "transient_mib"), "{:.0f}"),
+    (
+        "memory by part, MiB: weights + adapters and optimizer + the rest",
+        ("weights_mib", "training_mib", "transient_mib"),
+        "{:.0f}",
+    ),
     ("predicted peak MiB", ("predicted_mib",), "{:.0f}"),
 )
 
@@ -67,7 +76,7 @@ def _cell(row: Row | None, baseline: Row | None) -> str:
         return ""
     if row.ms is None:
         return "–"
-    if baseline is None or baseline.ms is None or row.implementation in (baseline.implementation, FLOOR):
+    if baseline is None or baseline.ms is None or row.implementation in (baseline.implementation, ROOFLINE):
         return _ms(row.ms)
     text = f"{_ms(row.ms)} ({_ratio(row, baseline)})"
     return f"**{text}**" if row.implementation == OURS else text
@@ -77,8 +86,8 @@ def _ratio(row: Row | None, baseline: Row | None) -> str:
     return f"{baseline.ms / row.ms:.2f}×" if row and row.ms and baseline and baseline.ms else ""
 
 
-def _share(row: Row | None, floor: Row | None) -> str:
-    return f"{floor.ms / row.ms:.0%}" if row and row.ms and floor and floor.ms else ""
+def _share(row: Row | None, roofline: Row | None) -> str:
+    return f"{roofline.ms / row.ms:.0%}" if row and row.ms and roofline and roofline.ms else ""
 
 
 def _peak(row: Row | None, baseline: Row | None) -> str:
@@ -95,18 +104,40 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+_GPU_MS = "gpu_busy_ms"
+
+
+def _gpu_ratio(row: Row | None, baseline: Row | None) -> str:
+    """How many times the baseline's GPU time is the row's, empty where either lacks it."""
+    if row is None or baseline is None or _GPU_MS not in row.details or _GPU_MS not in baseline.details:
+        return ""
+    return f"{baseline.details[_GPU_MS] / row.details[_GPU_MS]:.2f}×"
+
+
+def _gpu_cell(row: Row | None, baseline: Row | None) -> str:
+    """The time of a step in which the GPU ran a kernel, with the speed over the baseline's."""
+    text = _details(row, (_GPU_MS,), "{:.0f}")
+    ratio = "" if row is baseline else _gpu_ratio(row, baseline)
+    return f"{text} ({ratio})" if text and ratio else text
+
+
 def _details(row: Row | None, keys: Sequence[str], form: str) -> str:
     if row is None or any(key not in row.details for key in keys):
         return ""
     return " + ".join(form.format(row.details[key]) for key in keys)
 
 
+def _place(name: str) -> tuple[bool, bool, bool]:
+    """Sorts ours first, ours without CUDA graphs second and the floor last."""
+    return name == ROOFLINE, name != OURS, name != EAGER
+
+
 def _phase_table(rows: Sequence[Row]) -> list[str]:
-    """One layer and phase: times by implementation and size, then ours against the others, and the memory of both."""
+    """The table of one layer and phase: times by implementation and size, then ratios, memory and further details."""
     baseline, *others = baselines_of(rows)
     by_key = {(row.implementation, row.tokens): row for row in rows}
     sizes = sorted({row.tokens for row in rows})
-    names = sorted(_ordered(row.implementation for row in rows), key=lambda name: (name == FLOOR, name != OURS))
+    names = sorted(_ordered(row.implementation for row in rows), key=_place)
     lines = [
         _line([f"{_TITLES.get(rows[0].phase, rows[0].phase)}, ms", *(f"T={t}" for t in sizes)]),
         _line(["---", *("---:" for _ in sizes)]),
@@ -118,14 +149,18 @@ def _phase_table(rows: Sequence[Row]) -> list[str]:
         if OURS in names and other in names:
             ratios = [_ratio(by_key.get((OURS, t)), by_key.get((other, t))) for t in sizes]
             lines.append(_line([f"{OURS}, speed over {other}'s", *ratios]))
-    if OURS in names and FLOOR in names:
-        shares = [_share(by_key.get((OURS, t)), by_key.get((FLOOR, t))) for t in sizes]
-        lines.append(_line([f"{OURS}, share of the floor reached", *shares]))
-    for name in (OURS, baseline, *others):
+    if OURS in names and ROOFLINE in names:
+        shares = [_share(by_key.get((OURS, t)), by_key.get((ROOFLINE, t))) for t in sizes]
+        lines.append(_line([f"{OURS}, share of the roofline reached", *shares]))
+    for name in names:
+        cells = [_gpu_cell(by_key.get((name, t)), by_key.get((baseline, t))) for t in sizes]
+        if any(cells):
+            lines.append(_line([f"{name}, GPU time, ms", *cells]))
+    for name in (OURS, EAGER, baseline, *others):
         peaks = [_peak(by_key.get((name, t)), by_key.get((baseline, t))) for t in sizes]
         if any(peaks):
             lines.append(_line([f"{name}, peak MiB", *peaks]))
-    for name, details in ((OURS, _DETAILS + _OWN_DETAILS), (baseline, _DETAILS)):
+    for name, details in ((OURS, _DETAILS + _OUR_DETAILS), (EAGER, _DETAILS), (baseline, _DETAILS)):
         for title, keys, form in details:
             cells = [_details(by_key.get((name, t)), keys, form) for t in sizes]
             if any(cells):
@@ -142,23 +177,81 @@ def render(rows: Sequence[Row]) -> str:
     if not rows:
         raise ValueError("rows must hold at least one row to make a table of, got none")
     blocks: list[str] = []
+    baseline = baselines_of(rows)[0]
     legend = (
-        f"In brackets: speed over {baselines_of(rows)[0]}'s, and share of its peak; –: out of memory or could not run."
+        f"Brackets hold the speed over {baseline}'s and the share of {baseline}'s peak. A dash stands for an "
+        "implementation that ran out of memory or could not run."
     )
     for gpu, layer, rank in dict.fromkeys((row.gpu, row.layer, row.lora_rank) for row in rows):
-        own = [row for row in rows if (row.gpu, row.layer, row.lora_rank) == (gpu, layer, rank)]
-        runs = "; ".join(_ordered(f"torch {row.torch}, Triton {row.triton}, {row.date}" for row in own))
+        group = [row for row in rows if (row.gpu, row.layer, row.lora_rank) == (gpu, layer, rank)]
         lora = f", LoRA rank {rank}" if rank else ""
-        blocks.append(f"**{layer}**, {weights_of(own)}{lora} on {gpu} ({runs}). {legend}")
-        phases = _ordered(row.phase for row in own)
-        blocks += ["\n".join(_phase_table([row for row in own if row.phase == phase])) for phase in phases]
+        blocks.append(f"**{layer}**, {weights_of(group)}{lora} on {gpu} ({_runs(group)}). {legend}")
+        phases = _ordered(row.phase for row in group)
+        blocks += ["\n".join(_phase_table([row for row in group if row.phase == phase])) for phase in phases]
     return "\n\n".join(blocks)
+
+
+def _runs(rows: Sequence[Row]) -> str:
+    """The versions and dates of the runs that measured ``rows``."""
+    return "; ".join(_ordered(f"torch {row.torch}, Triton {row.triton}, {row.date}" for row in rows))
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """The rows of the fine-tuning benchmark as one small table that names the implementations in words.
+
+    Raises:
+        ValueError: rows that have no label in words, or rows of several GPUs, layers or ranks.
+    """
+    if len({(row.gpu, row.layer, row.lora_rank, row.phase) for row in rows}) != 1:
+        raise ValueError("a summary must be of one GPU, layer, rank and phase")
+    names = sorted(_ordered(row.implementation for row in rows), key=_place)
+    if unknown := set(names) - FINETUNING_LABELS.keys():
+        raise ValueError(f"a summary must be of {', '.join(FINETUNING_LABELS)}, got {', '.join(sorted(unknown))}")
+    (baseline,) = baselines_of(rows)
+    by_key = {(row.implementation, row.tokens): row for row in rows}
+    sizes = sorted({row.tokens for row in rows})
+
+    def line(title: str, cell: Callable[[Row | None], str], name: str) -> str:
+        return _line([title, *(cell(by_key.get((name, tokens))) for tokens in sizes)])
+
+    def ratio(row: Row | None) -> str:
+        base = None if row is None else by_key.get((baseline, row.tokens))
+        wall, gpu = _ratio(row, base), _gpu_ratio(row, base)
+        return f"**{wall}** ({gpu})" if wall and gpu else wall
+
+    lines = [
+        _line(["tokens in a step", *map(str, sizes)]),
+        _line(["---", *("---:" for _ in sizes)]),
+        *(line(f"{FINETUNING_LABELS[name]}, ms of a step (of GPU time)", _wall_and_gpu, name) for name in names),
+        *(
+            line(f"{FINETUNING_LABELS[name]}, speed over “{FINETUNING_LABELS[baseline]}” (by GPU time)", ratio, name)
+            for name in names
+            if name in (OURS, EAGER)
+        ),
+        *(line(f"{FINETUNING_LABELS[name]}, peak GiB", _gib, name) for name in names),
+    ]
+    return f"Measured on {rows[0].gpu} ({_runs(rows)}):\n\n" + "\n".join(lines)
+
+
+def _wall_and_gpu(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row.ms is None:
+        return "–"
+    gpu = _details(row, (_GPU_MS,), "{:.0f}")
+    return _ms(row.ms) + (f" ({gpu})" if gpu else "")
+
+
+def _gib(row: Row | None) -> str:
+    return "" if row is None or row.peak_mib is None else f"{row.peak_mib / 1024:.1f}"
 
 
 def _selected(rows: Sequence[Row], filters: str) -> list[Row]:
     chosen = list(rows)
     for item in filters.split():
         key, _, value = item.partition("=")
+        if item == f"{_VIEW}={_SUMMARY}":
+            continue
         if key not in KEYS:
             raise ValueError(f"a table's filter must be one of {', '.join(KEYS)}, got {key!r}")
         chosen = [row for row in chosen if str(getattr(row, key)) == value]
@@ -168,11 +261,13 @@ def _selected(rows: Sequence[Row], filters: str) -> list[Row]:
 
 
 def _block(file: str, filters: str, directory: Path) -> str:
-    """What stands between two markers: the tables of the rows in ``file``, and the plot beside it if there is one."""
+    """The text between two markers: the tables of the rows in ``file``, and the plot beside it if there is one."""
     path = directory / file
     if not path.exists():
         return "Not measured yet."
     rows = _selected(read_rows(path), filters)
+    if f"{_VIEW}={_SUMMARY}" in filters.split():
+        return summary(rows)
     blocks = [render(rows)]
     if path.with_suffix(".png").exists():
         picture = PurePosixPath(file).with_suffix(".png")

@@ -213,11 +213,11 @@ def _nbytes(tensors: Iterable[Any]) -> int:
 
 
 def _training_bytes(model: Any, optimizer: Any) -> int:
-    """Of adapters, their gradients and the optimizer's state; what is paged counts as elsewhere."""
-    own = trained(model)
+    """Bytes of adapters, their gradients and the optimizer's state. Paged state does not count as the GPU's."""
+    parameters = trained(model)
     state = (value for values in optimizer.state.values() for value in values.values())
-    # Gradients are of the size and dtype of what they are of, and gone between steps.
-    return 2 * _nbytes(own) + _nbytes(value for value in state if not getattr(value, "is_paged", False))
+    # A gradient has the size and dtype of its parameter. Gradients are gone between steps, so they are counted here.
+    return 2 * _nbytes(parameters) + _nbytes(value for value in state if not getattr(value, "is_paged", False))
 
 
 class Meter:
@@ -309,12 +309,12 @@ class Meter:
     def _measure_memory(self) -> dict[str, float]:
         reserved = torch.cuda.max_memory_reserved(self._device)
         peak = reserved if self._graphs else torch.cuda.max_memory_allocated(self._device)
-        own = _training_bytes(self._model, self._optimizer)
+        training = _training_bytes(self._model, self._optimizer)
         memory = {
             "peak": peak,
             "weights": self._weights,
-            "training": own,
-            "transient": peak - self._weights - own,
+            "training": training,
+            "transient": peak - self._weights - training,
             "reserved": max(self._most_reserved, reserved),
         }
         return {name: value / MIB for name, value in memory.items()}

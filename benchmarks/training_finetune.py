@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from moe_fused.finetune.model import adapt
+from moe_fused.finetune.adapters import adapt
+from moe_fused.finetune.data import fit
 from moe_fused.finetune.options import Options
-from moe_fused.finetune.plan import make_plan
-from moe_fused.finetune.run import make_trainer
-from moe_fused.finetune.trainer import Finetuner
+from moe_fused.finetune.plan import plan_run
+from moe_fused.finetune.resolve import ModelSetup, set_up
+from moe_fused.finetune.trainer import Finetuner, make_trainer
 
 from .training import Meter, Recipe, compile_layers
 
@@ -44,25 +45,25 @@ class Finetune:
     def __init__(self, model: Any, recipe: Recipe) -> None:
         self.model, self.has_parts, self.has_graphs = model, not recipe.compile_layers, recipe.cuda_graphs
         self._recipe, self._device = recipe, model.device
-        self._adapted = adapt(model, self._options())
+        self._adapted = adapt(model, self._set_up())
         if recipe.compile_layers:
             compile_layers(model)
 
     def train(self, tokens: Tensor, meter: Meter) -> list[float]:
         with tempfile.TemporaryDirectory() as output:
-            options = self._options(output, tokens.shape[1], len(tokens))
-            plan = make_plan(options, self.model.config, self._device, plain_text=True)
+            plan = plan_run(self._set_up(output, tokens.shape[1], len(tokens)), plain_text=True)
             self.predicted = plan.prediction.allocated
-            dataset = Dataset.from_dict({"input_ids": tokens.tolist()})
-            trainer = make_trainer(self._adapted, _tokenizer(), dataset, options, self._device, plan)
+            rows = Dataset.from_dict({"input_ids": tokens.tolist(), "labels": tokens.tolist()})
+            dataset = fit(rows, plan.run.batching)
+            trainer = make_trainer(self._adapted, _tokenizer(), dataset, plan.run)
             trainer.args.save_strategy = SaveStrategy.NO
             trainer.add_callback(_Steps(trainer, self.model, meter))
             trainer.train_from(None)
             return [record["loss"] for record in trainer.state.log_history if "loss" in record]
 
-    def _options(self, output: str = "", length: int | None = None, steps: int | None = None) -> Options:
+    def _set_up(self, output: str = "", length: int | None = None, steps: int | None = None) -> ModelSetup:
         recipe = self._recipe
-        return Options(
+        options = Options(
             model="random",
             dataset="random",
             output=output,
@@ -80,6 +81,7 @@ class Finetune:
             optimizer="auto" if recipe.paged or self._device.type == "cpu" else "adamw_8bit",
             memory_limit=NO_LIMIT_GIB,  # what does not fit is to be seen, not refused
         )
+        return set_up(options, self.model.config, self._device)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

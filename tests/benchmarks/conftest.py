@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import runner  # noqa: E402
 from benchmarks.rows import Row, read_rows  # noqa: E402
+from moe_fused.integrations.quantizer import bitsandbytes_cpu  # noqa: E402
 
 
 def plain_experts(
@@ -28,6 +29,14 @@ def plain_experts(
     every = torch.einsum("tei,ehi->teh", torch.nn.functional.silu(gate) * up, down_proj)
     chosen = every.gather(1, top_k_index[..., None].expand(-1, -1, every.shape[-1]))
     return (chosen * top_k_weights[..., None]).sum(1)
+
+
+@pytest.fixture(autouse=True)
+def _right_on_every_cpu() -> Iterator[None]:
+    """What the benchmarks' commands do first: bitsandbytes' own kernel for CPUs is wrong at the sizes of these tests."""
+    bitsandbytes_cpu.register()
+    yield
+    bitsandbytes_cpu.unregister()
 
 
 @pytest.fixture

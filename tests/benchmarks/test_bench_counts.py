@@ -16,8 +16,8 @@ from moe_fused.benchmark.layers import (
     Ceilings,
     Layer,
     compulsory_bytes,
-    floor_ms,
     flops,
+    roofline_ms,
 )
 
 SMALL = Layer("small", hidden=4, intermediate=3, experts=5, top_k=2)  # an expert has 2·3·4 + 4·3 = 36 parameters
@@ -89,19 +89,19 @@ def test_bytes_scale_with_the_dtype_but_for_the_ids():
 def test_bytes_of_packed_weights():
     """Only what is read of the weights shrinks: tokens and routing stay half-precision numbers and ids."""
     assert compulsory_bytes(SMALL, 3, 4, FORWARD, weight_bytes=0.5) == 4 * 36 * 0.5 + 2 * 24 + 60 == 180
-    assert floor_ms(SMALL, 3, 4, FORWARD, Ceilings(180e3, 1e12), weight_bytes=0.5) == pytest.approx(1.0)
+    assert roofline_ms(SMALL, 3, 4, FORWARD, Ceilings(180e3, 1e12), weight_bytes=0.5) == pytest.approx(1.0)
 
 
-def test_floor_is_the_slower_of_memory_and_compute():
-    assert floor_ms(SMALL, 3, 4, FORWARD, Ceilings(396e3, 1e12)) == pytest.approx(1.0)
-    assert floor_ms(SMALL, 3, 4, FORWARD, Ceilings(1e12, 432e3)) == pytest.approx(1.0)
+def test_roofline_is_the_slower_of_memory_and_compute():
+    assert roofline_ms(SMALL, 3, 4, FORWARD, Ceilings(396e3, 1e12)) == pytest.approx(1.0)
+    assert roofline_ms(SMALL, 3, 4, FORWARD, Ceilings(1e12, 432e3)) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(("tokens", "active", "ms"), [(1, 8, 0.025), (512, 128, 0.41), (16384, 128, 1.6)])
-def test_floor_of_a_real_layer(tokens, active, ms):
-    """The floors known of an H100: its copies reach 3.0 TB/s, its products about 760 TFLOP/s."""
-    floor = floor_ms(LAYERS["qwen3-30b-a3b"], tokens, active, FORWARD, Ceilings(3.0e12, 760e12))
-    assert floor == pytest.approx(ms, rel=0.05)
+def test_roofline_of_a_real_layer(tokens, active, ms):
+    """The rooflines of an H100, whose copies reach 3.0 TB/s, its products about 760 TFLOP/s."""
+    roofline = roofline_ms(LAYERS["qwen3-30b-a3b"], tokens, active, FORWARD, Ceilings(3.0e12, 760e12))
+    assert roofline == pytest.approx(ms, rel=0.05)
 
 
 def test_unknown_phase():

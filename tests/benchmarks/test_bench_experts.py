@@ -26,7 +26,7 @@ def test_whole_run_with_the_real_kernel(run_with_kernel):
     assert {row.phase for row in rows} == {FORWARD, FORWARD_BACKWARD}
     for phase in (FORWARD, FORWARD_BACKWARD):
         names = {t: [row.implementation for row in rows if (row.phase, row.tokens) == (phase, t)] for t in (1, 8, 65)}
-        few = ["moe_fused", "grouped_mm", "batched_mm", "eager", "floor"]
+        few = ["moe_fused", "grouped_mm", "batched_mm", "eager", "roofline"]
         assert names == {1: few, 8: few, 65: [name for name in few if name != "batched_mm"]}
     assert {row.weights for row in rows} == {"bf16"}
 
@@ -78,9 +78,9 @@ def test_implementations_share_weights_and_agree():
     assert len({id(module.gate_up_proj) for module in modules.values()}) == 1
     assert modules["eager"].gate_up_proj.shape == (8, 64, 64)
     inputs = [Inputs.random(layer, 5, generator) for _ in range(2)]
-    for own in inputs:
-        assert all(len(set(chosen)) == layer.top_k for chosen in own.top_k_index.tolist())
-        torch.testing.assert_close(own.top_k_weights.float().sum(-1), torch.ones(5), atol=1e-2, rtol=0)
+    for input_set in inputs:
+        assert all(len(set(chosen)) == layer.top_k for chosen in input_set.top_k_index.tolist())
+        torch.testing.assert_close(input_set.top_k_weights.float().sum(-1), torch.ones(5), atol=1e-2, rtol=0)
     calls = {name: experts.make_call(module, inputs, FORWARD_BACKWARD) for name, module in modules.items()}
     assert set(calls["eager"](0)) == {"output", "hidden_states.grad", "top_k_weights.grad", "gate_up.grad", "down.grad"}
     assert torch.equal(calls["eager"](1)["output"], calls["eager"](3)["output"]), "sets are taken in rotation"

@@ -46,25 +46,25 @@ def test_bitsandbytes_stack():
 
 @pytest.mark.parametrize("tokens", [1, 7, 64])
 def test_composed(tokens):
-    """Against a loop over tokens; with one token, most experts have no row."""
+    """``composed`` computes what a loop over tokens does, also for one token, when most experts have no row."""
     layer = Layer("small", hidden=32, intermediate=16, experts=6, top_k=3)
     generator = torch.Generator().manual_seed(tokens)
     stacks = [BitsandbytesStack.quantize(weight) for weight in random_weights(layer, generator)]
     gate_up, down = (stack.dequantize() for stack in stacks)
-    own = Inputs.random(layer, tokens, generator)
+    inputs = Inputs.random(layer, tokens, generator)
     want = torch.zeros(tokens, layer.hidden)
-    for t, (chosen, weights) in enumerate(zip(own.top_k_index, own.top_k_weights.detach().float(), strict=True)):
-        x = own.hidden_states[t].detach().float()
+    for t, (chosen, weights) in enumerate(zip(inputs.top_k_index, inputs.top_k_weights.detach().float(), strict=True)):
+        x = inputs.hidden_states[t].detach().float()
         for expert, weight in zip(chosen.tolist(), weights, strict=True):
             gate, up = (gate_up[expert].float() @ x).chunk(2)
             want[t] += weight * (down[expert].float() @ (torch.nn.functional.silu(gate) * up))
     with torch.no_grad():
-        got = composed(own.hidden_states, own.top_k_index, own.top_k_weights, *stacks)
+        got = composed(inputs.hidden_states, inputs.top_k_index, inputs.top_k_weights, *stacks)
     harness.compare("composed", {"y": got}, {"y": want})
 
 
 def test_all_implementations_agree_whoever_quantized(kernel):
-    """Also checks that second-level scales of a stack and of an expert differ by less than the benchmark tolerates."""
+    """All implementations agree, although ours quantizes experts one by one and bitsandbytes quantizes whole stacks."""
     generator = torch.Generator().manual_seed(0)
     layer = LAYERS["tiny"]
     contenders = experts_4bit.setup(NAMES)(layer, generator)
@@ -81,7 +81,7 @@ def test_all_implementations_agree_whoever_quantized(kernel):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_wrong_weights_are_not_timed(tmp_path, kernel, name, monkeypatch):
-    """Whoever is wrong, somebody is refused: the baseline is what the others are compared with."""
+    """An implementation with wrong results gets no row; if the baseline is wrong, all the others get none."""
     forwards = experts_4bit.make_forwards
 
     def make_forwards(*arguments):
@@ -94,16 +94,18 @@ def test_wrong_weights_are_not_timed(tmp_path, kernel, name, monkeypatch):
     assert result.exit_code == 1
     timed = [row.implementation for row in read_rows(tmp_path / "rows.json")]
     wrong = [other for other in NAMES if (other == name) != (name == "composed")]
-    assert timed == [*(other for other in NAMES if other not in wrong), "floor"]
+    assert timed == [*(other for other in NAMES if other not in wrong), "roofline"]
     for other in wrong:
         assert f"output of {other} is off" in result.stderr
 
 
+@pytest.mark.slow
 def test_whole_run_with_the_real_kernel(run_with_kernel):
     rows, printed = run_with_kernel("experts_4bit", *SMOKE, tokens=(1, 8, 65))
     for tokens in (1, 8, 65):
-        own = [(row.implementation, row.weights) for row in rows if row.tokens == tokens]
-        assert own == [(name, "bf16" if name == "moe_fused_bf16" else "nf4") for name in NAMES] + [("floor", "nf4")]
+        measured = [(row.implementation, row.weights) for row in rows if row.tokens == tokens]
+        expected = [(name, "bf16" if name == "moe_fused_bf16" else "nf4") for name in NAMES]
+        assert measured == [*expected, ("roofline", "nf4")]
     assert {row.phase for row in rows} == {"forward"}, "there are no CUDA graphs on a CPU"
     stored = re.search(r"tiny: moe_fused stores (\S+) bytes per parameter", printed)
     assert stored
@@ -116,23 +118,24 @@ def test_stored_bytes_of_real_layers(name):
     packed = load_kernel().Format4bit
     gate_up = packed((layer.experts, 2 * layer.intermediate, layer.hidden), projections=2)
     down = packed((layer.experts, layer.hidden, layer.intermediate))
-    stored = sum(math.prod(shape) for own in (gate_up, down) for shape in own.storage().values())
+    stored = sum(math.prod(shape) for stack_format in (gate_up, down) for shape in stack_format.storage().values())
     # Half a byte, a byte for 64 weights and a float for 256 of those; offsets hardly count.
     assert stored / layer.parameters == pytest.approx(0.5 + 1 / 64 + 4 / (64 * 256), rel=1e-4)
     assert stored / layer.parameters <= 0.53
 
 
-def test_floor_counts_what_is_stored(tmp_path, kernel, monkeypatch):
-    """Half the bytes, half the floor, where bytes are what takes the time."""
-    floors = []
+def test_roofline_counts_what_is_stored(tmp_path, kernel, monkeypatch):
+    """The roofline grows with the bytes that are stored, as long as memory bandwidth is the limit."""
+    rooflines = []
     for nbytes in (10**6, 2 * 10**6):
         monkeypatch.setattr(kernel.Packed4bitWeights, "nbytes", nbytes)
         monkeypatch.setattr(harness, "measure_ceilings", lambda *_, **__: runner.Ceilings(1e9, 1e15))
         output = tmp_path / f"{nbytes}.json"
         assert run(*SMOKE, "--tokens", "64", "--output", str(output)).exit_code == 0
-        floors += [row.ms for row in read_rows(output) if row.implementation == "floor"]
-    # With 64 tokens to 2 of 8 experts each is chosen: 2 stacks of 10**6 bytes are 2 ms at 1 GB/s, and 2 more twice that.
-    assert floors[1] - floors[0] == pytest.approx(2.0, rel=1e-3)
+        rooflines += [row.ms for row in read_rows(output) if row.implementation == "roofline"]
+    # With 64 tokens to 2 of 8 experts, every expert is chosen. Two stacks of 10**6 bytes take 2 ms at 1 GB/s, and two
+    # stacks of twice the size take 4 ms.
+    assert rooflines[1] - rooflines[0] == pytest.approx(2.0, rel=1e-3)
 
 
 def test_without_bitsandbytes(tmp_path, kernel, monkeypatch):

@@ -44,39 +44,39 @@ class Dense:
         return self.weight
 
 
-def loop(own: runner.Inputs, gate_up: Tensor, down: Tensor, adapters: Adapters) -> tuple[Tensor, dict[str, Tensor]]:
+def loop(inputs: runner.Inputs, gate_up: Tensor, down: Tensor, adapters: Adapters) -> tuple[Tensor, dict[str, Tensor]]:
     """A loop over slots in float64: the output and all gradients."""
-    x = own.hidden_states.detach().double().requires_grad_()
-    weights = own.top_k_weights.detach().double().requires_grad_()
+    x = inputs.hidden_states.detach().double().requires_grad_()
+    weights = inputs.top_k_weights.detach().double().requires_grad_()
     factors = {name: value.detach().double().requires_grad_() for name, value in adapters.tensors.items()}
     gate_up = gate_up.double() + SCALING * factors["gate_up.b"] @ factors["gate_up.a"]
     down = down.double() + SCALING * factors["down.b"] @ factors["down.a"]
     outputs = []
-    for t, chosen in enumerate(own.top_k_index.tolist()):
+    for t, chosen in enumerate(inputs.top_k_index.tolist()):
         y = x.new_zeros(x.shape[1])
         for k, expert in enumerate(chosen):
             gate, up = (gate_up[expert] @ x[t]).chunk(2)
             y = y + weights[t, k] * (down[expert] @ (torch.nn.functional.silu(gate) * up))
         outputs.append(y)
     output = torch.stack(outputs)
-    grads = torch.autograd.grad(output, (x, weights, *factors.values()), own.grad_output.double())
+    grads = torch.autograd.grad(output, (x, weights, *factors.values()), inputs.grad_output.double())
     return output, dict(zip(GRADIENTS, grads, strict=True))
 
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_composed(tokens, phase):
-    """With one token, most experts have no row."""
+    """``composed`` computes what the loop does, also for one token, when most experts have no row."""
     generator = torch.Generator().manual_seed(tokens)
     gate_up, down = map(Dense, random_weights(LAYER, generator))
     adapters = Adapters.random(LAYER, generator)
-    own = runner.Inputs.random(LAYER, tokens, generator)
+    input_set = runner.Inputs.random(LAYER, tokens, generator)
 
     def forward(*inputs):
         return composed(*inputs, gate_up, down, adapters, LAYER.experts)
 
-    got = Trained(forward, adapters.tensors).make_call([own], phase)(0)
-    output, grads = loop(own, gate_up.weight, down.weight, adapters)
+    got = Trained(forward, adapters.tensors).make_call([input_set], phase)(0)
+    output, grads = loop(input_set, gate_up.weight, down.weight, adapters)
     want = {"output": output, **{f"{name}.grad": grad for name, grad in grads.items()}}
     harness.compare("composed", got, want, tolerance=0.02)
     # Forward and backward, and once more where the forward is replayed: no dense stack is kept in between.
@@ -86,13 +86,13 @@ def test_composed(tokens, phase):
 def test_composed_keeps_no_weights():
     generator = torch.Generator().manual_seed(0)
     stacks = [Dense(weight.requires_grad_()) for weight in random_weights(LAYER, generator)]
-    own = runner.Inputs.random(LAYER, 8, generator)
+    inputs = runner.Inputs.random(LAYER, 8, generator)
     saved: list[torch.Size] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
         composed(
-            own.hidden_states,
-            own.top_k_index,
-            own.top_k_weights,
+            inputs.hidden_states,
+            inputs.top_k_index,
+            inputs.top_k_weights,
             False,
             *stacks,
             Adapters.random(LAYER, generator),
@@ -119,7 +119,7 @@ def test_all_implementations_agree(phase):
             continue
         assert list(results[name]) == ["output", *(f"{gradient}.grad" for gradient in GRADIENTS)]
         harness.compare(name, results[name], results["composed"], tolerance=tolerance)
-    # Adapters weigh so much that one that is left out is an error, not a difference.
+    # The adapters are so large that leaving one out is an error above the tolerance.
     with pytest.raises(harness.MismatchError, match="output of"):
         harness.compare(
             "without",
@@ -130,7 +130,7 @@ def test_all_implementations_agree(phase):
 
 
 def test_recomputing_keeps_less():
-    """The peers' checkpointing works: between forward and backward there is the input, not the rows."""
+    """The checkpointing of ``composed`` and PEFT works: they keep the input until the backward, and not the rows."""
     layer = dataclasses.replace(LAYERS["tiny"], lora_rank=16)
     generator = torch.Generator().manual_seed(0)
     names = ["composed", "peft"]
@@ -150,7 +150,7 @@ def test_recomputing_keeps_less():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_wrong_results_are_not_timed(tmp_path, name, monkeypatch):
-    """Whoever is wrong is refused; if the baseline is, those that are compared with it."""
+    """An implementation with wrong results gets no row; if the baseline is wrong, those compared with it get none."""
     make = experts_lora.make_contenders
 
     def make_contenders(*arguments):
@@ -170,18 +170,19 @@ def test_wrong_results_are_not_timed(tmp_path, name, monkeypatch):
     assert result.exit_code == 1
     wrong = {"moe_fused", "peft", "moe_fused_bf16"} if name == "composed" else {name}
     timed = [row.implementation for row in read_rows(output)]
-    assert timed == [*(other for other in NAMES if other not in wrong), "floor"]
+    assert timed == [*(other for other in NAMES if other not in wrong), "roofline"]
     for other in wrong:
         assert f"output of {other} is off" in result.stderr
 
 
+@pytest.mark.slow
 def test_whole_run_with_the_real_kernel(run_with_kernel):
     rows, printed = run_with_kernel("experts_lora", *SMOKE, "--lora-rank", "16", tokens=(16, 40, 65))
     for phase in PHASES:
         for tokens in (16, 40, 65):
-            own = [(row.implementation, row.weights) for row in rows if (row.phase, row.tokens) == (phase, tokens)]
+            measured = [(row.implementation, row.weights) for row in rows if (row.phase, row.tokens) == (phase, tokens)]
             dense = ("peft", "moe_fused_bf16")
-            assert own == [(name, "bf16" if name in dense else "nf4") for name in [*NAMES, "floor"]]
+            assert measured == [(name, "bf16" if name in dense else "nf4") for name in [*NAMES, "roofline"]]
     assert {row.lora_rank for row in rows} == {16}
     assert "nf4, LoRA rank 16), recompute" in printed
 
@@ -191,9 +192,9 @@ def test_every_rank_has_adapters_of_its_own(tmp_path):
     options = ("--tokens", "4", "--implementation", "composed", "--phase", FORWARD_BACKWARD, "--output", str(output))
     assert run(*SMOKE, *options).exit_code == 0
     rows = {(row.lora_rank, row.implementation): row for row in read_rows(output)}
-    assert set(rows) == {(rank, name) for rank in (16, 64) for name in ("composed", "floor")}
-    # Of a tiny layer's floor, adapters are the larger part.
-    assert rows[64, "floor"].ms > 1.5 * rows[16, "floor"].ms
+    assert set(rows) == {(rank, name) for rank in (16, 64) for name in ("composed", "roofline")}
+    # Adapters are the larger part of a tiny layer's roofline.
+    assert rows[64, "roofline"].ms > 1.5 * rows[16, "roofline"].ms
 
 
 @pytest.mark.parametrize(
@@ -204,7 +205,7 @@ def test_every_rank_has_adapters_of_its_own(tmp_path):
     ],
 )
 def test_missing_package(tmp_path, monkeypatch, package, code, message):
-    """Nothing compares without the baseline; without PEFT its row has no time."""
+    """Without the baseline's package the benchmark ends; without PEFT, PEFT's row has no time."""
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
     output = tmp_path / "rows.json"

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 import typer
+from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3MoeForCausalLM
 from typer.testing import CliRunner
@@ -18,7 +19,8 @@ from benchmarks.rows import read_rows, row_from_json, write_rows
 from benchmarks.table import render
 from benchmarks.training import Loop, Meter, Recipe, measure, set_up_loop, trained
 from moe_fused.benchmark.harness import compare
-from moe_fused.quantizer import PackedConfig, get_packed
+from moe_fused.benchmark.layers import Ceilings
+from moe_fused.integrations.quantizer.packed_experts import PackedConfig, get_packed
 from tests.support import unboxed
 
 CPU = torch.device("cpu")
@@ -50,7 +52,7 @@ def loss_and_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     tokens = torch.arange(32)[None] * 7 % TINY.vocabulary
     loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
     gradients = torch.autograd.grad(loss, trained(model))
-    return {"loss": loss.detach()[None], "gradients": torch.cat([own.flatten() for own in gradients])}
+    return {"loss": loss.detach()[None], "gradients": torch.cat([gradient.flatten() for gradient in gradients])}
 
 
 # What is built.
@@ -66,17 +68,20 @@ def test_what_is_built_is_what_would_be_loaded(tmp_path):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.bfloat16)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=config, dtype=torch.bfloat16, device_map={"": CPU}
+    )
     built = full_model.build(TINY, CPU)
 
     def described(model: nn.Module) -> dict[str, tuple]:
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         return {
-            name: (type(own), own.shape, own.dtype, own.device.type, own.requires_grad) for name, own in tensors.items()
+            name: (type(tensor), tensor.shape, tensor.dtype, tensor.device.type, tensor.requires_grad)
+            for name, tensor in tensors.items()
         }
 
     assert described(built) == described(loaded)
-    assert [type(own) for own in built.modules()] == [type(own) for own in loaded.modules()]
+    assert [type(module) for module in built.modules()] == [type(module) for module in loaded.modules()]
     for name in ("is_quantized", "is_loaded_in_4bit", "quantization_method"):
         assert getattr(built, name) == getattr(loaded, name)
     assert type(built.hf_quantizer) is type(loaded.hf_quantizer)
@@ -150,11 +155,11 @@ def test_multiplied_parameters_are_those_of_the_modules():
         model = Qwen3MoeForCausalLM._from_config(TINY.config())
     idle = 1 - TINY.experts.top_k / TINY.experts.experts
     counted = 0.0
-    for name, own in model.named_parameters():
-        if own.dim() == 2 and "embed" not in name:
-            counted += own.numel()
-        elif own.dim() == 3:
-            counted += own.numel() * (1 - idle)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and "embed" not in name:
+            counted += parameter.numel()
+        elif parameter.dim() == 3:
+            counted += parameter.numel() * (1 - idle)
     assert counted == TINY.multiplied_parameters
 
 
@@ -172,7 +177,7 @@ def test_kernels_count_for_the_range_that_launched_them():
         event("user_annotation", "step: experts", 10, 20),
         event("user_annotation", "step: attention", 15, 5),
         event("user_annotation", "somebody else's", 11, 80),
-        # Of another thread, at the same time.
+        # A range of another thread, at the same time.
         event("user_annotation", "step: loss", 0, 100, thread=2),
         event("cuda_runtime", "cudaLaunchKernel", 12, 1, correlation=1),
         event("cuda_driver", "cuLaunchKernelEx", 17, 1, correlation=2),
@@ -195,28 +200,39 @@ def test_kernels_count_for_the_range_that_launched_them():
 
 
 def test_ranges_hold_what_a_part_does_in_every_pass():
-    """The products of the composed experts are known by name, as is attention, and nothing else in the model makes them."""
+    """Every pass of a part is inside its range.
+
+    Operators tell the parts apart: only the composed experts, attention and the loss use theirs.
+    """
     loop = tiny_training()
     full_model.run_composed(loop.model)
     tokens = torch.arange(32)[None] * 7 % TINY.vocabulary
     with step_trace.parts(loop.model, loop.optimizer), step_trace.tracing(CPU, ranges=True) as events:
         loop.model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
         loop.optimizer.step()
-    annotations = [own for own in events if own.get("cat") == "user_annotation" and own["name"].startswith("step: ")]
-    counts = {part: sum(own["name"] == f"step: {part}" for own in annotations) for part in step_trace.PARTS}
+    annotations = [
+        event for event in events if event.get("cat") == "user_annotation" and event["name"].startswith("step: ")
+    ]
+    counts = {
+        part: sum(annotation["name"] == f"step: {part}" for annotation in annotations) for part in step_trace.PARTS
+    }
     # Forward, recomputation, backward.
     assert (counts["experts"], counts["attention"]) == (3 * TINY.layers, 3 * TINY.layers)
     assert (counts["loss"], counts["optimizer"]) == (2, 1)
-    ranges = sorted((own["ts"], own["ts"] + own["dur"], own["name"].removeprefix("step: ")) for own in annotations)
+    ranges = sorted(
+        (annotation["ts"], annotation["ts"] + annotation["dur"], annotation["name"].removeprefix("step: "))
+        for annotation in annotations
+    )
     found: dict[str, set[str]] = {}
     runs: dict[str, int] = {}
-    for own in events:
+    for event in events:
         for name, part in (("_grouped_mm", "experts"), ("scaled_dot_product", "attention"), ("log_softmax", "loss")):
-            if own.get("cat") == "cpu_op" and own["name"].startswith(f"aten::{name}"):
-                found.setdefault(part, set()).add(step_trace._innermost(ranges, own["ts"]))
+            if event.get("cat") == "cpu_op" and event["name"].startswith(f"aten::{name}"):
+                found.setdefault(part, set()).add(step_trace._innermost(ranges, event["ts"]))
                 runs[part] = runs.get(part, 0) + 1
     assert found == {"experts": {"experts"}, "attention": {"attention"}, "loss": {"loss"}}
-    # Two stacks and two pairs of factors: once forward, once more, then a gradient of the rows each and one of each factor.
+    # There are two stacks and two pairs of factors, so six products in the forward and six in its recomputation. The
+    # backward has six for the gradient of the rows and four for the factors.
     assert runs["experts"] == TINY.layers * (6 + 6 + 6 + 4)
     assert min(step_trace.time_by_part(events).values()) > 0
     for module in (loop.model, loop.model.model, *loop.model.model.layers):
@@ -269,6 +285,7 @@ def test_whole_run(tmp_path, trainer):
     rows = read_rows(output)
     assert [(row.implementation, row.tokens, row.phase, row.weights) for row in rows] == [
         ("moe_fused", 16, "train_step", "nf4"),
+        ("moe_fused_eager", 16, "train_step", "nf4"),
         ("composed", 16, "train_step", "nf4"),
     ]
     assert "| a training step, ms | T=16 |" in render(rows)
@@ -296,6 +313,19 @@ def test_models_that_differ_are_noticed(monkeypatch):
     assert "Implementations disagree: 16 tokens: loss" in result.stderr
 
 
+def test_the_eager_run_records_no_graphs():
+    """It is ours in everything else, so the two differ in who launches the kernels."""
+    recipes = {}
+    bench = finetune_30b.Bench(
+        finetune_30b.TINY, CPU, Ceilings(1e12, 1e12), Recipe(cuda_graphs=True), 0.0, 1, 0,
+        lambda model, recipe: recipes.setdefault(len(recipes), recipe), Console(quiet=True),
+    )  # fmt: skip
+    for name in ("moe_fused", "moe_fused_eager"):
+        bench.run(name, (), lambda row: None)
+    assert [recipe.cuda_graphs for recipe in recipes.values()] == [True, False]
+    assert dataclasses.replace(recipes[1], cuda_graphs=True) == recipes[0]
+
+
 def test_no_memory_is_a_row(monkeypatch, tmp_path):
     def measure(training, length, *_, **__):
         raise torch.OutOfMemoryError("no memory")
@@ -305,14 +335,14 @@ def test_no_memory_is_a_row(monkeypatch, tmp_path):
     assert run(*SMOKE, "--trainer", "loop", "--output", str(output)).exit_code == 0
     assert [(row.ms, row.tflops, row.peak_mib, row.details) for row in read_rows(output)] == [
         (None, None, None, {})
-    ] * 2
+    ] * len(finetune_30b.DEFAULT_IMPLEMENTATIONS)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--device", "cpu"), "give --quick"),
-        (("--implementation", "nobody"), "is none of moe_fused, composed, peft"),
+        (("--implementation", "nobody"), "is none of moe_fused, moe_fused_eager, composed, peft"),
         (("--recompute", "selective"), "needs loop"),
         (("--trainer", "nobody"), "is none of finetune, loop"),
     ],

@@ -35,6 +35,7 @@ def run(*options):
     return CliRunner().invoke(app, options)
 
 
+@pytest.mark.slow
 def test_whole_run(tmp_path, libraries):
     output = tmp_path / "rows.json"
     command = [sys.executable, "-m", "benchmarks.loading", "--quick", "--device", "cpu", "--layers", "2"]

@@ -19,7 +19,8 @@ from benchmarks.full_model import as_bitsandbytes, dequantized
 from benchmarks.loss_parity import BF16, DEQUANTIZED, QUICK, TOLERANCE, WEIGHTS, WINDOW, LossRow, Task
 from benchmarks.rows import OURS
 from moe_fused.demo.data import reference_text
-from moe_fused.quantizer import get_packed, packed_modules, projections_of
+from moe_fused.integrations.quantizer.packed_experts import get_packed, packed_modules
+from moe_fused.integrations.transformers.experts_module import projections_of
 from tests.support import REPOSITORY, unboxed
 
 CPU = torch.device("cpu")
@@ -37,7 +38,7 @@ def _leave_transformers_as_it_was():
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """Of two steps over a model that was trained for two."""
+    """The benchmark's task with two steps, over a model that was trained for two steps."""
     directory = tmp_path_factory.mktemp("base")
     size = dataclasses.replace(QUICK, steps=2)
     loss_parity.save_base(directory, size, loss_parity.corpus_of(reference_text(), size, 2, CPU))
@@ -52,16 +53,19 @@ def run(*options: str):
 
 
 def rows(**losses: list[float]) -> list[LossRow]:
-    """Of one run: losses by implementation, ``even`` ones where none are given; held out are the first and the last."""
+    """Rows of one run with these losses.
+
+    An implementation without losses gets ``even`` ones; its held-out losses are the first and the last.
+    """
     even = [2.0 - 0.01 * step for step in range(2 * WINDOW)]
     made = []
     for name, weights in WEIGHTS.items():
-        own = losses.get(name, even)
-        held_out = {0: own[0], len(own): own[-1]}
+        curve = losses.get(name, even)
+        held_out = {0: curve[0], len(curve): curve[-1]}
         sizes = {"layers": 2, "experts": 4, "hidden": 128}
         environment = dict.fromkeys(("gpu", "date", "torch", "triton", "transformers", "peft"), "")
         made.append(LossRow("loss_parity", **environment, **sizes, implementation=name, weights=weights, seconds=1.0,
-                            held_out=held_out, losses=tuple(own)))  # fmt: skip
+                            held_out=held_out, losses=tuple(curve)))  # fmt: skip
     return made
 
 
@@ -79,17 +83,18 @@ def test_text_is_real_and_the_same_each_time():
 def test_what_is_held_out_is_nowhere_else():
     text, held_out = loss_parity.docstrings(20_000)
     reference = "".join(reference_text())
-    paragraphs = [own for own in held_out.split("\n\n") if len(own) > 2 * loss_parity.LEAST_CHARACTERS]
+    paragraphs = [
+        paragraph for paragraph in held_out.split("\n\n") if len(paragraph) > 2 * loss_parity.LEAST_CHARACTERS
+    ]
     assert len(paragraphs) > 3
-    assert all(own not in text and own not in reference for own in paragraphs)
+    assert all(paragraph not in text and paragraph not in reference for paragraph in paragraphs)
 
 
 # The models.
 
 
 def test_bitsandbytes_dequantizes_experts_one_by_one_to_the_same_weights(task):
-    options = loss_parity._options(task.directory, CPU)
-    model = loss_parity.load(DEQUANTIZED, task.directory, options, CPU)
+    model = loss_parity.load(DEQUANTIZED, task.directory, loss_parity._set_up(task.directory, CPU))
     (_, first), *others = packed_modules(model)
     assert len(others) == QUICK.num_layers - 1
     for name in projections_of(first):
@@ -103,7 +108,7 @@ def test_bitsandbytes_dequantizes_experts_one_by_one_to_the_same_weights(task):
 def test_all_train_the_same_adapters_on_the_same_batches(task):
     starts, batches, losses = {}, {}, {}
     for name in WEIGHTS:
-        own = dataclasses.replace(task, adapters=task.adapters)
+        trial = dataclasses.replace(task, adapters=task.adapters)
         seen = batches[name] = []
 
         class Corpus(type(task.corpus)):
@@ -111,32 +116,32 @@ def test_all_train_the_same_adapters_on_the_same_batches(task):
                 seen.append(super().batch(*arguments))
                 return seen[-1]
 
-        own.corpus = Corpus(task.corpus.train, task.corpus.held_out)
-        losses[name], held_out = own.run(name)
+        trial.corpus = Corpus(task.corpus.train, task.corpus.held_out)
+        losses[name], held_out = trial.run(name)
         assert list(held_out) == [0, 1, 2]
-        starts[name] = own.adapters
-        task.adapters = own.adapters
+        starts[name] = trial.adapters
+        task.adapters = trial.adapters
     assert all(torch.equal(a, b) for a, b in zip(batches[OURS], batches[BF16], strict=True))
     assert not torch.equal(batches[OURS][0], batches[OURS][1])
     assert any(".experts." in name for name in starts[OURS])
     assert all(value.dtype == torch.bfloat16 for value in starts[OURS].values())
     for name, value in losses.items():
         assert value[0] == pytest.approx(losses[OURS][0], abs=0.02), name
-    # Three computations, not one three times.
-    assert len({own[0] for own in losses.values()}) == 3
+    # The three implementations compute differently, so their first losses differ a little.
+    assert len({curve[0] for curve in losses.values()}) == 3
 
 
 def test_other_adapters_are_refused(task):
-    own = dataclasses.replace(task, adapters={"lora_A": torch.zeros(2, 2)})
+    other_task = dataclasses.replace(task, adapters={"lora_A": torch.zeros(2, 2)})
     with pytest.raises(RuntimeError, match="adapters must be the same for all, got"):
-        own.run(BF16)
+        other_task.run(BF16)
 
 
 def test_experts_that_stay_dense_are_refused(tmp_path):
     odd = dataclasses.replace(QUICK, hidden_size=96, intermediate_size=1, steps=1)
     loss_parity.save_base(tmp_path, odd, loss_parity.corpus_of(reference_text(), odd, 1, CPU))
     with pytest.raises(RuntimeError, match="moe_fused must have experts in nf4 in all 2 layers"):
-        loss_parity.load(OURS, tmp_path, loss_parity._options(tmp_path, CPU), CPU)
+        loss_parity.load(OURS, tmp_path, loss_parity._set_up(tmp_path, CPU))
 
 
 def test_a_loss_that_is_not_finite_is_an_error(task, monkeypatch):
@@ -153,7 +158,7 @@ def test_smoothed_curves():
     means = loss_parity.smoothed(losses)
     assert len(means) == len(losses)
     assert means[:3] == [0, 0.5, pytest.approx(1 / 3)]
-    assert all(own == pytest.approx(0.5, abs=0.51 / WINDOW) for own in means[WINDOW:])
+    assert all(mean == pytest.approx(0.5, abs=0.51 / WINDOW) for mean in means[WINDOW:])
 
 
 def test_batches_that_are_hard_for_all_are_no_difference():
@@ -170,7 +175,7 @@ def test_curves_that_part_are_noticed(sign):
     assert loss_parity.disagreements(rows(dequantized=parted, moe_fused=parted)) == []
     (problem,) = loss_parity.disagreements(rows(moe_fused=parted))
     assert problem.startswith("losses of moe_fused and dequantized differ by 0.")
-    # Of another sign each other step: rounding, not a trend.
+    # A difference whose sign changes at each step is rounding, not a trend.
     noisy = [loss + 2 * TOLERANCE * (-1) ** step for step, loss in enumerate(even)]
     noisy[0] = even[0]
     assert loss_parity.disagreements(rows(moe_fused=noisy)) == []
@@ -200,7 +205,7 @@ def test_a_cost_that_grows_is_said():
 
 
 def test_measured_curves_are_the_same():
-    """What the documentation says of the committed run."""
+    """The committed run has the agreement that the documentation states."""
     measured = loss_parity.read(REPOSITORY / "benchmarks/results/loss-parity_h100-80gb-hbm3.json")
     assert {row.implementation: (row.weights, len(row.losses)) for row in measured} == {
         name: (weights, 500) for name, weights in WEIGHTS.items()

@@ -14,7 +14,7 @@ BEGIN, END = "<!-- rows: rows.json -->", "<!-- rows end -->"
 
 @pytest.fixture
 def rows(make_row):
-    """Two implementations and the floor at three sizes and in two phases; a peer that ran out of memory at the last."""
+    """Two implementations and the roofline at three sizes and in two phases; a peer that ran out of memory at the last."""
     rows = []
     for phase, factor in (("forward", 1.0), ("forward_backward", 3.0)):
         for tokens in (1, 512, 16384):
@@ -23,7 +23,7 @@ def rows(make_row):
                 make_row(**common, ms=0.25 * factor * tokens),
                 make_row(**common, implementation="grouped_mm", ms=0.5 * factor * tokens, peak_mib=40.0),
                 make_row(**common, implementation="eager", ms=None if tokens > 512 else 4.0 * tokens, peak_mib=None),
-                make_row(**common, implementation="floor", ms=0.1 * factor * tokens, peak_mib=None),
+                make_row(**common, implementation="roofline", ms=0.1 * factor * tokens, peak_mib=None),
             ]
     return rows
 
@@ -41,7 +41,7 @@ class TestTable:
         assert cells(markdown, "moe_fused") == ["**0.250 (2.00×)**", "**128 (2.00×)**", "**4096 (2.00×)**"]
         assert cells(markdown, "grouped_mm") == ["0.500", "256", "8192"]
         assert cells(markdown, "eager") == ["4.00 (0.12×)", "2048 (0.12×)", "–"]
-        assert cells(markdown, "moe_fused, share of the floor reached") == ["40%"] * 3
+        assert cells(markdown, "moe_fused, share of the roofline reached") == ["40%"] * 3
         assert cells(markdown, "moe_fused, peak MiB") == ["12 (31%)"] * 3
         assert cells(markdown, "grouped_mm, peak MiB") == ["40"] * 3
 
@@ -70,7 +70,41 @@ class TestTable:
         assert cells(markdown, "moe_fused, model FLOP utilization") == ["", "25%"]
         assert cells(markdown, "grouped_mm, tokens/s") == ["", "10,423"]
         assert "grouped_mm, model FLOP utilization" not in markdown
-        assert "ms of the GPU" not in markdown
+        assert "GPU time" not in markdown
+
+    def test_gpu_time_stands_beside_wall_time(self, make_row):
+        """With our rows without CUDA graphs right after ours, and ratios of each kind of time."""
+        rows = [
+            make_row(benchmark="finetune_30b", implementation=name, ms=ms, details={"gpu_busy_ms": gpu}, peak_mib=peak)
+            for name, ms, gpu, peak in (
+                ("composed", 1000.0, 200.0, 4096.0),
+                ("peft", 2000.0, 400.0, None),
+                ("moe_fused_eager", 500.0, 100.0, 2048.0),
+                ("moe_fused", 125.0, 100.0, 2048.0),
+            )
+        ]
+        markdown = table.render(rows)
+        names = [line.split(" |")[0][2:] for line in markdown.splitlines() if line.startswith("| ")]
+        assert names[2:6] == ["moe_fused", "moe_fused_eager", "composed", "peft"]
+        assert cells(markdown, "moe_fused_eager") == ["500 (2.00×)"]
+        assert cells(markdown, "moe_fused, GPU time, ms") == ["100 (2.00×)"]
+        assert cells(markdown, "composed, GPU time, ms") == ["200"]
+        assert cells(markdown, "peft, GPU time, ms") == ["400 (0.50×)"]
+        assert cells(markdown, "moe_fused_eager, peak MiB") == ["2048 (50%)"]
+        small = table.summary(rows)
+        assert "moe_fused" not in small
+        assert cells(small, "moe-fused, ms of a step (of GPU time)") == ["125 (100)"]
+        assert cells(small, "moe-fused without CUDA graphs, ms of a step (of GPU time)") == ["500 (100)"]
+        assert cells(small, "moe-fused, speed over “bitsandbytes + torch._grouped_mm” (by GPU time)") == [
+            "**8.00×** (2.00×)"
+        ]
+        assert cells(small, "bitsandbytes + torch._grouped_mm, peak GiB") == ["4.0"]
+
+    def test_a_summary_names_implementations_in_words(self, make_row):
+        with pytest.raises(ValueError, match=r"a summary must be of moe_fused, .* got grouped_mm"):
+            table.summary([make_row(implementation="grouped_mm")])
+        with pytest.raises(ValueError, match="one GPU, layer, rank and phase"):
+            table.summary([make_row(), make_row(gpu="NVIDIA L4")])
 
     def test_every_table_is_well_formed(self, rows):
         for block in table.render(rows).split("\n\n"):
@@ -86,7 +120,10 @@ class TestTable:
         assert cells(table.render([make_row(ms=12.345)]), "moe_fused") == ["12.3"]
 
     def test_several_baselines(self, make_row):
-        """Of the 4-bit benchmark: brackets are over the first, a line of its own over each of the others."""
+        """The 4-bit benchmark has several baselines.
+
+        Brackets compare with the first, and each of the others has a line of its own.
+        """
 
         def at(tokens, **times):
             return [
@@ -101,8 +138,8 @@ class TestTable:
             ]
 
         rows = [
-            *at(1, moe_fused=0.1, composed=0.5, dequantize_first=0.25, moe_fused_bf16=0.05, floor=0.02),
-            *at(512, moe_fused=1.0, composed=1.9, dequantize_first=None, moe_fused_bf16=2.0, floor=0.5),
+            *at(1, moe_fused=0.1, composed=0.5, dequantize_first=0.25, moe_fused_bf16=0.05, roofline=0.02),
+            *at(512, moe_fused=1.0, composed=1.9, dequantize_first=None, moe_fused_bf16=2.0, roofline=0.5),
         ]
         markdown = table.render(rows)
         assert markdown.startswith("**qwen3-30b-a3b**, nf4 on NVIDIA H100 80GB HBM3")
@@ -113,11 +150,11 @@ class TestTable:
         assert cells(markdown, "moe_fused_bf16") == ["0.050 (10.00×)", "2.00 (0.95×)"]
         assert cells(markdown, "moe_fused, speed over dequantize_first's") == ["2.50×", ""]
         assert cells(markdown, "moe_fused, speed over moe_fused_bf16's") == ["0.50×", "2.00×"]
-        assert cells(markdown, "moe_fused, share of the floor reached") == ["20%", "50%"]
+        assert cells(markdown, "moe_fused, share of the roofline reached") == ["20%", "50%"]
         assert cells(markdown, "dequantize_first, peak MiB") == ["12 (100%)", "12 (100%)"]
 
     def test_memory_without_a_share(self, make_row):
-        """Of a baseline that ran out of memory, was not there, or needed none to speak of."""
+        """There is no share of memory if the baseline ran out of it, was not measured, or needed almost none."""
         baselines = [make_row(tokens=t, implementation="grouped_mm", peak_mib=p) for t, p in ((1, None), (2, 0.2))]
         markdown = table.render([*(make_row(tokens=t) for t in (1, 2, 3)), *baselines])
         assert cells(markdown, "moe_fused, peak MiB") == ["12", "12", "12"]
@@ -193,6 +230,14 @@ class TestDocument:
         assert cells(first, "moe_fused") == ["7.00"]
         assert cells(second, "moe_fused")[0] == "**0.250 (2.00×)**"
 
+    def test_summary(self, document, make_row, tmp_path):
+        write_rows(tmp_path / "steps.json", [make_row(benchmark="finetune_30b", ms=7.0, peak_mib=1024.0)])
+        document.write_text(f"<!-- rows: steps.json tokens=512 view=summary -->\n{END}\n", encoding="utf-8")
+        assert self.run(document).exit_code == 0
+        text = document.read_text(encoding="utf-8")
+        assert cells(text, "moe-fused, ms of a step (of GPU time)") == ["7.00"]
+        assert cells(text, "moe-fused, peak GiB") == ["1.0"]
+
     def test_rows_that_do_not_exist_yet(self, document, rows, tmp_path):
         document.write_text(f"{BEGIN.replace('rows.json', 'later.json')}\n{END}\n{BEGIN}\n{END}\n", encoding="utf-8")
         assert self.run(document).exit_code == 0
@@ -209,7 +254,7 @@ class TestDocument:
         assert self.run(document).exit_code == 0
         text = document.read_text(encoding="utf-8")
         assert text.count("](rows.png)") == 1
-        assert text.index("| floor |") < text.index("](rows.png)") < text.index(END)
+        assert text.index("| roofline |") < text.index("](rows.png)") < text.index(END)
 
     @pytest.mark.parametrize(
         ("text", "message"),

@@ -65,6 +65,12 @@ def test_bad_row_is_named_with_its_file(tmp_path, make_row, change, message):
     assert str(path) in str(raised.value)
 
 
+def test_rows_of_the_roofline_are_read_by_their_former_name_too(make_row, tmp_path):
+    path = tmp_path / "rows.json"
+    write_rows(path, [make_row(implementation=name) for name in ("floor", "roofline", "moe_fused")])
+    assert [row.implementation for row in read_rows(path)] == ["roofline", "roofline", "moe_fused"]
+
+
 @pytest.mark.parametrize("text", ["{}", "[1]", "[", ""], ids=["object", "number", "cut off", "empty"])
 def test_file_without_rows(tmp_path, text):
     path = tmp_path / "rows.json"
