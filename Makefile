@@ -29,7 +29,7 @@ define run_tests
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-gpu lint format docs bench wheel clean
+.PHONY: help setup build demo test test-slow test-readers test-gpu lint format docs bench wheel publish clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,8 +39,8 @@ help: ## Show this list
 setup: $(READY) ## Create $(VENV) with everything in it
 
 $(READY): pyproject.toml
-	@command -v "$(PYTHON)" >/dev/null || { echo "error: $(PYTHON) not found, need Python 3.10 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
-	@"$(PYTHON)" -c 'import platform, sys; sys.version_info >= (3, 10) or sys.exit("error: $(PYTHON) is Python " + platform.python_version() + ", need 3.10 or newer: make PYTHON=/path/to/python3")'
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: $(PYTHON) not found, need Python 3.11 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import platform, sys; sys.version_info >= (3, 11) or sys.exit("error: $(PYTHON) is Python " + platform.python_version() + ", need 3.11 or newer: make PYTHON=/path/to/python3")'
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) has no venv or ensurepip module: install them (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	@echo "Setting up $(VENV): $(TORCH), then the rest"
 	@"$(PYTHON)" -m venv "$(VENV)"
@@ -56,8 +56,27 @@ build: $(READY) ## Build the kernel into build/torch-*
 demo: build ## Train, quantize, fine-tune and export a small Qwen3-MoE (the main job); ARGS are passed on
 	@$(BIN)/python -m moe_fused.demo $(ARGS)
 
-test: build ## Run all tests
-	$(call run_tests,$(BIN)/python -m pytest -n $(JOBS) --timeout 300)
+test: build ## Run the tests, but for the slow ones
+	$(call run_tests,$(BIN)/python -m pytest -n $(JOBS) --timeout 300 -m "not slow")
+
+# bitsandbytes computes differently on processors with avx512_bf16 and without. Tests that meet its linear layers on a CPU
+# run a second time as if the processor were of the other kind.
+CPU_TESTS := $(addsuffix .py,$(addprefix tests/integration/test_,quantizer quantizer_checkpoints lora_4bit cli_models \
+	convert_models finetune finetune_steps demo examples) $(addprefix tests/benchmarks/test_bench_,experts_4bit experts_lora \
+	loss_parity))
+
+test-slow: build ## Run the slow tests, and those that depend on the processor as on one of the other kind
+	@status=0; \
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --timeout 600 -m slow tests/kernel $(PYTEST_ARGS) || status=1; \
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --timeout 600 -m slow tests --ignore=tests/kernel $(PYTEST_ARGS) || status=1; \
+	kind=$$($(BIN)/python -m tests.cpu_path.other) || exit 1; \
+	echo "bitsandbytes' path for avx512_bf16 forced $$kind"; \
+	MOE_FUSED_TEST_CPU_BF16=$$kind $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --timeout 300 -m "not slow" \
+		$(CPU_TESTS) $(PYTEST_ARGS) || status=1; \
+	exit $$status
+
+test-readers: build ## Install vLLM, SGLang and llama.cpp's converters in part, and let them read our adapters
+	@$(TEST_ENV) $(BIN)/python -m pytest -m readers tests/readers $(PYTEST_ARGS)
 
 # Most of the time on a GPU goes into compiling kernels, which spreads over the cores.
 GPU_JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ $$n -gt 12 ] && n=12; echo $$n)
@@ -90,6 +109,11 @@ bench: ## Benchmark on the GPU with PYTHON as it is; ARGS are passed on, BENCHMA
 
 wheel: $(READY) ## Build dist/*.tar.gz, and dist/*.whl from it
 	@$(BIN)/python -m build --outdir dist .
+
+REPO ?=
+
+publish: $(READY) ## Build, check and publish the kernel to the Hub, REPO=org/name; ARGS=--dry-run only shows it
+	@$(BIN)/python scripts/publish.py $(if $(REPO),--repo $(REPO)) $(ARGS)
 
 clean: ## Remove what this Makefile made, except dist and the demo's output
 	@[ ! -f "$(VENV)/pyvenv.cfg" ] || rm -rf "$(VENV)"

@@ -1,14 +1,15 @@
-"""An adapter, and the model with the adapter merged, as vLLM, SGLang and llama.cpp read them; with the commands to run next.
+"""Exports an adapter, and a model with the adapter merged, for vLLM, SGLang and llama.cpp, and prints the commands to run.
 
     python examples/export.py
     python examples/export.py --model Qwen/Qwen3-30B-A3B --adapter my-adapter --adapter-layout peft-fused --output my-export
 
-`my-adapter` is what `moe-fused finetune --output my-adapter` wrote. Without --adapter-layout it takes adapters whose files
-tell their layout, such as my-adapter/adapter of `qlora_trl.py --output my-adapter`.
+In the second command, `my-adapter` is the output of `moe-fused finetune --output my-adapter`. Leave --adapter-layout out
+for adapters whose files tell their layout, such as my-adapter/adapter from `qlora_trl.py --output my-adapter`.
 
-Adapters that name PEFT's target_parameters, also those of others, hold all experts of a layer in two matrices, which these
-tools do not read. The adapter is exported with a matrix for each expert, rank and scaling inside, and compared as PEFT and
-Transformers read it without moe_fused. `moe-fused convert adapter` and `moe-fused merge` are the same as commands.
+An adapter that names PEFT's target_parameters holds all experts of a layer in two matrices, which these three tools do not
+read. The example exports the adapter with a matrix for each expert and with the scaling inside the matrices. Then it
+loads the result with PEFT and Transformers alone, without moe_fused, and compares the logits. The commands
+`moe-fused convert adapter` and `moe-fused merge` do the same.
 """
 
 import argparse
@@ -32,7 +33,7 @@ parser.add_argument("--adapter", type=Path, help="a directory; a random adapter 
 parser.add_argument(
     "--adapter-layout",
     choices=[layout.value for layout in Layout],
-    help="if the adapter does not tell: peft-fused for PEFT's target_parameters, which moe-fused finetune uses",
+    help="needed if the files do not tell it: peft-fused for PEFT's target_parameters, which moe-fused finetune uses",
 )
 parser.add_argument("--output", type=Path, default=Path("examples-output/export"))
 options = parser.parse_args()
@@ -61,7 +62,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def tensors_of(directory: Path) -> Iterator[tuple[str, list[int]]]:
-    """Names and shapes of what a directory's files hold, from their headers."""
+    """The names and shapes of the tensors in a directory, from the headers of its files."""
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             yield from ((name, file.get_slice(name).get_shape()) for name in file.offset_keys())
@@ -83,14 +84,14 @@ if adapter is None:
     adapter, layout = options.output / "adapter", "peft-fused"
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], target_parameters=targets)
-    lora.init_lora_weights = False  # random, where a new adapter adds zero
+    lora.init_lora_weights = False  # random factors; those of a new adapter would add zero
     get_peft_model(load(model_id, "moe_fused"), lora).save_pretrained(adapter)
 
-# 1. The adapter. Every tool has a rule of its own for alpha and ranks: with alpha = r, one rank and the scaling inside
-# lora_B, all of them come to the same.
+# 1. Export the adapter. Every tool has its own rule for alpha and ranks. With alpha = r, one rank and the scaling inside
+# lora_B, all rules give the same result.
 try:
     convert_adapter(adapter, exported, to=Layout.PER_EXPERT, given=layout and Layout(layout), overwrite=True)
-except (ValueError, OSError) as error:  # no adapter, or one whose layout must be given
+except (ValueError, OSError) as error:  # there is no adapter, or its layout must be given
     parser.error(str(error).replace("--from", "--adapter-layout"))  # the command's name for it
 rank = json.loads((exported / "adapter_config.json").read_text(encoding="utf-8"))["r"]
 sizes = {"gate_proj": (config.moe_intermediate_size, config.hidden_size)}
@@ -104,7 +105,8 @@ for layer in range(config.num_hidden_layers):
             needed[f"{path}.lora_B.weight"] = [out_features, rank]
 check("exported adapter", {name: shape for name, shape in tensors_of(exported) if ".experts." in name}, needed)
 
-# 2. The merged model: dense, a matrix for each expert as on the Hub, and nothing of PEFT or moe_fused in it.
+# 2. Merge the adapter. The merged model is dense, has a matrix for each expert as on the Hub, and needs neither PEFT nor
+# moe_fused.
 model = PeftModel.from_pretrained(load(model_id, "moe_fused"), adapter)
 expected = logits(model)
 model.merge_and_unload(safe_merge=True).save_pretrained(merged)
@@ -115,7 +117,7 @@ needed = {f"model.layers.{layer}.mlp.experts.{expert}.{name}.weight": [*size]
           for name, size in sizes.items()}  # fmt: skip
 check("experts of the merged model", {name: size for name, size in tensors_of(merged) if ".experts." in name}, needed)
 
-# 3. Both as others read them: with PEFT and Transformers alone, on Transformers' own experts.
+# 3. Load both as other programs do: with PEFT and Transformers alone, on Transformers' own experts.
 moe_fused.disable()
 difference("exported adapter", logits(PeftModel.from_pretrained(load(model_id, "eager"), exported)), expected)
 difference("merged model", logits(load(merged, "eager")), expected)

@@ -1,10 +1,10 @@
-"""A Qwen3-MoE with all of it in 4 bits, experts included: loaded from a dense checkpoint, run, saved, loaded again.
+"""Loads a dense Qwen3-MoE with linear layers and experts in 4 bits, runs it, saves it and loads it again.
 
     python examples/inference_4bit.py
     python examples/inference_4bit.py --model Qwen/Qwen3-30B-A3B --output qwen3-4bit --prompt "Why is the sky blue?"
 
-Qwen3-30B-A3B is 61 GB in bf16, and 17 GB in the end here. It is quantized tensor by tensor while it loads, so a GPU with
-24 GB is enough. `moe-fused quantize` and `moe-fused generate` are the same as commands.
+Qwen3-30B-A3B takes 61 GB in bf16 and 17 GB in 4 bits. It is quantized tensor by tensor while it loads, so a GPU with
+24 GB is enough. The commands `moe-fused quantize` and `moe-fused generate` do the same.
 """
 
 import argparse
@@ -25,7 +25,7 @@ options = parser.parse_args()
 model_id = options.model or tiny_model(options.output / "model")
 checkpoint = options.output / "model-4bit"
 
-# Without this, Transformers holds linear layers in 4 bits and leaves the experts, nearly all of the model, as they are.
+# Without this call, Transformers quantizes the linear layers alone. The experts, nearly all of the model, stay dense.
 moe_fused.enable()
 device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -37,7 +37,7 @@ model = AutoModelForCausalLM.from_pretrained(
 ).eval()
 tokenizer = AutoTokenizer.from_pretrained(model_id)
 
-with torch.device("meta"):  # the same model dense, of which nothing but the sizes exists
+with torch.device("meta"):  # the same model dense, without memory for its weights
     dense = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_id), dtype=dtype)
 bytes_dense, bytes_4bit = dense.get_memory_footprint(), model.get_memory_footprint()
 print(f"memory: {bytes_4bit / 1e6:,.2f} MB in 4 bits, {bytes_dense / 1e6:,.2f} MB in {dtype}")
@@ -53,8 +53,9 @@ def generate(model: torch.nn.Module) -> list[int]:
 tokens = generate(model)
 print(f"generated: {tokenizer.decode(tokens)!r}")
 
-# By default a 4-bit matrix for each expert, as Transformers 4 with bitsandbytes wrote it and other tools read it. After
-# moe_fused.save_format(model, "fused") a few large tensors for each layer, which load faster, and with moe_fused only.
+# By default, the checkpoint has a 4-bit matrix for each expert, as Transformers 4 with bitsandbytes wrote it and other tools
+# read it. After moe_fused.save_format(model, "fused") it has a few large tensors for each layer. These load faster, but
+# only with moe_fused.
 model.save_pretrained(checkpoint)
 tokenizer.save_pretrained(checkpoint)
 on_disk = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
@@ -63,7 +64,7 @@ print(f"saved: {on_disk / 1e6:,.2f} MB in {checkpoint}")
 with torch.no_grad():
     logits = model(**prompt).logits
 del model
-# What the checkpoint is in stands in its config: no quantization_config here.
+# The checkpoint's config says that it is in 4 bits, so this call needs no quantization_config.
 reloaded = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, device_map={"": device}).eval()
 with torch.no_grad():
     difference = (reloaded(**prompt).logits - logits).abs().max()

@@ -1,10 +1,10 @@
-"""The experts of one layer with nothing but torch and the kernel: forward, backward, weights in 4 bits, LoRA.
+"""Computes the experts of one layer with torch and the kernel alone: forward, backward, 4-bit weights and LoRA.
 
     LOCAL_KERNELS=org/qwen3-moe-fused=$PWD python examples/kernel_only.py
     python examples/kernel_only.py
 
-The kernel is loaded as any program would load it. The first command takes it from this checkout, after `make build`; the
-second from the Hub. Everything is compared with a few lines of plain torch.
+The example loads the kernel as any program would. The first command takes the kernel from this checkout, after
+`make build`; the second takes it from the Hub. A few lines of plain torch check every result.
 """
 
 import torch
@@ -25,12 +25,12 @@ def randn(*shape: int, scale: float = 1.0) -> torch.Tensor:
 x = randn(tokens, hidden)
 gate_up_proj = randn(num_experts, 2 * intermediate, hidden, scale=hidden**-0.5)  # gate's rows, then up's
 down_proj = randn(num_experts, hidden, intermediate, scale=intermediate**-0.5)
-# The router's choice: for each token the experts that it goes to, and what their outputs count.
+# The router chooses the experts of each token, and the weights of their outputs.
 top_k_weights, top_k_index = torch.randn(tokens, num_experts, device=device).softmax(-1).topk(top_k)
 
 
 def plain_torch(x: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> torch.Tensor:
-    """What the kernel computes, with a copy of the weights for each token."""
+    """Computes what the kernel does, with a copy of the weights for each token."""
     y = torch.zeros_like(x)
     for k in range(top_k):
         gate, up = torch.einsum("th,tih->ti", x, gate_up_proj[top_k_index[:, k]]).chunk(2, dim=-1)
@@ -47,7 +47,7 @@ def show(what: str, got: torch.Tensor, expected: torch.Tensor) -> None:
 
 print(f"{tokens} tokens to {top_k} of {num_experts} experts each, {dtype} on {device}")
 
-# Dense experts. Only gradients that somebody asks for are computed: here those of the tokens and of one projection.
+# Dense experts. The kernel computes only the gradients that somebody asks for, here those of the tokens and of down_proj.
 inputs = [value.clone().requires_grad_() for value in (x, down_proj)]
 y = kernel.moe_experts(inputs[0], top_k_index, top_k_weights, gate_up_proj, inputs[1])
 expected = plain_torch(inputs[0], gate_up_proj, inputs[1])
@@ -58,7 +58,7 @@ expected_grads = torch.autograd.grad(expected, inputs, upstream)
 show("gradient of the tokens", grads[0], expected_grads[0])
 show("gradient of down_proj", grads[1], expected_grads[1])
 
-# The same experts in 4 bits, as bitsandbytes has them: they take the place of the dense weights, and are frozen.
+# The same experts in bitsandbytes' 4-bit format. They take the place of the dense weights and are frozen.
 packed_up = kernel.Packed4bitWeights.quantize(gate_up_proj, projections=2)
 packed_down = kernel.Packed4bitWeights.quantize(down_proj)
 y = kernel.moe_experts(x, top_k_index, top_k_weights, packed_up, packed_down)
@@ -66,8 +66,8 @@ show("output in 4 bits", y, plain_torch(x, packed_up.dequantize(), packed_down.d
 dense_bytes = gate_up_proj.nbytes + down_proj.nbytes
 print(f"{'':28} {(packed_up.nbytes + packed_down.nbytes) / dense_bytes:.2f} of the dense weights' bytes")
 
-# LoRA on top: expert e works as if its matrix were W[e] + scaling · b[e] · a[e], which is never formed. What is trained are
-# a and b; an adapter of gate_up_proj may instead have 2·rank rows in a, for gate and up apart.
+# LoRA over the 4-bit experts. Expert e works as if its matrix were W[e] + scaling · b[e] · a[e], but the kernel never forms
+# that matrix. Training changes a and b. An adapter of gate_up_proj may also have 2·rank rows in a, for gate and up apart.
 factors = [
     randn(num_experts, rank, hidden, scale=hidden**-0.5).requires_grad_(),
     randn(num_experts, 2 * intermediate, rank, scale=rank**-0.5).requires_grad_(),

@@ -1,11 +1,12 @@
-"""QLoRA on several GPUs: each has the whole 4-bit model and its share of every batch, gradients of adapters are averaged.
+"""Trains a QLoRA on several GPUs: each GPU has the whole 4-bit model and a share of every batch.
 
     accelerate launch --multi_gpu --num_processes 2 examples/qlora_ddp.py
     accelerate launch --multi_gpu --num_processes 8 examples/qlora_ddp.py --model Qwen/Qwen3-30B-A3B --dataset chats.jsonl
     python examples/qlora_ddp.py --output examples-output/one_process
 
-Without a GPU the processes run on the CPU, where accelerate, too, starts several only with --multi_gpu. --batch-size is that
-of all processes together, so the third command, one process, trains the same adapter but for rounding.
+The processes average the gradients of the adapters. Without a GPU they run on the CPU; accelerate needs --multi_gpu to
+start several processes there, too. --batch-size counts the rows of all processes together. The third command, with one
+process, therefore trains the same adapter up to rounding.
 """
 
 import argparse
@@ -28,14 +29,14 @@ parser.add_argument("--model", help="a directory or a name on the Hub; a tiny ra
 parser.add_argument("--dataset", help="JSON Lines with a list of `messages` in each row; a few sums by default")
 parser.add_argument("--output", type=Path, default=Path("examples-output/qlora_ddp"))
 parser.add_argument("--steps", type=int, default=4)
-parser.add_argument("--batch-size", type=int, default=8, help="of a step, over all processes")
+parser.add_argument("--batch-size", type=int, default=8, help="rows in a step, over all processes")
 options = parser.parse_args()
 
-# Joins the other processes, and knows which of them this is and its device.
+# Joins the other processes, and says which of them this one is and which device it has.
 state = PartialState(cpu=not torch.cuda.is_available())
 if options.batch_size % state.num_processes:
     parser.error(f"--batch-size {options.batch_size} cannot be shared by {state.num_processes} processes")
-with state.main_process_first():  # the others find what the first has made, or downloaded
+with state.main_process_first():  # the other processes find what the first has made or downloaded
     made = options.output / "model"
     model_id = options.model or (tiny_model(made) if state.is_main_process else str(made))
     tokenizer = AutoTokenizer.from_pretrained(model_id)
@@ -45,7 +46,7 @@ dtype = torch.float32 if state.device.type == "cpu" else torch.bfloat16
 quantization = BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
 )
-# Not device_map="auto", which would spread one copy of the model over the GPUs: each process loads all of it to its own.
+# Each process loads the whole model to its own GPU. device_map="auto" would spread one copy over all GPUs instead.
 model = AutoModelForCausalLM.from_pretrained(
     model_id, dtype=dtype, quantization_config=quantization, device_map={"": state.device}
 )
@@ -75,10 +76,11 @@ trainer = SFTTrainer(
         bf16=False,
         optim="adamw_torch" if state.device.type == "cpu" else "paged_adamw_8bit",
         gradient_checkpointing=True,
-        # Every adapter of experts gets a gradient on every process, zero for experts that none of its tokens went to, so
-        # DDP need not look for parameters without one.
+        # Every adapter gets a gradient on every process. It is zero for experts without tokens there. DDP therefore need
+        # not look for parameters without a gradient.
         ddp_find_unused_parameters=False,
-        # The router's loss for balance is not a mean over tokens: with it, shares of a batch are not the batch.
+        # The router's load-balancing loss is not a mean over tokens, so its mean over shares of a batch is not that of the
+        # batch.
         router_aux_loss_coef=0.0,
         logging_steps=1,
         save_strategy="no",

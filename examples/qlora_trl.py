@@ -1,10 +1,10 @@
-"""QLoRA by hand with Transformers, PEFT and TRL: train adapters on attention and experts, save them, load them again.
+"""Trains a QLoRA with Transformers, PEFT and TRL: adapters on attention and experts are trained, saved and loaded again.
 
     python examples/qlora_trl.py
     python examples/qlora_trl.py --model Qwen/Qwen3-30B-A3B --dataset chats.jsonl --output my-adapter --steps 500
 
-`moe-fused finetune` does this in one command, with checkpoints to resume from and a plan of the memory; this is what is
-inside, for programs of your own.
+`moe-fused finetune` does this in one command, with checkpoints to resume from and a plan of the memory. This example shows
+the steps behind it, for scripts of your own.
 """
 
 import argparse
@@ -28,10 +28,10 @@ parser.add_argument("--steps", type=int, default=10)
 options = parser.parse_args()
 model_id = options.model or tiny_model(options.output / "model")
 
-# Before the model is loaded and adapted: this is all it takes for Transformers to hold experts in 4 bits as well, and for
-# PEFT to put adapters on them into the kernels.
+# Call this before the model is loaded. Transformers then quantizes the experts too, and PEFT's adapters on experts run in
+# the kernels.
 moe_fused.enable()
-# With its number: accelerate trains a 4-bit model only on the very device that it was loaded to.
+# The device needs its number, because accelerate trains a 4-bit model only on the very device that it was loaded to.
 device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
@@ -46,7 +46,7 @@ def load_in_4bit() -> torch.nn.Module:
 
 
 def hold_adapters_in_dtype(model: torch.nn.Module) -> None:
-    """TRL makes adapters of every 4-bit model bf16, on a CPU as well; PEFT makes float32 of those that it loads."""
+    """Casts the adapters to ``dtype``: TRL makes them bf16 in every 4-bit model, and PEFT loads them as float32."""
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)
@@ -55,9 +55,9 @@ def hold_adapters_in_dtype(model: torch.nn.Module) -> None:
 lora = LoraConfig(
     r=8,
     lora_alpha=16,
-    # Experts by the names that their linear layers have in checkpoints. Gate and up get factors of their own, and the file
-    # a matrix for each expert, which vLLM, SGLang and llama.cpp read. PEFT's target_parameters=["mlp.experts.gate_up_proj",
-    # "mlp.experts.down_proj"] runs in the same kernels, with one lora_A for gate and up and PEFT's own file format.
+    # The names of the experts' linear layers in checkpoints. Gate and up get factors of their own, and the file gets a
+    # matrix for each expert, which vLLM, SGLang and llama.cpp read. The same kernels run PEFT's target_parameters=
+    # ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], with one lora_A for gate and up and PEFT's own file format.
     target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     task_type="CAUSAL_LM",
 )
@@ -80,7 +80,7 @@ trainer = SFTTrainer(
         per_device_train_batch_size=8,
         learning_rate=2e-4 if options.model else 1e-2,
         gradient_checkpointing=True,
-        bf16=False,  # autocast, TRL's default: needless where model and adapters have one dtype
+        bf16=False,  # TRL's default is autocast, which is needless if model and adapters have one dtype
         optim="paged_adamw_8bit" if device.type == "cuda" else "adamw_torch",
         logging_steps=1,
         save_strategy="no",
@@ -108,7 +108,7 @@ trained = logits(trainer.model)
 trainable, total = trainer.model.get_nb_trainable_parameters()
 print(f"{trainable:,} parameters trained, saved in {adapter}")
 
-# Two models would not fit: the first one goes before the second comes.
+# Two models would not fit, so the first one is freed before the second is loaded.
 del trainer
 gc.collect()
 torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""A tiny random Qwen3-MoE, so that the examples run anywhere in seconds. With --model they take a real one instead."""
+"""Makes a tiny random Qwen3-MoE, so that the examples run anywhere in seconds; --model replaces it by a real model."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ CHAT_TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|e
 
 
 def tiny_model(directory: Path) -> str:
-    """Saves the model, with a tokenizer whose tokens are bytes, and returns its path as ``from_pretrained`` takes it."""
+    """Saves the model with a tokenizer whose tokens are bytes, and returns its path for ``from_pretrained``."""
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"eos_token": "<|end|>", "pad_token": "<|pad|>"})
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -26,7 +26,7 @@ def tiny_model(directory: Path) -> str:
         num_experts=8,
         num_experts_per_tok=2,
         max_position_embeddings=512,
-        initializer_range=0.1,  # so that what experts compute is seen in the logits
+        initializer_range=0.1,  # large enough that the experts' outputs show in the logits
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,

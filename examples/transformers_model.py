@@ -1,10 +1,10 @@
-"""A dense Qwen3-MoE on the fused experts: the same logits as Transformers' own, generate, training with checkpointing.
+"""Runs a dense Qwen3-MoE on the fused experts: compares logits with Transformers' experts, generates text and trains.
 
     python examples/transformers_model.py
     python examples/transformers_model.py --model Qwen/Qwen3-30B-A3B --steps 0
 
-Works for every model whose experts Transformers can exchange. The last part trains all weights with AdamW, 16 bytes for each
-in float32; --steps 0 leaves it out.
+The example works for every model whose experts Transformers can exchange. Its last part trains all weights with AdamW and
+gradient checkpointing, which takes 16 bytes for each weight in float32. --steps 0 leaves this part out.
 """
 
 import argparse
@@ -23,7 +23,7 @@ parser.add_argument("--steps", type=int, default=5)
 options = parser.parse_args()
 model_id = options.model or tiny_model(options.output / "model")
 
-# Adds "moe_fused" to Transformers' implementations of experts. Models are not changed until they are set to it.
+# Adds "moe_fused" to Transformers' implementations of experts. A model changes only when it is set to "moe_fused".
 moe_fused.enable()
 device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 tokenizer = AutoTokenizer.from_pretrained(model_id)

@@ -11,10 +11,14 @@ import os
 
 import pytest
 
-from tests.support import REPOSITORY, repo_id
+from tests.cpu_path import sitecustomize as cpu_path
+from tests.support import REPOSITORY, accelerator, python_path, repo_id
 
 # No test may depend on the network, nor pass because something was downloaded.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Where the processor's path in bitsandbytes is forced, it is forced in the processes that tests start as well.
+if cpu_path.VARIABLE in os.environ:
+    os.environ["PYTHONPATH"] = python_path(REPOSITORY / "tests" / "cpu_path")
 
 
 def _provide_kernel() -> str:
@@ -30,9 +34,23 @@ def _provide_kernel() -> str:
 
 
 KERNEL = _provide_kernel()
+# Where kernel-builder runs the tests there is only the kernel to test, and nothing that the other tests import.
+_FOLDERS = sorted({path.parent.name for path in (REPOSITORY / "tests").glob("*/*.py")})
+collect_ignore = [] if (REPOSITORY / "moe_fused").is_dir() else [name for name in _FOLDERS if name != "kernel"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers the markers here because kernel-builder copies neither a pytest.ini nor pyproject.toml beside the tests."""
+    for marker in (
+        "kernels_ci: run by kernel-builder's CI on every variant; together they cover the public API in a minute",
+        "gpu: needs an accelerator",
+        "readers: installs another tool from the package index; left out unless -m names it, run by make test-readers",
+        "slow: takes more than some ten seconds on two cores; run by make test-slow, not by make test",
+    ):
+        config.addinivalue_line("markers", marker)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
     import torch
 
-    return f"kernel: {KERNEL}, torch {torch.__version__}, accelerator: {torch.accelerator.current_accelerator()}"
+    return f"kernel: {KERNEL}, torch {torch.__version__}, accelerator: {accelerator()}"

@@ -30,6 +30,16 @@ def repo_id() -> str:
     return build_config()["hub"]["repo-id"]
 
 
+def accelerator() -> Any:
+    """The torch device of the GPU that the tests run on, None on a machine without one.
+
+    torch's CUDA build, which the package index gives to everybody, names its device where there is no GPU, too.
+    """
+    import torch
+
+    return torch.accelerator.current_accelerator(check_available=True)
+
+
 def python_path(*first: Path) -> str:
     """PYTHONPATH for a subprocess: ``first``, then what this process was given."""
     return os.pathsep.join(filter(None, [*map(str, first), os.environ.get("PYTHONPATH")]))

@@ -31,7 +31,7 @@ FILES = list(_files(REPOSITORY))
 
 
 def name(path: Path) -> str:
-    """Of a file, in test ids and messages."""
+    """The name of a file in test ids and messages."""
     return path.relative_to(REPOSITORY).as_posix()
 
 
@@ -40,8 +40,8 @@ class Block:
     """A block of code.
 
     Attributes:
-        path, line: where it begins.
-        language: what the fence says.
+        path, line: where the block begins.
+        language: the word behind the opening fence.
     """
 
     path: Path
@@ -68,18 +68,18 @@ def blocks(path: Path) -> list[Block]:
 
 
 def spans(path: Path) -> list[str]:
-    """Code within text."""
+    """The pieces of code within text."""
     return [token.content for token in _tokens(path) if token.type == "code_inline"]
 
 
 def lone_spans(path: Path) -> list[str]:
-    """Paragraphs that are code and nothing else."""
+    """The paragraphs that hold code and nothing else."""
     children = [token.children or [] for token in _PARSER.parse(path.read_text(encoding="utf-8"))]
-    return [own[0].content for own in children if len(own) == 1 and own[0].type == "code_inline"]
+    return [tokens[0].content for tokens in children if len(tokens) == 1 and tokens[0].type == "code_inline"]
 
 
 def links(path: Path) -> list[str]:
-    """Targets of links and images."""
+    """The targets of links and images."""
     found = []
     for token in _tokens(path):
         target = token.attrGet("href") if token.type == "link_open" else token.attrGet("src")
@@ -88,14 +88,25 @@ def links(path: Path) -> list[str]:
     return found
 
 
+def word_count(path: Path) -> int:
+    """The number of words outside tables and blocks of code."""
+    count, tables = 0, 0
+    for token in _PARSER.parse(path.read_text(encoding="utf-8")):
+        tables += (token.type == "table_open") - (token.type == "table_close")
+        if token.type == "inline" and not tables:
+            text = " ".join(child.content for child in token.children or ())
+            count += len(re.findall(r"[^\s\W]\S*", text))
+    return count
+
+
 def anchors(path: Path) -> set[str]:
-    """What GitHub makes of the headings."""
+    """The anchors that GitHub gives the headings."""
     found: set[str] = set()
     tokens = _PARSER.parse(path.read_text(encoding="utf-8"))
     for heading, inline in pairwise(tokens):
         if heading.type != "heading_open":
             continue
-        text = "".join(own.content for own in inline.children or ())
+        text = "".join(child.content for child in inline.children or ())
         slug = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
         number, unique = 0, slug
         while unique in found:

@@ -1,4 +1,4 @@
-"""What the documentation says is there: links, messages, commands, code, and pages that are made from the code."""
+"""The documentation agrees with the project: links, messages, commands, code, and pages that are made from the code."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.support import REPOSITORY, load_kernel
 
 pytest.importorskip("markdown_it")  # rich brings it
 
-from .markdown import FILES, Block, anchors, blocks, links, lone_spans, name, spans
+from .markdown import FILES, Block, anchors, blocks, links, lone_spans, name, spans, word_count
 from .messages import is_message
 
 DOCS = REPOSITORY / "docs"
 TROUBLESHOOTING = DOCS / "troubleshooting.md"
-# By people.
+# The pages that people write; scripts/docs.py writes the others.
 WRITTEN = [path for path in FILES if path.parent != DOCS / "api"]
 
 
@@ -48,6 +48,21 @@ def test_every_page_is_in_the_index() -> None:
     assert {path.name for path in DOCS.glob("*.md")} - {"README.md"} <= listed
 
 
+# Length.
+
+
+def test_the_readme_is_short() -> None:
+    assert word_count(REPOSITORY / "README.md") <= 900
+
+
+def test_words_outside_tables_and_blocks_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    path.write_text(
+        "# One two\n\n- three `four five` – [six](seven.md)\n\n| a |\n|---|\n| b |\n\n```\nc\n```\n", "utf-8"
+    )
+    assert word_count(path) == 6
+
+
 # Messages.
 
 
@@ -68,7 +83,7 @@ def test_quoted_messages_exist(quotation: str) -> None:
     [
         "no kernel in …",
         "needs … is too old",
-        "is too old for tensors triton>=3.4",
+        "is too old for tensors triton>=3.5",
         "…: …, got …",  # is there, but in too many
         "… is …",
         "…; …",
@@ -82,7 +97,7 @@ def test_other_messages_do_not(quotation: str) -> None:
 
 
 def command_lines() -> Iterator[tuple[str, str]]:
-    """Each line of a block, and each piece of code within text, that is a command of ours, with its place."""
+    """Each ``moe-fused`` command in a block of code or within text, with its place."""
     for path in WRITTEN:
         for block in blocks(path):
             for number, line in enumerate(block.text.splitlines(), block.line + 1):
@@ -94,7 +109,7 @@ def command_lines() -> Iterator[tuple[str, str]]:
 
 
 def alternatives(words: list[str]) -> Iterator[list[str]]:
-    """``convert model|adapter`` is two commands."""
+    """The commands that a line with alternatives stands for: ``convert model|adapter`` is two."""
     for place, word in enumerate(words):
         if "|" in word:
             for one in word.split("|"):
@@ -123,7 +138,7 @@ def resolve(words: list[str]) -> tuple[Any, list[str]]:
 def check_command(line: str) -> None:
     for words in alternatives(shlex.split(line, comments=True)):
         command, arguments = resolve(words)
-        known = {option for own in command.params for option in (*own.opts, *own.secondary_opts)} | {"--help"}
+        known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)} | {"--help"}
         for argument in arguments:
             if argument.startswith("--"):
                 assert argument.partition("=")[0] in known, f"{argument} is no option of {command.name}"
@@ -134,10 +149,10 @@ def check_command(line: str) -> None:
 
 
 def _positional(command: Any) -> int:
-    """How many arguments it needs."""
+    """The number of arguments that a command needs."""
     if hasattr(command, "commands"):
         return 1
-    return sum(own.param_type_name == "argument" and own.required for own in command.params)
+    return sum(option.param_type_name == "argument" and option.required for option in command.params)
 
 
 @pytest.mark.parametrize(("place", "line"), sorted(set(command_lines())), ids=lambda value: value)
@@ -156,13 +171,13 @@ def test_other_commands_do_not(line: str) -> None:
 def test_finetuning_names_every_option() -> None:
     command, _ = resolve(["moe-fused", "finetune"])
     written = set(re.findall(r"--[a-z][a-z-]+", (DOCS / "finetuning.md").read_text(encoding="utf-8")))
-    assert {own.opts[0] for own in command.params} - {"--help"} <= written
+    assert {option.opts[0] for option in command.params} - {"--help"} <= written
 
 
 # Code.
 
 ALL_BLOCKS = [block for path in WRITTEN for block in blocks(path)]
-# What would need more than the block itself: a model, a package of the Hub.
+# Blocks with these imports need more than themselves: a model, or a package of the Hub.
 _OUTSIDE = re.compile(r"^\s*(?:from|import) (?:moe_fused|transformers|peft|trl|kernels|datasets)\b", re.MULTILINE)
 
 
@@ -204,7 +219,7 @@ def test_tables_are_valid(block: Block, tmp_path: Path) -> None:
     assert submodule(load_kernel(), "tuning").read_table(path) == json.loads(block.text)
 
 
-# What is made from the code, and from the rows of benchmarks.
+# Tables, pages and figures that are made from the code and from the rows of benchmarks.
 
 
 TABLES = [path for path in WRITTEN if "<!-- rows: " in path.read_text(encoding="utf-8")]
@@ -239,7 +254,7 @@ def test_generated_pages_are_current() -> None:
         pytest.importorskip(package)
     from scripts.docs import generated, outdated
 
-    assert not outdated(generated())
+    assert not outdated(generated()), "run make docs"
 
 
 def _texts(path: Path) -> list[str]:
@@ -247,7 +262,7 @@ def _texts(path: Path) -> list[str]:
 
 
 def test_figures_are_current(tmp_path: Path) -> None:
-    """By their words and numbers; lines may differ between versions of matplotlib."""
+    """Compares words and numbers; lines may differ between versions of matplotlib."""
     pytest.importorskip("matplotlib")
     from scripts import figures
 
