@@ -119,7 +119,7 @@ def test_a_kernel_reads_records_by_attribute() -> None:
             bound = plan.BoundKernel(kernel, constants(function, name))
             for _ in range(2):  # compiled, then launched
                 out.zero_()
-                bound(DEVICE, (3, 1, 1), x, weights, 40, 0.5, out)
+                bound(out.device, (3, 1, 1), x, weights, 40, 0.5, out)
                 once = expected * 0.5 + 0.25
                 twice = once + once if function is DOUBLE else once * once
                 torch.testing.assert_close(out, once if name == "silu" else twice)

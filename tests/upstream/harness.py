@@ -147,7 +147,10 @@ class Tree:
 
     def _run(self, command: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
         # A worker of xdist must not look like one to the pytest that it starts.
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        # With CI set, pytest prints every message twice.
+        inherited = {
+            name: value for name, value in os.environ.items() if not name.startswith("PYTEST_") and name != "CI"
+        }
         env = {**inherited, "HF_HUB_OFFLINE": "1", **environment, "PYTHONPATH": python_path(self.source)}
         return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False)
 
