@@ -289,13 +289,21 @@ def launch_config(kernel: str, block_m: int, target: Target, itemsize: int) -> L
     return config
 
 
+@functools.lru_cache(maxsize=4096)
+def config_of_call(
+    kernel: str, num_rows: int, num_experts: int, packed: bool, target: Target, itemsize: int
+) -> LaunchConfig:
+    """``launch_config`` in the ``bucket`` of a call, kept because every launch asks."""
+    return launch_config(kernel, bucket(num_rows, num_experts, packed, target), target, itemsize)
+
+
 @contextlib.contextmanager
 def trying(kernel: str, block_m: int, itemsize: int, config: LaunchConfig) -> Iterator[None]:
     """Launches of ``kernel`` in that bucket use ``config`` within the block; for those who measure. Blocks can be nested."""
     key = (kernel, block_m, itemsize)
     outer = _trial.get(key)
     _trial[key] = config
-    launch_config.cache_clear()
+    _forget_configs()
     try:
         yield
     finally:
@@ -303,20 +311,28 @@ def trying(kernel: str, block_m: int, itemsize: int, config: LaunchConfig) -> It
             del _trial[key]
         else:
             _trial[key] = outer
-        launch_config.cache_clear()
+        _forget_configs()
 
 
 @contextlib.contextmanager
 def trying_thresholds(thresholds: Thresholds) -> Iterator[None]:
     """``thresholds`` hold on every target within the block, which costs next to nothing; for those who measure."""
     _trial_thresholds.append(thresholds)
+    config_of_call.cache_clear()
     try:
         yield
     finally:
         _trial_thresholds.pop()
+        config_of_call.cache_clear()
 
 
 def forget_tables() -> None:
     """The tables are read again at the next question: for those who have changed them or ``MOE_FUSED_CONFIGS``."""
-    for cached in (_tables, _overrides, _measured_thresholds, launch_config):
+    for cached in (_tables, _overrides, _measured_thresholds):
         cached.cache_clear()
+    _forget_configs()
+
+
+def _forget_configs() -> None:
+    launch_config.cache_clear()
+    config_of_call.cache_clear()

@@ -65,6 +65,9 @@ class Target:
     arch: int | str
     shared_memory: int
 
+    def __hash__(self) -> int:  # every launch asks; the hash of all fields takes twice as long
+        return hash(self.arch)
+
     @property
     def family(self) -> Family:
         """The family of this GPU."""

@@ -119,51 +119,27 @@ class _Kinds(dict[type, _Kind]):
 _KINDS = _Kinds()
 
 
-# Whether records of a type hold further records; all of one type do, or none does.
-_NESTED: dict[type, bool] = {}
+def _addresses(record: tuple[Any, ...], key: list[Any]) -> tuple[Any, ...]:
+    """Returns ``record`` with addresses in place of its tensors.
 
-
-def _is_nested(record: tuple[Any, ...]) -> bool:
-    """Whether ``record`` holds further records.
+    Appends to ``key`` what a kernel is compiled for: the types of records and the dtypes of tensors.
 
     Raises:
         AssertionError: it holds what no record may. Triton specialises numbers in records whatever ``do_not_specialize``
             says, and expands no descriptors there.
     """
-    kinds = [_KINDS[type(arg)] for arg in record]
-    for arg, kind in zip(record, kinds, strict=True):
-        if kind is not _POINTER and kind is not _RECORD:
+    key.append(type(record))
+    addresses: list[Any] = []
+    for arg in record:
+        kind = _KINDS[type(arg)]
+        if kind is _POINTER:
+            key.append(arg.dtype)
+            addresses.append(arg.data_ptr())
+        elif kind is _RECORD:
+            addresses.append(_addresses(arg, key))
+        else:
             raise AssertionError(f"records of arguments hold tensors and further records, not {arg!r}")
-    nested = _NESTED[type(record)] = _RECORD in kinds
-    return nested
-
-
-def _addresses(record: tuple[Any, ...], key: list[Any]) -> tuple[Any, ...]:
-    """Returns ``record`` with addresses in place of its tensors.
-
-    Appends to ``key`` what a kernel is compiled for: the types of records and the dtypes of tensors.
-    """
-    kind = type(record)
-    key.append(kind)
-    nested = _NESTED.get(kind)
-    if nested is None:
-        nested = _is_nested(record)
-    try:
-        if nested:
-            return tuple(
-                [_addresses(arg, key) if _KINDS[type(arg)] is _RECORD else _address(arg, key) for arg in record]
-            )
-        key += [arg.dtype for arg in record]
-        return tuple([arg.data_ptr() for arg in record])
-    except AttributeError:
-        _is_nested(record)  # says what is wrong
-        raise
-
-
-def _address(arg: Any, key: list[Any]) -> int:
-    key.append(arg.dtype)
-    address: int = arg.data_ptr()
-    return address
+    return tuple(addresses)
 
 
 def _bits(addresses: tuple[Any, ...]) -> int:

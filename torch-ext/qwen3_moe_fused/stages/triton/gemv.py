@@ -12,7 +12,7 @@ from ...kernels.records import DenseLayout
 from ..stacks import PackedStack, Stack
 from . import packed_gemv
 from .bound_kernel import BoundKernel
-from .operands import cdiv, gate_layout, packed_tensors, power_of_2
+from .operands import cdiv, gate_layout, in_ptx, packed_tensors, power_of_2
 
 # Output features a program computes.
 BLOCK_N = 8
@@ -88,8 +88,9 @@ def gemv_experts(
     up_operand: object
     down_operand: object
     if isinstance(up, PackedStack) and isinstance(down, PackedStack):
-        up_kernel = packed_gemv.up_kernel(up.format, x, top_k, gate, has_up_bias, BLOCK_N)
-        down_kernel = packed_gemv.down_kernel(down.format, x, top_k, has_down_bias, BLOCK_N)
+        dtype = x.dtype if in_ptx(x) else None
+        up_kernel = packed_gemv.up_kernel(up.format, dtype, top_k, gate, has_up_bias, BLOCK_N)
+        down_kernel = packed_gemv.down_kernel(down.format, dtype, top_k, has_down_bias, BLOCK_N)
         up_operand, down_operand = packed_tensors(up), packed_tensors(down)
     elif isinstance(up, Tensor) and isinstance(down, Tensor):
         up_kernel = _up_kernel(*sizes, up.stride(), top_k, gate, has_up_bias)

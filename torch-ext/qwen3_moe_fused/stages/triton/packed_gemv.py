@@ -6,26 +6,21 @@ import functools
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ...activations import Gate
 from ...kernels.packed_gemv import packed_gemv_down_kernel, packed_gemv_up_kernel
 from .bound_kernel import BoundKernel
-from .operands import format_code, gate_layout, in_ptx, power_of_2
+from .operands import format_code, gate_layout, power_of_2
 
 if TYPE_CHECKING:
     from ...formats.base import Format4bit
 
 
-def up_kernel(format: Format4bit, x: Tensor, top_k: int, gate: Gate, has_bias: bool, block_n: int) -> BoundKernel:
-    """The up projection of a stack (E, 2·I or I, H), for the device and dtype of ``x``."""
-    return _up_kernel(format, x.dtype if in_ptx(x) else None, top_k, gate, has_bias, block_n)
-
-
 @functools.cache
-def _up_kernel(
+def up_kernel(
     format: Format4bit, dtype: torch.dtype | None, top_k: int, gate: Gate, has_bias: bool, block_n: int
 ) -> BoundKernel:
+    """The up projection of a stack (E, 2·I or I, H), with ``dtype`` as in ``format_code``."""
     num_experts, columns, hidden = format.shape
     constants = {
         "NUM_EXPERTS": num_experts,
@@ -40,15 +35,9 @@ def _up_kernel(
     return BoundKernel(packed_gemv_up_kernel, constants, fp_fusion=False)
 
 
-def down_kernel(format: Format4bit, x: Tensor, top_k: int, has_bias: bool, block_n: int) -> BoundKernel:
-    """The down projection of a stack (E, H, I), for the device and dtype of ``x``."""
-    return _down_kernel(format, x.dtype if in_ptx(x) else None, top_k, has_bias, block_n)
-
-
 @functools.cache
-def _down_kernel(
-    format: Format4bit, dtype: torch.dtype | None, top_k: int, has_bias: bool, block_n: int
-) -> BoundKernel:
+def down_kernel(format: Format4bit, dtype: torch.dtype | None, top_k: int, has_bias: bool, block_n: int) -> BoundKernel:
+    """The down projection of a stack (E, H, I), with ``dtype`` as in ``format_code``."""
     num_experts, hidden, intermediate = format.shape
     constants = {
         "NUM_EXPERTS": num_experts,

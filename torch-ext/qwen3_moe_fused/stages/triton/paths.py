@@ -103,6 +103,7 @@ def use_gemv(num_tokens: int, top_k: int, up: Stack, down: Stack) -> bool:
     num_slots = num_tokens * top_k
     if not 0 < num_slots <= tuning.gemv_slots(tuning.target_of(down.device)) or down.numel() == 0:
         return False
-    packed = [stack for stack in (up, down) if isinstance(stack, PackedStack)]
-    readable = (not stack.transposed and dequantizes("gemm_4bit", stack, num_slots, stack.packed) for stack in packed)
-    return len(packed) != 1 and all(readable)
+    if not isinstance(up, PackedStack) or not isinstance(down, PackedStack):
+        return isinstance(up, Tensor) and isinstance(down, Tensor)
+    readable = not up.transposed and not down.transposed and is_readable(up)
+    return readable and dequantizes("gemm_4bit", down, num_slots, down.packed)
