@@ -15,7 +15,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 FIGURES = REPOSITORY / "docs" / "figures"
 # The rows of the README's figure.
-FINETUNING = REPOSITORY / "benchmarks" / "results" / "finetune-30b_h100-80gb-hbm3.json"
+FINETUNING = REPOSITORY / "benchmarks" / "results" / "finetune-30b_h200.json"
 CAP_GIB = 24
 
 # One layer of Qwen3-30B-A3B, in bf16.

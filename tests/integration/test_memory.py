@@ -292,7 +292,7 @@ def test_as_measured(qwen3_30b: Sizes) -> None:
 
 def test_as_measured_with_graphs(qwen3_30b: Sizes) -> None:
     """The prediction with graphs is what torch's allocator held in the rows of ``benchmarks.finetune_30b``."""
-    rows = read_rows(ROOT / "benchmarks/results/finetune-30b_h100-80gb-hbm3.json")
+    rows = read_rows(ROOT / "benchmarks/results/finetune-30b_h200.json")
     measured = {row.tokens: row.details["reserved_mib"] for row in rows if row.implementation == OURS}
     assert set(measured) == {1024, 2048, 4096, 8192, 16384}
     work = Workload(optimizer="adamw_8bit", documents=True, graphs=True)

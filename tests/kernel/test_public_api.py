@@ -1,13 +1,15 @@
 """Every public function once, forward and backward: what kernel-builder's CI runs on a GPU for each variant.
 
-One case stands for each way through the kernels; the other files of this folder have all the cases. The tests here and those
-that the mark ``kernels_ci`` has elsewhere take less than a minute together on a GPU. ``tests/packaging/test_kernels_ci.py``
-fails if a public function is not among what they run.
+One case stands for each way through the kernels; the other files of this folder have all the cases. Most of the time goes
+into compiling kernels, so the mark ``kernels_ci`` is on a part of the cases: kernel-builder's CI gives them a minute.
+``tests/packaging/test_kernels_ci.py`` fails if a public function is not among what they run.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from tests.kernel.lora_cases import Factors, LoraCase, assert_equals_merged, lor
 from tests.kernel.machine import DEVICE, INTERPRETED, ON_GPU, kernel
 from tests.kernel.packed_cases import PackedCase, dequantized, make_packed_inputs, packed_gradients, run_packed
 
-pytestmark = pytest.mark.kernels_ci
+CI = pytest.mark.kernels_ci
 
 # The interpreter, which multiplies bf16 wrongly, would leave it to plain torch.
 DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
@@ -34,7 +36,12 @@ DENSE = [
 ]
 
 
-@pytest.mark.parametrize("case", DENSE, ids=lambda case: case.id)
+def first_in_ci(cases: Sequence[Any]) -> list[Any]:
+    """The cases as parameters, of which the first has the mark."""
+    return [pytest.param(case, marks=[] if number else CI) for number, case in enumerate(cases)]
+
+
+@pytest.mark.parametrize("case", first_in_ci(DENSE), ids=lambda case: case.id)
 def test_experts(case: ExpertsCase) -> None:
     inputs = make_inputs(case, DTYPE)
     exact, plain = inputs.to(torch.float64), inputs.copy()
@@ -43,7 +50,7 @@ def test_experts(case: ExpertsCase) -> None:
         assert_accurate(name, value, truth[name], torchs[name])
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("recompute", first_in_ci([False, True]), ids=["", "recompute"])
 def test_a_gate_of_the_caller(recompute: bool) -> None:
     """The gate runs between two grouped linear layers: ``dispatch`` and ``combine`` have gradients of their own."""
     case = DENSE[0]
@@ -55,7 +62,7 @@ def test_a_gate_of_the_caller(recompute: bool) -> None:
         assert_accurate(name, value, truth[name], torchs[name])
 
 
-@pytest.mark.parametrize("case", PACKED, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", first_in_ci(PACKED), ids=lambda case: case.id)
 def test_packed_experts(case: PackedCase) -> None:
     inputs = make_packed_inputs(case, DTYPE)
     exact, plain = inputs.inputs.to(torch.float64), inputs.inputs.copy()
@@ -64,6 +71,7 @@ def test_packed_experts(case: PackedCase) -> None:
         assert_accurate(name, value, truth[name], torchs[name])
 
 
+@CI
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_few_slots(packed: bool) -> None:
     """As in generation: matrix-vector products, and no gradient to come."""
@@ -75,8 +83,15 @@ def test_few_slots(packed: bool) -> None:
     assert_accurate("y", y, truth, torchs)
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
-@pytest.mark.parametrize("dense", [("gate_up_proj", "down_proj"), ()], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    ("dense", "recompute"),
+    [
+        pytest.param(("gate_up_proj", "down_proj"), False, id="dense", marks=CI),
+        pytest.param(("gate_up_proj", "down_proj"), True, id="dense, recompute"),
+        pytest.param((), False, id="packed"),
+        pytest.param((), True, id="packed, recompute", marks=CI),
+    ],
+)
 def test_adapters(dense: tuple[str, ...], recompute: bool) -> None:
     """QLoRA: y, and the gradients of the input, of the routing weights and of all factors."""
     case = LoraCase(
@@ -93,6 +108,7 @@ def test_adapters(dense: tuple[str, ...], recompute: bool) -> None:
     assert_equals_merged(case, inputs, lora_gradients(case, inputs))
 
 
+@CI
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_linear(packed: bool) -> None:
     torch.manual_seed(0)
@@ -127,6 +143,7 @@ def test_linear(packed: bool) -> None:
         assert_accurate(name, value, truth[name], torchs[name], slack=3.0)
 
 
+@CI
 def test_route() -> None:
     index = torch.tensor([[2, 0], [9, 2], [1, 2]], device=DEVICE)  # 9 is held elsewhere
     routing = kernel.route(index, 3)
@@ -139,6 +156,7 @@ def test_route() -> None:
     assert [view.shape for view in kernel.Routing.from_buffer(buffer, 6, 3, 2)[:5]] == [v.shape for v in routing[:5]]
 
 
+@CI
 def test_packed_weights_are_values() -> None:
     """Their sizes and scales, and what replaces a part of them."""
     torch.manual_seed(0)
@@ -150,12 +168,14 @@ def test_packed_weights_are_values() -> None:
     assert torch.equal(twice.dequantize(), 2 * weights.dequantize())
 
 
+@CI
 def test_factors_of_gate_and_up_may_be_apart() -> None:
     a, b = torch.zeros(2, 6, 8), torch.zeros(2, 4, 3)
     assert kernel.LoraWeights(a, b).separate
     assert not kernel.LoraWeights(a[:, :3], b).separate
 
 
+@CI
 def test_formats_can_be_registered() -> None:
     class Renamed(type(kernel.formats.named("nf4"))):
         name = "ci-format"
@@ -168,6 +188,7 @@ def test_formats_can_be_registered() -> None:
     assert "ci-format" not in kernel.formats.names()
 
 
+@CI
 def test_tensors_of_a_cpu_beside_a_gpu() -> None:
     """The variant of a GPU computes CPU tensors, too: with the functions of ``reference``."""
     case = dataclasses.replace(DENSE[0], id="ci-cpu")
