@@ -20,16 +20,16 @@ JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ $$n -gt
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 # $(1) pytest and its options. Two processes, because tests/kernel runs Triton's interpreter on a machine without a GPU and
-# the interpreter is chosen once per process; both always run, and either fails the target.
+# the interpreter is chosen once per process; both always run, and either fails the target. $(2) is what runs afterwards.
 define run_tests
 	@status=0; \
 	$(TEST_ENV) $(1) tests/kernel $(PYTEST_ARGS) || status=1; \
 	$(TEST_ENV) $(1) tests --ignore=tests/kernel $(PYTEST_ARGS) || status=1; \
-	exit $$status
+	$(2) exit $$status
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-slow test-readers test-gpu lint format docs bench wheel publish clean
+.PHONY: help setup build demo test test-slow test-all test-readers test-gpu lint format docs bench wheel publish clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,15 +65,18 @@ CPU_TESTS := $(addsuffix .py,$(addprefix tests/integration/test_,quantizer quant
 	convert_models finetune finetune_steps demo examples) $(addprefix tests/benchmarks/test_bench_,experts_4bit experts_lora \
 	loss_parity))
 
-test-slow: build ## Run the slow tests, and those that depend on the processor as on one of the other kind
-	@status=0; \
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --timeout 600 -m slow tests/kernel $(PYTEST_ARGS) || status=1; \
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --timeout 600 -m slow tests --ignore=tests/kernel $(PYTEST_ARGS) || status=1; \
-	kind=$$($(BIN)/python -m tests.cpu_path.other) || exit 1; \
+define OTHER_PROCESSOR
+kind=$$($(BIN)/python -m tests.cpu_path.other) || exit 1; \
 	echo "bitsandbytes' path for avx512_bf16 forced $$kind"; \
 	MOE_FUSED_TEST_CPU_BF16=$$kind $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --timeout 300 -m "not slow" \
-		$(CPU_TESTS) $(PYTEST_ARGS) || status=1; \
-	exit $$status
+		$(CPU_TESTS) $(PYTEST_ARGS) || status=1;
+endef
+
+test-slow: build ## Run the slow tests, and those that depend on the processor as on one of the other kind
+	$(call run_tests,$(BIN)/python -m pytest -n $(JOBS) --timeout 600 -m slow,$(OTHER_PROCESSOR))
+
+test-all: build ## Run what test and test-slow run
+	$(call run_tests,$(BIN)/python -m pytest -n $(JOBS) --timeout 600,$(OTHER_PROCESSOR))
 
 test-readers: build ## Install vLLM, SGLang and llama.cpp's converters in part, and let them read our adapters
 	@$(TEST_ENV) $(BIN)/python -m pytest -m readers tests/readers $(PYTEST_ARGS)
