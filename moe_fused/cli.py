@@ -19,14 +19,15 @@ from moe_fused.commands.generate import generate
 from moe_fused.commands.merge import merge
 from moe_fused.commands.quantize import quantize
 from moe_fused.commands.tune import tune
-from moe_fused.finetune.command import finetune
+from moe_fused.finetune.command import GroupedCommand, finetune
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True)
 convert = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Convert files between layouts.")
 app.add_typer(convert, name="convert")
 for conversion in (adapter, model, optimizer):
     convert.command()(conversion)
-for command in (finetune, generate, quantize, merge, doctor, tune, bench):
+app.command(cls=GroupedCommand)(finetune)
+for command in (generate, quantize, merge, doctor, tune, bench):
     app.command()(command)
 
 

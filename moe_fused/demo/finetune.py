@@ -138,7 +138,9 @@ def finetune(
         "command": command,
         "held_out_loss": {"before": before, "after": held_out_loss(adapted, tokens, size.batch_size)},
         "trained_parameters": sum(tensor.numel() for tensor in load_file(directory / ADAPTER / WEIGHTS).values()),
-        "history": {record["step"]: record["loss"] for record in read_log(directory / ADAPTER / LOG)},
+        "history": {
+            record["step"]: record["loss"] for record in read_log(directory / ADAPTER / LOG) if "loss" in record
+        },
         "seconds": time.perf_counter() - start,
     }
     probe = tokens[: size.batch_size].contiguous()

@@ -28,6 +28,11 @@ def _step(checkpoint: Path) -> int | None:
     return None if match is None else int(match[1])
 
 
+def checkpoint_of(output: Path, step: int) -> Path:
+    """Returns where the run in ``output`` has its checkpoint of ``step``, if it has one."""
+    return output / CHECKPOINTS / f"checkpoint-{step}"
+
+
 def checkpoints_of(output: Path) -> list[Path]:
     """Lists the checkpoints of the run in ``output``, including damaged ones. The newest is the last."""
     directory = output / CHECKPOINTS

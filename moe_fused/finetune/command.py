@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
+import typer.core
 
 from moe_fused.commands.options import check_weights, require
 from moe_fused.signals import interrupted_afterwards
+from moe_fused.staging import replace_file
 
 from .checkpoints import DROP_BROKEN, resumable
 from .fingerprint import ALLOW_CHANGED, ALLOW_OTHER_BASE
-from .options import DEFAULTS, HELP, TYPES, Options, flag, read_yaml
+from .options import DEFAULTS, GROUPS, HELP, TYPES, Options, flag, read_yaml, shown_default, template
 from .output import CONFIG, check_not_ended, check_output, check_unused, locked_output
 from .precheck import Process, check_automatic_device, notes, precheck
 
@@ -23,12 +26,22 @@ from .precheck import Process, check_automatic_device, notes, precheck
 _NEEDED = ("accelerate", "datasets", "matplotlib", "peft", "trl", "yaml")
 
 
-def _shown(name: str) -> str:
-    """The default value of an option, as ``--help`` shows it."""
-    words, default = HELP[name].shown, DEFAULTS[name]
-    if words is not None:
-        return str(words)
-    return ("on" if default else "off") if isinstance(default, bool) else "none" if default is None else str(default)
+# The group of the switches, which are no options of a run.
+_RUNNING = "Running"
+_GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
+
+
+class GroupedCommand(typer.core.TyperCommand):
+    """A command whose help shows its options in groups, those that most runs need first."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        most_used, *others = GROUPS
+        parameters: dict[str, Any] = {str(parameter.name): parameter for parameter in self.get_params(ctx)}
+        switches = [name for name in parameters if name not in _GROUP_OF]
+        for group in (most_used, _RUNNING, *others):
+            names = switches if group == _RUNNING else GROUPS[group]
+            with formatter.section(group):
+                formatter.write_dl([parameters[name].get_help_record(ctx) for name in names])
 
 
 def _parameter(name: str) -> inspect.Parameter:
@@ -36,7 +49,7 @@ def _parameter(name: str) -> inspect.Parameter:
     kind = TYPES[name]
     declared = flag(name) + (f"/--no-{flag(name)[2:]}" if kind in (bool, bool | None) else "")
     # Not by typer's show_default, which puts words in parentheses.
-    info = typer.Option(declared, help=f"{HELP[name].text}  [default: {_shown(name)}]")
+    info = typer.Option(declared, help=f"{HELP[name].text}  [default: {shown_default(name)}]")
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -50,8 +63,10 @@ def _switch(name: str, text: str, kind: Any = bool, default: Any = False) -> ins
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
+_FILE = Optional[Path]  # noqa: UP045
 _SWITCHES = [
-    _switch("config", "YAML file with any of these options. The command line overrides it.", Optional[Path], None),  # noqa: UP045
+    _switch("config", "YAML file with any of these options. The command line overrides it.", _FILE, None),
+    _switch("init", "Write a YAML file with every option and its description, for --config, and end.", _FILE, None),
     _switch("resume", "Go on from the last checkpoint in --output, with the options in its finetune.yaml."),
     _switch("overwrite", "Replace the run in --output."),
     _switch("allow_changed_data", "With --resume, go on although the rows or the chat template have changed."),
@@ -68,6 +83,7 @@ _SWITCHES = [
 
 def finetune(
     config: Path | None,
+    init: Path | None,
     resume: bool,
     overwrite: bool,
     allow_changed_data: bool,
@@ -83,6 +99,9 @@ def finetune(
     Ctrl-C saves a checkpoint. The same command with --resume goes on from there.
     """
     del traceback  # console.run, which prints errors, reads it from the command line
+    if init is not None:
+        _write_template(init)
+        return
     require("finetune", *_NEEDED, extra="train")
     of_resuming = {
         ALLOW_CHANGED: allow_changed_data, ALLOW_OTHER_BASE: allow_other_base, DROP_BROKEN: drop_broken_checkpoints
@@ -126,6 +145,18 @@ def finetune(
             allow_other_base=allow_other_base,
             dry_run=dry_run,
         )
+
+
+def _write_template(path: Path) -> None:
+    """Writes the file of ``--init``, which must not exist."""
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(f"--init {path} exists")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--init {path}: there is no directory {path.parent}")
+    replace_file(path, template().encode())
+    print(
+        f"wrote {path}; next: fill in model, dataset and output, then moe-fused finetune --config {shlex.quote(str(path))}"
+    )
 
 
 def _check_switches(resume: bool, overwrite: bool, show_rows: int | None, of_resuming: dict[str, bool]) -> None:

@@ -4,16 +4,18 @@
     formats   parses rows
     render    makes a row into tokens and labels
 
-``prepare`` makes the sequences of a run. TRL trains on them as they are.
+``prepare`` makes the sequences of a run, those for its evaluation included. TRL takes them as they are.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -81,7 +83,7 @@ class Report:
         lost: The number of tokens that were cut off.
         longest: The number of tokens of the longest row.
         sequences: The number of sequences, each of one row or of several.
-        steps: The number of steps of the run.
+        steps: The number of steps of the run; None for the rows of an evaluation.
         left_out: The place and the problem of each row that was left out.
         notes: Remarks on things that are no errors but worth a look.
     """
@@ -93,7 +95,7 @@ class Report:
     lost: int
     longest: int
     sequences: int
-    steps: int
+    steps: int | None
     left_out: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -107,9 +109,10 @@ class Report:
             f"{_counted(self.rows, 'row')}",
             f"{_counted(self.tokens, 'token')} ({self.learned:,} to learn from)",
             _counted(self.sequences, "sequence"),
-            _counted(self.steps, "step"),
         ]
-        yield f"data: {', '.join(counts)}; {_counted(len(self.left_out), 'row')} left out"
+        counts += [] if self.steps is None else [_counted(self.steps, "step")]
+        what = "evaluation" if self.steps is None else "data"
+        yield f"{what}: {', '.join(counts)}; {_counted(len(self.left_out), 'row')} left out"
         if self.cut:
             yield (
                 f"cut: {_counted(self.cut, 'row')}, which lose {self.lost:,} of all {_counted(self.tokens, 'token')}; "
@@ -127,13 +130,21 @@ class Prepared:
         dataset: The sequences, in the columns ``input_ids`` and ``labels``. If rows lie side by side in a sequence, the
             column ``seq_lengths`` has their lengths.
         report: The report about the rows.
-        fingerprint: The sha256, in hexadecimal, of the tokens and labels of all rows that are trained on, before rows
-            are cut and packed. It changes if a change of the data, the template or the tokenizer changes any of them.
+        fingerprint: The sha256, in hexadecimal, of the tokens and labels of all rows that can be used, before rows are
+            split, cut and packed. It changes if a change of the data, the template or the tokenizer changes any of them.
+        evaluation: The sequences for the evaluation, if the run has one.
     """
 
     dataset: Dataset
     report: Report
     fingerprint: str
+    evaluation: Prepared | None = None
+
+    def lines(self) -> Iterator[str]:
+        """Yields the lines of the reports."""
+        yield from self.report.lines()
+        if self.evaluation is not None:
+            yield from self.evaluation.report.lines()
 
 
 def find(options: Options, tokenizer: Any) -> Data:
@@ -143,6 +154,37 @@ def find(options: Options, tokenizer: Any) -> Data:
         FileNotFoundError: There is no such file, and no such data set on the Hub.
         ValueError: The file cannot be read, none of its rows can be read, or the options are not for rows of this kind.
     """
+    return _find(options, tokenizer)
+
+
+def find_evaluation(options: Options, tokenizer: Any) -> Data | None:
+    """Reads the rows of ``--eval-dataset`` as ``find`` does; returns None without that option."""
+    if options.eval_dataset is None:
+        return None
+    others = dataclasses.replace(
+        options,
+        dataset=options.eval_dataset,
+        split=options.eval_split,
+        eval_dataset=None,
+        eval_steps=None,
+        keep_best=False,
+        early_stopping=None,
+    )
+    with _errors_of_evaluation():
+        return _find(others, tokenizer)
+
+
+@contextlib.contextmanager
+def _errors_of_evaluation() -> Iterator[None]:
+    """Makes errors within the block name the options of the evaluation instead of those of the training."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        words = re.sub(r"(?<!\w)--(dataset|split)\b", r"--eval-\1", str(error))
+        raise (ValueError if isinstance(error, ValueError) else FileNotFoundError)(words) from error
+
+
+def _find(options: Options, tokenizer: Any) -> Data:
     rows = read_rows(options.dataset, config=options.dataset_config, split=options.split, text_field=options.text_field)
     plain = Renderer(tokenizer, None, options.assistant_only_loss, options.text_field)
     first = None
@@ -172,51 +214,91 @@ def find(options: Options, tokenizer: Any) -> Data:
     return Data(rows, renderer, len(bad), first.kind, first.form)
 
 
-def prepare(data: Data, options: Options, batching: Batching, *, vocabulary: int) -> Prepared:
-    """Makes all rows into the sequences that a run trains on.
+def prepare(
+    data: Data, options: Options, batching: Batching, *, vocabulary: int, evaluation: Data | None = None
+) -> Prepared:
+    """Makes all rows into the sequences that a run trains on, and those that it is evaluated on.
 
     Args:
         data: The rows and their renderer.
         options: The options of the run.
         batching: How rows become sequences, batches and steps.
         vocabulary: The number of tokens that the model knows.
+        evaluation: The rows of ``--eval-dataset``, if the run has them.
 
     Raises:
-        ValueError: Some rows cannot be trained on, and ``options`` do not leave them out. The error names their places.
-            It is also raised if no row is left, or if the tokenizer has tokens that the model does not know.
+        ValueError: Some rows cannot be used, and ``options`` do not leave them out. The error names their places. It is
+            also raised if no row is left to train on or to evaluate on, or if the tokenizer has tokens that the model
+            does not know.
     """
-    rows = data.rows
-    tokens = _tokenize(data)
-    tokens, bad = _usable(data, tokens, batching)
-    named = [f"{rows.place(index)} {problem}" for index, problem in bad]
+    tokens, named, digest = _usable_rows(data, options.dataset, options, batching, vocabulary)
+    held: Prepared | None = None
+    if options.eval_share is not None:
+        tokens, others = _split(tokens, options)
+        held = Prepared(*_sequences(others, data, batching, [], None), fingerprint="")
+    elif evaluation is not None:
+        others, bad, other_digest = _usable_rows(evaluation, options.eval_dataset or "", options, batching, vocabulary)
+        held = Prepared(*_sequences(others, evaluation, batching, bad, None), fingerprint=other_digest)
+    return Prepared(*_sequences(tokens, data, batching, named, options), fingerprint=digest, evaluation=held)
+
+
+def _usable_rows(
+    data: Data, dataset: str, options: Options, batching: Batching, vocabulary: int
+) -> tuple[Dataset, list[str], str]:
+    """Returns the tokens of the rows that can be used, the problems of the others, and the sha256 of the tokens."""
+    tokens, bad = _usable(data, _tokenize(data), batching)
+    named = [f"{data.rows.place(index)} {problem}" for index, problem in bad]
     if not len(tokens):
-        raise ValueError(_nothing(options.dataset, named))
+        raise ValueError(_nothing(dataset, named))
     if named and not options.skip_bad_rows:
         raise ValueError(refusal(named))
-    highest, total, digest = _totals(tokens)
+    highest, digest = _totals(tokens)
     if highest >= vocabulary:
         raise ValueError(
             f"the tokenizer of {options.model} makes the token {highest}, but the model knows {vocabulary} tokens: they "
             "do not belong together"
         )
+    return tokens, named, digest
+
+
+def _split(tokens: Dataset, options: Options) -> tuple[Dataset, Dataset]:
+    """Returns the rows to train on and those to evaluate on. The seed of the run chooses them."""
+    count, share = len(tokens), options.eval_share or 0.0
+    held = round(share * count)
+    if not 0 < held < count:
+        left = "evaluate on" if held == 0 else "train on"
+        raise ValueError(f"--eval-share {share} of {_counted(count, 'row')} leaves none to {left}")
+    order = np.random.default_rng(options.seed).permutation(count)
+    # Both in the order of the file, so that packing puts neighbours together as it does without an evaluation.
+    return tokens.select(np.sort(order[held:])), tokens.select(np.sort(order[:held]))
+
+
+def _sequences(
+    tokens: Dataset, data: Data, batching: Batching, left_out: list[str], options: Options | None
+) -> tuple[Dataset, Report]:
+    """Returns sequences of rows, and their report. ``options`` are those of the training, None for an evaluation."""
     sizes = np.asarray(tokens.select_columns(["length"]).with_format("numpy")[:]["length"], dtype=np.int64)
     sequences = fit(tokens.select_columns(list(_COLUMNS)), batching)
     batches = math.ceil(len(sequences) / batching.batch_size)
     over = np.maximum(sizes - batching.length, 0) if batching.cuts else np.zeros(1, dtype=np.int64)
     learned, idle = _learned(sequences)
+    if options is None:
+        steps = None
+    else:
+        steps = options.max_steps or math.ceil(options.epochs * math.ceil(batches / batching.accumulation))
     report = Report(
         rows=len(tokens),
-        tokens=total,
+        tokens=int(sizes.sum()),
         learned=learned,
         cut=int((over > 0).sum()),
         lost=int(over.sum()),
         longest=int(sizes.max()),
         sequences=len(sequences),
-        steps=options.max_steps or math.ceil(options.epochs * math.ceil(batches / batching.accumulation)),
-        left_out=named,
+        steps=steps,
+        left_out=left_out,
         notes=list(_notes(tokens, data, len(sequences), idle)),
     )
-    return Prepared(sequences, report, digest)
+    return sequences, report
 
 
 def fit(tokens: Dataset, batching: Batching) -> Dataset:
@@ -367,17 +449,17 @@ def unusable(data: Data, form: str, first: int, size: int, batching: Batching) -
     return None
 
 
-def _totals(tokens: Dataset) -> tuple[int, int, str]:
-    """Returns the highest token, the number of tokens, and the sha256 of the tokens and labels of all rows."""
-    highest, total, digest = -1, 0, hashlib.sha256()
+def _totals(tokens: Dataset) -> tuple[int, str]:
+    """Returns the highest token, and the sha256 of the tokens and labels of all rows."""
+    highest, digest = -1, hashlib.sha256()
     for table in tokens.select_columns([*_COLUMNS, "length"]).with_format("arrow").iter(batch_size=1000):
         for name in _COLUMNS:
             values = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype("<i4", copy=False)
             digest.update(np.ascontiguousarray(values).tobytes())
             if name == "input_ids":
-                highest, total = max(highest, int(values.max())), total + len(values)
+                highest = max(highest, int(values.max()))
         digest.update(table["length"].to_numpy().astype("<i4").tobytes())
-    return highest, total, digest.hexdigest()
+    return highest, digest.hexdigest()
 
 
 def _learned(sequences: Dataset) -> tuple[int, int]:

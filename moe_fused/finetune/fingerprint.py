@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 ALLOW_CHANGED, ALLOW_OTHER_BASE = "--allow-changed-data", "--allow-other-base"
 _HEAD = "# The data and the model that this run began with. --resume compares them. These lines are no options.\n"
-_ROWS, _TEMPLATE, _CONFIG, _WEIGHTS = "rows", "chat template", "model config", "model weights"
-_LINE = re.compile(rf"# ({_ROWS}|{_TEMPLATE}|{_CONFIG}|{_WEIGHTS}): (sha256:[0-9a-f]{{64}})")
+_ROWS, _EVALUATION, _TEMPLATE = "rows", "evaluation rows", "chat template"
+_CONFIG, _WEIGHTS = "model config", "model weights"
+_LINE = re.compile(rf"# ({_ROWS}|{_EVALUATION}|{_TEMPLATE}|{_CONFIG}|{_WEIGHTS}): (sha256:[0-9a-f]{{64}})")
 
 # The bytes that are read from a file of weights: those at its beginning and its end, and a block at each step between.
 _EDGE, _BLOCK, _STEP = 1 << 20, 1 << 16, 1 << 26
@@ -27,8 +28,13 @@ _VOLATILE = ("_name_or_path", "transformers_version")
 
 
 def fingerprints(prepared: Prepared, data: Data) -> dict[str, str]:
-    """Returns the sha256 of the tokens and labels of all rows and, if the rows are chats, that of the chat template."""
+    """Returns the sha256 of the tokens and labels of all rows, also of those of ``--eval-dataset``.
+
+    If the rows are chats, the sha256 of the chat template is there as well.
+    """
     found = {_ROWS: f"sha256:{prepared.fingerprint}"}
+    if prepared.evaluation is not None and prepared.evaluation.fingerprint:
+        found[_EVALUATION] = f"sha256:{prepared.evaluation.fingerprint}"
     if data.has_turns:
         renderer = data.renderer
         templates = json.dumps([renderer.tokenizer.chat_template, renderer.template], sort_keys=True)
@@ -121,7 +127,7 @@ def check_same_data(path: Path, now: dict[str, str], allow: bool) -> list[str]:
     Raises:
         ValueError: The data have changed, and ``allow`` is false.
     """
-    before = {what: value for what, value in recorded(path).items() if what in (_ROWS, _TEMPLATE)}
+    before = {what: value for what, value in recorded(path).items() if what in (_ROWS, _EVALUATION, _TEMPLATE)}
     if not before:
         return [f"{path} does not say what data the run began with, so that they cannot be compared"]
     changed, run = _changes(before, now), path.parent

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import textwrap
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ Quantization = Literal["nf4", "fp4", "none"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Packing = Literal["auto", "bfd", "bfd_split", "wrapped", "none"]
 Export = Literal["none", "per-expert", "original"]
+Tracker = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
 Optimizer = Literal[
     "auto", "paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch", "adamw_torch_fused", "sgd"
@@ -190,9 +192,31 @@ class Options:
         int, Help("Seed for the adapters' initial values, the order of the data, and dropout.", shapes_run=True)
     ] = 0
 
+    eval_dataset: Annotated[str | None, Help("Data to evaluate on, in the forms of --dataset.", shapes_run=True)] = None
+    eval_share: Annotated[
+        float | None,
+        Help("Share of the rows of --dataset that are for evaluation and not for training.", shapes_run=True),
+    ] = None
+    eval_split: Annotated[
+        str, Help("Split of --eval-dataset on the Hub, or of a directory with several.", shapes_run=True)
+    ] = "test"
+    eval_steps: Annotated[
+        int | None,
+        Help("Number of steps between two evaluations. The last step has one as well.", shown="--save-steps"),
+    ] = None
+    keep_best: Annotated[
+        bool, Help("Write the adapter of the evaluation with the lowest loss, instead of the last one.")
+    ] = False
+    early_stopping: Annotated[
+        int | None, Help("Number of evaluations in a row without a lower loss after which the run ends.")
+    ] = None
+
     save_steps: Annotated[int, Help("Number of steps between two checkpoints.")] = 50
     keep_checkpoints: Annotated[int, Help("Number of checkpoints to keep.")] = 2
     log_steps: Annotated[int, Help("Number of steps between two lines of the log.")] = 1
+    report_to: Annotated[
+        Tracker, Help("Tracker that gets all numbers of the log as well. It writes into --output and sends nothing.")
+    ] = "none"
     memory_limit: Annotated[
         float | None, Help("GiB of GPU memory that the run may use.", shown="the memory that is free")
     ] = None
@@ -224,6 +248,13 @@ class Options:
             raise ValueError("--adapter-dtype cannot be float16, whose gradients need scaling: use float32 or bfloat16")
         if self.router_rank and self.lora_dropout:
             raise ValueError("--lora-dropout is not possible with --router-rank: PEFT has none for parameters")
+        if self.eval_share is not None and not 0 < self.eval_share < 1:
+            raise ValueError(f"--eval-share must be between 0 and 1, got {self.eval_share}")
+        if self.eval_share is not None and self.eval_dataset is not None:
+            raise ValueError("--eval-dataset and --eval-share exclude each other")
+        for name in ("eval_steps", "keep_best", "early_stopping"):
+            if getattr(self, name) and not self.evaluates:
+                raise ValueError(f"{flag(name)} needs an evaluation: give --eval-dataset or --eval-share, too")
         if self.export != "none" and not self.expert_rank:
             raise ValueError(f"--export {self.export} is a layout of adapters on experts, but --expert-rank is 0")
 
@@ -238,6 +269,11 @@ class Options:
                 raise ValueError(f"{flag(name)} is missing: give it on the command line or in --config")
 
     @property
+    def evaluates(self) -> bool:
+        """Whether the run evaluates its adapter."""
+        return self.eval_dataset is not None or self.eval_share is not None
+
+    @property
     def output_directory(self) -> Path:
         """The directory that ``--output`` names."""
         return Path(self.output)
@@ -246,7 +282,30 @@ class Options:
 _AT_LEAST = {
     "sequence_length": 8, "batch_size": 1, "gradient_accumulation": 1, "attention_rank": 0, "expert_rank": 0,
     "router_rank": 0, "attention_alpha": 0, "expert_alpha": 0, "max_steps": 1, "weight_decay": 0, "max_grad_norm": 0,
-    "router_aux_loss": 0, "seed": 0, "save_steps": 1, "keep_checkpoints": 1, "log_steps": 1,
+    "router_aux_loss": 0, "seed": 0, "eval_steps": 1, "early_stopping": 1, "save_steps": 1, "keep_checkpoints": 1,
+    "log_steps": 1,
+}  # fmt: skip
+
+# The options in groups, as the help and the file of ``--init`` show them. The first group has those that most runs need.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "Most used": (
+        "model", "dataset", "output", "sequence_length", "epochs", "learning_rate", "expert_rank", "attention_rank",
+        "eval_share", "assistant_only_loss",
+    ),
+    "Model": ("revision", "quantization", "dtype", "attn"),
+    "Data": (
+        "dataset_config", "split", "text_field", "skip_bad_rows", "chat_template", "packing", "batch_size",
+        "gradient_accumulation",
+    ),
+    "Adapter": (
+        "attention_alpha", "attention_modules", "expert_alpha", "router_rank", "lora_dropout", "adapter_dtype",
+    ),
+    "Training": (
+        "max_steps", "scheduler", "warmup", "weight_decay", "max_grad_norm", "optimizer", "router_aux_loss", "seed",
+    ),
+    "Evaluation": ("eval_dataset", "eval_split", "eval_steps", "keep_best", "early_stopping"),
+    "Output": ("save_steps", "keep_checkpoints", "log_steps", "report_to", "export"),
+    "Machine": ("device", "memory_limit", "gradient_checkpointing", "cuda_graphs", "liger"),
 }  # fmt: skip
 
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Options)}
@@ -324,6 +383,36 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: {key} must be {error}, got {value!r}") from None
         values[name] = converted
     return values
+
+
+def shown_default(name: str) -> str:
+    """Returns the default of an option in words, as the help shows it."""
+    words, default = HELP[name].shown, DEFAULTS[name]
+    if words is not None:
+        return words
+    return ("on" if default else "off") if isinstance(default, bool) else "none" if default is None else str(default)
+
+
+def template() -> str:
+    """Returns a YAML file with every option and its description, for ``read_yaml``.
+
+    All but the required options are comments.
+    """
+    import yaml
+
+    lines = [
+        "# Options of moe-fused finetune, for --config. Lines with a value show the default.",
+        "# Remove the # in front of an option to change it.",
+    ]
+    for group, names in GROUPS.items():
+        lines += ["", f"# {group}"]
+        for name in names:
+            text = f"{HELP[name].text} Default: {shown_default(name)}."
+            lines += ["", *(f"# {line}" for line in textwrap.wrap(text, 96))]
+            required = HELP[name].shown == "required"
+            value = yaml.safe_dump({name: DEFAULTS[name]}, width=1000, sort_keys=False).strip()
+            lines.append(value if required else f"#{value}")
+    return "\n".join(lines) + "\n"
 
 
 def to_yaml(options: Options) -> str:

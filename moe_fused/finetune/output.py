@@ -15,6 +15,7 @@ from moe_fused.staging import is_partial, remove_partial
 
 from .checkpoints import CHECKPOINTS, checkpoints_of
 from .options import Export
+from .trackers import TRACKED
 
 CONFIG, LOG, ADAPTER_CONFIG = "finetune.yaml", "log.jsonl", "adapter_config.json"
 LOCK = ".finetune.lock"
@@ -89,19 +90,30 @@ def remove_leftovers(output: Path) -> None:
 
 
 def remove_run(output: Path) -> None:
-    """Removes the adapter, the checkpoints and the log of the run in ``output``, so that another run can replace it."""
+    """Removes the adapter, the checkpoints, the log and what trackers wrote in ``output``, for a run that replaces it."""
     # This file is removed first, because a directory without it does not count as an adapter.
     (output / ADAPTER_CONFIG).unlink(missing_ok=True)
     for layout in get_args(Export):
         if layout != "none":
             shutil.rmtree(output / layout, ignore_errors=True)
     shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    _remove_tracked(output)
     (output / LOG).unlink(missing_ok=True)
+
+
+def _remove_tracked(output: Path) -> None:
+    """Removes what trackers have written in ``output``."""
+    for path in (output / name for name in TRACKED):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def take_back(output: Path) -> None:
     """Removes the files that a run writes before its first step, and nothing else."""
     for name in (CONFIG, LOG):
         (output / name).unlink(missing_ok=True)
+    _remove_tracked(output)
     with contextlib.suppress(OSError):  # the directory is missing, or it is not empty
         (output / CHECKPOINTS).rmdir()

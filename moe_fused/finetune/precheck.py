@@ -19,6 +19,7 @@ from moe_fused.commands.options import check_device, check_source
 from moe_fused.quantized import check_quantization
 
 from .options import DEFAULTS, Options, flag
+from .trackers import check_tracker
 
 # The reason why an adapter has no layout with a matrix for each expert, or with gate and up apart.
 INTERLEAVED = "gate and up of gpt-oss take turns in gate_up_proj, no tool reads adapters of them apart"
@@ -74,9 +75,12 @@ def precheck(options: Options) -> Process:
     check_device(options.device)
     check_device_type(options, options.device.partition(":")[0])
     process = Process.of_environment(os.environ)
-    _check_dataset(options.dataset)
+    _check_dataset("--dataset", options.dataset)
+    if options.eval_dataset is not None:
+        _check_dataset("--eval-dataset", options.eval_dataset)
     if options.chat_template is not None:
         _check_template_file(options.chat_template)
+    check_tracker(options.report_to)
     _check_model(options)
     return process
 
@@ -140,10 +144,10 @@ def _looks_like_a_path(name: str) -> bool:
     return Path(name).is_absolute() or name.startswith(".") or len(Path(name).parts) > 2
 
 
-def _check_dataset(name: str) -> None:
+def _check_dataset(option: str, name: str) -> None:
     is_path = _looks_like_a_path(name) or Path(name).suffix.lower() in _FILES
     if is_path and not Path(name).exists():
-        raise FileNotFoundError(f"--dataset {name} is missing")
+        raise FileNotFoundError(f"{option} {name} is missing")
 
 
 def _check_model(options: Options) -> None:
@@ -162,6 +166,10 @@ def notes(options: Options) -> Iterator[str]:
     if Path(options.dataset).is_file():
         for name in ("dataset_config", "split"):
             yield from _unused(options, name, f"--dataset {options.dataset} is a file")
+    if options.eval_dataset is None:
+        yield from _unused(options, "eval_split", "there is no --eval-dataset")
+    elif Path(options.eval_dataset).is_file():
+        yield from _unused(options, "eval_split", f"--eval-dataset {options.eval_dataset} is a file")
     if Path(options.model).is_dir():
         yield from _unused(options, "revision", f"--model {options.model} is a directory")
     for rank, names in _BELONGING.items():

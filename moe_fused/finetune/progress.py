@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -20,7 +21,7 @@ from moe_fused.staging import replace_file
 from .endings import writing
 from .output import LOG
 
-__all__ = ["LOG", "Log", "Stop", "memory_gib", "read_log"]
+__all__ = ["LOG", "Log", "Stop", "memory_gib", "perplexity", "read_log"]
 
 # The entries of the trainer's records that are logged, with their names in log.jsonl.
 _LOGGED = {
@@ -31,6 +32,14 @@ _LOGGED = {
     "num_tokens": "tokens",
     "epoch": "epoch",
 }
+
+
+def perplexity(loss: float) -> float:
+    """Returns the perplexity of a loss in nats per token; infinity where no float is as large."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def memory_gib(device: torch.device, graphs: bool) -> float | None:
@@ -48,7 +57,7 @@ def memory_gib(device: torch.device, graphs: bool) -> float | None:
 
 
 class Log(TrainerCallback):
-    """Writes each record of the trainer as a line of log.jsonl, and shows it on the console.
+    """Writes each record of the trainer as a line of log.jsonl, and shows it on the console. It must be the first callback.
 
     A resumed run first removes the lines after its checkpoint, because it writes them again.
 
@@ -58,15 +67,22 @@ class Log(TrainerCallback):
         device: The device of the run.
         graphs: Whether there are CUDA graphs.
         tokens: Returns the number of tokens that the trainer has gone through.
+        evaluated: The number of tokens of an evaluation.
 
     Raises:
         CannotWrite: A line cannot be written.
     """
 
     def __init__(
-        self, path: Path, console: Console, device: torch.device, graphs: bool, tokens: Callable[[], int]
+        self,
+        path: Path,
+        console: Console,
+        device: torch.device,
+        graphs: bool,
+        tokens: Callable[[], int],
+        evaluated: int = 0,
     ) -> None:
-        self._path, self._console, self._tokens = path, console, tokens
+        self._path, self._console, self._tokens, self._evaluated = path, console, tokens, evaluated
         self._device, self._graphs = device, graphs
         words, left = TextColumn("{task.description}"), TimeRemainingColumn(elapsed_when_finished=True)
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), words, left)
@@ -90,6 +106,9 @@ class Log(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs: dict[str, Any] = kwargs["logs"]
+        if "eval_loss" in logs:
+            self._log_evaluation(state, logs)
+            return
         if "loss" not in logs:  # this is the summary at the end
             return
         now, tokens = time.perf_counter(), self._tokens()
@@ -98,17 +117,41 @@ class Log(TrainerCallback):
         record = {"step": state.global_step} | {
             name: logs[key] for key, name in _LOGGED.items() if logs.get(key) is not None
         }
-        record["tokens_per_second"] = round(rate, 1)
+        speed = {"tokens_per_second": round(rate, 1)}
         if (memory := memory_gib(self._device, self._graphs)) is not None:
-            record["memory_gib"] = round(memory, 3)
-        with writing(LOG), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            speed["memory_gib"] = round(memory, 3)
+        record |= speed
+        logs |= speed  # for trackers
+        self._write(record)
         words = f"loss {record['loss']:.4f}, {rate:,.0f} tokens/s" + (f", {memory:.1f} GiB" if memory else "")
         self._bar.update(self._task, description=words)
         if not self._console.is_terminal:
             step = (now - self._first[0]) / (state.global_step - self._first[1])
             left = timedelta(seconds=round(step * (state.max_steps - state.global_step)))
             self._console.print(f"step {state.global_step}/{state.max_steps}: {words}, {left} left", highlight=False)
+
+    def _log_evaluation(self, state: TrainerState, logs: dict[str, Any]) -> None:
+        loss, seconds = float(logs["eval_loss"]), float(logs["eval_runtime"])
+        # Training is as fast as it was: the time of the evaluation does not count.
+        self._last = (self._last[0] + seconds, self._last[1])
+        self._first = (self._first[0] + seconds, self._first[1])
+        record: dict[str, Any] = {"step": state.global_step, "eval_loss": loss}
+        if math.isfinite(value := perplexity(loss)):
+            record["perplexity"] = value
+        if (accuracy := logs.get("eval_mean_token_accuracy")) is not None:
+            record["eval_accuracy"] = accuracy
+        logs["eval_perplexity"] = value
+        record |= {"eval_seconds": seconds, "eval_tokens_per_second": round(self._evaluated / max(seconds, 1e-3), 1)}
+        self._write(record)
+        self._console.print(
+            f"step {state.global_step}/{state.max_steps}: evaluation: loss {loss:.4f}, perplexity "
+            f"{value:.2f}, {record['eval_tokens_per_second']:,.0f} tokens/s",
+            highlight=False,
+        )
+
+    def _write(self, record: dict[str, Any]) -> None:
+        with writing(LOG), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -129,7 +172,7 @@ def _step_of(line: str) -> float:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Reads the records of log.jsonl."""
+    """Reads the records of log.jsonl: those of steps have a ``loss``, those of evaluations an ``eval_loss``."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

@@ -21,7 +21,7 @@ CARD, PLOT = "README.md", "loss.png"
 
 
 def draw_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws the loss by steps, with its moving average, as a picture.
+    """Draws the loss by steps, with its moving average, and the loss of evaluations, as a picture.
 
     Args:
         records: The records of the log.
@@ -31,13 +31,17 @@ def draw_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")  # without pyplot, which would look for a display
     axes = figure.subplots()
-    steps, losses = [record["step"] for record in records], [record["loss"] for record in records]
+    trained = [record for record in records if "loss" in record]
+    steps, losses = [record["step"] for record in trained], [record["loss"] for record in trained]
     axes.plot(steps, losses, linewidth=0.8, alpha=0.5, label="each record")
     smooth, mean = [], None
     for loss in losses:
         mean = loss if mean is None else 0.9 * mean + 0.1 * loss
         smooth.append(mean)
     axes.plot(steps, smooth, label="moving average")
+    if evaluated := [record for record in records if "eval_loss" in record]:
+        points = [record["step"] for record in evaluated], [record["eval_loss"] for record in evaluated]
+        axes.plot(*points, marker="o", label="evaluation")
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -22,7 +22,7 @@ from moe_fused.staging import replace_file
 from .adapters import adapt
 from .card import card
 from .checkpoints import check_finite_adapter
-from .data import Data, Prepared, bars, find, prepare
+from .data import Data, Prepared, bars, find, find_evaluation, prepare
 from .endings import explained, stopped_by
 from .fingerprint import as_comment, base_fingerprints, check_same_base, check_same_data, fingerprints
 from .model import check_model, load_config, load_model, load_tokenizer
@@ -36,6 +36,7 @@ from .resolve import ResolvedRun, set_up, training_device
 from .results import write_results
 from .show import show_rows
 from .space import check_space
+from .trackers import keep_local
 
 if TYPE_CHECKING:
     from .trainer import Finetuner
@@ -69,6 +70,8 @@ def run(
         Stopped: The run ended early. The message says how to go on.
     """
     console, tokenizer, found, plan = _resolve(options, process, trains=True)
+    with bars(console.is_terminal):
+        evaluation = find_evaluation(options, tokenizer)
     resolved = plan.run
 
     def compared_base(download: bool) -> dict[str, str]:
@@ -82,8 +85,8 @@ def run(
     with bars(console.is_terminal):
         plan.show(console)
         check_space(resolved, plan.prediction.trainable)
-        prepared = prepare(found, options, resolved.batching, vocabulary=resolved.vocabulary)
-    _print(console, prepared.report.lines())
+        prepared = prepare(found, options, resolved.batching, vocabulary=resolved.vocabulary, evaluation=evaluation)
+    _print(console, prepared.lines())
     data = fingerprints(prepared, found)
     if resume:
         _print(console, check_same_data(resolved.output / CONFIG, data, allow_changed_data))
@@ -144,9 +147,11 @@ def _train_and_write(
     """Loads the model, trains it and writes the results."""
     resolved, begin = plan.run, time.perf_counter()
     model = adapt(load_model(resolved), resolved)
+    keep_local(resolved.options.report_to, resolved.output)
     from .trainer import make_trainer  # this imports TRL, which takes seconds, so errors in options come before it
 
-    trainer = make_trainer(model, tokenizer, prepared.dataset, resolved)
+    held = prepared.evaluation
+    trainer = make_trainer(model, tokenizer, prepared.dataset, resolved, None if held is None else held.dataset)
     if resolved.device.type != "cpu":  # the peak of the run does not include loading
         torch.accelerator.empty_cache()
         torch.accelerator.reset_peak_memory_stats(resolved.device)
@@ -154,9 +159,17 @@ def _train_and_write(
         remove_run(resolved.output)
         _write_options(resolved, record)
     has_graphs = trainer.shape is not None
-    log = Log(resolved.output / LOG, console, resolved.device, has_graphs, lambda: trainer.tokens)
+    log = Log(
+        resolved.output / LOG,
+        console,
+        resolved.device,
+        has_graphs,
+        lambda: trainer.tokens,
+        evaluated=0 if held is None else held.report.tokens - held.report.lost,
+    )
     with contextlib.closing(log), explained(trainer, plan):
-        trainer.add_callback(log)
+        # First, because it adds to the numbers that the others get.
+        trainer.callback_handler.callbacks.insert(0, log)
         _train(trainer, checkpoint, resolved.output)
     with explained(trainer, plan):
         text = card(resolved, _facts(trainer, plan, begin))
@@ -169,7 +182,7 @@ def _train(trainer: Finetuner, checkpoint: Path | None, output: Path) -> None:
         trainer.add_callback(Stop(received))
         trainer.train_from(checkpoint)
     signum = received()
-    if signum is not None and trainer.state.global_step < trainer.total_steps:
+    if signum is not None and not trainer.has_ended:
         raise stopped_by(signum, output)
 
 
@@ -206,6 +219,7 @@ def _facts(trainer: Finetuner, plan: MemoryPlan, begin: float) -> dict[str, str]
     facts = {
         "steps": str(trainer.state.global_step),
         "tokens": f"{trainer.tokens:,}",
+        **trainer.evaluation_facts(),
         "time since the last start": f"{time.perf_counter() - begin:.0f} s",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }

@@ -29,7 +29,8 @@ def bytes_of_run(setup: ModelSetup, trainable: int) -> int:
     is_torch = setup.optimizer.startswith("adamw_torch")
     state = 2 * adapter if is_torch else round(_STATE_BYTES[setup.optimizer] * trainable)
     results = 1 if setup.options.export == "none" else 2
-    return (setup.options.keep_checkpoints + 1) * (adapter + state) + results * adapter + _OTHERS
+    checkpoints = setup.options.keep_checkpoints + 1 + setup.options.keep_best
+    return checkpoints * (adapter + state) + results * adapter + _OTHERS
 
 
 def check_space(setup: ModelSetup, trainable: int) -> None:

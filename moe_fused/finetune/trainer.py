@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, TrainerCallback, TrainerState
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import SCALER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 from trl.kernels import chunked_logprob
@@ -26,19 +26,26 @@ from moe_fused.staging import staged_directory
 
 from . import attention
 from .batches import Documents, Sequences, is_full, lengths_of
-from .checkpoints import CHECKPOINTS
+from .checkpoints import CHECKPOINTS, checkpoint_of
 from .endings import CannotResume, NotFinite, resuming, writing
 from .graphs import GraphedDecoder
 from .host import queued, without_walks
 from .model import apply_liger
+from .progress import perplexity
+from .render import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from .resolve import ResolvedRun
 
+# Trainer's name for the loss of an evaluation.
+LOSS = "eval_loss"
 
-def make_trainer(model: Any, tokenizer: Any, dataset: Dataset, run: ResolvedRun) -> Finetuner:
+
+def make_trainer(
+    model: Any, tokenizer: Any, dataset: Dataset, run: ResolvedRun, evaluation: Dataset | None = None
+) -> Finetuner:
     """Makes the trainer of a run.
 
     Args:
@@ -46,24 +53,33 @@ def make_trainer(model: Any, tokenizer: Any, dataset: Dataset, run: ResolvedRun)
         tokenizer: The tokenizer of the run.
         dataset: The sequences that ``data.prepare`` or ``data.fit`` returns. Training does not change them.
         run: The record of the run.
+        evaluation: The sequences that the adapter is evaluated on, if the run has an evaluation.
     """
     base = model.get_base_model()
     if run.liger:
         apply_liger(base)
     if run.maskless:
         attention.use(base)
-    trainer = Finetuner(model, run, args=sft_config(run), train_dataset=dataset, processing_class=tokenizer)
+    trainer = Finetuner(
+        model, run, args=sft_config(run), train_dataset=dataset, eval_dataset=evaluation, processing_class=tokenizer
+    )
     batches: Any = trainer.train_dataset
     if run.graphs:
         trainer.shape = _shape(run, lengths_of(batches))
     collate: Any = trainer.data_collator
     size, padding = run.batching.batch_size, collate.pad_token_id
     if run.batching.has_documents and run.maskless:
+        if evaluation is not None:
+            trainer.eval_collator = Documents.of(collate, evaluation["seq_lengths"], size, None, padding)
         columns = None if trainer.shape is None else trainer.shape[1]
         trainer.data_collator = Documents.of(collate, batches["seq_lengths"], size, columns, padding)
     elif trainer.shape is not None:
         trainer.data_collator = Sequences(collate, trainer.shape, padding)
     trainer.remove_callback(PrinterCallback)
+    if evaluation is not None:
+        trainer.add_callback(EvaluateLast())
+    if run.options.early_stopping is not None:
+        trainer.add_callback(StopEarly(run.options.early_stopping))
     return trainer
 
 
@@ -113,6 +129,16 @@ class _AllocateStates(TrainerCallback):
 def sft_config(run: ResolvedRun) -> SFTConfig:
     """Makes TRL's arguments for a run."""
     options, batching = run.options, run.batching
+    evaluation: dict[str, Any] = {}
+    if options.evaluates:
+        evaluation = {
+            "eval_strategy": "steps",
+            "eval_steps": options.eval_steps or options.save_steps,
+            "per_device_eval_batch_size": batching.batch_size,
+            "prediction_loss_only": True,
+            "metric_for_best_model": LOSS,  # Trainer notes which evaluation was the best
+            "greater_is_better": False,
+        }
     # If weights and adapters have one dtype, autocast is not needed. It would cost host time at every operator.
     mixed = run.dtype is not torch.float32 and run.adapter_dtype is not run.dtype
     is_packed = batching.packing != "none"
@@ -145,12 +171,73 @@ def sft_config(run: ResolvedRun) -> SFTConfig:
         save_steps=options.save_steps,
         logging_steps=options.log_steps,
         logging_nan_inf_filter=False,  # the filter would log an average instead of a loss that is not finite
-        report_to="none",
+        report_to=options.report_to,
+        run_name=run.output.name,
+        project="moe-fused",
+        trackio_space_id=None,
         disable_tqdm=True,
+        **evaluation,
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # Trainer would replicate the model to all GPUs that are visible
     return arguments
+
+
+def evaluations(state: TrainerState) -> dict[int, float]:
+    """Returns the losses of all evaluations so far, by the steps after which they were made."""
+    return {int(entry["step"]): float(entry[LOSS]) for entry in state.log_history if LOSS in entry}
+
+
+def waited(state: TrainerState) -> int:
+    """Returns the number of evaluations after the one with the lowest loss."""
+    losses = list(evaluations(state).values())
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+
+class EvaluateLast(TrainerCallback):
+    """Evaluates after the last step, too."""
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+
+class StopEarly(TrainerCallback):
+    """Ends the training, with a checkpoint, when the loss of the evaluation has not become lower for a while.
+
+    Transformers' own callback counts in memory. This one counts in the history that checkpoints hold, so a resumed run
+    ends where an uninterrupted one does, and one with another patience counts anew.
+
+    Args:
+        patience: The number of evaluations without a lower loss.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if waited(state) >= self._patience:
+            control.should_training_stop = control.should_save = True
+
+
+class _TokenMean:
+    """The mean of losses over all tokens that are learned from."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._count: Tensor | None = None
+
+    def add(self, loss: Tensor, labels: Tensor) -> None:
+        """Counts a batch with its mean loss. The first token of a sequence is predicted by nothing."""
+        count = (labels[..., 1:] != IGNORED).sum()
+        total = loss.detach().double() * count
+        self._total = total if self._total is None else self._total + total
+        self._count = count if self._count is None else self._count + count
+
+    def value(self) -> float | None:
+        if self._total is None or self._count is None or not int(self._count):
+            return None
+        return float(self._total / self._count)
 
 
 class Finetuner(SFTTrainer):
@@ -164,12 +251,15 @@ class Finetuner(SFTTrainer):
     Attributes:
         shape: The shape of the batches that run as CUDA graphs. If it is None, everything runs eagerly.
         graphs: The decoder with its graphs during the training, else None.
+        eval_collator: The collator of the evaluation, if it needs another one than TRL's.
     """
 
     def __init__(self, model: Any, run: ResolvedRun, **kwargs: Any) -> None:
         self._resolved = run
         self.shape: tuple[int, int] | None = None
         self.graphs: GraphedDecoder | None = None
+        self.eval_collator: Any = None
+        self._evaluated = _TokenMean()
         arguments = kwargs["args"]
         if "8bit" in arguments.optim or "paged" in arguments.optim:
             optimizer_class, optimizer_options = self.get_optimizer_cls_and_kwargs(arguments)
@@ -208,6 +298,15 @@ class Finetuner(SFTTrainer):
         batches = len(self.get_train_dataloader())
         return math.ceil(self.args.num_train_epochs * -(-batches // self.args.gradient_accumulation_steps))
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the run has made its last step, or the evaluation has ended it early."""
+        return self.state.global_step >= self.total_steps or self._has_stopped(self.state)
+
+    def _has_stopped(self, state: TrainerState) -> bool:
+        patience = self._resolved.options.early_stopping
+        return patience is not None and waited(state) >= patience
+
     def train_from(self, checkpoint: Path | None) -> None:
         """Trains to the end, from the beginning or from a checkpoint.
 
@@ -221,10 +320,11 @@ class Finetuner(SFTTrainer):
             if self.accelerator.scaler is not None and not (checkpoint / SCALER_NAME).is_file():
                 raise CannotResume(f"{checkpoint} lacks {SCALER_NAME}, the scale of the gradients in fp16")
             state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-            if state.global_step >= self.total_steps:  # Trainer would train for one more step
+            if state.global_step >= self.total_steps or self._has_stopped(state):  # Trainer would make another step
                 self.state, self._total_train_tokens = state, state.num_input_tokens_seen
                 self._load_from_checkpoint(str(checkpoint))
                 self.check_adapters()
+                self._take_best(checkpoint)
                 return
         model: Any = self.model
         tiles: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -237,10 +337,75 @@ class Finetuner(SFTTrainer):
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             self.check_finite()
             self.check_adapters()
+            if self.has_ended:
+                self._take_best(None)
         finally:
             if self.graphs is not None:
                 self.graphs.close()
                 self.graphs = None
+
+    # The evaluation.
+
+    def _take_best(self, loaded: Path | None) -> None:
+        """Loads the adapters with the lowest evaluation loss, with ``--keep-best``.
+
+        Args:
+            loaded: The checkpoint that is loaded, if one is.
+
+        Raises:
+            CannotResume: The checkpoint of these adapters is missing or damaged.
+        """
+        best = self.state.best_global_step
+        if not self._resolved.options.keep_best or not best or best == self.state.global_step:
+            return
+        checkpoint = checkpoint_of(self._resolved.output, best)
+        if checkpoint == loaded:
+            return
+        if not checkpoint.is_dir():
+            raise CannotResume(f"{checkpoint}, which has the adapter with the lowest evaluation loss, is missing")
+        self._load_from_checkpoint(str(checkpoint))
+        self.check_adapters()
+
+    def evaluation_facts(self) -> dict[str, str]:
+        """Describes the evaluation of the adapter that is written, for the card of the run."""
+        losses = evaluations(self.state)
+        if not losses:
+            return {}
+        step = max(losses)
+        if self._resolved.options.keep_best:
+            step = self.state.best_global_step or step
+        words = f"loss {losses[step]:.4f}, perplexity {perplexity(losses[step]):.2f}, of the adapter of step {step}"
+        return {"evaluation": words}
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        before: Any = self.data_collator
+        self.data_collator = before if self.eval_collator is None else self.eval_collator
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = before
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates as Trainer does. The loss is the mean over all tokens, and Trainer's the mean over batches.
+
+        Batches have different numbers of tokens to learn from, so Trainer's mean would depend on the packing. Going
+        through the rows takes a random number, so the state is put back: the training is as without an evaluation.
+        """
+        self._evaluated = _TokenMean()
+        with torch.random.fork_rng(devices=[]):
+            output = super().evaluation_loop(*args, **kwargs)
+        if (loss := self._evaluated.value()) is not None:
+            metrics: Any = output.metrics
+            metrics[LOSS] = loss
+            if not math.isfinite(loss):
+                raise NotFinite(f"the loss of the evaluation after step {self.state.global_step} is {loss}")
+        return output
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        is_best: bool = super()._determine_best_metric(*args, **kwargs)
+        if is_best and self._resolved.options.keep_best:
+            self.control.should_save = True
+        return is_best
 
     # A step without walks through the model.
 
@@ -254,6 +419,12 @@ class Finetuner(SFTTrainer):
     # The end at a value that is not finite.
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.model
+        if not model.training:
+            inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
+            result = super().compute_loss(*args, **kwargs)
+            self._evaluated.add(result[0] if isinstance(result, tuple) else result, inputs["labels"])
+            return result
         result = super().compute_loss(*args, **kwargs)
         # TRL has just waited for the forward pass, so reading the loss and the last step's norm does not wait again.
         self.check_finite()
@@ -306,7 +477,11 @@ class Finetuner(SFTTrainer):
             for path in (staging / name).iterdir():
                 path.rename(staging / path.name)
             (staging / name).rmdir()
-        for old in map(Path, sort_checkpoints(str(directory))[: -self._resolved.options.keep_checkpoints]):
+        options = self._resolved.options
+        best = checkpoint_of(self._resolved.output, self.state.best_global_step or 0) if options.keep_best else None
+        for old in map(Path, sort_checkpoints(str(directory))[: -options.keep_checkpoints]):
+            if old == best:
+                continue
             aside = old.rename(old.with_name(f".{old.name}.partial"))
             shutil.rmtree(aside, ignore_errors=True)
 

@@ -145,11 +145,22 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
     return path
 
 
+def records(output: Path, name: str) -> list[dict[str, Any]]:
+    """The records of the log that have a value of that name, one for each step."""
+    lines = map(json.loads, (output / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    found = [record for record in lines if name in record]
+    assert [record["step"] for record in found] == sorted({record["step"] for record in found})
+    return found
+
+
 def losses(output: Path) -> dict[int, float]:
     """The loss of each step."""
-    records = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [record["step"] for record in records] == sorted({record["step"] for record in records})
-    return {record["step"]: record["loss"] for record in records}
+    return {record["step"]: record["loss"] for record in records(output, "loss")}
+
+
+def evaluations(output: Path) -> dict[int, float]:
+    """The loss of each evaluation, by the step after which it was made."""
+    return {record["step"]: record["eval_loss"] for record in records(output, "eval_loss")}
 
 
 def finetune_signalled(signum: int, step: int, *arguments: str | Path, cwd: Path) -> Ended:
