@@ -22,7 +22,9 @@ def lora_config(setup: ModelSetup, model: nn.Module) -> Any:
         model: A model of its architecture, on any device, meta included.
 
     Raises:
-        ValueError: The model has no experts or no routers that could be adapted, and the options say to adapt them.
+        ValueError: The model has no experts or no routers that could be adapted, and the options say to adapt them. Or
+            a value of ``lora`` is none that PEFT takes, or that adapters on experts can have.
+        NotImplementedError: Adapters on experts cannot have a value of ``lora``.
     """
     from peft import LoraConfig
 
@@ -40,7 +42,7 @@ def lora_config(setup: ModelSetup, model: nn.Module) -> Any:
         for target in _routers(model, experts):
             ranks[target] = options.router_rank
             alphas[target] = 2.0 * options.router_rank
-    return LoraConfig(
+    config = LoraConfig(
         r=options.attention_rank or options.expert_rank or options.router_rank,
         lora_alpha=setup.attention_alpha,  # type: ignore[arg-type]  # any number
         lora_dropout=options.lora_dropout,
@@ -49,7 +51,13 @@ def lora_config(setup: ModelSetup, model: nn.Module) -> Any:
         rank_pattern=ranks,
         alpha_pattern=alphas,
         task_type="CAUSAL_LM",
+        **(options.lora or {}),
     )
+    if experts and options.expert_rank:
+        from moe_fused.integrations.peft.wrapper import refuse_unsupported
+
+        refuse_unsupported(config)
+    return config
 
 
 def adapt(model: Any, setup: ModelSetup) -> Any:

@@ -18,7 +18,8 @@ from moe_fused.staging import replace_file
 
 from .checkpoints import DROP_BROKEN, resumable
 from .fingerprint import ALLOW_CHANGED, ALLOW_OTHER_BASE
-from .options import DEFAULTS, GROUPS, HELP, TYPES, Options, flag, read_yaml, shown_default, template
+from .handed_through import parse
+from .options import DEFAULTS, GROUPS, HELP, MAPPINGS, TYPES, Options, flag, read_yaml, shown_default, template
 from .output import CONFIG, check_not_ended, check_output, check_unused, locked_output
 from .precheck import Process, check_automatic_device, notes, precheck
 
@@ -26,6 +27,8 @@ from .precheck import Process, check_automatic_device, notes, precheck
 _NEEDED = ("accelerate", "datasets", "matplotlib", "peft", "trl", "yaml")
 
 
+# The options that have a parameter of their own.
+_TYPED = tuple(name for name in DEFAULTS if name not in MAPPINGS)
 # The group of the switches, which are no options of a run.
 _RUNNING = "Running"
 _GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
@@ -39,7 +42,7 @@ class GroupedCommand(typer.core.TyperCommand):
         parameters: dict[str, Any] = {str(parameter.name): parameter for parameter in self.get_params(ctx)}
         switches = [name for name in parameters if name not in _GROUP_OF]
         for group in (most_used, _RUNNING, *others):
-            names = switches if group == _RUNNING else GROUPS[group]
+            names = switches if group == _RUNNING else [name for name in GROUPS[group] if name in _TYPED]
             with formatter.section(group):
                 formatter.write_dl([parameters[name].get_help_record(ctx) for name in names])
 
@@ -66,6 +69,12 @@ def _switch(name: str, text: str, kind: Any = bool, default: Any = False) -> ins
 _FILE = Optional[Path]  # noqa: UP045
 _SWITCHES = [
     _switch("config", "YAML file with any of these options. The command line overrides it.", _FILE, None),
+    _switch(
+        "set",
+        "A field of TRL's SFTConfig or of PEFT's LoraConfig: trainer.NAME=VALUE or lora.NAME=VALUE; repeat the option.",
+        Optional[list[str]],  # noqa: UP045
+        None,
+    ),
     _switch("init", "Write a YAML file with every option and its description, for --config, and end.", _FILE, None),
     _switch("resume", "Go on from the last checkpoint in --output, with the options in its finetune.yaml."),
     _switch("overwrite", "Replace the run in --output."),
@@ -175,6 +184,9 @@ def _options(config: Path | None, given: dict[str, Any], resume: bool) -> Option
     if config is not None and not config.is_file():
         raise FileNotFoundError(f"--config {config} {'is not a file' if config.exists() else 'is missing'}")
     said: dict[str, Any] = {} if config is None else read_yaml(config)
+    for text in given.pop("set") or []:
+        mapping, name, value = parse(text)
+        said[mapping] = {**(said.get(mapping) or {}), name: value}
     said |= {name: value for name, value in given.items() if value not in (None, [])}
     if not resume:
         return Options(**said)
@@ -216,7 +228,7 @@ def _started(output: Path, said: dict[str, Any]) -> dict[str, Any]:
     return started
 
 
-finetune.__signature__ = inspect.Signature([*map(_parameter, DEFAULTS), *_SWITCHES])  # type: ignore[attr-defined]
+finetune.__signature__ = inspect.Signature([*map(_parameter, _TYPED), *_SWITCHES])  # type: ignore[attr-defined]
 finetune.__annotations__ = {
     parameter.name: parameter.annotation for parameter in inspect.signature(finetune).parameters.values()
 }

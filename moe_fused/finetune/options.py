@@ -192,6 +192,15 @@ class Options:
         int, Help("Seed for the adapters' initial values, the order of the data, and dropout.", shapes_run=True)
     ] = 0
 
+    trainer: Annotated[
+        dict[str, Any] | None,
+        Help("Further fields of TRL's SFTConfig, such as neftune_noise_alpha: a mapping, or --set.", shapes_run=True),
+    ] = None
+    lora: Annotated[
+        dict[str, Any] | None,
+        Help("Further fields of PEFT's LoraConfig, such as use_rslora: a mapping, or --set.", shapes_run=True),
+    ] = None
+
     eval_dataset: Annotated[str | None, Help("Data to evaluate on, in the forms of --dataset.", shapes_run=True)] = None
     eval_share: Annotated[
         float | None,
@@ -299,9 +308,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Adapter": (
         "attention_alpha", "attention_modules", "expert_alpha", "router_rank", "lora_dropout", "adapter_dtype",
+        "lora",
     ),
     "Training": (
         "max_steps", "scheduler", "warmup", "weight_decay", "max_grad_norm", "optimizer", "router_aux_loss", "seed",
+        "trainer",
     ),
     "Evaluation": ("eval_dataset", "eval_split", "eval_steps", "keep_best", "early_stopping"),
     "Output": ("save_steps", "keep_checkpoints", "log_steps", "report_to", "export"),
@@ -312,6 +323,10 @@ DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.f
 _HINTS = {name: get_args(hint) for name, hint in get_type_hints(Options, include_extras=True).items()}
 TYPES: dict[str, Any] = {name: _HINTS[name][0] for name in DEFAULTS}
 HELP: dict[str, Help] = {name: _HINTS[name][1] for name in DEFAULTS}
+
+
+# Options that are mappings. The command line sets their entries by --set.
+MAPPINGS = tuple(name for name, kind in TYPES.items() if kind == dict[str, Any] | None)
 
 
 def flag(name: str) -> str:
@@ -336,6 +351,10 @@ def _convert(value: object, kind: Any) -> Any:
         if value not in get_args(kind):
             raise ValueError(f"one of {', '.join(get_args(kind))}")
         return value
+    if origin is dict:
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise ValueError("a mapping of names to values")
+        return dict(value)
     if origin is list:
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list) or not all(isinstance(item, str) for item in values):

@@ -18,6 +18,7 @@ from moe_fused.checkpoints.places import CONFIG, read_config
 from moe_fused.commands.options import check_device, check_source
 from moe_fused.quantized import check_quantization
 
+from .handed_through import check_handed_through
 from .options import DEFAULTS, Options, flag
 from .trackers import check_tracker
 
@@ -81,6 +82,7 @@ def precheck(options: Options) -> Process:
     if options.chat_template is not None:
         _check_template_file(options.chat_template)
     check_tracker(options.report_to)
+    check_handed_through(options)
     _check_model(options)
     return process
 

@@ -220,7 +220,7 @@ def _set_up(options: Options, process: Process, config: Any, model: Any, device:
         quantize_to=options.quantization if quantizes else None,
         is_4bit=quantizes or in_4bit,
         liger=_liger(options, config, device),
-        is_random=bool(options.lora_dropout) or has_random_layers(config),
+        is_random=bool(options.lora_dropout) or has_random_layers(config) or _has_noise(options),
         layout_refusals={layout: apart_refusal(options.model, config, model, layout) for layout in _LAYOUTS},
     )
     check_export(options, setup.layout_refusals.get(options.export))
@@ -229,6 +229,11 @@ def _set_up(options: Options, process: Process, config: Any, model: Any, device:
 
 
 _LAYOUTS = ("per-expert", "original")
+
+
+def _has_noise(options: Options) -> bool:
+    """Whether TRL adds noise to embeddings (NEFTune)."""
+    return bool((options.trainer or {}).get("neftune_noise_alpha"))
 
 
 def candidates(setup: ModelSetup, *, plain_text: bool, rows: int = 0) -> Iterator[ResolvedRun]:

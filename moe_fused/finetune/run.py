@@ -87,6 +87,8 @@ def run(
         check_space(resolved, plan.prediction.trainable)
         prepared = prepare(found, options, resolved.batching, vocabulary=resolved.vocabulary, evaluation=evaluation)
     _print(console, prepared.lines())
+    if options.trainer:
+        _check_trainer(resolved)
     data = fingerprints(prepared, found)
     if resume:
         _print(console, check_same_data(resolved.output / CONFIG, data, allow_changed_data))
@@ -133,6 +135,16 @@ def _resolve(options: Options, process: Process, *, trains: bool) -> tuple[Conso
         found = find(options, tokenizer)
         plan = plan_run(setup, plain_text=found.kind == "text", rows=len(found.rows))
     return console, tokenizer, found, plan
+
+
+def _check_trainer(resolved: ResolvedRun) -> None:
+    """Raises ValueError if TRL's config refuses the options ``trainer``. It takes the seconds of importing TRL."""
+    from .trainer import sft_config
+
+    try:
+        sft_config(resolved)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"trainer: {' '.join(str(error).split())}") from error
 
 
 def _train_and_write(

@@ -139,6 +139,7 @@ def sft_config(run: ResolvedRun) -> SFTConfig:
             "metric_for_best_model": LOSS,  # Trainer notes which evaluation was the best
             "greater_is_better": False,
         }
+    given = {"run_name": run.output.name, "project": "moe-fused", "trackio_space_id": None} | (options.trainer or {})
     # If weights and adapters have one dtype, autocast is not needed. It would cost host time at every operator.
     mixed = run.dtype is not torch.float32 and run.adapter_dtype is not run.dtype
     is_packed = batching.packing != "none"
@@ -172,11 +173,9 @@ def sft_config(run: ResolvedRun) -> SFTConfig:
         logging_steps=options.log_steps,
         logging_nan_inf_filter=False,  # the filter would log an average instead of a loss that is not finite
         report_to=options.report_to,
-        run_name=run.output.name,
-        project="moe-fused",
-        trackio_space_id=None,
         disable_tqdm=True,
         **evaluation,
+        **given,
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # Trainer would replicate the model to all GPUs that are visible

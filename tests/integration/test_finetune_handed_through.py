@@ -1,0 +1,157 @@
+"""Fields of TRL's and PEFT's configs in ``trainer`` and ``lora``: which are taken, which are refused, and what they do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from peft import LoraConfig
+from trl.trainer.sft_config import SFTConfig
+
+from moe_fused.finetune.handed_through import MANAGED, Config, check_handed_through, fields_of, parse
+from moe_fused.finetune.options import DEFAULTS, Options, flag, read_yaml
+
+from .finetuning import Run, assert_error, evaluations, finetune, losses
+
+CLASSES: dict[Config, Any] = {"trainer": SFTConfig, "lora": LoraConfig}
+
+
+# Names and values.
+
+
+@pytest.mark.parametrize("config", get_args(Config))
+def test_fields_are_those_of_the_installed_class(config: Config) -> None:
+    """They are read from its source, which takes less time than importing it."""
+    declared = {field.name for field in dataclasses.fields(CLASSES[config]) if field.init and field.name[0] != "_"}
+    assert set(fields_of(config)) == declared
+
+
+@pytest.mark.parametrize("config", get_args(Config))
+def test_what_is_managed_exists(config: Config) -> None:
+    assert set(MANAGED[config]) <= set(fields_of(config))
+    options = {flag(name) for name in DEFAULTS} | {"--resume"}
+    for instead in MANAGED[config].values():
+        assert set(re.findall(r"--[a-z-]+", instead)) <= options, instead
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("trainer.neftune_noise_alpha=5", ("trainer", "neftune_noise_alpha", 5)),
+        ("lora.use_rslora=true", ("lora", "use_rslora", True)),
+        ("lora.exclude_modules=[q_proj, k_proj]", ("lora", "exclude_modules", ["q_proj", "k_proj"])),
+        ("trainer.optim_args=a=b", ("trainer", "optim_args", "a=b")),
+        ("trainer.data_seed=", ("trainer", "data_seed", None)),
+    ],
+)
+def test_values_are_yaml(text: str, expected: tuple[str, str, Any]) -> None:
+    assert parse(text) == expected
+
+
+@pytest.mark.parametrize("text", ["use_rslora=true", "lora.use_rslora", "peft.r=1", "lora.=1", "=1", "", "lora.x=[1"])
+def test_another_form(text: str) -> None:
+    with pytest.raises(ValueError, match="--set"):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"trainer": {"learning_rate": 1e-3}}, r"trainer.learning_rate cannot be set: use --learning-rate"),
+        ({"trainer": {"deepspeed": "x.json"}}, r"trainer.deepspeed cannot be set: finetune trains on one GPU"),
+        ({"lora": {"r": 4}}, r"lora.r cannot be set: use --attention-rank"),
+        ({"lora": {"modules_to_save": ["lm_head"]}}, r"lora.modules_to_save cannot be set: finetune trains adapters"),
+        (
+            {"trainer": {"neftune_alpha": 5}},
+            r"SFTConfig has no field neftune_alpha, did you mean neftune_noise_alpha\?",
+        ),
+        ({"lora": {"nonsense_entirely": 5}}, r"LoraConfig has no field nonsense_entirely$"),
+        (
+            {"trainer": {"neftune_noise_alpha": "much"}},
+            r"trainer.neftune_noise_alpha must be a number or null, got 'much'",
+        ),
+        ({"trainer": {"adam_beta1": True}}, r"trainer.adam_beta1 must be a number, got True"),
+        ({"trainer": {"data_seed": 1.5}}, r"trainer.data_seed must be a whole number or null, got 1.5"),
+        ({"lora": {"use_rslora": 1}}, r"lora.use_rslora must be true or false, got 1"),
+    ],
+)
+def test_refusals(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        check_handed_through(Options(**given))
+
+
+def test_a_mapping_of_the_file_and_set_go_together(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("lora:\n  use_rslora: false\n  use_dora: false\nmodel: m\n")
+    assert read_yaml(tmp_path / "run.yaml")["lora"] == {"use_rslora": False, "use_dora": False}
+    for text in ("lora: 5", "lora: [a]", "lora: {1: 2}"):
+        (tmp_path / "bad.yaml").write_text(text + "\n")
+        with pytest.raises(ValueError, match="lora must be a mapping of names to values"):
+            read_yaml(tmp_path / "bad.yaml")
+
+
+# What they do.
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return Run(tmp_path_factory.mktemp("plain"), "--lora-dropout", "0")
+
+
+def _nothing_loads() -> None:
+    from moe_fused.finetune import run
+
+    def load_model(*_: Any) -> None:
+        raise AssertionError("a model is loaded")
+
+    run.load_model = load_model
+
+
+def test_fields_of_pefts_config(plain: Run, tmp_path: Path) -> None:
+    """The file has one field, the command line another, and a resumed run keeps both."""
+    (tmp_path / "run.yaml").write_text("lora:\n  use_rslora: false\n  init_lora_weights: gaussian\n")
+    arguments = (*plain.arguments, "--config", "run.yaml", "--set", "lora.use_rslora=true", "--output", "out")
+    ended = finetune(*arguments, "--max-steps", "4", cwd=tmp_path)
+    assert ended.status == 0, ended
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["use_rslora"], config["init_lora_weights"]) == (True, "gaussian")
+    assert losses(tmp_path / "out")[1] == pytest.approx(plain.losses[1])  # B is zero at the beginning
+    assert losses(tmp_path / "out")[3] != pytest.approx(plain.losses[3])
+    assert read_yaml(tmp_path / "out" / "finetune.yaml")["lora"] == {
+        "use_rslora": True,
+        "init_lora_weights": "gaussian",
+    }
+    again = ("--resume", "--output", "out", "--max-steps", "6")
+    assert finetune(*again, cwd=tmp_path).status == 0
+    assert_error(finetune(*again, "--set", "lora.use_rslora=false", cwd=tmp_path), "--lora is", "cannot become")
+
+
+def test_fields_of_trls_config(plain: Run, tmp_path: Path) -> None:
+    """NEFTune adds noise while it trains, and none to an evaluation."""
+    noise = ("--set", "trainer.neftune_noise_alpha=50", "--set", "trainer.adam_beta1=0.8")
+    arguments = (*plain.arguments, "--eval-share", "0.25", "--eval-steps", "1", "--learning-rate", "1e-30")
+    for name, more in (("with", noise), ("without", ())):
+        ended = finetune(*arguments, *more, "--max-steps", "2", "--output", name, cwd=tmp_path)
+        assert ended.status == 0, ended
+    assert losses(tmp_path / "with") != losses(tmp_path / "without")
+    assert evaluations(tmp_path / "with") == evaluations(tmp_path / "without")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("lora.use_dora=true", "use_dora"),
+        ("lora.init_lora_weights=pissa", "init_lora_weights='pissa' is not supported"),
+        ("lora.bias=all", "lora.bias cannot be set: finetune trains adapters alone"),
+        ("trainer.dataloader_prefetch_factor=2", "trainer: "),
+        ("trainer.max_length=5", "use --sequence-length"),
+        ("lora.x", "--set must be"),
+    ],
+)
+def test_refused_before_a_model_is_loaded(given: str, words: str, plain: Run, tmp_path: Path) -> None:
+    ended = finetune(*plain.arguments, "--set", given, "--output", "out", cwd=tmp_path, before=_nothing_loads)
+    assert_error(ended, words)
+    assert not (tmp_path / "out").exists()
