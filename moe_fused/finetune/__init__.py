@@ -4,6 +4,7 @@ From the options a run is resolved once, into a frozen record that all later ste
 
     options       the table of options, which the command line and the YAML file are made from
     command       the command itself
+    handed_through  fields of TRL's and PEFT's configs among the options, and those that the run manages itself
     precheck      checks that need the standard library alone, and the process among those of the run
     resolve       the records of a run: every question that the options leave open, answered once
     architecture  facts about a model's architecture by which they are answered
@@ -28,7 +29,8 @@ The model and its training:
     batches       packed documents in batches of one shape
     graphs        the decoder's passes as CUDA graphs
     host          a training step without the work that costs the host most
-    trainer       SFTTrainer with checkpoints that are whole or absent, which ends at a loss that is not finite
+    trainer       SFTTrainer with checkpoints that are whole or absent, which evaluates, keeps the best adapter and ends early
+    trackers      where trackers of experiments write
     progress      the progress on the terminal and in log.jsonl
 
 The directory of a run, and its end:
