@@ -29,7 +29,7 @@ The model and its training:
     batches       packed documents in batches of one shape
     graphs        the decoder's passes as CUDA graphs
     host          a training step without the work that costs the host most
-    trainer       SFTTrainer with checkpoints that are whole or absent, which evaluates, keeps the best adapter and ends early
+    trainer       SFTTrainer with checkpoints that are whole or absent, which evaluates, keeps the best and ends early
     trackers      where trackers of experiments write
     progress      the progress on the terminal and in log.jsonl
 
