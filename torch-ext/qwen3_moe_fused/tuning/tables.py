@@ -231,6 +231,7 @@ def thresholds_of(target: Target) -> Thresholds:
     return _trial_thresholds[-1] if _trial_thresholds else _measured_thresholds(target.arch)
 
 
+@functools.lru_cache(maxsize=4096)  # every launch asks
 def bucket(num_rows: int, num_experts: int, packed: bool, target: Target) -> int:
     """The height of the row tiles for S = num_rows routed rows over E = num_experts.
 
@@ -289,21 +290,13 @@ def launch_config(kernel: str, block_m: int, target: Target, itemsize: int) -> L
     return config
 
 
-@functools.lru_cache(maxsize=4096)
-def config_of_call(
-    kernel: str, num_rows: int, num_experts: int, packed: bool, target: Target, itemsize: int
-) -> LaunchConfig:
-    """``launch_config`` in the ``bucket`` of a call, kept because every launch asks."""
-    return launch_config(kernel, bucket(num_rows, num_experts, packed, target), target, itemsize)
-
-
 @contextlib.contextmanager
 def trying(kernel: str, block_m: int, itemsize: int, config: LaunchConfig) -> Iterator[None]:
     """Launches of ``kernel`` in that bucket use ``config`` within the block; for those who measure. Blocks can be nested."""
     key = (kernel, block_m, itemsize)
     outer = _trial.get(key)
     _trial[key] = config
-    _forget_configs()
+    launch_config.cache_clear()
     try:
         yield
     finally:
@@ -311,28 +304,22 @@ def trying(kernel: str, block_m: int, itemsize: int, config: LaunchConfig) -> It
             del _trial[key]
         else:
             _trial[key] = outer
-        _forget_configs()
+        launch_config.cache_clear()
 
 
 @contextlib.contextmanager
 def trying_thresholds(thresholds: Thresholds) -> Iterator[None]:
     """``thresholds`` hold on every target within the block, which costs next to nothing; for those who measure."""
     _trial_thresholds.append(thresholds)
-    config_of_call.cache_clear()
+    bucket.cache_clear()
     try:
         yield
     finally:
         _trial_thresholds.pop()
-        config_of_call.cache_clear()
+        bucket.cache_clear()
 
 
 def forget_tables() -> None:
     """The tables are read again at the next question: for those who have changed them or ``MOE_FUSED_CONFIGS``."""
-    for cached in (_tables, _overrides, _measured_thresholds):
+    for cached in (_tables, _overrides, _measured_thresholds, bucket, launch_config):
         cached.cache_clear()
-    _forget_configs()
-
-
-def _forget_configs() -> None:
-    launch_config.cache_clear()
-    config_of_call.cache_clear()

@@ -54,7 +54,8 @@ def precision(dtype: torch.dtype) -> str:
 def config_of(kernel: str, num_rows: int, routing: Routing, like: Tensor) -> LaunchConfig:
     """The launch configuration of ``kernel`` for S = num_rows on the device and in the dtype of ``like``."""
     target = tuning.target_of(like.device)
-    return tuning.config_of_call(kernel, num_rows, routing.num_experts, routing.packed, target, like.itemsize)
+    block_m = tuning.bucket(num_rows, routing.num_experts, routing.packed, target)
+    return tuning.launch_config(kernel, block_m, target, like.itemsize)
 
 
 def tile_height(num_rows: int, routing: Routing, dtype: torch.dtype) -> int:
