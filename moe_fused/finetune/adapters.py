@@ -56,7 +56,10 @@ def lora_config(setup: ModelSetup, model: nn.Module) -> Any:
     if experts and options.expert_rank:
         from moe_fused.integrations.peft.wrapper import refuse_unsupported
 
-        refuse_unsupported(config)
+        try:
+            refuse_unsupported(config)
+        except (ValueError, NotImplementedError) as error:
+            raise type(error)(f"lora: {error}; --expert-rank 0 leaves them out") from error
     return config
 
 

@@ -109,7 +109,11 @@ def finetune(
     """
     del traceback  # console.run, which prints errors, reads it from the command line
     if init is not None:
-        _write_template(init)
+        if resume:
+            raise ValueError("--init and --resume exclude each other")
+        said = _said(config, given)
+        Options(**said)  # raises if a value is wrong
+        _write_template(init, said)
         return
     require("finetune", *_NEEDED, extra="train")
     of_resuming = {
@@ -156,16 +160,16 @@ def finetune(
         )
 
 
-def _write_template(path: Path) -> None:
-    """Writes the file of ``--init``, which must not exist."""
+def _write_template(path: Path, said: dict[str, Any]) -> None:
+    """Writes the file of ``--init``, which must not exist, with the options that were given."""
     if path.exists() or path.is_symlink():
         raise FileExistsError(f"--init {path} exists")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--init {path}: there is no directory {path.parent}")
-    replace_file(path, template().encode())
-    print(
-        f"wrote {path}; next: fill in model, dataset and output, then moe-fused finetune --config {shlex.quote(str(path))}"
-    )
+    replace_file(path, template(said).encode())
+    missing = [name for name in ("model", "dataset", "output") if not said.get(name)]
+    fill = f"fill in {', '.join(missing)}, then " if missing else ""
+    print(f"wrote {path}; next: {fill}moe-fused finetune --config {shlex.quote(str(path))}")
 
 
 def _check_switches(resume: bool, overwrite: bool, show_rows: int | None, of_resuming: dict[str, bool]) -> None:
@@ -181,13 +185,7 @@ def _check_switches(resume: bool, overwrite: bool, show_rows: int | None, of_res
 
 def _options(config: Path | None, given: dict[str, Any], resume: bool) -> Options:
     """The options from the command line, from ``--config`` and, for a run that goes on, from its finetune.yaml."""
-    if config is not None and not config.is_file():
-        raise FileNotFoundError(f"--config {config} {'is not a file' if config.exists() else 'is missing'}")
-    said: dict[str, Any] = {} if config is None else read_yaml(config)
-    for text in given.pop("set") or []:
-        mapping, name, value = parse(text)
-        said[mapping] = {**(said.get(mapping) or {}), name: value}
-    said |= {name: value for name, value in given.items() if value not in (None, [])}
+    said = _said(config, given)
     if not resume:
         return Options(**said)
     if not said.get("output"):
@@ -195,6 +193,23 @@ def _options(config: Path | None, given: dict[str, Any], resume: bool) -> Option
     # The run decided what is left open now, and keeps to that.
     said = {name: value for name, value in said.items() if value not in (None, "auto")}
     return Options(**(_started(Path(said["output"]), said) | said))
+
+
+def _said(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The options from the command line and from ``--config``."""
+    if config is not None and not config.is_file():
+        raise FileNotFoundError(f"--config {config} {'is not a file' if config.exists() else 'is missing'}")
+    said: dict[str, Any] = {} if config is None else read_yaml(config)
+    said |= {name: value for name, value in given.items() if name != "set" and value not in (None, [])}
+    fields: dict[str, dict[str, Any]] = {}
+    for text in given["set"] or []:
+        mapping, field, value = parse(text)
+        if field in fields.setdefault(mapping, {}):
+            raise ValueError(f"--set {mapping}.{field} is given twice")
+        fields[mapping][field] = value
+    for name, values in fields.items():
+        said[name] = {**(said.get(name) or {}), **values}
+    return said
 
 
 def _precheck(options: Options) -> Process:
@@ -224,7 +239,9 @@ def _started(output: Path, said: dict[str, Any]) -> dict[str, Any]:
     for name, value in said.items():
         before = started.get(name, DEFAULTS[name])
         if HELP[name].shapes_run and value != before:
-            raise ValueError(f"{flag(name)} is {before} in {path} and cannot become {value} while the run goes on")
+            what = name if name in MAPPINGS else flag(name)
+            was, now = ("not set" if each is None else each or repr(each) for each in (before, value))
+            raise ValueError(f"{what} is {was} in {path} and cannot become {now} while the run goes on")
     return started
 
 

@@ -180,7 +180,7 @@ def _errors_of_evaluation() -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, ValueError) as error:
-        words = re.sub(r"(?<!\w)--(dataset|split)\b", r"--eval-\1", str(error))
+        words = re.sub(r"(?<!\w)--(dataset|split)\b", r"--eval-\1", str(error)).replace("to train on", "to evaluate on")
         raise (ValueError if isinstance(error, ValueError) else FileNotFoundError)(words) from error
 
 
@@ -237,7 +237,10 @@ def prepare(
         tokens, others = _split(tokens, options)
         held = Prepared(*_sequences(others, data, batching, [], None), fingerprint="")
     elif evaluation is not None:
-        others, bad, other_digest = _usable_rows(evaluation, options.eval_dataset or "", options, batching, vocabulary)
+        with _errors_of_evaluation():
+            others, bad, other_digest = _usable_rows(
+                evaluation, options.eval_dataset or "", options, batching, vocabulary
+            )
         held = Prepared(*_sequences(others, evaluation, batching, bad, None), fingerprint=other_digest)
     return Prepared(*_sequences(tokens, data, batching, named, options), fingerprint=digest, evaluation=held)
 
@@ -517,7 +520,7 @@ def refusal(named: list[str]) -> str:
 
 
 def _nothing(dataset: str, named: list[str]) -> str:
-    return f"{dataset} has no row to train on" + (f": {_several(named)}" if named else "")
+    return f"--dataset {dataset} has no row to train on" + (f": {_several(named)}" if named else "")
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ _PREPARED = "the data are prepared before the model is loaded"
 _GRAPHS = "it changes what runs on the GPU, which the plan of memory and the CUDA graphs do not know"
 _ONE_GPU = "finetune trains on one GPU"
 _HUB = "finetune uploads nothing"
+_ALL = "adapters are on all layers, which the plan of memory counts"
 _PARTS = "finetune trains adapters alone"
 # What is used instead of a field, or the reason why it cannot be given.
 MANAGED: dict[str, dict[str, str]] = {
@@ -74,7 +75,7 @@ MANAGED: dict[str, dict[str, str]] = {
         "fsdp": _ONE_GPU, "fsdp_config": _ONE_GPU, "deepspeed": _ONE_GPU, "parallelism_config": _ONE_GPU,
         "local_rank": _ONE_GPU, "ddp_backend": _ONE_GPU, "accelerator_config": _ONE_GPU,
         "push_to_hub": _HUB, "hub_model_id": _HUB, "hub_strategy": _HUB, "hub_token": _HUB, "hub_revision": _HUB,
-        "hub_always_push": _HUB, "hub_private_repo": _HUB, "save_only_model": "--resume needs whole checkpoints",
+        "hub_always_push": _HUB, "hub_private_repo": _HUB, "save_only_model": "a run goes on from whole checkpoints alone",
         "enable_jit_checkpoint": "Ctrl-C and SIGTERM save a checkpoint", "do_train": "the command trains",
         "do_eval": "--eval-dataset or --eval-share", "do_predict": "the command trains",
         "batch_eval_metrics": "--eval-dataset or --eval-share", "prediction_loss_only": "--eval-dataset or --eval-share",
@@ -89,6 +90,8 @@ MANAGED: dict[str, dict[str, str]] = {
         "revision": "--revision", "task_type": "finetune trains causal language models",
         "peft_type": "finetune trains LoRA", "inference_mode": "the command trains",
         "auto_mapping": "PEFT writes it", "peft_version": "PEFT writes it",
+        "layers_to_transform": _ALL, "layers_pattern": _ALL,
+        "exclude_modules": "--attention-modules, or 0 as a rank",
         "bias": _PARTS, "modules_to_save": _PARTS, "trainable_token_indices": _PARTS, "layer_replication": _PARTS,
         "runtime_config": _GRAPHS, "megatron_config": _ONE_GPU, "megatron_core": _ONE_GPU,
     },
@@ -105,7 +108,7 @@ def parse(text: str) -> tuple[Config, str, Any]:
 
     place, sign, value = text.partition("=")
     config, dot, name = place.strip().partition(".")
-    if not sign or not dot or not name or config not in get_args(Config):
+    if not sign or not dot or not name or not value.strip() or config not in get_args(Config):
         raise ValueError(f"--set must be trainer.NAME=VALUE or lora.NAME=VALUE, got {text!r}")
     try:
         return config, name, yaml.safe_load(value)  # type: ignore[return-value]  # one of the two
@@ -142,7 +145,7 @@ def check_handed_through(options: Options) -> None:
                 hint = f", did you mean {near[0]}?" if near else ""
                 raise ValueError(f"{place}: {_CLASSES[config]} has no field {name}{hint}")
             if (needed := _mismatch(known[name], value)) is not None:
-                raise ValueError(f"{place} must be {needed}, got {value!r}")
+                raise ValueError(f"{place} must be {needed}, got {'null' if value is None else repr(value)}")
 
 
 def _given(options: Options) -> Iterator[tuple[Config, Mapping[str, Any]]]:

@@ -204,7 +204,7 @@ class Options:
     eval_dataset: Annotated[str | None, Help("Data to evaluate on, in the forms of --dataset.", shapes_run=True)] = None
     eval_share: Annotated[
         float | None,
-        Help("Share of the rows of --dataset that are for evaluation and not for training.", shapes_run=True),
+        Help("Share of the rows of --dataset that is set aside for evaluation.", shapes_run=True),
     ] = None
     eval_split: Annotated[
         str, Help("Split of --eval-dataset on the Hub, or of a directory with several.", shapes_run=True)
@@ -217,14 +217,17 @@ class Options:
         bool, Help("Write the adapter of the evaluation with the lowest loss, instead of the last one.")
     ] = False
     early_stopping: Annotated[
-        int | None, Help("Number of evaluations in a row without a lower loss after which the run ends.")
+        int | None, Help("Number of evaluations (see --eval-steps) without a lower loss after which the run ends.")
     ] = None
 
     save_steps: Annotated[int, Help("Number of steps between two checkpoints.")] = 50
-    keep_checkpoints: Annotated[int, Help("Number of checkpoints to keep.")] = 2
+    keep_checkpoints: Annotated[
+        int, Help("Number of checkpoints to keep. --keep-best keeps the best one in addition.")
+    ] = 2
     log_steps: Annotated[int, Help("Number of steps between two lines of the log.")] = 1
     report_to: Annotated[
-        Tracker, Help("Tracker that gets all numbers of the log as well. It writes into --output and sends nothing.")
+        Tracker,
+        Help("Tracker that gets all numbers of the log as well. By default it writes into --output and sends nothing."),
     ] = "none"
     memory_limit: Annotated[
         float | None, Help("GiB of GPU memory that the run may use.", shown="the memory that is free")
@@ -258,7 +261,9 @@ class Options:
         if self.router_rank and self.lora_dropout:
             raise ValueError("--lora-dropout is not possible with --router-rank: PEFT has none for parameters")
         if self.eval_share is not None and not 0 < self.eval_share < 1:
-            raise ValueError(f"--eval-share must be between 0 and 1, got {self.eval_share}")
+            raise ValueError(f"--eval-share must be above 0 and below 1, got {self.eval_share}")
+        if self.eval_dataset is not None and not self.eval_dataset:
+            raise ValueError("--eval-dataset must name a file, a directory or a Hub id, got an empty value")
         if self.eval_share is not None and self.eval_dataset is not None:
             raise ValueError("--eval-dataset and --eval-share exclude each other")
         for name in ("eval_steps", "keep_best", "early_stopping"):
@@ -412,25 +417,25 @@ def shown_default(name: str) -> str:
     return ("on" if default else "off") if isinstance(default, bool) else "none" if default is None else str(default)
 
 
-def template() -> str:
+def template(given: Mapping[str, Any]) -> str:
     """Returns a YAML file with every option and its description, for ``read_yaml``.
 
-    All but the required options are comments.
+    Options that are neither required nor in ``given`` are comments, with their defaults.
     """
     import yaml
 
     lines = [
-        "# Options of moe-fused finetune, for --config. Lines with a value show the default.",
-        "# Remove the # in front of an option to change it.",
+        "# Options of moe-fused finetune, for --config. Comments that begin with #name: show the defaults.",
+        "# Fill in model, dataset and output, and remove the # in front of whatever you change.",
     ]
     for group, names in GROUPS.items():
         lines += ["", f"# {group}"]
         for name in names:
             text = f"{HELP[name].text} Default: {shown_default(name)}."
             lines += ["", *(f"# {line}" for line in textwrap.wrap(text, 96))]
-            required = HELP[name].shown == "required"
-            value = yaml.safe_dump({name: DEFAULTS[name]}, width=1000, sort_keys=False).strip()
-            lines.append(value if required else f"#{value}")
+            value = yaml.safe_dump({name: given.get(name, DEFAULTS[name])}, width=1000, sort_keys=False).strip()
+            is_set = name in given or HELP[name].shown == "required"
+            lines += [line if is_set else f"#{line}" for line in value.splitlines()]
     return "\n".join(lines) + "\n"
 
 

@@ -189,7 +189,7 @@ def _text_rows(dataset: str, files: list[TextFile]) -> Rows:
         raise
     except ValueError:  # datasets raises it if there are no rows
         if next(_items(**arguments), None) is None:
-            raise ValueError(f"{dataset} has no row to train on") from None
+            raise ValueError(f"--dataset {dataset} has no row to train on") from None
         raise
     return Rows(table, by_text=True, sources=tuple(Source(file.name, file.unit) for file in files))
 
@@ -365,7 +365,8 @@ def _reading(dataset: str) -> Iterator[None]:
     except datasets.exceptions.DatasetGenerationError as error:
         raise ValueError(f"--dataset {dataset} cannot be read: {_line(error.__cause__ or error)}") from None
     except ValueError as error:  # an unknown split or configuration, which the error lists
-        raise ValueError(f"--dataset {dataset}: {_line(error)}") from None
+        hint = "; --split chooses another one" if "split" in str(error) else ""
+        raise ValueError(f"--dataset {dataset}: {_line(error)}{hint}") from None
 
 
 def _line(error: BaseException) -> str:

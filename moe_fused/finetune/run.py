@@ -139,10 +139,10 @@ def _resolve(options: Options, process: Process, *, trains: bool) -> tuple[Conso
 
 def _check_trainer(resolved: ResolvedRun) -> None:
     """Raises ValueError if TRL's config refuses the options ``trainer``. It takes the seconds of importing TRL."""
-    from .trainer import sft_config
+    from .trainer import try_config
 
     try:
-        sft_config(resolved)
+        try_config(resolved)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"trainer: {' '.join(str(error).split())}") from error
 
@@ -183,6 +183,7 @@ def _train_and_write(
         # First, because it adds to the numbers that the others get.
         trainer.callback_handler.callbacks.insert(0, log)
         _train(trainer, checkpoint, resolved.output)
+    _print(console, trainer.ending())
     with explained(trainer, plan):
         text = card(resolved, _facts(trainer, plan, begin))
         write_results(trainer.model, tokenizer, resolved, text)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, get_scheduler
 from transformers.trainer import SCALER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 from trl.kernels import chunked_logprob
@@ -239,6 +239,24 @@ class _TokenMean:
         return float(self._total / self._count)
 
 
+def try_config(run: ResolvedRun) -> None:
+    """Makes the optimizer and the schedule of a run for a parameter of one element, to see whether their options are valid.
+
+    Raises:
+        TypeError, ValueError: TRL's config, the optimizer or the schedule refuses a value.
+    """
+    arguments = sft_config(run)
+    optimizer_class, options = SFTTrainer.get_optimizer_cls_and_kwargs(arguments)
+    optimizer = optimizer_class([nn.Parameter(torch.zeros(1))], **options)
+    get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=1,
+        num_training_steps=2,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,  # type: ignore[arg-type]  # a string is an error
+    )
+
+
 class Finetuner(SFTTrainer):
     """Trains the adapters of a run with TRL's trainer.
 
@@ -364,6 +382,19 @@ class Finetuner(SFTTrainer):
             raise CannotResume(f"{checkpoint}, which has the adapter with the lowest evaluation loss, is missing")
         self._load_from_checkpoint(str(checkpoint))
         self.check_adapters()
+
+    def ending(self) -> list[str]:
+        """Says if the run has ended early, and which adapter is written if it is not the last one."""
+        state, lines = self.state, []
+        if state.global_step < self.total_steps and self._has_stopped(state):
+            lines.append(
+                f"ended early after step {state.global_step} of {self.total_steps}: the last {waited(state)} evaluations "
+                "had no lower loss than the one before"
+            )
+        best = state.best_global_step
+        if self._resolved.options.keep_best and best and best != state.global_step:
+            lines.append(f"the adapter is that of step {best}, whose evaluation had the lowest loss")
+        return lines
 
     def evaluation_facts(self) -> dict[str, str]:
         """Describes the evaluation of the adapter that is written, for the card of the run."""
@@ -493,6 +524,18 @@ class Finetuner(SFTTrainer):
             check_saved(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         self._take_adapters()  # because PEFT makes new parameters if the checkpoint has another dtype
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule: Any = self.lr_scheduler
+        if checkpoint is None or not hasattr(schedule, "lr_lambdas"):
+            return
+        # The checkpoint has the learning rate of its own length, which is 0 at the end. This run may be longer.
+        for group, base, function in zip(
+            schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * function(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
     def _load_callback_state(self) -> None:
         super()._load_callback_state()

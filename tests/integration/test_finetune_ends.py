@@ -22,6 +22,7 @@ from .finetuning import (
     finetune_signalled,
     leftovers,
     losses,
+    records,
 )
 
 
@@ -91,6 +92,13 @@ def test_a_run_goes_on_longer_but_not_otherwise(whole: Run, tmp_path: Path) -> N
     ended = finetune("--resume", "--output", "out", "--max-steps", "4", "--packing", "auto", cwd=tmp_path)
     assert ended.status == 0, ended
     assert sorted(losses(tmp_path / "out")) == [1, 2, 3, 4]
+    # The learning rate follows the course of the new length from the first step on.
+    assert finetune(*whole.arguments, "--output", "straight", "--max-steps", "4", cwd=tmp_path).status == 0
+    longer, straight = (
+        {record["step"]: record["learning_rate"] for record in records(tmp_path / name, "learning_rate")}
+        for name in ("out", "straight")
+    )
+    assert (longer[3], longer[4]) == (straight[3], straight[4])
 
 
 def test_a_loss_that_is_not_finite(whole: Run, tmp_path: Path) -> None:

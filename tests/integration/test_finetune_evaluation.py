@@ -144,6 +144,7 @@ def test_the_best_adapter_is_written(whole: Run, tmp_path: Path) -> None:
     assert same(output, output / "checkpoints" / "checkpoint-4")
     assert not same(output, output / "checkpoints" / "checkpoint-8")
     assert "of the adapter of step 4" in (output / "README.md").read_text()
+    assert "the adapter is that of step 4, whose evaluation had the lowest loss" in ended.stderr
     (output / "adapter_config.json").unlink()
     resumed = finetune("--resume", "--output", "out", cwd=tmp_path)
     assert resumed.status == 0, resumed
@@ -161,6 +162,7 @@ def test_a_run_ends_early(whole: Run, tmp_path: Path) -> None:
     assert ended.status == 0, ended
     output = tmp_path / "out"
     assert list(losses(output)) == list(range(1, 7))
+    assert "ended early after step 6 of 8: the last 2 evaluations had no lower loss" in ended.stderr
     assert checkpoints(output) == [6]
     assert same(output, output / "checkpoints" / "checkpoint-6")
     assert not leftovers(output)
@@ -199,9 +201,10 @@ def _break_the_evaluation() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"eval_share": 0.0}, "--eval-share must be between 0 and 1, got 0.0"),
-        ({"eval_share": -0.5}, "--eval-share must be between 0 and 1, got -0.5"),
-        ({"eval_share": 1.0}, "--eval-share must be between 0 and 1, got 1.0"),
+        ({"eval_share": 0.0}, "--eval-share must be above 0 and below 1, got 0.0"),
+        ({"eval_share": -0.5}, "--eval-share must be above 0 and below 1, got -0.5"),
+        ({"eval_share": 1.0}, "--eval-share must be above 0 and below 1, got 1.0"),
+        ({"eval_dataset": ""}, "--eval-dataset must name a file"),
         ({"eval_share": 0.5, "eval_dataset": "e.jsonl"}, "--eval-dataset and --eval-share exclude each other"),
         ({"eval_steps": 3}, "--eval-steps needs an evaluation"),
         ({"keep_best": True}, "--keep-best needs an evaluation"),
@@ -220,7 +223,7 @@ def test_options_that_do_not_fit(options: dict[str, Any], words: str) -> None:
     ("rows", "words"),
     [
         (None, ["--eval-dataset eval.jsonl is missing"]),
-        ([], ["eval.jsonl"]),
+        ([], ["--eval-dataset eval.jsonl has no row to evaluate on"]),
         ([{"messages": []}], ["eval.jsonl:1"]),
         (["{"], ["eval.jsonl:1"]),
         ([*chats(1), {"text": "plain"}], ["eval.jsonl:2", "--skip-bad-rows"]),
@@ -247,6 +250,16 @@ def test_an_empty_side_of_the_split(share: str, left: str, whole: Run, tmp_path:
     )  # fmt: skip
     assert_error(ended, f"--eval-share {share} of 24 rows leaves none to {left}")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_without_the_split(whole: Run, tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    write_jsonl(tmp_path / "rows" / "train.jsonl", OTHERS)
+    arguments = ("--model", whole.directory / "model", "--dataset", whole.directory / "chat.jsonl", "--output", "out")
+    assert_error(finetune(*arguments, "--eval-dataset", "rows", cwd=tmp_path), "--eval-dataset rows", "--eval-split")
+    assert (
+        finetune(*arguments, "--eval-dataset", "rows", "--eval-split", "train", "--dry-run", cwd=tmp_path).status == 0
+    )
 
 
 def test_evaluation_rows_that_changed(tmp_path: Path) -> None:

@@ -45,14 +45,16 @@ def test_what_is_managed_exists(config: Config) -> None:
         ("lora.use_rslora=true", ("lora", "use_rslora", True)),
         ("lora.exclude_modules=[q_proj, k_proj]", ("lora", "exclude_modules", ["q_proj", "k_proj"])),
         ("trainer.optim_args=a=b", ("trainer", "optim_args", "a=b")),
-        ("trainer.data_seed=", ("trainer", "data_seed", None)),
+        ("trainer.data_seed=null", ("trainer", "data_seed", None)),
     ],
 )
 def test_values_are_yaml(text: str, expected: tuple[str, str, Any]) -> None:
     assert parse(text) == expected
 
 
-@pytest.mark.parametrize("text", ["use_rslora=true", "lora.use_rslora", "peft.r=1", "lora.=1", "=1", "", "lora.x=[1"])
+@pytest.mark.parametrize(
+    "text", ["use_rslora=true", "lora.use_rslora", "peft.r=1", "lora.=1", "=1", "", "lora.x=[1", "lora.x="]
+)
 def test_another_form(text: str) -> None:
     with pytest.raises(ValueError, match="--set"):
         parse(text)
@@ -77,6 +79,9 @@ def test_another_form(text: str) -> None:
         ({"trainer": {"adam_beta1": True}}, r"trainer.adam_beta1 must be a number, got True"),
         ({"trainer": {"data_seed": 1.5}}, r"trainer.data_seed must be a whole number or null, got 1.5"),
         ({"lora": {"use_rslora": 1}}, r"lora.use_rslora must be true or false, got 1"),
+        ({"trainer": {"adam_beta1": None}}, r"trainer.adam_beta1 must be a number, got null"),
+        ({"trainer": {"save_only_model": True}}, r"trainer.save_only_model cannot be set: a run goes on from whole"),
+        ({"lora": {"layers_to_transform": [0]}}, r"lora.layers_to_transform cannot be set: adapters are on all layers"),
     ],
 )
 def test_refusals(given: dict[str, Any], words: str) -> None:
@@ -126,7 +131,7 @@ def test_fields_of_pefts_config(plain: Run, tmp_path: Path) -> None:
     }
     again = ("--resume", "--output", "out", "--max-steps", "6")
     assert finetune(*again, cwd=tmp_path).status == 0
-    assert_error(finetune(*again, "--set", "lora.use_rslora=false", cwd=tmp_path), "--lora is", "cannot become")
+    assert_error(finetune(*again, "--set", "lora.use_rslora=false", cwd=tmp_path), "error: lora is", "cannot become")
 
 
 def test_fields_of_trls_config(plain: Run, tmp_path: Path) -> None:
@@ -143,7 +148,10 @@ def test_fields_of_trls_config(plain: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("lora.use_dora=true", "use_dora"),
+        ("lora.use_dora=true", "--expert-rank 0 leaves them out"),
+        ("trainer.adam_beta1=2", "trainer: Invalid beta parameter"),
+        ("trainer.lr_scheduler_kwargs=foo", "trainer: "),
+        ("trainer.lr_scheduler_kwargs={foo: 1}", "trainer: "),
         ("lora.init_lora_weights=pissa", "init_lora_weights='pissa' is not supported"),
         ("lora.bias=all", "lora.bias cannot be set: finetune trains adapters alone"),
         ("trainer.dataloader_prefetch_factor=2", "trainer: "),
@@ -155,3 +163,8 @@ def test_refused_before_a_model_is_loaded(given: str, words: str, plain: Run, tm
     ended = finetune(*plain.arguments, "--set", given, "--output", "out", cwd=tmp_path, before=_nothing_loads)
     assert_error(ended, words)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_field_that_is_given_twice(plain: Run, tmp_path: Path) -> None:
+    twice = ("--set", "lora.use_rslora=true", "--set", "lora.use_rslora=false")
+    assert_error(finetune(*plain.arguments, *twice, "--output", "out", cwd=tmp_path), "lora.use_rslora is given twice")

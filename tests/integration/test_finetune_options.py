@@ -45,6 +45,21 @@ def test_init_writes_every_option_with_its_default(tmp_path: Path) -> None:
     assert read_yaml(path) == {"model": "", "dataset": "", "output": ""}  # all others are comments
     path.write_text(re.sub(r"^#(\w+:)", r"\1", path.read_text(), flags=re.MULTILINE))
     assert read_yaml(path) == DEFAULTS
+    assert_error(finetune("--init", "other.yaml", "--epochs", "0", cwd=tmp_path), "--epochs must be above 0, got 0")
+    assert_error(finetune("--init", "other.yaml", "--resume", cwd=tmp_path), "exclude each other")
+    assert not (tmp_path / "other.yaml").exists()
+    given = ("--model", "m/m", "--epochs", "2", "--set", "lora.use_rslora=true", "--eval-share", "0.1")
+    filled = finetune("--init", "filled.yaml", *given, cwd=tmp_path)
+    assert "fill in dataset, output, then" in filled.stdout, filled
+    expected = {
+        "model": "m/m",
+        "dataset": "",
+        "output": "",
+        "epochs": 2.0,
+        "lora": {"use_rslora": True},
+        "eval_share": 0.1,
+    }
+    assert read_yaml(tmp_path / "filled.yaml") == expected
     words = " ".join(re.sub(r"^#", "", path.read_text(), flags=re.MULTILINE).split())
     for name, described in HELP.items():
         assert " ".join(described.text.split()) in words, name
