@@ -31,7 +31,6 @@ _NEEDED = ("accelerate", "datasets", "matplotlib", "peft", "trl", "yaml")
 _TYPED = tuple(name for name in DEFAULTS if name not in MAPPINGS)
 # The group of the switches, which are no options of a run.
 _RUNNING = "Running"
-_GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
 
 class GroupedCommand(typer.core.TyperCommand):
@@ -40,7 +39,7 @@ class GroupedCommand(typer.core.TyperCommand):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         most_used, *others = GROUPS
         parameters: dict[str, Any] = {str(parameter.name): parameter for parameter in self.get_params(ctx)}
-        switches = [name for name in parameters if name not in _GROUP_OF]
+        switches = [name for name in parameters if name not in DEFAULTS]
         for group in (most_used, _RUNNING, *others):
             names = switches if group == _RUNNING else [name for name in GROUPS[group] if name in _TYPED]
             with formatter.section(group):

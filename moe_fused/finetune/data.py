@@ -154,37 +154,6 @@ def find(options: Options, tokenizer: Any) -> Data:
         FileNotFoundError: There is no such file, and no such data set on the Hub.
         ValueError: The file cannot be read, none of its rows can be read, or the options are not for rows of this kind.
     """
-    return _find(options, tokenizer)
-
-
-def find_evaluation(options: Options, tokenizer: Any) -> Data | None:
-    """Reads the rows of ``--eval-dataset`` as ``find`` does; returns None without that option."""
-    if options.eval_dataset is None:
-        return None
-    others = dataclasses.replace(
-        options,
-        dataset=options.eval_dataset,
-        split=options.eval_split,
-        eval_dataset=None,
-        eval_steps=None,
-        keep_best=False,
-        early_stopping=None,
-    )
-    with _errors_of_evaluation():
-        return _find(others, tokenizer)
-
-
-@contextlib.contextmanager
-def _errors_of_evaluation() -> Iterator[None]:
-    """Makes errors within the block name the options of the evaluation instead of those of the training."""
-    try:
-        yield
-    except (FileNotFoundError, ValueError) as error:
-        words = re.sub(r"(?<!\w)--(dataset|split)\b", r"--eval-\1", str(error)).replace("to train on", "to evaluate on")
-        raise (ValueError if isinstance(error, ValueError) else FileNotFoundError)(words) from error
-
-
-def _find(options: Options, tokenizer: Any) -> Data:
     rows = read_rows(options.dataset, config=options.dataset_config, split=options.split, text_field=options.text_field)
     plain = Renderer(tokenizer, None, options.assistant_only_loss, options.text_field)
     first = None
@@ -212,6 +181,24 @@ def _find(options: Options, tokenizer: Any) -> Data:
     template = training_template(tokenizer, options.model) if options.assistant_only_loss else None
     renderer = Renderer(tokenizer, template, options.assistant_only_loss, options.text_field)
     return Data(rows, renderer, len(bad), first.kind, first.form)
+
+
+def find_evaluation(options: Options, tokenizer: Any) -> Data | None:
+    """Reads the rows of ``--eval-dataset`` as ``find`` does; returns None without that option."""
+    if options.eval_dataset is None:
+        return None
+    with _errors_of_evaluation():
+        return find(dataclasses.replace(options, dataset=options.eval_dataset, split=options.eval_split), tokenizer)
+
+
+@contextlib.contextmanager
+def _errors_of_evaluation() -> Iterator[None]:
+    """Makes errors within the block name the options of the evaluation instead of those of the training."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        words = re.sub(r"(?<!\w)--(dataset|split)\b", r"--eval-\1", str(error)).replace("to train on", "to evaluate on")
+        raise (ValueError if isinstance(error, ValueError) else FileNotFoundError)(words) from error
 
 
 def prepare(

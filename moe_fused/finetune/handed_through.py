@@ -138,7 +138,9 @@ def check_handed_through(options: Options) -> None:
         for name, value in values.items():
             place = f"{config}.{name}"
             if (instead := MANAGED[config].get(name)) is not None:
-                raise ValueError(f"{place} cannot be set: " + (f"use {instead}" if "--" in instead[:2] else instead))
+                raise ValueError(
+                    f"{place} cannot be set: " + (f"use {instead}" if instead.startswith("--") else instead)
+                )
             known = fields_of(config)
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)

@@ -190,6 +190,16 @@ def _pause_in_step(step: int, connection: Connection) -> None:
     Finetuner.training_step = training_step  # type: ignore[method-assign]
 
 
+def nothing_loads() -> None:
+    """Whoever loads a model fails. This runs in the process of a command."""
+    from moe_fused.checkpoints import loading
+
+    def from_pretrained(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    loading.AutoModelForCausalLM.from_pretrained = from_pretrained  # type: ignore[method-assign]
+
+
 def assert_error(ended: Ended, *words: str, status: int = 1) -> None:
     """One line, the last on stderr, that begins with "error: " and has all the words."""
     assert ended.status == status, ended

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from moe_fused.finetune import fingerprint
 from moe_fused.finetune.fingerprint import base_fingerprints
 
-from .finetuning import Run, assert_error, finetune, losses
+from .finetuning import Run, assert_error, finetune, losses, nothing_loads
 
 CONFIG, WEIGHTS = "model config", "model weights"
 
@@ -40,15 +39,6 @@ def again(whole: Run, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def _nothing_loads() -> None:
-    from moe_fused.finetune import run
-
-    def load_model(*_: Any) -> None:
-        raise AssertionError("the model was loaded")
-
-    run.load_model = load_model  # type: ignore[assignment]
-
-
 def _change_weights(model: Path) -> None:
     path = model / "model.safetensors"
     tensors = load_file(path)
@@ -70,7 +60,7 @@ def test_another_model_is_not_gone_on_with(change: Callable[[Path], None], what:
     before = path.read_bytes()
     arguments = ("--resume", "--output", "out", "--max-steps", "3")
     for options in (arguments, (*arguments, "--dry-run"), (*arguments, "--allow-changed-data")):
-        ended = finetune(*options, cwd=again, before=_nothing_loads)
+        ended = finetune(*options, cwd=again, before=nothing_loads)
         assert_error(ended, f"error: the {what} (sha256:", "changed since the run in out began: --model model ")
         assert_error(ended, "--allow-other-base")
         assert others not in ended.stderr
@@ -111,7 +101,7 @@ def test_a_run_without_a_record_of_its_model_goes_on(again: Path) -> None:
     assert "changed" not in ended.stderr
     assert sorted(losses(again / "out")) == [1, 2, 3]
     _change_weights(again / "model")
-    ended = finetune("--resume", "--output", "out", "--max-steps", "4", cwd=again, before=_nothing_loads)
+    ended = finetune("--resume", "--output", "out", "--max-steps", "4", cwd=again, before=nothing_loads)
     assert_error(ended, "the model weights (sha256:")
 
 

@@ -23,7 +23,17 @@ from moe_fused.finetune.space import bytes_of_run
 from tests.support import REPOSITORY, python_path
 
 from .broken import changed, poison
-from .finetuning import OPTIONS, assert_error, chats, checkpoints, finetune, leftovers, save_model, write_jsonl
+from .finetuning import (
+    OPTIONS,
+    assert_error,
+    chats,
+    checkpoints,
+    finetune,
+    leftovers,
+    nothing_loads,
+    save_model,
+    write_jsonl,
+)
 from .test_checkpoint_complete import BROKEN
 
 # The names in the model of these tests, which has one layer and four experts.
@@ -45,15 +55,6 @@ def arguments(place: Path, model: Path, *options: str) -> tuple[Any, ...]:
     return ("--model", model, "--dataset", place / "chat.jsonl", *OPTIONS, "--output", "out", *options)
 
 
-def _nothing_loads() -> None:
-    from moe_fused.checkpoints import loading
-
-    def from_pretrained(*_: Any, **__: Any) -> None:
-        raise AssertionError("the model was loaded")
-
-    loading.AutoModelForCausalLM.from_pretrained = from_pretrained  # type: ignore[method-assign]
-
-
 @pytest.mark.parametrize(
     "name",
     ["no projection", "no norm", "no router", "no head", "no expert", "head of another shape", "a tensor too many"],
@@ -70,7 +71,7 @@ def test_a_model_that_is_not_whole(name: str, options: tuple[str, ...], place: P
         tensors.update({key.replace("layers.1", "layers.0"): value for key, value in renamed.items()})
 
     broken = changed(place / "model", tmp_path / "model", in_first_layer)
-    ended = finetune(*arguments(place, broken, *options), cwd=tmp_path, before=_nothing_loads)
+    ended = finetune(*arguments(place, broken, *options), cwd=tmp_path, before=nothing_loads)
     assert_error(ended, f"--model {broken}", words[0].replace("layers.1", "layers.0"))
     assert not (tmp_path / "out").exists()
 
@@ -88,7 +89,7 @@ def test_files_that_are_damaged(place: Path, tmp_path: Path) -> None:
         shutil.copytree(place / "model", broken)
         content = (broken / file).read_bytes()
         (broken / file).write_bytes(content[: len(content) // 2])
-        ended = finetune(*arguments(place, broken, "--dry-run"), cwd=tmp_path, before=_nothing_loads)
+        ended = finetune(*arguments(place, broken, "--dry-run"), cwd=tmp_path, before=nothing_loads)
         assert_error(ended, file)
     (broken / "tokenizer_config.json").write_bytes(content)
     (broken / "tokenizer.json").write_text('{"version": "1.0"}', encoding="utf-8")
@@ -98,7 +99,7 @@ def test_files_that_are_damaged(place: Path, tmp_path: Path) -> None:
     keys = load_file(tmp_path / "elsewhere.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(keys, "../elsewhere.safetensors")}
     (broken / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    ended = finetune(*arguments(place, broken, "--dry-run"), cwd=tmp_path, before=_nothing_loads)
+    ended = finetune(*arguments(place, broken, "--dry-run"), cwd=tmp_path, before=nothing_loads)
     assert_error(ended, "model.safetensors.index.json", "'../elsewhere.safetensors'", "within")
 
 
@@ -199,7 +200,7 @@ def _no_room() -> None:
 
     usage = shutil.disk_usage(".")
     staging.shutil.disk_usage = lambda _: usage._replace(free=1000)  # type: ignore[assignment]
-    _nothing_loads()
+    nothing_loads()
 
 
 def test_no_room(place: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from trl.trainer.sft_config import SFTConfig
 from moe_fused.finetune.handed_through import MANAGED, Config, check_handed_through, fields_of, parse
 from moe_fused.finetune.options import DEFAULTS, Options, flag, read_yaml
 
-from .finetuning import Run, assert_error, evaluations, finetune, losses
+from .finetuning import Run, assert_error, evaluations, finetune, losses, nothing_loads
 
 CLASSES: dict[Config, Any] = {"trainer": SFTConfig, "lora": LoraConfig}
 
@@ -106,15 +106,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(tmp_path_factory.mktemp("plain"), "--lora-dropout", "0")
 
 
-def _nothing_loads() -> None:
-    from moe_fused.finetune import run
-
-    def load_model(*_: Any) -> None:
-        raise AssertionError("a model is loaded")
-
-    run.load_model = load_model
-
-
 def test_fields_of_pefts_config(plain: Run, tmp_path: Path) -> None:
     """The file has one field, the command line another, and a resumed run keeps both."""
     (tmp_path / "run.yaml").write_text("lora:\n  use_rslora: false\n  init_lora_weights: gaussian\n")
@@ -160,7 +151,7 @@ def test_fields_of_trls_config(plain: Run, tmp_path: Path) -> None:
     ],
 )
 def test_refused_before_a_model_is_loaded(given: str, words: str, plain: Run, tmp_path: Path) -> None:
-    ended = finetune(*plain.arguments, "--set", given, "--output", "out", cwd=tmp_path, before=_nothing_loads)
+    ended = finetune(*plain.arguments, "--set", given, "--output", "out", cwd=tmp_path, before=nothing_loads)
     assert_error(ended, words)
     assert not (tmp_path / "out").exists()
 
