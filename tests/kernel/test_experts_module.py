@@ -95,11 +95,7 @@ def by_hand(experts: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=[pytest.mark.kernels_ci] * (case.id == "own gate")) for case in CASES],
-    ids=lambda case: case.id,
-)
+@BY_CASE
 def test_equals_the_definition(case: Flags) -> None:
     experts, arguments = case.module(), inputs()
     arguments[0].requires_grad_()

@@ -211,7 +211,6 @@ def test_lora_linear_drops_in_training_only() -> None:
         assert torch.equal(y, kernel.moe_fused_linear(rows, weight, sizes, lora=loras))
 
 
-@pytest.mark.kernels_ci
 def test_packed_lora_linear() -> None:
     """As in QLoRA: the base layer in 4 bits, factors in fp32 and their gradients too."""
     base = nn.Module()
