@@ -137,7 +137,6 @@ class Workload:
         fused_norms: whether norms keep their input in its dtype, and not in fp32.
         gpu: whether the memory that a GPU's libraries need is counted.
         graphs: whether the decoder's passes are CUDA graphs, which keep the memory that they need at their worst moment.
-        evaluates: whether evaluations come between the steps.
     """
 
     batch: int = 1
@@ -158,7 +157,6 @@ class Workload:
     fused_norms: bool = True
     gpu: bool = True
     graphs: bool = False
-    evaluates: bool = False
 
     @property
     def mask_itemsize(self) -> int:
@@ -353,9 +351,6 @@ def predict(sizes: Sizes, work: Workload) -> Prediction:
         held["gradients"] = max(held["gradients"], small) + accumulated
         held["activations"] += 2 * work.tokens * sizes.hidden * work.itemsize
         moments = {"layer": held | {"loss": loss_bytes(sizes, work)}}
-        if work.evaluates:
-            # An evaluation runs eagerly, in memory beside that of the graphs: at most what a layer's backward takes.
-            moments["layer"]["evaluation"] = 2 * work.tokens * sizes.hidden * work.itemsize + sum(layer.values())
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     parts = {name: size for name, size in (resident | moments[moment]).items() if size}
     return Prediction(parts, moment, trainable, frozenset({"optimizer state, paged", "CUDA context"}))

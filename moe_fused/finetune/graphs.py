@@ -24,15 +24,17 @@ from .endings import CannotRecord
 
 
 class GraphedDecoder:
-    """Replaces the forward pass of ``decoder`` by one that runs training passes as graphs.
+    """Replaces the forward pass of ``decoder`` by one that runs passes as graphs, those of an evaluation included.
 
     The first batch of ``shape`` runs eagerly, so that code that compiles, tunes or allocates on its first call does so.
-    The second batch is recorded. Batches of other shapes and passes without gradients always run eagerly, and so does a
-    decoder that returns more than hidden states. A forward pass raises CannotRecord if something in the decoder cannot
-    be recorded, for example because it waits for the GPU.
+    The second batch is recorded. From then on an evaluation replays the forward graph of the training. Before, it runs
+    eagerly. Batches of other shapes always run eagerly, and so does a decoder that returns more than hidden states. A
+    forward pass raises CannotRecord if something in the decoder cannot be recorded, for example because it waits for
+    the GPU.
 
     Args:
-        decoder: A model of Transformers from token ids to hidden states. No part of it may be random.
+        decoder: A model of Transformers from token ids to hidden states. No part of it may be random, and it must
+            compute the same in training and in evaluation.
         shape: The shape of the token ids, (B, T).
 
     Attributes:
@@ -70,6 +72,11 @@ class GraphedDecoder:
         tokens = kwargs.get("input_ids")
         if args or tokens is None or not self._takes(tokens):
             return self._eager(*args, **kwargs)
+        if not self._decoder.training:
+            recording = self._recording
+            if recording is None or recording.is_stale or not recording.takes(kwargs):
+                return self._eager(**kwargs)
+            return recording.evaluate(kwargs)
         if not self._is_warm:
             self._is_warm = True
             output = self._eager(**kwargs)
@@ -110,8 +117,7 @@ class GraphedDecoder:
     def _takes(self, tokens: Tensor) -> bool:
         return (
             self.enabled
-            and self._decoder.training
-            and torch.is_grad_enabled()
+            and self._decoder.training == torch.is_grad_enabled()
             and tokens.shape == self._shape
             and not torch.is_autocast_enabled(tokens.device.type)
         )
@@ -195,12 +201,21 @@ class _Recording:
 
     def run(self, inputs: Mapping[str, Any]) -> Any:
         """Computes the decoder's output for ``inputs`` with the graphs."""
+        self._put(inputs)
+        # Autograd calls the backward pass because one of the arguments is a parameter.
+        return self._output_type(last_hidden_state=_Replay.apply(self._parameters[0], self))
+
+    def evaluate(self, inputs: Mapping[str, Any]) -> Any:
+        """Computes the decoder's output for ``inputs`` without gradients. The next pass overwrites it."""
+        self._put(inputs)
+        return self._output_type(last_hidden_state=self.replay_forward())
+
+    def _put(self, inputs: Mapping[str, Any]) -> None:
+        """Copies ``inputs`` to where the graphs read them, and gradients out of the memory that the graphs overwrite."""
         self.move_gradients()
         for name, value in inputs.items():
             if isinstance(value, Tensor):
                 self._inputs[name].copy_(value)
-        # Autograd calls the backward pass because one of the arguments is a parameter.
-        return self._output_type(last_hidden_state=_Replay.apply(self._parameters[0], self))
 
     def replay_forward(self) -> Tensor:
         self._forward_graph.replay()

@@ -110,7 +110,6 @@ def _plan(run: ResolvedRun, sizes: Sizes, limit: int | None) -> MemoryPlan:
         fused_norms=run.liger,
         gpu=run.device.type != "cpu",
         graphs=run.graphs,
-        evaluates=options.evaluates,
     )
     return MemoryPlan(run, predict(sizes, work), limit)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import shutil
 from collections.abc import Iterator
@@ -64,17 +65,10 @@ def make_trainer(
         model, run, args=sft_config(run), train_dataset=dataset, eval_dataset=evaluation, processing_class=tokenizer
     )
     batches: Any = trainer.train_dataset
-    if run.graphs:
-        trainer.shape = _shape(run, lengths_of(batches))
-    collate: Any = trainer.data_collator
-    size, padding = run.batching.batch_size, collate.pad_token_id
-    if run.batching.has_documents and run.maskless:
-        if evaluation is not None:
-            trainer.eval_collator = Documents.of(collate, evaluation["seq_lengths"], size, None, padding)
-        columns = None if trainer.shape is None else trainer.shape[1]
-        trainer.data_collator = Documents.of(collate, batches["seq_lengths"], size, columns, padding)
-    elif trainer.shape is not None:
-        trainer.data_collator = Sequences(collate, trainer.shape, padding)
+    if run.graphs:  # the evaluation runs as graphs, too
+        every = [batches] if evaluation is None else [batches, evaluation]
+        trainer.shape = _shape(run, [length for dataset in every for length in lengths_of(dataset)])
+    _set_collators(trainer, run, batches, evaluation)
     trainer.remove_callback(PrinterCallback)
     if evaluation is not None:
         trainer.add_callback(EvaluateLast())
@@ -83,12 +77,33 @@ def make_trainer(
     return trainer
 
 
+def _set_collators(trainer: Finetuner, run: ResolvedRun, batches: Any, evaluation: Dataset | None) -> None:
+    """Sets the collators of the training and of the evaluation."""
+    collate: Any = trainer.data_collator
+    padding, shape = collate.pad_token_id, trainer.shape
+    if not (run.batching.has_documents and run.maskless):
+        if shape is not None:
+            trainer.data_collator = Sequences(collate, shape, padding)
+        return
+    documents = functools.partial(
+        Documents.of, collate, batch_size=run.batching.batch_size, tokens=shape and shape[1], padding=padding
+    )
+    lengths = list(batches["seq_lengths"])
+    others = [] if evaluation is None else list(evaluation["seq_lengths"])
+    if shape is not None:
+        trainer.data_collator = documents(lengths + others)
+        return
+    trainer.data_collator = documents(lengths)
+    if others:
+        trainer.eval_collator = documents(others)
+
+
 def _shape(run: ResolvedRun, lengths: list[int]) -> tuple[int, int] | None:
     """Returns the shape of the batches that run as CUDA graphs, or None if too much of them would be padding.
 
     Args:
         run: The record of the run.
-        lengths: The number of tokens of each sequence.
+        lengths: The number of tokens of each sequence, those of the evaluation included.
     """
     if not run.graphs_asked_for and not is_full(lengths):
         return None

@@ -92,10 +92,11 @@ def make(model: Path, output: Path, rows: list[str], **options: Any) -> tuple[An
     plan = plan_run(setup, plain_text=True)
     adapted = adapt(load_model(plan.run), plan.run)
     prepared = prepare(find(chosen, tokenizer), chosen, plan.run.batching, vocabulary=plan.run.vocabulary)
-    return make_trainer(adapted, tokenizer, prepared.dataset, plan.run), plan
+    held = None if prepared.evaluation is None else prepared.evaluation.dataset
+    return make_trainer(adapted, tokenizer, prepared.dataset, plan.run, held), plan
 
 
-def peak_of(directory: Path, length: int, packing: str, graphs: bool) -> tuple[int, int]:
+def peak_of(directory: Path, length: int, packing: str, graphs: bool, evaluates: bool) -> tuple[int, int]:
     """The predicted and the measured peak of a run's memory, in bytes. It needs a process that has done nothing yet.
 
     What graphs keep is not allocated between their replays, so a run with graphs is measured by what is reserved.
@@ -108,7 +109,9 @@ def peak_of(directory: Path, length: int, packing: str, graphs: bool) -> tuple[i
     trainer, plan = make(
         model,
         directory / "out",
-        ["x" * (length // 4 - 1)] * 24,  # four with their ends fill a sequence, however they are packed
+        # Four with their ends fill a sequence, however they are packed. The evaluation is one sequence.
+        ["x" * (length // 4 - 1)] * (28 if evaluates else 24),
+        **({"eval_share": 1 / 7, "eval_steps": 1} if evaluates else {}),
         sequence_length=length,
         packing=packing,
         max_steps=2,
@@ -124,15 +127,17 @@ def peak_of(directory: Path, length: int, packing: str, graphs: bool) -> tuple[i
 
 
 @pytest.mark.parametrize("length, packing", [(2048, "wrapped"), (8192, "wrapped"), (4096, "bfd")])
-@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
-def test_peak_is_as_predicted(length: int, packing: str, graphs: bool, tmp_path: Path) -> None:
-    """The peak of memory is within 10 % of the prediction.
+@pytest.mark.parametrize(
+    ("graphs", "evaluates"), [(False, False), (True, False), (True, True)], ids=["eager", "graphs", "evaluation"]
+)
+def test_peak_is_as_predicted(length: int, packing: str, graphs: bool, evaluates: bool, tmp_path: Path) -> None:
+    """The peak of memory is within 10 % of the prediction, which is the same with an evaluation.
 
     It runs in a process of its own, because other tests leave memory in use.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as executor:
-        predicted, measured = executor.submit(peak_of, tmp_path, length, packing, graphs).result()
+        predicted, measured = executor.submit(peak_of, tmp_path, length, packing, graphs, evaluates).result()
     assert measured == pytest.approx(predicted, rel=0.1)
 
 
@@ -181,6 +186,53 @@ def test_graphs_compute_what_layers_do(packing: str, tmp_path: Path, monkeypatch
     moved = {name: value for name, value in adapters[False].items() if "lora_B" in name}
     for name, value in moved.items():
         assert (adapters[True][name] - value).norm() < 0.1 * value.norm(), name
+
+
+@pytest.mark.parametrize(("packing", "batch_size"), [("bfd", 1), ("bfd", 2), ("none", 2)])
+def test_an_evaluation_replays_the_forward(
+    packing: str, batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gives the loss of eager layers, over batches that are not full as well, and the training goes on as before."""
+    from moe_fused.finetune import graphs
+
+    evaluations: list[int] = []
+    evaluate: Callable[..., Any] = graphs._Recording.evaluate
+    monkeypatch.setattr(
+        graphs._Recording, "evaluate", lambda self, inputs: evaluations.append(1) or evaluate(self, inputs)
+    )
+    model = save_model(tmp_path / "model", **TINY)
+    rows = [TEXT[i : i + 40 + 37 * i % 300] for i in range(75)]
+    found, trained = {}, {}
+    for name, options in {
+        "eager": {"cuda_graphs": False, "eval_share": 0.2, "eval_steps": 2},
+        "graphs": {"cuda_graphs": True, "eval_share": 0.2, "eval_steps": 2},
+        "not evaluated": {"cuda_graphs": True, "eval_share": 0.2, "eval_steps": 6},
+    }.items():
+        trainer, _ = make(
+            model,
+            tmp_path / name,
+            rows,
+            sequence_length=256,
+            packing=packing,
+            max_steps=6,
+            batch_size=batch_size,
+            gradient_accumulation=2,
+            learning_rate=1e-3,
+            **options,
+        )
+        before = len(evaluations)
+        trainer.train_from(None)
+        history = trainer.state.log_history
+        found[name] = [record["eval_loss"] for record in history if "eval_loss" in record]
+        trained[name] = [record["loss"] for record in history if "loss" in record]
+        batches = len(trainer.get_eval_dataloader())
+        assert batches > 1
+        replayed = len(evaluations) - before
+        assert replayed == {"eager": 0, "graphs": 3 * batches, "not evaluated": batches}[name]
+    assert len(found["graphs"]) == 3
+    assert found["graphs"] == pytest.approx(found["eager"], rel=5e-3)
+    assert found["graphs"][-1] < found["graphs"][0]
+    assert trained["graphs"] == pytest.approx(trained["not evaluated"], rel=2e-3)
 
 
 def test_records_while_an_earlier_pass_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

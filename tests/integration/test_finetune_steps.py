@@ -28,7 +28,7 @@ from moe_fused.finetune.graphs import GraphedDecoder
 from moe_fused.finetune.host import queued, without_walks
 from moe_fused.finetune.options import Options
 from moe_fused.finetune.resolve import ResolvedRun, candidates, set_up
-from moe_fused.finetune.trainer import narrow_tiles
+from moe_fused.finetune.trainer import _set_collators, _shape, narrow_tiles
 from moe_fused.memory import LOSS_TILE, LOSS_TILE_BESIDE_GRAPHS
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -118,6 +118,33 @@ def test_batches_are_of_one_shape() -> None:
         for name, value in batch.items():
             if isinstance(value, Tensor):
                 assert (value.shape, value.dtype) == (batches[0][name].shape, batches[0][name].dtype)
+
+
+@pytest.mark.parametrize("packing", ["bfd", "none"])
+def test_batches_of_an_evaluation_have_the_shape_of_the_training(packing: str) -> None:
+    """With CUDA graphs one recording must fit both, whichever has more documents, longer ones or longer sequences."""
+    lengths = ([[9, 9], [1, 2, 3, 4], [18]], [[20], [1] * 7, [5, 1]])
+    for first, second in (lengths, lengths[::-1]):
+        sets = [datasets.Dataset.from_list(packed(*rows)) for rows in (first, second)]
+        run = SimpleNamespace(
+            batching=SimpleNamespace(batch_size=2, has_documents=packing == "bfd"), maskless=True, graphs_asked_for=True
+        )
+        shape = _shape(run, [length for dataset in sets for length in lengths_of(dataset)])  # type: ignore[arg-type]
+        assert shape == ((1, 40) if packing == "bfd" else (2, 20))
+        stock = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=packing == "bfd")
+        trainer: Any = SimpleNamespace(data_collator=stock, eval_collator=None, shape=shape)
+        _set_collators(trainer, run, *sets)  # type: ignore[arg-type]
+        assert trainer.eval_collator is None  # the training's collator makes them
+        made = []
+        for dataset in sets:
+            rows = [{name: row[name] for name in trainer_columns(packing)} for row in dataset]
+            made += [trainer.data_collator(copy.deepcopy(rows[:2])), trainer.data_collator(copy.deepcopy(rows[2:]))]
+        shapes = [{name: getattr(value, "shape", value) for name, value in batch.items()} for batch in made]
+        assert shapes == [shapes[0]] * 4
+
+
+def trainer_columns(packing: str) -> tuple[str, ...]:
+    return ("input_ids", "seq_lengths") if packing == "bfd" else ("input_ids",)
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (3, 8)])
@@ -256,7 +283,7 @@ class _Recorded:
     is_stale = False
 
     def __init__(self, decoder: nn.Module, forward: Any, inputs: Any) -> None:
-        self.forward, self.keys, self.runs = forward, set(inputs), 0
+        self.forward, self.keys, self.runs, self.evaluations = forward, set(inputs), 0, 0
         self.made.append(self)
 
     def takes(self, inputs: Any) -> bool:
@@ -264,6 +291,10 @@ class _Recorded:
 
     def run(self, inputs: Any) -> Any:
         self.runs += 1
+        return self.forward(**inputs)
+
+    def evaluate(self, inputs: Any) -> Any:
+        self.evaluations += 1
         return self.forward(**inputs)
 
     def move_gradients(self) -> None:
@@ -299,6 +330,8 @@ def test_which_passes_are_replayed(model: Any, recorded: list[_Recorded]) -> Non
     decoder.train()
     assert [recording.runs for recording in recorded] == [1]
     recorded[0].is_stale = True  # a parameter moved: from the beginning
+    evaluate(decoder, full)
+    assert [recording.evaluations for recording in recorded] == [0]
     decoder(input_ids=full)
     decoder(input_ids=full)
     assert [recording.runs for recording in recorded] == [1, 1]
@@ -312,6 +345,33 @@ def test_which_passes_are_replayed(model: Any, recorded: list[_Recorded]) -> Non
     assert vars(decoder)["forward"] == forward
     del decoder.forward
     assert decoder(input_ids=full).last_hidden_state.shape == (1, 4, 64)
+
+
+def evaluate(decoder: Any, tokens: Tensor, **inputs: Any) -> None:
+    decoder.eval()
+    with torch.no_grad():
+        decoder(input_ids=tokens, **inputs)
+    decoder.train()
+
+
+def test_which_evaluations_are_replayed(model: Any, recorded: list[_Recorded]) -> None:
+    """Those of the recorded shape, once there is a recording; an evaluation itself records nothing."""
+    decoder = model.model
+    graphed = GraphedDecoder(decoder, (1, 4))
+    full, short = torch.ones(1, 4, dtype=torch.int64), torch.ones(1, 3, dtype=torch.int64)
+    evaluate(decoder, full)
+    evaluate(decoder, full)
+    decoder(input_ids=full)
+    assert not recorded
+    decoder(input_ids=full)
+    evaluate(decoder, full)
+    evaluate(decoder, short)
+    evaluate(decoder, full, position_ids=full)  # other inputs than were recorded
+    evaluate(decoder, full)
+    assert [(recording.runs, recording.evaluations) for recording in recorded] == [(1, 2)]
+    graphed.enabled = False
+    evaluate(decoder, full)
+    assert recorded[0].evaluations == 2
 
 
 def test_more_than_hidden_states_is_left_alone(model: Any, recorded: list[_Recorded]) -> None:

@@ -312,18 +312,6 @@ def test_paged_state_is_outside_of_the_allocator(qwen3_30b: Sizes) -> None:
     assert paged.total - paged.allocated - paged.parts["optimizer state, paged"] == memory.CONTEXT
 
 
-def test_an_evaluation_takes_memory_beside_graphs(qwen3_30b: Sizes) -> None:
-    """Without graphs, it takes less than a step, in the same memory. With them, as much as a layer's backward at most."""
-    work = Workload(length=4096)
-    assert predict(qwen3_30b, replace(work, evaluates=True)) == predict(qwen3_30b, work)
-    graphs = replace(work, graphs=True)
-    plain, evaluated = predict(qwen3_30b, graphs), predict(qwen3_30b, replace(graphs, evaluates=True))
-    added = evaluated.parts["evaluation"]
-    assert evaluated.parts == plain.parts | {"evaluation": added}
-    rows = 4096 * 8 * 2  # bytes of a column of routed rows in bf16
-    assert rows * (2 * 768 + 2048) < added < 4 * rows * (2 * 768 + 2048)
-
-
 def test_graphs_keep_what_others_would_use_again(qwen3_30b: Sizes) -> None:
     """With graphs, the loss and accumulated gradients add to the layers' worst moment instead of reusing its memory."""
     work = Workload(length=4096)
