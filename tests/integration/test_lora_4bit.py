@@ -122,7 +122,8 @@ def test_kernelized(first: bool, targets: dict[str, Any], dense: Path, calls: Ca
     assert calls.count == count + 8
     merged, merged_too = (each.merge_and_unload() for each in (model, expected))
     with torch.no_grad():
-        assert torch.equal(merged(tokens()).logits, merged_too(tokens()).logits)
+        ids = tokens().to(merged.device)
+        assert torch.equal(merged(ids).logits, merged_too(ids).logits)
 
 
 def expected_merge(model: PeftModel) -> dict[str, Any]:
