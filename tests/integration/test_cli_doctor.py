@@ -257,6 +257,7 @@ def test_launches_that_take_longer(path: str, cost: str, kernel: ModuleType, mon
     pytest.importorskip("triton")
     launcher = hub.submodule(kernel, "stages.triton.launcher")
     monkeypatch.setattr(launcher, "launch_path", lambda: launcher.LaunchPath(path, "this Triton is another"))
+    monkeypatch.setattr(diagnosis, "_device", lambda: torch.device("cpu"))
     assert list(diagnosis._launches(kernel)) == [], "nothing is launched on a CPU"
     monkeypatch.setattr(diagnosis, "_device", lambda: torch.device("meta"))
     monkeypatch.setattr(hub.submodule(kernel, "stages"), "backend_for", lambda *_: None)
