@@ -218,7 +218,7 @@ class Task:
         for parameter in parameters:
             parameter.data = parameter.data.to(setup.adapter_dtype)
         self._initialize({key: value for key, value in model.named_parameters() if value.requires_grad})
-        optimizer = new_optimizer(parameters, Recipe(learning_rate=options.learning_rate, paged=True))
+        optimizer = new_optimizer(parameters, Recipe(learning_rate=LEARNING_RATE, paged=True))
         warmup = math.ceil(options.warmup * self.steps)
         schedule = get_scheduler(options.scheduler, optimizer, warmup, self.steps)
         generator = torch.Generator().manual_seed(SEED)

@@ -16,7 +16,7 @@ from moe_fused.finetune.data import fit
 from moe_fused.finetune.options import Options
 from moe_fused.finetune.plan import plan_run
 from moe_fused.finetune.resolve import ModelSetup, set_up
-from moe_fused.finetune.trainer import Finetuner, make_trainer
+from moe_fused.finetune.trainer import Finetuning, make_trainer
 
 from .training import Meter, Recipe, compile_layers
 
@@ -27,7 +27,7 @@ END = "<end>"
 class _Steps(TrainerCallback):
     """Tells a meter of the trainer's steps."""
 
-    def __init__(self, trainer: Finetuner, model: Any, meter: Meter) -> None:
+    def __init__(self, trainer: Finetuning, model: Any, meter: Meter) -> None:
         self._trainer, self._model, self._meter = trainer, model, meter
 
     def on_step_begin(self, *_: Any, **kwargs: Any) -> None:

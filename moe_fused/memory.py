@@ -137,6 +137,7 @@ class Workload:
         fused_norms: whether norms keep their input in its dtype, and not in fp32.
         gpu: whether the memory that a GPU's libraries need is counted.
         graphs: whether the decoder's passes are CUDA graphs, which keep the memory that they need at their worst moment.
+        reference: whether the model without its adapters computes each batch as well, without gradients.
     """
 
     batch: int = 1
@@ -157,6 +158,7 @@ class Workload:
     fused_norms: bool = True
     gpu: bool = True
     graphs: bool = False
+    reference: bool = False
 
     @property
     def mask_itemsize(self) -> int:
@@ -343,6 +345,11 @@ def predict(sizes: Sizes, work: Workload) -> Prediction:
     first = {"gradients": early + one_layer, "activations": kept, **layer}
     last = {"gradients": max(gradients, early + one_layer), "activations": kept_by_layer + _mask_bytes(work), **layer}
     moments["layer"] = max(first, last, key=lambda parts: sum(parts.values()))
+    # A pass without gradients takes less than the backward of a layer does.
+    reference = 2 * work.tokens * sizes.hidden * work.itemsize + sum(layer.values()) if work.reference else 0
+    if work.reference:
+        # It comes between the forward and the backward pass of the batch.
+        moments["reference"] = moments["loss"] | {"reference pass": reference}
     if work.graphs:
         # Graphs keep the memory of their worst moment, their inputs and outputs, and the gradients that are so small that
         # torch's allocator keeps them apart. The accumulated gradients and the loss come on top.
@@ -350,7 +357,8 @@ def predict(sizes: Sizes, work: Workload) -> Prediction:
         small = sum(size for size in (numel * work.adapter_itemsize for numel in adapters) if size <= SMALL_ALLOCATION)
         held["gradients"] = max(held["gradients"], small) + accumulated
         held["activations"] += 2 * work.tokens * sizes.hidden * work.itemsize
-        moments = {"layer": held | {"loss": loss_bytes(sizes, work)}}
+        # The graph of the reference keeps memory of its own.
+        moments = {"layer": held | {"loss": loss_bytes(sizes, work), "reference pass": reference}}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     parts = {name: size for name, size in (resident | moments[moment]).items() if size}
     return Prediction(parts, moment, trainable, frozenset({"optimizer state, paged", "CUDA context"}))

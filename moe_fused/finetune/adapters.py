@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -75,14 +77,26 @@ def adapt(model: Any, setup: ModelSetup) -> Any:
     from transformers import set_seed
 
     set_seed(setup.options.seed)
-    with warnings.catch_warnings():
-        # PEFT looks for patterns among modules only, not among the parameters that these patterns name.
-        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+    with adapting():
         adapted = get_peft_model(model, lora_config(setup, model))
-    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
-    if setup.options.expert_rank and not any(".experts." in name for name in trained):
-        raise RuntimeError(f"no experts of {type(model).__name__} were adapted, only {', '.join(trained[:3])}, …")
+    check_adapted(adapted, setup)
     return adapted
+
+
+@contextlib.contextmanager
+def adapting() -> Iterator[None]:
+    """Hides a warning of PEFT within the block: it looks for patterns among modules, and ours name parameters."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+        yield
+
+
+def check_adapted(model: Any, setup: ModelSetup) -> None:
+    """Raises RuntimeError if a model has no adapters on its experts although it should."""
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if setup.options.expert_rank and not any(".experts." in name for name in trained):
+        name = type(model.get_base_model()).__name__
+        raise RuntimeError(f"no experts of {name} were adapted, only {', '.join(trained[:3])}, …")
 
 
 def _suffix(path: str) -> str:

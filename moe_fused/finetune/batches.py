@@ -40,6 +40,30 @@ def _fill(batch: dict[str, Any], padding: int, rows: int, columns: int) -> None:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """Collates answers to prompts, all filled up to one length.
+
+    Attributes:
+        collate: The collator of TRL's DPOTrainer or KTOTrainer.
+        length: The number of tokens of each sequence.
+        padding: The token of padding.
+    """
+
+    collate: Collate
+    length: int
+    padding: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collate(rows)
+        for prefix in ("", "KL_"):
+            for name, value in {"input_ids": self.padding, "attention_mask": 0, "completion_mask": 0}.items():
+                if (tensor := batch.get(prefix + name)) is not None:
+                    columns = self.length - tensor.shape[1]
+                    batch[prefix + name] = functional.pad(tensor, (0, columns), value=value)
+        return batch
+
+
+@dataclass(frozen=True)
 class Sequences:
     """Collates whole sequences into batches of one shape.
 

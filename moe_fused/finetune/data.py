@@ -25,8 +25,9 @@ import numpy as np
 
 from moe_fused.signals import workers_forked
 
+from . import preferences
 from .formats import BadRow, Kind
-from .options import Options
+from .options import Method, Options
 from .render import IGNORED, NOTES, Renderer, training_template
 from .rows import Rows, program, read_rows
 
@@ -42,6 +43,13 @@ NAMED, NAMED_LEFT_OUT = 5, 20
 _ROWS_OF_A_PROCESS, _BYTES_OF_A_PROCESS = 1000, 2 << 20
 _BATCH = 250
 _COLUMNS = ("input_ids", "labels")
+# The columns of a row's tokens, by the method of the run.
+_COLUMNS_OF: dict[Method, tuple[str, ...]] = {
+    "sft": _COLUMNS,
+    "dpo": (*_COLUMNS, "rejected_ids"),
+    "ipo": (*_COLUMNS, "rejected_ids"),
+    "kto": (*_COLUMNS, "wanted"),
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,12 @@ class Data:
     @property
     def has_turns(self) -> bool:
         """Whether the rows are made of messages, which a chat template renders."""
-        return self.form in ("chat", "completion of messages")
+        return self.form == "chat" or self.form.endswith("of messages")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that hold what is learned from a row."""
+        return _COLUMNS_OF[self.renderer.method]
 
     def content(self, index: int) -> object:
         """Returns the content of row ``index``, counted from 0; raises BadRow if it cannot be read."""
@@ -128,7 +141,8 @@ class Prepared:
 
     Attributes:
         dataset: The sequences, in the columns ``input_ids`` and ``labels``. If rows lie side by side in a sequence, the
-            column ``seq_lengths`` has their lengths.
+            column ``seq_lengths`` has their lengths. For preferences, the rows, in the columns of TRL's trainers:
+            ``prompt_ids`` with ``chosen_ids`` and ``rejected_ids``, or with ``completion_ids`` and ``label``.
         report: The report about the rows.
         fingerprint: The sha256, in hexadecimal, of the tokens and labels of all rows that can be used, before rows are
             split, cut and packed. It changes if a change of the data, the template or the tokenizer changes any of them.
@@ -155,7 +169,7 @@ def find(options: Options, tokenizer: Any) -> Data:
         ValueError: The file cannot be read, none of its rows can be read, or the options are not for rows of this kind.
     """
     rows = read_rows(options.dataset, config=options.dataset_config, split=options.split, text_field=options.text_field)
-    plain = Renderer(tokenizer, None, options.assistant_only_loss, options.text_field)
+    plain = Renderer(tokenizer, None, options.assistant_only_loss, options.text_field, options.method)
     first = None
     bad: list[str] = []
     for batch in rows.table.iter(batch_size=_BATCH):
@@ -179,7 +193,7 @@ def find(options: Options, tokenizer: Any) -> Data:
             f"--assistant-only-loss is for chats, but the rows of --dataset {options.dataset} are {first.kind}"
         )
     template = training_template(tokenizer, options.model) if options.assistant_only_loss else None
-    renderer = Renderer(tokenizer, template, options.assistant_only_loss, options.text_field)
+    renderer = Renderer(tokenizer, template, options.assistant_only_loss, options.text_field, options.method)
     return Data(rows, renderer, len(bad), first.kind, first.form)
 
 
@@ -242,7 +256,7 @@ def _usable_rows(
         raise ValueError(_nothing(dataset, named))
     if named and not options.skip_bad_rows:
         raise ValueError(refusal(named))
-    highest, digest = _totals(tokens)
+    highest, digest = _totals(tokens, data.columns)
     if highest >= vocabulary:
         raise ValueError(
             f"the tokenizer of {options.model} makes the token {highest}, but the model knows {vocabulary} tokens: they "
@@ -267,15 +281,14 @@ def _sequences(
     tokens: Dataset, data: Data, batching: Batching, left_out: list[str], options: Options | None
 ) -> tuple[Dataset, Report]:
     """Returns sequences of rows, and their report. ``options`` are those of the training, None for an evaluation."""
+    if data.renderer.method != "sft":
+        return _preferences(tokens, data, batching, left_out, options)
     sizes = np.asarray(tokens.select_columns(["length"]).with_format("numpy")[:]["length"], dtype=np.int64)
     sequences = fit(tokens.select_columns(list(_COLUMNS)), batching)
     batches = math.ceil(len(sequences) / batching.batch_size)
     over = np.maximum(sizes - batching.length, 0) if batching.cuts else np.zeros(1, dtype=np.int64)
     learned, idle = _learned(sequences)
-    if options is None:
-        steps = None
-    else:
-        steps = options.max_steps or math.ceil(options.epochs * math.ceil(batches / batching.accumulation))
+    steps = None if options is None else _steps(options, batches, batching)
     report = Report(
         rows=len(tokens),
         tokens=int(sizes.sum()),
@@ -286,9 +299,37 @@ def _sequences(
         sequences=len(sequences),
         steps=steps,
         left_out=left_out,
-        notes=list(_notes(tokens, data, len(sequences), idle)),
+        notes=[*_remarks(tokens, data), *_notes(data, len(sequences), idle)],
     )
     return sequences, report
+
+
+def _preferences(
+    tokens: Dataset, data: Data, batching: Batching, left_out: list[str], options: Options | None
+) -> tuple[Dataset, Report]:
+    """Does for rows of preferences what ``_sequences`` does."""
+    # TRL goes through rated rows in their order, because it compares an answer with those beside it.
+    found = preferences.for_trl(tokens, options.seed if options is not None and options.method == "kto" else None)
+    whole, prompts = preferences.whole_lengths(found), preferences.prompt_lengths(found)
+    held = np.minimum(whole, batching.length)
+    report = Report(
+        rows=len(found),
+        tokens=int(whole.sum()),
+        learned=int((held - prompts).sum()),
+        cut=int((whole > held).any(axis=0).sum()),
+        lost=int((whole - held).sum()),
+        longest=int(whole.max()),
+        sequences=whole.size,
+        steps=None if options is None else _steps(options, math.ceil(len(found) / batching.batch_size), batching),
+        left_out=left_out,
+        notes=list(_remarks(tokens, data)),
+    )
+    return found, report
+
+
+def _steps(options: Options, batches: int, batching: Batching) -> int:
+    """Returns the number of steps of a run whose data make ``batches`` batches."""
+    return options.max_steps or math.ceil(options.epochs * math.ceil(batches / batching.accumulation))
 
 
 def fit(tokens: Dataset, batching: Batching) -> Dataset:
@@ -325,7 +366,7 @@ def _tokenize(data: Data) -> Dataset:
     shares = max(count / _ROWS_OF_A_PROCESS, data.rows.table.data.nbytes / _BYTES_OF_A_PROCESS)
     processes = min(_cores(), math.ceil(shares), count)
     features = Features(
-        {name: List(Value("int32")) for name in _COLUMNS}
+        {name: Value("bool") if name == "wanted" else List(Value("int32")) for name in data.columns}
         | {name: Value("int32") for name in ("length", "first")}
         | {name: Value("string") for name in ("form", "problem", "notes")}
     )
@@ -388,11 +429,16 @@ class _Worker:
             form = row.form
             tokens = renderer(row)
         except BadRow as error:
-            empty = {"input_ids": [], "labels": [], "length": 0, "first": 0}
-            return {**empty, "form": form, "problem": str(error), "notes": ""}
-        return {
+            empty: dict[str, Any] = {name: False if name == "wanted" else [] for name in self.data.columns}
+            return {**empty, "length": 0, "first": 0, "form": form, "problem": str(error), "notes": ""}
+        values = {
             "input_ids": tokens.ids,
             "labels": tokens.labels,
+            "rejected_ids": tokens.rejected,
+            "wanted": row.wanted,
+        }
+        return {
+            **{name: values[name] for name in self.data.columns},
             "length": len(tokens.ids),
             "first": tokens.first,
             "form": form,
@@ -439,15 +485,17 @@ def unusable(data: Data, form: str, first: int, size: int, batching: Batching) -
     return None
 
 
-def _totals(tokens: Dataset) -> tuple[int, str]:
-    """Returns the highest token, and the sha256 of the tokens and labels of all rows."""
+def _totals(tokens: Dataset, columns: tuple[str, ...]) -> tuple[int, str]:
+    """Returns the highest token, and the sha256 of what is learned from in all rows."""
     highest, digest = -1, hashlib.sha256()
-    for table in tokens.select_columns([*_COLUMNS, "length"]).with_format("arrow").iter(batch_size=1000):
-        for name in _COLUMNS:
-            values = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype("<i4", copy=False)
+    for table in tokens.select_columns([*columns, "length"]).with_format("arrow").iter(batch_size=1000):
+        for name in columns:
+            array = table[name].combine_chunks()
+            flat = array if name == "wanted" else array.flatten()
+            values = flat.to_numpy(zero_copy_only=False).astype("<i4", copy=False)
             digest.update(np.ascontiguousarray(values).tobytes())
-            if name == "input_ids":
-                highest = max(highest, int(values.max()))
+            if name in ("input_ids", "rejected_ids"):
+                highest = max(highest, int(values.max(initial=-1)))
         digest.update(table["length"].to_numpy().astype("<i4").tobytes())
     return highest, digest.hexdigest()
 
@@ -468,18 +516,22 @@ def _learned(sequences: Dataset) -> tuple[int, int]:
     return total, idle
 
 
-def _notes(tokens: Dataset, data: Data, sequences: int, idle: int) -> Iterator[str]:
-    """Yields the remarks of the report. ``idle`` is the number of sequences without a token to learn from."""
-    from trl.chat_template_utils import is_chat_template_stop_token_trained
-
-    renderer = data.renderer
+def _remarks(tokens: Dataset, data: Data) -> Iterator[str]:
+    """Yields the remarks on rows and on how they are written."""
     found = Counter(note for notes in tokens.select_columns(["notes"])[:]["notes"] for note in notes.split())
     for name, count in sorted(found.items()):
         yield f"{count:,} of {_counted(len(tokens), 'row')}: {NOTES[name]}"
+    if data.form.endswith("of text") and data.renderer.tokenizer.chat_template:
+        yield "prompts of text are trained on as they are; the chat template is for lists of messages only"
+
+
+def _notes(data: Data, sequences: int, idle: int) -> Iterator[str]:
+    """Yields the remarks on sequences. ``idle`` is the number of sequences without a token to learn from."""
+    from trl.chat_template_utils import is_chat_template_stop_token_trained
+
+    renderer = data.renderer
     if idle:
         yield f"{idle:,} of {_counted(sequences, 'sequence')} have nothing to learn from, only parts of prompts"
-    if data.form == "completion of text" and renderer.tokenizer.chat_template:
-        yield "prompts of text are trained on as they are; the chat template is for lists of messages only"
     if renderer.assistant_only and not is_chat_template_stop_token_trained(
         renderer.tokenizer, chat_template=renderer.template
     ):

@@ -25,7 +25,7 @@ from .output import has_begun
 
 if TYPE_CHECKING:
     from .plan import MemoryPlan
-    from .trainer import Finetuner
+    from .trainer import Finetuning
 
 
 class Stopped(Exception):
@@ -86,7 +86,7 @@ def resuming() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(trainer: Finetuner, plan: MemoryPlan) -> Iterator[None]:
+def explained(trainer: Finetuning, plan: MemoryPlan) -> Iterator[None]:
     """Raises Stopped for an error within the block, which says after which step it came and how to go on.
 
     Errors before the first step are raised as they are, unless their advice does not depend on the step. A bug prints

@@ -1,19 +1,28 @@
-"""Parses rows: brings the many forms in which people write rows into three kinds, or says why a row has none of them.
+"""Parses rows: brings the many forms in which people write rows into a few kinds, or says why a row has none of them.
+
+For supervised training (SFT):
 
 {"messages": [{"role": "user", "content": "…"}, …]}          a chat, also as "conversations" or with from/value turns
 {"prompt": …, "completion": …}                               two strings, or two lists of messages
 {"instruction": …, "input": …, "output": …}                  a question and its answer, also under other names
 {"text": "…"}                                                plain text
+
+For preferences:
+
+{"prompt": …, "chosen": …, "rejected": …}                    two answers to a prompt: strings, or lists of messages
+{"chosen": […], "rejected": […]}                             two chats that begin with the same messages
+{"prompt": …, "completion": …, "label": true}                one answer to a prompt, and whether it is wanted
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["chat", "completion", "text"]
+Kind = Literal["chat", "completion", "text", "preference", "rated completion"]
 Message = dict[str, Any]
 Fields = Mapping[str, Any]
 
@@ -48,9 +57,12 @@ class Row:
     """A parsed row.
 
     Attributes:
-        kind: The kind of the row: chat, completion or text.
+        kind: The kind of the row.
         text: The text, if the kind is text.
-        prompt, completion: Two strings or two lists of messages, if the kind is completion.
+        prompt, completion: Two strings or two lists of messages, if the kind is a completion or a preference. The
+            completion of a preference is the answer that is preferred.
+        rejected: The other answer, if the kind is a preference.
+        wanted: Whether the completion is wanted, if the kind is a rated completion.
         messages: The messages, if the kind is chat.
         tools: The schemas of functions as the row has them, or None.
         template_kwargs: Further arguments of the chat template.
@@ -61,6 +73,8 @@ class Row:
     text: str = ""
     prompt: str | list[Message] = ""
     completion: str | list[Message] = ""
+    rejected: str | list[Message] = ""
+    wanted: bool = True
     messages: list[Message] = field(default_factory=list)
     tools: list[Any] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -76,9 +90,15 @@ class Row:
     @property
     def form(self) -> str:
         """The kind of the row and the type of its prompt, in words. All rows of a data set must have the same form."""
-        if self.kind == "completion":
-            return "completion of messages" if isinstance(self.prompt, list) else "completion of text"
-        return self.kind
+        if self.kind in ("chat", "text"):
+            return self.kind
+        return f"{self.kind} of {'messages' if isinstance(self.prompt, list) else 'text'}"
+
+    def with_answer(self, answer: str | list[Message]) -> Row:
+        """Returns the row as a completion with one answer, which must be of the type of the prompt."""
+        turns = len(self.prompt) if isinstance(self.prompt, list) else 0
+        weights = self.weights[:turns] + [None] * len(answer) if turns else []
+        return dataclasses.replace(self, kind="completion", completion=answer, rejected="", weights=weights)
 
 
 def lacks(names: Iterable[str], text_field: str) -> str:
@@ -109,7 +129,10 @@ def parse_row(content: object, text_field: str, has_template: bool) -> Row:
         if content.get(name) is not None:
             return _chat(name, content)
     if content.get("chosen") is not None and content.get("completion") is None:
-        raise BadRow("is a preference (chosen, rejected): make a row with prompt and completion from the chosen answer")
+        raise BadRow(
+            "is a preference (chosen, rejected): --method dpo learns from it, or make a row with prompt and completion "
+            "from the chosen answer"
+        )
     if content.get("prompt") is not None or content.get("completion") is not None:
         return _completion(content)
     if content.get(text_field) is not None:
@@ -121,7 +144,146 @@ def parse_row(content: object, text_field: str, has_template: bool) -> Row:
     raise BadRow(lacks(content, text_field))
 
 
+def parse_preference(content: object, has_template: bool) -> Row:
+    """Parses a row with two answers, of which one is preferred.
+
+    Args:
+        content: The row as the data set has it.
+        has_template: Whether there is a chat template. With one, a question and its answers become chats.
+
+    Raises:
+        BadRow: The row cannot be trained on.
+    """
+    content = _answers_alone(content)
+    for name in ("chosen", "rejected"):
+        if content.get(name) is None:
+            has = ", ".join(name for name, value in content.items() if value is not None) or "nothing"
+            raise BadRow(f"lacks {name}: a preference needs chosen and rejected, with or without prompt, but has {has}")
+    chosen, rejected = _answer("chosen", content["chosen"]), _answer("rejected", content["rejected"])
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise BadRow("must have two strings or two lists of messages as chosen and rejected, but has one of each")
+    if chosen == rejected:
+        raise BadRow("has the same answer as chosen and as rejected: there is nothing to prefer")
+    asked = next((name for name in ("prompt", *_ASKED) if content.get(name) is not None), None)
+    prompt, chosen, rejected = (
+        _between_chats(content, asked, chosen, rejected)
+        if isinstance(chosen, list) and isinstance(rejected, list)
+        else _between_texts(content, asked, str(chosen), str(rejected), has_template)
+    )
+    if isinstance(prompt, str):
+        _nothing_for_chats(content)
+        return Row("preference", prompt=prompt, completion=chosen, rejected=rejected)
+    prompt, weights = _with_system(prompt, [None] * len(prompt), content)
+    return Row(
+        "preference",
+        prompt=prompt,
+        completion=chosen,
+        rejected=rejected,
+        weights=weights + [None] * len(chosen),
+        tools=_tools(content),
+        template_kwargs=_template_kwargs(content),
+    )
+
+
+def parse_rated(content: object) -> Row:
+    """Parses a row with one answer and a label that says whether it is wanted.
+
+    Raises:
+        BadRow: The row cannot be trained on.
+    """
+    content = _answers_alone(content)
+    if content.get("chosen") is not None and content.get("label") is None:
+        raise BadRow(
+            "is a preference (chosen, rejected): --method dpo learns from it, or make two rows with a label each"
+        )
+    label = content.get("label")
+    wanted = _LABELS.get(label.strip().lower() if isinstance(label, str) else label)  # a table of text has strings
+    if wanted is None:
+        raise BadRow("lacks label" if label is None else f"must have true or false as label, but has {label!r}")
+    row = _completion({**content, "label": None})
+    return dataclasses.replace(row, kind="rated completion", wanted=wanted)
+
+
+_LABELS: dict[Any, bool] = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
+
+
 # --- kinds
+
+
+def _answers_alone(content: object) -> Fields:
+    if not isinstance(content, Mapping):
+        raise BadRow(f"must be an object, but is a {type(content).__name__}")
+    for name in sorted(MEDIA):
+        if content.get(name):
+            raise BadRow(f"has {name}, but only text can be trained on: remove the field, and its places in the text")
+    return content
+
+
+def _answer(name: str, value: object) -> str | list[Message]:
+    """Returns an answer of a preference: a string, or messages."""
+    if isinstance(value, str) and value.lstrip()[:1] != "[":
+        return _string(name, value)
+    if isinstance(value, str):  # text that begins with a bracket, or messages as JSON
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return _string(name, str(value))
+    if isinstance(value, Mapping):  # a single message
+        value = [value]
+    return _messages(name, value)[0]
+
+
+def _between_chats(
+    content: Fields, asked: str | None, chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """Returns the prompt of two chats and what follows it in each.
+
+    Without a prompt of its own, it is what the chats have in common at their beginning. So it is if the prompt is the
+    text of the last message of that beginning, as in many data sets.
+    """
+    same = 0
+    while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
+        same += 1
+    prompt = None if asked is None else content[asked]
+    if isinstance(prompt, str) and same and chosen[same - 1].get("content") != prompt:
+        raise BadRow(f"has a {asked} that is not the last message that chosen and rejected have in common")
+    if isinstance(prompt, str) and not same:
+        before: list[Message] = [{"role": "user", "content": _string(str(asked), prompt)}]
+    elif prompt is None or isinstance(prompt, str):
+        before, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
+        if not before:
+            raise BadRow("has chats that begin differently, and no prompt")
+    else:
+        before = _messages(str(asked), prompt)[0]
+        if same >= len(before) and chosen[: len(before)] == before:  # the prompt stands in all three
+            chosen, rejected = chosen[len(before) :], rejected[len(before) :]
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if not any(_says_something(message) for message in answer):
+            raise BadRow(f"has an empty {name}")
+    return before, chosen, rejected
+
+
+def _between_texts(
+    content: Fields, asked: str | None, chosen: str, rejected: str, has_template: bool
+) -> tuple[Any, Any, Any]:
+    """Returns the prompt and the answers of two texts. A question under another name than prompt becomes a chat."""
+    from trl.data_utils import extract_prompt
+
+    if asked is None:
+        parts = extract_prompt({"chosen": chosen, "rejected": rejected})
+        if not parts["prompt"]:
+            raise BadRow("has texts that begin differently, and no prompt")
+        return parts["prompt"], parts["chosen"], parts["rejected"]
+    prompt = content[asked]
+    if isinstance(prompt, str):
+        prompt = _string(asked, prompt)
+        if asked == "prompt" or not has_template:
+            return prompt if asked == "prompt" else prompt + "\n", chosen, rejected
+        messages: list[Message] = [{"role": "user", "content": prompt}]
+    else:
+        messages, _ = _messages(asked, prompt)
+    first, second = ([{"role": "assistant", "content": answer}] for answer in (chosen, rejected))
+    return messages, first, second
 
 
 def _chat(name: str, content: Fields) -> Row:
@@ -206,7 +368,10 @@ def _check_weight(content: Fields) -> None:
     if content.get("weight") not in (1, None, "", "1"):
         raise BadRow(f"has the weight {content['weight']!r}, but rows have no weights: leave the row out or repeat it")
     if content.get("label") is False or content.get("label") in ("false", "False"):  # a table of text has strings
-        raise BadRow("has the label false, which marks an answer that is not wanted: leave the row out")
+        raise BadRow(
+            "has the label false, which marks an answer that is not wanted: leave the row out, or learn from it with "
+            "--method kto"
+        )
 
 
 def _nothing_for_chats(content: Fields) -> None:

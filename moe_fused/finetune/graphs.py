@@ -15,9 +15,10 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .endings import CannotRecord
@@ -27,10 +28,13 @@ class GraphedDecoder:
     """Replaces the forward pass of ``decoder`` by one that runs passes as graphs, those of an evaluation included.
 
     The first batch of ``shape`` runs eagerly, so that code that compiles, tunes or allocates on its first call does so.
-    The second batch is recorded. From then on an evaluation replays the forward graph of the training. Before, it runs
-    eagerly. Batches of other shapes always run eagerly, and so does a decoder that returns more than hidden states. A
-    forward pass raises CannotRecord if something in the decoder cannot be recorded, for example because it waits for
-    the GPU.
+    The second batch is recorded. From then on a pass without gradients, such as one of an evaluation, replays the forward
+    graph of the training. If other adapters of PEFT are in use than in training, or none, as for the reference of
+    preferences, such passes have a graph of their own, whose memory comes on top.
+
+    A batch of fewer rows is filled up. Other batches run eagerly, and so does a decoder that returns more than hidden
+    states. A forward pass raises CannotRecord if something in the decoder cannot be recorded, for example because it
+    waits for the GPU.
 
     Args:
         decoder: A model of Transformers from token ids to hidden states. No part of it may be random, and it must
@@ -48,6 +52,11 @@ class GraphedDecoder:
         self._eager: Callable[..., Any] = decoder.forward
         self._is_warm = False
         self._recording: _Recording | None = None
+        # PEFT switches adapters in all layers alike, so one layer shows which are in use.
+        self._adapted: Any = next((module for module in decoder.modules() if isinstance(module, BaseTunerLayer)), None)
+        self._trained: object = None
+        self._references: dict[object, _Forward] = {}
+        self._seen: set[object] = set()
         decoder.forward = self._forward
 
     def close(self) -> None:
@@ -62,9 +71,11 @@ class GraphedDecoder:
     def forget(self) -> None:
         """Frees the graphs' memory. The next batch then counts as the first one."""
         self._is_warm = False
+        self._seen.clear()
         if self._recording is not None:
             self._recording.move_gradients()
             self._recording = None
+            self._references.clear()
             gc.collect()
             torch.cuda.empty_cache()
 
@@ -72,11 +83,17 @@ class GraphedDecoder:
         tokens = kwargs.get("input_ids")
         if args or tokens is None or not self._takes(tokens):
             return self._eager(*args, **kwargs)
-        if not self._decoder.training:
-            recording = self._recording
-            if recording is None or recording.is_stale or not recording.takes(kwargs):
-                return self._eager(**kwargs)
-            return recording.evaluate(kwargs)
+        rows = len(tokens)
+        run = self._with_gradients if torch.is_grad_enabled() else self._without_gradients
+        if rows == self._shape[0]:
+            return run(kwargs)
+        output = run({name: _filled(value, rows, self._shape[0]) for name, value in kwargs.items()})
+        if set(output) == {"last_hidden_state"}:
+            output["last_hidden_state"] = output["last_hidden_state"][:rows]
+            return output
+        return self._eager(**kwargs)
+
+    def _with_gradients(self, kwargs: dict[str, Any]) -> Any:
         if not self._is_warm:
             self._is_warm = True
             output = self._eager(**kwargs)
@@ -92,12 +109,36 @@ class GraphedDecoder:
             return self._eager(**kwargs)
         return self._recording.run(kwargs)
 
+    def _without_gradients(self, kwargs: dict[str, Any]) -> Any:
+        trained = self._recording
+        if trained is None or trained.is_stale or not trained.takes(kwargs):
+            self._seen.add(self._adapters_in_use())
+            return self._eager(**kwargs)
+        adapters = self._adapters_in_use()
+        if adapters == self._trained:
+            # The backward pass of a batch needs what the forward graph wrote for it.
+            return self._eager(**kwargs) if trained.is_waiting else trained.evaluate(kwargs)
+        if adapters not in self._seen:
+            self._seen.add(adapters)
+            return self._eager(**kwargs)
+        if adapters not in self._references:
+            self._references[adapters] = self._recorded(_Forward, kwargs)
+        return self._references[adapters].evaluate(kwargs)
+
+    def _adapters_in_use(self) -> object:
+        layer = self._adapted
+        return None if layer is None else (bool(layer.disable_adapters), tuple(layer.active_adapters))
+
     def _record(self, inputs: Mapping[str, Any]) -> _Recording:
+        self._trained = self._adapters_in_use()
+        return self._recorded(_Recording, inputs)
+
+    def _recorded(self, kind: type[_Kind], inputs: Mapping[str, Any]) -> _Kind:
         gc.collect()  # the last pass may have left tensors in reference cycles
         torch.cuda.empty_cache()
         try:
             with _no_collection():
-                return _Recording(self._decoder, self._eager, inputs)
+                return kind(self._decoder, self._eager, inputs)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -117,8 +158,9 @@ class GraphedDecoder:
     def _takes(self, tokens: Tensor) -> bool:
         return (
             self.enabled
-            and self._decoder.training == torch.is_grad_enabled()
-            and tokens.shape == self._shape
+            and (self._decoder.training or not torch.is_grad_enabled())
+            and tokens.shape[1:] == self._shape[1:]
+            and 0 < len(tokens) <= self._shape[0]
             and not torch.is_autocast_enabled(tokens.device.type)
         )
 
@@ -161,8 +203,8 @@ def _other_leaves(module: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter
             owner._parameters[name] = parameter
 
 
-class _Recording:
-    """Records the graphs of one decoder with ``inputs``, and replays them.
+class _Forward:
+    """Records the forward pass of one decoder with ``inputs`` as a graph, without gradients, and replays it.
 
     Raises:
         RuntimeError: Something in the decoder cannot be recorded, for example because it waits for the GPU.
@@ -170,7 +212,50 @@ class _Recording:
 
     def __init__(self, decoder: nn.Module, forward: Callable[..., Any], inputs: Mapping[str, Any]) -> None:
         self._inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
-        self._forward_graph, self._backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self._forward_graph = torch.cuda.CUDAGraph()
+        self._record(decoder, forward)
+
+    def _record(self, decoder: nn.Module, forward: Callable[..., Any]) -> None:
+        with torch.cuda.graph(self._forward_graph):
+            output = forward(**self._inputs)
+        self._hidden, self._output_type = output.last_hidden_state, type(output)
+
+    def takes(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether ``inputs`` have the names, shapes and values that the graphs were recorded with."""
+        if inputs.keys() != self._inputs.keys():
+            return False
+        return all(_alike(value, self._inputs[name]) for name, value in inputs.items())
+
+    def evaluate(self, inputs: Mapping[str, Any]) -> Any:
+        """Computes the decoder's output for ``inputs`` without gradients. The next pass overwrites it."""
+        self._put(inputs)
+        return self._output_type(last_hidden_state=self.replay_forward())
+
+    def _put(self, inputs: Mapping[str, Any]) -> None:
+        """Copies ``inputs`` to where the graphs read them."""
+        for name, value in inputs.items():
+            if isinstance(value, Tensor):
+                self._inputs[name].copy_(value)
+
+    def replay_forward(self) -> Tensor:
+        self._forward_graph.replay()
+        return self._hidden
+
+
+_Kind = TypeVar("_Kind", bound=_Forward)
+
+
+class _Recording(_Forward):
+    """Records the forward and the backward pass of one decoder with ``inputs`` as graphs, and replays them.
+
+    Attributes:
+        is_waiting: Whether a forward pass has run whose backward pass has not.
+    """
+
+    is_waiting = False
+
+    def _record(self, decoder: nn.Module, forward: Callable[..., Any]) -> None:
+        self._backward_graph = torch.cuda.CUDAGraph()
         with _other_leaves(decoder) as leaves:
             with torch.cuda.graph(self._forward_graph):
                 output = forward(**self._inputs)
@@ -193,35 +278,20 @@ class _Recording:
         """Whether a trained parameter is in other memory than when it was recorded. The graphs read the old memory."""
         return self._places != [parameter.data_ptr() for parameter in self._parameters]
 
-    def takes(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether ``inputs`` have the names, shapes and values that the graphs were recorded with."""
-        if inputs.keys() != self._inputs.keys():
-            return False
-        return all(_alike(value, self._inputs[name]) for name, value in inputs.items())
-
     def run(self, inputs: Mapping[str, Any]) -> Any:
         """Computes the decoder's output for ``inputs`` with the graphs."""
         self._put(inputs)
+        self.is_waiting = True
         # Autograd calls the backward pass because one of the arguments is a parameter.
         return self._output_type(last_hidden_state=_Replay.apply(self._parameters[0], self))
 
-    def evaluate(self, inputs: Mapping[str, Any]) -> Any:
-        """Computes the decoder's output for ``inputs`` without gradients. The next pass overwrites it."""
-        self._put(inputs)
-        return self._output_type(last_hidden_state=self.replay_forward())
-
     def _put(self, inputs: Mapping[str, Any]) -> None:
-        """Copies ``inputs`` to where the graphs read them, and gradients out of the memory that the graphs overwrite."""
+        """Also copies gradients out of the memory that the graphs overwrite."""
         self.move_gradients()
-        for name, value in inputs.items():
-            if isinstance(value, Tensor):
-                self._inputs[name].copy_(value)
-
-    def replay_forward(self) -> Tensor:
-        self._forward_graph.replay()
-        return self._hidden
+        super()._put(inputs)
 
     def replay_backward(self, grad: Tensor) -> None:
+        self.is_waiting = False
         self._grad.copy_(grad)
         self._backward_graph.replay()
         before = [parameter.grad for parameter in self._parameters]
@@ -260,6 +330,13 @@ class _Recording:
         torch._foreach_copy_(self._buffers, [new for _, new in kept])
         for (parameter, _), buffer in zip(kept, self._buffers, strict=True):
             parameter.grad = buffer
+
+
+def _filled(value: Any, rows: int, wanted: int) -> Any:
+    """Adds rows of zeros to a tensor that has ``rows`` rows."""
+    if not isinstance(value, Tensor) or value.dim() < 2 or len(value) != rows:
+        return value
+    return torch.cat([value, value.new_zeros(wanted - rows, *value.shape[1:])])
 
 
 def _alike(value: Any, recorded: Any) -> bool:

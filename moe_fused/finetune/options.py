@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+Method = Literal["sft", "dpo", "ipo", "kto"]
 Quantization = Literal["nf4", "fp4", "none"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Packing = Literal["auto", "bfd", "bfd_split", "wrapped", "none"]
@@ -61,6 +62,23 @@ class Options:
     output: Annotated[
         str, Help("Directory for the adapter, its checkpoints and the log. It is created.", shown="required")
     ] = ""
+
+    method: Annotated[
+        Method,
+        Help(
+            "How to learn from the rows. sft imitates them; dpo and ipo prefer chosen to rejected answers; kto learns from "
+            "answers with a label that says whether they are wanted.",
+            shapes_run=True,
+        ),
+    ] = "sft"
+    beta: Annotated[
+        float | None,
+        Help(
+            "How much a preference holds the model to what it was before: more stays closer.",
+            shown="0.1; only for dpo, ipo and kto",
+            shapes_run=True,
+        ),
+    ] = None
 
     revision: Annotated[str, Help("Branch, tag or commit of the model on the Hub.", shapes_run=True)] = "main"
     quantization: Annotated[
@@ -133,7 +151,10 @@ class Options:
         int | None,
         Help("Number of tokens in a sequence.", shown="the longest that fits, at most 4096", shapes_run=True),
     ] = None
-    batch_size: Annotated[int, Help("Number of sequences that go through the model at once.", shapes_run=True)] = 1
+    batch_size: Annotated[
+        int,
+        Help("Number of sequences, or of pairs of answers, that go through the model at once.", shapes_run=True),
+    ] = 1
     gradient_accumulation: Annotated[
         int | None,
         Help("Number of batches in an optimizer step.", shown="as many as make 16384 tokens", shapes_run=True),
@@ -170,7 +191,9 @@ class Options:
 
     epochs: Annotated[float, Help("Number of passes over the data.")] = 1.0
     max_steps: Annotated[int | None, Help("Number of steps after which training ends, regardless of --epochs.")] = None
-    learning_rate: Annotated[float, Help("Peak learning rate.", shapes_run=True)] = 1e-4
+    learning_rate: Annotated[
+        float | None, Help("Peak learning rate.", shown="1e-4; 1e-5 for dpo, ipo and kto", shapes_run=True)
+    ] = None
     scheduler: Annotated[Scheduler, Help("Schedule of the learning rate.", shapes_run=True)] = "cosine"
     warmup: Annotated[float, Help("Share of all steps during which the learning rate warms up.", shapes_run=True)] = (
         0.03
@@ -247,7 +270,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"{flag(name)} must be at least {low}, got {value}")
-        for name in ("learning_rate", "epochs", "memory_limit"):
+        for name in ("learning_rate", "epochs", "memory_limit", "beta"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{flag(name)} must be above 0, got {value}")
@@ -260,6 +283,7 @@ class Options:
             raise ValueError("--adapter-dtype cannot be float16, whose gradients need scaling: use float32 or bfloat16")
         if self.router_rank and self.lora_dropout:
             raise ValueError("--lora-dropout is not possible with --router-rank: PEFT has none for parameters")
+        self._check_method()
         if self.eval_share is not None and not 0 < self.eval_share < 1:
             raise ValueError(f"--eval-share must be above 0 and below 1, got {self.eval_share}")
         if self.eval_dataset is not None and not self.eval_dataset:
@@ -272,6 +296,27 @@ class Options:
         if self.export != "none" and not self.expert_rank:
             raise ValueError(f"--export {self.export} is a layout of adapters on experts, but --expert-rank is 0")
 
+    def _check_method(self) -> None:
+        """Raises ValueError if other options do not go together with ``--method``."""
+        if not self.has_preferences:
+            if self.beta is not None:
+                raise ValueError("--beta is for --method dpo, ipo and kto")
+            return
+        method = f"--method {self.method}"
+        if self.packing not in ("auto", "none"):
+            raise ValueError(
+                f"--packing {self.packing} is not possible with {method}: each answer has its own sequence"
+            )
+        if self.assistant_only_loss:
+            raise ValueError(f"--assistant-only-loss is not for {method}, which learns from the answers alone anyway")
+        if self.lora_dropout:
+            raise ValueError(f"--lora-dropout is not possible with {method}: TRL compares answers without dropout")
+        if self.method == "kto" and self.batch_size < 2:
+            raise ValueError(
+                "--method kto needs a --batch-size of at least 2, because it compares each answer with those to the other "
+                f"prompts of its batch, got {self.batch_size}"
+            )
+
     def require(self, *, output: bool = True) -> None:
         """Raises ValueError if a required option is missing.
 
@@ -281,6 +326,11 @@ class Options:
         for name in ("model", "dataset", "output") if output else ("model", "dataset"):
             if not getattr(self, name):
                 raise ValueError(f"{flag(name)} is missing: give it on the command line or in --config")
+
+    @property
+    def has_preferences(self) -> bool:
+        """Whether the run learns from preferences between answers, or from labels of answers."""
+        return self.method != "sft"
 
     @property
     def evaluates(self) -> bool:
@@ -306,6 +356,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "model", "dataset", "output", "sequence_length", "epochs", "learning_rate", "expert_rank", "attention_rank",
         "eval_share", "assistant_only_loss",
     ),
+    "Method": ("method", "beta"),
     "Model": ("revision", "quantization", "dtype", "attn"),
     "Data": (
         "dataset_config", "split", "text_field", "skip_bad_rows", "chat_template", "packing", "batch_size",

@@ -58,10 +58,13 @@ class MemoryPlan:
         if self.limit is not None:
             table.add_row("limit", _gib(self.limit))
         console.print(table)
+        sizes = {"batch": batching.batch_size, "answers": batching.answers, "length": batching.length}
+        sizes |= {"accumulation": batching.accumulation}
+        if batching.answers == 1:
+            del sizes["answers"]
         console.print(
             f"{self.prediction.trainable:,} trainable parameters; {batching.step_tokens:,} tokens to a step at most: "
-            f"{batching.batch_size} x {batching.length} x {batching.accumulation} (batch x length x accumulation), "
-            f"packing {batching.packing}",
+            f"{' x '.join(map(str, sizes.values()))} ({' x '.join(sizes)}), packing {batching.packing}",
             highlight=False,
             soft_wrap=True,
         )
@@ -90,7 +93,7 @@ def plan_run(setup: ModelSetup, *, plain_text: bool, rows: int = 0) -> MemoryPla
 def _plan(run: ResolvedRun, sizes: Sizes, limit: int | None) -> MemoryPlan:
     options, batching = run.options, run.batching
     # Documents side by side go through the model as one sequence with all tokens of the batch.
-    batch, joined = (1, batching.batch_size) if batching.has_documents else (batching.batch_size, 1)
+    batch, joined = (1, batching.batch_size) if batching.has_documents else (batching.sequences, 1)
     work = Workload(
         batch=batch,
         length=joined * batching.length,
@@ -110,6 +113,7 @@ def _plan(run: ResolvedRun, sizes: Sizes, limit: int | None) -> MemoryPlan:
         fused_norms=run.liger,
         gpu=run.device.type != "cpu",
         graphs=run.graphs,
+        reference=options.has_preferences,
     )
     return MemoryPlan(run, predict(sizes, work), limit)
 

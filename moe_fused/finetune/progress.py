@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,20 @@ _LOGGED = {
     "grad_norm": "grad_norm",
     "learning_rate": "learning_rate",
     "mean_token_accuracy": "accuracy",
+    "rewards/accuracies": "reward_accuracy",
+    "rewards/margins": "reward_margin",
     "num_tokens": "tokens",
     "epoch": "epoch",
 }
+
+
+_EVALUATED = {key: _LOGGED[key] for key in ("mean_token_accuracy", "rewards/accuracies", "rewards/margins")}
+
+
+def _rewards(record: Mapping[str, float | None]) -> str:
+    """Says by how much the chosen answers are preferred, if the record is of preferences."""
+    margin = record.get("reward_margin")
+    return "" if margin is None else f"margin {margin:.4f}, "
 
 
 def perplexity(loss: float) -> float:
@@ -68,6 +79,7 @@ class Log(TrainerCallback):
         graphs: Whether there are CUDA graphs.
         tokens: Returns the number of tokens that the trainer has gone through.
         evaluated: The number of tokens of an evaluation.
+        per_token: Whether losses are nats per token, which have a perplexity.
 
     Raises:
         CannotWrite: A line cannot be written.
@@ -81,8 +93,10 @@ class Log(TrainerCallback):
         graphs: bool,
         tokens: Callable[[], int],
         evaluated: int = 0,
+        per_token: bool = True,
     ) -> None:
         self._path, self._console, self._tokens, self._evaluated = path, console, tokens, evaluated
+        self._per_token = per_token
         self._device, self._graphs = device, graphs
         words, left = TextColumn("{task.description}"), TimeRemainingColumn(elapsed_when_finished=True)
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), words, left)
@@ -123,7 +137,9 @@ class Log(TrainerCallback):
         record |= speed
         logs |= speed  # for trackers
         self._write(record)
-        words = f"loss {record['loss']:.4f}, {rate:,.0f} tokens/s" + (f", {memory:.1f} GiB" if memory else "")
+        words = f"loss {record['loss']:.4f}, {_rewards(record)}{rate:,.0f} tokens/s" + (
+            f", {memory:.1f} GiB" if memory else ""
+        )
         self._bar.update(self._task, description=words)
         if not self._console.is_terminal:
             step = (now - self._first[0]) / (state.global_step - self._first[1])
@@ -136,16 +152,20 @@ class Log(TrainerCallback):
         self._last = (self._last[0] + seconds, self._last[1])
         self._first = (self._first[0] + seconds, self._first[1])
         record: dict[str, Any] = {"step": state.global_step, "eval_loss": loss}
-        if math.isfinite(value := perplexity(loss)):
-            record["perplexity"] = value
-        if (accuracy := logs.get("eval_mean_token_accuracy")) is not None:
-            record["eval_accuracy"] = accuracy
-        logs["eval_perplexity"] = value
+        words = _rewards({name: logs.get(f"eval_{key}") for key, name in _LOGGED.items()})
+        if self._per_token:
+            if math.isfinite(value := perplexity(loss)):
+                record["perplexity"] = value
+            logs["eval_perplexity"] = value
+            words = f"perplexity {value:.2f}, "
+        for key, name in _EVALUATED.items():
+            if (found := logs.get(f"eval_{key}")) is not None:
+                record[f"eval_{name}"] = found
         record |= {"eval_seconds": seconds, "eval_tokens_per_second": round(self._evaluated / max(seconds, 1e-3), 1)}
         self._write(record)
         self._console.print(
-            f"step {state.global_step}/{state.max_steps}: evaluation: loss {loss:.4f}, perplexity "
-            f"{value:.2f}, {record['eval_tokens_per_second']:,.0f} tokens/s",
+            f"step {state.global_step}/{state.max_steps}: evaluation: loss {loss:.4f}, {words}"
+            f"{record['eval_tokens_per_second']:,.0f} tokens/s",
             highlight=False,
         )
 

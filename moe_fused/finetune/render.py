@@ -10,10 +10,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from .formats import BadRow, Message, Row, parse_row
+from .formats import BadRow, Message, Row, parse_preference, parse_rated, parse_row
+from .options import Method
 
 # The label of a token that the model reads but does not learn from.
 IGNORED = -100
@@ -38,11 +39,13 @@ class Tokens:
         ids: The tokens.
         labels: The same tokens, with ``IGNORED`` in place of each token that is not learned from.
         notes: The keys of the remarks in ``NOTES`` that apply to the row.
+        rejected: The tokens of the other answer of a preference, without those of the prompt.
     """
 
     ids: list[int]
     labels: list[int]
     notes: list[str]
+    rejected: list[int] = field(default_factory=list)
 
     @property
     def first(self) -> int | None:
@@ -59,16 +62,21 @@ class Renderer:
         template: A chat template that replaces the tokenizer's own, or None.
         assistant_only: Whether training on chats learns only from the assistant's words.
         text_field: The name of the field that holds plain text.
+        method: How the run learns from rows, one of the values of ``--method``.
     """
 
     tokenizer: Any
     template: str | None
     assistant_only: bool
     text_field: str
+    method: Method = "sft"
 
     def parse(self, content: object) -> Row:
         """Parses a row of the data set; raises BadRow."""
-        return parse_row(content, self.text_field, bool(self.tokenizer.chat_template))
+        has_template = bool(self.tokenizer.chat_template)
+        if self.method == "sft":
+            return parse_row(content, self.text_field, has_template)
+        return parse_rated(content) if self.method == "kto" else parse_preference(content, has_template)
 
     def __call__(self, row: Row) -> Tokens:
         """Returns the tokens and labels of a row.
@@ -76,6 +84,8 @@ class Renderer:
         Raises:
             BadRow: The row cannot be rendered as it is, or there is nothing in it to learn from.
         """
+        if row.kind == "preference":
+            return self._preference(row)
         try:
             tokens = self._chat(row) if row.turns else self._text(row)
         except UnicodeEncodeError as error:
@@ -95,6 +105,15 @@ class Renderer:
         if any(weight is False for weight in row.weights):
             return "has weights that leave nothing to learn from"
         return "has nothing to learn from: the chat template marks none of it with {% generation %}"
+
+    def _preference(self, row: Row) -> Tokens:
+        """Renders both answers. As in TRL, the prompt ends where the first of them differs from the prompt alone."""
+        chosen, rejected = (self(row.with_answer(answer)) for answer in (row.completion, row.rejected))
+        begin = min(_prompt_length(chosen), _prompt_length(rejected))
+        if chosen.ids == rejected.ids:
+            raise BadRow("has answers that have the same tokens: there is nothing to prefer")
+        notes = sorted({*chosen.notes, *rejected.notes})
+        return Tokens(chosen.ids, [IGNORED] * begin + chosen.ids[begin:], notes, rejected.ids[begin:])
 
     # Text.
 
@@ -277,6 +296,10 @@ def _completed(prompt: list[int], ids: list[int], mask: list[int] | None) -> Tok
     length = common_prefix_length(prompt, ids)
     labels = [IGNORED] * length + _masked(ids, mask)[length:]
     return Tokens(ids, labels, ["boundary"] if length < len(prompt) else [])
+
+
+def _prompt_length(tokens: Tokens) -> int:
+    return next((i for i, label in enumerate(tokens.labels) if label != IGNORED), len(tokens.ids))
 
 
 def _spans(mask: list[int]) -> Iterator[tuple[int, int]]:

@@ -43,11 +43,15 @@ from .precheck import Process, check_device_type, check_export, check_sequence_l
 # The options whose values later steps must take from a record.
 ANSWERED = frozenset(
     {"quantization", "dtype", "attn", "liger", "cuda_graphs", "device", "packing", "sequence_length", "batch_size",
-     "gradient_accumulation", "attention_modules", "attention_alpha", "expert_alpha", "adapter_dtype", "optimizer"}
+     "gradient_accumulation", "attention_modules", "attention_alpha", "expert_alpha", "adapter_dtype", "optimizer",
+     "learning_rate", "beta"}
 )  # fmt: skip
 # Lengths of sequences that are tried, and the number of tokens that a step should have, unless the options say.
 LENGTHS = (4096, 2048, 1024, 512, 256)
 STEP_TOKENS = 16384
+# The learning rate of adapters, unless the options say: that of SFT, and that of preferences.
+LEARNING_RATE, LEARNING_RATE_OF_PREFERENCES = 1e-4, 1e-5
+BETA = 0.1
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,21 @@ class Batching:
     Attributes:
         packing: How rows fill sequences, one of the values of ``--packing`` but "auto".
         length: The number of tokens of a sequence.
-        batch_size: The number of sequences in a batch.
+        batch_size: The number of sequences in a batch, or of pairs of answers.
         accumulation: The number of batches in a step.
+        answers: The number of sequences that a row becomes: 2 for a pair of answers.
     """
 
     packing: str
     length: int
     batch_size: int = 1
     accumulation: int = 1
+    answers: int = 1
+
+    @property
+    def sequences(self) -> int:
+        """The number of sequences that go through the model at once."""
+        return self.batch_size * self.answers
 
     @property
     def has_documents(self) -> bool:
@@ -79,7 +90,7 @@ class Batching:
     @property
     def step_tokens(self) -> int:
         """The number of tokens of a step, at most."""
-        return self.length * self.batch_size * self.accumulation
+        return self.length * self.sequences * self.accumulation
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,8 @@ class ModelSetup:
         dtype: The data type of the computation and of weights that are not in 4 bits.
         adapter_dtype: The data type of the adapters' parameters, gradients and optimizer.
         optimizer: The optimizer, by TRL's name for it.
+        learning_rate: The peak learning rate.
+        beta: How much a preference holds the model to what it was before.
         attention: The implementation of attention, by Transformers' name for it.
         attention_modules: The linear layers that get adapters, by PEFT's names for them.
         attention_alpha, expert_alpha: The alphas of the adapters on these layers and on experts.
@@ -114,6 +127,8 @@ class ModelSetup:
     dtype: torch.dtype
     adapter_dtype: torch.dtype
     optimizer: Optimizer
+    learning_rate: float
+    beta: float
     attention: str
     attention_modules: tuple[str, ...]
     attention_alpha: float
@@ -167,6 +182,8 @@ class ResolvedRun(ModelSetup):
             dtype=_name(self.dtype),  # type: ignore[arg-type]
             adapter_dtype=_name(self.adapter_dtype),  # type: ignore[arg-type]
             optimizer=self.optimizer,
+            learning_rate=self.learning_rate,
+            beta=self.beta if self.options.has_preferences else None,
         )
 
 
@@ -213,6 +230,8 @@ def _set_up(options: Options, process: Process, config: Any, model: Any, device:
         dtype=dtype,
         adapter_dtype=_adapter_dtype(options, dtype),
         optimizer=_optimizer(options, device),
+        learning_rate=_learning_rate(options),
+        beta=BETA if options.beta is None else options.beta,
         attention=attention.chosen(options.attn, config),
         attention_modules=_attention_modules(options, model),
         attention_alpha=_alpha(options.attention_alpha, options.attention_rank or 1),
@@ -265,8 +284,9 @@ def with_options(run: ResolvedRun, **changes: Any) -> ResolvedRun:
 
 def _resolved(setup: ModelSetup, packing: str, length: int) -> ResolvedRun:
     options = setup.options
-    size = options.batch_size
-    batching = Batching(packing, length, size, options.gradient_accumulation or max(1, STEP_TOKENS // (size * length)))
+    size, answers = options.batch_size, 2 if options.method in ("dpo", "ipo") else 1
+    accumulation = options.gradient_accumulation or max(1, STEP_TOKENS // (size * answers * length))
+    batching = Batching(packing, length, size, accumulation, answers)
     maskless = attention.serves(setup.attention, setup.config, setup.device, setup.dtype, packed=batching.has_documents)
     return ResolvedRun(
         **{field.name: getattr(setup, field.name) for field in dataclasses.fields(ModelSetup)},
@@ -303,6 +323,12 @@ def _optimizer(options: Options, device: torch.device) -> Optimizer:
     if options.optimizer != "auto":
         return options.optimizer
     return "adamw_torch" if device.type == "cpu" else "paged_adamw_8bit"
+
+
+def _learning_rate(options: Options) -> float:
+    if options.learning_rate is not None:
+        return options.learning_rate
+    return LEARNING_RATE_OF_PREFERENCES if options.has_preferences else LEARNING_RATE
 
 
 def _alpha(alpha: float | None, rank: int) -> float:
@@ -350,6 +376,8 @@ def _liger(options: Options, config: Any, device: torch.device) -> bool:
 def _packing(setup: ModelSetup, *, plain_text: bool, rows: int) -> str:
     """How rows fill sequences. A single text may go on from sequence to sequence, whatever the model is."""
     asked, model = setup.options.packing, setup.skeleton
+    if setup.options.has_preferences:
+        return "none"
     reason = why_rows_mix(model)
     if asked == "auto":
         if reason is None:
@@ -389,5 +417,7 @@ def _graphs(setup: ModelSetup, batching: Batching, maskless: bool) -> bool:
     reason = next((text for text, applies in reasons.items() if applies), None)
     if options.cuda_graphs and reason is not None:
         raise ValueError(f"--cuda-graphs: {reason}")
-    by_itself = batching.packing != "none" and torch.version.hip is None
+    # Answers are padded. Whether that takes too much is known with the data.
+    alike = batching.packing != "none" or options.has_preferences
+    by_itself = alike and torch.version.hip is None
     return reason is None and (bool(options.cuda_graphs) or by_itself)

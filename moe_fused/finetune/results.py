@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 CARD, PLOT = "README.md", "loss.png"
 
 
-def draw_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
+def draw_loss(records: Sequence[dict[str, Any]], path: Path, per_token: bool = True) -> None:
     """Draws the loss by steps, with its moving average, and the loss of evaluations, as a picture.
 
     Args:
         records: The records of the log.
         path: Where the picture is written.
+        per_token: Whether losses are nats per token.
     """
     from matplotlib.figure import Figure
 
@@ -42,7 +43,7 @@ def draw_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
     if evaluated := [record for record in records if "eval_loss" in record]:
         points = [record["step"] for record in evaluated], [record["eval_loss"] for record in evaluated]
         axes.plot(*points, marker="o", label="evaluation")
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.set(xlabel="step", ylabel="loss (nats per token)" if per_token else "loss")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -79,7 +80,7 @@ def _write_files(model: Any, tokenizer: Any, run: ResolvedRun, text: str, direct
     if run.options.export != "none":
         _export(directory, directory / run.options.export)
     tokenizer.save_pretrained(str(directory))
-    draw_loss(read_log(run.output / LOG), directory / PLOT)
+    draw_loss(read_log(run.output / LOG), directory / PLOT, per_token=not run.options.has_preferences)
     (directory / CARD).write_text(text, encoding="utf-8")
 
 

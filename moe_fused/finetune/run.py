@@ -39,7 +39,7 @@ from .space import check_space
 from .trackers import keep_local
 
 if TYPE_CHECKING:
-    from .trainer import Finetuner
+    from .trainer import Finetuning
 
 
 def run(
@@ -158,7 +158,9 @@ def _train_and_write(
 ) -> None:
     """Loads the model, trains it and writes the results."""
     resolved, begin = plan.run, time.perf_counter()
-    model = adapt(load_model(resolved), resolved)
+    model = load_model(resolved)
+    if not resolved.options.has_preferences:  # TRL adapts the model itself
+        model = adapt(model, resolved)
     keep_local(resolved.options.report_to, resolved.output)
     from .trainer import make_trainer  # this imports TRL, which takes seconds, so errors in options come before it
 
@@ -178,6 +180,7 @@ def _train_and_write(
         has_graphs,
         lambda: trainer.tokens,
         evaluated=0 if held is None else held.report.tokens - held.report.lost,
+        per_token=not resolved.options.has_preferences,
     )
     with contextlib.closing(log), explained(trainer, plan):
         # First, because it adds to the numbers that the others get.
@@ -189,7 +192,7 @@ def _train_and_write(
         write_results(trainer.model, tokenizer, resolved, text)
 
 
-def _train(trainer: Finetuner, checkpoint: Path | None, output: Path) -> None:
+def _train(trainer: Finetuning, checkpoint: Path | None, output: Path) -> None:
     """Trains to the end; raises Stopped if a signal ends the training before."""
     with first_signal_noted() as received:
         trainer.add_callback(Stop(received))
@@ -226,7 +229,7 @@ def _write_options(resolved: ResolvedRun, record: dict[str, str]) -> None:
     replace_file(resolved.output / CONFIG, (as_comment(record) + to_yaml(resolved.settled())).encode())
 
 
-def _facts(trainer: Finetuner, plan: MemoryPlan, begin: float) -> dict[str, str]:
+def _facts(trainer: Finetuning, plan: MemoryPlan, begin: float) -> dict[str, str]:
     """Collects the facts about the course of a run for its card."""
     device = plan.run.device
     facts = {

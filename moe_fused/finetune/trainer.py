@@ -1,4 +1,8 @@
-"""Trains with TRL's SFTTrainer, writes checkpoints whole or not at all, and ends at a loss that is not finite."""
+"""Trains with TRL's trainers, writes checkpoints whole or not at all, and ends at a loss that is not finite.
+
+``Finetuning`` has what all runs share. ``Finetuner``, ``PairFinetuner`` and ``RatedFinetuner`` put it on TRL's SFTTrainer,
+DPOTrainer and KTOTrainer.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,10 @@ from transformers.trainer import SCALER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_config import KTOConfig
+from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -25,8 +33,9 @@ from moe_fused.checkpoints.finite import not_finite
 from moe_fused.memory import LOSS_TILE_BESIDE_GRAPHS
 from moe_fused.staging import staged_directory
 
-from . import attention
-from .batches import Documents, Sequences, is_full, lengths_of
+from . import attention, preferences
+from .adapters import adapting, check_adapted, lora_config
+from .batches import Answers, Documents, Sequences, is_full, lengths_of
 from .checkpoints import CHECKPOINTS, checkpoint_of
 from .endings import CannotResume, NotFinite, resuming, writing
 from .graphs import GraphedDecoder
@@ -38,6 +47,7 @@ from .render import IGNORED
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from .options import Method
     from .resolve import ResolvedRun
 
 # Trainer's name for the loss of an evaluation.
@@ -46,28 +56,33 @@ LOSS = "eval_loss"
 
 def make_trainer(
     model: Any, tokenizer: Any, dataset: Dataset, run: ResolvedRun, evaluation: Dataset | None = None
-) -> Finetuner:
+) -> Finetuning:
     """Makes the trainer of a run.
 
     Args:
-        model: PEFT's model with the adapters, on the device of the run.
+        model: PEFT's model with the adapters, on the device of the run. For preferences, the model without adapters.
         tokenizer: The tokenizer of the run.
         dataset: The sequences that ``data.prepare`` or ``data.fit`` returns. Training does not change them.
         run: The record of the run.
         evaluation: The sequences that the adapter is evaluated on, if the run has an evaluation.
     """
-    base = model.get_base_model()
+    base = model if run.options.has_preferences else model.get_base_model()
     if run.liger:
         apply_liger(base)
     if run.maskless:
         attention.use(base)
-    trainer = Finetuner(
-        model, run, args=sft_config(run), train_dataset=dataset, eval_dataset=evaluation, processing_class=tokenizer
-    )
+    arguments = {"train_dataset": dataset, "eval_dataset": evaluation, "processing_class": tokenizer}
+    if run.options.has_preferences:
+        # TRL then takes the model without its adapters as the reference. Of a model that has adapters, it would keep a copy
+        # of these.
+        arguments["peft_config"] = lora_config(run, model)
+    with adapting():
+        trainer = _TRAINERS[run.options.method](model, run, args=trl_config(run), **arguments)
+    check_adapted(trainer.model, run)
     batches: Any = trainer.train_dataset
     if run.graphs:  # the evaluation runs as graphs, too
         every = [batches] if evaluation is None else [batches, evaluation]
-        trainer.shape = _shape(run, [length for dataset in every for length in lengths_of(dataset)])
+        trainer.shape = _shape(run, [length for dataset in every for length in _lengths(dataset, run)])
     _set_collators(trainer, run, batches, evaluation)
     trainer.remove_callback(PrinterCallback)
     if evaluation is not None:
@@ -77,10 +92,21 @@ def make_trainer(
     return trainer
 
 
-def _set_collators(trainer: Finetuner, run: ResolvedRun, batches: Any, evaluation: Dataset | None) -> None:
+def _lengths(dataset: Any, run: ResolvedRun) -> list[int]:
+    """Returns the number of tokens of each sequence."""
+    if run.options.has_preferences:
+        return preferences.lengths_of(dataset, run.batching.length)
+    return lengths_of(dataset)
+
+
+def _set_collators(trainer: Finetuning, run: ResolvedRun, batches: Any, evaluation: Dataset | None) -> None:
     """Sets the collators of the training and of the evaluation."""
     collate: Any = trainer.data_collator
     padding, shape = collate.pad_token_id, trainer.shape
+    if run.options.has_preferences:
+        if shape is not None:
+            trainer.data_collator = Answers(collate, shape[1], padding)
+        return
     if not (run.batching.has_documents and run.maskless):
         if shape is not None:
             trainer.data_collator = Sequences(collate, shape, padding)
@@ -107,7 +133,7 @@ def _shape(run: ResolvedRun, lengths: list[int]) -> tuple[int, int] | None:
     """
     if not run.graphs_asked_for and not is_full(lengths):
         return None
-    size, tokens = run.batching.batch_size, max(lengths)
+    size, tokens = run.batching.sequences, max(lengths)
     return (1, size * tokens) if run.batching.has_documents else (size, tokens)
 
 
@@ -141,8 +167,8 @@ class _AllocateStates(TrainerCallback):
             allocate()
 
 
-def sft_config(run: ResolvedRun) -> SFTConfig:
-    """Makes TRL's arguments for a run."""
+def trl_config(run: ResolvedRun) -> Any:
+    """Makes the arguments of TRL's trainer for a run: SFTConfig, DPOConfig or KTOConfig."""
     options, batching = run.options, run.batching
     evaluation: dict[str, Any] = {}
     if options.evaluates:
@@ -157,23 +183,19 @@ def sft_config(run: ResolvedRun) -> SFTConfig:
     given = {"run_name": run.output.name, "project": "moe-fused", "trackio_space_id": None} | (options.trainer or {})
     # If weights and adapters have one dtype, autocast is not needed. It would cost host time at every operator.
     mixed = run.dtype is not torch.float32 and run.adapter_dtype is not run.dtype
-    is_packed = batching.packing != "none"
     checkpointing = {"use_reentrant": False, "preserve_rng_state": run.is_random}
-    arguments = SFTConfig(
+    config, of_method = _of_method(run)
+    arguments = config(
         output_dir=str(run.output / CHECKPOINTS),
         use_cpu=run.device.type == "cpu",
         bf16=mixed and run.dtype is torch.bfloat16,
         fp16=mixed and run.dtype is torch.float16,
         max_length=batching.length,
-        packing=is_packed,
-        packing_strategy=batching.packing if is_packed else "bfd",
-        # The data set has labels already, see data.py.
-        dataset_kwargs={"skip_prepare_dataset": True},
         per_device_train_batch_size=batching.batch_size,
         gradient_accumulation_steps=batching.accumulation,
         num_train_epochs=options.epochs,
         max_steps=options.max_steps or -1,
-        learning_rate=options.learning_rate,
+        learning_rate=run.learning_rate,
         lr_scheduler_type=options.scheduler,
         warmup_steps=options.warmup,
         weight_decay=options.weight_decay,
@@ -190,11 +212,27 @@ def sft_config(run: ResolvedRun) -> SFTConfig:
         report_to=options.report_to,
         disable_tqdm=True,
         **evaluation,
-        **given,
+        **(of_method | given),
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # Trainer would replicate the model to all GPUs that are visible
     return arguments
+
+
+def _of_method(run: ResolvedRun) -> tuple[type[Any], dict[str, Any]]:
+    """Returns the class of TRL's arguments for the method of a run, and those arguments that it alone has."""
+    method, packing = run.options.method, run.batching.packing
+    if method == "sft":
+        is_packed = packing != "none"
+        return SFTConfig, {
+            "packing": is_packed,
+            "packing_strategy": packing if is_packed else "bfd",
+            # The data set has labels already, see data.py.
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+        }
+    if method == "kto":
+        return KTOConfig, {"loss_type": "kto", "beta": run.beta}
+    return DPOConfig, {"loss_type": ["ipo" if method == "ipo" else "sigmoid"], "beta": run.beta}
 
 
 def evaluations(state: TrainerState) -> dict[int, float]:
@@ -260,7 +298,7 @@ def try_config(run: ResolvedRun) -> None:
     Raises:
         TypeError, ValueError: TRL's config, the optimizer or the schedule refuses a value.
     """
-    arguments = sft_config(run)
+    arguments = trl_config(run)
     optimizer_class, options = SFTTrainer.get_optimizer_cls_and_kwargs(arguments)
     optimizer = optimizer_class([nn.Parameter(torch.zeros(1))], **options)
     get_scheduler(
@@ -268,17 +306,24 @@ def try_config(run: ResolvedRun) -> None:
         optimizer,
         num_warmup_steps=1,
         num_training_steps=2,
-        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,  # type: ignore[arg-type]  # a string is an error
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
     )
 
 
-class Finetuner(SFTTrainer):
-    """Trains the adapters of a run with TRL's trainer.
+# The base class is known to the type checker alone: at run time, each subclass names a trainer of TRL.
+if TYPE_CHECKING:
+    _Trainer = SFTTrainer
+else:
+    _Trainer = object
+
+
+class Finetuning(_Trainer):
+    """Trains the adapters of a run. A subclass adds one of TRL's trainers.
 
     Args:
-        model: PEFT's model with the adapters, on the device of the run.
+        model: The model on the device of the run, as ``make_trainer`` gets it.
         run: The record of the run.
-        kwargs: SFTTrainer's own arguments.
+        kwargs: The trainer's own arguments.
 
     Attributes:
         shape: The shape of the batches that run as CUDA graphs. If it is None, everything runs eagerly.
@@ -291,14 +336,12 @@ class Finetuner(SFTTrainer):
         self.shape: tuple[int, int] | None = None
         self.graphs: GraphedDecoder | None = None
         self.eval_collator: Any = None
-        self._evaluated = _TokenMean()
-        arguments = kwargs["args"]
-        if "8bit" in arguments.optim or "paged" in arguments.optim:
-            optimizer_class, optimizer_options = self.get_optimizer_cls_and_kwargs(arguments)
-            kwargs["optimizer_cls_and_kwargs"] = queued(optimizer_class), optimizer_options
         self._staging: Path | None = None
         self._grad_norm: Tensor | float | None = None
         super().__init__(model=model, **kwargs)
+        if "8bit" in self.args.optim or "paged" in self.args.optim:
+            optimizer_class, optimizer_options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer_cls_and_kwargs = queued(optimizer_class), optimizer_options
         self.add_callback(_AllocateStates())
         self._trained: list[nn.Parameter] = []
         self._take_adapters()
@@ -419,8 +462,10 @@ class Finetuner(SFTTrainer):
         step = max(losses)
         if self._resolved.options.keep_best:
             step = self.state.best_global_step or step
-        words = f"loss {losses[step]:.4f}, perplexity {perplexity(losses[step]):.2f}, of the adapter of step {step}"
-        return {"evaluation": words}
+        words = f"loss {losses[step]:.4f}"
+        if not self._resolved.options.has_preferences:
+            words += f", perplexity {perplexity(losses[step]):.2f}"
+        return {"evaluation": f"{words}, of the adapter of step {step}"}
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         before: Any = self.data_collator
@@ -431,19 +476,15 @@ class Finetuner(SFTTrainer):
             self.data_collator = before
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluates as Trainer does. The loss is the mean over all tokens, and Trainer's the mean over batches.
+        """Evaluates as Trainer does.
 
-        Batches have different numbers of tokens to learn from, so Trainer's mean would depend on the packing. Going
-        through the rows takes a random number, so the state is put back: the training is as without an evaluation.
+        Going through the rows takes a random number, so the state is put back: the training is as without an evaluation.
         """
-        self._evaluated = _TokenMean()
         with torch.random.fork_rng(devices=[]):
             output = super().evaluation_loop(*args, **kwargs)
-        if (loss := self._evaluated.value()) is not None:
-            metrics: Any = output.metrics
-            metrics[LOSS] = loss
-            if not math.isfinite(loss):
-                raise NotFinite(f"the loss of the evaluation after step {self.state.global_step} is {loss}")
+        loss = (output.metrics or {}).get(LOSS)
+        if loss is not None and not math.isfinite(loss):
+            raise NotFinite(f"the loss of the evaluation after step {self.state.global_step} is {loss}")
         return output
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
@@ -465,12 +506,9 @@ class Finetuner(SFTTrainer):
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self.model
-        if not model.training:
-            inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
-            result = super().compute_loss(*args, **kwargs)
-            self._evaluated.add(result[0] if isinstance(result, tuple) else result, inputs["labels"])
-            return result
         result = super().compute_loss(*args, **kwargs)
+        if not model.training:
+            return result
         # TRL has just waited for the forward pass, so reading the loss and the last step's norm does not wait again.
         self.check_finite()
         loss = result[0] if isinstance(result, tuple) else result
@@ -555,6 +593,67 @@ class Finetuner(SFTTrainer):
     def _load_callback_state(self) -> None:
         super()._load_callback_state()
         self._total_train_tokens = self.state.num_input_tokens_seen  # otherwise TRL counts from 0
+
+
+class Finetuner(Finetuning, SFTTrainer):
+    """Learns to imitate the rows.
+
+    The loss of an evaluation is the mean over all tokens. Trainer's is the mean over batches, which have different numbers
+    of tokens to learn from, so it would depend on the packing.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._evaluated = _TokenMean()
+        super().__init__(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._evaluated = _TokenMean()
+        output = super().evaluation_loop(*args, **kwargs)
+        if (loss := self._evaluated.value()) is not None:
+            metrics: Any = output.metrics
+            metrics[LOSS] = loss
+        return output
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().compute_loss(*args, **kwargs)
+        model: Any = self.model
+        if not model.training:
+            inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
+            self._evaluated.add(result[0] if isinstance(result, tuple) else result, inputs["labels"])
+        return result
+
+
+class PairFinetuner(Finetuning, DPOTrainer):
+    """Learns to prefer the chosen answers to the rejected ones."""
+
+    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        """Returns the data set, which ``preferences`` has prepared."""
+        return dataset
+
+
+class RatedFinetuner(Finetuning, KTOTrainer):
+    """Learns from answers that are wanted and others that are not."""
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *_: Any, **__: Any) -> Any:
+        """Returns the data set, which ``preferences`` has prepared, with an answer to another prompt of the batch for each.
+
+        TRL estimates its KL term with these answers, which it takes from the row before, within a batch.
+        """
+
+        def with_others(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            answers = rows["completion_ids"]
+            return {"KL_completion_ids": [answers[-1], *answers[:-1]]}
+
+        size = args.per_device_train_batch_size
+        return dataset.map(with_others, batched=True, batch_size=size, desc="Pairing")
+
+
+_TRAINERS: dict[Method, type[Any]] = {
+    "sft": Finetuner,
+    "dpo": PairFinetuner,
+    "ipo": PairFinetuner,
+    "kto": RatedFinetuner,
+}
 
 
 def _replaceable(target: Path) -> None:

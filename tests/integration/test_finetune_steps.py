@@ -27,7 +27,7 @@ from moe_fused.finetune.batches import Documents, Sequences, is_full, lengths_of
 from moe_fused.finetune.graphs import GraphedDecoder
 from moe_fused.finetune.host import queued, without_walks
 from moe_fused.finetune.options import Options
-from moe_fused.finetune.resolve import ResolvedRun, candidates, set_up
+from moe_fused.finetune.resolve import Batching, ResolvedRun, candidates, set_up
 from moe_fused.finetune.trainer import _set_collators, _shape, narrow_tiles
 from moe_fused.memory import LOSS_TILE, LOSS_TILE_BESIDE_GRAPHS
 
@@ -127,7 +127,7 @@ def test_batches_of_an_evaluation_have_the_shape_of_the_training(packing: str) -
     for first, second in (lengths, lengths[::-1]):
         sets = [datasets.Dataset.from_list(packed(*rows)) for rows in (first, second)]
         run = SimpleNamespace(
-            batching=SimpleNamespace(batch_size=2, has_documents=packing == "bfd"), maskless=True, graphs_asked_for=True
+            batching=Batching(packing, 20, batch_size=2), maskless=True, graphs_asked_for=True, options=Options()
         )
         shape = _shape(run, [length for dataset in sets for length in lengths_of(dataset)])  # type: ignore[arg-type]
         assert shape == ((1, 40) if packing == "bfd" else (2, 20))
@@ -280,7 +280,7 @@ class _Recorded:
     """Stands for a recording: counts what it is asked for and runs the decoder."""
 
     made: list[_Recorded]
-    is_stale = False
+    is_stale = is_waiting = False
 
     def __init__(self, decoder: nn.Module, forward: Any, inputs: Any) -> None:
         self.forward, self.keys, self.runs, self.evaluations = forward, set(inputs), 0, 0
@@ -306,7 +306,8 @@ class _Recorded:
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[_Recorded]:
     _Recorded.made = []
-    monkeypatch.setattr(graphs, "_Recording", _Recorded)
+    for name in ("_Recording", "_Forward"):
+        monkeypatch.setattr(graphs, name, _Recorded)
     return _Recorded.made
 
 
@@ -326,12 +327,12 @@ def test_which_passes_are_replayed(model: Any, recorded: list[_Recorded]) -> Non
     with torch.autocast("cpu", torch.bfloat16):
         decoder(input_ids=full)
     decoder.eval()
-    decoder(input_ids=full)
+    decoder(input_ids=full)  # with gradients
     decoder.train()
-    assert [recording.runs for recording in recorded] == [1]
+    assert [(recording.runs, recording.evaluations) for recording in recorded] == [(1, 1)]
     recorded[0].is_stale = True  # a parameter moved: from the beginning
     evaluate(decoder, full)
-    assert [recording.evaluations for recording in recorded] == [0]
+    assert [recording.evaluations for recording in recorded] == [1]
     decoder(input_ids=full)
     decoder(input_ids=full)
     assert [recording.runs for recording in recorded] == [1, 1]
@@ -372,6 +373,62 @@ def test_which_evaluations_are_replayed(model: Any, recorded: list[_Recorded]) -
     graphed.enabled = False
     evaluate(decoder, full)
     assert recorded[0].evaluations == 2
+
+
+def test_a_reference_has_a_graph_of_its_own(model: Any, recorded: list[_Recorded]) -> None:
+    """Preferences compute each batch without its adapters as well, between the forward and the backward pass."""
+    from peft import LoraConfig, get_peft_model
+
+    adapted: Any = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    decoder = model.model
+    GraphedDecoder(decoder, (1, 4))
+    full = torch.ones(1, 4, dtype=torch.int64)
+
+    def step() -> None:
+        decoder(input_ids=full)
+        with torch.no_grad(), adapted.disable_adapter():
+            decoder(input_ids=full)
+
+    step()
+    assert not recorded
+    step()
+    training, _ = recorded
+    assert [(made.runs, made.evaluations) for made in recorded] == [(1, 0), (0, 1)]
+    step()
+    evaluate(decoder, full)
+    with adapted.disable_adapter():
+        evaluate(decoder, full)
+    assert [(made.runs, made.evaluations) for made in recorded] == [(2, 1), (0, 3)]
+    training.is_waiting = True  # the backward pass is still to come
+    evaluate(decoder, full)
+    assert [(made.runs, made.evaluations) for made in recorded] == [(2, 1), (0, 3)]
+    training.is_stale = True
+    step()
+    assert len(recorded) == 2
+    step()
+    assert len(recorded) == 4
+
+
+def test_batches_of_fewer_rows_are_filled_up(model: Any, recorded: list[_Recorded]) -> None:
+    """The last batch of the data may have fewer rows than the recorded one. Its results are those of its rows alone."""
+    decoder = model.model
+    attention.use(model)
+    graphed = GraphedDecoder(decoder, (3, 4))
+    ids = torch.arange(1, 13).view(3, 4)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for _ in range(2):
+        decoder(**inputs)
+    fewer = {name: value[:2] for name, value in inputs.items()}
+    hidden = decoder(**fewer).last_hidden_state
+    assert recorded[0].runs == 2
+    decoder.eval()
+    with torch.no_grad():
+        evaluated = decoder(**fewer).last_hidden_state
+    assert recorded[0].evaluations == 1
+    graphed.close()
+    want = decoder(**fewer).last_hidden_state
+    torch.testing.assert_close(hidden, want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(evaluated, want, rtol=1e-5, atol=1e-6)
 
 
 def test_more_than_hidden_states_is_left_alone(model: Any, recorded: list[_Recorded]) -> None:
