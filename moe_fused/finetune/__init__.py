@@ -18,6 +18,7 @@ The data, before the model is loaded:
     formats       the forms that rows may have, and the one form that each kind becomes
     render        a row as tokens and labels, by the chat template
     data          all rows as sequences: checked, cut, packed and counted
+    preferences   rows with several answers, or with labels, in the columns of TRL's trainers
     show          rows as they will be trained, printed for people
     fingerprint   the hashes of the data and the model that a run began with, so that a change of them is noticed
 
@@ -29,7 +30,7 @@ The model and its training:
     batches       packed documents in batches of one shape
     graphs        the decoder's passes as CUDA graphs
     host          a training step without the work that costs the host most
-    trainer       SFTTrainer with checkpoints that are whole or absent, which evaluates, keeps the best and ends early
+    trainer       TRL's trainers with checkpoints that are whole or absent, which keep the best and end early
     trackers      where trackers of experiments write
     progress      the progress on the terminal and in log.jsonl
 

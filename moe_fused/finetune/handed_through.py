@@ -14,14 +14,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .options import Options
+from .options import Method, Options
 
 Config = Literal["trainer", "lora"]
 
-# The files and classes that declare the fields, each with its package.
+# The files and classes that declare the fields, each with its package. The first is that of the method of a run.
+_TRAINERS: dict[Method, tuple[str, str]] = {
+    "sft": ("trainer/sft_config.py", "SFTConfig"),
+    "dpo": ("trainer/dpo_config.py", "DPOConfig"),
+    "ipo": ("trainer/dpo_config.py", "DPOConfig"),
+    "kto": ("trainer/kto_config.py", "KTOConfig"),
+}
 _SOURCES: dict[str, tuple[tuple[str, str, str], ...]] = {
     "trainer": (
-        ("trl", "trainer/sft_config.py", "SFTConfig"),
         ("trl", "trainer/base_config.py", "_BaseConfig"),
         ("transformers", "training_args.py", "TrainingArguments"),
     ),
@@ -31,12 +36,12 @@ _SOURCES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("peft", "config.py", "PeftConfigMixin"),
     ),
 }
-_CLASSES = {"trainer": "TRL's SFTConfig", "lora": "PEFT's LoraConfig"}
 
 _PREPARED = "the data are prepared before the model is loaded"
 _GRAPHS = "it changes what runs on the GPU, which the plan of memory and the CUDA graphs do not know"
 _ONE_GPU = "finetune trains on one GPU"
 _HUB = "finetune uploads nothing"
+_REFERENCE = "the reference is the model without its adapters, which each step computes"
 _ALL = "adapters are on all layers, which the plan of memory counts"
 _PARTS = "finetune trains adapters alone"
 # What is used instead of a field, or the reason why it cannot be given.
@@ -70,6 +75,9 @@ MANAGED: dict[str, dict[str, str]] = {
         "torch_compile": _GRAPHS, "torch_compile_backend": _GRAPHS, "torch_compile_mode": _GRAPHS,
         "activation_offloading": _GRAPHS, "use_cache": _GRAPHS, "tf32": _GRAPHS, "auto_find_batch_size": _GRAPHS,
         "label_smoothing_factor": "its loss takes all logits at once, which the plan of memory does not know",
+        "beta": "--beta", "precompute_ref_log_probs": _REFERENCE, "precompute_ref_batch_size": _REFERENCE,
+        "sync_ref_model": _REFERENCE, "ref_model_mixup_alpha": _REFERENCE, "ref_model_sync_steps": _REFERENCE,
+        "disable_dropout": "preferences are compared without dropout",
         "optim_target_modules": _PARTS, "model_init_kwargs": "--quantization, --dtype and --attn",
         "trust_remote_code": "finetune runs no code from the Hub",
         "fsdp": _ONE_GPU, "fsdp_config": _ONE_GPU, "deepspeed": _ONE_GPU, "parallelism_config": _ONE_GPU,
@@ -98,6 +106,14 @@ MANAGED: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 
+# What a method decides by itself.
+_MANAGED_BY_METHOD: dict[tuple[Method, str], str] = {
+    ("ipo", "loss_type"): "chooses the loss",
+    ("kto", "loss_type"): "chooses the loss",
+    ("kto", "train_sampling_strategy"): "needs rows in one order; finetune mixes them once, by --seed",
+}
+
+
 def parse(text: str) -> tuple[Config, str, Any]:
     """Reads the value of ``--set``, such as ``lora.use_rslora=true``; the value behind the sign is YAML.
 
@@ -117,10 +133,11 @@ def parse(text: str) -> tuple[Config, str, Any]:
 
 
 @functools.cache
-def fields_of(config: Config) -> Mapping[str, str]:
+def fields_of(config: Config, method: Method = "sft") -> Mapping[str, str]:
     """The annotations of the fields of TRL's or PEFT's config, by name, from the source of the installed libraries."""
     found: dict[str, str] = {}
-    for package, file, name in _SOURCES[config]:
+    own = (("trl", *_TRAINERS[method]),) if config == "trainer" else ()
+    for package, file, name in (*own, *_SOURCES[config]):
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
@@ -141,13 +158,19 @@ def check_handed_through(options: Options) -> None:
                 raise ValueError(
                     f"{place} cannot be set: " + (f"use {instead}" if instead.startswith("--") else instead)
                 )
-            known = fields_of(config)
+            if (reason := _MANAGED_BY_METHOD.get((options.method, name))) is not None:
+                raise ValueError(f"{place} cannot be set beside --method {options.method}, which {reason}")
+            known = fields_of(config, options.method)
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f", did you mean {near[0]}?" if near else ""
-                raise ValueError(f"{place}: {_CLASSES[config]} has no field {name}{hint}")
+                raise ValueError(f"{place}: {_class_of(config, options.method)} has no field {name}{hint}")
             if (needed := _mismatch(known[name], value)) is not None:
                 raise ValueError(f"{place} must be {needed}, got {'null' if value is None else repr(value)}")
+
+
+def _class_of(config: Config, method: Method) -> str:
+    return f"TRL's {_TRAINERS[method][1]}" if config == "trainer" else "PEFT's LoraConfig"
 
 
 def _given(options: Options) -> Iterator[tuple[Config, Mapping[str, Any]]]:

@@ -233,6 +233,7 @@ def _facts(trainer: Finetuning, plan: MemoryPlan, begin: float) -> dict[str, str
     """Collects the facts about the course of a run for its card."""
     device = plan.run.device
     facts = {
+        "method": plan.run.options.method + (f", beta {plan.run.beta:g}" if plan.run.options.has_preferences else ""),
         "steps": str(trainer.state.global_step),
         "tokens": f"{trainer.tokens:,}",
         **trainer.evaluation_facts(),

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from .data import Data, refusal, unusable
 from .formats import BadRow
+from .options import Method
 from .render import IGNORED, Tokens
 
 if TYPE_CHECKING:
     from .resolve import Batching
 
-_WIDTH = len("learned: ")
+_WIDTH = len("rejected: ")
+# What a piece is called that is learned from, where that is not all to say.
+_LEARNED: dict[Method, str] = {"dpo": "chosen", "ipo": "chosen", "kto": "answer"}
 
 
 def show_rows(data: Data, number: int, batching: Batching, *, skip_bad: bool = False) -> Iterator[str]:
@@ -47,19 +50,24 @@ def show_rows(data: Data, number: int, batching: Batching, *, skip_bad: bool = F
             yield f"{place}: this row cannot be trained on, because it {problem}"
         if tokens is not None:
             end = batching.length if batching.cuts else len(tokens.ids)
-            yield from _row(place, tokens, data.renderer.tokenizer, end)
+            yield from _row(place, tokens, data.renderer.tokenizer, end, _LEARNED.get(data.renderer.method, "learned"))
+            if tokens.rejected:
+                prompt = [label for label in tokens.labels if label == IGNORED]
+                ids = tokens.ids[: len(prompt)] + tokens.rejected
+                other = Tokens(ids, prompt + tokens.rejected, [])
+                yield from _row(place, other, data.renderer.tokenizer, end, "rejected")
     if bad and not skip_bad:
         raise ValueError(refusal(bad))
 
 
-def _row(place: str, tokens: Tokens, tokenizer: Any, end: int) -> Iterator[str]:
+def _row(place: str, tokens: Tokens, tokenizer: Any, end: int, learned: str) -> Iterator[str]:
     count = len(tokens.ids)
     kinds = [
-        "cut off" if i >= end else "learned" if label != IGNORED else "masked" for i, label in enumerate(tokens.labels)
+        "cut off" if i >= end else learned if label != IGNORED else "masked" for i, label in enumerate(tokens.labels)
     ]
     cut = f", {count - end} cut off" if count > end else ""
     # Nothing predicts the first token, so it is not learned from, whatever its label is.
-    yield f"{place}: {count} tokens, {kinds[1:].count('learned')} to learn from{cut}"
+    yield f"{place}: {count} tokens, {kinds[1:].count(learned)} to learn from{cut}"
     begin = 0
     for kind, group in groupby(kinds):
         ids = tokens.ids[begin : begin + len(list(group))]

@@ -177,17 +177,15 @@ def finetune_signalled(signum: int, step: int, *arguments: str | Path, cwd: Path
 
 def _pause_in_step(step: int, connection: Connection) -> None:
     """Training waits for the test at the beginning of ``step``. This runs in the process of the command."""
-    from moe_fused.finetune.trainer import Finetuner
-
-    train = Finetuner.training_step
+    from moe_fused.finetune.trainer import Finetuning
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == step - 1:
             connection.send(step)
             connection.recv()
-        return train(self, *args, **kwargs)
+        return super(Finetuning, self).training_step(*args, **kwargs)
 
-    Finetuner.training_step = training_step  # type: ignore[method-assign]
+    Finetuning.training_step = training_step  # type: ignore[method-assign]
 
 
 def nothing_loads() -> None:
