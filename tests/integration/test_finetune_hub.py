@@ -18,6 +18,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from moe_fused.finetune.handed_through import check_handed_through
+from moe_fused.finetune.options import Options
 from tests.packaging.hub import READER_TOKEN, STRANGER_TOKEN, Answer, Drop, Hub, Repository
 from tests.support import REPOSITORY, python_path
 
@@ -219,6 +221,18 @@ def test_a_repository_that_must_not_get_the_adapter(whole: Run, hub: Hub, tmp_pa
 def test_checkpoints_need_a_repository(whole: Run, hub: Hub, tmp_path: Path) -> None:
     ended = start(whole, hub, tmp_path, "--push-checkpoints", others=(nothing_loads,))
     assert_refused(ended, tmp_path, "--push-checkpoints needs --push-to-hub")
+
+
+@pytest.mark.parametrize(
+    ("field", "option"),
+    [
+        ("push_to_hub", "--push-to-hub"), ("hub_model_id", "--push-to-hub"), ("hub_private_repo", "--private"),
+        ("hub_strategy", "--push-checkpoints"),
+    ],
+)  # fmt: skip
+def test_fields_of_trainer_have_options_instead(field: str, option: str) -> None:
+    with pytest.raises(ValueError, match=f"trainer.{field} cannot be set: use {option}"):
+        check_handed_through(Options(model="m", dataset="d", trainer={field: True}))
 
 
 # An upload that fails.
