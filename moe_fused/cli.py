@@ -20,6 +20,7 @@ from moe_fused.commands.merge import merge
 from moe_fused.commands.quantize import quantize
 from moe_fused.commands.tune import tune
 from moe_fused.finetune.command import GroupedCommand, finetune
+from moe_fused.finetune.push import push
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True)
 convert = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Convert files between layouts.")
@@ -27,7 +28,7 @@ app.add_typer(convert, name="convert")
 for conversion in (adapter, model, optimizer):
     convert.command()(conversion)
 app.command(cls=GroupedCommand)(finetune)
-for command in (generate, quantize, merge, doctor, tune, bench):
+for command in (generate, quantize, merge, push, doctor, tune, bench):
     app.command()(command)
 
 

@@ -40,7 +40,13 @@ The directory of a run, and its end:
     checkpoints   the checkpoints of a run, and whether it can go on from them
     results       the adapter, its card and the plot of the loss, written so that they are whole
     card          the text of the model card
+    facts         what the card tells of a run
+    usage         how to use the adapter, as the card tells it
+    markdown      the Markdown of the card, whatever characters a name has
     next_commands the commands that go on from an adapter
+    upload        the adapter or the checkpoints of a run as commits on the Hub
+    checkpoint_uploads  the same for checkpoints, while the run trains
+    push          the command that uploads what a run has written
     endings       the errors that a run expects, and what is said when it ends before its time
     run           the order in which all of this happens
 

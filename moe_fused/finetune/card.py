@@ -2,71 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .markdown import code, fenced, table
+from .usage import loading, served
+
 if TYPE_CHECKING:
+    from .facts import Facts
     from .resolve import ModelSetup
 
 
-def card(setup: ModelSetup, facts: Mapping[str, str]) -> str:
-    """The text of the model card: what was trained on what and how, and how to load it.
+def card(setup: ModelSetup, facts: Facts) -> str:
+    """The text of the model card: what was trained on what and how, with which result, and how to use the adapter.
 
     Args:
         setup: The record of the run.
-        facts: What else the card tells, such as the number of steps.
+        facts: What the card tells of the data, the training, the evaluation and the machine.
     """
-    options = setup.options
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    is_hub_id = not Path(options.dataset).exists()
-    metadata = ["library_name: peft", f"base_model: {options.model}"]
-    metadata += [f"datasets:\n- {options.dataset}"] if is_hub_id else []
-    metadata += ["pipeline_tag: text-generation", "tags:\n- lora\n- moe-fused"]
-    head = "\n".join(metadata)
+    options, directory = setup.options, Path(setup.options.output).resolve().name
+    get = f"hf download {options.repository} --local-dir {directory}" if options.repository else ""
+    tables = {
+        "Data": facts.data,
+        "Training": facts.training,
+        "Evaluation": facts.evaluation,
+        "Versions and machine": facts.machine,
+    }
+    sections = [f"## {title}\n\n{table(content)}" for title, content in tables.items() if content]
+    sections.insert(2, "![loss](loss.png)")
+    fetch = f"\n\n{fenced('', get)}" if get else ""
     return f"""---
-{head}
+{metadata(setup)}
 ---
 
-# Adapter for {options.model}
+# Adapter for {code(_name(options.model))}
 
-Trained by `moe-fused finetune`; every option is in `finetune.yaml`, every step in `log.jsonl`.
+LoRA over {code(_name(options.model))}, trained by `moe-fused finetune`. All options are in `finetune.yaml`, all steps in
+`log.jsonl`.
 
-| | |
-|---|---|
-{rows}
+{(chr(10) * 2).join(sections)}
 
-![loss](loss.png)
+## Use
 
-```python
-{_loading(setup)}
-```
+What follows expects the files of this adapter in the directory {code(directory)}.{fetch}
+
+### PEFT
+
+{fenced("python", loading(setup, directory))}
+
+PEFT 0.19.1 or newer without moe-fused loads it over the dense model, without the lines that name `moe_fused` or a
+quantization.
+
+{served(setup, directory)}
 """
 
 
-def _loading(setup: ModelSetup) -> str:
-    """Python that loads the model as the run did, and the adapter."""
-    options, dtype = setup.options, str(setup.dtype)
-    arguments = [f'"{options.model}"', f"dtype={dtype}", 'experts_implementation="moe_fused"']
-    arguments.insert(1, f'revision="{options.revision}"')
-    imports, quantization = "AutoModelForCausalLM", ""
-    if setup.quantize_to is not None:
-        imports += ", BitsAndBytesConfig"
-        arguments.append("quantization_config=quantization")
-        quantization = f"""quantization = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="{setup.quantize_to}",
-    bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype={dtype},
-)
-"""
-    given = "".join(f"    {argument},\n" for argument in arguments)
-    return f"""import moe_fused
-import torch
-from peft import PeftModel
-from transformers import {imports}
+def metadata(setup: ModelSetup) -> str:
+    """The YAML at the beginning of a card. The Hub refuses names of models and data sets that cannot be there."""
+    from huggingface_hub import ModelCardData
 
-moe_fused.enable()
-{quantization}model = AutoModelForCausalLM.from_pretrained(
-{given})
-model = PeftModel.from_pretrained(model, "DIRECTORY OF THIS ADAPTER")"""
+    options = setup.options
+    base = options.model if _is_hub_id(options.model) else None
+    content = ModelCardData(
+        library_name="peft",
+        base_model=base,
+        datasets=[options.dataset] if _is_hub_id(options.dataset) else None,
+        pipeline_tag="text-generation",
+        tags=["lora", "moe", "moe-fused"],
+    )
+    if base is not None:
+        content["base_model_relation"] = "adapter"
+    return str(content.to_yaml())
+
+
+def _is_hub_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    if Path(name).exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _name(path: str) -> str:
+    """A model as the card calls it: of a path on this machine only the last part."""
+    return path if _is_hub_id(path) else Path(path).resolve().name

@@ -22,6 +22,7 @@ from .handed_through import parse
 from .options import DEFAULTS, GROUPS, HELP, MAPPINGS, TYPES, Options, flag, read_yaml, shown_default, template
 from .output import CONFIG, check_not_ended, check_output, check_unused, locked_output
 from .precheck import Process, check_automatic_device, notes, precheck
+from .upload import check_upload
 
 # The packages of the extra that every run needs, the one for the picture at its end included.
 _NEEDED = ("accelerate", "datasets", "matplotlib", "peft", "trl", "yaml")
@@ -132,6 +133,8 @@ def finetune(
         check_unused(output)
     check_output(output, resume, overwrite)
     process = _precheck(options)
+    if options.repository is not None:
+        check_upload("--push-to-hub", options.repository, private=options.private)
     with interrupted_afterwards():
         check_automatic_device(options)
     with contextlib.ExitStack() as stack:

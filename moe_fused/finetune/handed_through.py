@@ -40,8 +40,8 @@ _SOURCES: dict[str, tuple[tuple[str, str, str], ...]] = {
 _PREPARED = "the data are prepared before the model is loaded"
 _GRAPHS = "it changes what runs on the GPU, which the plan of memory and the CUDA graphs do not know"
 _ONE_GPU = "finetune trains on one GPU"
-_HUB = "finetune uploads nothing"
 _REFERENCE = "the reference is the model without its adapters, which each step computes"
+_BRANCH = "the adapter goes to the branch main, and checkpoints to the branch checkpoints"
 _ALL = "adapters are on all layers, which the plan of memory counts"
 _PARTS = "finetune trains adapters alone"
 # What is used instead of a field, or the reason why it cannot be given.
@@ -82,8 +82,10 @@ MANAGED: dict[str, dict[str, str]] = {
         "trust_remote_code": "finetune runs no code from the Hub",
         "fsdp": _ONE_GPU, "fsdp_config": _ONE_GPU, "deepspeed": _ONE_GPU, "parallelism_config": _ONE_GPU,
         "local_rank": _ONE_GPU, "ddp_backend": _ONE_GPU, "accelerator_config": _ONE_GPU,
-        "push_to_hub": _HUB, "hub_model_id": _HUB, "hub_strategy": _HUB, "hub_token": _HUB, "hub_revision": _HUB,
-        "hub_always_push": _HUB, "hub_private_repo": _HUB, "save_only_model": "a run goes on from whole checkpoints alone",
+        "push_to_hub": "--push-to-hub", "hub_model_id": "--push-to-hub", "hub_private_repo": "--private",
+        "hub_strategy": "--push-checkpoints", "hub_always_push": "--push-checkpoints", "hub_revision": _BRANCH,
+        "hub_token": "the token is that of `hf auth login`, or HF_TOKEN",
+        "save_only_model": "a run goes on from whole checkpoints alone",
         "enable_jit_checkpoint": "Ctrl-C and SIGTERM save a checkpoint", "do_train": "the command trains",
         "do_eval": "--eval-dataset or --eval-share", "do_predict": "the command trains",
         "batch_eval_metrics": "--eval-dataset or --eval-share", "prediction_loss_only": "--eval-dataset or --eval-share",

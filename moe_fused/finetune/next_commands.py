@@ -20,6 +20,12 @@ def print_next(setup: ModelSetup) -> None:
         print(f"  {command}")
 
 
+def push_command(directory: Path, repository: str, *, private: bool, checkpoints: bool = False) -> str:
+    """Returns the command that uploads the adapter of ``directory``, or its checkpoints."""
+    flags = " --private" * private + " --checkpoints" * checkpoints
+    return f"moe-fused push {_word(str(directory))} {repository}{flags}"
+
+
 def _next_commands(setup: ModelSetup) -> Iterator[str]:
     options = setup.options
     output, source = options.output.rstrip("/") or "/", options.model

@@ -258,6 +258,18 @@ class Options:
     export: Annotated[Export, Help("Write the adapter in this layout as well, as moe-fused convert adapter does.")] = (
         "none"
     )
+    push_to_hub: Annotated[
+        str,
+        Help("Repository on the Hub, as org/name, to which the adapter is uploaded at the end. none uploads nothing."),
+    ] = "none"
+    private: Annotated[bool, Help("Create the repository of --push-to-hub as a private one.")] = False
+    push_checkpoints: Annotated[
+        bool,
+        Help(
+            "Upload each checkpoint as well, to the branch checkpoints of --push-to-hub, so that the run can go on on "
+            "another machine."
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         for name in DEFAULTS:
@@ -295,6 +307,13 @@ class Options:
                 raise ValueError(f"{flag(name)} needs an evaluation: give --eval-dataset or --eval-share, too")
         if self.export != "none" and not self.expert_rank:
             raise ValueError(f"--export {self.export} is a layout of adapters on experts, but --expert-rank is 0")
+
+        if self.push_to_hub != "none":
+            from .upload import check_repository
+
+            check_repository("--push-to-hub", self.push_to_hub)
+        elif self.push_checkpoints:
+            raise ValueError("--push-checkpoints needs --push-to-hub, too; --no-push-checkpoints uploads none")
 
     def _check_method(self) -> None:
         """Raises ValueError if other options do not go together with ``--method``."""
@@ -338,6 +357,11 @@ class Options:
         return self.eval_dataset is not None or self.eval_share is not None
 
     @property
+    def repository(self) -> str | None:
+        """The repository that ``--push-to-hub`` names, or None."""
+        return None if self.push_to_hub == "none" else self.push_to_hub
+
+    @property
     def output_directory(self) -> Path:
         """The directory that ``--output`` names."""
         return Path(self.output)
@@ -371,7 +395,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "trainer",
     ),
     "Evaluation": ("eval_dataset", "eval_split", "eval_steps", "keep_best", "early_stopping"),
-    "Output": ("save_steps", "keep_checkpoints", "log_steps", "report_to", "export"),
+    "Output": (
+        "save_steps", "keep_checkpoints", "log_steps", "report_to", "export", "push_to_hub", "private",
+        "push_checkpoints",
+    ),
     "Machine": ("device", "memory_limit", "gradient_checkpointing", "cuda_graphs", "liger"),
 }  # fmt: skip
 

@@ -174,6 +174,8 @@ def notes(options: Options) -> Iterator[str]:
         yield from _unused(options, "eval_split", f"--eval-dataset {options.eval_dataset} is a file")
     if Path(options.model).is_dir():
         yield from _unused(options, "revision", f"--model {options.model} is a directory")
+    if options.repository is None:
+        yield from _unused(options, "private", "there is no --push-to-hub")
     for rank, names in _BELONGING.items():
         if not getattr(options, rank):
             for name in names:

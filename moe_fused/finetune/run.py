@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -15,28 +16,30 @@ import transformers
 from rich.console import Console
 
 from moe_fused.devices import use_expandable_segments
-from moe_fused.memory import GIB
-from moe_fused.signals import first_signal_noted
+from moe_fused.signals import Interrupted, first_signal_noted
 from moe_fused.staging import replace_file
 
 from .adapters import adapt
 from .card import card
+from .checkpoint_uploads import CheckpointUploads
 from .checkpoints import check_finite_adapter
 from .data import Data, Prepared, bars, find, find_evaluation, prepare
-from .endings import explained, stopped_by
+from .endings import Stopped, explained, stopped_by
+from .facts import facts
 from .fingerprint import as_comment, base_fingerprints, check_same_base, check_same_data, fingerprints
 from .model import check_model, load_config, load_model, load_tokenizer
-from .next_commands import print_next
+from .next_commands import print_next, push_command
 from .options import Options, to_yaml
 from .output import CONFIG, LOG, has_begun, remove_leftovers, remove_run, take_back
 from .plan import MemoryPlan, plan_run
 from .precheck import Process
-from .progress import Log, Stop, memory_gib
+from .progress import Log, Stop
 from .resolve import ResolvedRun, set_up, training_device
 from .results import write_results
 from .show import show_rows
 from .space import check_space
 from .trackers import keep_local
+from .upload import UploadFailed, upload_adapter
 
 if TYPE_CHECKING:
     from .trainer import Finetuning
@@ -100,7 +103,18 @@ def run(
     with _nothing_left(resolved.output):
         _prepare_output(resolved, overwrite, record)
         _train_and_write(plan, tokenizer, prepared, console, checkpoint, overwrite, record)
-    print_next(resolved)
+
+
+def _upload(output: Path, repository: str, *, private: bool) -> None:
+    """Uploads the adapter. If that fails or is interrupted, the user is told the command that repeats the upload."""
+    begin, end = f"the adapter is in {output} and was not uploaded", push_command(output, repository, private=private)
+    try:
+        print(f"uploaded: {upload_adapter(output, repository, private=private)}")
+    except UploadFailed as error:
+        raise Stopped(f"{begin}: {error}; upload it with: {end}") from error
+    except Interrupted:
+        print(f"{begin}; upload it with: {end}", file=sys.stderr)
+        raise
 
 
 def show(options: Options, process: Process, count: int) -> None:
@@ -156,7 +170,7 @@ def _train_and_write(
     overwrite: bool,
     record: dict[str, str],
 ) -> None:
-    """Loads the model, trains it and writes the results."""
+    """Loads the model, trains it, and writes and uploads the results."""
     resolved, begin = plan.run, time.perf_counter()
     model = load_model(resolved)
     if not resolved.options.has_preferences:  # TRL adapts the model itself
@@ -182,14 +196,30 @@ def _train_and_write(
         evaluated=0 if held is None else held.report.tokens - held.report.lost,
         per_token=not resolved.options.has_preferences,
     )
-    with contextlib.closing(log), explained(trainer, plan):
-        # First, because it adds to the numbers that the others get.
-        trainer.callback_handler.callbacks.insert(0, log)
-        _train(trainer, checkpoint, resolved.output)
-    _print(console, trainer.ending())
-    with explained(trainer, plan):
-        text = card(resolved, _facts(trainer, plan, begin))
-        write_results(trainer.model, tokenizer, resolved, text)
+    with _uploading(trainer, resolved, console):
+        with contextlib.closing(log), explained(trainer, plan):
+            # First, because it adds to the numbers that the others get.
+            trainer.callback_handler.callbacks.insert(0, log)
+            _train(trainer, checkpoint, resolved.output)
+        _print(console, trainer.ending())
+        with explained(trainer, plan):
+            text = card(resolved, facts(trainer, plan, prepared, begin))
+            write_results(trainer.model, tokenizer, resolved, text)
+        print_next(resolved)
+        if resolved.options.repository is not None:  # before the last checkpoints, which may still be on their way
+            _upload(resolved.output, resolved.options.repository, private=resolved.options.private)
+
+
+def _uploading(
+    trainer: Finetuning, resolved: ResolvedRun, console: Console
+) -> contextlib.AbstractContextManager[object]:
+    """Uploads the checkpoints that are saved within the block, with ``--push-checkpoints``."""
+    options = resolved.options
+    if options.repository is None or not options.push_checkpoints:
+        return contextlib.nullcontext()
+    uploads = CheckpointUploads(resolved.output, options.repository, options.private, console)
+    trainer.add_callback(uploads)
+    return uploads
 
 
 def _train(trainer: Finetuning, checkpoint: Path | None, output: Path) -> None:
@@ -227,22 +257,6 @@ def _prepare_output(resolved: ResolvedRun, overwrite: bool, record: dict[str, st
 
 def _write_options(resolved: ResolvedRun, record: dict[str, str]) -> None:
     replace_file(resolved.output / CONFIG, (as_comment(record) + to_yaml(resolved.settled())).encode())
-
-
-def _facts(trainer: Finetuning, plan: MemoryPlan, begin: float) -> dict[str, str]:
-    """Collects the facts about the course of a run for its card."""
-    device = plan.run.device
-    facts = {
-        "method": plan.run.options.method + (f", beta {plan.run.beta:g}" if plan.run.options.has_preferences else ""),
-        "steps": str(trainer.state.global_step),
-        "tokens": f"{trainer.tokens:,}",
-        **trainer.evaluation_facts(),
-        "time since the last start": f"{time.perf_counter() - begin:.0f} s",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }
-    if (memory := memory_gib(device, trainer.shape is not None)) is not None:
-        facts["peak memory of tensors"] = f"{memory:.2f} GiB, predicted {plan.prediction.allocated / GIB:.2f} GiB"
-    return facts
 
 
 def _print(console: Console, lines: Iterable[str]) -> None:

@@ -78,6 +78,10 @@ class Command:
         with contextlib.suppress(ProcessLookupError):  # it ended before
             os.kill(self.process.pid, signum)
 
+    def stderr(self) -> str:
+        """What the command has said so far."""
+        return self._streams[1].read_text(encoding="utf-8") if self._streams[1].exists() else ""
+
     def end(self, timeout: float = 120) -> Ended:
         self.process.join(timeout)
         if self.process.exitcode is None:
@@ -163,10 +167,12 @@ def evaluations(output: Path) -> dict[int, float]:
     return {record["step"]: record["eval_loss"] for record in records(output, "eval_loss")}
 
 
-def finetune_signalled(signum: int, step: int, *arguments: str | Path, cwd: Path) -> Ended:
+def finetune_signalled(
+    signum: int, step: int, *arguments: str | Path, cwd: Path, before: Callable[[], object] | None = None
+) -> Ended:
     """Runs ``finetune``, which receives ``signum`` in training step ``step`` however fast the machine is."""
     ours, theirs = multiprocessing.Pipe()
-    command = Command("finetune", *arguments, cwd=cwd, before=partial(_pause_in_step, step, theirs))
+    command = Command("finetune", *arguments, cwd=cwd, before=partial(_pause_in_step, step, theirs, before))
     while not ours.poll(0.1):
         assert command.process.exitcode is None, command.end()
     ours.recv()
@@ -175,8 +181,10 @@ def finetune_signalled(signum: int, step: int, *arguments: str | Path, cwd: Path
     return command.end()
 
 
-def _pause_in_step(step: int, connection: Connection) -> None:
+def _pause_in_step(step: int, connection: Connection, before: Callable[[], object] | None) -> None:
     """Training waits for the test at the beginning of ``step``. This runs in the process of the command."""
+    if before is not None:
+        before()
     from moe_fused.finetune.trainer import Finetuning
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_fused.finetune.card import card
+from moe_fused.finetune.facts import Facts
 from moe_fused.finetune.next_commands import print_next
 from moe_fused.finetune.options import HELP, MAPPINGS, Options, flag
 from moe_fused.finetune.resolve import ModelSetup, set_up
@@ -163,14 +164,14 @@ def test_adapter_is_on_attention_and_experts_and_loads(chat_run: tuple[Path, End
 
 
 def python_of(card: str) -> str:
-    """What a card says how to load, from the directory of the adapter."""
-    return card.partition("```python\n")[2].partition("```")[0].replace("DIRECTORY OF THIS ADAPTER", ".")
+    """What a card says how to load, from beside the directory of the adapter."""
+    return card.partition("```python\n")[2].partition("```")[0]
 
 
 @pytest.mark.usefixtures("enabled")
 def test_card_loads_what_was_trained(chat_run: tuple[Path, Ended], monkeypatch: pytest.MonkeyPatch) -> None:
     output, _ = chat_run
-    monkeypatch.chdir(output)
+    monkeypatch.chdir(output.parent)
     loaded: dict[str, Any] = {}
     exec(python_of((output / "README.md").read_text()), loaded)
     assert isinstance(loaded["model"], PeftModel)
@@ -182,7 +183,7 @@ def test_card_loads_what_was_trained(chat_run: tuple[Path, Ended], monkeypatch: 
 @pytest.mark.parametrize("quantizes", [False, True])
 def test_card_quantizes_what_the_run_did(quantizes: bool) -> None:
     options = Options(model="org/m", dataset="d", dtype="bfloat16", quantization="fp4", revision="v2")
-    text = card(setup_of(options, None if quantizes else {"load_in_4bit": True}), {"steps": "1"})
+    text = card(setup_of(options, None if quantizes else {"load_in_4bit": True}), Facts({}, {}, {}, {}))
     (call,) = (
         node
         for node in ast.walk(ast.parse(python_of(text)))

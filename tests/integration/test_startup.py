@@ -154,6 +154,11 @@ MISTAKES = [
     mistake("convert", "optimizer", "state", "other", "--to", "gguf", says="--to gguf is no layout of a model"),
     mistake(*CONVERT_OPTIMIZER, "--parameters", "no.txt", says=("No such file", "no.txt")),
     # the rest
+    mistake("push", "nowhere", "org/name", says="DIRECTORY nowhere is missing"),
+    mistake("push", "chat.jsonl", "org/name", says="DIRECTORY chat.jsonl is not a directory"),
+    mistake("push", "run", "org/name", says=("run has no adapter_config.json", "--checkpoints")),
+    mistake("push", "taken", "org/name", "--checkpoints", says="taken has no checkpoints"),
+    mistake("push", "adapter", "name", says="ID must be an organization or user and a name, as org/name, got 'name'"),
     mistake("tune", "--hidden", "64", says="--hidden alone do not make a layer"),
     mistake("tune", "--model", "nowhere", says="--model nowhere is neither"),
     mistake("tune", "--model", "broken", says="broken/config.json must be JSON"),

@@ -1,4 +1,5 @@
-"""A stand-in for the Hugging Face Hub: a small HTTP server with the requests that ``huggingface_hub`` makes for kernels.
+"""A stand-in for the Hugging Face Hub: a small HTTP server with the requests that ``huggingface_hub`` makes for kernels
+and models.
 
 It keeps repositories in memory, as commits of files on branches. A test gives it accounts, and hooks that answer a request
 before the server does, which is how a test refuses, drops or holds one.
@@ -17,6 +18,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
 
 from tests.support import repo_id
 
@@ -54,10 +57,11 @@ class Repository:
     commits: dict[str, dict[str, bytes]]
     branches: dict[str, str]
     messages: list[str] = field(default_factory=list)
+    private: bool = False
 
     @classmethod
-    def new(cls) -> Repository:
-        repository = cls({}, {})
+    def new(cls, private: bool = False) -> Repository:
+        repository = cls({}, {}, private=private)
         repository.commit("main", {".gitattributes": b"*.bin filter=lfs\n"}, "initial commit")
         return repository
 
@@ -186,9 +190,15 @@ class _Handler(BaseHTTPRequestHandler):
             raise Answer(403, {"error": "You don't have the rights to do this"})
 
     def _repository(self, repo_id: str) -> Repository:
-        if repo_id not in self.hub.repositories:
+        repository = self.hub.repositories.get(repo_id)
+        if repository is not None and repository.private:
+            token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+            who = self.hub.accounts.get(token, {"name": None, "orgs": []})
+            if repo_id.partition("/")[0] not in {who["name"], *(org["name"] for org in who["orgs"])}:
+                repository = None
+        if repository is None:
             raise Answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
-        return self.hub.repositories[repo_id]
+        return repository
 
     def _route(self, request: str, query: dict[str, list[str]], body: bytes) -> Any:
         for pattern, name in ROUTES:
@@ -208,24 +218,39 @@ class _Handler(BaseHTTPRequestHandler):
         content = json.loads(body)["content"]
         if not content.startswith("---\n"):
             raise Answer(400, {"errors": [{"message": "there is no header"}], "warnings": []})
+        base = (yaml.safe_load(content.split("---\n")[1]) or {}).get("base_model", "org/name")
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
+            message = f'"base_model" with value "{base}" is not valid. Use a model id from https://hf.co/models.'
+            raise Answer(400, {"errors": [{"message": message}], "warnings": []})
         return {"errors": [], "warnings": []}
 
     def create_repository(self, body: bytes, **_: Any) -> Any:
         asked = json.loads(body)
-        assert asked["type"] == "kernel"
+        kind = asked.get("type", "model")
+        assert kind in ("kernel", "model")
         repo_id = f"{asked['organization']}/{asked['name']}"
+        url = f"{self.hub.url}/{'kernels/' if kind == 'kernel' else ''}{repo_id}"
         self._check_write(repo_id)
         if repo_id in self.hub.repositories:
-            raise Answer(409, {"url": f"{self.hub.url}/kernels/{repo_id}", "error": "exists"})
-        self.hub.repositories[repo_id] = Repository.new()
-        return {"url": f"{self.hub.url}/kernels/{repo_id}"}
+            raise Answer(409, {"url": url, "error": "exists"})
+        # huggingface_hub 1 says private, and 2 says visibility.
+        private = asked.get("private") is True or asked.get("visibility") == "private"
+        self.hub.repositories[repo_id] = Repository.new(private)
+        return {"url": url}
 
-    def create_branch(self, repo_id: str, branch: str, **_: Any) -> Any:
+    def commits(self, repo_id: str, revision: str, **_: Any) -> Any:
+        """The newest commit of a branch and the first of all, which is as much as is asked for."""
+        repository = self._repository(repo_id)
+        listed = dict.fromkeys([repository.oid(revision), next(iter(repository.commits))])
+        common = {"title": "", "message": "", "authors": [], "date": "2026-01-01T00:00:00.000Z"}
+        return [{"id": oid, **common} for oid in listed]
+
+    def create_branch(self, repo_id: str, branch: str, body: bytes, **_: Any) -> Any:
         repository = self._repository(repo_id)
         self._check_write(repo_id)
         if branch in repository.branches:
             raise Answer(409, {"error": "Reference already exists"})
-        repository.branches[branch] = repository.branches["main"]
+        repository.branches[branch] = repository.oid(json.loads(body or b"{}").get("startingPoint") or "main")
         return {}
 
     def refs(self, repo_id: str, **_: Any) -> Any:
@@ -234,7 +259,10 @@ class _Handler(BaseHTTPRequestHandler):
         return {"branches": listed, "tags": [], "converts": []}
 
     def information(self, repo_id: str, revision: str | None, **_: Any) -> Any:
-        return {"id": repo_id, "sha": self._repository(repo_id).oid(revision or "main")}
+        repository = self._repository(repo_id)
+        sha = repository.oid(revision or "main")
+        siblings = [{"rfilename": path} for path in repository.commits[sha]]
+        return {"id": repo_id, "sha": sha, "private": repository.private, "siblings": siblings}
 
     def tree(self, repo_id: str, revision: str, folder: str | None, query: dict[str, list[str]], **_: Any) -> Any:
         files = self._repository(repo_id).files(revision)
@@ -312,18 +340,20 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 REPO = r"([\w.-]+/[\w.-]+)"
+KIND = "(?:kernels|models)"
 ROUTES = (
     ("GET /api/whoami-v2", "whoami"),
     (r"GET /api/organizations/([\w.-]+)/overview", "organization"),
     ("POST /api/validate-yaml", "validate_yaml"),
     ("POST /api/repos/create", "create_repository"),
-    (rf"POST /api/kernels/{REPO}/branch/(.+)", "create_branch"),
-    (rf"GET /api/kernels/{REPO}/refs", "refs"),
-    (rf"GET /api/kernels/{REPO}(?:/revision/(.+))?", "information"),
-    (rf"GET /api/kernels/{REPO}/tree/([^/]+)(?:/(.+))?", "tree"),
-    (rf"POST /api/kernels/{REPO}/preupload/(.+)", "preupload"),
-    (rf"POST /api/kernels/{REPO}/commit/(.+)", "commit"),
-    (rf"POST /kernels/{REPO}\.git/info/lfs/objects/batch", "lfs_batch"),
+    (rf"POST /api/{KIND}/{REPO}/branch/(.+)", "create_branch"),
+    (rf"GET /api/{KIND}/{REPO}/refs", "refs"),
+    (rf"GET /api/{KIND}/{REPO}/commits/([^/]+)", "commits"),
+    (rf"GET /api/{KIND}/{REPO}(?:/revision/(.+))?", "information"),
+    (rf"GET /api/{KIND}/{REPO}/tree/([^/]+)(?:/(.+))?", "tree"),
+    (rf"POST /api/{KIND}/{REPO}/preupload/(.+)", "preupload"),
+    (rf"POST /api/{KIND}/{REPO}/commit/(.+)", "commit"),
+    (rf"POST (?:/kernels)?/{REPO}\.git/info/lfs/objects/batch", "lfs_batch"),
     (r"PUT /storage/(\w+)", "store"),
-    (rf"(?:GET|HEAD) /kernels/{REPO}/resolve/([^/]+)/(.+)", "resolve"),
+    (rf"(?:GET|HEAD) (?:/kernels)?/{REPO}/resolve/([^/]+)/(.+)", "resolve"),
 )

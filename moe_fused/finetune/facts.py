@@ -1,0 +1,120 @@
+"""The facts about a run and its course that its card tells, in words."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from moe_fused import __version__
+from moe_fused.hub import installed
+from moe_fused.memory import GIB
+
+from .progress import memory_gib
+
+if TYPE_CHECKING:
+    from .data import Prepared, Report
+    from .options import Options
+    from .plan import MemoryPlan
+    from .resolve import ResolvedRun
+    from .trainer import Finetuning
+
+Table = Mapping[str, str]
+_PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The tables of a card, each of words by their names. A table without entries is left out.
+
+    Attributes:
+        data: The rows that the run learned from and was evaluated on.
+        training: The options that matter, and the course of the training.
+        evaluation: The results of the evaluation of the adapter that is written.
+        machine: The versions of the libraries, the device, the time and the memory.
+    """
+
+    data: Table
+    training: Table
+    evaluation: Table
+    machine: Table
+
+
+def facts(trainer: Finetuning, plan: MemoryPlan, prepared: Prepared, begin: float) -> Facts:
+    """Collects the facts about a run that has ended.
+
+    Args:
+        trainer: The trainer, after the training.
+        plan: The plan of the run.
+        prepared: The data of the run.
+        begin: The time at which the run was started, by ``time.perf_counter``.
+    """
+    run, device = plan.run, plan.run.device
+    options = run.options
+    data = {"trained on": _rows(_source(options.dataset, options.dataset_config, options.split), prepared.report)}
+    if prepared.evaluation is not None:
+        source = f"{options.eval_share} of these rows, set aside"
+        if options.eval_dataset is not None:
+            source = _source(options.eval_dataset, None, options.eval_split)
+        data["evaluated on"] = _rows(source, prepared.evaluation.report)
+    machine = {package: version for package in _PACKAGES if (version := installed(package)) is not None}
+    machine |= {
+        "moe-fused": __version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "time since the last start": f"{time.perf_counter() - begin:.0f} s",
+    }
+    if (memory := memory_gib(device, trainer.shape is not None)) is not None:
+        machine["peak memory of tensors"] = f"{memory:.2f} GiB, predicted {plan.prediction.allocated / GIB:.2f} GiB"
+    course = {"steps": str(trainer.state.global_step), "tokens": f"{trainer.tokens:,}"}
+    return Facts(data, {**course, **choices(run)}, trainer.evaluation_facts(), machine)
+
+
+def choices(run: ResolvedRun) -> Table:
+    """The options of a run that matter most for its result, and what the run has chosen for those left open."""
+    options, batching = run.options, run.batching
+    beta = f", beta {run.beta:g}" if options.has_preferences else ""
+    chosen = {
+        "method": f"{options.method}{beta}",
+        "weights": f"{run.quantize_to}, double quantization" if run.quantize_to else "as in the checkpoint",
+        "computation": str(run.dtype).removeprefix("torch."),
+        "adapters on attention": _rank(options.attention_rank, run.attention_alpha, ", ".join(run.attention_modules)),
+        "adapters on experts": _rank(options.expert_rank, run.expert_alpha),
+        "adapters on routers": _rank(options.router_rank, 2.0 * options.router_rank),
+        "dropout of adapters": f"{options.lora_dropout:g}",
+        "sequences": f"{batching.length} tokens, packing {batching.packing}",
+        "step": f"{batching.sequences} × {batching.accumulation} sequences, at most {batching.step_tokens:,} tokens",
+        "epochs": f"{options.epochs:g}" if options.max_steps is None else f"until step {options.max_steps}",
+        "learning rate": f"{run.learning_rate:g}, {options.scheduler}, warmup over {options.warmup:g} of all steps",
+        "optimizer": f"{run.optimizer}, weight decay {options.weight_decay:g}",
+        "loss on": _learned(options),
+        "seed": str(options.seed),
+    }
+    for name in ("trainer", "lora"):
+        chosen |= {f"{name}.{field}": str(value) for field, value in (getattr(options, name) or {}).items()}
+    return chosen
+
+
+def _learned(options: Options) -> str:
+    if options.has_preferences:
+        return "answers with a label" if options.method == "kto" else "pairs of answers"
+    return "what the assistant says" if options.assistant_only_loss else "all tokens but prompts"
+
+
+def _rank(rank: int, alpha: float, modules: str = "") -> str:
+    return f"rank {rank}, alpha {alpha:g}{modules and ': '}{modules}" if rank else "none"
+
+
+def _source(name: str, config: str | None, split: str) -> str:
+    """A data set in words. Of a path only the last part is told, because cards are published."""
+    if Path(name).exists():
+        return Path(name).resolve().name
+    return f"{name}, {f'configuration {config}, ' if config else ''}split {split}"
+
+
+def _rows(source: str, report: Report) -> str:
+    left_out = f"; {len(report.left_out):,} rows left out" if report.left_out else ""
+    return f"{source}: {report.rows:,} rows, {report.tokens:,} tokens, {report.learned:,} to learn from{left_out}"

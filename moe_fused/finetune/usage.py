@@ -1,0 +1,146 @@
+"""How to use an adapter with PEFT, vLLM, SGLang and llama.cpp, as its card says it.
+
+``docs/formats.md`` says which tool reads which layout.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .markdown import code, fenced
+
+if TYPE_CHECKING:
+    from .resolve import ModelSetup
+
+# The ranks for which vLLM reserves room.
+_ROOMS = (8, 16, 32, 64, 128, 256, 320, 512)
+# Fields of PEFT's config that make an adapter more than LoRA, which these tools and the conversion do not read.
+_MORE = ("use_dora", "bias", "modules_to_save")
+
+
+def loading(setup: ModelSetup, directory: str) -> str:
+    """Python that loads the model as the run did, and the adapter.
+
+    Args:
+        setup: The record of the run.
+        directory: The directory of the adapter.
+    """
+    options, dtype, adapter = setup.options, str(setup.dtype), _literal(directory)
+    arguments = [_literal(options.model), f"dtype={dtype}", 'experts_implementation="moe_fused"']
+    arguments.insert(1, f"revision={_literal(options.revision)}")
+    imports, quantization = "AutoModelForCausalLM, AutoTokenizer", ""
+    if setup.quantize_to is not None:
+        imports += ", BitsAndBytesConfig"
+        arguments.append("quantization_config=quantization")
+        quantization = f"""quantization = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="{setup.quantize_to}",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype={dtype},
+)
+"""
+    given = "".join(f"    {argument},\n" for argument in arguments)
+    return f"""import moe_fused
+import torch
+from peft import PeftModel
+from transformers import {imports}
+
+moe_fused.enable()
+{quantization}model = AutoModelForCausalLM.from_pretrained(
+{given})
+model = PeftModel.from_pretrained(model, {adapter})
+tokenizer = AutoTokenizer.from_pretrained({adapter})"""
+
+
+def served(setup: ModelSetup, directory: str) -> str:
+    """The sections on vLLM, SGLang and llama.cpp, in the layout that these tools read.
+
+    Args:
+        setup: The record of the run.
+        directory: The directory of the adapter.
+    """
+    options = setup.options
+    base, note = _dense(setup)
+    reason = _refusal(setup)
+    if reason is not None:
+        merged = f"{directory}-merged"
+        commands = {
+            "": f"moe-fused merge {_word(base)} {_word(directory)} {_word(merged)}",
+            "vLLM": f"vllm serve {_word(merged)}",
+            "SGLang": f"python -m sglang.launch_server --model-path {_word(merged)}",
+            "llama.cpp": f"python convert_hf_to_gguf.py {_word(merged)} --outfile merged.gguf\n"
+            "llama-server --model merged.gguf",
+        }
+        intro = (
+            f"These tools cannot load this adapter apart: {reason}. They load a model into which it is merged.{note}"
+        )
+        return _sections(intro, commands)
+    # An adapter without experts is plain LoRA, which only needs the scaling of rsLoRA inside its matrices.
+    as_it_is = not options.expert_rank and not (options.lora or {}).get("use_rslora")
+    adapter, convert = f"{directory}-per-expert", ""
+    if options.export == "per-expert":
+        adapter = f"{directory}/per-expert"
+        intro = f"These tools read the layout `per-expert`, which is in {code(adapter)}."
+    elif as_it_is:
+        adapter = directory
+        intro = "These tools read the adapter as it is."
+    else:
+        source = " --from peft-fused" if options.expert_rank else ""
+        convert = f"moe-fused convert adapter{source} --to per-expert {_word(directory)} {_word(adapter)}"
+        intro = (
+            "These tools read the layout `per-expert`, and this adapter is in `peft-fused`. This command converts it:"
+        )
+        if not options.expert_rank:
+            intro = "These tools want rsLoRA's scaling inside the matrices. This command puts it there:"
+    rank = max(options.attention_rank, options.expert_rank)
+    room = next((size for size in _ROOMS if size >= rank), rank)
+    is_directory = Path(options.model).is_dir()
+    revision = "" if is_directory or options.revision == "main" else f" --revision {_word(options.revision)}"
+    of_base = f"--base {_word(base)}" if is_directory or base != options.model else f"--base-model-id {_word(base)}"
+    commands = {
+        "": convert,
+        "vLLM": f"vllm serve {_word(base)}{revision} --enable-lora --max-lora-rank {room} "
+        f"--lora-modules tuned={_word(adapter)}",
+        "SGLang": f"python -m sglang.launch_server --model-path {_word(base)}{revision} --enable-lora "
+        f"--lora-paths tuned={_word(adapter)}",
+        "llama.cpp": f"python convert_lora_to_gguf.py {_word(adapter)} {of_base} --outfile adapter.gguf\n"
+        "llama-server --model model.gguf --lora adapter.gguf",
+    }
+    return _sections(intro + note, commands)
+
+
+def _refusal(setup: ModelSetup) -> str | None:
+    """Why vLLM, SGLang and llama.cpp cannot load the adapter in any layout, or None if they can."""
+    options = setup.options
+    if options.router_rank:
+        return "it adapts routers, too"
+    more = [name for name in _MORE if (options.lora or {}).get(name) not in (None, False, "none", [])]
+    if more:
+        return f"it has {more[0]}, which is more than LoRA"
+    return setup.layout_refusals["per-expert"] if options.expert_rank else None
+
+
+def _dense(setup: ModelSetup) -> tuple[str, str]:
+    """The model that the tools load, and a sentence about it if it is not the one that the run had."""
+    if setup.is_4bit and setup.quantize_to is None:
+        name = setup.options.model.rstrip("/").rpartition("/")[2]
+        return "DENSE-MODEL", f" `DENSE-MODEL` stands for the dense model from which {code(name)} was quantized."
+    return setup.options.model, ""
+
+
+def _sections(intro: str, commands: dict[str, str]) -> str:
+    """A block of code for each command, below the heading of its tool. The first command belongs to the introduction."""
+    first = commands.pop("")
+    begin = f"### vLLM, SGLang, llama.cpp\n\n{intro}" + (f"\n\n{fenced('', first)}" if first else "")
+    return "\n\n".join((begin, *(f"{tool}:\n\n{fenced('', command)}" for tool, command in commands.items())))
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _word(argument: str) -> str:
+    return shlex.quote(f"./{argument}" if argument.startswith("-") else argument)
