@@ -2,10 +2,12 @@
 
     python -m benchmarks.finetune_30b                    48 layers, five lengths, three implementations
     python -m benchmarks.finetune_30b --layers 4         a short model to try things on, writes nothing
+    python -m benchmarks.finetune_30b --model gpt-oss-20b --cap-gib 16 --output gpt-oss-20b.json
     python -m benchmarks.finetune_30b --device cpu --quick
 
-Weights are random and made on the GPU; nothing is downloaded. The model, its adapters, the optimizer and all kernels but the
-experts' are the same for every implementation; options such as ``--compile`` are for ours alone:
+``--model`` takes any of ``benchmarks.models``, whose rows bear its name. Weights are random and made on the GPU, one stack
+after the other; nothing is downloaded. The model, its adapters, the optimizer and all kernels but the experts' are the same
+for every implementation; options such as ``--compile`` are for ours alone:
 
 - ``moe_fused``: what ``from_pretrained`` and PEFT give while ``moe_fused`` is enabled, the decoder as CUDA graphs.
 - ``moe_fused_eager``: the same without CUDA graphs, so that the host launches every kernel, as it does for the others.
@@ -13,11 +15,15 @@ experts' are the same for every implementation; options such as ``--compile`` ar
 - ``peft``: experts in bf16 under stock Transformers and PEFT, which fits no 24 GiB and runs without the limit. By
   ``--implementation peft`` only.
 
+An implementation that a model cannot have is left out, and a line says why: ``composed`` where plain torch has no such
+experts, ``moe_fused_eager`` where ``moe_fused`` runs without CUDA graphs itself. So are lengths beyond a model's positions.
+
 A row's ``ms`` is a step: forward, backward and optimizer on one sequence. ``tflops`` counts what training adapters of frozen
 weights needs (a multiply-add is two): 4·N·T for the N parameters that a token is multiplied with, forward and for the
 gradient of the input, and 6·L·D·T² of attention in L layers with heads of D features together: two products over the half
-of T² that is not masked, and twice that backward. N is 3.04 B: the 3.35 B that are called active, without the embedding,
-which multiplies nothing. Adapters, some 2 % of it, are left out. Further numbers of a row, under ``details``:
+of T² that is not masked, and twice that backward. ``model.Model`` counts sliding windows and recurrent layers, too. N is
+3.04 B for Qwen3-30B-A3B: the 3.35 B that are called active, without the embedding, which multiplies nothing. Adapters, some
+2 % of it, are left out. Further numbers of a row, under ``details``:
 
 - ``tokens_per_second``; ``loss`` of the first step; ``first_step_ms``, of the first two, which compile what is missing
   and record the graphs.
@@ -49,20 +55,22 @@ from rich.table import Table
 import moe_fused
 from moe_fused.benchmark import harness
 from moe_fused.benchmark.harness import current_environment, release_memory
-from moe_fused.benchmark.layers import LAYERS, Ceilings, Layer
+from moe_fused.benchmark.layers import Ceilings
 from moe_fused.devices import use_expandable_segments
 
 from . import full_model, plot, runner
 from .experts_4bit import QUANT_TYPE
-from .full_model import Model
+from .model import Model, composed_refusal
+from .models import BY_NAME
 from .rows import EAGER, OURS, Row, merge, new_row, read_rows, slug, write_rows
 from .step_trace import PARTS
 from .training import Measurement, Recipe, Recompute, Training, measure, set_up_loop, trained
 
 NAME = "finetune_30b"
 PHASE = "train_step"
-QWEN3_30B = Model(LAYERS["qwen3-30b-a3b"], layers=48, heads=32, kv_heads=4, head_dim=128, vocabulary=151936)
-TINY = Model(Layer("tiny-model", 128, 128, 4, 2), layers=2, heads=4, kv_heads=2, head_dim=32, vocabulary=512)
+DEFAULT_MODEL = "qwen3-30b-a3b"
+QWEN3_30B = Model(DEFAULT_MODEL, BY_NAME[DEFAULT_MODEL].config())
+TINY = QWEN3_30B.tiny()
 TOKENS = (1024, 2048, 4096, 8192, 16384)
 QUICK_TOKENS = (16, 64)
 # The recipe of the other implementations: options that may be an advantage are for ours alone.
@@ -105,10 +113,9 @@ def model_flops(model: Model, tokens: int) -> int:
 
 def recomputed_flops(model: Model, tokens: int, *, down: bool) -> int:
     """Floating-point operations of recomputing the decoder layers, with the experts' down projections if ``down``."""
-    moe = model.experts
-    parameters = model.multiplied_parameters - model.vocabulary * moe.hidden
+    parameters = model.multiplied_parameters - model.head_parameters
     if not down:
-        parameters -= model.layers * moe.top_k * moe.hidden * moe.intermediate
+        parameters -= model.down_parameters
     return 2 * parameters * tokens + model.attention_flops(tokens)
 
 
@@ -130,7 +137,16 @@ class Bench:
         """Rows of one implementation, one a length, as they are measured; losses by length."""
         self._limit(None if name == "peft" else self.cap_gib)
         start = time.perf_counter()
-        model = full_model.build(self.model, self.device, dense_experts=name == "peft", seed=SEED)
+        try:
+            model = full_model.build(self.model, self.device, dense_experts=name == "peft", seed=SEED)
+        except torch.OutOfMemoryError:
+            model = None
+        if model is None:
+            self.console.print(f"{name}: the weights alone do not fit")
+            release_memory(self.device)
+            for length in lengths:
+                save(self._row(name, length, None))
+            return {}
         if name == "composed":
             full_model.run_composed(model)
         elif name in (OURS, EAGER):
@@ -165,16 +181,11 @@ class Bench:
             torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total) if gib else 1.0, self.device)
 
     def _row(self, name: Implementation, tokens: int, measured: Measurement | None) -> Row:
-        layers = (
-            ""
-            if self.model == QWEN3_30B or self.model.experts.name != "qwen3-30b-a3b"
-            else f"-{self.model.layers}-layers"
-        )
         operations = model_flops(self.model, tokens)
         row = new_row(
             current_environment(self.device),
             benchmark=NAME,
-            layer=self.model.experts.name + layers,
+            layer=self.model.name,
             tokens=tokens,
             implementation=name,
             phase=PHASE,
@@ -275,7 +286,21 @@ def disagreements(losses: dict[str, dict[int, float]]) -> list[str]:
     return problems
 
 
+def refusals(model: Model, device: torch.device, recipe: Recipe, trainer: str) -> dict[str, str]:
+    """Why a model cannot have some of the implementations, by their names."""
+    reasons = {}
+    if (reason := composed_refusal(model)) is not None:
+        reasons["composed"] = reason
+    if recipe.cuda_graphs and trainer == "finetune":
+        from .training_finetune import graphs_refusal
+
+        if (reason := graphs_refusal(model.config(), recipe, device)) is not None:
+            reasons[EAGER] = f"{OURS} runs without CUDA graphs, too: {reason}"
+    return reasons
+
+
 def main(
+    model_name: Annotated[str, typer.Option("--model", help="One of benchmarks.models, by its name.")] = DEFAULT_MODEL,
     tokens: Annotated[list[int] | None, typer.Option(help="Tokens of a step; may be given again.", min=2)] = None,
     implementation: Annotated[
         list[str] | None,
@@ -305,11 +330,14 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="A tiny model. Writes only to --output.")] = False,
     device: Annotated[str, typer.Option(help="cuda, or cpu to smoke-test the benchmark.")] = "cuda",
 ) -> None:
-    """Trains a Qwen3-30B-A3B of random weights in 24 GiB and writes rows under benchmarks/results."""
+    """Trains a model of random weights, Qwen3-30B-A3B in 24 GiB by default, and writes rows under benchmarks/results."""
     every = get_args(Implementation)
     names: list[Any] = runner.choices("implementation", implementation, every, DEFAULT_IMPLEMENTATIONS)
     (chosen_recompute,) = runner.choices("recompute", [recompute], get_args(Recompute), ())
     (chosen_trainer,) = runner.choices("trainer", [trainer], TRAINERS, ())
+    runner.choices("model", [model_name], tuple(BY_NAME), ())
+    if chosen_trainer == "loop" and BY_NAME[model_name].config().model_type != QWEN3_30B.published.model_type:
+        raise typer.BadParameter(f"loop trains Qwen3-MoE alone, {model_name} needs finetune", param_hint="--trainer")
     if chosen_trainer == "finetune" and chosen_recompute != "layers":
         raise typer.BadParameter("--recompute selective needs loop", param_hint="--trainer")
     if device not in ("cuda", "cpu"):
@@ -319,9 +347,11 @@ def main(
     if expandable_segments:
         use_expandable_segments()
     chosen = runner.pick_device(device, "--device cpu --quick")
-    model = TINY if quick else QWEN3_30B
+    model = Model(model_name, BY_NAME[model_name].config())
+    if quick:
+        model = model.tiny()
     if layers is not None:
-        model = dataclasses.replace(model, layers=layers)
+        model = model.shortened(layers)
     default = Recipe(cuda_graphs=chosen.type == "cuda")
     recipe = dataclasses.replace(
         default,
@@ -333,6 +363,19 @@ def main(
 
     start = time.perf_counter()
     console = runner.make_console()
+    reasons = refusals(model, chosen, recipe, chosen_trainer)
+    if EAGER in reasons:
+        recipe = dataclasses.replace(recipe, cuda_graphs=False)
+        default = dataclasses.replace(default, cuda_graphs=False)
+    if implementation is not None and (refused := [name for name in names if name in reasons]):
+        raise typer.BadParameter(f"{refused[0]}: {reasons[refused[0]]}", param_hint="--implementation")
+    names = [name for name in names if name not in reasons]
+    lengths = sorted(tokens or (QUICK_TOKENS if quick else TOKENS))
+    for name, reason in reasons.items():
+        console.print(f"{name} is left out: {reason}")
+    if too_long := [length for length in lengths if length > model.longest]:
+        console.print(f"{model.name} has positions for {model.longest} tokens: not run are {too_long}")
+    lengths = [length for length in lengths if length <= model.longest]
     if chosen.type == "cpu":
         ceilings = harness.measure_ceilings(chosen, copy_bytes=2**20, matmul_size=128, seconds=0.01)
     else:
@@ -343,7 +386,8 @@ def main(
         f"ceilings: copy {ceilings.bytes_per_second / 1e12:.2f} TB/s, "
         f"bf16 product {ceilings.flops_per_second / 1e12:.0f} TFLOP/s; {recipe}"
     )
-    shared = runner.ROOT / "results" / f"{NAME.replace('_', '-')}_{slug(environment.gpu)}.json"
+    stem = NAME.replace("_", "-") if model_name == DEFAULT_MODEL else f"finetune-{model_name}"
+    shared = runner.ROOT / "results" / f"{stem}_{slug(environment.gpu)}.json"
     partial = (
         quick
         or layers is not None
@@ -368,19 +412,19 @@ def main(
     losses: dict[str, dict[int, float]] = {}
     try:
         for name in names:
-            losses[name] = bench.run(name, sorted(tokens or (QUICK_TOKENS if quick else TOKENS)), save)
+            losses[name] = bench.run(name, lengths, save)
             moe_fused.disable()  # composed experts hold on to their model where ours are registered
             release_memory(chosen)
     finally:
         moe_fused.disable()
-    for table in results_tables(rows):
+    for table in results_tables(rows) if rows else ():
         console.print(table)
-    if path is not None:
+    if path is not None and rows:
         written = [path]
         if len({row.tokens for row in rows}) >= plot.LEAST_SIZES:
             written.append(path.with_suffix(".png"))
             with runner.one_line_errors():
-                plot.save(rows, written[-1])
+                plot.save(rows, written[-1], "speedup" if "composed" in losses else "ms")
         console.print(f"Wrote {' and '.join(map(str, written))}")
     console.print(f"Took {time.perf_counter() - start:.0f} s")
     if problems := disagreements({name: by_length for name, by_length in losses.items() if name != "peft"}):

@@ -1,10 +1,11 @@
-"""Whole Qwen3-MoE models with random weights in 4 bits, made where they are used; nothing is downloaded.
+"""Whole models of any family with random weights in 4 bits, made where they are used; nothing is downloaded.
 
 A model is what ``from_pretrained`` with ``BitsAndBytesConfig(load_in_4bit=True)`` gives while ``moe_fused`` is enabled, made
 with the quantizer's own steps around a loop that draws a weight, quantizes it, and goes on to the next.
 
 bitsandbytes quantizes each stack of experts as one matrix. Experts then share the mean of their scales, which
-``Packed4bitWeights`` has room for and bitsandbytes needs to dequantize the stack: both multiply with the same bytes.
+``Packed4bitWeights`` has room for and bitsandbytes needs to dequantize the stack: both multiply with the same bytes. Stacks
+whose scales would not be apart by expert, as those of gpt-oss, are drawn and quantized one matrix at a time instead.
 """
 
 from __future__ import annotations
@@ -15,21 +16,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import AutoHfQuantizer
 
 import moe_fused
-from moe_fused.benchmark.layers import Layer
 from moe_fused.checkpoints.converter import attach
-from moe_fused.integrations.quantizer.packed_experts import four_bit_config, get_packed, pin
+from moe_fused.checkpoints.quant_state import quantize_matrix
+from moe_fused.finetune.attention import chosen
+from moe_fused.integrations.quantizer.packed_experts import four_bit_config, get_packed, matrices_per_expert, pin
 from moe_fused.integrations.transformers import forward
-from moe_fused.integrations.transformers.experts_module import projections_of
+from moe_fused.integrations.transformers.experts_module import is_experts, is_packed, projections_of
 from moe_fused.integrations.transformers.forward import IMPLEMENTATION
 
 from . import experts_lora
 from .experts_4bit import BLOCKSIZE, QUANT_TYPE, BitsandbytesStack
 from .experts_lora import Adapters, Factors
+from .model import Model, quantized_as_one
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -40,66 +43,20 @@ NESTED_BLOCKSIZE = 256
 STD = 0.02
 
 
-@dataclass(frozen=True)
-class Model:
-    """The shape of a Qwen3-MoE model."""
-
-    experts: Layer
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-
-    def config(self) -> Qwen3MoeConfig:
-        return Qwen3MoeConfig(
-            vocab_size=self.vocabulary,
-            hidden_size=self.experts.hidden,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=self.head_dim,  # type: ignore[call-arg]
-            moe_intermediate_size=self.experts.intermediate,
-            num_experts=self.experts.experts,
-            num_experts_per_tok=self.experts.top_k,
-            norm_topk_prob=True,
-            use_cache=False,
-        )
-
-    @property
-    def multiplied_parameters(self) -> int:
-        """Parameters that a token is multiplied with: attention, router, its experts, the head.
-
-        Not the embedding, which is looked up: of the 3.35 B active parameters of Qwen3-30B-A3B these are 3.04 B.
-        """
-        moe = self.experts
-        attention = 2 * moe.hidden * self.head_dim * (self.heads + self.kv_heads)
-        layer = attention + moe.hidden * moe.experts + moe.top_k * moe.expert_parameters
-        return self.layers * layer + self.vocabulary * moe.hidden
-
-    def attention_flops(self, tokens: int) -> int:
-        """Operations of attention in a causal sequence's forward: two products, over the half that is not masked."""
-        return 2 * self.layers * self.heads * self.head_dim * tokens * (tokens + 1)
-
-
 def _random(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return torch.randn(*shape, generator=generator, device=generator.device, dtype=DTYPE).mul_(STD)
 
 
-def _experts_in_4bit(kernel: Any, weight: Tensor, projections: int) -> Any:
-    """``Packed4bitWeights`` over the bytes that bitsandbytes makes of the whole stack.
-
-    Raises:
-        ValueError: a group of scales would belong to two experts.
-    """
-    stack = BitsandbytesStack.quantize(weight)
-    state, experts = stack.state, weight.shape[0]
-    form = kernel.Format4bit(tuple(weight.shape), QUANT_TYPE, BLOCKSIZE, True, projections, weight.dtype)
-    if form.blocks % NESTED_BLOCKSIZE:
-        raise ValueError(
-            f"a projection of an expert must have a multiple of {BLOCKSIZE * NESTED_BLOCKSIZE} weights, "
-            f"got {form.blocks * BLOCKSIZE}"
-        )
+def _experts_in_4bit(kernel: Any, shape: Sequence[int], name: str, projections: int, generator: torch.Generator) -> Any:
+    """A random stack (E, out, in) as ``Packed4bitWeights`` over the bytes that bitsandbytes makes of it."""
+    form = kernel.Format4bit(tuple(shape), QUANT_TYPE, BLOCKSIZE, True, projections, DTYPE)
+    if not quantized_as_one(tuple(shape), name):
+        experts, rows, columns = shape
+        matrices = (_random((rows // projections, columns), generator) for _ in range(experts * projections))
+        pieces = (quantize_matrix(matrix, QUANT_TYPE, BLOCKSIZE, True) for matrix in matrices)
+        return kernel.interchange.stack_of_pieces(pieces, form)
+    stack = BitsandbytesStack.quantize(_random(shape, generator))
+    state, experts = stack.state, shape[0]
     parts = {
         "packed": stack.packed,
         "absmax": state.absmax,
@@ -187,8 +144,11 @@ StackOf = Callable[[Any], "BitsandbytesStack | DequantizedStack"]
 """From packed weights to a stack that plain torch multiplies with."""
 
 
-def build(model: Model, device: torch.device, *, dense_experts: bool = False, seed: int = 0) -> Qwen3MoeForCausalLM:
+def build(model: Model, device: torch.device, *, dense_experts: bool = False, seed: int = 0) -> Any:
     """A causal language model on ``device``, in bf16 but for its linear layers and experts in 4 bits.
+
+    Matrices are drawn as Transformers initializes them. All else (norms, biases, states of recurrent layers, buffers) is
+    what Transformers initializes it to.
 
     Args:
         dense_experts: leaves the experts in bf16, run by Transformers' ``grouped_mm``.
@@ -196,39 +156,61 @@ def build(model: Model, device: torch.device, *, dense_experts: bool = False, se
     kernel = moe_fused.get_kernel()
     (moe_fused.disable if dense_experts else moe_fused.enable)()
     quantizer = AutoHfQuantizer.from_config(four_bit_config(DTYPE, QUANT_TYPE))
+    config = model.config()
     with torch.device("meta"):
-        made = Qwen3MoeForCausalLM._from_config(
-            model.config(),
+        made: Any = AutoModelForCausalLM.from_config(
+            config,
             dtype=DTYPE,
-            attn_implementation="sdpa",
+            attn_implementation=chosen("auto", config),
             experts_implementation="grouped_mm" if dense_experts else IMPLEMENTATION,
         )
+    made.config.use_cache = False
+    dtypes = {name: parameter.dtype for name, parameter in made.named_parameters()}
     quantizer.preprocess_model(model=made, dtype=DTYPE, device_map={"": device})
     generator = torch.Generator(device).manual_seed(seed)
-    quantize_linear = quantizer.get_quantize_ops()
+    tied: dict[
+        int, tuple[nn.Parameter, nn.Parameter]
+    ] = {}  # by identity, with the parameter that must not go meanwhile
     for path, module in made.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            full = f"{path}.{name}"
-            if parameter.dim() == 1:
-                value = torch.ones(parameter.shape, device=device, dtype=DTYPE)
+            if id(parameter) in tied:
+                setattr(module, name, tied[id(parameter)][1])
+                continue
+            if is_experts(module) and parameter.dim() == 3 and not dense_experts:
+                projections = matrices_per_expert(module, name)
+                weights = _experts_in_4bit(kernel, parameter.shape, name, projections, generator)
+                attach(module, name, weights, DTYPE)
+            elif parameter.dim() == 1:
+                # The quantizer's linear layers have biases in fp32 until weights are loaded.
+                dtype = dtypes[f"{path}.{name}"]
+                setattr(module, name, nn.Parameter(torch.ones(parameter.shape, dtype=dtype, device=device)))
+                continue
             else:
-                # This serves Linear4bit, too, whose weight still has its dense shape here.
-                value = _random(parameter.shape, generator)
-            if parameter.dim() == 3 and not dense_experts:
-                attach(module, name, _experts_in_4bit(kernel, value, 2 if name == "gate_up_proj" else 1), DTYPE)
-            elif quantizer.param_needs_quantization(made, full):
-                (packed,) = quantize_linear.convert({full: value}, model=made, full_layer_name=full).values()
-                setattr(module, name, packed)
-            else:
-                setattr(module, name, nn.Parameter(value))
-            del value
-        if hasattr(module, "gate_up_proj") and not dense_experts:
+                setattr(module, name, _matrix(quantizer, made, f"{path}.{name}", parameter, generator))
+            made_parameter = getattr(module, name)
+            made_parameter._is_hf_initialized = True  # Transformers' initialization leaves it alone
+            tied[id(parameter)] = parameter, made_parameter
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                module._buffers[name] = torch.zeros_like(buffer, device=device)
+        if is_packed(module):
             pin(module)
-    # Its buffers are computed, not loaded.
-    with torch.device(device):
-        made.model.rotary_emb = type(made.model.rotary_emb)(made.config)
+    with torch.no_grad():
+        made.apply(made._init_weights)
     quantizer.postprocess_model(made)
     made.hf_quantizer = quantizer
+    return made.eval()
+
+
+def _matrix(quantizer: Any, model: Any, name: str, parameter: Tensor, generator: torch.Generator) -> nn.Parameter:
+    """A random parameter in the place of one on the meta device, in 4 bits if it is that of a linear layer."""
+    # This serves Linear4bit, too, whose weight still has its dense shape here.
+    value = _random(parameter.shape, generator)
+    if not quantizer.param_needs_quantization(model, name):
+        return nn.Parameter(value.to(parameter.dtype))
+    operation = quantizer.get_quantize_ops()
+    (packed,) = operation.convert({name: value}, model=model, full_layer_name=name).values()
+    made: nn.Parameter = packed
     return made
 
 
@@ -270,8 +252,10 @@ def composed_forward(model: nn.Module, stack_of: StackOf = as_bitsandbytes) -> C
                 raise ValueError(f"adapters must be scaled by {experts_lora.SCALING}, as plain torch does here")
             # Grouped products want factors whose rows or columns are contiguous; PEFT keeps experts innermost.
             adapters = Adapters(*(Factors(lora.a, lora.b.contiguous()) for (lora,) in (gate_up_lora, down_lora)))
+        # Routers of some models compute in fp32.
+        routing = top_k_weights.to(hidden_states.dtype)
         return experts_lora.composed(
-            hidden_states, top_k_index, top_k_weights, False, gate_up, down, adapters, gate_up.shape[0]
+            hidden_states, top_k_index, routing, False, gate_up, down, adapters, gate_up.shape[0]
         )
 
     return forward

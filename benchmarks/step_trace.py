@@ -12,16 +12,19 @@ import contextlib
 import functools
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 EXPERTS, ATTENTION, LOSS, OPTIMIZER, OTHER = PARTS = ("experts", "attention", "loss", "optimizer", "other")
+
+# What models call the part of a layer that mixes tokens.
+MIXERS = ("self_attn", "linear_attn", "mamba")
 
 _PREFIX = "step: "
 _LAUNCHES = {"cuda_runtime", "cuda_driver"}
@@ -129,6 +132,16 @@ def _decoder(forward: Callable[..., Any], span: _Span) -> Callable[..., Any]:
     return ranged
 
 
+def _named(layer: nn.Module, names: Sequence[str], part: str) -> list[tuple[nn.Module, str]]:
+    """The modules of a layer that have one of these names, but not those inside of another one of them."""
+    found: dict[str, nn.Module] = {}
+    for path, module in layer.named_modules():
+        outside = not any(path.startswith(f"{other}.") for other in found)
+        if path.rpartition(".")[2] in names and outside:
+            found[path] = module
+    return [(module, part) for module in found.values()]
+
+
 @contextlib.contextmanager
 def parts(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Ranges around the parts of ``model``, a causal language model of Transformers, and the steps of ``optimizer``."""
@@ -141,7 +154,7 @@ def parts(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     for layer in model.model.layers:
         # A layer's recomputation runs inside whatever range backward had open.
         replaced.append((layer, "forward", _in_range(layer.forward, OTHER)))
-        for module, part in ((layer.self_attn, ATTENTION), (layer.mlp.experts, EXPERTS)):
+        for module, part in (*_named(layer, MIXERS, ATTENTION), *_named(layer, ("experts",), EXPERTS)):
             replaced.append((module, "forward", _part_of_model(module.forward, part)))
     with contextlib.ExitStack() as stack:
         for owner, name, function in replaced:

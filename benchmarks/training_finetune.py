@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
+import torch
 from datasets import Dataset, disable_progress_bars
 from tokenizers import Tokenizer, models
 from torch import Tensor
@@ -18,7 +19,7 @@ from moe_fused.finetune.plan import plan_run
 from moe_fused.finetune.resolve import ModelSetup, set_up
 from moe_fused.finetune.trainer import Finetuning, make_trainer
 
-from .training import Meter, Recipe, compile_layers
+from .training import Meter, Recipe, compile_layers, trained
 
 NO_LIMIT_GIB = 1e6
 END = "<end>"
@@ -58,30 +59,50 @@ class Finetune:
             trainer = make_trainer(self._adapted, _tokenizer(), dataset, plan.run)
             trainer.args.save_strategy = SaveStrategy.NO
             trainer.add_callback(_Steps(trainer, self.model, meter))
-            trainer.train_from(None)
+            try:
+                trainer.train_from(None)
+            finally:  # a step that ran out of memory leaves gradients behind
+                for parameter in trained(self.model):
+                    parameter.grad = None
             return [record["loss"] for record in trainer.state.log_history if "loss" in record]
 
     def _set_up(self, output: str = "", length: int | None = None, steps: int | None = None) -> ModelSetup:
-        recipe = self._recipe
-        options = Options(
-            model="random",
-            dataset="random",
-            output=output,
-            device="cpu" if self._device.type == "cpu" else "cuda",
-            dtype="bfloat16",
-            cuda_graphs=recipe.cuda_graphs,
-            sequence_length=length,
-            gradient_accumulation=1,
-            max_steps=steps,
-            attention_rank=recipe.attention_rank,
-            expert_rank=recipe.expert_rank,
-            learning_rate=recipe.learning_rate,
-            scheduler="constant",
-            warmup=0.0,
-            optimizer="auto" if recipe.paged or self._device.type == "cpu" else "adamw_8bit",
-            memory_limit=NO_LIMIT_GIB,  # what does not fit is to be seen, not refused
-        )
-        return set_up(options, self.model.config, self._device)
+        return _resolved(self.model.config, self._recipe, self._device, output, length, steps)
+
+
+def _resolved(
+    config: Any, recipe: Recipe, device: torch.device, output: str, length: int | None, steps: int | None
+) -> ModelSetup:
+    options = Options(
+        model="random",
+        dataset="random",
+        output=output,
+        device="cpu" if device.type == "cpu" else "cuda",
+        dtype="bfloat16",
+        cuda_graphs=recipe.cuda_graphs,
+        sequence_length=length,
+        gradient_accumulation=1,
+        max_steps=steps,
+        attention_rank=recipe.attention_rank,
+        expert_rank=recipe.expert_rank,
+        learning_rate=recipe.learning_rate,
+        scheduler="constant",
+        warmup=0.0,
+        optimizer="auto" if recipe.paged or device.type == "cpu" else "adamw_8bit",
+        memory_limit=NO_LIMIT_GIB,  # what does not fit is to be seen, not refused
+    )
+    return set_up(options, config, device)
+
+
+def graphs_refusal(config: Any, recipe: Recipe, device: torch.device) -> str | None:
+    """Why the decoder of a model of this config cannot run as CUDA graphs on ``device``; None if it can."""
+    try:
+        plan_run(_resolved(config, recipe, device, "", None, None), plain_text=True)
+    except ValueError as error:
+        if "--cuda-graphs" not in str(error):
+            raise
+        return str(error).partition("--cuda-graphs: ")[2]
+    return None
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -3,7 +3,7 @@
 - ``docs/api/`` has the public functions and classes from their docstrings, which griffe reads without importing them, and
   the options of the commands.
 - The table of the memory plan stands between two comments in ``docs/finetuning.md``, as ``moe-fused finetune`` predicts
-  it.
+  it. Tables for other models stand in ``docs/models.md`` (see ``scripts/models_tables.py``).
 
 ``scripts/figures.py`` draws the figures.
 """
@@ -402,22 +402,9 @@ def _commands() -> Iterator[str]:
 
 def qwen3_30b_a3b() -> Any:
     """The configuration of Qwen3-30B-A3B."""
-    from transformers import Qwen3MoeConfig
+    from benchmarks.models import BY_NAME
 
-    return Qwen3MoeConfig(
-        vocab_size=151936,
-        hidden_size=2048,
-        intermediate_size=6144,
-        moe_intermediate_size=768,
-        num_hidden_layers=48,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,  # type: ignore[call-arg]
-        num_experts=128,
-        num_experts_per_tok=8,
-        max_position_embeddings=40960,
-        tie_word_embeddings=False,
-    )
+    return BY_NAME["qwen3-30b-a3b"].config()
 
 
 @functools.cache
@@ -456,9 +443,10 @@ def _row(name: str, values: Iterable[float]) -> str:
     return f"| {name} | {' | '.join(f'{value:.2f}' for value in values)} |"
 
 
-def with_table(path: Path, name: str, table: str) -> str:
-    """Returns the text of ``path`` with ``table`` between the two comments of that name."""
-    head, begin, rest = path.read_text(encoding="utf-8").partition(f"<!-- {name} begin -->\n")
+def with_table(path: Path, name: str, table: str, text: str | None = None) -> str:
+    """Returns ``text``, by default that of ``path``, with ``table`` between the two comments of that name."""
+    text = path.read_text(encoding="utf-8") if text is None else text
+    head, begin, rest = text.partition(f"<!-- {name} begin -->\n")
     _, end, tail = rest.partition(f"<!-- {name} end -->")
     if not begin or not end:
         raise ValueError(
@@ -471,9 +459,20 @@ def with_table(path: Path, name: str, table: str) -> str:
 
 
 def generated() -> dict[Path, str]:
-    """The text of every file that this script writes, by its path."""
+    """The text of every file that this script writes but ``docs/models.md``, by its path."""
     finetuning = DOCS / "finetuning.md"
     return reference() | {finetuning: with_table(finetuning, "plan", plan_table())}
+
+
+def generated_models() -> dict[Path, str]:
+    """The text of ``docs/models.md``, by its path. It takes longer than the others, for many models are planned."""
+    from scripts.models_tables import tables
+
+    path = DOCS / "models.md"
+    text = path.read_text(encoding="utf-8")
+    for name, table in tables().items():
+        text = with_table(path, name, table, text)
+    return {path: text}
 
 
 def outdated(pages: dict[Path, str]) -> list[str]:
@@ -485,7 +484,7 @@ def outdated(pages: dict[Path, str]) -> list[str]:
 
 def main() -> None:
     argparse.ArgumentParser(description="Renew the parts of the documentation that come from the code.").parse_args()
-    pages = generated()
+    pages = generated() | generated_models()
     old = outdated(pages)
     for path, text in pages.items():
         path.parent.mkdir(parents=True, exist_ok=True)

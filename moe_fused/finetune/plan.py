@@ -82,12 +82,20 @@ def plan_run(setup: ModelSetup, *, plain_text: bool, rows: int = 0) -> MemoryPla
         ValueError: The run cannot fit, and the error names an option with which it would. It is also raised if the
             model or the device does not support what the options ask for.
     """
-    sizes, limit = sizes_of(setup.skeleton), _limit(setup)
-    for run in candidates(setup, plain_text=plain_text, rows=rows):
-        plan = _plan(run, sizes, limit)
+    for plan in plans_of(setup, plain_text=plain_text, rows=rows):
         if plan.fits:
             return plan
-    raise ValueError(_advice(plan, sizes))
+    raise ValueError(_advice(plan, sizes_of(setup.skeleton)))
+
+
+def plans_of(setup: ModelSetup, *, plain_text: bool, rows: int = 0) -> Iterator[MemoryPlan]:
+    """Yields the plans of all runs that ``plan_run`` chooses from, in the order in which they are preferred.
+
+    The arguments are those of ``plan_run``.
+    """
+    sizes, limit = sizes_of(setup.skeleton), _limit(setup)
+    for run in candidates(setup, plain_text=plain_text, rows=rows):
+        yield _plan(run, sizes, limit)
 
 
 def _plan(run: ResolvedRun, sizes: Sizes, limit: int | None) -> MemoryPlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +16,14 @@ from typer.testing import CliRunner
 import moe_fused
 from benchmarks import finetune_30b, full_model, step_trace
 from benchmarks.finetune_30b import QWEN3_30B, TINY
+from benchmarks.model import Model, composed_refusal
+from benchmarks.models import BY_NAME, DIRECTORY, MODELS
 from benchmarks.rows import read_rows, row_from_json, write_rows
 from benchmarks.table import render
 from benchmarks.training import Loop, Meter, Recipe, measure, set_up_loop, trained
 from moe_fused.benchmark.harness import compare
 from moe_fused.benchmark.layers import Ceilings
-from moe_fused.integrations.quantizer.packed_experts import PackedConfig, get_packed
+from moe_fused.integrations.quantizer.packed_experts import PackedConfig, get_packed, packed_modules
 from tests.support import unboxed
 
 CPU = torch.device("cpu")
@@ -58,9 +61,26 @@ def loss_and_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 # What is built.
 
 
-def test_what_is_built_is_what_would_be_loaded(tmp_path):
+# The first model of each.
+ARCHITECTURES = tuple({model.config().model_type: model.name for model in reversed(MODELS)}.values())
+
+
+def described(model: nn.Module) -> dict[str, tuple]:
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {
+        name: (type(tensor), tensor.shape, tensor.dtype, tensor.device.type, tensor.requires_grad)
+        for name, tensor in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_is_built_is_what_would_be_loaded(tmp_path, name):
+    """Of every architecture, with its biases, buffers and tied weights; what is not drawn has the same values."""
+    model = Model(name, BY_NAME[name].config()).tiny()
     torch.manual_seed(0)
-    Qwen3MoeForCausalLM._from_config(TINY.config(), dtype=torch.bfloat16).save_pretrained(tmp_path)
+    with torch.no_grad():
+        made = AutoModelForCausalLM.from_config(model.config(), dtype=torch.bfloat16)
+    made.save_pretrained(tmp_path)
     moe_fused.enable()
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -71,25 +91,49 @@ def test_what_is_built_is_what_would_be_loaded(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=config, dtype=torch.bfloat16, device_map={"": CPU}
     )
-    built = full_model.build(TINY, CPU)
-
-    def described(model: nn.Module) -> dict[str, tuple]:
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        return {
-            name: (type(tensor), tensor.shape, tensor.dtype, tensor.device.type, tensor.requires_grad)
-            for name, tensor in tensors.items()
-        }
-
+    built = full_model.build(model, CPU)
     assert described(built) == described(loaded)
     assert [type(module) for module in built.modules()] == [type(module) for module in loaded.modules()]
-    for name in ("is_quantized", "is_loaded_in_4bit", "quantization_method"):
-        assert getattr(built, name) == getattr(loaded, name)
+    for attribute in ("is_quantized", "is_loaded_in_4bit", "quantization_method"):
+        assert getattr(built, attribute) == getattr(loaded, attribute)
     assert type(built.hf_quantizer) is type(loaded.hf_quantizer)
-    experts, others = (model.model.layers[1].mlp.experts for model in (built, loaded))
-    assert type(experts.config) is type(others.config) is PackedConfig
-    assert experts.gate_up_proj_format == others.gate_up_proj_format
-    assert experts.gate_up_proj_source_dtype == others.gate_up_proj_source_dtype
-    assert torch.equal(built.model.rotary_emb.inv_freq, loaded.model.rotary_emb.inv_freq)
+    assert built.config._attn_implementation == loaded.config._attn_implementation
+    others, ids = dict(packed_modules(loaded)), set()
+    for path, experts in packed_modules(built):
+        assert type(experts.config) is type(others[path].config) is PackedConfig
+        for stack in ("gate_up_proj", "down_proj"):
+            for kind in ("format", "source_dtype"):
+                assert getattr(experts, f"{stack}_{kind}") == getattr(others[path], f"{stack}_{kind}")
+            ids.add(getattr(experts, stack).data_ptr())
+    assert len(ids) == 2 * len(others) > 0
+    values = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
+    for path, value in [*built.named_parameters(), *built.named_buffers()]:
+        if value.dim() == 1 and not path.endswith(("A_log", "sinks", "gate.bias", "router.bias")):  # these are random
+            assert torch.equal(value, values[path]), path
+    head, embedding = built.get_output_embeddings().weight, built.get_input_embeddings().weight
+    assert (head is embedding) == bool(model.published.get_text_config().tie_word_embeddings)
+
+
+def test_stacks_that_are_no_single_matrix(tmp_path):
+    """Scales of gpt-oss's experts are apart only if its matrices are quantized one by one."""
+    config = Model("m", BY_NAME["gpt-oss-20b"].config()).tiny().config()
+    config.hidden_size, config.intermediate_size = 64, 96
+    model = Model("m", config)
+    experts = full_model.build(model, CPU).model.layers[0].mlp.experts
+    for name in ("gate_up_proj", "down_proj"):
+        weights = get_packed(experts, name)
+        offsets = weights.nested_offset.view(torch.float32).flatten()
+        assert len(offsets.unique()) == 4
+        assert 0.9 * full_model.STD < float(weights.dequantize().float().std()) < 1.1 * full_model.STD
+        with pytest.raises(ValueError, match="an offset for each expert"):
+            full_model.as_bitsandbytes(weights)
+
+
+def test_experts_that_plain_torch_has():
+    said = {name: composed_refusal(Model(name, BY_NAME[name].config())) for name in ARCHITECTURES}
+    assert [name for name, reason in said.items() if reason is not None] == ["gpt-oss-20b"]
+    huge = composed_refusal(Model("m", BY_NAME["qwen3.5-397b-a17b"].config()))
+    assert huge == "a stack of Qwen3_5MoeExperts cannot be one matrix of bitsandbytes"
 
 
 def test_bitsandbytes_reads_the_same_bytes():
@@ -145,7 +189,7 @@ def test_parameters_of_the_real_model():
 
 
 def test_flops_of_attention():
-    heads, features, tokens = TINY.heads, TINY.head_dim, 10
+    heads, features, tokens = 4, 32, 10
     pairs = sum(range(1, tokens + 1))
     assert TINY.attention_flops(tokens) == TINY.layers * heads * pairs * 2 * (2 * features)
 
@@ -153,7 +197,7 @@ def test_flops_of_attention():
 def test_multiplied_parameters_are_those_of_the_modules():
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM._from_config(TINY.config())
-    idle = 1 - TINY.experts.top_k / TINY.experts.experts
+    idle = 1 - 2 / 4
     counted = 0.0
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and "embed" not in name:
@@ -161,6 +205,48 @@ def test_multiplied_parameters_are_those_of_the_modules():
         elif parameter.dim() == 3:
             counted += parameter.numel() * (1 - idle)
     assert counted == TINY.multiplied_parameters
+
+
+def test_flops_of_sliding_windows_and_recurrent_layers():
+    gpt_oss = Model("m", BY_NAME["gpt-oss-20b"].config()).tiny()
+    pairs = [min(i, 16) for i in range(1, 41)]  # one layer has a window of 16 tokens, one sees all
+    assert gpt_oss.attention_flops(40) == 4 * 2 * 2 * 32 * (sum(pairs) + sum(range(1, 41)))
+    qwen = Model("m", BY_NAME["qwen3.5-35b-a3b"].config()).tiny()
+    assert qwen.attention_flops(40) == 4 * 2 * 2 * 32 * sum(range(1, 41)) + 3 * 2 * 4 * 32 * 32 * 40
+    granite = Model("m", BY_NAME["granite-4.0-h-tiny"].config()).tiny()
+    assert granite.attention_flops(40) == 4 * 2 * 2 * 32 * sum(range(1, 41)) + 2 * 2 * 4 * 64 * 16 * 40
+    latent = Model("m", BY_NAME["deepseek-v2-lite"].config()).tiny()
+    assert latent.attention_flops(40) == 2 * 4 * 2 * (16 + 16 + 16) * sum(range(1, 41))
+    text = granite.published
+    text.layer_types = ["conv", "full_attention"]
+    with pytest.raises(ValueError, match="layers of type conv, whose operations are not counted"):
+        granite.attention_flops(40)
+
+
+def test_short_models_have_the_first_layers():
+    model = Model("gpt-oss-20b", BY_NAME["gpt-oss-20b"].config())
+    short = model.shortened(3)
+    assert (short.name, short.layers) == ("gpt-oss-20b-3-layers", 3)
+    assert short.published.layer_types == model.published.layer_types[:3]
+    assert len(short.skeleton.model.layers) == 3
+    assert model.layers == 24
+
+
+def units(number: str) -> float:
+    """One unit of the last digit of a number."""
+    return 10.0 ** -len(number.partition(".")[2])
+
+
+@pytest.mark.parametrize("published", MODELS, ids=lambda published: published.name)
+def test_parameters_are_those_that_were_published(published):
+    """Publishers round down or to the nearest, and count the embedding as active or not."""
+    model = Model(published.name, published.config())
+    total = sum(parameter.numel() for parameter in model.skeleton.parameters()) / 1e9
+    assert abs(total - float(published.parameters)) < units(published.parameters)
+    active = model.multiplied_parameters / 1e9
+    embedding = model.skeleton.get_input_embeddings().weight.numel() / 1e9
+    assert min(abs(active + more - float(published.active)) for more in (0, embedding)) < units(published.active)
+    assert set(DIRECTORY.glob("*.json")) == {DIRECTORY / f"{other.name}.json" for other in MODELS}
 
 
 # Where the time goes.
@@ -300,6 +386,61 @@ def test_whole_run(tmp_path, trainer):
     assert "2 layers built" in result.stdout
 
 
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES if name != "qwen3-30b-a3b"]
+)
+def test_whole_run_of_each_architecture(tmp_path, name):
+    """With finetune's trainer and adapters, in all implementations that the model can have."""
+    pytest.importorskip("trl")
+    output = tmp_path / "rows.json"
+    result = run(*SMOKE, "--model", name, "--output", str(output))
+    assert result.exit_code == 0, result.output
+    expected = ["moe_fused", "moe_fused_eager", "composed"]
+    if "gpt-oss" in name:
+        expected.remove("composed")
+        assert "composed is left out: GptOssExperts has biases" in result.stdout
+    rows = read_rows(output)
+    assert [row.implementation for row in rows] == expected
+    for row in rows:
+        assert (row.layer, row.tokens) == (f"{name}-tiny", 16)
+        assert all(row.details[f"{part}_ms"] > 0 for part in step_trace.PARTS)
+        assert 5.5 < row.details["loss"] < 7.5
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if not name.startswith("granite")])
+def test_graphs_are_refused_where_a_run_on_a_gpu_has_none(name):
+    """Asked on the architecture alone, for a GPU that is not there."""
+    reasons = finetune_30b.refusals(
+        Model(name, BY_NAME[name].config()).tiny(), torch.device("cuda"), Recipe(cuda_graphs=True), "finetune"
+    )
+    without = ("gpt-oss", "qwen3-next", "qwen3.5", "deepseek")
+    assert ("moe_fused_eager" in reasons) == name.startswith(without)
+
+
+def test_lengths_beyond_the_positions_are_not_run(tmp_path, monkeypatch):
+    config = BY_NAME["qwen3-30b-a3b"].config()
+    config.max_position_embeddings = 16
+    monkeypatch.setattr(finetune_30b, "BY_NAME", {"qwen3-30b-a3b": SimpleNamespace(config=lambda: config)})
+    output = tmp_path / "rows.json"
+    options = ("--trainer", "loop", "--implementation", "moe_fused")
+    result = run(*SMOKE, *options, "--tokens", "32", "--output", str(output))
+    assert result.exit_code == 0, result.output
+    assert "has positions for 16 tokens: not run are [32]" in result.stdout
+    assert [row.tokens for row in read_rows(output)] == [16]
+
+
+def test_weights_that_do_not_fit_are_rows(tmp_path, monkeypatch):
+    def build(*_, **__):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(full_model, "build", build)
+    output = tmp_path / "rows.json"
+    result = run(*SMOKE, "--trainer", "loop", "--output", str(output))
+    assert result.exit_code == 0, result.output
+    assert "moe_fused: the weights alone do not fit" in result.stdout
+    assert [row.ms for row in read_rows(output)] == [None] * 3
+
+
 def test_models_that_differ_are_noticed(monkeypatch):
     right = full_model.composed_forward
 
@@ -342,6 +483,9 @@ def test_no_memory_is_a_row(monkeypatch, tmp_path):
     ("options", "message"),
     [
         (("--device", "cpu"), "give --quick"),
+        (("--model", "gpt-4"), "is none of qwen3-30b-a3b, "),
+        (("--model", "gpt-oss-20b", "--trainer", "loop"), "gpt-oss-20b needs finetune"),
+        ((*SMOKE, "--model", "gpt-oss-20b", "--implementation", "composed"), "composed: GptOssExperts has biases"),
         (("--implementation", "nobody"), "is none of moe_fused, moe_fused_eager, composed, peft"),
         (("--recompute", "selective"), "needs loop"),
         (("--trainer", "nobody"), "is none of finetune, loop"),

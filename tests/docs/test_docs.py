@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -255,6 +256,62 @@ def test_generated_pages_are_current() -> None:
     from scripts.docs import generated, outdated
 
     assert not outdated(generated()), "run make docs"
+
+
+@pytest.mark.slow
+def test_tables_of_models_are_current() -> None:
+    for package in ("peft", "liger_kernel", "typer"):
+        pytest.importorskip(package)
+    from scripts.docs import generated_models
+
+    for path, text in generated_models().items():
+        assert path.read_text(encoding="utf-8") == text, "run make docs"
+
+
+def test_rows_of_a_model_are_current() -> None:
+    """As above for one model, and for what does not depend on predictions."""
+    for package in ("peft", "liger_kernel", "typer"):
+        pytest.importorskip(package)
+    from benchmarks.models import BY_NAME, MODELS
+    from scripts import models_tables
+
+    text = (DOCS / "models.md").read_text(encoding="utf-8")
+    model = BY_NAME["olmoe-1b-7b"]
+    for table in (models_tables.memory_table, models_tables.cards_table):
+        assert table([model]).splitlines()[2] in text.splitlines()
+    assert models_tables.runs_table(MODELS) in text
+    # Longer than its positions: no prediction.
+    assert models_tables.memory_table([model]).splitlines()[2].endswith("| – | – |")
+
+
+def test_what_was_run_comes_from_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("typer")
+    from benchmarks.models import BY_NAME
+    from benchmarks.rows import read_rows, write_rows
+    from scripts import models_tables
+
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    monkeypatch.setattr(models_tables, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(models_tables, "RESULTS", results)
+    model, rows = BY_NAME["gpt-oss-20b"], read_rows(REPOSITORY / "benchmarks/results/finetune-30b_h200.json")
+    ours = [row for row in rows if row.implementation == "moe_fused"]
+    assert models_tables.runs_table([model]).splitlines()[2].endswith("| a tiny model in the tests |")
+    changed = [dataclasses.replace(row, layer=model.name) for row in ours[:2]]
+    changed += [
+        dataclasses.replace(changed[0], ms=None, tokens=4096),  # out of memory
+        dataclasses.replace(changed[0], implementation="composed", tokens=8192),
+        dataclasses.replace(changed[0], layer="gpt-oss-20b-2-layers", tokens=16384),
+    ]
+    write_rows(results / "finetune-gpt-oss-20b_h200.json", changed)
+    assert (
+        models_tables.runs_table([model])
+        .splitlines()[2]
+        .endswith(
+            "| full size on NVIDIA H200 with 1024, 2048 tokens "
+            "([rows](../benchmarks/results/finetune-gpt-oss-20b_h200.json)); a tiny model in the tests |"
+        )
+    )
 
 
 def _texts(path: Path) -> list[str]:

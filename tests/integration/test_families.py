@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import moe_fused
 from moe_fused.checkpoints.adapters import Layout
 from moe_fused.checkpoints.adapters.convert import convert_adapter
 from moe_fused.commands import loading
@@ -127,6 +128,62 @@ def test_finetunes_as_typed(case: ModelCase, command: Command, rows: Path, tmp_p
             unused = loaded(input_ids=ids).logits
     assert used.isfinite().all()
     assert not torch.equal(used, unused)
+
+
+def stock_logits(model: Path, adapter: Path, quantize: bool, ids: Tensor) -> Tensor:
+    """Logits of an adapter as PEFT and Transformers compute them without this package, over the dequantized base."""
+    moe_fused.enable()  # for the weights in 4 bits
+    quantization = {"quantization_config": four_bit_config(DTYPE)} if quantize else {}
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPE, device_map={"": DEVICE}, **quantization)
+    if next(packed_modules(base), None) is not None:
+        base.dequantize(DTYPE)
+    moe_fused.disable()
+    base = base.to(DTYPE)
+    base.set_experts_implementation("eager")
+    with torch.no_grad():
+        result: Tensor = PeftModel.from_pretrained(base, adapter).eval()(input_ids=ids).logits
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_4bit", [False, True], ids=["dense", "nf4"])
+@by_family
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # of linear layers of the same names beside experts
+def test_what_is_trained_is_what_others_read(
+    case: ModelCase, in_4bit: bool, command: Command, rows: Path, tmp_path: Path
+) -> None:
+    """The adapter, its export by expert and the merged model give the logits of stock PEFT over the dequantized base."""
+    model, output = save_family(case, tmp_path / "model"), tmp_path / "adapter"
+    export = () if case.id in BY_EXPERT_REFUSED else ("--export", "per-expert")
+    arguments = ("--model", model, "--dataset", rows, "--output", output, "--max-steps", "3", "--learning-rate", "0.01")
+    ended = command("finetune", *arguments, "--quantization", "nf4" if in_4bit else "none", *export)
+    assert ended.status == 0, ended
+    ids = AutoTokenizer.from_pretrained(output)("1 + 1?", return_tensors="pt").input_ids.to(DEVICE)
+    expected = stock_logits(model, output, in_4bit, ids)
+    close = functools.partial(torch.testing.assert_close, atol=2e-3, rtol=2e-3)
+
+    # Stock PEFT reads adapters by expert for some families only. It leaves out those of the experts of others, silently.
+    for adapter in (output, output / "per-expert") if export else (output,):
+        base = load_model(str(model), DTYPE, torch.device(DEVICE), four_bit_config(DTYPE) if in_4bit else None)
+        with torch.no_grad():
+            loaded = load_adapter(base, str(adapter)).eval()
+            close(loaded(input_ids=ids).logits, expected)
+            with loaded.disable_adapter():
+                assert float((loaded(input_ids=ids).logits - expected).abs().max()) > 2e-2
+
+    source = model
+    if in_4bit:  # what the command writes dequantizes to bf16, the dtype of the model
+        source = tmp_path / "quantized"
+        ended = command("quantize", model, source, "--format", "fused")
+        assert ended.status == 0, ended
+        expected = stock_logits(source, output, False, ids)
+    arguments = ("merge", source, output, tmp_path / "merged", "--dtype", "float32")
+    ended = command(*arguments, *(("--allow-other-base",) if in_4bit else ()))
+    assert ended.status == 0, ended
+    moe_fused.disable()  # the result needs nothing of ours
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=DTYPE).to(DEVICE)
+    with torch.no_grad():
+        close(merged(input_ids=ids).logits, expected)
 
 
 def test_finetunes_the_language_model_of_a_vision_language_model(command: Command, rows: Path, tmp_path: Path) -> None:

@@ -1,0 +1,143 @@
+"""The tables of ``docs/models.md`` about published models: the memory of a run, the cards that it fits, and what was run.
+
+The numbers are the predictions of ``moe-fused finetune`` for the configs in ``benchmarks/models``, made on the meta device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.models import Published
+    from benchmarks.rows import Row
+    from moe_fused.finetune.plan import MemoryPlan
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks" / "results"
+BENCHMARK = "finetune_30b"
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+# Cards by their nominal GiB, and the share of them that a run may use: firmware, driver and screen take the rest.
+CARDS = (16, 24, 32, 48, 80)
+USABLE = 0.96
+NO_LIMIT = 4096
+NONE = "–"
+
+
+def _marked(model: Published) -> str:
+    """The name of a model, with the mark of the footnote on recurrent layers if it has some."""
+    text = model.config().get_text_config()
+    return model.repository + "⁷" * ("linear_attention" in (getattr(text, "layer_types", None) or ()))
+
+
+@functools.cache
+def plans(model: Published) -> dict[int, list[MemoryPlan]]:
+    """The plans of finetune's default run on an NVIDIA GPU, by length; with CUDA graphs first, where there are any.
+
+    Lengths beyond the model's positions are left out.
+    """
+    import torch
+
+    from moe_fused.finetune.options import Options
+    from moe_fused.finetune.plan import plans_of
+    from moe_fused.finetune.resolve import set_up
+
+    config = model.config()
+    options = Options(model=model.repository, dataset="data", output="out", memory_limit=NO_LIMIT)
+    setup = set_up(options, config, torch.device("cuda"))
+    longest = config.get_text_config().max_position_embeddings
+    return {
+        length: list(
+            plans_of(
+                dataclasses.replace(setup, options=dataclasses.replace(options, sequence_length=length)),
+                plain_text=False,
+            )
+        )
+        for length in LENGTHS
+        if length <= longest
+    }
+
+
+def memory_table(models: Sequence[Published]) -> str:
+    """The predicted peaks by length, in GiB."""
+    from moe_fused.memory import GIB
+
+    def cells(model: Published) -> Iterable[str]:
+        yield _marked(model)
+        yield f"{model.parameters} ({model.active})"
+        planned = plans(model)
+        for length in LENGTHS:
+            yield f"{planned[length][0].prediction.total / GIB:.2f}" if length in planned else NONE
+
+    return _table(["model", "billions of parameters (active)", *map(str, LENGTHS)], map(cells, models))
+
+
+def cards_table(models: Sequence[Published]) -> str:
+    """The longest sequences that fit cards of some sizes."""
+    return _table(
+        ["model", *(f"{card} GB" for card in CARDS)],
+        ([_marked(model), *(str(longest_on(model, card) or NONE) for card in CARDS)] for model in models),
+    )
+
+
+def longest_on(model: Published, card: int) -> int | None:
+    """The longest of ``LENGTHS`` that fits a card of so many GiB, with CUDA graphs or without; None if none fits."""
+    from moe_fused.memory import GIB
+
+    fitting = [
+        length
+        for length, planned in plans(model).items()
+        if min(plan.needed for plan in planned) <= USABLE * card * GIB
+    ]
+    return max(fitting, default=None)
+
+
+def runs_table(models: Sequence[Published]) -> str:
+    """The command for each model, and what of it was run."""
+    rows = _rows()
+
+    def cells(model: Published) -> Iterable[str]:
+        name = "bf16-model" if model.is_mxfp4 else model.repository
+        yield model.repository
+        yield f"`moe-fused finetune --model {name} --dataset chats.jsonl --output my-adapter`" + "⁸" * model.is_mxfp4
+        yield _run(model, rows)
+
+    return _table(["model", "command", "what was run"], map(cells, models))
+
+
+def _rows() -> list[tuple[Path, Row]]:
+    """The rows of whole models in ``benchmarks/results``, each with its file."""
+    from benchmarks.rows import OURS, read_rows
+
+    files = sorted(RESULTS.glob("finetune-*.json"))
+    rows = [(file, row) for file in files for row in read_rows(file)]
+    return [(file, row) for file, row in rows if (row.benchmark, row.implementation) == (BENCHMARK, OURS) and row.ms]
+
+
+def _run(model: Published, rows: list[tuple[Path, Row]]) -> str:
+    found: dict[tuple[Path, str], list[int]] = {}
+    for file, row in rows:
+        if row.layer == model.name:
+            found.setdefault((file, row.gpu), []).append(row.tokens)
+    runs = [
+        f"full size on {gpu} with {', '.join(map(str, sorted(tokens)))} tokens "
+        f"([rows](../{file.relative_to(REPOSITORY).as_posix()}))"
+        for (file, gpu), tokens in found.items()
+    ]
+    return "; ".join([*runs, "a tiny model in the tests"])
+
+
+def _table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def tables() -> dict[str, str]:
+    """Each table by the name of the comments that it stands between."""
+    from benchmarks.models import MODELS
+
+    return {"memory": memory_table(MODELS), "cards": cards_table(MODELS), "runs": runs_table(MODELS)}
