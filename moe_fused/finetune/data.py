@@ -286,7 +286,7 @@ def _sequences(
         sequences=len(sequences),
         steps=steps,
         left_out=left_out,
-        notes=list(_notes(tokens, data, len(sequences), idle)),
+        notes=[*_notes(tokens, data, len(sequences), idle), *_notes_on_steps(options, steps)],
     )
     return sequences, report
 
@@ -486,6 +486,19 @@ def _notes(tokens: Dataset, data: Data, sequences: int, idle: int) -> Iterator[s
         yield (
             "the chat template does not mark the token that ends the assistant's turn, so the model may not learn to stop: "
             "move that token into {% generation %}…{% endgeneration %}"
+        )
+
+
+def _notes_on_steps(options: Options | None, steps: int | None) -> Iterator[str]:
+    """Yields the remarks that need the number of steps of the training."""
+    if options is None or steps is None or not options.evaluates:
+        return
+    every = options.eval_steps or options.save_steps
+    if every > steps:
+        source = "" if options.eval_steps else ", as --save-steps,"
+        yield (
+            f"--eval-steps is {every}{source} and the run has {_counted(steps, 'step')}: the only evaluation is that "
+            "after the last step"
         )
 
 
