@@ -23,6 +23,7 @@ from .adapters import adapt
 from .card import card
 from .checkpoints import check_finite_adapter
 from .data import Data, Prepared, bars, find, find_evaluation, prepare
+from .duration import duration_line
 from .endings import explained, stopped_by
 from .fingerprint import as_comment, base_fingerprints, check_same_base, check_same_data, fingerprints
 from .model import check_model, load_config, load_model, load_tokenizer
@@ -87,6 +88,8 @@ def run(
         check_space(resolved, plan.prediction.trainable)
         prepared = prepare(found, options, resolved.batching, vocabulary=resolved.vocabulary, evaluation=evaluation)
     _print(console, prepared.lines())
+    gpu = torch.cuda.get_device_name(resolved.device) if resolved.device.type == "cuda" else None
+    _print(console, [duration_line(resolved, prepared, gpu)])
     if options.trainer:
         _check_trainer(resolved)
     data = fingerprints(prepared, found)
