@@ -314,6 +314,62 @@ def _cut(table: pa.Table, length: int) -> pa.Table:
     return pa.table({name: pc.list_slice(table[name], 0, length) for name in table.column_names})
 
 
+# Names of the columns that say where each token of a sequence came from: the index of its row, and its own in the row.
+ROW, PLACE = "row", "place"
+# TRL packs this many rows at a time, so the first sequences depend on no others.
+_ROWS_OF_PACKING = 1000
+
+
+def first_sequences(
+    data: Data, options: Options, batching: Batching, number: int
+) -> tuple[Dataset, dict[int, int], list[str]]:
+    """Makes the first sequences that a run trains on, and keeps where each of their tokens came from.
+
+    Args:
+        data: The rows and their renderer.
+        options: The options of the run.
+        batching: How rows become sequences.
+        number: The number of sequences.
+
+    Returns:
+        The sequences with the columns ``ROW`` and ``PLACE``, the number of tokens of each of these rows, and the
+        problems of rows that cannot be trained on, which are left out.
+
+    Raises:
+        ValueError: No row is left to train on.
+    """
+    from datasets import Dataset
+
+    most = number * _ROWS_OF_PACKING
+    if options.eval_share is None and not options.skip_bad_rows and most < len(data.rows):
+        table = data.rows.table.select(range(most))
+        data = dataclasses.replace(data, rows=dataclasses.replace(data.rows, table=table))
+    tokens = _tokenize(data)
+    tokens, bad = _usable(data, tokens.add_column(ROW, np.arange(len(tokens))), batching)
+    named = [f"{data.rows.place(index)} {problem}" for index, problem in bad]
+    if not len(tokens):
+        raise ValueError(_nothing(options.dataset, named))
+    if options.eval_share is not None:
+        tokens, _ = _split(tokens, options)
+    tokens = tokens.select(range(min(len(tokens), most)))
+    columns = tokens.select_columns([ROW, "length"]).with_format("numpy")[:]
+    rows, sizes = columns[ROW], columns["length"]
+    table = tokens.select_columns(list(_COLUMNS)).with_format("arrow")[:]
+    table = table.append_column(ROW, _lists(np.repeat(rows, sizes), sizes))
+    table = table.append_column(PLACE, _lists(np.concatenate([np.arange(size) for size in sizes]), sizes))
+    sequences = fit(Dataset(table), batching)
+    sequences = sequences.select(range(min(number, len(sequences))))
+    return sequences, dict(zip(rows.tolist(), sizes.tolist(), strict=True)), named
+
+
+def _lists(values: np.ndarray, sizes: np.ndarray) -> pa.Array:
+    """Cuts values into lists of these sizes."""
+    import pyarrow as pa
+
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, values.astype(np.int32))
+
+
 # --- rows to tokens
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -35,7 +36,7 @@ from .precheck import Process
 from .progress import Log, Stop, memory_gib
 from .resolve import ResolvedRun, set_up, training_device
 from .results import write_results
-from .show import show_rows
+from .show import show_rows, show_sequences
 from .space import check_space
 from .trackers import keep_local
 
@@ -107,10 +108,18 @@ def run(
 
 
 def show(options: Options, process: Process, count: int) -> None:
-    """Prints the first ``count`` rows as they would be trained on. It raises the same errors as ``run``."""
-    _, _, found, plan = _resolve(options, process, trains=False)
-    for line in show_rows(found, count, plan.run.batching, skip_bad=options.skip_bad_rows):
+    """Prints the first ``count`` rows as they would be trained on, and as many sequences of rows.
+
+    It raises the same errors as ``run``.
+    """
+    console, _, found, plan = _resolve(options, process, trains=False)
+    batching = plan.run.batching
+    for line in show_rows(found, count, batching, skip_bad=options.skip_bad_rows):
         print(line)
+    sys.stdout.flush()
+    with bars(console.is_terminal):
+        for line in show_sequences(found, options, count, batching):
+            print(line)
 
 
 def _resolve(options: Options, process: Process, *, trains: bool) -> tuple[Console, Any, Data, MemoryPlan]:
