@@ -101,7 +101,7 @@ format: $(READY) ## Format the code and fix what ruff can fix
 	@$(BIN)/python -m ruff check --fix . ; $(BIN)/python -m ruff format .
 
 docs: build ## Renew what Markdown takes from code and rows: API reference, memory plan, figures, benchmarks
-	@$(BIN)/python scripts/docs.py && $(BIN)/python scripts/figures.py
+	@$(BIN)/python scripts/docs.py && $(BIN)/python scripts/figures.py && $(BIN)/python scripts/speeds.py
 	@for file in README.md docs/benchmarks.md; do $(BIN)/python -m benchmarks.table $$file || exit 1; done
 
 BENCHMARKS ?= experts experts_4bit experts_lora

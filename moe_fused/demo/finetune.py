@@ -6,6 +6,7 @@ Each runs in a process of its own: the first is the command as a user types it, 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -34,8 +35,8 @@ from .model import Size
 from .output import ADAPTER, DEQUANTIZED, EXPORTED, PACKED
 from .train import held_out_loss
 
-DATASET, PROBE, SCRIPT = "source-code.txt", "probe.safetensors", "stock.py"
-_RECORDS = 30  # points of the loss curve
+DATASET, HELD_OUT, PROBE, SCRIPT = "source-code.txt", "held-out-code.txt", "probe.safetensors", "stock.py"
+_RECORDS, _EVALUATIONS = 30, 5  # points of the loss curve and of the evaluation's
 _RANK = 8
 
 
@@ -54,6 +55,8 @@ def _arguments(size: Size, device: torch.device, seed: int) -> list[str]:
         "attention-rank": _RANK,
         "expert-rank": _RANK,
         "export": Layout.PER_EXPERT.value,
+        "eval-dataset": HELD_OUT,
+        "eval-steps": math.ceil(size.finetuning_steps / _EVALUATIONS),
         "save-steps": size.finetuning_steps,
         "log-steps": max(1, size.finetuning_steps // _RECORDS),
         "device": str(device),
@@ -126,21 +129,22 @@ def finetune(
     text, held_out = source_text()
     tokens = windows(held_out, tokenizer, size.sequence_length, model.device)
     before = held_out_loss(model, tokens, size.batch_size)
-    (directory / DATASET).write_text(text, encoding="utf-8")
+    for name, content in ((DATASET, text), (HELD_OUT, held_out)):
+        (directory / name).write_text(content, encoding="utf-8")
     arguments = _arguments(size, model.device, seed)
     command = f"moe-fused {shlex.join(arguments)}"
     console.print(f"$ {command}", soft_wrap=True, markup=False)
     run_python("moe-fused finetune", ["-m", "moe_fused", *arguments], directory, model.device)
 
+    records = read_log(directory / ADAPTER / LOG)
     adapted = load_adapter(model, str(directory / ADAPTER))
     check_round_trip(directory)
     numbers = {
         "command": command,
         "held_out_loss": {"before": before, "after": held_out_loss(adapted, tokens, size.batch_size)},
         "trained_parameters": sum(tensor.numel() for tensor in load_file(directory / ADAPTER / WEIGHTS).values()),
-        "history": {
-            record["step"]: record["loss"] for record in read_log(directory / ADAPTER / LOG) if "loss" in record
-        },
+        "history": {record["step"]: record["loss"] for record in records if "loss" in record},
+        "evaluations": {record["step"]: record["eval_loss"] for record in records if "eval_loss" in record},
         "seconds": time.perf_counter() - start,
     }
     probe = tokens[: size.batch_size].contiguous()

@@ -39,10 +39,25 @@ def draw_loss_curves(results: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(1, 2 if tuned else 1, squeeze=False)[0]
     _draw(axes[0], "Qwen3-MoE on the Python reference", dict(enumerate(history["train"])), history["held_out"])
     if tuned:
-        loss = tuned["held_out_loss"]
-        held_out = {0: loss["before"], results["size"]["finetuning_steps"]: loss["after"]}
-        _draw(axes[1], "4-bit fine-tuning on Python's source code", tuned["history"], held_out)
+        _draw(axes[1], "4-bit fine-tuning on Python's source code", tuned["history"], _evaluated(tuned))
     figure.savefig(path, dpi=120)
+
+
+def _evaluated(tuned: dict[str, Any]) -> dict[int, float]:
+    """Returns the held-out loss by step: before the fine-tuning, and of each evaluation of ``moe-fused finetune``."""
+    return {0: tuned["held_out_loss"]["before"], **tuned["evaluations"]}
+
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def curve(losses: Mapping[int, float]) -> str:
+    """Draws losses by step as a line of bars, the highest of them eight times as high as the lowest, with their ends."""
+    values = list(losses.values())
+    low, high = min(values), max(values)
+    heights = (round((value - low) / (high - low or 1) * (len(_BARS) - 1)) for value in values)
+    bars = "".join(_BARS[height] for height in heights)
+    return f"{bars}  {values[0]:.3f} to {values[-1]:.3f} nats, after steps {', '.join(map(str, losses))}"
 
 
 def _describe_loss(loss: float) -> str:
@@ -94,6 +109,7 @@ def _tuned(results: dict[str, Any], output: Path) -> dict[str, str]:
     numbers = results["finetune"]
     return {
         **{f"held-out loss {when}": _describe_loss(x) for when, x in numbers["held_out_loss"].items()},
+        "evaluations": curve(_evaluated(numbers)),
         "trained": f"{numbers['trained_parameters']:,} parameters, {results['size']['finetuning_steps']} steps",
         "adapter": _saved(results, output, ADAPTER),
         "exported per expert": f"{_saved(results, output, EXPORTED)} (and back: same bits)",

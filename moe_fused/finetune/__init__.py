@@ -10,6 +10,7 @@ From the options a run is resolved once, into a frozen record that all later ste
     architecture  facts about a model's architecture by which they are answered
     plan          the memory that a run needs, and the choice of the first record that fits
     space         the room on disk that a run needs
+    duration      the time that a run takes, where its steps were measured
 
 The data, before the model is loaded:
 
@@ -19,7 +20,7 @@ The data, before the model is loaded:
     render        a row as tokens and labels, by the chat template
     data          all rows as sequences: checked, cut, packed and counted
     preferences   rows with several answers, or with labels, in the columns of TRL's trainers
-    show          rows as they will be trained, printed for people
+    show          rows as they will be trained, and the first sequences of them, printed for people
     fingerprint   the hashes of the data and the model that a run began with, so that a change of them is noticed
 
 The model and its training:

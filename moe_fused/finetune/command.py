@@ -84,8 +84,13 @@ _SWITCHES = [
         "drop_broken_checkpoints",
         "With --resume, remove damaged checkpoints and go on from the last one that is whole.",
     ),
-    _switch("dry_run", "Check options, data and memory, and print what would be done."),
-    _switch("show_rows", "Print this many rows as they will be trained on, and end.", Optional[int], None),  # noqa: UP045
+    _switch("dry_run", "Check options, data and memory, and print what would be done and how long it would take."),
+    _switch(
+        "show_rows",
+        "Print this many rows as they will be trained on, and as many sequences of them, and end.",
+        Optional[int],  # noqa: UP045
+        None,
+    ),
     _switch("traceback", "Show where an error came from."),
 ]
 

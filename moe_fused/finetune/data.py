@@ -299,7 +299,7 @@ def _sequences(
         sequences=len(sequences),
         steps=steps,
         left_out=left_out,
-        notes=[*_remarks(tokens, data), *_notes(data, len(sequences), idle)],
+        notes=[*_remarks(tokens, data), *_notes(data, len(sequences), idle), *_notes_on_steps(options, steps)],
     )
     return sequences, report
 
@@ -312,6 +312,8 @@ def _preferences(
     found = preferences.for_trl(tokens, options.seed if options is not None and options.method == "kto" else None)
     whole, prompts = preferences.whole_lengths(found), preferences.prompt_lengths(found)
     held = np.minimum(whole, batching.length)
+    batches = math.ceil(len(found) / batching.batch_size)
+    steps = None if options is None else _steps(options, batches, batching)
     report = Report(
         rows=len(found),
         tokens=int(whole.sum()),
@@ -320,9 +322,9 @@ def _preferences(
         lost=int((whole - held).sum()),
         longest=int(whole.max()),
         sequences=whole.size,
-        steps=None if options is None else _steps(options, math.ceil(len(found) / batching.batch_size), batching),
+        steps=steps,
         left_out=left_out,
-        notes=list(_remarks(tokens, data)),
+        notes=[*_remarks(tokens, data), *_notes_on_steps(options, steps)],
     )
     return found, report
 
@@ -353,6 +355,62 @@ def _cut(table: pa.Table, length: int) -> pa.Table:
     import pyarrow.compute as pc
 
     return pa.table({name: pc.list_slice(table[name], 0, length) for name in table.column_names})
+
+
+# Names of the columns that say where each token of a sequence came from: the index of its row, and its own in the row.
+ROW, PLACE = "row", "place"
+# TRL packs this many rows at a time, so the first sequences depend on no others.
+_ROWS_OF_PACKING = 1000
+
+
+def first_sequences(
+    data: Data, options: Options, batching: Batching, number: int
+) -> tuple[Dataset, dict[int, int], list[str]]:
+    """Makes the first sequences that a run trains on, and keeps where each of their tokens came from.
+
+    Args:
+        data: The rows and their renderer.
+        options: The options of the run.
+        batching: How rows become sequences.
+        number: The number of sequences.
+
+    Returns:
+        The sequences with the columns ``ROW`` and ``PLACE``, the number of tokens of each of these rows, and the
+        problems of rows that cannot be trained on, which are left out.
+
+    Raises:
+        ValueError: No row is left to train on.
+    """
+    from datasets import Dataset
+
+    most = number * _ROWS_OF_PACKING
+    if options.eval_share is None and not options.skip_bad_rows and most < len(data.rows):
+        table = data.rows.table.select(range(most))
+        data = dataclasses.replace(data, rows=dataclasses.replace(data.rows, table=table))
+    tokens = _tokenize(data)
+    tokens, bad = _usable(data, tokens.add_column(ROW, np.arange(len(tokens))), batching)
+    named = [f"{data.rows.place(index)} {problem}" for index, problem in bad]
+    if not len(tokens):
+        raise ValueError(_nothing(options.dataset, named))
+    if options.eval_share is not None:
+        tokens, _ = _split(tokens, options)
+    tokens = tokens.select(range(min(len(tokens), most)))
+    columns = tokens.select_columns([ROW, "length"]).with_format("numpy")[:]
+    rows, sizes = columns[ROW], columns["length"]
+    table = tokens.select_columns(list(_COLUMNS)).with_format("arrow")[:]
+    table = table.append_column(ROW, _lists(np.repeat(rows, sizes), sizes))
+    table = table.append_column(PLACE, _lists(np.concatenate([np.arange(size) for size in sizes]), sizes))
+    sequences = fit(Dataset(table), batching)
+    sequences = sequences.select(range(min(number, len(sequences))))
+    return sequences, dict(zip(rows.tolist(), sizes.tolist(), strict=True)), named
+
+
+def _lists(values: np.ndarray, sizes: np.ndarray) -> pa.Array:
+    """Cuts values into lists of these sizes."""
+    import pyarrow as pa
+
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, values.astype(np.int32))
 
 
 # --- rows to tokens
@@ -538,6 +596,19 @@ def _notes(data: Data, sequences: int, idle: int) -> Iterator[str]:
         yield (
             "the chat template does not mark the token that ends the assistant's turn, so the model may not learn to stop: "
             "move that token into {% generation %}…{% endgeneration %}"
+        )
+
+
+def _notes_on_steps(options: Options | None, steps: int | None) -> Iterator[str]:
+    """Yields the remarks that need the number of steps of the training."""
+    if options is None or steps is None or not options.evaluates:
+        return
+    every = options.eval_steps or options.save_steps
+    if every > steps:
+        source = "" if options.eval_steps else ", as --save-steps,"
+        yield (
+            f"--eval-steps is {every}{source} and the run has {_counted(steps, 'step')}: the only evaluation is that "
+            "after the last step"
         )
 
 

@@ -459,14 +459,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is not a YAML mapping, a key is no option, or a value has another type than its option.
+        ValueError: The file is not a YAML mapping, a key is no option or stands there twice, or a value has another type
+            than its option.
     """
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        twice = _key_twice(yaml.compose(text, Loader=yaml.SafeLoader))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} must be YAML: {error}") from None
+    if twice is not None:
+        raise ValueError("{}: {} stands in line {} and again in line {}: keep one of them".format(path, *twice))
     if content is None:
         return {}
     if not isinstance(content, Mapping):
@@ -485,6 +490,36 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: {key} must be {error}, got {value!r}") from None
         values[name] = converted
     return values
+
+
+def _key_twice(node: Any) -> tuple[str, int, int] | None:
+    """Finds the first key that a YAML mapping has twice, or a mapping in it; YAML itself takes the last of them.
+
+    A key with dashes and the same key with underscores are one option.
+
+    Args:
+        node: A node of PyYAML, or None for an empty document.
+
+    Returns:
+        The key as it stands there the second time, and both of its lines, counted from 1. None if each key is unique.
+    """
+    waiting, seen = [node], {id(node)}
+    while waiting:
+        holder = waiting.pop()
+        lines: dict[str, int] = {}
+        for entry in holder.value if isinstance(getattr(holder, "value", None), list) else ():
+            inner = entry
+            if isinstance(entry, tuple):
+                key, inner = entry
+                name, line = str(key.value), key.start_mark.line + 1
+                name = name.replace("-", "_") if holder is node else name
+                if name in lines:
+                    return str(key.value), lines[name], line
+                lines[name] = line
+            if id(inner) not in seen:  # an alias may lead back
+                seen.add(id(inner))
+                waiting.append(inner)
+    return None
 
 
 def shown_default(name: str) -> str:

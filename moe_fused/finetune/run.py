@@ -24,6 +24,7 @@ from .card import card
 from .checkpoint_uploads import CheckpointUploads
 from .checkpoints import check_finite_adapter
 from .data import Data, Prepared, bars, find, find_evaluation, prepare
+from .duration import duration_line
 from .endings import Stopped, explained, stopped_by
 from .facts import facts
 from .fingerprint import as_comment, base_fingerprints, check_same_base, check_same_data, fingerprints
@@ -36,7 +37,7 @@ from .precheck import Process
 from .progress import Log, Stop
 from .resolve import ResolvedRun, set_up, training_device
 from .results import write_results
-from .show import show_rows
+from .show import show_rows, show_sequences
 from .space import check_space
 from .trackers import keep_local
 from .upload import UploadFailed, upload_adapter
@@ -90,6 +91,8 @@ def run(
         check_space(resolved, plan.prediction.trainable)
         prepared = prepare(found, options, resolved.batching, vocabulary=resolved.vocabulary, evaluation=evaluation)
     _print(console, prepared.lines())
+    gpu = torch.cuda.get_device_name(resolved.device) if resolved.device.type == "cuda" else None
+    _print(console, [duration_line(resolved, prepared, gpu)])
     if options.trainer:
         _check_trainer(resolved)
     data = fingerprints(prepared, found)
@@ -118,10 +121,20 @@ def _upload(output: Path, repository: str, *, private: bool) -> None:
 
 
 def show(options: Options, process: Process, count: int) -> None:
-    """Prints the first ``count`` rows as they would be trained on. It raises the same errors as ``run``."""
-    _, _, found, plan = _resolve(options, process, trains=False)
-    for line in show_rows(found, count, plan.run.batching, skip_bad=options.skip_bad_rows):
+    """Prints the first ``count`` rows as they would be trained on, and as many sequences of rows.
+
+    It raises the same errors as ``run``.
+    """
+    console, _, found, plan = _resolve(options, process, trains=False)
+    batching = plan.run.batching
+    for line in show_rows(found, count, batching, skip_bad=options.skip_bad_rows):
         print(line)
+    if options.has_preferences:  # nothing is packed
+        return
+    sys.stdout.flush()
+    with bars(console.is_terminal):
+        for line in show_sequences(found, options, count, batching):
+            print(line)
 
 
 def _resolve(options: Options, process: Process, *, trains: bool) -> tuple[Console, Any, Data, MemoryPlan]:

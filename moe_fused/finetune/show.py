@@ -1,4 +1,4 @@
-"""Shows rows as they will be trained on, with their special tokens, masks and cuts."""
+"""Shows rows as they will be trained on, with their special tokens, masks and cuts, and the sequences that they become."""
 
 from __future__ import annotations
 
@@ -6,14 +6,26 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from .data import Data, refusal, unusable
+import numpy as np
+
+from .data import PLACE, ROW, Data, first_sequences, refusal, unusable
 from .formats import BadRow
 from .options import Method
 from .render import IGNORED, Tokens
 
 if TYPE_CHECKING:
+    from .options import Options
     from .resolve import Batching
 
+# The number of columns of a line about a sequence, and of the name of a row in it.
+COLUMNS, _NAME = 100, 40
+_INDENT = len("  at 16,384: ")
+_POSITIONS = {
+    "bfd": "positions begin at 0 with each row",
+    "bfd_split": "positions begin at 0 with each row or part of one",
+    "wrapped": "positions run on, so rows see those before them",
+    "none": "padded to the longest of its batch",
+}
 _WIDTH = len("rejected: ")
 # What a piece is called that is learned from, where that is not all to say.
 _LEARNED: dict[Method, str] = {"dpo": "chosen", "ipo": "chosen", "kto": "answer"}
@@ -78,3 +90,82 @@ def _row(place: str, tokens: Tokens, tokenizer: Any, end: int, learned: str) -> 
         yield f"{kind + ':':<{_WIDTH}}{first}"
         yield from (" " * _WIDTH + line for line in others)
     yield ""
+
+
+def show_sequences(data: Data, options: Options, number: int, batching: Batching) -> Iterator[str]:
+    """Yields the lines that show the first ``number`` sequences that packing makes.
+
+    The first line of a sequence says how full it is. A line for each of its rows follows: where it begins in the
+    sequence, its place, its number of tokens, how many of them were cut off, and the positions that are learned from. No
+    line is longer than ``COLUMNS``.
+
+    Args:
+        data: The rows and their renderer.
+        options: The options of the run.
+        number: The number of sequences to show.
+        batching: How rows become sequences.
+
+    Raises:
+        ValueError: No row is left to train on.
+    """
+    sequences, sizes, bad = first_sequences(data, options, batching, number)
+    if bad and not options.skip_bad_rows:
+        yield f"no sequences: {refusal(bad)}"
+        return
+    for index, sequence in enumerate(sequences.with_format("numpy"), 1):
+        yield from _sequence(index, sequence, sizes, data, batching)
+
+
+def _sequence(
+    index: int, sequence: dict[str, Any], sizes: dict[int, int], data: Data, batching: Batching
+) -> Iterator[str]:
+    rows, places = sequence[ROW], sequence[PLACE]
+    count, learned = len(rows), sequence["labels"] != IGNORED
+    # A row begins where the row changes, and where a part of the same row follows that is not the next one.
+    begins = [0, *(np.flatnonzero((np.diff(rows) != 0) | (np.diff(places) != 1)) + 1)]
+    if batching.has_documents:
+        begins = [0, *np.cumsum(sequence["seq_lengths"])[:-1]]
+        learned[begins] = False  # nothing predicts the first token of a row
+    else:
+        learned[0] = False
+    what = "1 row" if len(begins) == 1 else f"{len(begins):,} rows"
+    share = count / batching.length
+    yield (
+        f"sequence {index}: {what}, {count:,} of {batching.length:,} tokens ({int(100 * share)} % full), "
+        f"{int(learned.sum()):,} to learn from"
+    )
+    yield f"  packing {batching.packing}: {_POSITIONS[batching.packing]}"
+    for begin, end in zip(begins, [*begins[1:], count], strict=True):
+        size, first, last = sizes[int(rows[begin])], int(places[begin]), int(places[end - 1])
+        zero = begin if batching.has_documents else 0
+        words = f"{end - begin:,} tokens"
+        if batching.cuts and end - begin < size:
+            words += f", {size - (end - begin):,} cut off"
+        elif end - begin < size:
+            words = f"tokens {first + 1:,} to {last + 1:,} of {size:,}"
+        name = data.rows.place(int(rows[begin]))
+        name = name if len(name) <= _NAME else f"…{name[1 - _NAME :]}"
+        line = f"  at {int(begin):>6,}: {name}, {words}"
+        positions = np.flatnonzero(learned[begin:end]) + begin - zero
+        ranges = _ranges(positions, COLUMNS - _INDENT)
+        if len(line) + len(ranges) + 2 <= COLUMNS:
+            yield f"{line}; {ranges}"
+        else:
+            yield line
+            yield f"{'':<{_INDENT}}{ranges}"
+    yield ""
+
+
+def _ranges(positions: np.ndarray, columns: int) -> str:
+    """Writes the positions that are learned from as ranges, as many as fit into a number of columns."""
+    if not len(positions):
+        return "nothing learned"
+    ends = np.flatnonzero(np.diff(positions) != 1)
+    firsts, lasts = positions[[0, *(ends + 1)]], positions[[*ends, len(positions) - 1]]
+    ranges = [f"{first}" if first == last else f"{first}-{last}" for first, last in zip(firsts, lasts, strict=True)]
+    for kept in range(len(ranges), 0, -1):
+        more = f" and {len(ranges) - kept:,} more" if kept < len(ranges) else ""
+        text = f"learned {', '.join(ranges[:kept])}{more}"
+        if len(text) <= columns or kept == 1:
+            break
+    return text

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 import shutil
 from collections.abc import Iterator
@@ -152,6 +153,31 @@ def narrow_tiles() -> Iterator[None]:
     finally:
         for (module, name), size in zip(places, before, strict=True):
             setattr(module, name, size)
+
+
+# How Trainer begins its warnings about options that may change while a run goes on, and about a path of a checkpoint that
+# it notes although nobody reads it.
+_EXPECTED = (
+    "Warning: The following arguments do not match the ones in the `trainer_state.json`",
+    "The best checkpoint ",
+)
+
+
+@contextlib.contextmanager
+def _without_expected_warnings() -> Iterator[None]:
+    """Drops, within the block, Trainer's warnings about changes that ``--resume`` allows."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(_EXPECTED)
+
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("trainer", "trainer_utils")]
+    for logger in loggers:
+        logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_news)
 
 
 class _AllocateStates(TrainerCallback):
@@ -408,7 +434,7 @@ class Finetuning(_Trainer):
             self.graphs = GraphedDecoder(self._base_model().base_model, self.shape)
             tiles = narrow_tiles()
         try:
-            with tiles, without_walks(model, self._trained):
+            with tiles, without_walks(model, self._trained), _without_expected_warnings():
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             self.check_finite()
             self.check_adapters()
@@ -592,6 +618,7 @@ class Finetuning(_Trainer):
 
     def _load_callback_state(self) -> None:
         super()._load_callback_state()
+        self.state.compute_steps(self.args, self.total_steps)  # otherwise those of the checkpoint would go on to count
         self._total_train_tokens = self.state.num_input_tokens_seen  # otherwise TRL counts from 0
 
 

@@ -44,7 +44,7 @@ FILES_4BIT = (
     | {f"adapter/{name}" for name in ("README.md", "finetune.yaml", "log.jsonl", "loss.png")}
     | {f"adapter/{name}" for name in ("tokenizer.json", "tokenizer_config.json")}
     | {f"{path}/adapter_{name}" for path in ADAPTERS for name in ("config.json", "model.safetensors")}
-    | {"adapter/per-expert/README.md", "probe.safetensors", "source-code.txt", "stock.py"}
+    | {"adapter/per-expert/README.md", "probe.safetensors", "source-code.txt", "held-out-code.txt", "stock.py"}
 )
 
 
@@ -246,6 +246,7 @@ def test_fine_tunes_on_other_text(finished_4bit: tuple[Ended, Path], enabled: No
     results = json.loads((output / "results.json").read_text())
     train, held_out = source_text()
     assert (output / "source-code.txt").read_text(encoding="utf-8") == train
+    assert (output / "held-out-code.txt").read_text(encoding="utf-8") == held_out
     paragraphs = {text: set(text.split("\n\n")) for text in (train, held_out, *reference_text())}
     assert len(paragraphs[held_out]) > 100
     assert len(paragraphs[held_out] & paragraphs[train]) <= 1  # the empty one after the last
@@ -260,10 +261,25 @@ def test_fine_tunes_on_other_text(finished_4bit: tuple[Ended, Path], enabled: No
         assert f"{loss[when]:.3f} nats" in ended.stdout
     assert loss["after"] < loss["before"] - 0.02
     log = [json.loads(line) for line in (output / "adapter/log.jsonl").read_text().splitlines()]
-    assert results["finetune"]["history"] == {str(record["step"]): record["loss"] for record in log}
+    steps = [record for record in log if "loss" in record]
+    assert results["finetune"]["history"] == {str(record["step"]): record["loss"] for record in steps}
+    evaluated = {str(record["step"]): record["eval_loss"] for record in log if "eval_loss" in record}
+    assert results["finetune"]["evaluations"] == evaluated
+    assert list(evaluated) == ["1", "2", "3", "4", "5"]
+    # The command cuts the text into the same windows, but for what is left over at its end.
+    assert evaluated["5"] == pytest.approx(loss["after"], rel=0.01)
+    assert "step 5/5: evaluation: loss " in ended.stdout
+    assert f"{loss['before']:.3f} to {evaluated['5']:.3f} nats, after steps 0, 1, 2, 3, 4, 5" in ended.stdout
     assert max(record["step"] for record in log) == int(STEPS_4BIT)
     for name, nbytes in results["bytes"].items():
         assert nbytes == sum(path.stat().st_size for path in (output / name).glob("*.safetensors")) > 0
+
+
+def test_the_curve_of_the_evaluation() -> None:
+    from moe_fused.demo.report import curve
+
+    assert curve({0: 3.0, 10: 2.0, 20: 1.0}) == "█▅▁  3.000 to 1.000 nats, after steps 0, 10, 20"
+    assert curve({0: 2.0, 1: 2.0}).startswith("▁▁  2.000 to 2.000")
 
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")

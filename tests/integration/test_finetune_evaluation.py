@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -274,3 +275,35 @@ def test_evaluation_rows_that_changed(tmp_path: Path) -> None:
 def test_the_log_is_json(whole: Run) -> None:
     for line in (whole.directory / "out" / "log.jsonl").read_text().splitlines():
         assert "eval_loss" in json.loads(line) or "loss" in json.loads(line)
+
+
+# What is said about when there is an evaluation.
+
+
+def test_more_steps_between_evaluations_than_the_run_has(whole: Run, tmp_path: Path) -> None:
+    only = "the only evaluation is that after the last step"
+    for steps, note in (
+        ("8", None),
+        ("9", f"note: --eval-steps is 9 and the run has 8 steps: {only}"),
+        (None, f"note: --eval-steps is 50, as --save-steps, and the run has 8 steps: {only}"),
+    ):
+        given = [str(argument) for argument in whole.arguments]
+        given[given.index("--save-steps") + 1] = "50"
+        place = given.index("--eval-steps")
+        given[place : place + 2] = [] if steps is None else ["--eval-steps", steps]
+        ended = finetune(*given, "--output", "out", "--dry-run", cwd=tmp_path)
+        assert ended.status == 0, ended
+        notes = [line for line in ended.stderr.splitlines() if "evaluation is" in line]
+        assert notes == [note] * (note is not None)
+
+
+def test_other_steps_on_resuming(whole: Run, tmp_path: Path) -> None:
+    shutil.copytree(whole.directory / "out", tmp_path / "out")
+    changed = ("--eval-steps", "3", "--save-steps", "4", "--log-steps", "2", "--max-steps", "13")
+    resumed = finetune("--resume", "--output", "out", *changed, cwd=tmp_path)
+    assert resumed.status == 0, resumed
+    assert list(evaluations(tmp_path / "out")) == [2, 4, 6, 8, 9, 12, 13]
+    assert list(losses(tmp_path / "out")) == [*range(1, 9), 10, 12]
+    assert checkpoints(tmp_path / "out") == [12, 13]
+    assert "trainer_state" not in resumed.stderr
+    assert "does not exist anymore" not in resumed.stderr

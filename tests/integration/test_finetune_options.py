@@ -77,6 +77,33 @@ def test_what_init_wrote_lacks_the_required_options(tmp_path: Path) -> None:
     assert_error(finetune("--config", "run.yaml", cwd=tmp_path), "--model is missing")
 
 
+# --config
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: a\nepochs: 1\n# a remark\nepochs: 2\n", "epochs stands in line 2 and again in line 4"),
+        ("expert-rank: 4\nexpert_rank: 8\n", "expert_rank stands in line 1 and again in line 2"),
+        ("trainer:\n  adam_beta1: 0.5\n  adam_beta1: 0.6\n", "adam_beta1 stands in line 2 and again in line 3"),
+        ("lora: {use_rslora: true, use_rslora: false}\n", "use_rslora stands in line 1 and again in line 1"),
+    ],
+)
+def test_a_key_that_stands_there_twice(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    assert_error(finetune("--config", "run.yaml", cwd=tmp_path), f"run.yaml: {words}: keep one of them")
+
+
+def test_a_key_in_two_mappings_is_two_keys(tmp_path: Path) -> None:
+    text = (
+        "trainer: &both\n  {lr_scheduler_kwargs: {a: 1}, data_seed: 1}\nlora: {lr_scheduler_kwargs: {a: 1}}\nseed: 1\n"
+    )
+    (tmp_path / "run.yaml").write_text(text)
+    assert read_yaml(tmp_path / "run.yaml")["trainer"] == {"lr_scheduler_kwargs": {"a": 1}, "data_seed": 1}
+    (tmp_path / "run.yaml").write_text("trainer: &loop {a: *loop}\n")  # it ends
+    assert set(read_yaml(tmp_path / "run.yaml")) == {"trainer"}
+
+
 # --report-to
 
 
