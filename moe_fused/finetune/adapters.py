@@ -10,6 +10,8 @@ from torch import nn
 
 from moe_fused.integrations.transformers.experts_module import layout_refusal
 
+from .architecture import names_of_experts
+
 if TYPE_CHECKING:
     from .resolve import ModelSetup
 
@@ -28,32 +30,41 @@ def lora_config(setup: ModelSetup, model: nn.Module) -> Any:
     """
     from peft import LoraConfig
 
-    options = setup.options
+    options, given = setup.options, setup.ranks
     experts = _experts_of(model)
-    ranks, alphas = {}, {}
-    if options.expert_rank:
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    # By weight, because PEFT would take such a module for the experts'.
+    taken = names_of_experts(model)
+    names = {name: f"{name}.weight" if name.rpartition(".")[2] in taken else name for name in setup.linear_modules}
+    for target in (names[name] for name in setup.shared_expert_modules):
+        ranks[target], alphas[target] = given.shared_expert, setup.shared_expert_alpha
+    parameters = [target for target in names.values() if target.endswith(".weight")]
+    if given.expert:
         if not experts:
             raise ValueError(f"--expert-rank: {type(model).__name__} has no experts that could be adapted, set it to 0")
         _check_adaptable(model)
         for target in (f"{path}.{name}" for path, names in experts.items() for name in names):
-            ranks[target] = options.expert_rank
-            alphas[target] = setup.expert_alpha
-    if options.router_rank:
+            ranks[target], alphas[target] = given.expert, setup.expert_alpha
+            parameters.append(target)
+    if given.router:
         for target in _routers(model, experts):
-            ranks[target] = options.router_rank
-            alphas[target] = 2.0 * options.router_rank
+            ranks[target], alphas[target] = given.router, 2.0 * given.router
+            parameters.append(target)
     config = LoraConfig(
-        r=options.attention_rank or options.expert_rank or options.router_rank,
+        r=given.attention or given.expert or given.shared_expert or given.router,
         lora_alpha=setup.attention_alpha,  # type: ignore[arg-type]  # any number
         lora_dropout=options.lora_dropout,
-        target_modules=list(setup.attention_modules),
-        target_parameters=list(ranks) or None,
+        target_modules=[target for name, target in names.items() if target == name],
+        target_parameters=parameters or None,
         rank_pattern=ranks,
         alpha_pattern=alphas,
+        modules_to_save=list(setup.whole.names) or None,
+        ensure_weight_tying=setup.whole.is_tied,
         task_type="CAUSAL_LM",
         **(options.lora or {}),
     )
-    if experts and options.expert_rank:
+    if experts and given.expert:
         from moe_fused.integrations.peft.wrapper import refuse_unsupported
 
         try:
@@ -80,7 +91,7 @@ def adapt(model: Any, setup: ModelSetup) -> Any:
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
         adapted = get_peft_model(model, lora_config(setup, model))
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
-    if setup.options.expert_rank and not any(".experts." in name for name in trained):
+    if setup.ranks.expert and not any(".experts." in name for name in trained):
         raise RuntimeError(f"no experts of {type(model).__name__} were adapted, only {', '.join(trained[:3])}, …")
     return adapted
 

@@ -180,7 +180,11 @@ def notes(options: Options) -> Iterator[str]:
                 yield from _unused(options, name, f"{flag(rank)} is 0")
 
 
-_BELONGING = {"attention_rank": ("attention_alpha", "attention_modules"), "expert_rank": ("expert_alpha",)}
+_BELONGING = {
+    "attention_rank": ("attention_alpha", "attention_modules"),
+    "expert_rank": ("expert_alpha",),
+    "shared_expert_rank": ("shared_expert_alpha",),
+}
 
 
 def _unused(options: Options, name: str, reason: str) -> Iterator[str]:

@@ -31,19 +31,25 @@ from moe_fused.memory import is_named, skeleton
 from . import attention
 from .adapters import lora_config
 from .architecture import (
+    WholeModules,
+    all_linear_modules,
     apart_refusal,
     attention_modules,
     has_random_layers,
+    shared_expert_modules,
     waits_for_lengths,
+    whole_modules,
     why_rows_mix,
 )
-from .options import Optimizer, Options
+from .options import ALL_LINEAR, Optimizer, Options
 from .precheck import Process, check_device_type, check_export, check_sequence_length
 
 # The options whose values later steps must take from a record.
 ANSWERED = frozenset(
     {"quantization", "dtype", "attn", "liger", "cuda_graphs", "device", "packing", "sequence_length", "batch_size",
-     "gradient_accumulation", "attention_modules", "attention_alpha", "expert_alpha", "adapter_dtype", "optimizer"}
+     "gradient_accumulation", "attention_modules", "attention_alpha", "expert_alpha", "adapter_dtype", "optimizer",
+     "attention_rank", "expert_rank", "shared_expert_rank", "shared_expert_alpha", "router_rank",
+     "modules_to_save"}
 )  # fmt: skip
 # Lengths of sequences that are tried, and the number of tokens that a step should have, unless the options say.
 LENGTHS = (4096, 2048, 1024, 512, 256)
@@ -83,6 +89,21 @@ class Batching:
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """The largest rank of the adapters on each kind of layer; 0 for a kind that is not adapted.
+
+    Attributes:
+        attention: That on ``attention_modules``.
+        expert, shared_expert, router: Those on experts, shared experts and routers.
+    """
+
+    attention: int
+    expert: int
+    shared_expert: int
+    router: int
+
+
+@dataclass(frozen=True)
 class ModelSetup:
     """What options, architecture, device and process decide about a run, whatever its data are. ``set_up`` makes it.
 
@@ -96,8 +117,11 @@ class ModelSetup:
         adapter_dtype: The data type of the adapters' parameters, gradients and optimizer.
         optimizer: The optimizer, by TRL's name for it.
         attention: The implementation of attention, by Transformers' name for it.
-        attention_modules: The linear layers that get adapters, by PEFT's names for them.
-        attention_alpha, expert_alpha: The alphas of the adapters on these layers and on experts.
+        ranks: The ranks of the adapters.
+        attention_modules: The linear layers that get adapters of the rank for attention, by PEFT's names for them.
+        shared_expert_modules: The same for those of the rank for shared experts.
+        attention_alpha, expert_alpha, shared_expert_alpha: The alphas of the adapters on these layers and on experts.
+        whole: The modules that are trained in full, in ``dtype``.
         quantize_to: The 4-bit format to which weights are quantized while they are loaded. None if they are in 4 bits
             already, or stay as they are.
         is_4bit: Whether experts and linear layers are in 4 bits, from the checkpoint or because of ``quantize_to``.
@@ -115,9 +139,13 @@ class ModelSetup:
     adapter_dtype: torch.dtype
     optimizer: Optimizer
     attention: str
+    ranks: Ranks
     attention_modules: tuple[str, ...]
+    shared_expert_modules: tuple[str, ...]
     attention_alpha: float
     expert_alpha: float
+    shared_expert_alpha: float
+    whole: WholeModules
     quantize_to: str | None
     is_4bit: bool
     liger: bool
@@ -128,6 +156,11 @@ class ModelSetup:
     def output(self) -> Path:
         """The directory of the run."""
         return self.options.output_directory
+
+    @property
+    def linear_modules(self) -> tuple[str, ...]:
+        """The linear layers that get adapters, by PEFT's names for them."""
+        return tuple(dict.fromkeys((*self.attention_modules, *self.shared_expert_modules)))
 
     @property
     def vocabulary(self) -> int:
@@ -156,7 +189,9 @@ class ResolvedRun(ModelSetup):
 
         What depends on the machine (the device, CUDA graphs, Liger) is left open.
         """
-        modules = list(self.attention_modules) if self.options.attention_rank else self.options.attention_modules
+        modules = self.options.attention_modules
+        if self.ranks.attention and modules != [ALL_LINEAR]:
+            modules = list(self.attention_modules)
         return dataclasses.replace(
             self.options,
             sequence_length=self.batching.length,
@@ -214,9 +249,13 @@ def _set_up(options: Options, process: Process, config: Any, model: Any, device:
         adapter_dtype=_adapter_dtype(options, dtype),
         optimizer=_optimizer(options, device),
         attention=attention.chosen(options.attn, config),
+        ranks=Ranks(options.attention_rank, options.expert_rank, options.shared_expert_rank, options.router_rank),
         attention_modules=_attention_modules(options, model),
+        shared_expert_modules=_shared_expert_modules(options, model),
         attention_alpha=_alpha(options.attention_alpha, options.attention_rank or 1),
         expert_alpha=_alpha(options.expert_alpha, options.expert_rank),
+        shared_expert_alpha=_alpha(options.shared_expert_alpha, options.shared_expert_rank),
+        whole=_whole(options, model, dtype, in_4bit=quantizes or in_4bit),
         quantize_to=options.quantization if quantizes else None,
         is_4bit=quantizes or in_4bit,
         liger=_liger(options, config, device),
@@ -328,12 +367,35 @@ def _attention_modules(options: Options, model: Any) -> tuple[str, ...]:
         return ()
     if options.attention_modules is None:
         return attention_modules(model)
-    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if options.attention_modules == [ALL_LINEAR]:
+        return all_linear_modules(model, shared=not options.shared_expert_rank)
+    paths, head = (
+        [path for path, module in model.named_modules() if isinstance(module, nn.Linear)],
+        model.get_output_embeddings(),
+    )
     for name in options.attention_modules:
         if not any(is_named(path, (name,)) for path in paths):
             has = ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
             raise ValueError(f"--attention-modules: {type(model).__name__} has no linear layer {name}, it has {has}")
+    if any(is_named(path, options.attention_modules) for path in paths if model.get_submodule(path) is head):
+        raise ValueError("--attention-modules: the loss takes the weight of the head and would not see its adapter")
     return tuple(options.attention_modules)
+
+
+def _shared_expert_modules(options: Options, model: Any) -> tuple[str, ...]:
+    if not options.shared_expert_rank:
+        return ()
+    if not (names := shared_expert_modules(model)):
+        raise ValueError(f"--shared-expert-rank: {type(model).__name__} has no shared experts, set it to 0")
+    return names
+
+
+def _whole(options: Options, model: Any, dtype: torch.dtype, *, in_4bit: bool) -> WholeModules:
+    if not (names := options.modules_to_save):
+        return WholeModules()
+    if dtype is torch.float16:
+        raise ValueError("--modules-to-save is not possible with --dtype float16, whose gradients need scaling: use bfloat16")
+    return whole_modules(model, names, "--modules-to-save", in_4bit=in_4bit)
 
 
 def _liger(options: Options, config: Any, device: torch.device) -> bool:
