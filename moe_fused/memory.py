@@ -139,6 +139,8 @@ class Workload:
         quantized: whether experts and linear layers are in 4 bits with double quantization.
         itemsize: bytes of an element of activations, and of weights that are not in 4 bits.
         adapter_itemsize: bytes of an element of adapters, and of their gradients.
+        factors: the number of elements of each factor of the adapters; None for those that ranks and modules give. The ranks
+            then say only what a pass makes.
         attention_rank, attention_modules: the rank of adapters on linear layers, and the names of these layers.
         expert_rank: the rank of adapters on experts.
         shared_expert_rank, shared_expert_modules: the rank of adapters on the linear layers of shared experts, and the names
@@ -163,6 +165,7 @@ class Workload:
     quantized: bool = True
     itemsize: int = 2
     adapter_itemsize: int = 2
+    factors: tuple[int, ...] | None = None
     attention_rank: int = 16
     attention_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     expert_rank: int = 8
@@ -405,6 +408,9 @@ def _linear_bytes(linear: Linear, work: Workload) -> int:
 
 def _adapters(sizes: Sizes, work: Workload) -> Iterator[int]:
     """Yields the number of elements of each tensor that is trained."""
+    if work.factors is not None:
+        yield from work.factors
+        return
     for linear in sizes.linears:
         if rank := _linear_rank(linear, work):
             yield from (rank * linear.in_features, rank * linear.out_features)
@@ -511,11 +517,11 @@ def _attention_kept(sizes: Sizes, work: Workload) -> int:
 
 
 def _adapted_beside_attention(sizes: Sizes, work: Workload) -> int:
-    """Returns the number of input features of a layer's adapters on linear layers outside attention: the largest of all layers."""
+    """Returns the number of input features of the adapters outside attention, in the layer with the most."""
     layers: dict[str, int] = {}
     for linear in sizes.linears:
         layer, _, rest = linear.name.partition(".layers.")[2].partition(".")
-        if "attn" not in rest and "attention" not in rest and _linear_rank(linear, work):
+        if "attn" not in rest and "attention" not in rest and (work.factors is not None or _linear_rank(linear, work)):
             layers[layer] = layers.get(layer, 0) + linear.in_features
     return max(layers.values(), default=0)
 

@@ -14,6 +14,7 @@ from .architecture import names_of_experts
 
 if TYPE_CHECKING:
     from .resolve import ModelSetup
+    from .start import StartingAdapter
 
 
 def lora_config(setup: ModelSetup, model: nn.Module) -> Any:
@@ -30,6 +31,11 @@ def lora_config(setup: ModelSetup, model: nn.Module) -> Any:
     """
     from peft import LoraConfig
 
+    if setup.start is not None:
+        config = setup.start.lora_config(setup.options)
+        if setup.ranks.expert:
+            _check_experts(config, setup.start.name)
+        return config
     options, given = setup.options, setup.ranks
     experts = _experts_of(model)
     ranks: dict[str, int] = {}
@@ -65,19 +71,25 @@ def lora_config(setup: ModelSetup, model: nn.Module) -> Any:
         **(options.lora or {}),
     )
     if experts and given.expert:
-        from moe_fused.integrations.peft.wrapper import refuse_unsupported
-
-        try:
-            refuse_unsupported(config)
-        except (ValueError, NotImplementedError) as error:
-            raise type(error)(f"lora: {error}; --expert-rank 0 leaves them out") from error
+        _check_experts(config, "lora", "; --expert-rank 0 leaves them out")
     return config
 
 
-def adapt(model: Any, setup: ModelSetup) -> Any:
-    """Puts new adapters on a model, which become the only part of it that is trained.
+def _check_experts(config: Any, option: str, hint: str = "") -> None:
+    """Raises ValueError or NotImplementedError if adapters on experts cannot have what ``config`` asks for."""
+    from moe_fused.integrations.peft.wrapper import refuse_unsupported
 
-    The initial values of the adapters are the same for the same seed.
+    try:
+        refuse_unsupported(config)
+    except (ValueError, NotImplementedError) as error:
+        raise type(error)(f"{option}: {error}{hint}") from error
+
+
+def adapt(model: Any, setup: ModelSetup) -> Any:
+    """Puts the adapters of a run on a model. They and the modules that are trained in full become all that is trained.
+
+    The initial values of new adapters are the same for the same seed. Those of ``--adapter`` are loaded, unless Trainer
+    will load those of a checkpoint.
 
     Returns:
         PEFT's model around ``model``.
@@ -93,7 +105,19 @@ def adapt(model: Any, setup: ModelSetup) -> Any:
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     if setup.ranks.expert and not any(".experts." in name for name in trained):
         raise RuntimeError(f"no experts of {type(model).__name__} were adapted, only {', '.join(trained[:3])}, …")
+    if setup.start is not None and not setup.start.is_checkpoint:
+        _load(adapted, setup.start)
     return adapted
+
+
+def _load(adapted: Any, start: StartingAdapter) -> None:
+    """Loads the adapter that a run goes on from."""
+    from moe_fused.checkpoints.adapters.fits import check_keys
+
+    with start.files() as directory, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the adapter was compared with the model before
+        result = adapted.load_adapter(directory, adapted.active_adapter, is_trainable=True, torch_device="cpu")
+    check_keys(adapted, result, f"{start.name} does not fit {type(adapted.get_base_model()).__name__}")
 
 
 def _suffix(path: str) -> str:

@@ -234,7 +234,9 @@ def _why_not_whole(model: nn.Module, path: str, in_4bit: bool) -> str | None:
     if any(True for child in module.children() for _ in child.parameters()):
         return f"has parts, name those instead: {', '.join(name for name, _ in module.named_children())}"
     if in_4bit and isinstance(module, nn.Linear):
-        return "is in 4 bits and cannot be trained in full: use --attention-modules for an adapter, or --quantization none"
+        return (
+            "is in 4 bits and cannot be trained in full: use --attention-modules for an adapter, or --quantization none"
+        )
     return None
 
 

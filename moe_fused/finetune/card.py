@@ -24,13 +24,14 @@ def card(setup: ModelSetup, facts: Mapping[str, str]) -> str:
     metadata += [f"datasets:\n- {options.dataset}"] if is_hub_id else []
     metadata += ["pipeline_tag: text-generation", "tags:\n- lora\n- moe-fused"]
     head = "\n".join(metadata)
+    begun = f"\n\nThe training went on from the adapter `{options.adapter}`." if options.adapter else ""
     return f"""---
 {head}
 ---
 
 # Adapter for {options.model}
 
-Trained by `moe-fused finetune`; every option is in `finetune.yaml`, every step in `log.jsonl`.
+Trained by `moe-fused finetune`; every option is in `finetune.yaml`, every step in `log.jsonl`.{begun}
 
 | | |
 |---|---|

@@ -141,6 +141,15 @@ class Options:
         Help("Number of batches in an optimizer step.", shown="as many as make 16384 tokens", shapes_run=True),
     ] = None
 
+    adapter: Annotated[
+        str | None,
+        Help(
+            "LoRA adapter to go on from: a directory or a Hub id. Its ranks, alphas and targets take the place of the "
+            "options for them.",
+            shown="a new adapter",
+            shapes_run=True,
+        ),
+    ] = None
     attention_rank: Annotated[
         int, Help("Rank of the adapters on attention layers; 0 adapts none.", shapes_run=True)
     ] = 16
@@ -291,6 +300,8 @@ class Options:
         for name in ("eval_steps", "keep_best", "early_stopping"):
             if getattr(self, name) and not self.evaluates:
                 raise ValueError(f"{flag(name)} needs an evaluation: give --eval-dataset or --eval-share, too")
+        if self.adapter is not None and not self.adapter:
+            raise ValueError("--adapter must name a directory or a Hub id, got an empty value")
         if self.export != "none" and not self.expert_rank:
             raise ValueError(f"--export {self.export} is a layout of adapters on experts, but --expert-rank is 0")
 
@@ -336,7 +347,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Adapter": (
         "attention_alpha", "attention_modules", "expert_alpha", "router_rank", "lora_dropout", "adapter_dtype",
-        "lora", "shared_expert_rank", "shared_expert_alpha", "modules_to_save",
+        "lora", "shared_expert_rank", "shared_expert_alpha", "modules_to_save", "adapter",
     ),
     "Training": (
         "max_steps", "scheduler", "warmup", "weight_decay", "max_grad_norm", "optimizer", "router_aux_loss", "seed",
@@ -355,6 +366,13 @@ HELP: dict[str, Help] = {name: _HINTS[name][1] for name in DEFAULTS}
 
 # Options that are mappings. The command line sets their entries by --set.
 MAPPINGS = tuple(name for name, kind in TYPES.items() if kind == dict[str, Any] | None)
+
+
+# The options that ``--adapter`` answers.
+OF_ADAPTERS = (
+    "attention_rank", "attention_alpha", "attention_modules", "expert_rank", "expert_alpha", "shared_expert_rank",
+    "shared_expert_alpha", "router_rank", "modules_to_save", "lora",
+)  # fmt: skip
 
 
 def flag(name: str) -> str:

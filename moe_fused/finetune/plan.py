@@ -98,6 +98,7 @@ def _plan(run: ResolvedRun, sizes: Sizes, limit: int | None) -> MemoryPlan:
         quantized=run.is_4bit,
         itemsize=run.dtype.itemsize,
         adapter_itemsize=run.adapter_dtype.itemsize,
+        factors=None if run.start is None else run.start.factors,
         attention_rank=run.ranks.attention,
         attention_modules=run.attention_modules,
         expert_rank=run.ranks.expert,
@@ -142,7 +143,7 @@ def _changes(run: ResolvedRun) -> Iterator[dict[str, Any]]:
     for shorter in LENGTHS:
         if shorter < run.batching.length:
             yield {"sequence_length": shorter}
-    rank = run.ranks.expert
+    rank = 0 if run.start is not None else run.ranks.expert
     while rank > 1:
         rank //= 2
         yield {"expert_rank": rank}

@@ -299,7 +299,8 @@ class Finetuner(SFTTrainer):
         self._staging: Path | None = None
         self._grad_norm: Tensor | float | None = None
         # TRL rounds what is trained on a 4-bit model to bf16, also values that were loaded.
-        loaded = {value: value.data for value in model.parameters() if value.requires_grad} if run.whole.names else {}
+        keeps = bool(run.whole.names) or run.start is not None
+        loaded = {value: value.data for value in model.parameters() if value.requires_grad} if keeps else {}
         super().__init__(model=model, **kwargs)
         for parameter, value in loaded.items():
             parameter.data = value

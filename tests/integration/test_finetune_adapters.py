@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -205,7 +204,12 @@ FULL = ("--max-steps", "4", "--save-steps", "2", "--sequence-length", "32", "--g
 )
 def test_trains_modules_in_full(name: str, modules: tuple[str, ...], more: tuple[str, ...], tmp_path: Path) -> None:
     """The run keeps its best, stops and goes on as if it had not stopped, and stock PEFT has the trained modules."""
-    given = (*arguments(tmp_path, name), *FULL, *more, *(word for each in modules for word in ("--modules-to-save", each)))
+    given = (
+        *arguments(tmp_path, name),
+        *FULL,
+        *more,
+        *(word for each in modules for word in ("--modules-to-save", each)),
+    )
     evaluation = ("--eval-share", "0.25", "--eval-steps", "1", "--keep-best")
     ended = finetune(*given, *evaluation, "--learning-rate", "0.01", cwd=tmp_path)
     assert ended.status == 0, ended
@@ -266,7 +270,9 @@ def test_modules_in_full_are_counted() -> None:
 
 
 def test_tied_embeddings_count_once() -> None:
-    runs = [resolved(BY_ID["ernie4_5_moe"], modules_to_save=names) for names in (["lm_head"], ["lm_head", "embed_tokens"])]
+    runs = [
+        resolved(BY_ID["ernie4_5_moe"], modules_to_save=names) for names in (["lm_head"], ["lm_head", "embed_tokens"])
+    ]
     assert runs[0].whole.tensors == runs[1].whole.tensors == (Whole(64 * 40, embeds=True, scores=True),)
 
 

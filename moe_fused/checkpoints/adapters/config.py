@@ -173,6 +173,7 @@ def repattern(
         fused: as for ``retarget``. If False, other parameters have become modules.
     """
     others = [config.name_of(other) for other in others]
+    written = others if fused else [other.removesuffix(".weight") for other in others]
     result: dict[str, dict[str, Any]] = {}
     for option, patterns, default, index in (
         ("rank_pattern", config.ranks, config.rank, 0),
@@ -193,7 +194,7 @@ def repattern(
             values.setdefault(kind, set()).add(numbers[index])
         first: dict[str, Any] = {}
         for module, (kind, *numbers) in experts.items():
-            common = len(values[kind]) == 1 and not any(_pattern([kind], other) for other in others)
+            common = len(values[kind]) == 1 and not any(_pattern([kind], other) for other in written)
             key = _pattern(kept, module)
             if not common or numbers[index] != (default if key is None else kept[key]):
                 first[kind if common else re.escape(module)] = numbers[index]
