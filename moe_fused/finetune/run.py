@@ -127,7 +127,8 @@ def _adapter_record(resolved: ResolvedRun, resume: bool) -> tuple[dict[str, str]
     if start.is_checkpoint:
         directory = Path(str(options.adapter))
     now = adapter_fingerprint(directory) if (directory / ADAPTER_WEIGHTS).is_file() else {}
-    begun_with, remarks = now, []
+    begun_with = now
+    remarks: list[str] = []
     if resume:
         begun_with, remarks = check_same_adapter(resolved.output / CONFIG, now, needed=not start.is_checkpoint)
     note = start.note()

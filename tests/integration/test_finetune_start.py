@@ -138,7 +138,7 @@ def test_adapters_that_cannot_be_trained(changes: dict[str, Any], words: str) ->
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of two steps, whose adapter others go on from."""
-    return Run(tmp_path_factory.mktemp("begun"), "--max-steps", "2", "--lora-dropout", "0", "--expert-rank", "2")
+    return Run(tmp_path_factory.mktemp("begun"), "--max-steps", "2", "--lora-dropout", "0")
 
 
 @pytest.fixture
@@ -151,8 +151,7 @@ def place(begun: Run, tmp_path: Path) -> Path:
 def test_a_run_goes_on_and_resumes_without_the_adapter(begun: Run, place: Path) -> None:
     """It is evaluated and exported, and its resumption needs the adapter until the first checkpoint only."""
     own = ("--adapter", "first", "--max-steps", "4", "--eval-share", "0.25", "--keep-best", "--export", "per-expert")
-    arguments = [str(value) for value in (*begun.arguments, *own) if value not in ("--expert-rank", "2")]
-    ended = finetune(*arguments, "--output", "out", cwd=place)
+    ended = finetune(*begun.arguments, *own, "--output", "out", cwd=place)
     assert ended.status == 0, ended
     out, other = place / "out", place / "other"
     assert (out / "per-expert" / "adapter_config.json").is_file()
@@ -225,8 +224,7 @@ def _other_modules(path: Path) -> None:
 )
 def test_refused_before_the_model_is_loaded(change: Any, words: list[str], begun: Run, place: Path) -> None:
     change(place / "first")
-    arguments = [str(value) for value in begun.arguments if value not in ("--expert-rank", "2")]
-    given = (*arguments, "--adapter", "first", "--output", "out", "--max-steps", "2")
+    given = (*begun.arguments, "--adapter", "first", "--output", "out", "--max-steps", "2")
     ended = finetune(*given, *(() if words else ("--dry-run",)), cwd=place, before=nothing_loads)
     if words:
         assert_error(ended, *words)
