@@ -234,7 +234,9 @@ def test_trains_modules_in_full(name: str, modules: tuple[str, ...], more: tuple
     changed = finetune("--resume", "--output", "other", "--modules-to-save", "norm", cwd=tmp_path)
     assert_error(changed, "--modules-to-save is", "cannot become")
     with disabled():
-        stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), out)
+        stock = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=tensors[key].dtype), out
+        )
     head, embedding = stock.get_output_embeddings(), stock.get_input_embeddings()
     for module, layer in (("lm_head", head), ("embed_tokens", embedding)):
         if module in modules:
