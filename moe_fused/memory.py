@@ -84,6 +84,20 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """A tensor of the model that is trained in full, in a copy of its own.
+
+    Attributes:
+        numel: its number of elements.
+        embeds, scores: whether it belongs to the embedding, or to the head.
+    """
+
+    numel: int
+    embeds: bool = False
+    scores: bool = False
+
+
+@dataclass(frozen=True)
 class Sizes:
     """The sizes of a model.
 
@@ -125,8 +139,14 @@ class Workload:
         quantized: whether experts and linear layers are in 4 bits with double quantization.
         itemsize: bytes of an element of activations, and of weights that are not in 4 bits.
         adapter_itemsize: bytes of an element of adapters, and of their gradients.
+        factors: the number of elements of each factor of the adapters; None for those that ranks and modules give. The ranks
+            then say only what a pass makes.
         attention_rank, attention_modules: the rank of adapters on linear layers, and the names of these layers.
         expert_rank: the rank of adapters on experts.
+        shared_expert_rank, shared_expert_modules: the rank of adapters on the linear layers of shared experts, and the names
+            of these layers.
+        whole, whole_modules: the tensors that are trained in full, and the names of their modules, which have no adapters.
+        whole_itemsize: bytes of an element of these tensors, and of their gradients.
         dropout: whether adapters drop some of their input.
         optimizer: Transformers' name for the optimizer.
         checkpointing: whether layers are computed again in backward.
@@ -146,9 +166,15 @@ class Workload:
     quantized: bool = True
     itemsize: int = 2
     adapter_itemsize: int = 2
+    factors: tuple[int, ...] | None = None
     attention_rank: int = 16
     attention_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     expert_rank: int = 8
+    shared_expert_rank: int = 0
+    shared_expert_modules: tuple[str, ...] = ()
+    whole: tuple[Whole, ...] = ()
+    whole_modules: tuple[str, ...] = ()
+    whole_itemsize: int = 2
     dropout: bool = False
     optimizer: str = "paged_adamw_8bit"
     checkpointing: bool = True
@@ -319,28 +345,33 @@ def _mlp_features(linears: tuple[Linear, ...]) -> int:
 def predict(sizes: Sizes, work: Workload) -> Prediction:
     """Predicts the largest memory that a step needs."""
     adapters = list(_adapters(sizes, work))
-    trainable = sum(adapters)
-    states = [_state_bytes(numel, work) for numel in adapters]
-    paged = sum(size for numel, size in zip(adapters, states, strict=True) if _is_paged(numel, work))
+    tensors = [_Trained(numel, work.adapter_itemsize) for numel in adapters]
+    tensors += [_Trained(whole.numel, work.whole_itemsize, whole.embeds) for whole in work.whole]
+    states = [_state_bytes(tensor, work) for tensor in tensors]
+    paged = sum(size for tensor, size in zip(tensors, states, strict=True) if _is_paged(tensor.numel, work))
     resident = {
         "experts": sum(_stack_bytes(stack, work) for stack in sizes.stacks),
         "other weights": sum(_linear_bytes(linear, work) for linear in sizes.linears) + sizes.others * work.itemsize,
-        "adapters": trainable * work.adapter_itemsize,
+        "adapters": sum(adapters) * work.adapter_itemsize,
+        "modules trained in full": sum(whole.numel for whole in work.whole) * work.whole_itemsize,
         "optimizer state": sum(states) - paged,
         "optimizer state, paged": paged,
         "cuBLAS": CUBLAS_WORKSPACE * (3 if work.graphs else 2) if work.gpu else 0,
         "CUDA context": CONTEXT if work.gpu else 0,
     }
-    gradients = trainable * work.adapter_itemsize
+    gradients = sum(tensor.nbytes for tensor in tensors)
+    # The gradient of the head comes first, and that of the embedding last.
+    head = sum(whole.numel for whole in work.whole if whole.scores) * work.whole_itemsize
     kept_by_layer, layer = _layer(sizes, work)
     kept = kept_by_layer * sizes.layers + _mask_bytes(work)
     # All gradients of a layer exist before they are added to those of earlier batches.
     accumulated = gradients if work.accumulation > 1 else 0
-    early, one_layer = (0 if work.graphs else accumulated), gradients // sizes.layers
+    early = (0 if work.graphs else accumulated) + head
+    one_layer = sum(adapters) * work.adapter_itemsize // sizes.layers
     moments = {
         "loss": {"gradients": early, "activations": kept, "loss": loss_bytes(sizes, work)},
         # During backward, layers free what they kept and adapters get gradients.
-        "optimizer": {"gradients": gradients, "optimizer step": _optimizer_step(trainable, work)},
+        "optimizer": {"gradients": gradients, "optimizer step": _optimizer_step(gradients, work)},
     }
     first = {"gradients": early + one_layer, "activations": kept, **layer}
     last = {"gradients": max(gradients, early + one_layer), "activations": kept_by_layer + _mask_bytes(work), **layer}
@@ -354,13 +385,14 @@ def predict(sizes: Sizes, work: Workload) -> Prediction:
         # Graphs keep the memory of their worst moment, their inputs and outputs, and the gradients that are so small that
         # torch's allocator keeps them apart. The accumulated gradients and the loss come on top.
         held = moments["layer"]
-        small = sum(size for size in (numel * work.adapter_itemsize for numel in adapters) if size <= SMALL_ALLOCATION)
+        small = sum(tensor.nbytes for tensor in tensors if tensor.nbytes <= SMALL_ALLOCATION)
         held["gradients"] = max(held["gradients"], small) + accumulated
         held["activations"] += 2 * work.tokens * sizes.hidden * work.itemsize
         # The graph of the reference keeps memory of its own.
         moments = {"layer": held | {"loss": loss_bytes(sizes, work), "reference pass": reference}}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     parts = {name: size for name, size in (resident | moments[moment]).items() if size}
+    trainable = sum(tensor.numel for tensor in tensors)
     return Prediction(parts, moment, trainable, frozenset({"optimizer state, paged", "CUDA context"}))
 
 
@@ -384,22 +416,47 @@ def _linear_bytes(linear: Linear, work: Workload) -> int:
 
 def _adapters(sizes: Sizes, work: Workload) -> Iterator[int]:
     """Yields the number of elements of each tensor that is trained."""
-    if rank := work.attention_rank:
-        for linear in sizes.linears:
-            if is_named(linear.name, work.attention_modules):
-                yield from (rank * linear.in_features, rank * linear.out_features)
+    if work.factors is not None:
+        yield from work.factors
+        return
+    for linear in sizes.linears:
+        if rank := _linear_rank(linear, work):
+            yield from (rank * linear.in_features, rank * linear.out_features)
     if rank := work.expert_rank:
         for stack in sizes.stacks:
             yield from (stack.experts * rank * stack.in_features, stack.experts * rank * stack.out_features)
 
 
-def _state_bytes(numel: int, work: Workload) -> int:
+def _linear_rank(linear: Linear, work: Workload) -> int:
+    """Returns the rank of the adapter on a linear layer, 0 if it has none."""
+    if is_named(linear.name, work.whole_modules):
+        return 0
+    if work.shared_expert_rank and is_named(linear.name, work.shared_expert_modules):
+        return work.shared_expert_rank
+    return work.attention_rank if is_named(linear.name, work.attention_modules) else 0
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A tensor that is trained: its number of elements, their bytes, and whether its state is never in 8 bits."""
+
+    numel: int
+    itemsize: int
+    wide_state: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.itemsize
+
+
+def _state_bytes(tensor: _Trained, work: Workload) -> int:
     """Returns the size of Adam's two moments of a tensor: torch's in its dtype, bitsandbytes' in 32 or 8 bits."""
+    numel = tensor.numel
     if work.optimizer == "sgd":
         return 0
     if work.optimizer.startswith("adamw_torch"):
-        return 2 * numel * work.adapter_itemsize
-    if "8bit" not in work.optimizer or numel < SMALLEST_8BIT:
+        return 2 * tensor.nbytes
+    if "8bit" not in work.optimizer or numel < SMALLEST_8BIT or tensor.wide_state:
         return 2 * numel * 4
     return 2 * (numel + 4 * -(-numel // STATE_BLOCK))
 
@@ -408,9 +465,9 @@ def _is_paged(numel: int, work: Workload) -> bool:
     return work.optimizer.startswith("paged") and numel >= SMALLEST_PAGED
 
 
-def _optimizer_step(trainable: int, work: Workload) -> int:
+def _optimizer_step(gradients: int, work: Workload) -> int:
     """Returns what the optimizer's step makes: torch's Adam a denominator for each element, bitsandbytes' nothing."""
-    return trainable * work.adapter_itemsize if work.optimizer == "adamw_torch" else 0
+    return gradients if work.optimizer == "adamw_torch" else 0
 
 
 def _mask_bytes(work: Workload) -> int:
@@ -462,7 +519,19 @@ def _attention_kept(sizes: Sizes, work: Workload) -> int:
     if work.dropout and work.attention_rank:
         # The input of each adapter (queries, keys, values and output) and the mask of what was dropped from it.
         normed += tokens * (3 * sizes.hidden + sizes.queries) * (item + work.mask_itemsize)
+    if work.dropout:
+        normed += tokens * _adapted_beside_attention(sizes, work) * (item + work.mask_itemsize)
     return normed + before_norms + inputs_and_output + tokens * sizes.heads * 4 + pairs
+
+
+def _adapted_beside_attention(sizes: Sizes, work: Workload) -> int:
+    """Returns the number of input features of the adapters outside attention, in the layer with the most."""
+    layers: dict[str, int] = {}
+    for linear in sizes.linears:
+        layer, _, rest = linear.name.partition(".layers.")[2].partition(".")
+        if "attn" not in rest and "attention" not in rest and (work.factors is not None or _linear_rank(linear, work)):
+            layers[layer] = layers.get(layer, 0) + linear.in_features
+    return max(layers.values(), default=0)
 
 
 def _attention_made(sizes: Sizes, work: Workload) -> int:
@@ -511,9 +580,11 @@ def _decoded(up: Stack, down: Stack, rows: int) -> bool:
 def loss_bytes(sizes: Sizes, work: Workload) -> int:
     """Returns the memory of the loss: a tile of logits, the hidden states, and their gradients.
 
-    Hidden states count before and after the norm, their gradients in fp32 and in the dtype of the activations.
+    Hidden states count before and after the norm, their gradients in fp32 and in the dtype of the activations. The
+    gradient of a head that is trained is summed in fp32.
     """
     tokens, words = LOSS_TILE_BESIDE_GRAPHS if work.graphs else LOSS_TILE
     tile = min(work.tokens, tokens) * words * work.itemsize
     hidden = work.tokens * sizes.hidden
-    return tile + 3 * hidden * work.itemsize + _norm_bytes(sizes.hidden, work) + 4 * hidden
+    head = 4 * sum(whole.numel for whole in work.whole if whole.scores)
+    return tile + 3 * hidden * work.itemsize + _norm_bytes(sizes.hidden, work) + 4 * hidden + head

@@ -36,7 +36,7 @@ def speeds(results: Path) -> dict[str, str]:
     files = {}
     for path in sorted(results.glob(f"{NAME.replace('_', '-')}_*.json")):
         rows = [row for row in read_rows(path) if row.implementation == OURS and row.ms is not None]
-        rows = sorted((row for row in rows if row.layer == QWEN3_30B.experts.name), key=lambda row: row.tokens)
+        rows = sorted((row for row in rows if row.layer == QWEN3_30B.name), key=lambda row: row.tokens)
         if len(rows) < 3:  # too few for a curve
             continue
         entry = {

@@ -26,6 +26,7 @@ The data, before the model is loaded:
 The model and its training:
 
     model         the config, the tokenizer, and the model in 4 bits
+    start         the adapter that a run goes on from
     adapters      PEFT's config for the adapters, and the model with them
     attention     causal attention over packed documents, without masks
     batches       packed documents in batches of one shape

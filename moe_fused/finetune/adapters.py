@@ -12,8 +12,11 @@ from torch import nn
 
 from moe_fused.integrations.transformers.experts_module import layout_refusal
 
+from .architecture import names_of_experts
+
 if TYPE_CHECKING:
     from .resolve import ModelSetup
+    from .start import StartingAdapter
 
 
 def lora_config(setup: ModelSetup, model: nn.Module) -> Any:
@@ -30,45 +33,65 @@ def lora_config(setup: ModelSetup, model: nn.Module) -> Any:
     """
     from peft import LoraConfig
 
-    options = setup.options
+    if setup.start is not None:
+        config = setup.start.lora_config(setup.options)
+        if setup.ranks.expert:
+            _check_experts(config, setup.start.name)
+        return config
+    options, given = setup.options, setup.ranks
     experts = _experts_of(model)
-    ranks, alphas = {}, {}
-    if options.expert_rank:
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    # By weight, because PEFT would take such a module for the experts'.
+    taken = names_of_experts(model)
+    names = {name: f"{name}.weight" if name.rpartition(".")[2] in taken else name for name in setup.linear_modules}
+    for target in (names[name] for name in setup.shared_expert_modules):
+        ranks[target], alphas[target] = given.shared_expert, setup.shared_expert_alpha
+    parameters = [target for target in names.values() if target.endswith(".weight")]
+    if given.expert:
         if not experts:
             raise ValueError(f"--expert-rank: {type(model).__name__} has no experts that could be adapted, set it to 0")
         _check_adaptable(model)
         for target in (f"{path}.{name}" for path, names in experts.items() for name in names):
-            ranks[target] = options.expert_rank
-            alphas[target] = setup.expert_alpha
-    if options.router_rank:
+            ranks[target], alphas[target] = given.expert, setup.expert_alpha
+            parameters.append(target)
+    if given.router:
         for target in _routers(model, experts):
-            ranks[target] = options.router_rank
-            alphas[target] = 2.0 * options.router_rank
+            ranks[target], alphas[target] = given.router, 2.0 * given.router
+            parameters.append(target)
     config = LoraConfig(
-        r=options.attention_rank or options.expert_rank or options.router_rank,
+        r=given.attention or given.expert or given.shared_expert or given.router,
         lora_alpha=setup.attention_alpha,  # type: ignore[arg-type]  # any number
         lora_dropout=options.lora_dropout,
-        target_modules=list(setup.attention_modules),
-        target_parameters=list(ranks) or None,
+        target_modules=[target for name, target in names.items() if target == name],
+        target_parameters=parameters or None,
         rank_pattern=ranks,
         alpha_pattern=alphas,
+        modules_to_save=list(setup.whole.names) or None,
+        ensure_weight_tying=setup.whole.is_tied,
         task_type="CAUSAL_LM",
         **(options.lora or {}),
     )
-    if experts and options.expert_rank:
-        from moe_fused.integrations.peft.wrapper import refuse_unsupported
-
-        try:
-            refuse_unsupported(config)
-        except (ValueError, NotImplementedError) as error:
-            raise type(error)(f"lora: {error}; --expert-rank 0 leaves them out") from error
+    if experts and given.expert:
+        _check_experts(config, "lora", "; --expert-rank 0 leaves them out")
     return config
 
 
-def adapt(model: Any, setup: ModelSetup) -> Any:
-    """Puts new adapters on a model, which become the only part of it that is trained.
+def _check_experts(config: Any, option: str, hint: str = "") -> None:
+    """Raises ValueError or NotImplementedError if adapters on experts cannot have what ``config`` asks for."""
+    from moe_fused.integrations.peft.wrapper import refuse_unsupported
 
-    The initial values of the adapters are the same for the same seed.
+    try:
+        refuse_unsupported(config)
+    except (ValueError, NotImplementedError) as error:
+        raise type(error)(f"{option}: {error}{hint}") from error
+
+
+def adapt(model: Any, setup: ModelSetup) -> Any:
+    """Puts the adapters of a run on a model. They and the modules that are trained in full become all that is trained.
+
+    The initial values of new adapters are the same for the same seed. Those of ``--adapter`` are loaded, unless Trainer
+    will load those of a checkpoint.
 
     Returns:
         PEFT's model around ``model``.
@@ -80,6 +103,8 @@ def adapt(model: Any, setup: ModelSetup) -> Any:
     with adapting():
         adapted = get_peft_model(model, lora_config(setup, model))
     check_adapted(adapted, setup)
+    if setup.start is not None and not setup.start.is_checkpoint:
+        _load(adapted, setup.start)
     return adapted
 
 
@@ -94,9 +119,19 @@ def adapting() -> Iterator[None]:
 def check_adapted(model: Any, setup: ModelSetup) -> None:
     """Raises RuntimeError if a model has no adapters on its experts although it should."""
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if setup.options.expert_rank and not any(".experts." in name for name in trained):
+    if setup.ranks.expert and not any(".experts." in name for name in trained):
         name = type(model.get_base_model()).__name__
         raise RuntimeError(f"no experts of {name} were adapted, only {', '.join(trained[:3])}, …")
+
+
+def _load(adapted: Any, start: StartingAdapter) -> None:
+    """Loads the adapter that a run goes on from."""
+    from moe_fused.checkpoints.adapters.fits import check_keys
+
+    with start.files() as directory, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the adapter was compared with the model before
+        result = adapted.load_adapter(directory, adapted.active_adapter, is_trainable=True, torch_device="cpu")
+    check_keys(adapted, result, f"{start.name} does not fit {type(adapted.get_base_model()).__name__}")
 
 
 def _suffix(path: str) -> str:

@@ -8,8 +8,10 @@ They are read from the config and from the model on the meta device.
 from __future__ import annotations
 
 import inspect
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from moe_fused.checkpoints.adapters.by_expert import by_expert_refusal
 from moe_fused.checkpoints.adapters.names import names_gpt_oss
 from moe_fused.integrations.peft.targets import ExpertLayer, expert_layers
-from moe_fused.memory import is_named
+from moe_fused.memory import Whole, is_named
 
 from .attention import APART, layer_types
 from .precheck import INTERLEAVED
@@ -32,6 +34,8 @@ _MASKED = frozenset({"eager", "sdpa", "flex_attention"})
 _MAKERS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask")
 # Parts of attention that choose which tokens it looks at. They get no adapters, for no gradient flows through a choice.
 _SELECTORS = frozenset({"indexer", "scorer"})
+# The names of modules that weigh experts, shared ones included, such as gate, router and shared_expert_gate.
+_ROUTER = re.compile(r"(\w+_)?(gate|router)")
 
 
 def why_rows_mix(model: Any) -> str | None:
@@ -102,22 +106,146 @@ def attention_modules(model: nn.Module) -> tuple[str, ...]:
     before it as tell these layers apart. Layers with a name that projections of experts had, such as ``gate_proj``, are left
     out: PEFT would take that name for the experts', whatever stands before it.
     """
-    experts = {
-        linear.leaf for layer in _expert_layers(model) for linears in layer.linears.values() for linear in linears
-    }
+    experts = names_of_experts(model)
+    return _names(model, lambda path: path.rpartition(".")[2] not in experts and _is_attention(model, path))
+
+
+def all_linear_modules(model: nn.Module, *, shared: bool = True) -> tuple[str, ...]:
+    """Names of all plain linear layers of a model but its head, its routers and the parts that choose tokens.
+
+    Args:
+        model: The model, on any device, meta included.
+        shared: Whether shared experts are among them.
+    """
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]  # a model of Transformers
+
+    def is_chosen(path: str) -> bool:
+        if model.get_submodule(path) is head or not _SELECTORS.isdisjoint(path.split(".")):
+            return False
+        owner, _, leaf = path.rpartition(".")
+        if leaf == "out_proj" and "Mamba" in type(model.get_submodule(owner)).__name__:
+            return False  # Mamba's kernels take its weight, and an adapter would have no effect
+        return _is_attention(model, path) or (not _is_router(path) and (shared or not _is_shared(path)))
+
+    return _names(model, is_chosen)
+
+
+def shared_expert_modules(model: nn.Module) -> tuple[str, ...]:
+    """Names of the linear layers of a model's shared experts, without what weighs them; empty if it has none."""
+    return _names(model, lambda path: _is_shared(path) and not _is_router(path))
+
+
+def names_of_experts(model: nn.Module) -> frozenset[str]:
+    """The names of the linear layers that an expert of the model had in Transformers 4, such as ``gate_proj``.
+
+    PEFT takes a module of such a name for the experts', whatever stands before the name. In a LoRA config, layers beside
+    the experts are named by their weight instead, among ``target_parameters``.
+    """
+    layers = _expert_layers(model)
+    return frozenset(linear.leaf for layer in layers for linears in layer.linears.values() for linear in linears)
+
+
+def _names(model: nn.Module, is_chosen: Callable[[str], bool]) -> tuple[str, ...]:
+    """Names that match the plain linear layers whose path is chosen, and no other linear layers.
+
+    A name is as short as possible. If the experts have linear layers of that name, it has at least the name before it, too.
+    """
+    experts = names_of_experts(model)
     found: list[str] = []
     others: list[str] = []
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            free = _is_plain(module) and path.rpartition(".")[2] not in experts
-            (found if free and _is_attention(model, path) else others).append(path)
+            (found if _is_plain(module) and is_chosen(path) else others).append(path)
     names: dict[str, None] = {}
     for path in found:
         parts = path.split(".")
-        candidates = (".".join(parts[-number:]) for number in range(1, len(parts) + 1))
+        shortest = 2 if parts[-1] in experts else 1
+        candidates = (".".join(parts[-number:]) for number in range(shortest, len(parts) + 1))
         name = next(short for short in candidates if not any(is_named(other, (short,)) for other in others))
         names[name] = None
     return tuple(names)
+
+
+@dataclass(frozen=True)
+class WholeModules:
+    """The modules that are trained in full.
+
+    Attributes:
+        names: PEFT's names for them.
+        tensors: Their parameters. The embedding and the head share one if they are tied.
+        is_tied: Whether the embedding, which is tied to the head, is among them.
+    """
+
+    names: tuple[str, ...] = ()
+    tensors: tuple[Whole, ...] = ()
+    is_tied: bool = False
+
+
+def whole_modules(model: Any, names: Iterable[str], option: str, *, in_4bit: bool) -> WholeModules:
+    """Finds the modules that are to be trained in full.
+
+    Args:
+        model: The model, on any device, meta included.
+        names: The last parts of their paths, as many as tell them apart from others.
+        option: What gave the names, for errors.
+        in_4bit: Whether linear layers are held in 4 bits.
+
+    Raises:
+        ValueError: A name is that of no module, or that of one that cannot be trained in full.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    modules = dict(model.named_modules())
+    refusals = {path: _why_not_whole(model, path, in_4bit and modules[path] is not head) for path in modules}
+    chosen: list[str] = []
+    given: list[str] = []
+    for name in names:
+        paths = [path for path in modules if path and is_named(path, (name,))]
+        if not paths:
+            free = sorted({path.rpartition(".")[2] for path, refusal in refusals.items() if path and refusal is None})
+            raise ValueError(f"{option}: {type(model).__name__} has no module {name}, it can be {', '.join(free)}")
+        for path in paths:
+            if (refusal := refusals[path]) is not None:
+                raise ValueError(f"{option}: {name} {refusal}")
+        chosen += paths
+        # PEFT takes all modules whose path ends with the name, within a word as well.
+        given += [name] if all(path in paths for path in modules if path.endswith(name)) else paths
+    tied = head is not None and embedding is not None and head.weight is embedding.weight
+    parameters: dict[int, Whole] = {}
+    for module in (modules[path] for path in chosen):
+        for parameter in module.parameters():
+            both = tied and parameter is embedding.weight
+            parameters[id(parameter)] = Whole(
+                parameter.numel(), embeds=both or isinstance(module, nn.Embedding), scores=both or module is head
+            )
+    is_tied = tied and id(embedding.weight) in parameters
+    return WholeModules(tuple(dict.fromkeys(given)), tuple(parameters.values()), is_tied)
+
+
+def _why_not_whole(model: nn.Module, path: str, in_4bit: bool) -> str | None:
+    """Why a module cannot be trained in full, as the end of a sentence; None if it can."""
+    module, parts = model.get_submodule(path), path.split(".")
+    owners = [model.get_submodule(".".join(parts[:number])) for number in range(1, len(parts))]
+    if any(hasattr(type(each), "_apply_gate") for each in (*owners, *module.modules())):
+        return "is or holds experts, which adapters train: use --expert-rank"
+    if any(part in ("gate", "router") for part in parts):
+        return "is a router, which adapters train: use --router-rank"
+    if not any(True for _ in module.parameters()):
+        return "has no weights"
+    if any(True for child in module.children() for _ in child.parameters()):
+        return f"has parts, name those instead: {', '.join(name for name, _ in module.named_children())}"
+    if in_4bit and isinstance(module, nn.Linear):
+        return (
+            "is in 4 bits and cannot be trained in full: use --attention-modules for an adapter, or --quantization none"
+        )
+    return None
+
+
+def _is_router(path: str) -> bool:
+    return any(map(_ROUTER.fullmatch, path.split(".")))
+
+
+def _is_shared(path: str) -> bool:
+    return any(part.startswith("shared") for part in path.split("."))
 
 
 def _expert_layers(model: nn.Module) -> list[ExpertLayer]:

@@ -31,6 +31,7 @@ def card(setup: ModelSetup, facts: Facts) -> str:
     sections = [f"## {title}\n\n{table(content)}" for title, content in tables.items() if content]
     sections.insert(2, "![loss](loss.png)")
     fetch = f"\n\n{fenced('', get)}" if get else ""
+    begun = f" The training went on from the adapter {code(_name(options.adapter))}." if options.adapter else ""
     return f"""---
 {metadata(setup)}
 ---
@@ -38,7 +39,7 @@ def card(setup: ModelSetup, facts: Facts) -> str:
 # Adapter for {code(_name(options.model))}
 
 LoRA over {code(_name(options.model))}, trained by `moe-fused finetune`. All options are in `finetune.yaml`, all steps in
-`log.jsonl`.
+`log.jsonl`.{begun}
 
 {(chr(10) * 2).join(sections)}
 

@@ -16,12 +16,12 @@ from moe_fused.commands.options import check_weights, require
 from moe_fused.signals import interrupted_afterwards
 from moe_fused.staging import replace_file
 
-from .checkpoints import DROP_BROKEN, resumable
+from .checkpoints import DROP_BROKEN, checkpoints_of, resumable
 from .fingerprint import ALLOW_CHANGED, ALLOW_OTHER_BASE
 from .handed_through import parse
 from .options import DEFAULTS, GROUPS, HELP, MAPPINGS, TYPES, Options, flag, read_yaml, shown_default, template
 from .output import CONFIG, check_not_ended, check_output, check_unused, locked_output
-from .precheck import Process, check_automatic_device, notes, precheck
+from .precheck import Process, check_adapter, check_automatic_device, check_said, notes, precheck
 from .upload import check_upload
 
 # The packages of the extra that every run needs, the one for the picture at its end included.
@@ -79,7 +79,11 @@ _SWITCHES = [
     _switch("resume", "Go on from the last checkpoint in --output, with the options in its finetune.yaml."),
     _switch("overwrite", "Replace the run in --output."),
     _switch("allow_changed_data", "With --resume, go on although the rows or the chat template have changed."),
-    _switch("allow_other_base", "With --resume, go on although the weights or the config of the model have changed."),
+    _switch(
+        "allow_other_base",
+        "With --resume, go on although the weights or the config of the model have changed. With --adapter, take one that "
+        "was made for another model of the same shapes.",
+    ),
     _switch(
         "drop_broken_checkpoints",
         "With --resume, remove damaged checkpoints and go on from the last one that is whole.",
@@ -121,23 +125,26 @@ def finetune(
         _write_template(init, said)
         return
     require("finetune", *_NEEDED, extra="train")
-    of_resuming = {
-        ALLOW_CHANGED: allow_changed_data, ALLOW_OTHER_BASE: allow_other_base, DROP_BROKEN: drop_broken_checkpoints
-    }  # fmt: skip
+    of_resuming = {ALLOW_CHANGED: allow_changed_data, DROP_BROKEN: drop_broken_checkpoints}
     _check_switches(resume, overwrite, show_rows, of_resuming)
     options = _options(config, given, resume)
+    if options.adapter is None:
+        _check_switches(resume, overwrite, show_rows, {ALLOW_OTHER_BASE: allow_other_base})
     options.require(output=show_rows is None)
     if show_rows is not None:
         process = _precheck(options)
+        check_adapter(options)
         with interrupted_afterwards():
             from .run import show
-        show(options, process, show_rows)
+        show(options, process, show_rows, allow_other_base=allow_other_base)
         return
     output = options.output_directory
     if not dry_run:
         check_unused(output)
     check_output(output, resume, overwrite)
     process = _precheck(options)
+    if not (resume and checkpoints_of(output)):
+        _check_adapter(options, resume)
     if options.repository is not None:
         check_upload("--push-to-hub", options.repository, private=options.private)
     with interrupted_afterwards():
@@ -193,6 +200,7 @@ def _check_switches(resume: bool, overwrite: bool, show_rows: int | None, of_res
 def _options(config: Path | None, given: dict[str, Any], resume: bool) -> Options:
     """The options from the command line, from ``--config`` and, for a run that goes on, from its finetune.yaml."""
     said = _said(config, given)
+    check_said(said)
     if not resume:
         return Options(**said)
     if not said.get("output"):
@@ -217,6 +225,15 @@ def _said(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     for name, values in fields.items():
         said[name] = {**(said.get(name) or {}), **values}
     return said
+
+
+def _check_adapter(options: Options, resume: bool) -> None:
+    """Checks the adapter of ``--adapter``, which a run needs until it has a checkpoint."""
+    try:
+        check_adapter(options)
+    except FileNotFoundError as error:
+        needed = "; the run has no checkpoint yet, with which it could go on without it" if resume else ""
+        raise FileNotFoundError(f"{error}{needed}") from error
 
 
 def _precheck(options: Options) -> Process:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 # Options with which a step takes another time. None but their defaults were measured.
-_AS_DEFAULT = ("router_rank", "lora_dropout", "router_aux_loss", "trainer", "lora")
+_AS_DEFAULT = ("lora_dropout", "router_aux_loss", "trainer", "lora")
 # The optimizer that was measured, and its paged variant, which does the same work where memory is not short.
 _OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit")
 
@@ -168,9 +168,17 @@ def _differences(run: ResolvedRun, found: Measured) -> Iterator[str]:
         yield f"weights in {weights}"
     if run.dtype is not torch.bfloat16 or run.adapter_dtype is not torch.bfloat16:
         yield "another dtype than bfloat16"
-    for name in ("attention_rank", "expert_rank"):
-        if getattr(options, name) != getattr(found, name):
-            yield f"{flag(name)} {getattr(options, name)}"
+    ranks = {
+        "attention_rank": (run.ranks.attention, found.attention_rank),
+        "expert_rank": (run.ranks.expert, found.expert_rank),
+        "shared_expert_rank": (run.ranks.shared_expert, 0),
+        "router_rank": (run.ranks.router, 0),
+    }
+    for name, (rank, of_measured) in ranks.items():
+        if rank != of_measured:
+            yield f"{flag(name)} {rank}"
+    if run.whole.names:
+        yield flag("modules_to_save")
     if set(run.attention_modules) != set(attention_modules(run.skeleton)):
         yield "--attention-modules"
     for name in _AS_DEFAULT:

@@ -81,9 +81,7 @@ def choices(run: ResolvedRun) -> Table:
         "method": f"{options.method}{beta}",
         "weights": f"{run.quantize_to}, double quantization" if run.quantize_to else "as in the checkpoint",
         "computation": str(run.dtype).removeprefix("torch."),
-        "adapters on attention": _rank(options.attention_rank, run.attention_alpha, ", ".join(run.attention_modules)),
-        "adapters on experts": _rank(options.expert_rank, run.expert_alpha),
-        "adapters on routers": _rank(options.router_rank, 2.0 * options.router_rank),
+        **_adapters(run),
         "dropout of adapters": f"{options.lora_dropout:g}",
         "sequences": f"{batching.length} tokens, packing {batching.packing}",
         "step": f"{batching.sequences} × {batching.accumulation} sequences, at most {batching.step_tokens:,} tokens",
@@ -104,8 +102,22 @@ def _learned(options: Options) -> str:
     return "what the assistant says" if options.assistant_only_loss else "all tokens but prompts"
 
 
-def _rank(rank: int, alpha: float, modules: str = "") -> str:
-    return f"rank {rank}, alpha {alpha:g}{modules and ': '}{modules}" if rank else "none"
+def _adapters(run: ResolvedRun) -> Table:
+    """The adapters and what is trained in full. An adapter that the run went on from may have several alphas."""
+    ranks, alphas = run.ranks, run.start is None
+    kinds = {
+        "attention": (ranks.attention, run.attention_alpha, ", ".join(run.attention_modules)),
+        "experts": (ranks.expert, run.expert_alpha, ""),
+        "shared experts": (ranks.shared_expert, run.shared_expert_alpha, ""),
+        "routers": (ranks.router, 2.0 * ranks.router, ""),
+    }
+    found = {}
+    for name, (rank, alpha, modules) in kinds.items():
+        words = f"rank {rank}{f', alpha {alpha:g}' if alphas else ''}{modules and ': '}{modules}"
+        found[f"adapters on {name}"] = words if rank else "none"
+    if not ranks.shared_expert:
+        del found["adapters on shared experts"]
+    return found | ({"trained in full": ", ".join(run.whole.names)} if run.whole.names else {})
 
 
 def _source(name: str, config: str | None, split: str) -> str:

@@ -19,12 +19,15 @@ ALLOW_CHANGED, ALLOW_OTHER_BASE = "--allow-changed-data", "--allow-other-base"
 _HEAD = "# The data and the model that this run began with. --resume compares them. These lines are no options.\n"
 _ROWS, _EVALUATION, _TEMPLATE = "rows", "evaluation rows", "chat template"
 _CONFIG, _WEIGHTS = "model config", "model weights"
-_LINE = re.compile(rf"# ({_ROWS}|{_EVALUATION}|{_TEMPLATE}|{_CONFIG}|{_WEIGHTS}): (sha256:[0-9a-f]{{64}})")
+_ADAPTER = "adapter"
+_LINE = re.compile(rf"# ({_ROWS}|{_EVALUATION}|{_TEMPLATE}|{_CONFIG}|{_WEIGHTS}|{_ADAPTER}): (sha256:[0-9a-f]{{64}})")
 
 # The bytes that are read from a file of weights: those at its beginning and its end, and a block at each step between.
 _EDGE, _BLOCK, _STEP = 1 << 20, 1 << 16, 1 << 26
 # Entries of a model's config that saving it again changes.
 _VOLATILE = ("_name_or_path", "transformers_version")
+# An entry of an adapter's config that names the place of its base.
+_OF_PLACES = ("base_model_name_or_path",)
 
 
 def fingerprints(prepared: Prepared, data: Data) -> dict[str, str]:
@@ -83,6 +86,41 @@ def base_fingerprints(model: str, revision: str, *, download: bool) -> dict[str,
         _CONFIG: _hash(json.dumps(config, sort_keys=True).encode()),
         _WEIGHTS: f"sha256:{digest.hexdigest()}",
     }
+
+
+def adapter_fingerprint(directory: Path) -> dict[str, str]:
+    """Returns the sha256 of an adapter's config and weights, which does not depend on where the adapter lies."""
+    from moe_fused.checkpoints.places import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_object
+
+    content = {key: value for key, value in read_object(directory / ADAPTER_CONFIG).items() if key not in _OF_PLACES}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    with (directory / ADAPTER_WEIGHTS).open("rb") as file:
+        while block := file.read(_EDGE):
+            digest.update(block)
+    return {_ADAPTER: f"sha256:{digest.hexdigest()}"}
+
+
+def check_same_adapter(path: Path, now: dict[str, str], needed: bool) -> tuple[dict[str, str], list[str]]:
+    """Compares the adapter of ``--adapter`` with the one that a resumed run began with.
+
+    Args:
+        path: The finetune.yaml of the run.
+        now: The fingerprint of the adapter today, as ``adapter_fingerprint`` gives it; empty if it is not there any more.
+        needed: Whether the run begins with the adapter again, because it has no checkpoint.
+
+    Returns:
+        The fingerprint to record, and a remark if the adapter has changed.
+
+    Raises:
+        ValueError: The adapter has changed, and it is needed.
+    """
+    before = {what: value for what, value in recorded(path).items() if what == _ADAPTER}
+    if not before or not now or before == now:
+        return before or now, []
+    changed = f"{_changes(before, now)} changed since the run in {path.parent} began"
+    if needed:
+        raise ValueError(f"{changed}: put back what was there, or start again with --overwrite")
+    return before, [f"{changed}; the run goes on from its checkpoint, which does not need it"]
 
 
 def _samples(file: IO[bytes]) -> Iterator[bytes]:

@@ -92,8 +92,8 @@ MANAGED: dict[str, dict[str, str]] = {
         "include_for_metrics": "--eval-dataset or --eval-share", "disable_tqdm": "the command has a bar of its own",
     },
     "lora": {
-        "r": "--attention-rank, --expert-rank and --router-rank",
-        "lora_alpha": "--attention-alpha and --expert-alpha", "lora_dropout": "--lora-dropout",
+        "r": "--attention-rank, --expert-rank, --shared-expert-rank and --router-rank",
+        "lora_alpha": "--attention-alpha, --expert-alpha and --shared-expert-alpha", "lora_dropout": "--lora-dropout",
         "target_modules": "--attention-modules and --attention-rank",
         "target_parameters": "--expert-rank and --router-rank", "rank_pattern": "--expert-rank and --attention-rank",
         "alpha_pattern": "--expert-alpha and --attention-alpha", "base_model_name_or_path": "--model",
@@ -102,7 +102,9 @@ MANAGED: dict[str, dict[str, str]] = {
         "auto_mapping": "PEFT writes it", "peft_version": "PEFT writes it",
         "layers_to_transform": _ALL, "layers_pattern": _ALL,
         "exclude_modules": "--attention-modules, or 0 as a rank",
-        "bias": _PARTS, "modules_to_save": _PARTS, "trainable_token_indices": _PARTS, "layer_replication": _PARTS,
+        "modules_to_save": "--modules-to-save",
+        "ensure_weight_tying": "--modules-to-save",
+        "bias": _PARTS, "trainable_token_indices": _PARTS, "layer_replication": _PARTS,
         "runtime_config": _GRAPHS, "megatron_config": _ONE_GPU, "megatron_core": _ONE_GPU,
     },
 }  # fmt: skip

@@ -90,4 +90,6 @@ def queued(optimizer_class: type[Any]) -> type[Any]:
             return state
 
     Queued.__name__ = Queued.__qualname__ = optimizer_class.__name__
+    # Trainer knows bitsandbytes' optimizers by this, and then keeps the state of embeddings in 32 bits.
+    Queued.__module__ = optimizer_class.__module__
     return Queued

@@ -27,6 +27,8 @@ Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "pol
 Optimizer = Literal[
     "auto", "paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch", "adamw_torch_fused", "sgd"
 ]
+# The value of --attention-modules that stands for all linear layers but the head, routers and experts.
+ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,15 @@ class Options:
         Help("Number of batches in an optimizer step.", shown="as many as make 16384 tokens", shapes_run=True),
     ] = None
 
+    adapter: Annotated[
+        str | None,
+        Help(
+            "LoRA adapter to go on from: a directory or a Hub id. Its ranks, alphas and targets take the place of the "
+            "options for them.",
+            shown="a new adapter",
+            shapes_run=True,
+        ),
+    ] = None
     attention_rank: Annotated[
         int, Help("Rank of the adapters on attention layers; 0 adapts none.", shapes_run=True)
     ] = 16
@@ -169,7 +180,8 @@ class Options:
     attention_modules: Annotated[
         list[str] | None,
         Help(
-            "Name of a linear layer that gets an adapter of --attention-rank; repeat the option for each name.",
+            "Name of a linear layer that gets an adapter of --attention-rank; repeat the option for each name. all-linear "
+            "stands for all linear layers but the head, routers and experts.",
             shown="all linear layers of attention, such as q_proj k_proj v_proj o_proj",
             shapes_run=True,
         ),
@@ -178,7 +190,22 @@ class Options:
     expert_alpha: Annotated[
         float | None, Help("LoRA alpha of the adapters on experts.", shown="twice the rank", shapes_run=True)
     ] = None
+    shared_expert_rank: Annotated[
+        int,
+        Help("Rank of the adapters on shared experts; with 0 only --attention-modules adapts them.", shapes_run=True),
+    ] = 0
+    shared_expert_alpha: Annotated[
+        float | None, Help("LoRA alpha of the adapters on shared experts.", shown="twice the rank", shapes_run=True)
+    ] = None
     router_rank: Annotated[int, Help("Rank of the adapters on routers; 0 adapts none.", shapes_run=True)] = 0
+    modules_to_save: Annotated[
+        list[str] | None,
+        Help(
+            "Name of a module that is trained in full and saved with the adapter, such as lm_head or embed_tokens (PEFT's "
+            "modules_to_save); repeat the option for each name.",
+            shapes_run=True,
+        ),
+    ] = None
     lora_dropout: Annotated[float, Help("Dropout probability for the input of the adapters.", shapes_run=True)] = 0.0
     adapter_dtype: Annotated[
         Dtype,
@@ -289,8 +316,12 @@ class Options:
         for name in ("lora_dropout", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{flag(name)} must be in [0, 1), got {getattr(self, name)}")
-        if not self.attention_rank and not self.expert_rank and not self.router_rank:
+        if not any((self.attention_rank, self.expert_rank, self.shared_expert_rank, self.router_rank)):
             raise ValueError("--attention-rank, --expert-rank and --router-rank are all 0: there is nothing to train")
+        if ALL_LINEAR in (self.attention_modules or ()) and self.attention_modules != [ALL_LINEAR]:
+            raise ValueError(f"--attention-modules {ALL_LINEAR} stands for all names: give it alone")
+        if "" in (self.modules_to_save or ()):
+            raise ValueError("--modules-to-save must name a module, got an empty value")
         if self.adapter_dtype == "float16":
             raise ValueError("--adapter-dtype cannot be float16, whose gradients need scaling: use float32 or bfloat16")
         if self.router_rank and self.lora_dropout:
@@ -305,9 +336,10 @@ class Options:
         for name in ("eval_steps", "keep_best", "early_stopping"):
             if getattr(self, name) and not self.evaluates:
                 raise ValueError(f"{flag(name)} needs an evaluation: give --eval-dataset or --eval-share, too")
+        if self.adapter is not None and not self.adapter:
+            raise ValueError("--adapter must name a directory or a Hub id, got an empty value")
         if self.export != "none" and not self.expert_rank:
             raise ValueError(f"--export {self.export} is a layout of adapters on experts, but --expert-rank is 0")
-
         if self.push_to_hub != "none":
             from .upload import check_repository
 
@@ -330,6 +362,13 @@ class Options:
             raise ValueError(f"--assistant-only-loss is not for {method}, which learns from the answers alone anyway")
         if self.lora_dropout:
             raise ValueError(f"--lora-dropout is not possible with {method}: TRL compares answers without dropout")
+        if self.adapter is not None:
+            raise ValueError(
+                f"--adapter is not possible with {method}, whose reference is the model without adapters: merge the adapter "
+                "into the model first, with moe-fused merge"
+            )
+        if self.modules_to_save:
+            raise ValueError(f"--modules-to-save is not possible with {method}: the reference needs them as they were")
         if self.method == "kto" and self.batch_size < 2:
             raise ValueError(
                 "--method kto needs a --batch-size of at least 2, because it compares each answer with those to the other "
@@ -369,7 +408,8 @@ class Options:
 
 _AT_LEAST = {
     "sequence_length": 8, "batch_size": 1, "gradient_accumulation": 1, "attention_rank": 0, "expert_rank": 0,
-    "router_rank": 0, "attention_alpha": 0, "expert_alpha": 0, "max_steps": 1, "weight_decay": 0, "max_grad_norm": 0,
+    "shared_expert_rank": 0, "router_rank": 0, "attention_alpha": 0, "expert_alpha": 0, "shared_expert_alpha": 0,
+    "max_steps": 1, "weight_decay": 0, "max_grad_norm": 0,
     "router_aux_loss": 0, "seed": 0, "eval_steps": 1, "early_stopping": 1, "save_steps": 1, "keep_checkpoints": 1,
     "log_steps": 1,
 }  # fmt: skip
@@ -388,7 +428,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Adapter": (
         "attention_alpha", "attention_modules", "expert_alpha", "router_rank", "lora_dropout", "adapter_dtype",
-        "lora",
+        "lora", "shared_expert_rank", "shared_expert_alpha", "modules_to_save", "adapter",
     ),
     "Training": (
         "max_steps", "scheduler", "warmup", "weight_decay", "max_grad_norm", "optimizer", "router_aux_loss", "seed",
@@ -410,6 +450,13 @@ HELP: dict[str, Help] = {name: _HINTS[name][1] for name in DEFAULTS}
 
 # Options that are mappings. The command line sets their entries by --set.
 MAPPINGS = tuple(name for name, kind in TYPES.items() if kind == dict[str, Any] | None)
+
+
+# The options that ``--adapter`` answers.
+OF_ADAPTERS = (
+    "attention_rank", "attention_alpha", "attention_modules", "expert_rank", "expert_alpha", "shared_expert_rank",
+    "shared_expert_alpha", "router_rank", "modules_to_save", "lora",
+)  # fmt: skip
 
 
 def flag(name: str) -> str:

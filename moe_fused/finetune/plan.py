@@ -109,9 +109,15 @@ def _plan(run: ResolvedRun, sizes: Sizes, limit: int | None) -> MemoryPlan:
         quantized=run.is_4bit,
         itemsize=run.dtype.itemsize,
         adapter_itemsize=run.adapter_dtype.itemsize,
-        attention_rank=options.attention_rank,
+        factors=None if run.start is None else run.start.factors,
+        attention_rank=run.ranks.attention,
         attention_modules=run.attention_modules,
-        expert_rank=options.expert_rank,
+        expert_rank=run.ranks.expert,
+        shared_expert_rank=run.ranks.shared_expert,
+        shared_expert_modules=run.shared_expert_modules,
+        whole=run.whole.tensors,
+        whole_modules=run.whole.names,
+        whole_itemsize=run.dtype.itemsize,
         dropout=options.lora_dropout > 0,
         optimizer=run.optimizer,
         checkpointing=options.gradient_checkpointing,
@@ -149,7 +155,7 @@ def _changes(run: ResolvedRun) -> Iterator[dict[str, Any]]:
     for shorter in LENGTHS:
         if shorter < run.batching.length:
             yield {"sequence_length": shorter}
-    rank = options.expert_rank
+    rank = 0 if run.start is not None else run.ranks.expert
     while rank > 1:
         rank //= 2
         yield {"expert_rank": rank}

@@ -12,14 +12,15 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moe_fused.checkpoints.adapters.names import names_gpt_oss
-from moe_fused.checkpoints.places import CONFIG, read_config
-from moe_fused.commands.options import check_device, check_source
+from moe_fused.checkpoints.places import ADAPTER_CONFIG, CONFIG, read_config
+from moe_fused.commands.options import check_device, check_source, check_weights, read_source
 from moe_fused.quantized import check_quantization
 
 from .handed_through import check_handed_through
-from .options import DEFAULTS, Options, flag
+from .options import DEFAULTS, MAPPINGS, OF_ADAPTERS, Options, flag
 from .trackers import check_tracker
 
 # The reason why an adapter has no layout with a matrix for each expert, or with gate and up apart.
@@ -85,6 +86,65 @@ def precheck(options: Options) -> Process:
     check_handed_through(options)
     _check_model(options)
     return process
+
+
+def check_said(said: Mapping[str, Any]) -> None:
+    """Raises ValueError if options were given that the adapter of ``--adapter`` answers.
+
+    Args:
+        said: The options that were given, on the command line or in a file.
+    """
+    for name in OF_ADAPTERS if said.get("adapter") is not None else ():
+        if said.get(name) is not None:
+            what = name if name in MAPPINGS else flag(name)
+            raise ValueError(f"{what} cannot be given with --adapter, whose adapter has its own: leave it out")
+
+
+def check_adapter(options: Options) -> None:
+    """Checks the adapter of ``--adapter`` as far as its config on this machine tells.
+
+    Raises:
+        FileNotFoundError: There is no such adapter.
+        ValueError: It is of a kind that cannot be trained here.
+    """
+    if options.adapter is None:
+        return
+    content = read_source("--adapter", options.adapter, ADAPTER_CONFIG)
+    check_weights("--adapter", options.adapter, ("adapter_model.safetensors",))
+    if content is not None:
+        check_trainable(content, f"--adapter {options.adapter}")
+
+
+# Parts of adapters that experts, the kernels or this command do not train.
+_UNTRAINABLE = (
+    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "kasa_config", "velora_config", "monteclora_config",
+    "arrow_config", "alora_invocation_tokens", "trainable_token_indices", "layer_replication", "megatron_config",
+)  # fmt: skip
+# Beginnings of the initializations that changed the weights of the base model, too.
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def check_trainable(content: Mapping[str, Any], name: str) -> None:
+    """Raises ValueError if an adapter is of a kind that cannot be trained here.
+
+    Args:
+        content: The content of its ``adapter_config.json``.
+        name: What it is called in the error.
+    """
+    if content.get("peft_type") != "LORA":
+        raise ValueError(f"{name} is of type {content.get('peft_type')}, finetune trains LoRA adapters")
+    for option in _UNTRAINABLE:
+        if content.get(option):
+            raise ValueError(f"{name} has {option}, such adapters cannot be trained here: only plain LoRA can")
+    if content.get("bias") not in (None, "none"):
+        raise ValueError(
+            f"{name} has bias {content['bias']!r}, such adapters cannot be trained here: only plain LoRA can"
+        )
+    begun = content.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower().startswith(_CHANGED_BASE):
+        raise ValueError(
+            f"{name} began with {begun}, which changed the base model, too: only an adapter of the unchanged model can go on"
+        )
 
 
 def check_device_type(options: Options, kind: str) -> None:
@@ -182,7 +242,11 @@ def notes(options: Options) -> Iterator[str]:
                 yield from _unused(options, name, f"{flag(rank)} is 0")
 
 
-_BELONGING = {"attention_rank": ("attention_alpha", "attention_modules"), "expert_rank": ("expert_alpha",)}
+_BELONGING = {
+    "attention_rank": ("attention_alpha", "attention_modules"),
+    "expert_rank": ("expert_alpha",),
+    "shared_expert_rank": ("shared_expert_alpha",),
+}
 
 
 def _unused(options: Options, name: str, reason: str) -> Iterator[str]:

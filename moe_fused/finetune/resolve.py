@@ -31,20 +31,26 @@ from moe_fused.memory import is_named, skeleton
 from . import attention
 from .adapters import lora_config
 from .architecture import (
+    WholeModules,
+    all_linear_modules,
     apart_refusal,
     attention_modules,
     has_random_layers,
+    shared_expert_modules,
     waits_for_lengths,
+    whole_modules,
     why_rows_mix,
 )
-from .options import Optimizer, Options
+from .options import ALL_LINEAR, Optimizer, Options
 from .precheck import Process, check_device_type, check_export, check_sequence_length
+from .start import StartingAdapter, check_start
 
 # The options whose values later steps must take from a record.
 ANSWERED = frozenset(
     {"quantization", "dtype", "attn", "liger", "cuda_graphs", "device", "packing", "sequence_length", "batch_size",
      "gradient_accumulation", "attention_modules", "attention_alpha", "expert_alpha", "adapter_dtype", "optimizer",
-     "learning_rate", "beta"}
+     "attention_rank", "expert_rank", "shared_expert_rank", "shared_expert_alpha", "router_rank",
+     "modules_to_save", "learning_rate", "beta"}
 )  # fmt: skip
 # Lengths of sequences that are tried, and the number of tokens that a step should have, unless the options say.
 LENGTHS = (4096, 2048, 1024, 512, 256)
@@ -94,6 +100,21 @@ class Batching:
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """The largest rank of the adapters on each kind of layer; 0 for a kind that is not adapted.
+
+    Attributes:
+        attention: That on ``attention_modules``.
+        expert, shared_expert, router: Those on experts, shared experts and routers.
+    """
+
+    attention: int
+    expert: int
+    shared_expert: int
+    router: int
+
+
+@dataclass(frozen=True)
 class ModelSetup:
     """What options, architecture, device and process decide about a run, whatever its data are. ``set_up`` makes it.
 
@@ -109,8 +130,12 @@ class ModelSetup:
         learning_rate: The peak learning rate.
         beta: How much a preference holds the model to what it was before.
         attention: The implementation of attention, by Transformers' name for it.
-        attention_modules: The linear layers that get adapters, by PEFT's names for them.
-        attention_alpha, expert_alpha: The alphas of the adapters on these layers and on experts.
+        ranks: The ranks of the adapters.
+        attention_modules: The linear layers that get adapters of the rank for attention, by PEFT's names for them.
+        shared_expert_modules: The same for those of the rank for shared experts.
+        attention_alpha, expert_alpha, shared_expert_alpha: The alphas of the adapters on these layers and on experts.
+        whole: The modules that are trained in full, in ``dtype``.
+        start: The adapter that the run goes on from, which says which layers it adapts. None for a new one.
         quantize_to: The 4-bit format to which weights are quantized while they are loaded. None if they are in 4 bits
             already, or stay as they are.
         is_4bit: Whether experts and linear layers are in 4 bits, from the checkpoint or because of ``quantize_to``.
@@ -130,9 +155,14 @@ class ModelSetup:
     learning_rate: float
     beta: float
     attention: str
+    ranks: Ranks
     attention_modules: tuple[str, ...]
+    shared_expert_modules: tuple[str, ...]
     attention_alpha: float
     expert_alpha: float
+    shared_expert_alpha: float
+    whole: WholeModules
+    start: StartingAdapter | None
     quantize_to: str | None
     is_4bit: bool
     liger: bool
@@ -143,6 +173,11 @@ class ModelSetup:
     def output(self) -> Path:
         """The directory of the run."""
         return self.options.output_directory
+
+    @property
+    def linear_modules(self) -> tuple[str, ...]:
+        """The linear layers that get adapters, by PEFT's names for them."""
+        return tuple(dict.fromkeys((*self.attention_modules, *self.shared_expert_modules)))
 
     @property
     def vocabulary(self) -> int:
@@ -171,7 +206,9 @@ class ResolvedRun(ModelSetup):
 
         What depends on the machine (the device, CUDA graphs, Liger) is left open.
         """
-        modules = list(self.attention_modules) if self.options.attention_rank else self.options.attention_modules
+        modules = self.options.attention_modules
+        if self.attention_modules and modules != [ALL_LINEAR]:
+            modules = list(self.attention_modules)
         return dataclasses.replace(
             self.options,
             sequence_length=self.batching.length,
@@ -199,7 +236,15 @@ def training_device(options: Options) -> torch.device:
     return torch.device(device.type, torch.accelerator.current_device_index())
 
 
-def set_up(options: Options, config: Any, device: torch.device, process: Process | None = None) -> ModelSetup:
+def set_up(
+    options: Options,
+    config: Any,
+    device: torch.device,
+    process: Process | None = None,
+    *,
+    start: StartingAdapter | None = None,
+    allow_other_base: bool = False,
+) -> ModelSetup:
     """Decides all that does not depend on the data.
 
     Args:
@@ -207,6 +252,8 @@ def set_up(options: Options, config: Any, device: torch.device, process: Process
         config: The model's config, of Transformers.
         device: The device to train on, as ``training_device`` gives it.
         process: This process among those of the run. The default is a process that is alone.
+        start: The adapter that the run goes on from.
+        allow_other_base: Whether that adapter may have been made for another model of the same shapes.
 
     Raises:
         ValueError: The model or the device does not have what the options ask for, or Transformers has no causal
@@ -214,10 +261,20 @@ def set_up(options: Options, config: Any, device: torch.device, process: Process
     """
     check_device_type(options, device.type)
     model = _skeleton(options, config)
-    return _set_up(options, process or Process(), config, model, device)
+    setup = _set_up(options, process or Process(), config, model, device, start)
+    if start is not None:
+        check_start(start, options, _skeleton(options, config), config, allow_other_base=allow_other_base)
+    return setup
 
 
-def _set_up(options: Options, process: Process, config: Any, model: Any, device: torch.device) -> ModelSetup:
+def _set_up(
+    options: Options,
+    process: Process,
+    config: Any,
+    model: Any,
+    device: torch.device,
+    start: StartingAdapter | None,
+) -> ModelSetup:
     dtype = _dtype(options, device)
     in_4bit = getattr(config, "quantization_config", None) is not None
     quantizes = options.quantization != "none" and not in_4bit
@@ -233,9 +290,14 @@ def _set_up(options: Options, process: Process, config: Any, model: Any, device:
         learning_rate=_learning_rate(options),
         beta=BETA if options.beta is None else options.beta,
         attention=attention.chosen(options.attn, config),
-        attention_modules=_attention_modules(options, model),
+        ranks=_ranks(options, model, start),
+        attention_modules=() if start else _attention_modules(options, model),
+        shared_expert_modules=_shared_expert_modules(options, model),
         attention_alpha=_alpha(options.attention_alpha, options.attention_rank or 1),
         expert_alpha=_alpha(options.expert_alpha, options.expert_rank),
+        shared_expert_alpha=_alpha(options.shared_expert_alpha, options.shared_expert_rank),
+        whole=_whole(options, model, dtype, start, in_4bit=quantizes or in_4bit),
+        start=start,
         quantize_to=options.quantization if quantizes else None,
         is_4bit=quantizes or in_4bit,
         liger=_liger(options, config, device),
@@ -243,6 +305,8 @@ def _set_up(options: Options, process: Process, config: Any, model: Any, device:
         layout_refusals={layout: apart_refusal(options.model, config, model, layout) for layout in _LAYOUTS},
     )
     check_export(options, setup.layout_refusals.get(options.export))
+    if start is not None and options.export != "none" and not setup.ranks.expert:
+        raise ValueError(f"--export {options.export} is a layout of adapters on experts, but {start.name} has none")
     lora_config(setup, model)  # raises if the model lacks a layer that is to be adapted
     return setup
 
@@ -278,7 +342,7 @@ def candidates(setup: ModelSetup, *, plain_text: bool, rows: int = 0) -> Iterato
 def with_options(run: ResolvedRun, **changes: Any) -> ResolvedRun:
     """The record that ``run`` would have with some other options, for the same data and on the same device."""
     options = dataclasses.replace(run.options, **changes)
-    setup = _set_up(options, run.process, run.config, run.skeleton, run.device)
+    setup = _set_up(options, run.process, run.config, run.skeleton, run.device, run.start)
     return _resolved(setup, run.batching.packing, changes.get("sequence_length", run.batching.length))
 
 
@@ -354,12 +418,51 @@ def _attention_modules(options: Options, model: Any) -> tuple[str, ...]:
         return ()
     if options.attention_modules is None:
         return attention_modules(model)
-    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if options.attention_modules == [ALL_LINEAR]:
+        return all_linear_modules(model, shared=not options.shared_expert_rank)
+    paths, head = (
+        [path for path, module in model.named_modules() if isinstance(module, nn.Linear)],
+        model.get_output_embeddings(),
+    )
     for name in options.attention_modules:
         if not any(is_named(path, (name,)) for path in paths):
             has = ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
             raise ValueError(f"--attention-modules: {type(model).__name__} has no linear layer {name}, it has {has}")
+    if any(is_named(path, options.attention_modules) for path in paths if model.get_submodule(path) is head):
+        raise ValueError("--attention-modules: the loss takes the weight of the head and would not see its adapter")
     return tuple(options.attention_modules)
+
+
+def _shared_expert_modules(options: Options, model: Any) -> tuple[str, ...]:
+    if not options.shared_expert_rank:
+        return ()
+    if not (names := shared_expert_modules(model)):
+        raise ValueError(f"--shared-expert-rank: {type(model).__name__} has no shared experts, set it to 0")
+    return names
+
+
+def _ranks(options: Options, model: Any, start: StartingAdapter | None) -> Ranks:
+    if start is None:
+        return Ranks(options.attention_rank, options.expert_rank, options.shared_expert_rank, options.router_rank)
+    experts = next((int(module.num_experts) for module in model.modules() if hasattr(type(module), "_apply_gate")), 0)
+    others, expert = start.ranks(experts)
+    return Ranks(others, expert, 0, 0)
+
+
+def _whole(
+    options: Options, model: Any, dtype: torch.dtype, start: StartingAdapter | None, *, in_4bit: bool
+) -> WholeModules:
+    option, names = "--modules-to-save", options.modules_to_save
+    if start is not None:
+        option, names = f"{start.name}, modules_to_save", list(start.modules_to_save)
+    if not names:
+        return WholeModules()
+    if dtype is torch.float16:
+        raise ValueError(f"{option} is not possible with --dtype float16, whose gradients need scaling: use bfloat16")
+    whole = whole_modules(model, names, option, in_4bit=in_4bit)
+    if start is not None and whole.is_tied and not start.config.get("ensure_weight_tying"):
+        raise ValueError(f"{option} has head or embedding untied, which {type(model).__name__} ties")
+    return whole
 
 
 def _liger(options: Options, config: Any, device: torch.device) -> bool:
@@ -409,6 +512,9 @@ def _graphs(setup: ModelSetup, batching: Batching, maskless: bool) -> bool:
         "what dropout drops could not be dropped again when layers are computed anew": setup.is_random,
         "--router-aux-loss takes more than hidden states out of the decoder": options.router_aux_loss > 0,
         "adapters of another dtype than the weights need autocast": setup.adapter_dtype is not setup.dtype,
+        "the embedding is trained in full, whose gradient no graph makes": any(
+            one.embeds for one in setup.whole.tensors
+        ),
         "the model's rotary embedding waits for the GPU": waits_for_lengths(setup.config),
         f"--attn {setup.attention} waits for the GPU, or the model's layers do not attend to all that is before them": (
             not maskless

@@ -97,4 +97,4 @@ def _export(source: Path, target: Path) -> None:
     from moe_fused.checkpoints.adapters import Layout
     from moe_fused.checkpoints.adapters.convert import convert_adapter
 
-    convert_adapter(source, target, to=Layout(target.name), given=Layout.PEFT_FUSED)
+    convert_adapter(source, target, to=Layout(target.name), given=Layout.PEFT_FUSED, widen=True)

@@ -15,6 +15,7 @@ import torch
 import transformers
 from rich.console import Console
 
+from moe_fused.checkpoints.places import ADAPTER_WEIGHTS
 from moe_fused.devices import use_expandable_segments
 from moe_fused.signals import Interrupted, first_signal_noted
 from moe_fused.staging import replace_file
@@ -27,7 +28,15 @@ from .data import Data, Prepared, bars, find, find_evaluation, prepare
 from .duration import duration_line
 from .endings import Stopped, explained, stopped_by
 from .facts import facts
-from .fingerprint import as_comment, base_fingerprints, check_same_base, check_same_data, fingerprints
+from .fingerprint import (
+    adapter_fingerprint,
+    as_comment,
+    base_fingerprints,
+    check_same_adapter,
+    check_same_base,
+    check_same_data,
+    fingerprints,
+)
 from .model import check_model, load_config, load_model, load_tokenizer
 from .next_commands import print_next, push_command
 from .options import Options, to_yaml
@@ -39,6 +48,7 @@ from .resolve import ResolvedRun, set_up, training_device
 from .results import write_results
 from .show import show_rows, show_sequences
 from .space import check_space
+from .start import StartingAdapter, read_start
 from .trackers import keep_local
 from .upload import UploadFailed, upload_adapter
 
@@ -66,14 +76,17 @@ def run(
         checkpoint: The checkpoint from which it goes on; None for the beginning.
         overwrite: Whether to replace a run in the output directory.
         allow_changed_data: Whether a run may go on with other data than it began with.
-        allow_other_base: Whether a run may go on with another model than it began with.
+        allow_other_base: Whether a run may go on with another model than it began with, or from an adapter of another.
         dry_run: Whether to end after the checks, before anything is written.
 
     Raises:
         ValueError, FileNotFoundError: An option, a file or a row is wrong. Nothing has been written.
         Stopped: The run ended early. The message says how to go on.
     """
-    console, tokenizer, found, plan = _resolve(options, process, trains=True)
+    start = read_start(options, checkpoint)
+    console, tokenizer, found, plan = _resolve(
+        options, process, trains=True, start=start, allow_other_base=allow_other_base
+    )
     with bars(console.is_terminal):
         evaluation = find_evaluation(options, tokenizer)
     resolved = plan.run
@@ -86,6 +99,8 @@ def run(
         return now
 
     base = compared_base(download=False)
+    begun_with, remarks = _adapter_record(resolved, resume)
+    _print(console, remarks)
     with bars(console.is_terminal):
         plan.show(console)
         check_space(resolved, plan.prediction.trainable)
@@ -100,7 +115,7 @@ def run(
         _print(console, check_same_data(resolved.output / CONFIG, data, allow_changed_data))
     if dry_run:
         return
-    record = data | (base or compared_base(download=True))
+    record = data | (base or compared_base(download=True)) | begun_with
     if checkpoint is not None:
         check_finite_adapter(checkpoint)
     with _nothing_left(resolved.output):
@@ -120,12 +135,30 @@ def _upload(output: Path, repository: str, *, private: bool) -> None:
         raise
 
 
-def show(options: Options, process: Process, count: int) -> None:
+def _adapter_record(resolved: ResolvedRun, resume: bool) -> tuple[dict[str, str], list[str]]:
+    """Returns the fingerprint of the adapter that the run began with, if it did, and what is to be said about it."""
+    start, options = resolved.start, resolved.options
+    if start is None:
+        return {}, []
+    directory = start.directory
+    if start.is_checkpoint:
+        directory = Path(str(options.adapter))
+    now = adapter_fingerprint(directory) if (directory / ADAPTER_WEIGHTS).is_file() else {}
+    begun_with = now
+    remarks: list[str] = []
+    if resume:
+        begun_with, remarks = check_same_adapter(resolved.output / CONFIG, now, needed=not start.is_checkpoint)
+    note = start.note()
+    return begun_with, remarks if note is None else [*remarks, note]
+
+
+def show(options: Options, process: Process, count: int, *, allow_other_base: bool = False) -> None:
     """Prints the first ``count`` rows as they would be trained on, and as many sequences of rows.
 
     It raises the same errors as ``run``.
     """
-    console, _, found, plan = _resolve(options, process, trains=False)
+    start = read_start(options, None)
+    console, _, found, plan = _resolve(options, process, trains=False, start=start, allow_other_base=allow_other_base)
     batching = plan.run.batching
     for line in show_rows(found, count, batching, skip_bad=options.skip_bad_rows):
         print(line)
@@ -137,13 +170,17 @@ def show(options: Options, process: Process, count: int) -> None:
             print(line)
 
 
-def _resolve(options: Options, process: Process, *, trains: bool) -> tuple[Console, Any, Data, MemoryPlan]:
+def _resolve(
+    options: Options, process: Process, *, trains: bool, start: StartingAdapter | None, allow_other_base: bool
+) -> tuple[Console, Any, Data, MemoryPlan]:
     """Resolves a run from its options, the config of its model and its first rows.
 
     Args:
         options: The options of the run.
         process: This process among those of the run.
         trains: Whether the model will be loaded afterwards. Its files must then be whole.
+        start: The adapter that the run goes on from.
+        allow_other_base: Whether that adapter may have been made for another model of the same shapes.
 
     Returns:
         The console to print on, the tokenizer, the rows, and the plan with the record of the run.
@@ -155,7 +192,7 @@ def _resolve(options: Options, process: Process, *, trains: bool) -> tuple[Conso
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
     config, tokenizer = load_config(options), load_tokenizer(options)
-    setup = set_up(options, config, device, process)
+    setup = set_up(options, config, device, process, start=start, allow_other_base=allow_other_base)
     if trains:
         check_model(setup)
     with bars(console.is_terminal):

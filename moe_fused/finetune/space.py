@@ -22,9 +22,10 @@ def bytes_of_run(setup: ModelSetup, trainable: int) -> int:
 
     Args:
         setup: The record of the run.
-        trainable: The number of parameters of the adapters.
+        trainable: The number of parameters that are trained.
     """
-    adapter = trainable * setup.adapter_dtype.itemsize
+    itemsizes = [setup.adapter_dtype.itemsize, *([setup.dtype.itemsize] if setup.whole.names else [])]
+    adapter = trainable * max(itemsizes)
     # torch's AdamW has its moments in the dtype of the parameters.
     is_torch = setup.optimizer.startswith("adamw_torch")
     state = 2 * adapter if is_torch else round(_STATE_BYTES[setup.optimizer] * trainable)

@@ -364,7 +364,12 @@ class Finetuning(_Trainer):
         self.eval_collator: Any = None
         self._staging: Path | None = None
         self._grad_norm: Tensor | float | None = None
+        # TRL rounds what is trained on a 4-bit model to bf16, also values that were loaded.
+        keeps = bool(run.whole.names) or run.start is not None
+        loaded = {value: value.data for value in model.parameters() if value.requires_grad} if keeps else {}
         super().__init__(model=model, **kwargs)
+        for parameter, value in loaded.items():
+            parameter.data = value
         if "8bit" in self.args.optim or "paged" in self.args.optim:
             optimizer_class, optimizer_options = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer_cls_and_kwargs = queued(optimizer_class), optimizer_options
@@ -373,14 +378,16 @@ class Finetuning(_Trainer):
         self._take_adapters()
 
     def _take_adapters(self) -> None:
-        """Lists the parameters that are trained, and casts them to the adapters' data type.
+        """Lists the parameters that are trained, and casts them to their data type.
 
-        TRL casts the adapters of 4-bit models to bf16, and PEFT casts loaded adapters to fp32.
+        TRL casts the adapters of 4-bit models to bf16, and PEFT casts loaded adapters to fp32. Modules that are trained in
+        full keep the data type of the model.
         """
-        # The list is changed in place, because other objects hold it.
-        self._trained[:] = (parameter for parameter in self._base_model().parameters() if parameter.requires_grad)
-        for parameter in self._trained:
-            parameter.data = parameter.data.to(self._resolved.adapter_dtype)
+        run, named = self._resolved, dict(self._base_model().named_parameters())
+        named = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+        self._trained[:] = named.values()  # in place, because other objects hold the list
+        for name, parameter in named.items():
+            parameter.data = parameter.data.to(run.dtype if ".modules_to_save." in name else run.adapter_dtype)
 
     def _base_model(self) -> Any:
         model: Any = self.accelerator.unwrap_model(self.model)

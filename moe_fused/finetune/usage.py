@@ -79,7 +79,7 @@ def served(setup: ModelSetup, directory: str) -> str:
         )
         return _sections(intro, commands)
     # An adapter without experts is plain LoRA, which only needs the scaling of rsLoRA inside its matrices.
-    as_it_is = not options.expert_rank and not (options.lora or {}).get("use_rslora")
+    as_it_is = not setup.ranks.expert and not (options.lora or {}).get("use_rslora")
     adapter, convert = f"{directory}-per-expert", ""
     if options.export == "per-expert":
         adapter = f"{directory}/per-expert"
@@ -88,14 +88,14 @@ def served(setup: ModelSetup, directory: str) -> str:
         adapter = directory
         intro = "These tools read the adapter as it is."
     else:
-        source = " --from peft-fused" if options.expert_rank else ""
+        source = " --from peft-fused" if setup.ranks.expert else ""
         convert = f"moe-fused convert adapter{source} --to per-expert {_word(directory)} {_word(adapter)}"
         intro = (
             "These tools read the layout `per-expert`, and this adapter is in `peft-fused`. This command converts it:"
         )
-        if not options.expert_rank:
+        if not setup.ranks.expert:
             intro = "These tools want rsLoRA's scaling inside the matrices. This command puts it there:"
-    rank = max(options.attention_rank, options.expert_rank)
+    rank = max(setup.ranks.attention, setup.ranks.expert)
     room = next((size for size in _ROOMS if size >= rank), rank)
     is_directory = Path(options.model).is_dir()
     revision = "" if is_directory or options.revision == "main" else f" --revision {_word(options.revision)}"
@@ -115,12 +115,16 @@ def served(setup: ModelSetup, directory: str) -> str:
 def _refusal(setup: ModelSetup) -> str | None:
     """Why vLLM, SGLang and llama.cpp cannot load the adapter in any layout, or None if they can."""
     options = setup.options
-    if options.router_rank:
+    if setup.ranks.router:
         return "it adapts routers, too"
+    if setup.whole.names:
+        return f"{', '.join(setup.whole.names)} is trained in full"
+    if setup.ranks.shared_expert:
+        return "it adapts shared experts by the names of their weights"
     more = [name for name in _MORE if (options.lora or {}).get(name) not in (None, False, "none", [])]
     if more:
         return f"it has {more[0]}, which is more than LoRA"
-    return setup.layout_refusals["per-expert"] if options.expert_rank else None
+    return setup.layout_refusals["per-expert"] if setup.ranks.expert else None
 
 
 def _dense(setup: ModelSetup) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from moe_fused.checkpoints.adapters import Layout, ScalingChoice
 from moe_fused.checkpoints.adapters import convert as conversion
@@ -27,7 +27,8 @@ from tests.integration.adapters import (
     same_tensors,
     write,
 )
-from tests.integration.models import EXPERTS, HIDDEN, INTERMEDIATE, QWEN3_MOE, tokens
+from tests.integration.lora import randomize
+from tests.integration.models import EXPERTS, HIDDEN, INTERMEDIATE, MODELS, QWEN3_MOE, tokens
 
 Made = Callable[[str], tuple[Path, torch.Tensor]]
 KEEP = ScalingChoice.KEEP
@@ -287,10 +288,29 @@ def test_shared_expert_stays_and_is_targeted_by_its_own_name(tmp_path: Path) -> 
     convert_adapter(source, tmp_path / "fused", to=Layout.PEFT_FUSED)
     tensors, config = read(tmp_path / "fused")
     assert all(torch.equal(tensors[key], tensor) for key, tensor in shared_expert.items())
-    assert config["target_modules"] == ["q_proj", "shared_expert.down_proj"]
-    assert config["target_parameters"] == sorted(BOTH)
+    assert config["target_modules"] == ["q_proj"]
+    assert config["target_parameters"] == sorted([*BOTH, "shared_expert.down_proj.weight"])
     convert_adapter(tmp_path / "fused", tmp_path / "back", to=Layout.PER_EXPERT, scaling=KEEP)
     assert same_tensors(source, tmp_path / "back")
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+def test_a_shared_expert_keeps_its_function(tmp_path: Path) -> None:
+    """Stock PEFT reads the shared expert beside fused experts, before and after a conversion there and back."""
+    (case,) = (case for case in MODELS if case.id == "qwen2_moe")
+    weights = [f"shared_expert.{name}_proj.weight" for name in ("gate", "up", "down")]
+    options = {"rank_pattern": {"shared_expert.*": 5}, "alpha_pattern": {weights[2]: 7}}
+    config = LoraConfig(r=3, target_modules=["q_proj"], target_parameters=[*BOTH, *weights], **options)
+    model = get_peft_model(case.build(), config)
+    randomize(model)
+    expected = model.eval()(tokens()).logits
+    model.save_pretrained(tmp_path / "first")
+    first, apart, second = (tmp_path / name for name in ("first", "apart", "second"))
+    convert_adapter(first, apart, to=Layout.PER_EXPERT, given=Layout.PEFT_FUSED, scaling=KEEP)
+    convert_adapter(apart, second, to=Layout.PEFT_FUSED, scaling=KEEP)
+    loaded = PeftModel.from_pretrained(case.build(), second).eval()
+    torch.testing.assert_close(loaded(tokens()).logits, expected)
+    assert not [name for name, _ in loaded.named_parameters() if "shared_expert_gate.lora" in name]
 
 
 def test_some_layers_only(tmp_path: Path) -> None:

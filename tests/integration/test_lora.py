@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraLayer, LoraModel, ParamWrapper
 from peft.tuners.lora.config import ArrowConfig, BdLoraConfig, KasaConfig, VeloraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import transformers_weight_conversion as conversion
@@ -192,6 +192,30 @@ def test_ranks_of_linear_layers_by_pattern() -> None:
     assert got == {"gate_up_proj": (5, 5 / 5), "down_proj": (RANK, 2 / RANK)}
     assert model.base_model.model.model.layers[0].self_attn.q_proj.r["default"] == 7
     assert model.peft_config["default"].rank_pattern.keys() == {"gate_proj", r"experts\.\d+\.up_proj", "q_proj"}
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+@pytest.mark.parametrize("more", [[], BOTH], ids=["alone", "beside experts"])
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_next", "deepseek_v3", "glm4_moe"])
+def test_linear_layers_that_are_named_by_their_weight(name: str, more: list[str]) -> None:
+    """PEFT takes their names as modules for the experts'. Here they are modules, in 4 bits as well, with PEFT's result."""
+    case = next(case for case in MODELS if case.id == name)
+    shared = "shared_expert" if name.startswith("qwen") else "shared_experts"
+    weights = [f"{shared}.{leaf}.weight" for leaf in LINEAR]
+    options: dict[str, Any] = {
+        "target_modules": ["o_proj"],
+        "target_parameters": [*weights, *more],
+        "rank_pattern": {f"{shared}.up_proj.weight": 5},
+        "alpha_pattern": dict.fromkeys(weights, 20),
+    }
+    model, expected = ours(case, **options), theirs(case, **options)
+    layers = [module for path, module in model.named_modules() if f".{shared}." in path and path.endswith("_proj")]
+    assert layers
+    assert all(isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper) for layer in layers)
+    result, wanted = (forward_backward(each, tokens()) for each in (model, expected))
+    assert any(f".{shared}.up_proj.lora_A" in key for key in result.gradients)
+    assert_near(result, wanted, TOLERANCE)
+    assert model.peft_config["default"].target_parameters == [*weights, *more]
 
 
 @pytest.mark.parametrize(

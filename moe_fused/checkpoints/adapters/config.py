@@ -148,10 +148,11 @@ def retarget(
             modules.add(target.removesuffix(".weight"))
         modules.update(LEAVES[name] for name in projections)
         return {"target_modules": sorted(modules), "target_parameters": sorted(parameters) or None}
-    # Shared experts and dense layers have the same last names as experts. Each gets the name of the module it is in, too.
-    for target in modules & expert_leaves:
+    # PEFT takes modules with the last names of experts for the experts' parameters, whatever stands before. So shared
+    # experts and dense layers are named by their weight. Each gets the name of the module that it is in, too.
+    for target in [target for target in modules if target.rpartition(".")[2] in expert_leaves]:
         modules.remove(target)
-        modules.update(".".join(other.split(".")[-2:]) for other in others if _serves(target, other))
+        parameters.update(f"{'.'.join(other.split('.')[-2:])}.weight" for other in others if _serves(target, other))
     names = [(block, f"{block}.{LEAVES[name]}") for block, names in blocks.items() for name in names]
     numbers = {int(match[1]) for block in blocks if (match := re.search(r"\.(\d+)\.", block))}
     everywhere = len(set(map(frozenset, blocks.values()))) == 1 and numbers == set(range(len(blocks)))
@@ -172,13 +173,20 @@ def repattern(
         fused: as for ``retarget``. If False, other parameters have become modules.
     """
     others = [config.name_of(other) for other in others]
+    written = others if fused else [other.removesuffix(".weight") for other in others]
     result: dict[str, dict[str, Any]] = {}
     for option, patterns, default, index in (
         ("rank_pattern", config.ranks, config.rank, 0),
         ("alpha_pattern", config.alphas, config.content["lora_alpha"], 1),
     ):
         kept = {key: value for key, value in patterns.items() if any(_pattern([key], other) for other in others)}
-        if not fused:
+        if fused:
+            # Layers beside the experts may be named by their weight now.
+            kept = {
+                f"{key}(\\.weight)?" if re.search(r"(gate|up|down)_proj$", key) else key: value
+                for key, value in kept.items()
+            }
+        else:
             # Both names must match, because PEFT under Transformers 5 turns the router back into the router's weight.
             kept = {re.sub(r"\\?\.weight$", r"(\\.weight)?", key): value for key, value in kept.items()}
         values: dict[str, set[Any]] = {}
@@ -186,7 +194,7 @@ def repattern(
             values.setdefault(kind, set()).add(numbers[index])
         first: dict[str, Any] = {}
         for module, (kind, *numbers) in experts.items():
-            common = len(values[kind]) == 1 and not any(_pattern([kind], other) for other in others)
+            common = len(values[kind]) == 1 and not any(_pattern([kind], other) for other in written)
             key = _pattern(kept, module)
             if not common or numbers[index] != (default if key is None else kept[key]):
                 first[kind if common else re.escape(module)] = numbers[index]

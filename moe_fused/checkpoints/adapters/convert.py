@@ -309,6 +309,19 @@ def _no_progress(step: str, done: int, total: int) -> None:
     pass
 
 
+def plan_conversion(
+    source: Path,
+    *,
+    to: Layout,
+    given: Layout | None = None,
+    scaling: ScalingChoice | None = None,
+    widen: bool = False,
+    progress: Progress = _no_progress,
+) -> AdapterConversionPlan:
+    """Reads and checks an adapter as ``convert_adapter`` does, and returns what it would write."""
+    return _Conversion(source, to, given, scaling, widen).plan(progress)
+
+
 def convert_adapter(
     source: Path,
     target: Path,

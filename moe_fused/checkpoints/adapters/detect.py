@@ -26,6 +26,22 @@ _WHERE = {
 }
 
 
+class NoExperts(ValueError):
+    """An adapter file has no LoRA on experts."""
+
+
+class AmbiguousLayout(ValueError):
+    """Nothing in an adapter file tells which of several layouts it has.
+
+    Attributes:
+        layouts: the layouts that it may have.
+    """
+
+    def __init__(self, message: str, layouts: tuple[Layout, ...]) -> None:
+        super().__init__(message)
+        self.layouts = layouts
+
+
 def _family(shapes: Shapes, config: AdapterConfig) -> tuple[ExpertLayout, dict[str, FactorRole]]:
     """Finds which kind of keys the file has, and the role of every tensor of experts."""
     roles: dict[Layout, dict[str, FactorRole]] = {}
@@ -38,7 +54,7 @@ def _family(shapes: Shapes, config: AdapterConfig) -> tuple[ExpertLayout, dict[s
             if re.search(r"\.experts\.", key):
                 raise ValueError(f"{key} is a tensor of experts in no layout that can be converted")
     if not roles:
-        raise ValueError(
+        raise NoExperts(
             f"no LoRA on experts among {len(shapes)} tensors, of which {min(shapes, default='none')} is one"
         )
     if len(roles) > 1:
@@ -135,7 +151,8 @@ def detect(
     candidates = _candidates(swapped, grouped, config)
     if len(candidates) > 1:
         names = " or ".join(f"--from {found.layout.value} ({_WHERE[found.layout]})" for found in candidates)
-        raise ValueError(f"{min(roles)}: nothing in the adapter tells its layout, say {names}")
+        message = f"{min(roles)}: nothing in the adapter tells its layout, say {names}"
+        raise AmbiguousLayout(message, tuple(found.layout for found in candidates))
     return candidates[0], roles
 
 

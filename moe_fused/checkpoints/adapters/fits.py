@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,31 +71,44 @@ def check_adapter(model: Any, source: str, name: str) -> None:
         source: a directory, or a name on the Hub.
         name: what ``source`` is called in errors.
     """
-    from peft import PeftConfig, get_peft_model
+    from peft import PeftConfig
 
     _, tensors = read_adapter(source, name)
-    begin = f"{name} does not fit {type(model).__name__}"
     try:
         config = PeftConfig.from_pretrained(source)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: adapter_config.json is not one that PEFT can read: {error}") from error
-    if config.is_prompt_learning:
-        return
-    _check_number_of_experts(model.config, tensors, name, "the model")
+    if not config.is_prompt_learning:
+        check_contents(model, config, {key: header.shape for key, header in tensors.items()}, name)
+
+
+def check_contents(model: Any, config: Any, shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
+    """Raises ValueError unless tensors of these shapes are exactly those that a config asks for in ``model``.
+
+    Args:
+        model: a model of Transformers on meta. It gets the adapter, and must not be used afterwards.
+        config: PEFT's config.
+        shapes: the shape of each tensor of the adapter, by the names in its file.
+        name: what the adapter is called in errors.
+    """
+    from peft import get_peft_model
+
+    begin = f"{name} does not fit {type(model).__name__}"
+    _check_number_of_experts(model.config, shapes, name, "the model")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # these warnings are about loading, which comes later
         try:
             adapted = get_peft_model(model, config)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{begin}: {loading_error(error)}") from error
-        _check_tensors(adapted, tensors, begin)
+        _check_tensors(adapted, shapes, begin)
 
 
-def _check_tensors(adapted: Any, tensors: Mapping[str, Header], begin: str) -> None:
-    """Raises ValueError unless ``tensors`` has what ``adapted``, on meta, needs. The message begins with ``begin``."""
+def _check_tensors(adapted: Any, shapes: Mapping[str, tuple[int, ...]], begin: str) -> None:
+    """Raises ValueError unless ``shapes`` are what ``adapted``, on meta, needs. The message begins with ``begin``."""
     from peft.utils import set_peft_model_state_dict
 
-    state = {key: torch.empty(header.shape, device="meta") for key, header in tensors.items()}
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     try:
         result = set_peft_model_state_dict(adapted, state)
     except KeyError as error:
@@ -105,7 +118,7 @@ def _check_tensors(adapted: Any, tensors: Mapping[str, Header], begin: str) -> N
     check_keys(adapted, result, begin)
 
 
-def _check_number_of_experts(config: Any, tensors: Mapping[str, Header], name: str, model: str) -> None:
+def _check_number_of_experts(config: Any, tensors: Iterable[str], name: str, model: str) -> None:
     """Raises ValueError if an adapter with a matrix for each expert has another number of experts than the model.
 
     Args:
@@ -154,7 +167,8 @@ def check_against_base(source: Path, given: Layout | None) -> None:
             return  # an adapter that PEFT refuses can still be converted
         _, tensors = read_adapter(str(source), "SOURCE")
         _check_number_of_experts(config, tensors, f"SOURCE {source}", f"its base {base}")
-        _check_tensors(adapted, tensors, f"SOURCE {source} does not fit its base {base}")
+        shapes = {key: header.shape for key, header in tensors.items()}
+        _check_tensors(adapted, shapes, f"SOURCE {source} does not fit its base {base}")
 
 
 def check_keys(adapted: Any, result: Any, begin: str) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
@@ -55,6 +56,12 @@ def config_for(config: Any, linears: tuple[Linear, ...], rank: int, alpha: float
     one.r, one.lora_alpha, one.rank_pattern, one.alpha_pattern = rank, alpha, {}, {}
     setattr(one, _ATTRIBUTE, linears)
     return one
+
+
+def rank_and_alpha(config: Any, name: str) -> tuple[int, float]:
+    """Returns the rank and the alpha that a LoRA config gives to the module or the parameter ``name``."""
+    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+    return rank, config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
 
 
 def unwrapped(name: str) -> str:
@@ -133,6 +140,7 @@ class ExpertTargets:
         targets: by name, the experts' parameters to adapt, with their linear layers, rank and alpha.
         modules: names of the modules that the config asks for beside the experts.
         parameters: names of the routers' weights that it asks for; routers were linear layers as well.
+        by_weight: names of the linear layers whose weight it names in ``target_parameters``. They are adapted as modules.
         resolved: ``target_modules`` of the config, with "all-linear" replaced by names.
         patterns: keys of ``rank_pattern`` and ``alpha_pattern`` that match experts only.
     """
@@ -140,8 +148,13 @@ class ExpertTargets:
     targets: dict[str, tuple[tuple[Linear, ...], int, float]] = field(default_factory=dict)
     modules: set[str] = field(default_factory=set)
     parameters: set[str] = field(default_factory=set)
+    by_weight: set[str] = field(default_factory=set)
     resolved: Any = None
     patterns: set[str] = field(default_factory=set)
+
+    def is_of_linears(self, parameter: str) -> bool:
+        """Whether a name in ``target_parameters`` is that of the weight of a layer in ``by_weight``."""
+        return any(f".{name}.weight".endswith(f".{parameter}") for name in self.by_weight)
 
 
 def is_all_linear(config: Any) -> bool:
@@ -178,10 +191,11 @@ def expert_targets(config: Any, model: nn.Module, layers: list[ExpertLayer]) -> 
         ValueError: the config names gate_proj without up_proj, or up_proj without gate_proj.
         NotImplementedError: it names only some experts of a layer, or their ranks differ.
     """
-    found = ExpertTargets(resolved=config.target_modules)
-    if not config.target_modules or not any(layer.linears for layer in layers):
+    found = ExpertTargets(resolved=config.target_modules, by_weight=set(_linears_by_weight(config, model)))
+    if not found.by_weight and (not config.target_modules or not any(layer.linears for layer in layers)):
         return found
     by_leaf = copy.copy(config)
+    by_leaf.target_modules = config.target_modules or set()
     if is_all_linear(by_leaf):
         all_linear: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
         leaves = {linear.leaf for layer in layers for linears in layer.linears.values() for linear in linears}
@@ -189,9 +203,28 @@ def expert_targets(config: Any, model: nn.Module, layers: list[ExpertLayer]) -> 
         by_leaf.target_modules = {name.rpartition(".")[2] for name in named} | leaves
         found.resolved = by_leaf.target_modules
     _add_stacks(found, config, by_leaf, layers)
-    if found.targets:
+    if found.targets or found.by_weight:
         _add_the_rest(found, config, by_leaf, model, layers)
     return found
+
+
+def _linears_by_weight(config: Any, model: nn.Module) -> Iterator[str]:
+    """Yields the names of the linear layers whose weight ``target_parameters`` names.
+
+    PEFT takes some names of modules for those of experts, whatever stands before them. Such a layer beside the experts
+    can only be named by its weight. PEFT's own layer for parameters adds B·A to the weight in each pass, and cannot do
+    so in 4 bits. The layer for linear modules computes the same, and has the same tensors under the same names.
+    """
+    named = tuple(name for name in config.target_parameters or () if name.endswith(".weight"))
+    for name in _module_names(model) if named else ():
+        if f"{name}.weight" not in named and not f"{name}.weight".endswith(tuple(f".{target}" for target in named)):
+            continue
+        module = model.get_submodule(name)
+        if isinstance(module, lora.ParamWrapper):  # an earlier adapter, from before the experts ran in the kernel
+            continue
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if isinstance(base, nn.Linear) and not _is_of_the_model(base):
+            yield name
 
 
 def _add_stacks(found: ExpertTargets, config: Any, by_leaf: Any, layers: list[ExpertLayer]) -> None:
@@ -214,6 +247,7 @@ def _add_stacks(found: ExpertTargets, config: Any, by_leaf: Any, layers: list[Ex
 def _add_the_rest(found: ExpertTargets, config: Any, by_leaf: Any, model: nn.Module, layers: list[ExpertLayer]) -> None:
     """Adds modules, routers and patterns to ``found``, which has the experts' parameters already."""
     routers = set(_routers(model, layers))
+    found.modules |= found.by_weight
     for name in _module_names(model):
         if check_target_module_exists(by_leaf, name):
             if name in routers:

@@ -19,7 +19,16 @@ from moe_fused.integrations.quantizer.packed_experts import unpack_experts
 from moe_fused.integrations.transformers.experts_module import Experts
 
 from .files import ADAPTED_STACKS, adapted_stacks, check_matches, split, wrappers
-from .targets import ExpertLayer, ExpertTargets, config_for, expert_layers, expert_targets, stacks_of, unwrapped
+from .targets import (
+    ExpertLayer,
+    ExpertTargets,
+    config_for,
+    expert_layers,
+    expert_targets,
+    rank_and_alpha,
+    stacks_of,
+    unwrapped,
+)
 from .wrapper import ARGUMENTS, ParamWrapper, refuse_unsupported, takes_adapters
 
 # The attribute of a LoRA config that holds its ``ExpertTargets`` while PEFT adds the adapter.
@@ -58,7 +67,7 @@ class LoraModel(lora.LoraModel):
         if adapted:
             refuse_unsupported(config)
             self._check_nesting(model, adapted, requested)
-        if not requested.targets:
+        if not requested.targets and not requested.by_weight:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
         with _asking_for(config, requested):
@@ -110,8 +119,10 @@ class LoraModel(lora.LoraModel):
         self, lora_config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         requested: ExpertTargets | None = getattr(lora_config, TARGETS, None)
-        if requested is not None and kwargs["current_key"] in requested.targets:
-            lora_config = config_for(lora_config, *requested.targets[kwargs["current_key"]])
+        if requested is not None and (key := kwargs["current_key"]) in requested.targets:
+            lora_config = config_for(lora_config, *requested.targets[key])
+        elif requested is not None and key in requested.by_weight:
+            lora_config = config_for(lora_config, (), *rank_and_alpha(lora_config, f"{key}.weight"))
         super()._create_and_replace(lora_config, adapter_name, *args, **kwargs)
 
     @staticmethod
@@ -182,7 +193,8 @@ def _asking_for(config: Any, requested: ExpertTargets) -> Iterator[None]:
     """Makes ``config`` ask for ``requested`` in terms that PEFT understands, and restores the config afterwards."""
     before = {name: getattr(config, name) for name in ("target_parameters", "rank_pattern", "alpha_pattern")}
     config.target_modules = requested.modules
-    config.target_parameters = sorted({*(config.target_parameters or ()), *requested.parameters, *requested.targets})
+    named = (name for name in config.target_parameters or () if not requested.is_of_linears(name))
+    config.target_parameters = sorted({*named, *requested.parameters, *requested.targets})
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, name)
         setattr(config, name, {key: value for key, value in patterns.items() if key not in requested.patterns})
