@@ -19,9 +19,9 @@ def card(setup: ModelSetup, facts: Mapping[str, str]) -> str:
     """
     options = setup.options
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    is_hub_id = not Path(options.dataset).exists()
+    hub_ids = [part.dataset for part in options.datasets if not Path(part.dataset).exists()]
     metadata = ["library_name: peft", f"base_model: {options.model}"]
-    metadata += [f"datasets:\n- {options.dataset}"] if is_hub_id else []
+    metadata += ["\n".join(["datasets:", *(f"- {name}" for name in hub_ids)])] if hub_ids else []
     metadata += ["pipeline_tag: text-generation", "tags:\n- lora\n- moe-fused"]
     head = "\n".join(metadata)
     return f"""---

@@ -19,6 +19,7 @@ from moe_fused.staging import replace_file
 from .checkpoints import DROP_BROKEN, resumable
 from .fingerprint import ALLOW_CHANGED, ALLOW_OTHER_BASE
 from .handed_through import parse
+from .mixture import Datasets, parts_of
 from .options import DEFAULTS, GROUPS, HELP, MAPPINGS, TYPES, Options, flag, read_yaml, shown_default, template
 from .output import CONFIG, check_not_ended, check_output, check_unused, locked_output
 from .precheck import Process, check_automatic_device, notes, precheck
@@ -50,6 +51,8 @@ def _parameter(name: str) -> inspect.Parameter:
     """The command line's parameter for an option. It is None unless given, so that no default overrules a file."""
     kind = TYPES[name]
     declared = flag(name) + (f"/--no-{flag(name)[2:]}" if kind in (bool, bool | None) else "")
+    if kind == Datasets:
+        kind = list[str]
     # Not by typer's show_default, which puts words in parentheses.
     info = typer.Option(declared, help=f"{HELP[name].text}  [default: {shown_default(name)}]")
     return inspect.Parameter(
@@ -84,7 +87,12 @@ _SWITCHES = [
         "With --resume, remove damaged checkpoints and go on from the last one that is whole.",
     ),
     _switch("dry_run", "Check options, data and memory, and print what would be done."),
-    _switch("show_rows", "Print this many rows as they will be trained on, and end.", Optional[int], None),  # noqa: UP045
+    _switch(
+        "show_rows",
+        "Print this many rows of each data set as they will be trained on, and end.",
+        Optional[int],  # noqa: UP045
+        None,
+    ),
     _switch("traceback", "Show where an error came from."),
 ]
 
@@ -111,8 +119,8 @@ def finetune(
         if resume:
             raise ValueError("--init and --resume exclude each other")
         said = _said(config, given)
-        Options(**said)  # raises if a value is wrong
-        _write_template(init, said)
+        options = Options(**said)  # raises if a value is wrong
+        _write_template(init, {name: getattr(options, name) for name in said})
         return
     require("finetune", *_NEEDED, extra="train")
     of_resuming = {
@@ -235,8 +243,10 @@ def _started(output: Path, said: dict[str, Any]) -> dict[str, Any]:
     started = read_yaml(path)
     if missing := [name for name in ("model", "dataset") if not started.get(name)]:
         raise ValueError(f"{path} is not whole, it does not name the {missing[0]}: start again with --overwrite")
-    for name, value in said.items():
-        before = started.get(name, DEFAULTS[name])
+    for name, given in said.items():
+        value, before = given, started.get(name, DEFAULTS[name])
+        if TYPES[name] == Datasets:
+            value, before = (", ".join(map(str, parts_of(each))) for each in (value, before))
         if HELP[name].shapes_run and value != before:
             what = name if name in MAPPINGS else flag(name)
             was, now = ("not set" if each is None else each or repr(each) for each in (before, value))

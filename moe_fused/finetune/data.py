@@ -3,6 +3,7 @@
     rows      reads the rows of files and data sets, and names the place of each row
     formats   parses rows
     render    makes a row into tokens and labels
+    mix       sets rows aside for the evaluation, and mixes several data sets
 
 ``prepare`` makes the sequences of a run, those for its evaluation included. TRL takes them as they are.
 """
@@ -10,14 +11,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import importlib.metadata
 import math
 import os
-import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +25,11 @@ import numpy as np
 from moe_fused.signals import workers_forked
 
 from .formats import BadRow, Kind
+from .mix import mix, set_aside
+from .mixture import Part
 from .options import Options
 from .render import IGNORED, NOTES, Renderer, training_template
-from .rows import Rows, program, read_rows
+from .rows import EVALUATION, TRAINING, Purpose, Rows, program, read_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,15 +47,19 @@ _COLUMNS = ("input_ids", "labels")
 
 @dataclass(frozen=True)
 class Data:
-    """The rows of a run before they are rendered, and the renderer for them.
+    """The rows of a data set before they are rendered, and the renderer for them.
 
     Attributes:
+        part: The data set as the options name it.
+        purpose: What the data set is for.
         rows: The rows of the data set.
         renderer: The renderer, which makes a row into tokens.
         first: The index of the first row that can be parsed.
-        kind, form: The kind and the form of that row. All rows must have the same form.
+        kind, form: The kind and the form of that row. All rows of the data set must have the same form.
     """
 
+    part: Part
+    purpose: Purpose
     rows: Rows
     renderer: Renderer
     first: int
@@ -86,6 +91,7 @@ class Report:
         steps: The number of steps of the run; None for the rows of an evaluation.
         left_out: The place and the problem of each row that was left out.
         notes: Remarks on things that are no errors but worth a look.
+        parts: What is used of each data set, if there are several.
     """
 
     rows: int
@@ -98,6 +104,7 @@ class Report:
     steps: int | None
     left_out: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)
 
     def lines(self) -> Iterator[str]:
         """Yields the lines of the report."""
@@ -112,6 +119,8 @@ class Report:
         ]
         counts += [] if self.steps is None else [_counted(self.steps, "step")]
         what = "evaluation" if self.steps is None else "data"
+        for part in self.parts:
+            yield f"{what}: {part}"
         yield f"{what}: {', '.join(counts)}; {_counted(len(self.left_out), 'row')} left out"
         if self.cut:
             yield (
@@ -131,14 +140,17 @@ class Prepared:
             column ``seq_lengths`` has their lengths.
         report: The report about the rows.
         fingerprint: The sha256, in hexadecimal, of the tokens and labels of all rows that can be used, before rows are
-            split, cut and packed. It changes if a change of the data, the template or the tokenizer changes any of them.
+            split, mixed, cut and packed. It changes if a change of the data, the template or the tokenizer changes any of
+            them.
         evaluation: The sequences for the evaluation, if the run has one.
+        parts: The same sha256 of each data set by its name, if there are several.
     """
 
     dataset: Dataset
     report: Report
     fingerprint: str
     evaluation: Prepared | None = None
+    parts: Mapping[str, str] = field(default_factory=dict)
 
     def lines(self) -> Iterator[str]:
         """Yields the lines of the reports."""
@@ -147,14 +159,31 @@ class Prepared:
             yield from self.evaluation.report.lines()
 
 
-def find(options: Options, tokenizer: Any) -> Data:
-    """Reads the rows that ``options`` name, parses the first of them, and makes a renderer for them.
+def find(options: Options, tokenizer: Any) -> tuple[Data, ...]:
+    """Reads the rows of each data set of ``--dataset``, parses the first of them, and makes a renderer for them.
 
     Raises:
         FileNotFoundError: There is no such file, and no such data set on the Hub.
         ValueError: The file cannot be read, none of its rows can be read, or the options are not for rows of this kind.
     """
-    rows = read_rows(options.dataset, config=options.dataset_config, split=options.split, text_field=options.text_field)
+    return tuple(_find(part, TRAINING, options.split, options, tokenizer) for part in options.datasets)
+
+
+def find_evaluation(options: Options, tokenizer: Any) -> Data | None:
+    """Reads the rows of ``--eval-dataset`` as ``find`` does; returns None without that option."""
+    if options.eval_dataset is None:
+        return None
+    return _find(Part(options.eval_dataset), EVALUATION, options.eval_split, options, tokenizer)
+
+
+def _find(part: Part, purpose: Purpose, split: str, options: Options, tokenizer: Any) -> Data:
+    rows = read_rows(
+        part.dataset,
+        config=part.config or options.dataset_config,
+        split=part.split or split,
+        text_field=options.text_field,
+        purpose=purpose,
+    )
     plain = Renderer(tokenizer, None, options.assistant_only_loss, options.text_field)
     first = None
     bad: list[str] = []
@@ -168,46 +197,28 @@ def find(options: Options, tokenizer: Any) -> Data:
         if first is not None:
             break
     if first is None:
-        raise ValueError(_nothing(options.dataset, bad))
+        raise ValueError(_nothing(part, purpose, bad))
     if first.turns and not tokenizer.chat_template:
         raise ValueError(
-            f"--dataset {options.dataset} holds chats, but the tokenizer of {options.model} has no chat template: give "
+            f"{purpose.option} {part.name} holds chats, but the tokenizer of {options.model} has no chat template: give "
             "one with --chat-template"
         )
     if options.assistant_only_loss and not first.turns:
         raise ValueError(
-            f"--assistant-only-loss is for chats, but the rows of --dataset {options.dataset} are {first.kind}"
+            f"--assistant-only-loss is for chats, but the rows of {purpose.option} {part.name} are {first.kind}"
         )
     template = training_template(tokenizer, options.model) if options.assistant_only_loss else None
     renderer = Renderer(tokenizer, template, options.assistant_only_loss, options.text_field)
-    return Data(rows, renderer, len(bad), first.kind, first.form)
-
-
-def find_evaluation(options: Options, tokenizer: Any) -> Data | None:
-    """Reads the rows of ``--eval-dataset`` as ``find`` does; returns None without that option."""
-    if options.eval_dataset is None:
-        return None
-    with _errors_of_evaluation():
-        return find(dataclasses.replace(options, dataset=options.eval_dataset, split=options.eval_split), tokenizer)
-
-
-@contextlib.contextmanager
-def _errors_of_evaluation() -> Iterator[None]:
-    """Makes errors within the block name the options of the evaluation instead of those of the training."""
-    try:
-        yield
-    except (FileNotFoundError, ValueError) as error:
-        words = re.sub(r"(?<!\w)--(dataset|split)\b", r"--eval-\1", str(error)).replace("to train on", "to evaluate on")
-        raise (ValueError if isinstance(error, ValueError) else FileNotFoundError)(words) from error
+    return Data(part, purpose, rows, renderer, len(bad), first.kind, first.form)
 
 
 def prepare(
-    data: Data, options: Options, batching: Batching, *, vocabulary: int, evaluation: Data | None = None
+    data: Sequence[Data], options: Options, batching: Batching, *, vocabulary: int, evaluation: Data | None = None
 ) -> Prepared:
     """Makes all rows into the sequences that a run trains on, and those that it is evaluated on.
 
     Args:
-        data: The rows and their renderer.
+        data: The rows of each data set, and their renderers.
         options: The options of the run.
         batching: How rows become sequences, batches and steps.
         vocabulary: The number of tokens that the model knows.
@@ -218,56 +229,69 @@ def prepare(
             also raised if no row is left to train on or to evaluate on, or if the tokenizer has tokens that the model
             does not know.
     """
-    tokens, named, digest = _usable_rows(data, options.dataset, options, batching, vocabulary)
+    tables, named, digests = _usable_rows(data, options, batching, vocabulary)
     held: Prepared | None = None
     if options.eval_share is not None:
-        tokens, others = _split(tokens, options)
+        tables, others = _split(tables, data, options)
         held = Prepared(*_sequences(others, data, batching, [], None), fingerprint="")
     elif evaluation is not None:
-        with _errors_of_evaluation():
-            others, bad, other_digest = _usable_rows(
-                evaluation, options.eval_dataset or "", options, batching, vocabulary
-            )
-        held = Prepared(*_sequences(others, evaluation, batching, bad, None), fingerprint=other_digest)
-    return Prepared(*_sequences(tokens, data, batching, named, options), fingerprint=digest, evaluation=held)
+        others, bad, (digest,) = _usable_rows([evaluation], options, batching, vocabulary)
+        held = Prepared(*_sequences(others, [evaluation], batching, bad, None), fingerprint=digest)
+    sequences, report = _sequences(tables, data, batching, named, options)
+    if len(data) == 1:
+        return Prepared(sequences, report, digests[0], held)
+    parts = {each.part.name: digest for each, digest in zip(data, digests, strict=True)}
+    return Prepared(sequences, report, hashlib.sha256("".join(digests).encode()).hexdigest(), held, parts)
 
 
 def _usable_rows(
-    data: Data, dataset: str, options: Options, batching: Batching, vocabulary: int
-) -> tuple[Dataset, list[str], str]:
-    """Returns the tokens of the rows that can be used, the problems of the others, and the sha256 of the tokens."""
-    tokens, bad = _usable(data, _tokenize(data), batching)
-    named = [f"{data.rows.place(index)} {problem}" for index, problem in bad]
-    if not len(tokens):
-        raise ValueError(_nothing(dataset, named))
-    if named and not options.skip_bad_rows:
-        raise ValueError(refusal(named))
-    highest, digest = _totals(tokens)
-    if highest >= vocabulary:
-        raise ValueError(
-            f"the tokenizer of {options.model} makes the token {highest}, but the model knows {vocabulary} tokens: they "
-            "do not belong together"
-        )
-    return tokens, named, digest
+    data: Sequence[Data], options: Options, batching: Batching, vocabulary: int
+) -> tuple[list[Dataset], list[str], list[str]]:
+    """Returns the rows of each data set that can be used, the problems of all others, and the sha256 of each data set."""
+    tables, problems, digests = [], [], []
+    for each in data:
+        tokens, bad = _usable(each, _tokenize(each), batching)
+        named = [f"{each.rows.place(index)} {problem}" for index, problem in bad]
+        if not len(tokens):
+            raise ValueError(_nothing(each.part, each.purpose, named))
+        tables.append(tokens)
+        problems += named
+    if problems and not options.skip_bad_rows:
+        raise ValueError(refusal(problems))
+    for tokens in tables:
+        highest, digest = _totals(tokens)
+        if highest >= vocabulary:
+            raise ValueError(
+                f"the tokenizer of {options.model} makes the token {highest}, but the model knows {vocabulary} tokens: "
+                "they do not belong together"
+            )
+        digests.append(digest)
+    return tables, problems, digests
 
 
-def _split(tokens: Dataset, options: Options) -> tuple[Dataset, Dataset]:
-    """Returns the rows to train on and those to evaluate on. The seed of the run chooses them."""
-    count, share = len(tokens), options.eval_share or 0.0
+def _split(tables: list[Dataset], data: Sequence[Data], options: Options) -> tuple[list[Dataset], list[Dataset]]:
+    """Returns the rows to train on and those to evaluate on, of each data set. The seed of the run chooses them."""
+    count, share = sum(map(len, tables)), options.eval_share or 0.0
     held = round(share * count)
     if not 0 < held < count:
         left = "evaluate on" if held == 0 else "train on"
         raise ValueError(f"--eval-share {share} of {_counted(count, 'row')} leaves none to {left}")
-    order = np.random.default_rng(options.seed).permutation(count)
-    # Both in the order of the file, so that packing puts neighbours together as it does without an evaluation.
-    return tokens.select(np.sort(order[held:])), tokens.select(np.sort(order[:held]))
+    kept, others = set_aside(tables, held, options.seed)
+    for each, table in zip(data, kept, strict=True):
+        if not len(table):
+            raise ValueError(
+                f"--eval-share {share} leaves no row of {each.purpose.option} {each.part.name} to train on"
+            )
+    return kept, others
 
 
 def _sequences(
-    tokens: Dataset, data: Data, batching: Batching, left_out: list[str], options: Options | None
+    tables: list[Dataset], data: Sequence[Data], batching: Batching, left_out: list[str], options: Options | None
 ) -> tuple[Dataset, Report]:
     """Returns sequences of rows, and their report. ``options`` are those of the training, None for an evaluation."""
-    sizes = np.asarray(tokens.select_columns(["length"]).with_format("numpy")[:]["length"], dtype=np.int64)
+    shares = [None if options is None else each.part.share for each in data]
+    tokens, taken = mix(tables, shares, 0 if options is None else options.seed)
+    sizes = _sizes(tokens)
     sequences = fit(tokens.select_columns(list(_COLUMNS)), batching)
     batches = math.ceil(len(sequences) / batching.batch_size)
     over = np.maximum(sizes - batching.length, 0) if batching.cuts else np.zeros(1, dtype=np.int64)
@@ -287,8 +311,20 @@ def _sequences(
         steps=steps,
         left_out=left_out,
         notes=list(_notes(tokens, data, len(sequences), idle)),
+        parts=[_used(*each) for each in zip(data, tables, taken, strict=True)] if len(data) > 1 else [],
     )
     return sequences, report
+
+
+def _used(data: Data, table: Dataset, taken: Dataset) -> str:
+    """Says how many rows of a data set are used, of those that can be."""
+    of = "" if len(taken) == len(table) else f"{len(taken):,} of "
+    return f"{data.part.name}: {of}{_counted(len(table), 'row')}, {_counted(int(_sizes(taken).sum()), 'token')}"
+
+
+def _sizes(tokens: Dataset) -> Any:
+    """Returns the number of tokens of each row, as an array of int64."""
+    return np.asarray(tokens.select_columns(["length"]).with_format("numpy")[:]["length"], dtype=np.int64)
 
 
 def fit(tokens: Dataset, batching: Batching) -> Dataset:
@@ -423,7 +459,7 @@ def unusable(data: Data, form: str, first: int, size: int, batching: Batching) -
     """Says why a row that has tokens cannot be trained on together with the others, or returns None if it can.
 
     Args:
-        data: The rows of the run.
+        data: The data set of the row.
         form: The form of the row.
         first: The index of the first token that is learned from.
         size: The number of tokens of the row.
@@ -468,17 +504,17 @@ def _learned(sequences: Dataset) -> tuple[int, int]:
     return total, idle
 
 
-def _notes(tokens: Dataset, data: Data, sequences: int, idle: int) -> Iterator[str]:
+def _notes(tokens: Dataset, data: Sequence[Data], sequences: int, idle: int) -> Iterator[str]:
     """Yields the remarks of the report. ``idle`` is the number of sequences without a token to learn from."""
     from trl.chat_template_utils import is_chat_template_stop_token_trained
 
-    renderer = data.renderer
+    renderer = data[0].renderer  # all have the same template
     found = Counter(note for notes in tokens.select_columns(["notes"])[:]["notes"] for note in notes.split())
     for name, count in sorted(found.items()):
         yield f"{count:,} of {_counted(len(tokens), 'row')}: {NOTES[name]}"
     if idle:
         yield f"{idle:,} of {_counted(sequences, 'sequence')} have nothing to learn from, only parts of prompts"
-    if data.form == "completion of text" and renderer.tokenizer.chat_template:
+    if any(each.form == "completion of text" for each in data) and renderer.tokenizer.chat_template:
         yield "prompts of text are trained on as they are; the chat template is for lists of messages only"
     if renderer.assistant_only and not is_chat_template_stop_token_trained(
         renderer.tokenizer, chat_template=renderer.template
@@ -506,8 +542,8 @@ def refusal(named: list[str]) -> str:
     return _several(named) + "; --skip-bad-rows leaves such rows out"
 
 
-def _nothing(dataset: str, named: list[str]) -> str:
-    return f"--dataset {dataset} has no row to train on" + (f": {_several(named)}" if named else "")
+def _nothing(part: Part, purpose: Purpose, named: list[str]) -> str:
+    return purpose.lacks_rows(part.name) + (f": {_several(named)}" if named else "")
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from .mixture import Datasets, Part, check_form, check_parts, parts_of, written
+
 Quantization = Literal["nf4", "fp4", "none"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Packing = Literal["auto", "bfd", "bfd_split", "wrapped", "none"]
@@ -49,11 +51,11 @@ class Options:
 
     model: Annotated[str, Help("Model to fine-tune: a Hub id or a directory.", shown="required", shapes_run=True)] = ""
     dataset: Annotated[
-        str,
+        Datasets,
         Help(
             "Data to train on: a file (.jsonl, .json, .txt, .parquet, .csv, also compressed), a directory that "
             "save_to_disk wrote, or a Hub id. Each row has messages or conversations (chat), prompt and completion, "
-            "question and answer, or text.",
+            "question and answer, or text. Repeat the option to join data sets, or to mix them by shares: A=0.7, B=0.3.",
             shown="required",
             shapes_run=True,
         ),
@@ -241,6 +243,8 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{flag(name)} must be a finite number, got {value}")
+        check_parts(self.datasets)
+        object.__setattr__(self, "dataset", written(self.datasets))  # one form for what can be said in several
         if self.seed >= 2**32:
             raise ValueError(f"--seed must be below 2**32, got {self.seed}")
         for name, low in _AT_LEAST.items():
@@ -281,6 +285,11 @@ class Options:
         for name in ("model", "dataset", "output") if output else ("model", "dataset"):
             if not getattr(self, name):
                 raise ValueError(f"{flag(name)} is missing: give it on the command line or in --config")
+
+    @property
+    def datasets(self) -> tuple[Part, ...]:
+        """The data sets that ``--dataset`` names."""
+        return parts_of(self.dataset)
 
     @property
     def evaluates(self) -> bool:
@@ -345,6 +354,8 @@ def _convert(value: object, kind: Any) -> Any:
     Raises:
         ValueError: The value has another type. The message is only what is needed, such as "a number".
     """
+    if kind == Datasets:
+        return check_form(value)
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
         if value is None:
@@ -402,10 +413,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
                 f"{path}: unknown option {key}" + (f", did you mean {near[0]}?" if near else "; see finetune --help")
             )
         try:
-            converted = _convert(value, TYPES[name])
+            values[name] = _convert(value, TYPES[name])
         except ValueError as error:
             raise ValueError(f"{path}: {key} must be {error}, got {value!r}") from None
-        values[name] = converted
     return values
 
 

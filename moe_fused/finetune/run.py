@@ -104,13 +104,13 @@ def run(
 
 
 def show(options: Options, process: Process, count: int) -> None:
-    """Prints the first ``count`` rows as they would be trained on. It raises the same errors as ``run``."""
+    """Prints the first ``count`` rows of each data set as they would be trained on. It raises the same errors as ``run``."""
     _, _, found, plan = _resolve(options, process, trains=False)
     for line in show_rows(found, count, plan.run.batching, skip_bad=options.skip_bad_rows):
         print(line)
 
 
-def _resolve(options: Options, process: Process, *, trains: bool) -> tuple[Console, Any, Data, MemoryPlan]:
+def _resolve(options: Options, process: Process, *, trains: bool) -> tuple[Console, Any, tuple[Data, ...], MemoryPlan]:
     """Resolves a run from its options, the config of its model and its first rows.
 
     Args:
@@ -119,7 +119,7 @@ def _resolve(options: Options, process: Process, *, trains: bool) -> tuple[Conso
         trains: Whether the model will be loaded afterwards. Its files must then be whole.
 
     Returns:
-        The console to print on, the tokenizer, the rows, and the plan with the record of the run.
+        The console to print on, the tokenizer, the rows of each data set, and the plan with the record of the run.
     """
     use_expandable_segments()
     console = Console(stderr=True)
@@ -133,7 +133,8 @@ def _resolve(options: Options, process: Process, *, trains: bool) -> tuple[Conso
         check_model(setup)
     with bars(console.is_terminal):
         found = find(options, tokenizer)
-        plan = plan_run(setup, plain_text=found.kind == "text", rows=len(found.rows))
+        has_text = any(each.kind == "text" for each in found)
+        plan = plan_run(setup, plain_text=has_text, rows=sum(len(each.rows) for each in found))
     return console, tokenizer, found, plan
 
 
@@ -185,7 +186,7 @@ def _train_and_write(
         _train(trainer, checkpoint, resolved.output)
     _print(console, trainer.ending())
     with explained(trainer, plan):
-        text = card(resolved, _facts(trainer, plan, begin))
+        text = card(resolved, _facts(trainer, plan, prepared, begin))
         write_results(trainer.model, tokenizer, resolved, text)
 
 
@@ -226,10 +227,11 @@ def _write_options(resolved: ResolvedRun, record: dict[str, str]) -> None:
     replace_file(resolved.output / CONFIG, (as_comment(record) + to_yaml(resolved.settled())).encode())
 
 
-def _facts(trainer: Finetuner, plan: MemoryPlan, begin: float) -> dict[str, str]:
+def _facts(trainer: Finetuner, plan: MemoryPlan, prepared: Prepared, begin: float) -> dict[str, str]:
     """Collects the facts about the course of a run for its card."""
     device = plan.run.device
     facts = {
+        **({"data": "<br>".join(prepared.report.parts)} if prepared.report.parts else {}),
         "steps": str(trainer.state.global_step),
         "tokens": f"{trainer.tokens:,}",
         **trainer.evaluation_facts(),

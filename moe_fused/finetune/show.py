@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 _WIDTH = len("learned: ")
 
 
-def show_rows(data: Data, number: int, batching: Batching, *, skip_bad: bool = False) -> Iterator[str]:
-    """Yields the lines that show the first ``number`` rows.
+def show_rows(parts: Sequence[Data], number: int, batching: Batching, *, skip_bad: bool = False) -> Iterator[str]:
+    """Yields the lines that show the first ``number`` rows of each data set.
 
     The first line of a row has its place and its counts. The text of the row follows in pieces. The model reads a
     ``masked`` piece, but does not learn from it. A piece that is ``cut off`` lies beyond the end of the sequence. A
@@ -25,8 +25,8 @@ def show_rows(data: Data, number: int, batching: Batching, *, skip_bad: bool = F
     them.
 
     Args:
-        data: The rows and their renderer.
-        number: The number of rows to show.
+        parts: The rows of each data set, and their renderers.
+        number: The number of rows of a data set to show.
         batching: How rows become sequences.
         skip_bad: Whether rows that cannot be trained on are left out.
 
@@ -34,7 +34,7 @@ def show_rows(data: Data, number: int, batching: Batching, *, skip_bad: bool = F
         ValueError: Some of these rows cannot be trained on, and are not left out. The error comes after all lines.
     """
     bad = []
-    for index in range(min(number, len(data.rows))):
+    for data, index in ((each, i) for each in parts for i in range(min(number, len(each.rows)))):
         place = data.rows.place(index)
         try:
             row = data.renderer.parse(data.content(index))
