@@ -20,6 +20,7 @@ The data, before the model is loaded:
     render        a row as tokens and labels, by the chat template
     mix           rows that are set aside for the evaluation, and rows of several data sets as one
     data          all rows as sequences: checked, cut, packed and counted
+    stream        the same while the run trains, for data that are not read as a whole
     show          rows as they will be trained, printed for people
     fingerprint   the hashes of the data and the model that a run began with, so that a change of them is noticed
 

@@ -29,7 +29,7 @@ from .mix import mix, set_aside
 from .mixture import Part
 from .options import Options
 from .render import IGNORED, NOTES, Renderer, training_template
-from .rows import EVALUATION, TRAINING, Purpose, Rows, program, read_rows
+from .rows import EVALUATION, TRAINING, Purpose, Rows, program, read_rows, stream_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -42,7 +42,9 @@ NAMED, NAMED_LEFT_OUT = 5, 20
 # A further process pays off for this number of rows, or of bytes of rows.
 _ROWS_OF_A_PROCESS, _BYTES_OF_A_PROCESS = 1000, 2 << 20
 _BATCH = 250
-_COLUMNS = ("input_ids", "labels")
+COLUMNS = ("input_ids", "labels")
+# The number of rows that --streaming reads and packs together.
+BLOCK = 1000
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Data:
         purpose: What the data set is for.
         rows: The rows of the data set.
         renderer: The renderer, which makes a row into tokens.
-        first: The index of the first row that can be parsed.
+        first: The place of the first row that can be parsed.
         kind, form: The kind and the form of that row. All rows of the data set must have the same form.
     """
 
@@ -62,7 +64,7 @@ class Data:
     purpose: Purpose
     rows: Rows
     renderer: Renderer
-    first: int
+    first: str
     kind: Kind
     form: str
 
@@ -113,18 +115,18 @@ class Report:
         if len(self.left_out) > NAMED_LEFT_OUT:
             yield f"left out: {len(self.left_out) - NAMED_LEFT_OUT:,} more"
         counts = [
-            f"{_counted(self.rows, 'row')}",
-            f"{_counted(self.tokens, 'token')} ({self.learned:,} to learn from)",
-            _counted(self.sequences, "sequence"),
+            f"{counted(self.rows, 'row')}",
+            f"{counted(self.tokens, 'token')} ({self.learned:,} to learn from)",
+            counted(self.sequences, "sequence"),
         ]
-        counts += [] if self.steps is None else [_counted(self.steps, "step")]
+        counts += [] if self.steps is None else [counted(self.steps, "step")]
         what = "evaluation" if self.steps is None else "data"
         for part in self.parts:
             yield f"{what}: {part}"
-        yield f"{what}: {', '.join(counts)}; {_counted(len(self.left_out), 'row')} left out"
+        yield f"{what}: {', '.join(counts)}; {counted(len(self.left_out), 'row')} left out"
         if self.cut:
             yield (
-                f"cut: {_counted(self.cut, 'row')}, which lose {self.lost:,} of all {_counted(self.tokens, 'token')}; "
+                f"cut: {counted(self.cut, 'row')}, which lose {self.lost:,} of all {counted(self.tokens, 'token')}; "
                 f"the longest row has {self.longest:,}"
             )
         for note in self.notes:
@@ -152,6 +154,11 @@ class Prepared:
     evaluation: Prepared | None = None
     parts: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def used(self) -> list[str]:
+        """What is used of each data set, if there are several."""
+        return self.report.parts
+
     def lines(self) -> Iterator[str]:
         """Yields the lines of the reports."""
         yield from self.report.lines()
@@ -177,13 +184,12 @@ def find_evaluation(options: Options, tokenizer: Any) -> Data | None:
 
 
 def _find(part: Part, purpose: Purpose, split: str, options: Options, tokenizer: Any) -> Data:
-    rows = read_rows(
-        part.dataset,
-        config=part.config or options.dataset_config,
-        split=part.split or split,
-        text_field=options.text_field,
-        purpose=purpose,
-    )
+    if options.streaming and purpose is TRAINING:
+        rows = next(blocks(part, options), None)
+        if rows is None:
+            raise ValueError(_nothing(part, purpose, []))
+    else:
+        rows = read_rows(part.dataset, split=part.split or split, purpose=purpose, **_reading(part, options))
     plain = Renderer(tokenizer, None, options.assistant_only_loss, options.text_field)
     first = None
     bad: list[str] = []
@@ -209,7 +215,16 @@ def _find(part: Part, purpose: Purpose, split: str, options: Options, tokenizer:
         )
     template = training_template(tokenizer, options.model) if options.assistant_only_loss else None
     renderer = Renderer(tokenizer, template, options.assistant_only_loss, options.text_field)
-    return Data(part, purpose, rows, renderer, len(bad), first.kind, first.form)
+    return Data(part, purpose, rows, renderer, rows.place(len(bad)), first.kind, first.form)
+
+
+def blocks(part: Part, options: Options) -> Iterator[Rows]:
+    """Yields the rows of a data set of ``--dataset``, ``BLOCK`` at a time, as ``--streaming`` reads them."""
+    return stream_rows(part.dataset, BLOCK, split=part.split or options.split, **_reading(part, options))
+
+
+def _reading(part: Part, options: Options) -> dict[str, Any]:
+    return {"config": part.config or options.dataset_config, "text_field": options.text_field}
 
 
 def prepare(
@@ -235,8 +250,7 @@ def prepare(
         tables, others = _split(tables, data, options)
         held = Prepared(*_sequences(others, data, batching, [], None), fingerprint="")
     elif evaluation is not None:
-        others, bad, (digest,) = _usable_rows([evaluation], options, batching, vocabulary)
-        held = Prepared(*_sequences(others, [evaluation], batching, bad, None), fingerprint=digest)
+        held = prepare_evaluation(evaluation, options, batching, vocabulary)
     sequences, report = _sequences(tables, data, batching, named, options)
     if len(data) == 1:
         return Prepared(sequences, report, digests[0], held)
@@ -244,11 +258,37 @@ def prepare(
     return Prepared(sequences, report, hashlib.sha256("".join(digests).encode()).hexdigest(), held, parts)
 
 
+def prepare_evaluation(evaluation: Data, options: Options, batching: Batching, vocabulary: int) -> Prepared:
+    """Makes the rows of ``--eval-dataset`` into sequences. The arguments and errors are those of ``prepare``."""
+    tables, bad, (digest,) = _usable_rows([evaluation], options, batching, vocabulary)
+    return Prepared(*_sequences(tables, [evaluation], batching, bad, None), fingerprint=digest)
+
+
+def prepare_block(data: Data, options: Options, batching: Batching, vocabulary: int) -> tuple[Dataset, list[str], str]:
+    """Makes a block of rows into tokens, in this process.
+
+    Returns:
+        The rows that can be used, the problems of the others, and the sha256 of the first ones.
+
+    Raises:
+        ValueError: Some rows cannot be used, and ``options`` do not leave them out, or the tokenizer has tokens that
+            the model does not know.
+    """
+    from datasets import Dataset
+
+    made = Dataset.from_dict(_Worker(data)(data.rows.table[:]), features=_features())
+    tokens, bad = _usable(data, made, batching)
+    named = [f"{data.rows.place(index)} {problem}" for index, problem in bad]
+    if named and not options.skip_bad_rows:
+        raise ValueError(refusal(named))
+    return tokens, named, _checked_totals(tokens, options, vocabulary)
+
+
 def _usable_rows(
     data: Sequence[Data], options: Options, batching: Batching, vocabulary: int
 ) -> tuple[list[Dataset], list[str], list[str]]:
     """Returns the rows of each data set that can be used, the problems of all others, and the sha256 of each data set."""
-    tables, problems, digests = [], [], []
+    tables, problems = [], []
     for each in data:
         tokens, bad = _usable(each, _tokenize(each), batching)
         named = [f"{each.rows.place(index)} {problem}" for index, problem in bad]
@@ -258,15 +298,19 @@ def _usable_rows(
         problems += named
     if problems and not options.skip_bad_rows:
         raise ValueError(refusal(problems))
-    for tokens in tables:
-        highest, digest = _totals(tokens)
-        if highest >= vocabulary:
-            raise ValueError(
-                f"the tokenizer of {options.model} makes the token {highest}, but the model knows {vocabulary} tokens: "
-                "they do not belong together"
-            )
-        digests.append(digest)
+    digests = [_checked_totals(tokens, options, vocabulary) for tokens in tables]
     return tables, problems, digests
+
+
+def _checked_totals(tokens: Dataset, options: Options, vocabulary: int) -> str:
+    """Returns the sha256 of the tokens; raises ValueError if one of them is not in the vocabulary of the model."""
+    highest, digest = _totals(tokens)
+    if highest >= vocabulary:
+        raise ValueError(
+            f"the tokenizer of {options.model} makes the token {highest}, but the model knows {vocabulary} tokens: they "
+            "do not belong together"
+        )
+    return digest
 
 
 def _split(tables: list[Dataset], data: Sequence[Data], options: Options) -> tuple[list[Dataset], list[Dataset]]:
@@ -275,7 +319,7 @@ def _split(tables: list[Dataset], data: Sequence[Data], options: Options) -> tup
     held = round(share * count)
     if not 0 < held < count:
         left = "evaluate on" if held == 0 else "train on"
-        raise ValueError(f"--eval-share {share} of {_counted(count, 'row')} leaves none to {left}")
+        raise ValueError(f"--eval-share {share} of {counted(count, 'row')} leaves none to {left}")
     kept, others = set_aside(tables, held, options.seed)
     for each, table in zip(data, kept, strict=True):
         if not len(table):
@@ -292,7 +336,7 @@ def _sequences(
     shares = [None if options is None else each.part.share for each in data]
     tokens, taken = mix(tables, shares, 0 if options is None else options.seed)
     sizes = _sizes(tokens)
-    sequences = fit(tokens.select_columns(list(_COLUMNS)), batching)
+    sequences: Dataset = fit(tokens.select_columns(list(COLUMNS)), batching)
     batches = math.ceil(len(sequences) / batching.batch_size)
     over = np.maximum(sizes - batching.length, 0) if batching.cuts else np.zeros(1, dtype=np.int64)
     learned, idle = _learned(sequences)
@@ -319,7 +363,7 @@ def _sequences(
 def _used(data: Data, table: Dataset, taken: Dataset) -> str:
     """Says how many rows of a data set are used, of those that can be."""
     of = "" if len(taken) == len(table) else f"{len(taken):,} of "
-    return f"{data.part.name}: {of}{_counted(len(table), 'row')}, {_counted(int(_sizes(taken).sum()), 'token')}"
+    return f"{data.part.name}: {of}{counted(len(table), 'row')}, {counted(int(_sizes(taken).sum()), 'token')}"
 
 
 def _sizes(tokens: Dataset) -> Any:
@@ -327,20 +371,25 @@ def _sizes(tokens: Dataset) -> Any:
     return np.asarray(tokens.select_columns(["length"]).with_format("numpy")[:]["length"], dtype=np.int64)
 
 
-def fit(tokens: Dataset, batching: Batching) -> Dataset:
+def fit(tokens: Any, batching: Batching, **arguments: Any) -> Any:
     """Cuts and packs rows into sequences, exactly as TRL does.
 
     Args:
-        tokens: The rows, in the columns ``input_ids`` and ``labels``.
+        tokens: The rows, in the columns ``input_ids`` and ``labels``, as a Dataset or an IterableDataset.
         batching: How rows become sequences.
+        arguments: Arguments of ``map``. The default is a description of its progress bar.
+
+    Returns:
+        The sequences, of the same type.
     """
     from trl.data_utils import pack_dataset
 
     if batching.packing != "none":
-        packed: Dataset = pack_dataset(tokens, batching.length, batching.packing, {"desc": "Packing"})
-        return packed
+        return pack_dataset(tokens, batching.length, batching.packing, arguments or {"desc": "Packing"})
     arrow = tokens.with_format("arrow")
-    return arrow.map(_cut, batched=True, fn_kwargs={"length": batching.length}, desc="Cutting").with_format(None)
+    return arrow.map(
+        _cut, batched=True, fn_kwargs={"length": batching.length}, **(arguments or {"desc": "Cutting"})
+    ).with_format(None)
 
 
 def _cut(table: pa.Table, length: int) -> pa.Table:
@@ -355,16 +404,9 @@ def _cut(table: pa.Table, length: int) -> pa.Table:
 
 def _tokenize(data: Data) -> Dataset:
     """Makes a data set with the tokens and labels of each row, and its problem if it has one."""
-    from datasets import Features, List, Value
-
     count = len(data.rows)
     shares = max(count / _ROWS_OF_A_PROCESS, data.rows.table.data.nbytes / _BYTES_OF_A_PROCESS)
     processes = min(_cores(), math.ceil(shares), count)
-    features = Features(
-        {name: List(Value("int32")) for name in _COLUMNS}
-        | {name: Value("int32") for name in ("length", "first")}
-        | {name: Value("string") for name in ("form", "problem", "notes")}
-    )
     table = data.rows.table
     with workers_forked():
         tokens: Dataset = table.map(
@@ -373,12 +415,22 @@ def _tokenize(data: Data) -> Dataset:
             batch_size=_BATCH,
             writer_batch_size=_BATCH,
             remove_columns=table.column_names,
-            features=features,
+            features=_features(),
             num_proc=processes if processes > 1 else None,
             new_fingerprint=_cache_key(data),
             desc="Tokenizing",
         )
     return tokens
+
+
+def _features() -> Any:
+    from datasets import Features, List, Value
+
+    return Features(
+        {name: List(Value("int32")) for name in COLUMNS}
+        | {name: Value("int32") for name in ("length", "first")}
+        | {name: Value("string") for name in ("form", "problem", "notes")}
+    )
 
 
 def _cores() -> int:
@@ -466,7 +518,7 @@ def unusable(data: Data, form: str, first: int, size: int, batching: Batching) -
         batching: How rows become sequences.
     """
     if form != data.form:
-        return f"is {form}, but {data.rows.place(data.first)} is {data.form}"
+        return f"is {form}, but {data.first} is {data.form}"
     if batching.cuts and first >= batching.length:
         return (
             f"has nothing left to learn from: the first of its {size} tokens to learn from is number {first + 1}, but a "
@@ -478,8 +530,8 @@ def unusable(data: Data, form: str, first: int, size: int, batching: Batching) -
 def _totals(tokens: Dataset) -> tuple[int, str]:
     """Returns the highest token, and the sha256 of the tokens and labels of all rows."""
     highest, digest = -1, hashlib.sha256()
-    for table in tokens.select_columns([*_COLUMNS, "length"]).with_format("arrow").iter(batch_size=1000):
-        for name in _COLUMNS:
+    for table in tokens.select_columns([*COLUMNS, "length"]).with_format("arrow").iter(batch_size=1000):
+        for name in COLUMNS:
             values = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype("<i4", copy=False)
             digest.update(np.ascontiguousarray(values).tobytes())
             if name == "input_ids":
@@ -511,9 +563,9 @@ def _notes(tokens: Dataset, data: Sequence[Data], sequences: int, idle: int) -> 
     renderer = data[0].renderer  # all have the same template
     found = Counter(note for notes in tokens.select_columns(["notes"])[:]["notes"] for note in notes.split())
     for name, count in sorted(found.items()):
-        yield f"{count:,} of {_counted(len(tokens), 'row')}: {NOTES[name]}"
+        yield f"{count:,} of {counted(len(tokens), 'row')}: {NOTES[name]}"
     if idle:
-        yield f"{idle:,} of {_counted(sequences, 'sequence')} have nothing to learn from, only parts of prompts"
+        yield f"{idle:,} of {counted(sequences, 'sequence')} have nothing to learn from, only parts of prompts"
     if any(each.form == "completion of text" for each in data) and renderer.tokenizer.chat_template:
         yield "prompts of text are trained on as they are; the chat template is for lists of messages only"
     if renderer.assistant_only and not is_chat_template_stop_token_trained(
@@ -528,7 +580,7 @@ def _notes(tokens: Dataset, data: Sequence[Data], sequences: int, idle: int) -> 
 # --- words
 
 
-def _counted(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 

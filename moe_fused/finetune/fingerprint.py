@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .data import Data, Prepared
+    from .stream import Streamed
 
 ALLOW_CHANGED, ALLOW_OTHER_BASE = "--allow-changed-data", "--allow-other-base"
 _HEAD = "# The data and the model that this run began with. --resume compares them. These lines are no options.\n"
@@ -27,8 +28,10 @@ _EDGE, _BLOCK, _STEP = 1 << 20, 1 << 16, 1 << 26
 _VOLATILE = ("_name_or_path", "transformers_version")
 
 
-def fingerprints(prepared: Prepared, data: Sequence[Data]) -> dict[str, str]:
+def fingerprints(prepared: Prepared | Streamed, data: Sequence[Data]) -> dict[str, str]:
     """Returns the sha256 of the tokens and labels of all rows, also of those of ``--eval-dataset``.
+
+    With ``--streaming`` it is that of the first rows.
 
     If there are several data sets, each has its own. If rows are chats, the sha256 of the chat template is there as well.
     """

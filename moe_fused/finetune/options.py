@@ -115,6 +115,13 @@ class Options:
     skip_bad_rows: Annotated[
         bool, Help("Leave out rows that cannot be trained on, instead of ending with an error.", shapes_run=True)
     ] = False
+    streaming: Annotated[
+        bool,
+        Help(
+            "Read, check and pack rows while the run trains, for data that do not fit on the disk. It needs --max-steps.",
+            shapes_run=True,
+        ),
+    ] = False
     chat_template: Annotated[
         str | None, Help("Jinja file with a chat template.", shown="the tokenizer's", shapes_run=True)
     ] = None
@@ -270,6 +277,12 @@ class Options:
             raise ValueError("--eval-dataset must name a file, a directory or a Hub id, got an empty value")
         if self.eval_share is not None and self.eval_dataset is not None:
             raise ValueError("--eval-dataset and --eval-share exclude each other")
+        if self.streaming and self.max_steps is None:
+            raise ValueError("--streaming needs --max-steps: how many rows there are is not known before they are read")
+        if self.streaming and self.eval_share is not None:
+            raise ValueError(
+                "--eval-share is not possible with --streaming, which reads no row before: use --eval-dataset"
+            )
         for name in ("eval_steps", "keep_best", "early_stopping"):
             if getattr(self, name) and not self.evaluates:
                 raise ValueError(f"{flag(name)} needs an evaluation: give --eval-dataset or --eval-share, too")
@@ -317,7 +330,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Model": ("revision", "quantization", "dtype", "attn"),
     "Data": (
-        "dataset_config", "split", "text_field", "skip_bad_rows", "chat_template", "packing", "batch_size",
+        "dataset_config", "split", "text_field", "skip_bad_rows", "streaming", "chat_template", "packing", "batch_size",
         "gradient_accumulation",
     ),
     "Adapter": (

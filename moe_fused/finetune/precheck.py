@@ -175,6 +175,8 @@ def notes(options: Options) -> Iterator[str]:
         yield from _unused(options, "eval_split", "there is no --eval-dataset")
     elif Path(options.eval_dataset).is_file():
         yield from _unused(options, "eval_split", f"--eval-dataset {options.eval_dataset} is a file")
+    if options.streaming:
+        yield from _unused(options, "epochs", "--streaming goes on until --max-steps")
     if Path(options.model).is_dir():
         yield from _unused(options, "revision", f"--model {options.model} is a directory")
     for rank, names in _BELONGING.items():

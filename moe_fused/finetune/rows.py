@@ -183,34 +183,76 @@ def read_rows(
         ValueError: The kind of file is not known, or the file cannot be read as what its ending says.
     """
     path = Path(dataset)
-    ending, compression = endings_of(path)
+    ending, _ = endings_of(path)
     if path.is_file() and ending in ENDINGS:
         return _text_rows(dataset, purpose, [TextFile.at(path, dataset, alone=True)])
-    if compression is not None and path.is_file():
-        raise ValueError(
-            f"{purpose.option} {dataset}: a compressed file must be one of {', '.join(ENDINGS)}; unpack it"
-        )
     if path.is_dir() and not _is_saved(path):
         return _rows_of_directory(dataset, purpose, config, split, text_field)
     table = _needed_columns(dataset, purpose, _with_datasets(dataset, purpose, config, split), text_field)
     return Rows(table, by_text=False, sources=(Source(dataset),))
 
 
+def stream_rows(
+    dataset: str,
+    size: int,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    text_field: str = "text",
+    purpose: Purpose = TRAINING,
+) -> Iterator[Rows]:
+    """Yields the rows that ``read_rows`` reads, ``size`` at a time. Nothing is written, and no more than that is held.
+
+    Files of text are read line by line, and the library ``datasets`` streams tables and data sets on the Hub. Rows of
+    the tables in a directory are numbered through. The arguments and the errors are those of ``read_rows``.
+    """
+    from datasets import Dataset
+
+    path = Path(dataset)
+    files: list[TextFile] = []
+    if path.is_file() and endings_of(path)[0] in ENDINGS:
+        files = [TextFile.at(path, dataset, alone=True)]
+    elif path.is_dir() and not _is_saved(path):
+        found = _files_of_directory(dataset, purpose, config, split)
+        if all(endings_of(file)[0] in ENDINGS for file in found):
+            files = [TextFile.at(file, _name_within(dataset, file), alone=False) for file in found]
+    if files:
+        items, sources = _items(tuple(files)), tuple(Source(file.name, file.unit) for file in files)
+        while block := list(itertools.islice(items, size)):
+            yield Rows(Dataset.from_list(block, features=_text_features()), by_text=True, sources=sources)
+        return
+    with _reading(dataset, purpose):
+        stream: Any = _with_datasets(dataset, purpose, config, split, streaming=True)
+        if stream.features is None:  # known only once the first rows are read
+            stream = stream._resolve_features()
+    stream = _needed_columns(dataset, purpose, stream, text_field)
+    begin = 0
+    for batch in stream.iter(batch_size=size):
+        table = Dataset.from_dict(batch, features=stream.features)
+        yield Rows(table, by_text=False, sources=(Source(dataset, begin=-begin),))
+        begin += len(table)
+
+
 # --- files of text
 
 
-def _text_rows(dataset: str, purpose: Purpose, files: list[TextFile]) -> Rows:
-    from datasets import Dataset, Features, Value, exceptions
+def _text_features() -> Any:
+    from datasets import Features, Value
 
-    features = Features(
+    return Features(
         {"file": Value("int32"), "number": Value("int64"), "row": Value("large_string"), "problem": Value("string")}
     )
+
+
+def _text_rows(dataset: str, purpose: Purpose, files: list[TextFile]) -> Rows:
+    from datasets import Dataset, exceptions
+
     # A tuple, because datasets takes a list for shards of the work.
     arguments = {"files": tuple(files)}
     try:
         table = Dataset.from_generator(
             _items,
-            features=features,
+            features=_text_features(),
             gen_kwargs=arguments,
             cache_dir=_cache_directory(),
             fingerprint=_fingerprint(files),
@@ -347,36 +389,44 @@ def _number_of_rows(file: Path) -> int:
 # --- tables and the Hub
 
 
-def _with_datasets(dataset: str, purpose: Purpose, config: str | None, split: str) -> Dataset:
+def _with_datasets(dataset: str, purpose: Purpose, config: str | None, split: str, streaming: bool = False) -> Dataset:
     """Reads a .parquet or .arrow file, the output of ``save_to_disk``, or a data set on the Hub."""
     import datasets
 
     path = Path(dataset)
     ending, compression = endings_of(path)
     if path.is_file():
+        if compression is not None:
+            raise ValueError(
+                f"{purpose.option} {dataset}: a compressed file must be one of {', '.join(ENDINGS)}; unpack it"
+            )
         if ending not in TABLES:
             raise ValueError(
                 f"{purpose.option} must be a file with one of the endings {', '.join(KNOWN)}, a directory or a Hub id, got "
                 f"{dataset}" + next((f": {advice}" for endings, advice in _ADVICE.items() if ending in endings), "")
             )
         try:
-            table: Dataset = datasets.load_dataset(TABLES[ending], data_files=str(path), split="train")
+            table: Dataset = datasets.load_dataset(
+                TABLES[ending], data_files=str(path), split="train", streaming=streaming
+            )
         except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
             raise ValueError(f"{path} cannot be read as {TABLES[ending]}: {_line(error.__cause__ or error)}") from None
         return table
     if _is_saved(path):
         return _from_disk(dataset, purpose, split)
+    if path.is_dir():
+        return _from_hub(dataset, purpose, config, split, streaming)
     if ending in KNOWN or compression is not None or path.is_absolute() or dataset.startswith("."):
         raise FileNotFoundError(f"{purpose.option} {dataset} is missing")
-    return _from_hub(dataset, purpose, config, split)
+    return _from_hub(dataset, purpose, config, split, streaming)
 
 
-def _from_hub(dataset: str, purpose: Purpose, config: str | None, split: str) -> Dataset:
+def _from_hub(dataset: str, purpose: Purpose, config: str | None, split: str, streaming: bool = False) -> Dataset:
     """Reads a data set on the Hub, or a directory whose files are arranged like those of one."""
     import datasets
 
     with _reading(dataset, purpose):
-        table: Dataset = datasets.load_dataset(dataset, config, split=split)
+        table: Dataset = datasets.load_dataset(dataset, config, split=split, streaming=streaming)
     return table
 
 

@@ -36,6 +36,7 @@ from .resolve import ResolvedRun, set_up, training_device
 from .results import write_results
 from .show import show_rows
 from .space import check_space
+from .stream import Streamed, prepare_stream
 from .trackers import keep_local
 
 if TYPE_CHECKING:
@@ -85,7 +86,12 @@ def run(
     with bars(console.is_terminal):
         plan.show(console)
         check_space(resolved, plan.prediction.trainable)
-        prepared = prepare(found, options, resolved.batching, vocabulary=resolved.vocabulary, evaluation=evaluation)
+        prepared: Prepared | Streamed
+        sizes: dict[str, Any] = {"vocabulary": resolved.vocabulary, "evaluation": evaluation}
+        if options.streaming:
+            prepared = prepare_stream(found, options, resolved.batching, lambda line: _print(console, [line]), **sizes)
+        else:
+            prepared = prepare(found, options, resolved.batching, **sizes)
     _print(console, prepared.lines())
     if options.trainer:
         _check_trainer(resolved)
@@ -134,7 +140,8 @@ def _resolve(options: Options, process: Process, *, trains: bool) -> tuple[Conso
     with bars(console.is_terminal):
         found = find(options, tokenizer)
         has_text = any(each.kind == "text" for each in found)
-        plan = plan_run(setup, plain_text=has_text, rows=sum(len(each.rows) for each in found))
+        rows = 0 if options.streaming else sum(len(each.rows) for each in found)
+        plan = plan_run(setup, plain_text=has_text, rows=rows)
     return console, tokenizer, found, plan
 
 
@@ -151,7 +158,7 @@ def _check_trainer(resolved: ResolvedRun) -> None:
 def _train_and_write(
     plan: MemoryPlan,
     tokenizer: Any,
-    prepared: Prepared,
+    prepared: Prepared | Streamed,
     console: Console,
     checkpoint: Path | None,
     overwrite: bool,
@@ -164,7 +171,8 @@ def _train_and_write(
     from .trainer import make_trainer  # this imports TRL, which takes seconds, so errors in options come before it
 
     held = prepared.evaluation
-    trainer = make_trainer(model, tokenizer, prepared.dataset, resolved, None if held is None else held.dataset)
+    first = prepared.first if isinstance(prepared, Streamed) else None
+    trainer = make_trainer(model, tokenizer, prepared.dataset, resolved, None if held is None else held.dataset, first)
     if resolved.device.type != "cpu":  # the peak of the run does not include loading
         torch.accelerator.empty_cache()
         torch.accelerator.reset_peak_memory_stats(resolved.device)
@@ -185,6 +193,8 @@ def _train_and_write(
         trainer.callback_handler.callbacks.insert(0, log)
         _train(trainer, checkpoint, resolved.output)
     _print(console, trainer.ending())
+    if isinstance(prepared, Streamed):
+        _print(console, prepared.ending())
     with explained(trainer, plan):
         text = card(resolved, _facts(trainer, plan, prepared, begin))
         write_results(trainer.model, tokenizer, resolved, text)
@@ -227,11 +237,11 @@ def _write_options(resolved: ResolvedRun, record: dict[str, str]) -> None:
     replace_file(resolved.output / CONFIG, (as_comment(record) + to_yaml(resolved.settled())).encode())
 
 
-def _facts(trainer: Finetuner, plan: MemoryPlan, prepared: Prepared, begin: float) -> dict[str, str]:
+def _facts(trainer: Finetuner, plan: MemoryPlan, prepared: Prepared | Streamed, begin: float) -> dict[str, str]:
     """Collects the facts about the course of a run for its card."""
     device = plan.run.device
     facts = {
-        **({"data": "<br>".join(prepared.report.parts)} if prepared.report.parts else {}),
+        **({"data": "<br>".join(prepared.used)} if prepared.used else {}),
         "steps": str(trainer.state.global_step),
         "tokens": f"{trainer.tokens:,}",
         **trainer.evaluation_facts(),

@@ -34,9 +34,10 @@ from .host import queued, without_walks
 from .model import apply_liger
 from .progress import perplexity
 from .render import IGNORED
+from .stream import BadRows, extremes
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
     from .resolve import ResolvedRun
 
@@ -45,7 +46,12 @@ LOSS = "eval_loss"
 
 
 def make_trainer(
-    model: Any, tokenizer: Any, dataset: Dataset, run: ResolvedRun, evaluation: Dataset | None = None
+    model: Any,
+    tokenizer: Any,
+    dataset: Dataset | IterableDataset,
+    run: ResolvedRun,
+    evaluation: Dataset | None = None,
+    first: list[int] | None = None,
 ) -> Finetuner:
     """Makes the trainer of a run.
 
@@ -55,6 +61,7 @@ def make_trainer(
         dataset: The sequences that ``data.prepare`` or ``data.fit`` returns. Training does not change them.
         run: The record of the run.
         evaluation: The sequences that the adapter is evaluated on, if the run has an evaluation.
+        first: The number of tokens of each of the first sequences, if ``dataset`` is the stream of ``stream``.
     """
     base = model.get_base_model()
     if run.liger:
@@ -66,8 +73,9 @@ def make_trainer(
     )
     batches: Any = trainer.train_dataset
     if run.graphs:  # the evaluation runs as graphs, too
-        every = [batches] if evaluation is None else [batches, evaluation]
-        trainer.shape = _shape(run, [length for dataset in every for length in lengths_of(dataset)])
+        lengths = lengths_of(batches) if first is None else first
+        others = [] if evaluation is None else lengths_of(evaluation)
+        trainer.shape = _shape(run, lengths + others, run.batching.length if first is not None else None)
     _set_collators(trainer, run, batches, evaluation)
     trainer.remove_callback(PrinterCallback)
     if evaluation is not None:
@@ -88,7 +96,7 @@ def _set_collators(trainer: Finetuner, run: ResolvedRun, batches: Any, evaluatio
     documents = functools.partial(
         Documents.of, collate, batch_size=run.batching.batch_size, tokens=shape and shape[1], padding=padding
     )
-    lengths = list(batches["seq_lengths"])
+    lengths = extremes(run.batching) if run.options.streaming else list(batches["seq_lengths"])
     others = [] if evaluation is None else list(evaluation["seq_lengths"])
     if shape is not None:
         trainer.data_collator = documents(lengths + others)
@@ -98,16 +106,17 @@ def _set_collators(trainer: Finetuner, run: ResolvedRun, batches: Any, evaluatio
         trainer.eval_collator = documents(others)
 
 
-def _shape(run: ResolvedRun, lengths: list[int]) -> tuple[int, int] | None:
+def _shape(run: ResolvedRun, lengths: list[int], longest: int | None = None) -> tuple[int, int] | None:
     """Returns the shape of the batches that run as CUDA graphs, or None if too much of them would be padding.
 
     Args:
         run: The record of the run.
         lengths: The number of tokens of each sequence, those of the evaluation included.
+        longest: The number of tokens that a sequence may have, if ``lengths`` has only the first sequences of a stream.
     """
     if not run.graphs_asked_for and not is_full(lengths):
         return None
-    size, tokens = run.batching.batch_size, max(lengths)
+    size, tokens = run.batching.batch_size, longest or max(lengths)
     return (1, size * tokens) if run.batching.has_documents else (size, tokens)
 
 
@@ -366,7 +375,7 @@ class Finetuner(SFTTrainer):
             tiles = narrow_tiles()
         try:
             with tiles, without_walks(model, self._trained):
-                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+                self._train_to_the_end(checkpoint)
             self.check_finite()
             self.check_adapters()
             if self.has_ended:
@@ -375,6 +384,18 @@ class Finetuner(SFTTrainer):
             if self.graphs is not None:
                 self.graphs.close()
                 self.graphs = None
+
+    def _train_to_the_end(self, checkpoint: Path | None) -> None:
+        """Trains as Trainer does. It saves a checkpoint if the stream of rows comes to rows that are bad."""
+        try:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except BadRows:
+            # Rows are fetched before a step begins, so the state is that of the last whole step.
+            step = self.state.global_step
+            if step and not checkpoint_of(self._resolved.output, step).is_dir():
+                model: Any = self.model
+                self._save_checkpoint(model, None)
+            raise
 
     # The evaluation.
 

@@ -264,6 +264,7 @@ def test_a_joined_run_is_that_of_one_file(here: Path, model: Path) -> None:
     assert "| data |" not in (here / "one" / "README.md").read_text()
 
 
+@pytest.mark.slow  # four runs
 def test_a_mixed_run_resumes_as_uninterrupted(here: Path, model: Path) -> None:
     """Also from chats and plain text. The file of options holds the shares, and a change of the second file is noticed."""
     run = (*arguments(model, "a.jsonl=3", "t.jsonl=1"), *DENSE)
