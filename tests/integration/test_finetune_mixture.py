@@ -313,7 +313,7 @@ def test_wrong_data_sets_on_the_command_line(here: Path, model: Path) -> None:
         assert_error(ended, words)
         assert not (here / "out").exists()
     ended = finetune(
-        *arguments(model, "a.jsonl", "t.jsonl"),
+        *arguments(model, "t.jsonl", "a.jsonl"),
         "--assistant-only-loss",
         "--output",
         "out",
