@@ -3,6 +3,7 @@
 From the options a run is resolved once, into a frozen record that all later steps read:
 
     options       the table of options, which the command line and the YAML file are made from
+    mixture       the data sets that --dataset names, with their shares
     command       the command itself
     handed_through  fields of TRL's and PEFT's configs among the options, and those that the run manages itself
     precheck      checks that need the standard library alone, and the process among those of the run
@@ -18,8 +19,10 @@ The data, before the model is loaded:
     text_files    files of text as rows, each with its line
     formats       the forms that rows may have, and the one form that each kind becomes
     render        a row as tokens and labels, by the chat template
+    mix           rows that are set aside for the evaluation, and rows of several data sets as one
     data          all rows as sequences: checked, cut, packed and counted
     preferences   rows with several answers, or with labels, in the columns of TRL's trainers
+    stream        the same while the run trains, for data that are not read as a whole
     show          rows as they will be trained, and the first sequences of them, printed for people
     fingerprint   the hashes of the data and the model that a run began with, so that a change of them is noticed
 

@@ -67,7 +67,7 @@ def metadata(setup: ModelSetup) -> str:
     content = ModelCardData(
         library_name="peft",
         base_model=base,
-        datasets=[options.dataset] if _is_hub_id(options.dataset) else None,
+        datasets=[part.dataset for part in options.datasets if _is_hub_id(part.dataset)] or None,
         pipeline_tag="text-generation",
         tags=["lora", "moe", "moe-fused"],
     )

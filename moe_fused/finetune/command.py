@@ -19,6 +19,7 @@ from moe_fused.staging import replace_file
 from .checkpoints import DROP_BROKEN, checkpoints_of, resumable
 from .fingerprint import ALLOW_CHANGED, ALLOW_OTHER_BASE
 from .handed_through import parse
+from .mixture import Datasets, parts_of
 from .options import DEFAULTS, GROUPS, HELP, MAPPINGS, TYPES, Options, flag, read_yaml, shown_default, template
 from .output import CONFIG, check_not_ended, check_output, check_unused, locked_output
 from .precheck import Process, check_adapter, check_automatic_device, check_said, notes, precheck
@@ -51,6 +52,8 @@ def _parameter(name: str) -> inspect.Parameter:
     """The command line's parameter for an option. It is None unless given, so that no default overrules a file."""
     kind = TYPES[name]
     declared = flag(name) + (f"/--no-{flag(name)[2:]}" if kind in (bool, bool | None) else "")
+    if kind == Datasets:
+        kind = list[str]
     # Not by typer's show_default, which puts words in parentheses.
     info = typer.Option(declared, help=f"{HELP[name].text}  [default: {shown_default(name)}]")
     return inspect.Parameter(
@@ -91,7 +94,7 @@ _SWITCHES = [
     _switch("dry_run", "Check options, data and memory, and print what would be done and how long it would take."),
     _switch(
         "show_rows",
-        "Print this many rows as they will be trained on, and as many sequences of them, and end.",
+        "Print this many rows of each data set as they will be trained on, as many sequences of them, and end.",
         Optional[int],  # noqa: UP045
         None,
     ),
@@ -121,8 +124,8 @@ def finetune(
         if resume:
             raise ValueError("--init and --resume exclude each other")
         said = _said(config, given)
-        Options(**said)  # raises if a value is wrong
-        _write_template(init, said)
+        options = Options(**said)  # raises if a value is wrong
+        _write_template(init, {name: getattr(options, name) for name in said})
         return
     require("finetune", *_NEEDED, extra="train")
     of_resuming = {ALLOW_CHANGED: allow_changed_data, DROP_BROKEN: drop_broken_checkpoints}
@@ -260,8 +263,10 @@ def _started(output: Path, said: dict[str, Any]) -> dict[str, Any]:
     started = read_yaml(path)
     if missing := [name for name in ("model", "dataset") if not started.get(name)]:
         raise ValueError(f"{path} is not whole, it does not name the {missing[0]}: start again with --overwrite")
-    for name, value in said.items():
-        before = started.get(name, DEFAULTS[name])
+    for name, given in said.items():
+        value, before = given, started.get(name, DEFAULTS[name])
+        if TYPES[name] == Datasets:
+            value, before = (", ".join(map(str, parts_of(each))) for each in (value, before))
         if HELP[name].shapes_run and value != before:
             what = name if name in MAPPINGS else flag(name)
             was, now = ("not set" if each is None else each or repr(each) for each in (before, value))

@@ -3,6 +3,7 @@
     rows      reads the rows of files and data sets, and names the place of each row
     formats   parses rows
     render    makes a row into tokens and labels
+    mix       sets rows aside for the evaluation, and mixes several data sets
 
 ``prepare`` makes the sequences of a run, those for its evaluation included. TRL takes them as they are.
 """
@@ -15,9 +16,8 @@ import hashlib
 import importlib.metadata
 import math
 import os
-import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +27,11 @@ from moe_fused.signals import workers_forked
 
 from . import preferences
 from .formats import BadRow, Kind
+from .mix import mix, set_aside
+from .mixture import Part
 from .options import Method, Options
 from .render import IGNORED, NOTES, Renderer, training_template
-from .rows import Rows, program, read_rows
+from .rows import EVALUATION, TRAINING, Purpose, Rows, program, read_rows, stream_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -42,30 +44,36 @@ NAMED, NAMED_LEFT_OUT = 5, 20
 # A further process pays off for this number of rows, or of bytes of rows.
 _ROWS_OF_A_PROCESS, _BYTES_OF_A_PROCESS = 1000, 2 << 20
 _BATCH = 250
-_COLUMNS = ("input_ids", "labels")
+COLUMNS = ("input_ids", "labels")
 # The columns of a row's tokens, by the method of the run.
 _COLUMNS_OF: dict[Method, tuple[str, ...]] = {
-    "sft": _COLUMNS,
-    "dpo": (*_COLUMNS, "rejected_ids"),
-    "ipo": (*_COLUMNS, "rejected_ids"),
-    "kto": (*_COLUMNS, "wanted"),
+    "sft": COLUMNS,
+    "dpo": (*COLUMNS, "rejected_ids"),
+    "ipo": (*COLUMNS, "rejected_ids"),
+    "kto": (*COLUMNS, "wanted"),
 }
+# The number of rows that --streaming reads and packs together.
+BLOCK = 1000
 
 
 @dataclass(frozen=True)
 class Data:
-    """The rows of a run before they are rendered, and the renderer for them.
+    """The rows of a data set before they are rendered, and the renderer for them.
 
     Attributes:
+        part: The data set as the options name it.
+        purpose: What the data set is for.
         rows: The rows of the data set.
         renderer: The renderer, which makes a row into tokens.
-        first: The index of the first row that can be parsed.
-        kind, form: The kind and the form of that row. All rows must have the same form.
+        first: The place of the first row that can be parsed.
+        kind, form: The kind and the form of that row. All rows of the data set must have the same form.
     """
 
+    part: Part
+    purpose: Purpose
     rows: Rows
     renderer: Renderer
-    first: int
+    first: str
     kind: Kind
     form: str
 
@@ -99,6 +107,7 @@ class Report:
         steps: The number of steps of the run; None for the rows of an evaluation.
         left_out: The place and the problem of each row that was left out.
         notes: Remarks on things that are no errors but worth a look.
+        parts: What is used of each data set, if there are several.
     """
 
     rows: int
@@ -111,6 +120,7 @@ class Report:
     steps: int | None
     left_out: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)
 
     def lines(self) -> Iterator[str]:
         """Yields the lines of the report."""
@@ -119,16 +129,18 @@ class Report:
         if len(self.left_out) > NAMED_LEFT_OUT:
             yield f"left out: {len(self.left_out) - NAMED_LEFT_OUT:,} more"
         counts = [
-            f"{_counted(self.rows, 'row')}",
-            f"{_counted(self.tokens, 'token')} ({self.learned:,} to learn from)",
-            _counted(self.sequences, "sequence"),
+            f"{counted(self.rows, 'row')}",
+            f"{counted(self.tokens, 'token')} ({self.learned:,} to learn from)",
+            counted(self.sequences, "sequence"),
         ]
-        counts += [] if self.steps is None else [_counted(self.steps, "step")]
+        counts += [] if self.steps is None else [counted(self.steps, "step")]
         what = "evaluation" if self.steps is None else "data"
-        yield f"{what}: {', '.join(counts)}; {_counted(len(self.left_out), 'row')} left out"
+        for part in self.parts:
+            yield f"{what}: {part}"
+        yield f"{what}: {', '.join(counts)}; {counted(len(self.left_out), 'row')} left out"
         if self.cut:
             yield (
-                f"cut: {_counted(self.cut, 'row')}, which lose {self.lost:,} of all {_counted(self.tokens, 'token')}; "
+                f"cut: {counted(self.cut, 'row')}, which lose {self.lost:,} of all {counted(self.tokens, 'token')}; "
                 f"the longest row has {self.longest:,}"
             )
         for note in self.notes:
@@ -145,14 +157,22 @@ class Prepared:
             ``prompt_ids`` with ``chosen_ids`` and ``rejected_ids``, or with ``completion_ids`` and ``label``.
         report: The report about the rows.
         fingerprint: The sha256, in hexadecimal, of the tokens and labels of all rows that can be used, before rows are
-            split, cut and packed. It changes if a change of the data, the template or the tokenizer changes any of them.
+            split, mixed, cut and packed. It changes if a change of the data, the template or the tokenizer changes any of
+            them.
         evaluation: The sequences for the evaluation, if the run has one.
+        parts: The same sha256 of each data set by its name, if there are several.
     """
 
     dataset: Dataset
     report: Report
     fingerprint: str
     evaluation: Prepared | None = None
+    parts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def used(self) -> list[str]:
+        """What is used of each data set, if there are several."""
+        return self.report.parts
 
     def lines(self) -> Iterator[str]:
         """Yields the lines of the reports."""
@@ -161,14 +181,30 @@ class Prepared:
             yield from self.evaluation.report.lines()
 
 
-def find(options: Options, tokenizer: Any) -> Data:
-    """Reads the rows that ``options`` name, parses the first of them, and makes a renderer for them.
+def find(options: Options, tokenizer: Any) -> tuple[Data, ...]:
+    """Reads the rows of each data set of ``--dataset``, parses the first of them, and makes a renderer for them.
 
     Raises:
         FileNotFoundError: There is no such file, and no such data set on the Hub.
         ValueError: The file cannot be read, none of its rows can be read, or the options are not for rows of this kind.
     """
-    rows = read_rows(options.dataset, config=options.dataset_config, split=options.split, text_field=options.text_field)
+    return tuple(_find(part, TRAINING, options.split, options, tokenizer) for part in options.datasets)
+
+
+def find_evaluation(options: Options, tokenizer: Any) -> Data | None:
+    """Reads the rows of ``--eval-dataset`` as ``find`` does; returns None without that option."""
+    if options.eval_dataset is None:
+        return None
+    return _find(Part(options.eval_dataset), EVALUATION, options.eval_split, options, tokenizer)
+
+
+def _find(part: Part, purpose: Purpose, split: str, options: Options, tokenizer: Any) -> Data:
+    if options.streaming and purpose is TRAINING:
+        rows = next(blocks(part, options), None)
+        if rows is None:
+            raise ValueError(_nothing(part, purpose, []))
+    else:
+        rows = read_rows(part.dataset, split=part.split or split, purpose=purpose, **_reading(part, options))
     plain = Renderer(tokenizer, None, options.assistant_only_loss, options.text_field, options.method)
     first = None
     bad: list[str] = []
@@ -182,46 +218,37 @@ def find(options: Options, tokenizer: Any) -> Data:
         if first is not None:
             break
     if first is None:
-        raise ValueError(_nothing(options.dataset, bad))
+        raise ValueError(_nothing(part, purpose, bad))
     if first.turns and not tokenizer.chat_template:
         raise ValueError(
-            f"--dataset {options.dataset} holds chats, but the tokenizer of {options.model} has no chat template: give "
+            f"{purpose.option} {part.name} holds chats, but the tokenizer of {options.model} has no chat template: give "
             "one with --chat-template"
         )
     if options.assistant_only_loss and not first.turns:
         raise ValueError(
-            f"--assistant-only-loss is for chats, but the rows of --dataset {options.dataset} are {first.kind}"
+            f"--assistant-only-loss is for chats, but the rows of {purpose.option} {part.name} are {first.kind}"
         )
     template = training_template(tokenizer, options.model) if options.assistant_only_loss else None
     renderer = Renderer(tokenizer, template, options.assistant_only_loss, options.text_field, options.method)
-    return Data(rows, renderer, len(bad), first.kind, first.form)
+    return Data(part, purpose, rows, renderer, rows.place(len(bad)), first.kind, first.form)
 
 
-def find_evaluation(options: Options, tokenizer: Any) -> Data | None:
-    """Reads the rows of ``--eval-dataset`` as ``find`` does; returns None without that option."""
-    if options.eval_dataset is None:
-        return None
-    with _errors_of_evaluation():
-        return find(dataclasses.replace(options, dataset=options.eval_dataset, split=options.eval_split), tokenizer)
+def blocks(part: Part, options: Options) -> Iterator[Rows]:
+    """Yields the rows of a data set of ``--dataset``, ``BLOCK`` at a time, as ``--streaming`` reads them."""
+    return stream_rows(part.dataset, BLOCK, split=part.split or options.split, **_reading(part, options))
 
 
-@contextlib.contextmanager
-def _errors_of_evaluation() -> Iterator[None]:
-    """Makes errors within the block name the options of the evaluation instead of those of the training."""
-    try:
-        yield
-    except (FileNotFoundError, ValueError) as error:
-        words = re.sub(r"(?<!\w)--(dataset|split)\b", r"--eval-\1", str(error)).replace("to train on", "to evaluate on")
-        raise (ValueError if isinstance(error, ValueError) else FileNotFoundError)(words) from error
+def _reading(part: Part, options: Options) -> dict[str, Any]:
+    return {"config": part.config or options.dataset_config, "text_field": options.text_field}
 
 
 def prepare(
-    data: Data, options: Options, batching: Batching, *, vocabulary: int, evaluation: Data | None = None
+    data: Sequence[Data], options: Options, batching: Batching, *, vocabulary: int, evaluation: Data | None = None
 ) -> Prepared:
     """Makes all rows into the sequences that a run trains on, and those that it is evaluated on.
 
     Args:
-        data: The rows and their renderer.
+        data: The rows of each data set, and their renderers.
         options: The options of the run.
         batching: How rows become sequences, batches and steps.
         vocabulary: The number of tokens that the model knows.
@@ -232,59 +259,100 @@ def prepare(
             also raised if no row is left to train on or to evaluate on, or if the tokenizer has tokens that the model
             does not know.
     """
-    tokens, named, digest = _usable_rows(data, options.dataset, options, batching, vocabulary)
+    tables, named, digests = _usable_rows(data, options, batching, vocabulary)
     held: Prepared | None = None
     if options.eval_share is not None:
-        tokens, others = _split(tokens, options)
+        tables, others = _split(tables, data, options)
         held = Prepared(*_sequences(others, data, batching, [], None), fingerprint="")
     elif evaluation is not None:
-        with _errors_of_evaluation():
-            others, bad, other_digest = _usable_rows(
-                evaluation, options.eval_dataset or "", options, batching, vocabulary
-            )
-        held = Prepared(*_sequences(others, evaluation, batching, bad, None), fingerprint=other_digest)
-    return Prepared(*_sequences(tokens, data, batching, named, options), fingerprint=digest, evaluation=held)
+        held = prepare_evaluation(evaluation, options, batching, vocabulary)
+    sequences, report = _sequences(tables, data, batching, named, options)
+    if len(data) == 1:
+        return Prepared(sequences, report, digests[0], held)
+    parts = {each.part.name: digest for each, digest in zip(data, digests, strict=True)}
+    return Prepared(sequences, report, hashlib.sha256("".join(digests).encode()).hexdigest(), held, parts)
+
+
+def prepare_evaluation(evaluation: Data, options: Options, batching: Batching, vocabulary: int) -> Prepared:
+    """Makes the rows of ``--eval-dataset`` into sequences. The arguments and errors are those of ``prepare``."""
+    tables, bad, (digest,) = _usable_rows([evaluation], options, batching, vocabulary)
+    return Prepared(*_sequences(tables, [evaluation], batching, bad, None), fingerprint=digest)
+
+
+def prepare_block(data: Data, options: Options, batching: Batching, vocabulary: int) -> tuple[Dataset, list[str], str]:
+    """Makes a block of rows into tokens, in this process.
+
+    Returns:
+        The rows that can be used, the problems of the others, and the sha256 of the first ones.
+
+    Raises:
+        ValueError: Some rows cannot be used, and ``options`` do not leave them out, or the tokenizer has tokens that
+            the model does not know.
+    """
+    from datasets import Dataset
+
+    made = Dataset.from_dict(_Worker(data)(data.rows.table[:]), features=_features(data))
+    tokens, bad = _usable(data, made, batching)
+    named = [f"{data.rows.place(index)} {problem}" for index, problem in bad]
+    if named and not options.skip_bad_rows:
+        raise ValueError(refusal(named))
+    return tokens, named, _checked_totals(tokens, data, options, vocabulary)
 
 
 def _usable_rows(
-    data: Data, dataset: str, options: Options, batching: Batching, vocabulary: int
-) -> tuple[Dataset, list[str], str]:
-    """Returns the tokens of the rows that can be used, the problems of the others, and the sha256 of the tokens."""
-    tokens, bad = _usable(data, _tokenize(data), batching)
-    named = [f"{data.rows.place(index)} {problem}" for index, problem in bad]
-    if not len(tokens):
-        raise ValueError(_nothing(dataset, named))
-    if named and not options.skip_bad_rows:
-        raise ValueError(refusal(named))
+    data: Sequence[Data], options: Options, batching: Batching, vocabulary: int
+) -> tuple[list[Dataset], list[str], list[str]]:
+    """Returns the rows of each data set that can be used, the problems of all others, and the sha256 of each data set."""
+    tables, problems = [], []
+    for each in data:
+        tokens, bad = _usable(each, _tokenize(each), batching)
+        named = [f"{each.rows.place(index)} {problem}" for index, problem in bad]
+        if not len(tokens):
+            raise ValueError(_nothing(each.part, each.purpose, named))
+        tables.append(tokens)
+        problems += named
+    if problems and not options.skip_bad_rows:
+        raise ValueError(refusal(problems))
+    digests = [_checked_totals(tokens, each, options, vocabulary) for each, tokens in zip(data, tables, strict=True)]
+    return tables, problems, digests
+
+
+def _checked_totals(tokens: Dataset, data: Data, options: Options, vocabulary: int) -> str:
+    """Returns the sha256 of the tokens; raises ValueError if one of them is not in the vocabulary of the model."""
     highest, digest = _totals(tokens, data.columns)
     if highest >= vocabulary:
         raise ValueError(
             f"the tokenizer of {options.model} makes the token {highest}, but the model knows {vocabulary} tokens: they "
             "do not belong together"
         )
-    return tokens, named, digest
+    return digest
 
 
-def _split(tokens: Dataset, options: Options) -> tuple[Dataset, Dataset]:
-    """Returns the rows to train on and those to evaluate on. The seed of the run chooses them."""
-    count, share = len(tokens), options.eval_share or 0.0
+def _split(tables: list[Dataset], data: Sequence[Data], options: Options) -> tuple[list[Dataset], list[Dataset]]:
+    """Returns the rows to train on and those to evaluate on, of each data set. The seed of the run chooses them."""
+    count, share = sum(map(len, tables)), options.eval_share or 0.0
     held = round(share * count)
     if not 0 < held < count:
         left = "evaluate on" if held == 0 else "train on"
-        raise ValueError(f"--eval-share {share} of {_counted(count, 'row')} leaves none to {left}")
-    order = np.random.default_rng(options.seed).permutation(count)
-    # Both in the order of the file, so that packing puts neighbours together as it does without an evaluation.
-    return tokens.select(np.sort(order[held:])), tokens.select(np.sort(order[:held]))
+        raise ValueError(f"--eval-share {share} of {counted(count, 'row')} leaves none to {left}")
+    kept, others = set_aside(tables, held, options.seed)
+    for each, table in zip(data, kept, strict=True):
+        if not len(table):
+            raise ValueError(
+                f"--eval-share {share} leaves no row of {each.purpose.option} {each.part.name} to train on"
+            )
+    return kept, others
 
 
 def _sequences(
-    tokens: Dataset, data: Data, batching: Batching, left_out: list[str], options: Options | None
+    tables: list[Dataset], data: Sequence[Data], batching: Batching, left_out: list[str], options: Options | None
 ) -> tuple[Dataset, Report]:
     """Returns sequences of rows, and their report. ``options`` are those of the training, None for an evaluation."""
-    if data.renderer.method != "sft":
-        return _preferences(tokens, data, batching, left_out, options)
-    sizes = np.asarray(tokens.select_columns(["length"]).with_format("numpy")[:]["length"], dtype=np.int64)
-    sequences = fit(tokens.select_columns(list(_COLUMNS)), batching)
+    if data[0].renderer.method != "sft":
+        return _preferences(tables, data, batching, left_out, options)
+    tokens, taken = _mixed(tables, data, options)
+    sizes = _sizes(tokens)
+    sequences: Dataset = fit(tokens.select_columns(list(COLUMNS)), batching)
     batches = math.ceil(len(sequences) / batching.batch_size)
     over = np.maximum(sizes - batching.length, 0) if batching.cuts else np.zeros(1, dtype=np.int64)
     learned, idle = _learned(sequences)
@@ -300,14 +368,16 @@ def _sequences(
         steps=steps,
         left_out=left_out,
         notes=[*_remarks(tokens, data), *_notes(data, len(sequences), idle), *_notes_on_steps(options, steps)],
+        parts=_parts_used(data, tables, taken),
     )
     return sequences, report
 
 
 def _preferences(
-    tokens: Dataset, data: Data, batching: Batching, left_out: list[str], options: Options | None
+    tables: list[Dataset], data: Sequence[Data], batching: Batching, left_out: list[str], options: Options | None
 ) -> tuple[Dataset, Report]:
     """Does for rows of preferences what ``_sequences`` does."""
+    tokens, taken = _mixed(tables, data, options)
     # TRL goes through rated rows in their order, because it compares an answer with those beside it.
     found = preferences.for_trl(tokens, options.seed if options is not None and options.method == "kto" else None)
     whole, prompts = preferences.whole_lengths(found), preferences.prompt_lengths(found)
@@ -325,6 +395,7 @@ def _preferences(
         steps=steps,
         left_out=left_out,
         notes=[*_remarks(tokens, data), *_notes_on_steps(options, steps)],
+        parts=_parts_used(data, tables, taken),
     )
     return found, report
 
@@ -334,20 +405,47 @@ def _steps(options: Options, batches: int, batching: Batching) -> int:
     return options.max_steps or math.ceil(options.epochs * math.ceil(batches / batching.accumulation))
 
 
-def fit(tokens: Dataset, batching: Batching) -> Dataset:
+def _mixed(tables: list[Dataset], data: Sequence[Data], options: Options | None) -> tuple[Dataset, list[Dataset]]:
+    """Returns the rows of all data sets, and those that were taken from each. ``options`` are None for an evaluation."""
+    return mix(
+        tables, [None if options is None else each.part.share for each in data], 0 if options is None else options.seed
+    )
+
+
+def _parts_used(data: Sequence[Data], tables: list[Dataset], taken: list[Dataset]) -> list[str]:
+    return [_used(*each) for each in zip(data, tables, taken, strict=True)] if len(data) > 1 else []
+
+
+def _used(data: Data, table: Dataset, taken: Dataset) -> str:
+    """Says how many rows of a data set are used, of those that can be."""
+    of = "" if len(taken) == len(table) else f"{len(taken):,} of "
+    return f"{data.part.name}: {of}{counted(len(table), 'row')}, {counted(int(_sizes(taken).sum()), 'token')}"
+
+
+def _sizes(tokens: Dataset) -> Any:
+    """Returns the number of tokens of each row, as an array of int64."""
+    return np.asarray(tokens.select_columns(["length"]).with_format("numpy")[:]["length"], dtype=np.int64)
+
+
+def fit(tokens: Any, batching: Batching, **arguments: Any) -> Any:
     """Cuts and packs rows into sequences, exactly as TRL does.
 
     Args:
-        tokens: The rows, in the columns ``input_ids`` and ``labels``.
+        tokens: The rows, in the columns ``input_ids`` and ``labels``, as a Dataset or an IterableDataset.
         batching: How rows become sequences.
+        arguments: Arguments of ``map``. The default is a description of its progress bar.
+
+    Returns:
+        The sequences, of the same type.
     """
     from trl.data_utils import pack_dataset
 
     if batching.packing != "none":
-        packed: Dataset = pack_dataset(tokens, batching.length, batching.packing, {"desc": "Packing"})
-        return packed
+        return pack_dataset(tokens, batching.length, batching.packing, arguments or {"desc": "Packing"})
     arrow = tokens.with_format("arrow")
-    return arrow.map(_cut, batched=True, fn_kwargs={"length": batching.length}, desc="Cutting").with_format(None)
+    return arrow.map(
+        _cut, batched=True, fn_kwargs={"length": batching.length}, **(arguments or {"desc": "Cutting"})
+    ).with_format(None)
 
 
 def _cut(table: pa.Table, length: int) -> pa.Table:
@@ -364,45 +462,64 @@ _ROWS_OF_PACKING = 1000
 
 
 def first_sequences(
-    data: Data, options: Options, batching: Batching, number: int
+    data: Sequence[Data], options: Options, batching: Batching, number: int
 ) -> tuple[Dataset, dict[int, int], list[str]]:
     """Makes the first sequences that a run trains on, and keeps where each of their tokens came from.
 
     Args:
-        data: The rows and their renderer.
+        data: The rows of each data set, and their renderers.
         options: The options of the run.
         batching: How rows become sequences.
         number: The number of sequences.
 
     Returns:
-        The sequences with the columns ``ROW`` and ``PLACE``, the number of tokens of each of these rows, and the
-        problems of rows that cannot be trained on, which are left out.
+        The sequences with the columns ``ROW`` (the number of the row among those of all data sets, see ``place_of``) and
+        ``PLACE``, the number of tokens of each of these rows, and the problems of rows that cannot be trained on, which
+        are left out.
 
     Raises:
-        ValueError: No row is left to train on.
+        ValueError: No row of a data set is left to train on.
     """
     from datasets import Dataset
 
     most = number * _ROWS_OF_PACKING
-    if options.eval_share is None and not options.skip_bad_rows and most < len(data.rows):
-        table = data.rows.table.select(range(most))
-        data = dataclasses.replace(data, rows=dataclasses.replace(data.rows, table=table))
-    tokens = _tokenize(data)
-    tokens, bad = _usable(data, tokens.add_column(ROW, np.arange(len(tokens))), batching)
-    named = [f"{data.rows.place(index)} {problem}" for index, problem in bad]
-    if not len(tokens):
-        raise ValueError(_nothing(options.dataset, named))
+    is_mixed = any(each.part.share is not None for each in data)
+    needs_all = is_mixed or options.eval_share is not None or options.skip_bad_rows
+    tables, named, begin = [], [], 0
+    for each in data:
+        rows = each.rows
+        some = (
+            rows if needs_all or most >= len(rows) else dataclasses.replace(rows, table=rows.table.select(range(most)))
+        )
+        tokens = _tokenize(dataclasses.replace(each, rows=some))
+        tokens, bad = _usable(each, tokens.add_column(ROW, np.arange(len(tokens)) + begin), batching)
+        problems = [f"{rows.place(index)} {problem}" for index, problem in bad]
+        if not len(tokens):
+            raise ValueError(_nothing(each.part, each.purpose, problems))
+        tables.append(tokens)
+        named += problems
+        begin += len(rows)
     if options.eval_share is not None:
-        tokens, _ = _split(tokens, options)
+        tables, _ = _split(tables, data, options)
+    tokens, _ = _mixed(tables, data, options)
     tokens = tokens.select(range(min(len(tokens), most)))
     columns = tokens.select_columns([ROW, "length"]).with_format("numpy")[:]
-    rows, sizes = columns[ROW], columns["length"]
-    table = tokens.select_columns(list(_COLUMNS)).with_format("arrow")[:]
-    table = table.append_column(ROW, _lists(np.repeat(rows, sizes), sizes))
+    numbers, sizes = columns[ROW], columns["length"]
+    table = tokens.select_columns(list(COLUMNS)).with_format("arrow")[:]
+    table = table.append_column(ROW, _lists(np.repeat(numbers, sizes), sizes))
     table = table.append_column(PLACE, _lists(np.concatenate([np.arange(size) for size in sizes]), sizes))
     sequences = fit(Dataset(table), batching)
     sequences = sequences.select(range(min(number, len(sequences))))
-    return sequences, dict(zip(rows.tolist(), sizes.tolist(), strict=True)), named
+    return sequences, dict(zip(numbers.tolist(), sizes.tolist(), strict=True)), named
+
+
+def place_of(data: Sequence[Data], number: int) -> str:
+    """Returns the place of a row, by its number among the rows of all data sets."""
+    for each in data:
+        if number < len(each.rows):
+            return each.rows.place(number)
+        number -= len(each.rows)
+    raise IndexError("there is no such row")
 
 
 def _lists(values: np.ndarray, sizes: np.ndarray) -> pa.Array:
@@ -418,16 +535,9 @@ def _lists(values: np.ndarray, sizes: np.ndarray) -> pa.Array:
 
 def _tokenize(data: Data) -> Dataset:
     """Makes a data set with the tokens and labels of each row, and its problem if it has one."""
-    from datasets import Features, List, Value
-
     count = len(data.rows)
     shares = max(count / _ROWS_OF_A_PROCESS, data.rows.table.data.nbytes / _BYTES_OF_A_PROCESS)
     processes = min(_cores(), math.ceil(shares), count)
-    features = Features(
-        {name: Value("bool") if name == "wanted" else List(Value("int32")) for name in data.columns}
-        | {name: Value("int32") for name in ("length", "first")}
-        | {name: Value("string") for name in ("form", "problem", "notes")}
-    )
     table = data.rows.table
     with workers_forked():
         tokens: Dataset = table.map(
@@ -436,12 +546,22 @@ def _tokenize(data: Data) -> Dataset:
             batch_size=_BATCH,
             writer_batch_size=_BATCH,
             remove_columns=table.column_names,
-            features=features,
+            features=_features(data),
             num_proc=processes if processes > 1 else None,
             new_fingerprint=_cache_key(data),
             desc="Tokenizing",
         )
     return tokens
+
+
+def _features(data: Data) -> Any:
+    from datasets import Features, List, Value
+
+    return Features(
+        {name: Value("bool") if name == "wanted" else List(Value("int32")) for name in data.columns}
+        | {name: Value("int32") for name in ("length", "first")}
+        | {name: Value("string") for name in ("form", "problem", "notes")}
+    )
 
 
 def _cores() -> int:
@@ -527,14 +647,14 @@ def unusable(data: Data, form: str, first: int, size: int, batching: Batching) -
     """Says why a row that has tokens cannot be trained on together with the others, or returns None if it can.
 
     Args:
-        data: The rows of the run.
+        data: The data set of the row.
         form: The form of the row.
         first: The index of the first token that is learned from.
         size: The number of tokens of the row.
         batching: How rows become sequences.
     """
     if form != data.form:
-        return f"is {form}, but {data.rows.place(data.first)} is {data.form}"
+        return f"is {form}, but {data.first} is {data.form}"
     if batching.cuts and first >= batching.length:
         return (
             f"has nothing left to learn from: the first of its {size} tokens to learn from is number {first + 1}, but a "
@@ -574,22 +694,22 @@ def _learned(sequences: Dataset) -> tuple[int, int]:
     return total, idle
 
 
-def _remarks(tokens: Dataset, data: Data) -> Iterator[str]:
+def _remarks(tokens: Dataset, data: Sequence[Data]) -> Iterator[str]:
     """Yields the remarks on rows and on how they are written."""
     found = Counter(note for notes in tokens.select_columns(["notes"])[:]["notes"] for note in notes.split())
     for name, count in sorted(found.items()):
-        yield f"{count:,} of {_counted(len(tokens), 'row')}: {NOTES[name]}"
-    if data.form.endswith("of text") and data.renderer.tokenizer.chat_template:
+        yield f"{count:,} of {counted(len(tokens), 'row')}: {NOTES[name]}"
+    if any(each.form.endswith("of text") for each in data) and data[0].renderer.tokenizer.chat_template:
         yield "prompts of text are trained on as they are; the chat template is for lists of messages only"
 
 
-def _notes(data: Data, sequences: int, idle: int) -> Iterator[str]:
+def _notes(data: Sequence[Data], sequences: int, idle: int) -> Iterator[str]:
     """Yields the remarks on sequences. ``idle`` is the number of sequences without a token to learn from."""
     from trl.chat_template_utils import is_chat_template_stop_token_trained
 
-    renderer = data.renderer
+    renderer = data[0].renderer  # all have the same template
     if idle:
-        yield f"{idle:,} of {_counted(sequences, 'sequence')} have nothing to learn from, only parts of prompts"
+        yield f"{idle:,} of {counted(sequences, 'sequence')} have nothing to learn from, only parts of prompts"
     if renderer.assistant_only and not is_chat_template_stop_token_trained(
         renderer.tokenizer, chat_template=renderer.template
     ):
@@ -607,7 +727,7 @@ def _notes_on_steps(options: Options | None, steps: int | None) -> Iterator[str]
     if every > steps:
         source = "" if options.eval_steps else ", as --save-steps,"
         yield (
-            f"--eval-steps is {every}{source} and the run has {_counted(steps, 'step')}: the only evaluation is that "
+            f"--eval-steps is {every}{source} and the run has {counted(steps, 'step')}: the only evaluation is that "
             "after the last step"
         )
 
@@ -615,7 +735,7 @@ def _notes_on_steps(options: Options | None, steps: int | None) -> Iterator[str]
 # --- words
 
 
-def _counted(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
@@ -629,8 +749,8 @@ def refusal(named: list[str]) -> str:
     return _several(named) + "; --skip-bad-rows leaves such rows out"
 
 
-def _nothing(dataset: str, named: list[str]) -> str:
-    return f"--dataset {dataset} has no row to train on" + (f": {_several(named)}" if named else "")
+def _nothing(part: Part, purpose: Purpose, named: list[str]) -> str:
+    return purpose.lacks_rows(part.name) + (f": {_several(named)}" if named else "")
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ import torch
 from .architecture import attention_modules
 from .batches import is_full, lengths_of
 from .options import DEFAULTS, MAPPINGS, flag
+from .stream import Streamed
 
 if TYPE_CHECKING:
     from .data import Prepared
@@ -102,7 +103,7 @@ def measured() -> tuple[Measured, ...]:
     return tuple(Measured(**entry) for file in files for entry in json.loads(file.read_text(encoding="utf-8")))
 
 
-def duration_line(run: ResolvedRun, prepared: Prepared, gpu: str | None) -> str:
+def duration_line(run: ResolvedRun, prepared: Prepared | Streamed, gpu: str | None) -> str:
     """Returns the line of the plan that says how long the run takes, or why this is unknown.
 
     Args:
@@ -113,7 +114,9 @@ def duration_line(run: ResolvedRun, prepared: Prepared, gpu: str | None) -> str:
     if run.options.has_preferences:
         return f"time: unknown with --method {run.options.method}: it was not measured"
     held = prepared.evaluation
-    lengths = [length for each in (prepared, held) if each is not None for length in lengths_of(each.dataset)]
+    lengths = [] if held is None else lengths_of(held.dataset)
+    # A stream is filled up to the length of the run.
+    lengths += [run.batching.length] if isinstance(prepared, Streamed) else lengths_of(prepared.dataset)
     found = _measured_for(run, lengths, gpu)
     if isinstance(found, str):
         return f"time: unknown {found}"
@@ -123,8 +126,12 @@ def duration_line(run: ResolvedRun, prepared: Prepared, gpu: str | None) -> str:
             f"time: unknown on this GPU for batches of {run.batching.batch_size * max(lengths):,} tokens: from "
             f"{found.tokens[0]:,} to {found.tokens[-1]:,} were measured"
         )
-    steps = prepared.report.steps or 0
-    batches = batches_of(len(prepared.dataset), run.batching, steps)
+    if isinstance(prepared, Streamed):
+        steps = run.options.max_steps or 0
+        batches = steps * run.batching.accumulation
+    else:
+        steps = prepared.report.steps or 0
+        batches = batches_of(len(prepared.dataset), run.batching, steps)
     seconds = (batches * batch_ms + steps * found.step_ms) / 1000
     # Documents attend to themselves alone, which takes less time than one long sequence.
     is_most = run.batching.has_documents or run.options.early_stopping is not None

@@ -15,6 +15,7 @@ from moe_fused.hub import installed
 from moe_fused.memory import GIB
 
 from .progress import memory_gib
+from .stream import Streamed
 
 if TYPE_CHECKING:
     from .data import Prepared, Report
@@ -44,7 +45,7 @@ class Facts:
     machine: Table
 
 
-def facts(trainer: Finetuning, plan: MemoryPlan, prepared: Prepared, begin: float) -> Facts:
+def facts(trainer: Finetuning, plan: MemoryPlan, prepared: Prepared | Streamed, begin: float) -> Facts:
     """Collects the facts about a run that has ended.
 
     Args:
@@ -55,7 +56,7 @@ def facts(trainer: Finetuning, plan: MemoryPlan, prepared: Prepared, begin: floa
     """
     run, device = plan.run, plan.run.device
     options = run.options
-    data = {"trained on": _rows(_source(options.dataset, options.dataset_config, options.split), prepared.report)}
+    data = {"trained on": _trained_on(options, prepared)}
     if prepared.evaluation is not None:
         source = f"{options.eval_share} of these rows, set aside"
         if options.eval_dataset is not None:
@@ -118,6 +119,17 @@ def _adapters(run: ResolvedRun) -> Table:
     if not ranks.shared_expert:
         del found["adapters on shared experts"]
     return found | ({"trained in full": ", ".join(run.whole.names)} if run.whole.names else {})
+
+
+def _trained_on(options: Options, prepared: Prepared | Streamed) -> str:
+    sources = [
+        (f"{part.share:g} of " if part.share is not None else "")
+        + _source(part.dataset, part.config or options.dataset_config, part.split or options.split)
+        for part in options.datasets
+    ]
+    if isinstance(prepared, Streamed):
+        return "; ".join(f"{source}: {read}" for source, read in zip(sources, prepared.read.values(), strict=True))
+    return _rows("; ".join(sources), prepared.report)
 
 
 def _source(name: str, config: str | None, split: str) -> str:

@@ -8,19 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .data import Data, Prepared
+    from .stream import Streamed
 
 ALLOW_CHANGED, ALLOW_OTHER_BASE = "--allow-changed-data", "--allow-other-base"
 _HEAD = "# The data and the model that this run began with. --resume compares them. These lines are no options.\n"
 _ROWS, _EVALUATION, _TEMPLATE = "rows", "evaluation rows", "chat template"
 _CONFIG, _WEIGHTS = "model config", "model weights"
 _ADAPTER = "adapter"
-_LINE = re.compile(rf"# ({_ROWS}|{_EVALUATION}|{_TEMPLATE}|{_CONFIG}|{_WEIGHTS}|{_ADAPTER}): (sha256:[0-9a-f]{{64}})")
+_LINE = re.compile(
+    rf"# ({_ROWS}(?: of .+)?|{_EVALUATION}|{_TEMPLATE}|{_CONFIG}|{_WEIGHTS}|{_ADAPTER}): (sha256:[0-9a-f]{{64}})"
+)
 
 # The bytes that are read from a file of weights: those at its beginning and its end, and a block at each step between.
 _EDGE, _BLOCK, _STEP = 1 << 20, 1 << 16, 1 << 26
@@ -30,16 +33,22 @@ _VOLATILE = ("_name_or_path", "transformers_version")
 _OF_PLACES = ("base_model_name_or_path",)
 
 
-def fingerprints(prepared: Prepared, data: Data) -> dict[str, str]:
+def fingerprints(prepared: Prepared | Streamed, data: Sequence[Data]) -> dict[str, str]:
     """Returns the sha256 of the tokens and labels of all rows, also of those of ``--eval-dataset``.
 
-    If the rows are chats, the sha256 of the chat template is there as well.
+    With ``--streaming`` it is that of the first rows.
+
+    If there are several data sets, each has its own. If rows are chats, the sha256 of the chat template is there as well.
     """
     found = {_ROWS: f"sha256:{prepared.fingerprint}"}
+    if prepared.parts:
+        # A name with line breaks must not end the comment.
+        found = {f"{_ROWS} of {' '.join(name.split())}": f"sha256:{each}" for name, each in prepared.parts.items()}
     if prepared.evaluation is not None and prepared.evaluation.fingerprint:
         found[_EVALUATION] = f"sha256:{prepared.evaluation.fingerprint}"
-    if data.has_turns:
-        renderer = data.renderer
+    chats = [each for each in data if each.has_turns]
+    if chats:
+        renderer = chats[0].renderer
         templates = json.dumps([renderer.tokenizer.chat_template, renderer.template], sort_keys=True)
         found[_TEMPLATE] = _hash(templates.encode())
     return found
@@ -165,7 +174,8 @@ def check_same_data(path: Path, now: dict[str, str], allow: bool) -> list[str]:
     Raises:
         ValueError: The data have changed, and ``allow`` is false.
     """
-    before = {what: value for what, value in recorded(path).items() if what in (_ROWS, _EVALUATION, _TEMPLATE)}
+    of_data = (_ROWS, _EVALUATION, _TEMPLATE)
+    before = {what: value for what, value in recorded(path).items() if what.startswith(of_data)}
     if not before:
         return [f"{path} does not say what data the run began with, so that they cannot be compared"]
     changed, run = _changes(before, now), path.parent

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from .mixture import Datasets, Part, check_form, check_parts, parts_of, written
+
 Method = Literal["sft", "dpo", "ipo", "kto"]
 Quantization = Literal["nf4", "fp4", "none"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -52,11 +54,11 @@ class Options:
 
     model: Annotated[str, Help("Model to fine-tune: a Hub id or a directory.", shown="required", shapes_run=True)] = ""
     dataset: Annotated[
-        str,
+        Datasets,
         Help(
             "Data to train on: a file (.jsonl, .json, .txt, .parquet, .csv, also compressed), a directory that "
             "save_to_disk wrote, or a Hub id. Each row has messages or conversations (chat), prompt and completion, "
-            "question and answer, or text.",
+            "question and answer, or text. Repeat the option to join data sets, or to mix them by shares: A=0.7, B=0.3.",
             shown="required",
             shapes_run=True,
         ),
@@ -132,6 +134,13 @@ class Options:
     ] = "text"
     skip_bad_rows: Annotated[
         bool, Help("Leave out rows that cannot be trained on, instead of ending with an error.", shapes_run=True)
+    ] = False
+    streaming: Annotated[
+        bool,
+        Help(
+            "Read, check and pack rows while the run trains, for data that do not fit on the disk. It needs --max-steps.",
+            shapes_run=True,
+        ),
     ] = False
     chat_template: Annotated[
         str | None, Help("Jinja file with a chat template.", shown="the tokenizer's", shapes_run=True)
@@ -303,6 +312,8 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{flag(name)} must be a finite number, got {value}")
+        check_parts(self.datasets)
+        object.__setattr__(self, "dataset", written(self.datasets))  # one form for what can be said in several
         if self.seed >= 2**32:
             raise ValueError(f"--seed must be below 2**32, got {self.seed}")
         for name, low in _AT_LEAST.items():
@@ -333,6 +344,12 @@ class Options:
             raise ValueError("--eval-dataset must name a file, a directory or a Hub id, got an empty value")
         if self.eval_share is not None and self.eval_dataset is not None:
             raise ValueError("--eval-dataset and --eval-share exclude each other")
+        if self.streaming and self.max_steps is None:
+            raise ValueError("--streaming needs --max-steps: how many rows there are is not known before they are read")
+        if self.streaming and self.eval_share is not None:
+            raise ValueError(
+                "--eval-share is not possible with --streaming, which reads no row before: use --eval-dataset"
+            )
         for name in ("eval_steps", "keep_best", "early_stopping"):
             if getattr(self, name) and not self.evaluates:
                 raise ValueError(f"{flag(name)} needs an evaluation: give --eval-dataset or --eval-share, too")
@@ -362,6 +379,8 @@ class Options:
             raise ValueError(f"--assistant-only-loss is not for {method}, which learns from the answers alone anyway")
         if self.lora_dropout:
             raise ValueError(f"--lora-dropout is not possible with {method}: TRL compares answers without dropout")
+        if self.streaming:
+            raise ValueError(f"--streaming is not possible with {method}, whose answers are not packed")
         if self.adapter is not None:
             raise ValueError(
                 f"--adapter is not possible with {method}, whose reference is the model without adapters: merge the adapter "
@@ -389,6 +408,11 @@ class Options:
     def has_preferences(self) -> bool:
         """Whether the run learns from preferences between answers, or from labels of answers."""
         return self.method != "sft"
+
+    @property
+    def datasets(self) -> tuple[Part, ...]:
+        """The data sets that ``--dataset`` names."""
+        return parts_of(self.dataset)
 
     @property
     def evaluates(self) -> bool:
@@ -423,7 +447,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Method": ("method", "beta"),
     "Model": ("revision", "quantization", "dtype", "attn"),
     "Data": (
-        "dataset_config", "split", "text_field", "skip_bad_rows", "chat_template", "packing", "batch_size",
+        "dataset_config", "split", "text_field", "skip_bad_rows", "streaming", "chat_template", "packing", "batch_size",
         "gradient_accumulation",
     ),
     "Adapter": (
@@ -470,6 +494,8 @@ def _convert(value: object, kind: Any) -> Any:
     Raises:
         ValueError: The value has another type. The message is only what is needed, such as "a number".
     """
+    if kind == Datasets:
+        return check_form(value)
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
         if value is None:
@@ -532,10 +558,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
                 f"{path}: unknown option {key}" + (f", did you mean {near[0]}?" if near else "; see finetune --help")
             )
         try:
-            converted = _convert(value, TYPES[name])
+            values[name] = _convert(value, TYPES[name])
         except ValueError as error:
             raise ValueError(f"{path}: {key} must be {error}, got {value!r}") from None
-        values[name] = converted
     return values
 
 

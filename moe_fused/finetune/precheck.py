@@ -77,7 +77,8 @@ def precheck(options: Options) -> Process:
     check_device(options.device)
     check_device_type(options, options.device.partition(":")[0])
     process = Process.of_environment(os.environ)
-    _check_dataset("--dataset", options.dataset)
+    for part in options.datasets:
+        _check_dataset("--dataset", part.dataset)
     if options.eval_dataset is not None:
         _check_dataset("--eval-dataset", options.eval_dataset)
     if options.chat_template is not None:
@@ -225,13 +226,17 @@ def _check_model(options: Options) -> None:
 
 def notes(options: Options) -> Iterator[str]:
     """Remarks about options that were given and have no effect beside the others."""
-    if Path(options.dataset).is_file():
+    if all(Path(part.dataset).is_file() for part in options.datasets):
+        files = ", ".join(part.dataset for part in options.datasets)
+        what = f"{files} is a file" if len(options.datasets) == 1 else f"{files} are files"
         for name in ("dataset_config", "split"):
-            yield from _unused(options, name, f"--dataset {options.dataset} is a file")
+            yield from _unused(options, name, f"--dataset {what}")
     if options.eval_dataset is None:
         yield from _unused(options, "eval_split", "there is no --eval-dataset")
     elif Path(options.eval_dataset).is_file():
         yield from _unused(options, "eval_split", f"--eval-dataset {options.eval_dataset} is a file")
+    if options.streaming:
+        yield from _unused(options, "epochs", "--streaming goes on until --max-steps")
     if Path(options.model).is_dir():
         yield from _unused(options, "revision", f"--model {options.model} is a directory")
     if options.repository is None:

@@ -40,11 +40,34 @@ _ADVICE = {
 
 
 @dataclass(frozen=True)
+class Purpose:
+    """What a data set is for, and the options that name it in errors.
+
+    Attributes:
+        option: The option that gives the data set.
+        split: The option that chooses its split.
+        verb: What its rows are there to be done with.
+    """
+
+    option: str
+    split: str
+    verb: str
+
+    def lacks_rows(self, dataset: str) -> str:
+        """Returns the text of the error about a data set without a row."""
+        return f"{self.option} {dataset} has no row to {self.verb} on"
+
+
+TRAINING = Purpose("--dataset", "--split", "train")
+EVALUATION = Purpose("--eval-dataset", "--eval-split", "evaluate")
+
+
+@dataclass(frozen=True)
 class Source:
     """A file that rows come from, with its name in errors.
 
     Attributes:
-        name: The path of the file, below the path that ``--dataset`` gives.
+        name: The path of the file, below the path that the option gives.
         unit: The text between the name and the number of a row. None if the whole file is one row.
         begin: The index of the file's first row in the table of all rows. It is 0 if the rows are JSON texts, which
             have their own numbers.
@@ -138,7 +161,14 @@ def _as_written(value: Any, feature: Any) -> Any:
     return value
 
 
-def read_rows(dataset: str, *, config: str | None = None, split: str = "train", text_field: str = "text") -> Rows:
+def read_rows(
+    dataset: str,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    text_field: str = "text",
+    purpose: Purpose = TRAINING,
+) -> Rows:
     """Reads the rows of a file, of a directory or of a data set on the Hub.
 
     Args:
@@ -146,38 +176,83 @@ def read_rows(dataset: str, *, config: str | None = None, split: str = "train", 
         config: The configuration of a data set on the Hub.
         split: The split of a data set on the Hub, of a directory, or of a data set that ``save_to_disk`` wrote.
         text_field: The name of the field that holds plain text.
+        purpose: What the data set is for. Errors name its options.
 
     Raises:
         FileNotFoundError: There is no such file, and no such data set on the Hub.
         ValueError: The kind of file is not known, or the file cannot be read as what its ending says.
     """
     path = Path(dataset)
-    ending, compression = endings_of(path)
+    ending, _ = endings_of(path)
     if path.is_file() and ending in ENDINGS:
-        return _text_rows(dataset, [TextFile.at(path, dataset, alone=True)])
-    if compression is not None and path.is_file():
-        raise ValueError(f"--dataset {dataset}: a compressed file must be one of {', '.join(ENDINGS)}; unpack it")
+        return _text_rows(dataset, purpose, [TextFile.at(path, dataset, alone=True)])
     if path.is_dir() and not _is_saved(path):
-        return _rows_of_directory(dataset, config, split, text_field)
-    table = _needed_columns(dataset, _with_datasets(dataset, config, split), text_field)
+        return _rows_of_directory(dataset, purpose, config, split, text_field)
+    table = _needed_columns(dataset, purpose, _with_datasets(dataset, purpose, config, split), text_field)
     return Rows(table, by_text=False, sources=(Source(dataset),))
+
+
+def stream_rows(
+    dataset: str,
+    size: int,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    text_field: str = "text",
+    purpose: Purpose = TRAINING,
+) -> Iterator[Rows]:
+    """Yields the rows that ``read_rows`` reads, ``size`` at a time. Nothing is written, and no more than that is held.
+
+    Files of text are read line by line, and the library ``datasets`` streams tables and data sets on the Hub. Rows of
+    the tables in a directory are numbered through. The arguments and the errors are those of ``read_rows``.
+    """
+    from datasets import Dataset
+
+    path = Path(dataset)
+    files: list[TextFile] = []
+    if path.is_file() and endings_of(path)[0] in ENDINGS:
+        files = [TextFile.at(path, dataset, alone=True)]
+    elif path.is_dir() and not _is_saved(path):
+        found = _files_of_directory(dataset, purpose, config, split)
+        if all(endings_of(file)[0] in ENDINGS for file in found):
+            files = [TextFile.at(file, _name_within(dataset, file), alone=False) for file in found]
+    if files:
+        items, sources = _items(tuple(files)), tuple(Source(file.name, file.unit) for file in files)
+        while block := list(itertools.islice(items, size)):
+            yield Rows(Dataset.from_list(block, features=_text_features()), by_text=True, sources=sources)
+        return
+    with _reading(dataset, purpose):
+        stream: Any = _with_datasets(dataset, purpose, config, split, streaming=True)
+        if stream.features is None:  # known only once the first rows are read
+            stream = stream._resolve_features()
+    stream = _needed_columns(dataset, purpose, stream, text_field)
+    begin = 0
+    for batch in stream.iter(batch_size=size):
+        table = Dataset.from_dict(batch, features=stream.features)
+        yield Rows(table, by_text=False, sources=(Source(dataset, begin=-begin),))
+        begin += len(table)
 
 
 # --- files of text
 
 
-def _text_rows(dataset: str, files: list[TextFile]) -> Rows:
-    from datasets import Dataset, Features, Value, exceptions
+def _text_features() -> Any:
+    from datasets import Features, Value
 
-    features = Features(
+    return Features(
         {"file": Value("int32"), "number": Value("int64"), "row": Value("large_string"), "problem": Value("string")}
     )
+
+
+def _text_rows(dataset: str, purpose: Purpose, files: list[TextFile]) -> Rows:
+    from datasets import Dataset, exceptions
+
     # A tuple, because datasets takes a list for shards of the work.
     arguments = {"files": tuple(files)}
     try:
         table = Dataset.from_generator(
             _items,
-            features=features,
+            features=_text_features(),
             gen_kwargs=arguments,
             cache_dir=_cache_directory(),
             fingerprint=_fingerprint(files),
@@ -189,7 +264,7 @@ def _text_rows(dataset: str, files: list[TextFile]) -> Rows:
         raise
     except ValueError:  # datasets raises it if there are no rows
         if next(_items(**arguments), None) is None:
-            raise ValueError(f"--dataset {dataset} has no row to train on") from None
+            raise ValueError(purpose.lacks_rows(dataset)) from None
         raise
     return Rows(table, by_text=True, sources=tuple(Source(file.name, file.unit) for file in files))
 
@@ -239,15 +314,15 @@ def _cache_directory() -> str | None:
 _PLAIN_BUILDERS = ("json", "csv", "text", *TABLES.values())
 
 
-def _rows_of_directory(dataset: str, config: str | None, split: str, text_field: str) -> Rows:
+def _rows_of_directory(dataset: str, purpose: Purpose, config: str | None, split: str, text_field: str) -> Rows:
     """Reads a directory whose files are arranged like those of a data set on the Hub."""
-    files = _files_of_directory(dataset, config, split)
+    files = _files_of_directory(dataset, purpose, config, split)
     names = [_name_within(dataset, file) for file in files]
     if files and all(endings_of(file)[0] in ENDINGS for file in files):
         return _text_rows(
-            dataset, [TextFile.at(file, name, alone=False) for file, name in zip(files, names, strict=True)]
+            dataset, purpose, [TextFile.at(file, name, alone=False) for file, name in zip(files, names, strict=True)]
         )
-    table = _needed_columns(dataset, _from_hub(dataset, config, split), text_field)
+    table = _needed_columns(dataset, purpose, _from_hub(dataset, purpose, config, split), text_field)
     sources: tuple[Source, ...] = ()
     if files and all(file.suffix.lower() in TABLES for file in files):
         counts = [_number_of_rows(file) for file in files]
@@ -257,7 +332,7 @@ def _rows_of_directory(dataset: str, config: str | None, split: str, text_field:
     return Rows(table, by_text=False, sources=sources or (Source(dataset),))
 
 
-def _files_of_directory(dataset: str, config: str | None, split: str) -> list[Path]:
+def _files_of_directory(dataset: str, purpose: Purpose, config: str | None, split: str) -> list[Path]:
     """Lists the files of a split of a directory, in the order of their rows.
 
     The list is empty if it is not known which rows come from which file. This is so if ``split`` names a part of a
@@ -266,7 +341,7 @@ def _files_of_directory(dataset: str, config: str | None, split: str) -> list[Pa
     """
     import datasets
 
-    with _reading(dataset):
+    with _reading(dataset, purpose):
         builder = datasets.load_dataset_builder(dataset, config)
     if builder.info.builder_name not in _PLAIN_BUILDERS:
         return []
@@ -314,41 +389,49 @@ def _number_of_rows(file: Path) -> int:
 # --- tables and the Hub
 
 
-def _with_datasets(dataset: str, config: str | None, split: str) -> Dataset:
+def _with_datasets(dataset: str, purpose: Purpose, config: str | None, split: str, streaming: bool = False) -> Dataset:
     """Reads a .parquet or .arrow file, the output of ``save_to_disk``, or a data set on the Hub."""
     import datasets
 
     path = Path(dataset)
     ending, compression = endings_of(path)
     if path.is_file():
+        if compression is not None:
+            raise ValueError(
+                f"{purpose.option} {dataset}: a compressed file must be one of {', '.join(ENDINGS)}; unpack it"
+            )
         if ending not in TABLES:
             raise ValueError(
-                f"--dataset must be a file with one of the endings {', '.join(KNOWN)}, a directory or a Hub id, got "
+                f"{purpose.option} must be a file with one of the endings {', '.join(KNOWN)}, a directory or a Hub id, got "
                 f"{dataset}" + next((f": {advice}" for endings, advice in _ADVICE.items() if ending in endings), "")
             )
         try:
-            table: Dataset = datasets.load_dataset(TABLES[ending], data_files=str(path), split="train")
+            table: Dataset = datasets.load_dataset(
+                TABLES[ending], data_files=str(path), split="train", streaming=streaming
+            )
         except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
             raise ValueError(f"{path} cannot be read as {TABLES[ending]}: {_line(error.__cause__ or error)}") from None
         return table
     if _is_saved(path):
-        return _from_disk(dataset, split)
+        return _from_disk(dataset, purpose, split)
+    if path.is_dir():
+        return _from_hub(dataset, purpose, config, split, streaming)
     if ending in KNOWN or compression is not None or path.is_absolute() or dataset.startswith("."):
-        raise FileNotFoundError(f"--dataset {dataset} is missing")
-    return _from_hub(dataset, config, split)
+        raise FileNotFoundError(f"{purpose.option} {dataset} is missing")
+    return _from_hub(dataset, purpose, config, split, streaming)
 
 
-def _from_hub(dataset: str, config: str | None, split: str) -> Dataset:
+def _from_hub(dataset: str, purpose: Purpose, config: str | None, split: str, streaming: bool = False) -> Dataset:
     """Reads a data set on the Hub, or a directory whose files are arranged like those of one."""
     import datasets
 
-    with _reading(dataset):
-        table: Dataset = datasets.load_dataset(dataset, config, split=split)
+    with _reading(dataset, purpose):
+        table: Dataset = datasets.load_dataset(dataset, config, split=split, streaming=streaming)
     return table
 
 
 @contextlib.contextmanager
-def _reading(dataset: str) -> Iterator[None]:
+def _reading(dataset: str, purpose: Purpose) -> Iterator[None]:
     """Turns errors of the library ``datasets`` within the block into errors of one line that name ``dataset``."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -358,15 +441,17 @@ def _reading(dataset: str) -> Iterator[None]:
         yield
     except (FileNotFoundError, not_found, HfHubHTTPError, HFValidationError, ConnectionError) as error:
         if Path(dataset).is_dir():
-            raise FileNotFoundError(f"--dataset {dataset} has no file that can be read: {_line(error)}") from None
+            raise FileNotFoundError(
+                f"{purpose.option} {dataset} has no file that can be read: {_line(error)}"
+            ) from None
         raise FileNotFoundError(
-            f"--dataset {dataset} is not a file, and cannot be loaded from the Hub: {_line(error)}"
+            f"{purpose.option} {dataset} is not a file, and cannot be loaded from the Hub: {_line(error)}"
         ) from None
     except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(f"--dataset {dataset} cannot be read: {_line(error.__cause__ or error)}") from None
+        raise ValueError(f"{purpose.option} {dataset} cannot be read: {_line(error.__cause__ or error)}") from None
     except ValueError as error:  # an unknown split or configuration, which the error lists
-        hint = "; --split chooses another one" if "split" in str(error) else ""
-        raise ValueError(f"--dataset {dataset}: {_line(error)}{hint}") from None
+        hint = f"; {purpose.split} chooses another one" if "split" in str(error) else ""
+        raise ValueError(f"{purpose.option} {dataset}: {_line(error)}{hint}") from None
 
 
 def _line(error: BaseException) -> str:
@@ -378,28 +463,28 @@ def _is_saved(path: Path) -> bool:
     return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def _from_disk(dataset: str, split: str) -> Dataset:
+def _from_disk(dataset: str, purpose: Purpose, split: str) -> Dataset:
     import datasets
 
     try:
         found = datasets.load_from_disk(dataset)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--dataset {dataset} cannot be read as a data set of save_to_disk: {error}") from None
+        raise ValueError(f"{purpose.option} {dataset} cannot be read as a data set of save_to_disk: {error}") from None
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
-            raise ValueError(f"--split: {dataset} has no {split}, but has {', '.join(found)}")
+            raise ValueError(f"{purpose.split}: {dataset} has no {split}, but has {', '.join(found)}")
         return found[split]
     return found
 
 
-def _needed_columns(dataset: str, table: Dataset, text_field: str) -> Dataset:
+def _needed_columns(dataset: str, purpose: Purpose, table: Dataset, text_field: str) -> Dataset:
     """Selects the columns that are needed. It does not decode pictures and sounds, which takes time."""
     kept = [name for name in table.column_names if name in FIELDS or name == text_field]
     for name in kept:
         if name in MEDIA:
             table = table.cast_column(name, _undecoded(table.features[name]))
     if not kept:
-        raise ValueError(f"--dataset {dataset} {lacks(table.column_names, text_field)}")
+        raise ValueError(f"{purpose.option} {dataset} {lacks(table.column_names, text_field)}")
     return table.select_columns(kept).with_format(None)
 
 

@@ -49,6 +49,7 @@ from .results import write_results
 from .show import show_rows, show_sequences
 from .space import check_space
 from .start import StartingAdapter, read_start
+from .stream import Streamed, prepare_stream
 from .trackers import keep_local
 from .upload import UploadFailed, upload_adapter
 
@@ -104,7 +105,12 @@ def run(
     with bars(console.is_terminal):
         plan.show(console)
         check_space(resolved, plan.prediction.trainable)
-        prepared = prepare(found, options, resolved.batching, vocabulary=resolved.vocabulary, evaluation=evaluation)
+        prepared: Prepared | Streamed
+        sizes: dict[str, Any] = {"vocabulary": resolved.vocabulary, "evaluation": evaluation}
+        if options.streaming:
+            prepared = prepare_stream(found, options, resolved.batching, lambda line: _print(console, [line]), **sizes)
+        else:
+            prepared = prepare(found, options, resolved.batching, **sizes)
     _print(console, prepared.lines())
     gpu = torch.cuda.get_device_name(resolved.device) if resolved.device.type == "cuda" else None
     _print(console, [duration_line(resolved, prepared, gpu)])
@@ -153,7 +159,7 @@ def _adapter_record(resolved: ResolvedRun, resume: bool) -> tuple[dict[str, str]
 
 
 def show(options: Options, process: Process, count: int, *, allow_other_base: bool = False) -> None:
-    """Prints the first ``count`` rows as they would be trained on, and as many sequences of rows.
+    """Prints the first ``count`` rows of each data set as they would be trained on, and as many sequences of rows.
 
     It raises the same errors as ``run``.
     """
@@ -162,7 +168,7 @@ def show(options: Options, process: Process, count: int, *, allow_other_base: bo
     batching = plan.run.batching
     for line in show_rows(found, count, batching, skip_bad=options.skip_bad_rows):
         print(line)
-    if options.has_preferences:  # nothing is packed
+    if options.has_preferences or options.streaming:  # nothing is packed, or not yet
         return
     sys.stdout.flush()
     with bars(console.is_terminal):
@@ -172,7 +178,7 @@ def show(options: Options, process: Process, count: int, *, allow_other_base: bo
 
 def _resolve(
     options: Options, process: Process, *, trains: bool, start: StartingAdapter | None, allow_other_base: bool
-) -> tuple[Console, Any, Data, MemoryPlan]:
+) -> tuple[Console, Any, tuple[Data, ...], MemoryPlan]:
     """Resolves a run from its options, the config of its model and its first rows.
 
     Args:
@@ -183,7 +189,7 @@ def _resolve(
         allow_other_base: Whether that adapter may have been made for another model of the same shapes.
 
     Returns:
-        The console to print on, the tokenizer, the rows, and the plan with the record of the run.
+        The console to print on, the tokenizer, the rows of each data set, and the plan with the record of the run.
     """
     use_expandable_segments()
     console = Console(stderr=True)
@@ -197,7 +203,9 @@ def _resolve(
         check_model(setup)
     with bars(console.is_terminal):
         found = find(options, tokenizer)
-        plan = plan_run(setup, plain_text=found.kind == "text", rows=len(found.rows))
+        has_text = any(each.kind == "text" for each in found)
+        rows = 0 if options.streaming else sum(len(each.rows) for each in found)
+        plan = plan_run(setup, plain_text=has_text, rows=rows)
     return console, tokenizer, found, plan
 
 
@@ -214,7 +222,7 @@ def _check_trainer(resolved: ResolvedRun) -> None:
 def _train_and_write(
     plan: MemoryPlan,
     tokenizer: Any,
-    prepared: Prepared,
+    prepared: Prepared | Streamed,
     console: Console,
     checkpoint: Path | None,
     overwrite: bool,
@@ -229,7 +237,8 @@ def _train_and_write(
     from .trainer import make_trainer  # this imports TRL, which takes seconds, so errors in options come before it
 
     held = prepared.evaluation
-    trainer = make_trainer(model, tokenizer, prepared.dataset, resolved, None if held is None else held.dataset)
+    first = prepared.first if isinstance(prepared, Streamed) else None
+    trainer = make_trainer(model, tokenizer, prepared.dataset, resolved, None if held is None else held.dataset, first)
     if resolved.device.type != "cpu":  # the peak of the run does not include loading
         torch.accelerator.empty_cache()
         torch.accelerator.reset_peak_memory_stats(resolved.device)
@@ -252,6 +261,8 @@ def _train_and_write(
             trainer.callback_handler.callbacks.insert(0, log)
             _train(trainer, checkpoint, resolved.output)
         _print(console, trainer.ending())
+        if isinstance(prepared, Streamed):
+            _print(console, prepared.ending())
         with explained(trainer, plan):
             text = card(resolved, facts(trainer, plan, prepared, begin))
             write_results(trainer.model, tokenizer, resolved, text)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .data import PLACE, ROW, Data, first_sequences, refusal, unusable
+from .data import PLACE, ROW, Data, first_sequences, place_of, refusal, unusable
 from .formats import BadRow
 from .options import Method
 from .render import IGNORED, Tokens
@@ -31,8 +31,8 @@ _WIDTH = len("rejected: ")
 _LEARNED: dict[Method, str] = {"dpo": "chosen", "ipo": "chosen", "kto": "answer"}
 
 
-def show_rows(data: Data, number: int, batching: Batching, *, skip_bad: bool = False) -> Iterator[str]:
-    """Yields the lines that show the first ``number`` rows.
+def show_rows(parts: Sequence[Data], number: int, batching: Batching, *, skip_bad: bool = False) -> Iterator[str]:
+    """Yields the lines that show the first ``number`` rows of each data set.
 
     The first line of a row has its place and its counts. The text of the row follows in pieces. The model reads a
     ``masked`` piece, but does not learn from it. A piece that is ``cut off`` lies beyond the end of the sequence. A
@@ -40,8 +40,8 @@ def show_rows(data: Data, number: int, batching: Batching, *, skip_bad: bool = F
     them.
 
     Args:
-        data: The rows and their renderer.
-        number: The number of rows to show.
+        parts: The rows of each data set, and their renderers.
+        number: The number of rows of a data set to show.
         batching: How rows become sequences.
         skip_bad: Whether rows that cannot be trained on are left out.
 
@@ -49,7 +49,7 @@ def show_rows(data: Data, number: int, batching: Batching, *, skip_bad: bool = F
         ValueError: Some of these rows cannot be trained on, and are not left out. The error comes after all lines.
     """
     bad = []
-    for index in range(min(number, len(data.rows))):
+    for data, index in ((each, i) for each in parts for i in range(min(number, len(each.rows)))):
         place = data.rows.place(index)
         try:
             row = data.renderer.parse(data.content(index))
@@ -92,7 +92,7 @@ def _row(place: str, tokens: Tokens, tokenizer: Any, end: int, learned: str) -> 
     yield ""
 
 
-def show_sequences(data: Data, options: Options, number: int, batching: Batching) -> Iterator[str]:
+def show_sequences(data: Sequence[Data], options: Options, number: int, batching: Batching) -> Iterator[str]:
     """Yields the lines that show the first ``number`` sequences that packing makes.
 
     The first line of a sequence says how full it is. A line for each of its rows follows: where it begins in the
@@ -100,7 +100,7 @@ def show_sequences(data: Data, options: Options, number: int, batching: Batching
     line is longer than ``COLUMNS``.
 
     Args:
-        data: The rows and their renderer.
+        data: The rows of each data set, and their renderers.
         options: The options of the run.
         number: The number of sequences to show.
         batching: How rows become sequences.
@@ -117,7 +117,7 @@ def show_sequences(data: Data, options: Options, number: int, batching: Batching
 
 
 def _sequence(
-    index: int, sequence: dict[str, Any], sizes: dict[int, int], data: Data, batching: Batching
+    index: int, sequence: dict[str, Any], sizes: dict[int, int], data: Sequence[Data], batching: Batching
 ) -> Iterator[str]:
     rows, places = sequence[ROW], sequence[PLACE]
     count, learned = len(rows), sequence["labels"] != IGNORED
@@ -143,7 +143,7 @@ def _sequence(
             words += f", {size - (end - begin):,} cut off"
         elif end - begin < size:
             words = f"tokens {first + 1:,} to {last + 1:,} of {size:,}"
-        name = data.rows.place(int(rows[begin]))
+        name = place_of(data, int(rows[begin]))
         name = name if len(name) <= _NAME else f"…{name[1 - _NAME :]}"
         line = f"  at {int(begin):>6,}: {name}, {words}"
         positions = np.flatnonzero(learned[begin:end]) + begin - zero

@@ -44,9 +44,10 @@ from .host import queued, without_walks
 from .model import apply_liger
 from .progress import perplexity
 from .render import IGNORED
+from .stream import BadRows, extremes
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
     from .options import Method
     from .resolve import ResolvedRun
@@ -56,7 +57,12 @@ LOSS = "eval_loss"
 
 
 def make_trainer(
-    model: Any, tokenizer: Any, dataset: Dataset, run: ResolvedRun, evaluation: Dataset | None = None
+    model: Any,
+    tokenizer: Any,
+    dataset: Dataset | IterableDataset,
+    run: ResolvedRun,
+    evaluation: Dataset | None = None,
+    first: list[int] | None = None,
 ) -> Finetuning:
     """Makes the trainer of a run.
 
@@ -66,6 +72,7 @@ def make_trainer(
         dataset: The sequences that ``data.prepare`` or ``data.fit`` returns. Training does not change them.
         run: The record of the run.
         evaluation: The sequences that the adapter is evaluated on, if the run has an evaluation.
+        first: The number of tokens of each of the first sequences, if ``dataset`` is the stream of ``stream``.
     """
     base = model if run.options.has_preferences else model.get_base_model()
     if run.liger:
@@ -82,8 +89,9 @@ def make_trainer(
     check_adapted(trainer.model, run)
     batches: Any = trainer.train_dataset
     if run.graphs:  # the evaluation runs as graphs, too
-        every = [batches] if evaluation is None else [batches, evaluation]
-        trainer.shape = _shape(run, [length for dataset in every for length in _lengths(dataset, run)])
+        lengths = _lengths(batches, run) if first is None else first
+        others = [] if evaluation is None else _lengths(evaluation, run)
+        trainer.shape = _shape(run, lengths + others, run.batching.length if first is not None else None)
     _set_collators(trainer, run, batches, evaluation)
     trainer.remove_callback(PrinterCallback)
     if evaluation is not None:
@@ -115,7 +123,7 @@ def _set_collators(trainer: Finetuning, run: ResolvedRun, batches: Any, evaluati
     documents = functools.partial(
         Documents.of, collate, batch_size=run.batching.batch_size, tokens=shape and shape[1], padding=padding
     )
-    lengths = list(batches["seq_lengths"])
+    lengths = extremes(run.batching) if run.options.streaming else list(batches["seq_lengths"])
     others = [] if evaluation is None else list(evaluation["seq_lengths"])
     if shape is not None:
         trainer.data_collator = documents(lengths + others)
@@ -125,16 +133,17 @@ def _set_collators(trainer: Finetuning, run: ResolvedRun, batches: Any, evaluati
         trainer.eval_collator = documents(others)
 
 
-def _shape(run: ResolvedRun, lengths: list[int]) -> tuple[int, int] | None:
+def _shape(run: ResolvedRun, lengths: list[int], longest: int | None = None) -> tuple[int, int] | None:
     """Returns the shape of the batches that run as CUDA graphs, or None if too much of them would be padding.
 
     Args:
         run: The record of the run.
         lengths: The number of tokens of each sequence, those of the evaluation included.
+        longest: The number of tokens that a sequence may have, if ``lengths`` has only the first sequences of a stream.
     """
     if not run.graphs_asked_for and not is_full(lengths):
         return None
-    size, tokens = run.batching.sequences, max(lengths)
+    size, tokens = run.batching.sequences, longest or max(lengths)
     return (1, size * tokens) if run.batching.has_documents else (size, tokens)
 
 
@@ -442,7 +451,7 @@ class Finetuning(_Trainer):
             tiles = narrow_tiles()
         try:
             with tiles, without_walks(model, self._trained), _without_expected_warnings():
-                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+                self._train_to_the_end(checkpoint)
             self.check_finite()
             self.check_adapters()
             if self.has_ended:
@@ -451,6 +460,18 @@ class Finetuning(_Trainer):
             if self.graphs is not None:
                 self.graphs.close()
                 self.graphs = None
+
+    def _train_to_the_end(self, checkpoint: Path | None) -> None:
+        """Trains as Trainer does. It saves a checkpoint if the stream of rows comes to rows that are bad."""
+        try:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except BadRows:
+            # Rows are fetched before a step begins, so the state is that of the last whole step.
+            step = self.state.global_step
+            if step and not checkpoint_of(self._resolved.output, step).is_dir():
+                model: Any = self.model
+                self._save_checkpoint(model, None)
+            raise
 
     # The evaluation.
 

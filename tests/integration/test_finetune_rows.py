@@ -261,7 +261,7 @@ def test_rows_a_second(tmp_path: Path) -> None:
     tokenizer.chat_template = QWEN3.read_text()
     turns = [{"role": "user", "content": "why? " * 20}, {"role": "assistant", "content": "because " * 12}]
     path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns * 2}] * 200)
-    data = find(Options(model="m", dataset=str(path), assistant_only_loss=True), tokenizer)
+    (data,) = find(Options(model="m", dataset=str(path), assistant_only_loss=True), tokenizer)
     contents = data.rows.contents(data.rows.table[:])
     render = data.renderer
     assert len(render(render.parse(contents[0]())).ids) >= 400
