@@ -26,7 +26,6 @@ _POSITIONS = {
     "wrapped": "positions run on, so rows see those before them",
     "none": "padded to the longest of its batch",
 }
-_WIDTH = len("rejected: ")
 # What a piece is called that is learned from, where that is not all to say.
 _LEARNED: dict[Method, str] = {"dpo": "chosen", "ipo": "chosen", "kto": "answer"}
 
@@ -80,15 +79,15 @@ def _row(place: str, tokens: Tokens, tokenizer: Any, end: int, learned: str) -> 
     cut = f", {count - end} cut off" if count > end else ""
     # Nothing predicts the first token, so it is not learned from, whatever its label is.
     yield f"{place}: {count} tokens, {kinds[1:].count(learned)} to learn from{cut}"
-    begin = 0
+    begin, width = 0, max(len(kind) for kind in ("learned", "cut off", learned)) + 2
     for kind, group in groupby(kinds):
         ids = tokens.ids[begin : begin + len(list(group))]
         begin += len(ids)
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         visible = "".join(repr(letter)[1:-1] if letter < " " and letter not in "\n\t" else letter for letter in text)
         first, *others = visible.replace("\n", "\\n\n").removesuffix("\n").split("\n")
-        yield f"{kind + ':':<{_WIDTH}}{first}"
-        yield from (" " * _WIDTH + line for line in others)
+        yield f"{kind + ':':<{width}}{first}"
+        yield from (" " * width + line for line in others)
     yield ""
 
 

@@ -536,10 +536,16 @@ class Finetuning(_Trainer):
         """
         with torch.random.fork_rng(devices=[]):
             output = super().evaluation_loop(*args, **kwargs)
-        loss = (output.metrics or {}).get(LOSS)
-        if loss is not None and not math.isfinite(loss):
-            raise NotFinite(f"the loss of the evaluation after step {self.state.global_step} is {loss}")
+        metrics: Any = output.metrics
+        if LOSS in metrics:
+            metrics[LOSS] = loss = self._evaluation_loss(metrics[LOSS])
+            if not math.isfinite(loss):
+                raise NotFinite(f"the loss of the evaluation after step {self.state.global_step} is {loss}")
         return output
+
+    def _evaluation_loss(self, of_batches: float) -> float:
+        """Returns the loss of an evaluation. ``of_batches`` is Trainer's, the mean over batches."""
+        return of_batches
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         is_best: bool = super()._determine_best_metric(*args, **kwargs)
@@ -663,11 +669,11 @@ class Finetuner(Finetuning, SFTTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._evaluated = _TokenMean()
-        output = super().evaluation_loop(*args, **kwargs)
-        if (loss := self._evaluated.value()) is not None:
-            metrics: Any = output.metrics
-            metrics[LOSS] = loss
-        return output
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _evaluation_loss(self, of_batches: float) -> float:
+        loss = self._evaluated.value()
+        return of_batches if loss is None else loss
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         result = super().compute_loss(*args, **kwargs)

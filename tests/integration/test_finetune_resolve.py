@@ -59,7 +59,7 @@ def test_what_is_settled_resolves_to_the_same() -> None:
     settled = run.settled()
     open_still = {name for name in ANSWERED if getattr(settled, name) in (None, "auto")}
     alphas = {"attention_alpha", "expert_alpha", "shared_expert_alpha"}
-    assert open_still == alphas | {"liger", "cuda_graphs", "device", "modules_to_save"}
+    assert open_still == alphas | {"liger", "cuda_graphs", "device", "modules_to_save", "beta"}
     elsewhere = next(candidates(set_up(settled, run.config, CPU), plain_text=False))
     for name in ("dtype", "adapter_dtype", "optimizer", "attention", "attention_modules", "batching"):
         assert getattr(elsewhere, name) == getattr(run, name), name
