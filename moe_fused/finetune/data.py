@@ -188,14 +188,17 @@ def find(options: Options, tokenizer: Any) -> tuple[Data, ...]:
         FileNotFoundError: There is no such file, and no such data set on the Hub.
         ValueError: The file cannot be read, none of its rows can be read, or the options are not for rows of this kind.
     """
-    return tuple(_find(part, TRAINING, options.split, options, tokenizer) for part in options.datasets)
+    found = [_find(part, TRAINING, options.split, options, tokenizer) for part in options.datasets]
+    return tuple(_with_template(each, options) for each in found)
 
 
 def find_evaluation(options: Options, tokenizer: Any) -> Data | None:
     """Reads the rows of ``--eval-dataset`` as ``find`` does; returns None without that option."""
     if options.eval_dataset is None:
         return None
-    return _find(Part(options.eval_dataset), EVALUATION, options.eval_split, options, tokenizer)
+    return _with_template(
+        _find(Part(options.eval_dataset), EVALUATION, options.eval_split, options, tokenizer), options
+    )
 
 
 def _find(part: Part, purpose: Purpose, split: str, options: Options, tokenizer: Any) -> Data:
@@ -228,9 +231,15 @@ def _find(part: Part, purpose: Purpose, split: str, options: Options, tokenizer:
         raise ValueError(
             f"--assistant-only-loss is for chats, but the rows of {purpose.option} {part.name} are {first.kind}"
         )
-    template = training_template(tokenizer, options.model) if options.assistant_only_loss else None
-    renderer = Renderer(tokenizer, template, options.assistant_only_loss, options.text_field, options.method)
-    return Data(part, purpose, rows, renderer, rows.place(len(bad)), first.kind, first.form)
+    return Data(part, purpose, rows, plain, rows.place(len(bad)), first.kind, first.form)
+
+
+def _with_template(data: Data, options: Options) -> Data:
+    """Returns the same data with the template that marks what the assistant says, with ``--assistant-only-loss``."""
+    if not options.assistant_only_loss:
+        return data
+    template = training_template(data.renderer.tokenizer, options.model)
+    return dataclasses.replace(data, renderer=dataclasses.replace(data.renderer, template=template))
 
 
 def blocks(part: Part, options: Options) -> Iterator[Rows]:
@@ -367,7 +376,7 @@ def _sequences(
         sequences=len(sequences),
         steps=steps,
         left_out=left_out,
-        notes=[*_remarks(tokens, data), *_notes(data, len(sequences), idle), *_notes_on_steps(options, steps)],
+        notes=[*_notes(data, len(sequences), idle), *_remarks(tokens, data), *_notes_on_steps(options, steps)],
         parts=_parts_used(data, tables, taken),
     )
     return sequences, report

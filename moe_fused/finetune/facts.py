@@ -129,7 +129,13 @@ def _trained_on(options: Options, prepared: Prepared | Streamed) -> str:
     ]
     if isinstance(prepared, Streamed):
         return "; ".join(f"{source}: {read}" for source, read in zip(sources, prepared.read.values(), strict=True))
-    return _rows("; ".join(sources), prepared.report)
+    report = prepared.report
+    if len(sources) == 1:
+        return _rows(sources[0], report)
+    used = (part.rpartition(": ")[2] for part in report.parts)
+    return _rows(
+        "; ".join(f"{source}: {counts}" for source, counts in zip(sources, used, strict=True)), report, "together"
+    )
 
 
 def _source(name: str, config: str | None, split: str) -> str:
@@ -139,6 +145,7 @@ def _source(name: str, config: str | None, split: str) -> str:
     return f"{name}, {f'configuration {config}, ' if config else ''}split {split}"
 
 
-def _rows(source: str, report: Report) -> str:
+def _rows(source: str, report: Report, joined: str = "") -> str:
     left_out = f"; {len(report.left_out):,} rows left out" if report.left_out else ""
-    return f"{source}: {report.rows:,} rows, {report.tokens:,} tokens, {report.learned:,} to learn from{left_out}"
+    name = f"{source}; {joined}" if joined else source
+    return f"{name}: {report.rows:,} rows, {report.tokens:,} tokens, {report.learned:,} to learn from{left_out}"

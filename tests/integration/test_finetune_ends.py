@@ -230,7 +230,7 @@ def test_writing_that_fails(whole: Run, tmp_path: Path) -> None:
 def _no_room_for_the_adapter() -> None:
     from moe_fused.finetune import results
 
-    def draw(records: Any, path: Path) -> None:
+    def draw(records: Any, path: Path, **_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     results.draw_loss = draw

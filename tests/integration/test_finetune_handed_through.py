@@ -13,7 +13,7 @@ from peft import LoraConfig
 from trl.trainer.sft_config import SFTConfig
 
 from moe_fused.finetune.handed_through import MANAGED, Config, check_handed_through, fields_of, parse
-from moe_fused.finetune.options import DEFAULTS, Options, flag, read_yaml
+from moe_fused.finetune.options import DEFAULTS, Method, Options, flag, read_yaml
 
 from .finetuning import Run, assert_error, evaluations, finetune, losses, nothing_loads
 
@@ -32,7 +32,8 @@ def test_fields_are_those_of_the_installed_class(config: Config) -> None:
 
 @pytest.mark.parametrize("config", get_args(Config))
 def test_what_is_managed_exists(config: Config) -> None:
-    assert set(MANAGED[config]) <= set(fields_of(config))
+    methods: tuple[Method, ...] = get_args(Method)
+    assert set(MANAGED[config]) <= {name for method in methods for name in fields_of(config, method)}
     options = {flag(name) for name in DEFAULTS} | {"--resume"}
     for instead in MANAGED[config].values():
         assert set(re.findall(r"--[a-z-]+", instead)) <= options, instead

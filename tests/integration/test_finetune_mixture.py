@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from moe_fused.finetune.card import card
 from moe_fused.finetune.data import find, prepare
+from moe_fused.finetune.facts import Facts
 from moe_fused.finetune.mixture import Part
 from moe_fused.finetune.options import Options, read_yaml, to_yaml
 from moe_fused.finetune.precheck import notes, precheck
@@ -146,7 +147,7 @@ def test_notes_and_missing_files(here: Path) -> None:
 
 def test_the_card_names_what_is_on_the_hub(here: Path) -> None:
     options = options_of("a.jsonl=1", "org/b=2", "org/c=3")
-    text = card(set_up(options, QWEN3_MOE.build().config, torch.device("cpu")), {})
+    text = card(set_up(options, QWEN3_MOE.build().config, torch.device("cpu")), Facts({}, {}, {}, {}))
     assert yaml.safe_load(text.split("---")[1])["datasets"] == ["org/b", "org/c"]
 
 
@@ -260,8 +261,9 @@ def test_a_joined_run_is_that_of_one_file(here: Path, model: Path) -> None:
     assert finetune(*arguments(model, "both.jsonl"), *DENSE, "--output", "one", cwd=here).status == 0
     assert losses(here / "several") == losses(here / "one")
     text = (here / "several" / "README.md").read_text()
-    assert re.search(r"\| data \| a\.jsonl: 30 rows, [\d,]+ tokens<br>b\.jsonl: 20 rows, [\d,]+ tokens \|", text)
-    assert "| data |" not in (here / "one" / "README.md").read_text()
+    each = r"a\.jsonl: 30 rows, [\d,]+ tokens; b\.jsonl: 20 rows, [\d,]+ tokens"
+    assert re.search(rf"\| trained on \| {each}; together: 50 rows, [\d,]+ tokens, [\d,]+ to learn from \|", text)
+    assert "| trained on | both.jsonl: 50 rows, " in (here / "one" / "README.md").read_text()
 
 
 @pytest.mark.slow  # four runs

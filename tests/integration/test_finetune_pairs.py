@@ -26,6 +26,7 @@ pytest.importorskip("datasets")
 from moe_fused.finetune.options import DEFAULTS, Options
 
 from .finetuning import _PRELOADED, chats, evaluations, leftovers, losses, nothing_loads, save_model, write_jsonl
+from .test_finetune_preferences import PAIRS, RATED
 from .test_finetune_render import MARKED
 
 STEPS = 2
@@ -55,9 +56,15 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "attn": ("eager",),
     "batch_size": (2,),
     "skip_bad_rows": (True,),
+    "method": ("dpo", "kto"),
+    "beta": (0.3,),
+    "dataset": (["rows.jsonl=2", "more.jsonl=1"],),
+    "streaming": (True,),
+    "modules_to_save": (["lm_head"],),
 }
-# What an option needs beside it, if the run has no evaluation anyway.
+# What an option needs beside it, if the run does not have it anyway.
 NEEDS_EVALUATION = ("eval_steps", "keep_best", "early_stopping")
+NEEDS_PREFERENCES = ("beta",)
 # Pairs of options that exclude each other, with words of the error, or None if one has no effect beside the other.
 EXCLUDED: dict[frozenset[str], str | None] = {
     frozenset({"eval_share", "eval_dataset"}): "--eval-dataset and --eval-share exclude each other",
@@ -65,19 +72,39 @@ EXCLUDED: dict[frozenset[str], str | None] = {
     frozenset({"expert_rank", "export"}): "is a layout of adapters on experts, but --expert-rank is 0",
     frozenset({"expert_rank", "attention_rank"}): "there is nothing to train",
     frozenset({"attention_rank", "attention_modules"}): None,
+    frozenset({"streaming", "eval_share"}): "--eval-share is not possible with --streaming",
+    frozenset({"method", "assistant_only_loss"}): "--assistant-only-loss is not for --method",
+    frozenset({"method", "lora_dropout"}): "--lora-dropout is not possible with --method",
+    frozenset({"method", "modules_to_save"}): "--modules-to-save is not possible with --method",
+    frozenset({"method", "streaming"}): "--streaming is not possible with --method",
+    # What --method excludes, --beta excludes, too, because it needs a method.
+    frozenset({"beta", "assistant_only_loss"}): "--assistant-only-loss is not for --method",
+    frozenset({"beta", "lora_dropout"}): "--lora-dropout is not possible with --method",
+    frozenset({"beta", "modules_to_save"}): "--modules-to-save is not possible with --method",
+    frozenset({"beta", "streaming"}): "--streaming is not possible with --method",
+}
+# The same for single values.
+EXCLUDED_VALUES = {
+    (name, packing): "is not possible with --method"
+    for name in ("method", "beta")
+    for packing in ("bfd", "bfd_split", "wrapped")
 }
 _NAMES = "it names what is read or written"
 _NUMBER = "it is a number that nothing else depends on"
 _GPU = "it needs a GPU: tests/integration/test_finetune_gpu.py"
+_HUB = "it needs the Hub: test_finetune_hub.py"
+_SHARED = "the model of these runs has no shared experts: test_finetune_adapters.py"
 NO_PAIRS: dict[str, str] = {
-    "model": _NAMES, "dataset": _NAMES, "output": _NAMES, "revision": _NAMES, "dataset_config": _NAMES, "split": _NAMES,
+    "model": _NAMES, "adapter": "test_finetune_start.py has its pairs",
+    "output": _NAMES, "revision": _NAMES, "dataset_config": _NAMES, "split": _NAMES,
     "text_field": _NAMES, "eval_split": _NAMES, "chat_template": "all runs have one", "device": "all runs are on a CPU",
     "dtype": "on a CPU, others than float32 are slow", "adapter_dtype": "it follows dtype", "liger": _GPU,
     "cuda_graphs": _GPU, "memory_limit": _GPU, "sequence_length": _NUMBER, "gradient_accumulation": _NUMBER,
     "attention_alpha": _NUMBER, "expert_alpha": _NUMBER, "epochs": "all runs have --max-steps", "max_steps": _NUMBER,
     "learning_rate": _NUMBER, "scheduler": "TRL alone reads it", "warmup": _NUMBER, "weight_decay": _NUMBER,
     "max_grad_norm": _NUMBER, "optimizer": "TRL alone reads it", "seed": _NUMBER, "save_steps": _NUMBER,
-    "keep_checkpoints": _NUMBER, "log_steps": _NUMBER,
+    "keep_checkpoints": _NUMBER, "log_steps": _NUMBER, "push_to_hub": _HUB, "private": _HUB, "push_checkpoints": _HUB,
+    "shared_expert_rank": _SHARED, "shared_expert_alpha": _SHARED,
 }  # fmt: skip
 
 
@@ -92,7 +119,15 @@ def pairs() -> Iterator[tuple[int, int]]:
 
 
 def compatible(first: Choice, second: Choice) -> bool:
-    return first[0] != second[0] and frozenset({first[0], second[0]}) not in EXCLUDED
+    return first[0] != second[0] and refusal_of(first, second) == ""
+
+
+def refusal_of(first: Choice, second: Choice) -> str | None:
+    """Words of the error of two choices; none if they are compatible, and None if one has no effect beside the other."""
+    for one, other in ((first, second), (second, first)):
+        if other[0] == "packing" and (one[0], other[1]) in EXCLUDED_VALUES:
+            return EXCLUDED_VALUES[one[0], other[1]]
+    return EXCLUDED.get(frozenset({first[0], second[0]}), "")
 
 
 def covering() -> list[dict[str, Any]]:
@@ -136,8 +171,19 @@ def _start(given: dict[str, Any], output: str) -> None:
 
     if any(name in given for name in NEEDS_EVALUATION) and not {"eval_share", "eval_dataset"} & given.keys():
         given = {**given, "eval_dataset": "eval.jsonl"}
+    if any(name in given for name in NEEDS_PREFERENCES):
+        given = {"method": "dpo", **given}
+    if given.get("method") == "kto":
+        given = {**given, "batch_size": 2}
+    # Each method has rows of its own.
+    of_method = {"dpo": "pairs-", "kto": "rated-"}.get(given.get("method", ""), "")
+    given = {"dataset": "rows.jsonl", **given}
+    names = given["dataset"]
+    given["dataset"] = [of_method + name for name in names] if isinstance(names, list) else of_method + names
+    if "eval_dataset" in given:
+        given["eval_dataset"] = of_method + given["eval_dataset"]
     options = Options(
-        model="model", dataset="rows.jsonl", output=output, chat_template="marked.jinja", device="cpu", max_steps=STEPS,
+        model="model", output=output, chat_template="marked.jinja", device="cpu", max_steps=STEPS,
         sequence_length=64, gradient_accumulation=1, **given,
     )  # fmt: skip
     run(options, precheck(options))
@@ -180,12 +226,15 @@ def _all(directory: Path, runs: list[dict[str, Any]], refused: list[dict[str, An
 @pytest.mark.slow
 def test_pairs_train_or_are_refused(tmp_path: Path) -> None:
     save_model(tmp_path / "model")
-    write_jsonl(tmp_path / "rows.jsonl", chats(8))
-    write_jsonl(tmp_path / "eval.jsonl", chats(3))
+    for name, number in {"rows": 8, "more": 6, "eval": 3}.items():
+        write_jsonl(tmp_path / f"{name}.jsonl", chats(number))
+        write_jsonl(tmp_path / f"pairs-{name}.jsonl", PAIRS[:number])
+        write_jsonl(tmp_path / f"rated-{name}.jsonl", RATED[:number])
     (tmp_path / "marked.jinja").write_text(MARKED)
     every, runs = choices(), covering()
     apart = [dict((every[i], every[j])) for i, j in pairs() if not compatible(every[i], every[j])]
-    refused = [given for given in apart if EXCLUDED[frozenset(given)] is not None]
+    words_of = [refusal_of(*given.items()) for given in apart]
+    refused = [given for given, expected in zip(apart, words_of, strict=True) if expected is not None]
     context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     process = context.Process(target=_all, args=(tmp_path, runs, refused))
@@ -196,5 +245,5 @@ def test_pairs_train_or_are_refused(tmp_path: Path) -> None:
     problems = [f"{given}: {problem}" for given, problem in zip(runs, found, strict=True) if problem is not None]
     assert not problems, "\n".join(problems)
     for given, said in zip(refused, words, strict=True):
-        assert str(EXCLUDED[frozenset(given)]) in said, given
+        assert str(refusal_of(*given.items())) in said, given
     assert not list(tmp_path.glob("refused-*"))

@@ -32,7 +32,7 @@ def tokenizer(tmp_path: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
 
 
-def found(tokenizer: Any, directory: Path, rows: list[Any], **options: Any) -> tuple[Data, Options]:
+def found(tokenizer: Any, directory: Path, rows: list[Any], **options: Any) -> tuple[tuple[Data, ...], Options]:
     path = write_jsonl(directory / "rows.jsonl", rows)
     asked = Options(model="m", dataset=str(path), **options)
     return find(asked, tokenizer), asked
@@ -96,7 +96,8 @@ def test_sequences_are_those_of_the_run(packing: str, share: float | None, token
         assert sequences[name] == whole[:1][name]
     for sequence in sequences:
         for token, row, place in zip(*(sequence[name] for name in ("input_ids", "row", "place")), strict=True):
-            ids = data.renderer(data.renderer.parse(data.content(row))).ids
+            (only,) = data
+            ids = only.renderer(only.renderer.parse(only.content(row))).ids
             assert token == ids[place]
             assert len(ids) == sizes[row]
 
@@ -114,7 +115,8 @@ def test_what_is_learned_from(tokenizer: Any, tmp_path: Path) -> None:
     assert f"{sum(label != IGNORED for label in sequence['labels'])} to learn from" in lines[0]
     assert sum("and" in line and "more" in line for line in lines) == 1
     (short,) = (line for line in lines if "rows.jsonl:4" in line)
-    tokens = data.renderer(data.renderer.parse(data.content(3)))
+    (only,) = data
+    tokens = only.renderer(only.renderer.parse(only.content(3)))
     learned: set[int] = set()
     for first, _, last in re.findall(r"(\d+)(-(\d+))?(?=,|$)", short.partition("learned ")[2]):
         learned |= set(range(int(first), int(last or first) + 1))
