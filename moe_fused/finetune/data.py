@@ -591,7 +591,7 @@ def _cache_key(data: Data) -> str:
         program("data", "formats", "render", "rows", "text_files"),
         backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items())),
         repr((type(tokenizer).__name__, tokenizer.chat_template, tokenizer.special_tokens_map)),
-        repr((renderer.template, renderer.assistant_only, renderer.text_field, data.rows.by_text)),
+        repr((renderer.template, renderer.assistant_only, renderer.text_field, renderer.method, data.rows.by_text)),
     ]
     for part in parts:
         digest.update(hashlib.sha256(part.encode("utf-8", "surrogatepass")).digest())

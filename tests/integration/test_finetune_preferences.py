@@ -178,6 +178,15 @@ def test_tokens_are_those_of_trl(method: str, text: bool, model: Path, tmp_path:
     assert len(got) == 16
 
 
+def test_the_same_file_by_several_methods(model: Path, tmp_path: Path) -> None:
+    """What one method has made of a file is kept, but not taken for what another makes of it."""
+    rows = [{"prompt": "2 + 2 =", "completion": " 4.", "label": True, "chosen": " 4.", "rejected": " 5."}] * 2
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    columns = {method: set(prepared(model, file, method).column_names) for method in ("kto", "dpo")}
+    assert columns["kto"] == {"prompt_ids", "completion_ids", "label"}
+    assert columns["dpo"] == {"prompt_ids", "chosen_ids", "rejected_ids"}
+
+
 def test_rated_rows_are_mixed_by_the_seed(model: Path, tmp_path: Path) -> None:
     """TRL goes through them in their order, which may be by label in the file."""
     rows = write_jsonl(tmp_path / "rows.jsonl", sorted(RATED, key=lambda row: row["label"]))
