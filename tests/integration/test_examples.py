@@ -248,6 +248,17 @@ def ddp(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 @pytest.mark.slow
+def test_grpo(tmp_path: Path) -> None:
+    """The adapters learn what is rewarded, and are saved so that PEFT reads them."""
+    pytest.importorskip("trl")
+    output = run(commands("grpo")[0], tmp_path)
+    (first, last) = re.findall(r"reward (\S+) in the first third of the steps, (\S+) in the last", output)[0]
+    assert float(last) > 2 * float(first) > 0, output
+    tensors = load_file(tmp_path / OUTPUT / "grpo" / "adapter" / "adapter_model.safetensors")
+    assert any(".experts." in name and "lora_B" in name and tensor.any() for name, tensor in tensors.items())
+
+
+@pytest.mark.slow
 def test_qlora_ddp(ddp: tuple[Path, str]) -> None:
     directory, output = ddp
     assert "2 processes on " in output
