@@ -35,6 +35,7 @@ The model and its training:
     batches       packed documents in batches of one shape
     graphs        the decoder's passes as CUDA graphs
     host          a training step without the work that costs the host most
+    arguments     the arguments of TRL's trainers for a run
     trainer       TRL's trainers with checkpoints that are whole or absent, which keep the best and end early
     trackers      where trackers of experiments write
     progress      the progress on the terminal and in log.jsonl

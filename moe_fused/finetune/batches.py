@@ -32,11 +32,12 @@ def is_full(lengths: Sequence[int]) -> bool:
     return sum(lengths) >= FULL * len(lengths) * max(lengths)
 
 
-def _fill(batch: dict[str, Any], padding: int, rows: int, columns: int) -> None:
-    """Adds rows and columns of padding to a batch, with labels that are not learned from."""
-    values = {"input_ids": padding, "labels": -100, "attention_mask": 0}
+def _fill(batch: dict[str, Any], padding: int, rows: int, columns: int, prefix: str = "") -> None:
+    """Adds rows and columns of padding to what a batch has under names with ``prefix``. Nothing is learned from padding."""
+    values = {"input_ids": padding, "labels": -100, "attention_mask": 0, "completion_mask": 0}
     for name, value in values.items():
-        batch[name] = functional.pad(batch[name], (0, columns, 0, rows), value=value)
+        if (tensor := batch.get(prefix + name)) is not None:
+            batch[prefix + name] = functional.pad(tensor, (0, columns, 0, rows), value=value)
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,8 @@ class Answers:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collate(rows)
         for prefix in ("", "KL_"):
-            for name, value in {"input_ids": self.padding, "attention_mask": 0, "completion_mask": 0}.items():
-                if (tensor := batch.get(prefix + name)) is not None:
-                    columns = self.length - tensor.shape[1]
-                    batch[prefix + name] = functional.pad(tensor, (0, columns), value=value)
+            if (tokens := batch.get(f"{prefix}input_ids")) is not None:
+                _fill(batch, self.padding, 0, self.length - tokens.shape[1], prefix)
         return batch
 
 

@@ -107,7 +107,7 @@ class Report:
         steps: The number of steps of the run; None for the rows of an evaluation.
         left_out: The place and the problem of each row that was left out.
         notes: Remarks on things that are no errors but worth a look.
-        parts: What is used of each data set, if there are several.
+        used: What is used of each data set, by its name, if there are several.
     """
 
     rows: int
@@ -120,7 +120,12 @@ class Report:
     steps: int | None
     left_out: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    parts: list[str] = field(default_factory=list)
+    used: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> list[str]:
+        """What is used of each data set, with its name before it, if there are several."""
+        return [f"{name}: {used}" for name, used in self.used.items()]
 
     def lines(self) -> Iterator[str]:
         """Yields the lines of the report."""
@@ -168,11 +173,6 @@ class Prepared:
     fingerprint: str
     evaluation: Prepared | None = None
     parts: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def used(self) -> list[str]:
-        """What is used of each data set, if there are several."""
-        return self.report.parts
 
     def lines(self) -> Iterator[str]:
         """Yields the lines of the reports."""
@@ -276,10 +276,16 @@ def prepare(
     elif evaluation is not None:
         held = prepare_evaluation(evaluation, options, batching, vocabulary)
     sequences, report = _sequences(tables, data, batching, named, options)
+    fingerprint, parts = joined_digest(data, digests)
+    return Prepared(sequences, report, fingerprint, held, parts)
+
+
+def joined_digest(data: Sequence[Data], digests: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """Returns the sha256 of all data sets, and that of each by its name, if there are several."""
     if len(data) == 1:
-        return Prepared(sequences, report, digests[0], held)
+        return digests[0], {}
     parts = {each.part.name: digest for each, digest in zip(data, digests, strict=True)}
-    return Prepared(sequences, report, hashlib.sha256("".join(digests).encode()).hexdigest(), held, parts)
+    return hashlib.sha256("".join(digests).encode()).hexdigest(), parts
 
 
 def prepare_evaluation(evaluation: Data, options: Options, batching: Batching, vocabulary: int) -> Prepared:
@@ -301,8 +307,7 @@ def prepare_block(data: Data, options: Options, batching: Batching, vocabulary: 
     from datasets import Dataset
 
     made = Dataset.from_dict(_Worker(data)(data.rows.table[:]), features=_features(data))
-    tokens, bad = _usable(data, made, batching)
-    named = [f"{data.rows.place(index)} {problem}" for index, problem in bad]
+    tokens, named = _usable(data, made, batching)
     if named and not options.skip_bad_rows:
         raise ValueError(refusal(named))
     return tokens, named, _checked_totals(tokens, data, options, vocabulary)
@@ -314,8 +319,7 @@ def _usable_rows(
     """Returns the rows of each data set that can be used, the problems of all others, and the sha256 of each data set."""
     tables, problems = [], []
     for each in data:
-        tokens, bad = _usable(each, _tokenize(each), batching)
-        named = [f"{each.rows.place(index)} {problem}" for index, problem in bad]
+        tokens, named = _usable(each, _tokenize(each), batching)
         if not len(tokens):
             raise ValueError(_nothing(each.part, each.purpose, named))
         tables.append(tokens)
@@ -377,7 +381,7 @@ def _sequences(
         steps=steps,
         left_out=left_out,
         notes=[*_notes(data, len(sequences), idle), *_remarks(tokens, data), *_notes_on_steps(options, steps)],
-        parts=_parts_used(data, tables, taken),
+        used=_all_used(data, tables, taken),
     )
     return sequences, report
 
@@ -404,7 +408,7 @@ def _preferences(
         steps=steps,
         left_out=left_out,
         notes=[*_remarks(tokens, data), *_notes_on_steps(options, steps)],
-        parts=_parts_used(data, tables, taken),
+        used=_all_used(data, tables, taken),
     )
     return found, report
 
@@ -421,14 +425,15 @@ def _mixed(tables: list[Dataset], data: Sequence[Data], options: Options | None)
     )
 
 
-def _parts_used(data: Sequence[Data], tables: list[Dataset], taken: list[Dataset]) -> list[str]:
-    return [_used(*each) for each in zip(data, tables, taken, strict=True)] if len(data) > 1 else []
+def _all_used(data: Sequence[Data], tables: list[Dataset], taken: list[Dataset]) -> dict[str, str]:
+    parts = zip(data, tables, taken, strict=True) if len(data) > 1 else ()
+    return {each.part.name: _used(table, rows) for each, table, rows in parts}
 
 
-def _used(data: Data, table: Dataset, taken: Dataset) -> str:
+def _used(table: Dataset, taken: Dataset) -> str:
     """Says how many rows of a data set are used, of those that can be."""
     of = "" if len(taken) == len(table) else f"{len(taken):,} of "
-    return f"{data.part.name}: {of}{counted(len(table), 'row')}, {counted(int(_sizes(taken).sum()), 'token')}"
+    return f"{of}{counted(len(table), 'row')}, {counted(int(_sizes(taken).sum()), 'token')}"
 
 
 def _sizes(tokens: Dataset) -> Any:
@@ -501,8 +506,7 @@ def first_sequences(
             rows if needs_all or most >= len(rows) else dataclasses.replace(rows, table=rows.table.select(range(most)))
         )
         tokens = _tokenize(dataclasses.replace(each, rows=some))
-        tokens, bad = _usable(each, tokens.add_column(ROW, np.arange(len(tokens)) + begin), batching)
-        problems = [f"{rows.place(index)} {problem}" for index, problem in bad]
+        tokens, problems = _usable(each, tokens.add_column(ROW, np.arange(len(tokens)) + begin), batching)
         if not len(tokens):
             raise ValueError(_nothing(each.part, each.purpose, problems))
         tables.append(tokens)
@@ -637,19 +641,18 @@ class _Worker:
 # --- checks of all rows
 
 
-def _usable(data: Data, tokens: Dataset, batching: Batching) -> tuple[Dataset, list[tuple[int, str]]]:
-    """Returns the rows that can be trained on, and the index and the problem of each other row."""
+def _usable(data: Data, tokens: Dataset, batching: Batching) -> tuple[Dataset, list[str]]:
+    """Returns the rows that can be trained on, and the place and the problem of each other row."""
     names = ["form", "problem", "first", "length"]
     columns = tokens.select_columns(names)[:]
-    bad = []
+    bad: dict[int, str] = {}
     for i, (form, known, first, size) in enumerate(zip(*(columns[name] for name in names), strict=True)):
         problem = known or unusable(data, form, first, size, batching)
         if problem is not None:
-            bad.append((i, problem))
+            bad[i] = f"{data.rows.place(i)} {problem}"
     if not bad:
         return tokens, []
-    others = {index for index, _ in bad}
-    return tokens.select([i for i in range(len(tokens)) if i not in others]), bad
+    return tokens.select([i for i in range(len(tokens)) if i not in bad]), list(bad.values())
 
 
 def unusable(data: Data, form: str, first: int, size: int, batching: Batching) -> str | None:

@@ -132,10 +132,8 @@ def _trained_on(options: Options, prepared: Prepared | Streamed) -> str:
     report = prepared.report
     if len(sources) == 1:
         return _rows(sources[0], report)
-    used = (part.rpartition(": ")[2] for part in report.parts)
-    return _rows(
-        "; ".join(f"{source}: {counts}" for source, counts in zip(sources, used, strict=True)), report, "together"
-    )
+    used = zip(sources, report.used.values(), strict=True)
+    return _rows("; ".join([*(f"{source}: {counts}" for source, counts in used), "together"]), report)
 
 
 def _source(name: str, config: str | None, split: str) -> str:
@@ -145,7 +143,6 @@ def _source(name: str, config: str | None, split: str) -> str:
     return f"{name}, {f'configuration {config}, ' if config else ''}split {split}"
 
 
-def _rows(source: str, report: Report, joined: str = "") -> str:
+def _rows(source: str, report: Report) -> str:
     left_out = f"; {len(report.left_out):,} rows left out" if report.left_out else ""
-    name = f"{source}; {joined}" if joined else source
-    return f"{name}: {report.rows:,} rows, {report.tokens:,} tokens, {report.learned:,} to learn from{left_out}"
+    return f"{source}: {report.rows:,} rows, {report.tokens:,} tokens, {report.learned:,} to learn from{left_out}"

@@ -110,11 +110,10 @@ class GraphedDecoder:
         return self._recording.run(kwargs)
 
     def _without_gradients(self, kwargs: dict[str, Any]) -> Any:
-        trained = self._recording
+        trained, adapters = self._recording, self._adapters_in_use()
         if trained is None or trained.is_stale or not trained.takes(kwargs):
-            self._seen.add(self._adapters_in_use())
+            self._seen.add(adapters)
             return self._eager(**kwargs)
-        adapters = self._adapters_in_use()
         if adapters == self._trained:
             # The backward pass of a batch needs what the forward graph wrote for it.
             return self._eager(**kwargs) if trained.is_waiting else trained.evaluate(kwargs)

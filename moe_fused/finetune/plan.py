@@ -58,10 +58,9 @@ class MemoryPlan:
         if self.limit is not None:
             table.add_row("limit", _gib(self.limit))
         console.print(table)
-        sizes = {"batch": batching.batch_size, "answers": batching.answers, "length": batching.length}
-        sizes |= {"accumulation": batching.accumulation}
-        if batching.answers == 1:
-            del sizes["answers"]
+        answers = {} if batching.answers == 1 else {"answers": batching.answers}
+        sizes = {"batch": batching.batch_size, **answers, "length": batching.length}
+        sizes["accumulation"] = batching.accumulation
         console.print(
             f"{self.prediction.trainable:,} trainable parameters; {batching.step_tokens:,} tokens to a step at most: "
             f"{' x '.join(map(str, sizes.values()))} ({' x '.join(sizes)}), packing {batching.packing}",

@@ -5,7 +5,7 @@
     ResolvedRun   the same, with the answers that depend on the data and on how much memory there is
 
 All later steps (the plan of memory, the model, the data, the trainer, the results) take a record and only read it. They
-may read an option that needs no answer, such as the learning rate, from ``options``; ``ANSWERED`` names those that they
+may read an option that needs no answer, such as the weight decay, from ``options``; ``ANSWERED`` names those that they
 may not, and ``tests/integration/test_finetune_resolve.py`` looks at the source. Refusals of options that depend on the
 architecture or the device are made here. Those that need less are made by ``options`` and ``precheck``.
 

@@ -211,7 +211,7 @@ def _resolve(
 
 def _check_trainer(resolved: ResolvedRun) -> None:
     """Raises ValueError if TRL's config refuses the options ``trainer``. It takes the seconds of importing TRL."""
-    from .trainer import try_config
+    from .arguments import try_config
 
     try:
         try_config(resolved)

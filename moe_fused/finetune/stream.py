@@ -8,7 +8,6 @@ depend on the data and the options alone, so a resumed run skips those that it h
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from .data import (
     blocks,
     counted,
     fit,
+    joined_digest,
     prepare_block,
     prepare_evaluation,
 )
@@ -156,12 +156,13 @@ def prepare_stream(
         joined = interleave_datasets(
             streams, probabilities=chances, seed=options.seed, stopping_strategy="first_exhausted"
         )
+    fingerprint, parts = joined_digest(data, digests)
     return Streamed(
         dataset=_sequences_of(joined, batching),
         first=lengths_of(fit(concatenate_datasets(tables), batching)),
-        fingerprint=digests[0] if len(data) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
+        fingerprint=fingerprint,
         evaluation=held,
-        parts={each.part.name: digest for each, digest in zip(data, digests, strict=True)} if len(data) > 1 else {},
+        parts=parts,
         read=read,
     )
 

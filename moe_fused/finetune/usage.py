@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 # The ranks for which vLLM reserves room.
 _ROOMS = (8, 16, 32, 64, 128, 256, 320, 512)
-# Fields of PEFT's config that make an adapter more than LoRA, which these tools and the conversion do not read.
-_MORE = ("use_dora", "bias", "modules_to_save")
 
 
 def loading(setup: ModelSetup, directory: str) -> str:
@@ -121,9 +119,8 @@ def _refusal(setup: ModelSetup) -> str | None:
         return f"{', '.join(setup.whole.names)} is trained in full"
     if setup.ranks.shared_expert:
         return "it adapts shared experts by the names of their weights"
-    more = [name for name in _MORE if (options.lora or {}).get(name) not in (None, False, "none", [])]
-    if more:
-        return f"it has {more[0]}, which is more than LoRA"
+    if (options.lora or {}).get("use_dora"):
+        return "it has use_dora, which is more than LoRA"
     return setup.layout_refusals["per-expert"] if setup.ranks.expert else None
 
 

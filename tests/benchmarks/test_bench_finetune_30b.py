@@ -75,7 +75,7 @@ def described(model: nn.Module) -> dict[str, tuple]:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_is_built_is_what_would_be_loaded(tmp_path, name):
-    """Of every architecture, with its biases, buffers and tied weights; what is not drawn has the same values."""
+    """Models of all architectures have their biases, buffers and tied weights; what is not drawn has the same values."""
     model = Model(name, BY_NAME[name].config()).tiny()
     torch.manual_seed(0)
     with torch.no_grad():

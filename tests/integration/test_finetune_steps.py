@@ -20,10 +20,12 @@ pytest.importorskip("datasets")
 import datasets
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from moe_fused.finetune import attention, graphs
-from moe_fused.finetune.batches import Documents, Sequences, is_full, lengths_of
+from moe_fused.finetune.batches import Answers, Documents, Sequences, is_full, lengths_of
 from moe_fused.finetune.graphs import GraphedDecoder
 from moe_fused.finetune.host import queued, without_walks
 from moe_fused.finetune.options import Options
@@ -118,6 +120,24 @@ def test_batches_are_of_one_shape() -> None:
         for name, value in batch.items():
             if isinstance(value, Tensor):
                 assert (value.shape, value.dtype) == (batches[0][name].shape, batches[0][name].dtype)
+
+
+def test_answers_are_filled_up() -> None:
+    """Pairs, and rated answers with those to other prompts, are filled up with padding that nothing is learned from."""
+    pairs = [{"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}]
+    rated = [{"prompt_ids": [1, 2], "completion_ids": [3], "KL_completion_ids": [4, 5], "label": True}]
+    for collate, rows, prefixes in (
+        (DataCollatorForPreference(pad_token_id=9), pairs, ("",)),
+        (DataCollatorForUnpairedPreference(pad_token_id=9), rated, ("", "KL_")),
+    ):
+        theirs, batch = collate(copy.deepcopy(rows)), Answers(collate, 6, 9)(copy.deepcopy(rows))
+        assert batch.keys() == theirs.keys()
+        for prefix in prefixes:
+            for name, padding in (("input_ids", 9), ("attention_mask", 0), ("completion_mask", 0)):
+                filled, before = batch[prefix + name], theirs[prefix + name]
+                assert filled.shape == (len(before), 6)
+                assert torch.equal(filled[:, : before.shape[1]], before)
+                assert (filled[:, before.shape[1] :] == padding).all()
 
 
 @pytest.mark.parametrize("packing", ["bfd", "none"])
