@@ -37,7 +37,7 @@ def lora_config(setup: ModelSetup, model: nn.Module) -> Any:
         config = setup.start.lora_config(setup.options)
         if setup.ranks.expert:
             _check_experts(config, setup.start.name)
-        return config
+        return _in_order(config)
     options, given = setup.options, setup.ranks
     experts = _experts_of(model)
     ranks: dict[str, int] = {}
@@ -74,6 +74,13 @@ def lora_config(setup: ModelSetup, model: nn.Module) -> Any:
     )
     if experts and given.expert:
         _check_experts(config, "lora", "; --expert-rank 0 leaves them out")
+    return _in_order(config)
+
+
+def _in_order(config: Any) -> Any:
+    """Sorts the names of a config's target modules. PEFT makes a set of them, which each process writes in another order."""
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)
     return config
 
 

@@ -19,6 +19,7 @@ from moe_fused.finetune.plan import plan_run
 from moe_fused.finetune.resolve import ResolvedRun, candidates, set_up
 from moe_fused.memory import Whole, Workload, predict, sizes_of
 
+from .conftest import DEVICE
 from .families import save_family
 from .finetuning import assert_error, chats, finetune, losses, nothing_loads, write_jsonl
 from .four_bit import BY_ID
@@ -130,7 +131,7 @@ def test_trains_shared_experts_and_dense_layers(name: str, dense: bool, tmp_path
 def test_stock_peft_reads_it_and_trains_the_same(name: str, tmp_path: Path) -> None:
     case = next(case for case in MODELS if case.id == name)
     run = resolved(case, attention_rank=2, expert_rank=2, quantization="none", shared_expert_rank=3, **ALL_LINEAR)
-    model = case.build()
+    model = case.build().to(DEVICE)
     model.set_experts_implementation("moe_fused")
     ours = get_peft_model(model, lora_config(run, model))
     torch.manual_seed(1)
@@ -139,7 +140,7 @@ def test_stock_peft_reads_it_and_trains_the_same(name: str, tmp_path: Path) -> N
             torch.nn.init.normal_(parameter, std=0.1)
     ours.save_pretrained(tmp_path)
     with disabled():
-        stock = PeftModel.from_pretrained(case.build(), tmp_path, is_trainable=True)
+        stock = PeftModel.from_pretrained(case.build().to(DEVICE), tmp_path, is_trainable=True)
     losses = []
     for each in (ours, stock):
         each.train()
