@@ -153,7 +153,9 @@ class Workload:
         masked: whether attention takes a mask of all pairs of tokens, which SDPA needs for packed documents.
         eager: whether attention makes a number for each pair of tokens and head, as Transformers' "eager" does. It takes a
             mask, too.
-        documents: whether attention takes the boundaries of documents instead of a mask, as flash attention does.
+        flash: whether attention is torch's flash attention over sequences of several lengths, which takes the boundaries of
+            documents, windows and sinks instead of a mask.
+        documents: whether the boundaries are those of documents, and not of whole sequences.
         fused_norms: whether norms keep their input in its dtype, and not in fp32.
         gpu: whether the memory that a GPU's libraries need is counted.
         graphs: whether the decoder's passes are CUDA graphs, which keep the memory that they need at their worst moment.
@@ -180,6 +182,7 @@ class Workload:
     checkpointing: bool = True
     masked: bool = False
     eager: bool = False
+    flash: bool = False
     documents: bool = False
     fused_norms: bool = True
     gpu: bool = True
@@ -536,11 +539,11 @@ def _adapted_beside_attention(sizes: Sizes, work: Workload) -> int:
 
 def _attention_made(sizes: Sizes, work: Workload) -> int:
     """Returns the size of the gradients of attention's output, queries (summed in fp32), keys and values."""
-    whole = work.masked or work.eager or work.documents  # gradients of keys and values first exist for each head
+    whole = work.masked or work.eager or work.flash  # gradients of keys and values first exist for each head
     keys = sizes.queries if whole else sizes.keys
     sums = work.tokens
-    if work.documents:  # each document is summed in blocks of its own
-        sums += FLASH_ROWS * work.tokens // DOCUMENT_TOKENS
+    if work.flash:  # each document is summed in blocks of its own
+        sums += FLASH_ROWS * (work.tokens // DOCUMENT_TOKENS if work.documents else work.batch)
     # Eager attention has gradients of the softmax in fp32, and of the scores before and after it.
     weights = sizes.heads * work.pairs * (4 + 2 * work.itemsize) if work.eager else 0
     return work.tokens * (2 * sizes.queries + 2 * keys) * work.itemsize + 4 * sums * sizes.queries + weights

@@ -18,6 +18,7 @@ from typing import Any
 import peft  # noqa: F401  # first: `moe_fused.enable` waits for this import, with modules that the next imports are parts of
 import torch
 from torch import nn
+from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moe_fused.checkpoints.adapters.by_expert import by_expert_refusal
@@ -28,6 +29,8 @@ from moe_fused.memory import Whole, is_named
 from .attention import APART, layer_types
 from .precheck import INTERLEAVED
 
+# The name under which Transformers knows ``_probe``.
+_PROBE = "moe_fused_probe"
 # The implementations of attention that keep rows apart by a mask. Others are given the boundaries of the rows.
 _MASKED = frozenset({"eager", "sdpa", "flex_attention"})
 # The functions of Transformers that make masks for the types of layers in ``APART``.
@@ -53,7 +56,35 @@ def why_rows_mix(model: Any) -> str | None:
 
 
 class _Reached(Exception):
-    """Ends a forward pass when it reaches the first layer."""
+    """Ends a forward pass when it reaches the first layer, or its attention."""
+
+
+def boundaries_arrive(model: Any) -> bool:
+    """Whether a model hands the boundaries of documents, which TRL gives it, over to the functions of its attention.
+
+    Args:
+        model: The model on the meta device.
+    """
+    text = model.config.get_text_config()
+    before = text._attn_implementation
+    AttentionInterface.register(_PROBE, _probe)
+    tokens = torch.zeros((1, 2), dtype=torch.long, device="meta")
+    boundaries = torch.zeros(2, dtype=torch.int32, device="meta")
+    try:
+        text._attn_implementation = _PROBE
+        model(input_ids=tokens, position_ids=tokens, cu_seq_lens_q=boundaries, use_cache=False)
+    except _Reached as reached:
+        return bool(reached.args[0])
+    except (RuntimeError, TypeError, ValueError):  # the model reads values of a meta tensor, or takes no boundaries
+        return False
+    finally:
+        text._attn_implementation = before
+    return False
+
+
+def _probe(*_: Any, cu_seq_lens_q: Any = None, **__: Any) -> Any:
+    """An implementation of attention that ends the pass and tells whether it got boundaries."""
+    raise _Reached(cu_seq_lens_q is not None)
 
 
 def _masks_by_position(model: Any) -> bool:

@@ -1,10 +1,17 @@
 """Computes causal attention over sequences that TRL has packed, with torch's kernels and without a mask.
 
 Transformers' ``"sdpa"`` checks on the GPU whether a batch needs a mask, and waits for the answer. For documents side by
-side it makes a mask of all pairs of tokens. Neither is needed here. Padding comes after the tokens, so a causal pass
-never attends to it. TRL gives the boundaries of documents (``cu_seq_lens_q``), and torch's flash attention over
-sequences of several lengths takes such boundaries. If torch does not have that attention, a mask is made from the
-boundaries.
+side, and for layers with a sliding window, it makes a mask of all pairs of tokens. Neither is needed here. Padding comes
+after the tokens, so a causal pass never attends to it. TRL gives the boundaries of documents (``cu_seq_lens_q``). Torch's
+flash attention over sequences of several lengths takes such boundaries and windows. If torch does not have that attention,
+a mask is made from the boundaries.
+
+Models with attention sinks, such as gpt-oss, have no SDPA in Transformers. Their eager attention makes numbers for each
+pair of tokens and head. A sink is a logit of each head that takes part in the softmax and has no value. With the
+log-sum-exp L of a query's scores and the sink s, attention with the sink is attention without it, times σ(L - s), and its
+log-sum-exp is log(exp(L) + exp(s)). Flash attention's backward computes the probabilities again, from the log-sum-exp, and
+reads the output. Given those with the sink, it returns the gradients with the sink. So torch's kernels compute all of it
+(``_FlashWithSinks``).
 """
 
 from __future__ import annotations
@@ -25,6 +32,10 @@ _MOST_FEATURES = 256
 # Transformers' names for the types of layers in which masks keep documents apart: attention over all earlier tokens or
 # over the last of them, and layers that see one token at a time.
 APART = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention", "mlp", "moe"})
+# The types of layers whose attention this module computes.
+_SERVED = frozenset({"full_attention", "sliding_attention"})
+# The name that Transformers' attention layers give to their sinks.
+_SINKS = "sinks"
 
 
 def chosen(attn: str, config: Any) -> str:
@@ -57,39 +68,72 @@ def _flash() -> tuple[Callable[..., Any], bool] | None:
     if not {"scale", "window_size"} <= known.keys():  # torch 2.10
         return None
     grouped = {"enable_gqa": True} if "enable_gqa" in known else {}
-    return functools.partial(function, window_size=(-1, 0), **grouped), bool(grouped)
+    return functools.partial(function, **grouped), bool(grouped)
 
 
-def serves(attn: str, config: Any, device: torch.device, dtype: torch.dtype, *, packed: bool) -> bool:
-    """Whether the attention of this module computes the same as ``attn`` in a model of this config, and is better.
+def has_sinks(model: nn.Module) -> bool:
+    """Whether attention layers of a model have sinks."""
+    return any(name.rpartition(".")[2] == _SINKS for name, _ in model.named_parameters())
+
+
+def has_windows(config: Any) -> bool:
+    """Whether layers of a model attend to the last tokens alone."""
+    text = config.get_text_config()
+    if types := getattr(text, "layer_types", None):
+        return "sliding_attention" in types
+    return bool(getattr(text, "sliding_window", None))
+
+
+def serves(attn: str, model: Any, device: torch.device, dtype: torch.dtype, *, packed: bool) -> bool:
+    """Whether the attention of this module computes the same as ``attn`` in a model, and is better.
 
     Args:
         attn: Transformers' name for an implementation of attention, or "auto".
-        config: The model's config.
+        model: The causal language model, on any device, meta included.
         device: The device of the run.
         dtype: The data type of the computation.
         packed: Whether documents lie side by side. Only flash attention is better than a mask for these.
     """
-    text = config.get_text_config()
-    everything = layer_types(config) == {"full_attention"}
-    if (
-        chosen(attn, config) != "sdpa"
-        or device.type != "cuda"
-        or not everything
-        or getattr(text, "sliding_window", None)
-    ):
+    config, sinks = model.config, has_sinks(model)
+    # Layers hand over windows and sinks wherever Transformers' own flash attention needs them.
+    hands_over = getattr(model, "_supports_flash_attn", False)
+    known = chosen(attn, config) == "sdpa" or (attn == "auto" and sinks)
+    if not known or device.type != "cuda" or not layer_types(config) <= _SERVED:
         return False
-    return not packed or (_flash() is not None and dtype.itemsize == 2 and _flash_takes(text))
+    if not takes_flash(model, packed=packed):
+        return True
+    if (sinks or has_windows(config)) and not hands_over:
+        return False
+    return (
+        dtype.itemsize == 2 and _flash_takes(config.get_text_config()) and (_sinks_run() if sinks else bool(_flash()))
+    )
+
+
+def takes_flash(model: Any, *, packed: bool) -> bool:
+    """Whether a model needs flash attention over sequences of several lengths, and not just causal attention."""
+    return packed or has_sinks(model) or has_windows(model.config)
+
+
+@functools.cache
+def _sinks_run() -> bool:
+    """Whether torch has the operators of flash attention that sinks need, with the arguments that they need."""
+    names = ("_flash_attention_forward", "_flash_attention_backward")
+    schemas = [str(getattr(torch.ops.aten, name).default._schema) for name in names if hasattr(torch.ops.aten, name)]
+    return len(schemas) == 2 and all("window_size_left" in schema for schema in schemas)
 
 
 def _flash_takes(text: Any) -> bool:
     """Whether flash attention supports heads of the model's size."""
     features = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    if (values := getattr(text, "v_head_dim", None)) is not None:  # multi-head latent attention
-        features = text.qk_nope_head_dim + text.qk_rope_head_dim
-        if features != values:
-            return False
-    return bool(features <= _MOST_FEATURES and features % 8 == 0)
+    if (latent := getattr(text, "qk_nope_head_dim", None)) is not None:  # multi-head latent attention
+        features = latent + text.qk_rope_head_dim
+    values = getattr(text, "v_head_dim", None) or features
+    return _fits(features, values)
+
+
+def _fits(features: int, values: int) -> bool:
+    """Whether flash attention takes queries and keys of so many features. Values are filled up to the same number."""
+    return values <= features <= _MOST_FEATURES and features % 8 == 0
 
 
 def use(model: Any) -> None:
@@ -108,6 +152,8 @@ def attention(
     scaling: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Computes causal attention, with Transformers' interface for implementations of attention.
@@ -115,34 +161,143 @@ def attention(
     Args:
         module: The attention layer.
         query: (B, heads, T, D).
-        key, value: (B, groups, T, D).
+        key, value: (B, groups, T, D) and (B, groups, T, V).
         attention_mask: A mask, which is ignored.
         dropout: The dropout probability.
         scaling: The factor of the scores.
         cu_seq_lens_q: (N + 1,) int32, where the documents of a batch of one begin and end. Documents may have no
             tokens. None if each sequence is one document.
         max_length_q: The number of tokens of the longest document, or more.
+        sliding_window: The number of tokens that a token attends to, itself included. None for all before it.
+        s_aux: (heads,) the sinks of the heads, logits that take part in the softmax. None for no sinks.
 
     Returns:
-        The output, (B, T, heads, D), and None for the attention weights.
+        The output, (B, T, heads, V), and None for the attention weights.
     """
-    if cu_seq_lens_q is None:
+    batch, tokens = query.shape[0], query.shape[2]
+    window = None if sliding_window is None or sliding_window >= tokens else sliding_window
+    if cu_seq_lens_q is None and window is None and s_aux is None:
         return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, **kwargs)
-    flash, tokens = _flash(), query.shape[2]
-    fits = query.device.type == "cuda" and query.itemsize == 2 and query.shape[-1] == value.shape[-1]
-    if flash is None or not fits or dropout:
-        mask = documents_mask(cu_seq_lens_q, tokens)
-        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
-    run, is_grouped = flash
-    if not is_grouped:
+    flash = _flash() if s_aux is None else None
+    runs = flash is not None or (s_aux is not None and _sinks_run())
+    features, values = query.shape[-1], value.shape[-1]
+    fits = query.device.type == "cuda" and query.itemsize == 2 and _fits(features, values)
+    if not runs or not fits or dropout:
+        mask = causal_mask(cu_seq_lens_q, tokens, window, query.device)
+        if s_aux is None:
+            return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
+        return attention_with_sinks(query, key, value, s_aux, mask, scaling, dropout), None
+    if cu_seq_lens_q is None:
+        boundaries = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device)
+        length = tokens
+    else:
+        boundaries, length = cu_seq_lens_q, tokens if max_length_q is None else max_length_q
+    if flash is not None and not flash[1]:  # needs keys and values for each head
         key, value = (repeat_kv(tensor, query.shape[1] // tensor.shape[1]) for tensor in (key, value))
-    length = tokens if max_length_q is None else max_length_q
-    rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return run(*rows, cu_seq_lens_q, cu_seq_lens_q, length, length, scale=scaling)[None], None
+    if values < features:  # multi-head latent attention
+        value = nn.functional.pad(value, (0, features - values))
+    rows = tuple(tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+    if flash is not None:
+        last = -1 if window is None else window - 1
+        out = flash[0](*rows, boundaries, boundaries, length, length, scale=scaling, window_size=(last, 0))
+    else:
+        out = _FlashWithSinks.apply(*rows, s_aux, boundaries, length, scaling, window)
+    return out.unflatten(0, (batch, tokens))[..., :values], None
 
 
-def documents_mask(boundaries: Tensor, tokens: int) -> Tensor:
-    """Makes the mask of documents, (1, 1, T, T). A token attends to itself and to earlier tokens of its document."""
-    place = torch.arange(tokens, device=boundaries.device)
-    document = torch.searchsorted(boundaries[1:].contiguous(), place, right=True)
-    return ((document[:, None] == document) & (place[:, None] >= place))[None, None]
+class _FlashWithSinks(torch.autograd.Function):
+    """Computes flash attention over documents whose heads have sinks, with gradients also for the sinks.
+
+    The arguments are query (S, heads, D), key and value (S, groups, D), the sinks (heads,), boundaries (N + 1,), the largest
+    number of tokens of a document, the factor of the scores, and the window or None.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor,
+        boundaries: Tensor,
+        length: int,
+        scale: float | None,
+        window: int | None,
+    ) -> Tensor:
+        ctx.options = {"scale": scale}
+        if window is not None:
+            ctx.options |= {"window_size_left": window - 1, "window_size_right": 0}
+        ctx.length = length
+        out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
+            query, key, value, boundaries, boundaries, length, length, 0.0, True, False, **ctx.options
+        )
+        # (heads, S) in fp32, like the log-sum-exp that flash attention returns.
+        with_sinks = torch.logaddexp(lse, sinks.float()[:, None])
+        out.mul_((lse - with_sinks).exp_().T[..., None])
+        ctx.save_for_backward(query, key, value, sinks, boundaries, out, with_sinks, state, unused)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sinks, boundaries, out, lse, state, unused = ctx.saved_tensors
+        grads = torch.ops.aten._flash_attention_backward(
+            grad.contiguous(), query, key, value, out, lse, boundaries, boundaries, ctx.length, ctx.length, 0.0, True,
+            state, unused, **ctx.options,
+        )  # fmt: skip
+        of_sinks = None
+        if ctx.needs_input_grad[3]:
+            # The gradient of a score is its probability times (gradient of the probability - mean of these gradients). The
+            # probability of a sink has no gradient, because a sink has no value.
+            means = (grad.float() * out.float()).sum(-1).T
+            of_sinks = -((sinks.float()[:, None] - lse).exp() * means).sum(1).to(sinks.dtype)
+        return *grads, of_sinks, None, None, None, None
+
+
+def attention_with_sinks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor,
+    mask: Tensor,
+    scaling: float | None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Computes attention whose heads have sinks, in plain torch, as the reference and where flash attention cannot run.
+
+    Args:
+        query: (B, heads, T, D).
+        key, value: (B, groups, T, D).
+        sinks: (heads,).
+        mask: Booleans, (1, 1, T, T).
+        scaling: The factor of the scores; None for 1 / √D.
+        dropout: The dropout probability.
+
+    Returns:
+        (B, T, heads, D).
+    """
+    key, value = (repeat_kv(tensor, query.shape[1] // tensor.shape[1]) for tensor in (key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (query @ key.transpose(2, 3) * scale).masked_fill(~mask, float("-inf"))
+    of_sinks = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
+    weights = torch.cat((scores, of_sinks), dim=-1).softmax(dim=-1)[..., :-1]
+    weights = nn.functional.dropout(weights, dropout)
+    return (weights @ value).transpose(1, 2).contiguous()
+
+
+def causal_mask(boundaries: Tensor | None, tokens: int, window: int | None, device: torch.device) -> Tensor:
+    """Makes the mask of documents, (1, 1, T, T). A token attends to itself and to earlier tokens of its document.
+
+    Args:
+        boundaries: (N + 1,) where documents begin and end. None for one document.
+        tokens: The number of tokens.
+        window: The number of tokens that a token attends to, itself included. None for all.
+        device: The device of the mask.
+    """
+    place = torch.arange(tokens, device=device)
+    mask = place[:, None] >= place
+    if window is not None:
+        mask &= place[:, None] < place + window
+    if boundaries is not None:
+        document = torch.searchsorted(boundaries[1:].contiguous(), place, right=True)
+        mask &= document[:, None] == document
+    return mask[None, None]

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from moe_fused.memory import CONTEXT, GIB, MIB, Prediction, Sizes, Workload, predict, sizes_of
 
+from . import attention
 from .options import flag
 from .resolve import LENGTHS, ModelSetup, ResolvedRun, candidates, with_options
 
@@ -121,8 +122,9 @@ def _plan(run: ResolvedRun, sizes: Sizes, limit: int | None) -> MemoryPlan:
         optimizer=run.optimizer,
         checkpointing=options.gradient_checkpointing,
         masked=batching.has_documents and run.attention == "sdpa" and not run.maskless,
-        eager=run.attention == "eager",
-        documents=batching.has_documents and run.maskless,
+        eager=run.attention == "eager" and not run.maskless,
+        flash=run.maskless and attention.takes_flash(run.skeleton, packed=batching.has_documents),
+        documents=batching.has_documents,
         fused_norms=run.liger,
         gpu=run.device.type != "cpu",
         graphs=run.graphs,

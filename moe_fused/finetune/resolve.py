@@ -35,6 +35,7 @@ from .architecture import (
     all_linear_modules,
     apart_refusal,
     attention_modules,
+    boundaries_arrive,
     has_random_layers,
     shared_expert_modules,
     waits_for_lengths,
@@ -351,7 +352,7 @@ def _resolved(setup: ModelSetup, packing: str, length: int) -> ResolvedRun:
     size, answers = options.batch_size, 2 if options.method in ("dpo", "ipo") else 1
     accumulation = options.gradient_accumulation or max(1, STEP_TOKENS // (size * answers * length))
     batching = Batching(packing, length, size, accumulation, answers)
-    maskless = attention.serves(setup.attention, setup.config, setup.device, setup.dtype, packed=batching.has_documents)
+    maskless = _is_maskless(setup, packed=batching.has_documents)
     return ResolvedRun(
         **{field.name: getattr(setup, field.name) for field in dataclasses.fields(ModelSetup)},
         batching=batching,
@@ -476,12 +477,20 @@ def _liger(options: Options, config: Any, device: torch.device) -> bool:
     return known
 
 
+def _is_maskless(setup: ModelSetup, *, packed: bool) -> bool:
+    """Whether the attention of this package takes the place of the model's."""
+    model = setup.skeleton
+    if not attention.serves(setup.options.attn, model, setup.device, setup.dtype, packed=packed):
+        return False
+    return not packed or boundaries_arrive(model)
+
+
 def _packing(setup: ModelSetup, *, plain_text: bool, rows: int) -> str:
     """How rows fill sequences. A single text may go on from sequence to sequence, whatever the model is."""
     asked, model = setup.options.packing, setup.skeleton
     if setup.options.has_preferences:
         return "none"
-    reason = why_rows_mix(model)
+    reason = None if _is_maskless(setup, packed=True) else why_rows_mix(model)
     if asked == "auto":
         if reason is None:
             return "bfd_split" if plain_text else "bfd"

@@ -261,7 +261,7 @@ def test_rows_side_by_side_are_apart_wherever_they_are_packed(case: ModelCase) -
     batch = side_by_side(sequences)
     assert mix(model, batch, apart) == (packing == "none")
     cuda = torch.device("cuda", 0)
-    if packing == "bfd" and attention.serves("auto", model.config, cuda, torch.float16, packed=False):
+    if packing == "bfd" and attention.serves("auto", model, cuda, torch.float16, packed=False):
         # On a GPU, this attention takes the place of SDPA. It reads the boundaries alone.
         attention.use(model)
         assert not mix(model, {name: batch[name] for name in batch if name != "seq_idx"}, apart)
@@ -556,6 +556,6 @@ def test_nemotron_without_attention_adapts_experts_alone() -> None:
     model = NEMOTRON_H.build(layers_block_type=["moe", "moe"])
     config = lora_of(Options(), model)
     assert (config.target_modules, config.target_parameters) == (
-        set(),
+        [],
         ["mixer.experts.up_proj", "mixer.experts.down_proj"],
     )

@@ -204,27 +204,6 @@ def test_padding_behind_the_tokens_changes_nothing(model: Any) -> None:
     torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("attn", "sizes", "device", "whole", "packed"),
-    [
-        ("sdpa", {}, CUDA, True, True),
-        ("sdpa", {}, CPU, False, False),
-        ("flash_attention_2", {}, CUDA, False, False),
-        ("sdpa", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, CUDA, False, False),
-        ("sdpa", {"head_dim": 512}, CUDA, True, False),
-        ("sdpa", {"head_dim": 20}, CUDA, True, False),
-        ("sdpa", {"v_head_dim": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8}, CUDA, True, False),
-    ],
-)
-def test_serves_what_it_computes(
-    attn: str, sizes: dict[str, Any], device: torch.device, whole: bool, packed: bool
-) -> None:
-    config = Qwen3MoeConfig(**{**SIZES, **sizes})
-    assert attention.serves(attn, config, device, torch.bfloat16, packed=False) == whole
-    assert attention.serves(attn, config, device, torch.bfloat16, packed=True) == packed
-    assert not attention.serves(attn, config, device, torch.float32, packed=True)
-
-
 def test_flash_attention_of_torch_without_a_scale_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch 2.10's ``varlen_attn``, which takes no scale, is not used."""
     from torch.nn.attention import varlen

@@ -295,7 +295,7 @@ def test_as_measured_with_graphs(qwen3_30b: Sizes) -> None:
     rows = read_rows(ROOT / "benchmarks/results/finetune-30b_h200.json")
     measured = {row.tokens: row.details["reserved_mib"] for row in rows if row.implementation == OURS}
     assert set(measured) == {1024, 2048, 4096, 8192, 16384}
-    work = Workload(optimizer="adamw_8bit", documents=True, graphs=True)
+    work = Workload(optimizer="adamw_8bit", flash=True, documents=True, graphs=True)
     predicted = {tokens: predict(qwen3_30b, replace(work, length=tokens)).allocated / memory.MIB for tokens in measured}
     assert predicted == pytest.approx(measured, rel=0.005)
 
@@ -336,7 +336,8 @@ def test_documents_take_attention_more(qwen3_30b: Sizes) -> None:
     """
     work = Workload(length=4096)
     whole, packed = (
-        memory._attention_made(qwen3_30b, replace(work, documents=documents)) for documents in (False, True)
+        memory._attention_made(qwen3_30b, replace(work, flash=documents, documents=documents))
+        for documents in (False, True)
     )
     blocks = 4096 // 32 * 128 * 4 * qwen3_30b.queries
     assert packed - whole == blocks + 4096 * 2 * (qwen3_30b.queries - qwen3_30b.keys) * work.itemsize
