@@ -38,6 +38,7 @@ BASELINES: dict[str, tuple[str, ...]] = {
     "experts": ("grouped_mm",),
     "experts_4bit": ("composed", "dequantize_first", "moe_fused_bf16"),
     "finetune_30b": ("composed",),
+    "finetune_methods": ("sft", "dpo"),
     "experts_lora": ("composed", "peft", "attention_only", "moe_fused_bf16"),
 }
 

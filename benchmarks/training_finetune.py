@@ -56,7 +56,7 @@ class Finetune:
             self.predicted = plan.prediction.allocated
             rows = Dataset.from_dict({"input_ids": tokens.tolist(), "labels": tokens.tolist()})
             dataset = fit(rows, plan.run.batching)
-            trainer = make_trainer(self._adapted, _tokenizer(), dataset, plan.run)
+            trainer = make_trainer(self._adapted, tokenizer(), dataset, plan.run)
             trainer.args.save_strategy = SaveStrategy.NO
             trainer.add_callback(_Steps(trainer, self.model, meter))
             try:
@@ -105,7 +105,7 @@ def graphs_refusal(config: Any, recipe: Recipe, device: torch.device) -> str | N
     return None
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> PreTrainedTokenizerFast:
     """The trainer wants one, though all is tokens already."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({END: 0}, unk_token=END)), eos_token=END, pad_token=END

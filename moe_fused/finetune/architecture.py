@@ -7,6 +7,7 @@ They are read from the config and from the model on the meta device.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import sys
@@ -17,8 +18,7 @@ from typing import Any
 
 import peft  # noqa: F401  # first: `moe_fused.enable` waits for this import, with modules that the next imports are parts of
 import torch
-from torch import nn
-from transformers import AttentionInterface
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moe_fused.checkpoints.adapters.by_expert import by_expert_refusal
@@ -29,8 +29,8 @@ from moe_fused.memory import Whole, is_named
 from .attention import APART, layer_types
 from .precheck import INTERLEAVED
 
-# The name under which Transformers knows ``_probe``.
-_PROBE = "moe_fused_probe"
+# Any name that Transformers makes no masks for.
+_WITHOUT_MASKS = "moe_fused_without_masks"
 # The implementations of attention that keep rows apart by a mask. Others are given the boundaries of the rows.
 _MASKED = frozenset({"eager", "sdpa", "flex_attention"})
 # The functions of Transformers that make masks for the types of layers in ``APART``.
@@ -60,31 +60,42 @@ class _Reached(Exception):
 
 
 def boundaries_arrive(model: Any) -> bool:
-    """Whether a model hands the boundaries of documents, which TRL gives it, over to the functions of its attention.
+    """Whether a model hands the boundaries of documents, which TRL gives it, over to its attention.
+
+    A forward pass up to the attention of the first layer shows it. No norm runs, because Liger may have replaced it by a
+    kernel, which would read the memory that a tensor on meta does not have.
 
     Args:
         model: The model on the meta device.
     """
-    text = model.config.get_text_config()
-    before = text._attn_implementation
-    AttentionInterface.register(_PROBE, _probe)
+
+    def reach(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(kwargs.get("cu_seq_lens_q") is not None)
+
     tokens = torch.zeros((1, 2), dtype=torch.long, device="meta")
     boundaries = torch.zeros(2, dtype=torch.int32, device="meta")
-    try:
-        text._attn_implementation = _PROBE
-        model(input_ids=tokens, position_ids=tokens, cu_seq_lens_q=boundaries, use_cache=False)
-    except _Reached as reached:
-        return bool(reached.args[0])
-    except (RuntimeError, TypeError, ValueError):  # the model reads values of a meta tensor, or takes no boundaries
-        return False
-    finally:
-        text._attn_implementation = before
+    text = model.config.get_text_config()
+    with contextlib.ExitStack() as stack:
+        stack.callback(setattr, text, "_attn_implementation", text._attn_implementation)
+        text._attn_implementation = _WITHOUT_MASKS
+        for layer in (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)):
+            for child in layer.children():
+                if any(isinstance(module, nn.Linear) for module in child.modules()):
+                    stack.callback(child.register_forward_pre_hook(reach, with_kwargs=True).remove)
+                else:
+                    child.forward = _first_argument
+                    stack.callback(vars(child).pop, "forward")
+        try:
+            model(input_ids=tokens, position_ids=tokens, cu_seq_lens_q=boundaries, use_cache=False)
+        except _Reached as reached:
+            return bool(reached.args[0])
+        except (RuntimeError, TypeError, ValueError):  # the model reads values of a meta tensor, or takes no boundaries
+            return False
     return False
 
 
-def _probe(*_: Any, cu_seq_lens_q: Any = None, **__: Any) -> Any:
-    """An implementation of attention that ends the pass and tells whether it got boundaries."""
-    raise _Reached(cu_seq_lens_q is not None)
+def _first_argument(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden
 
 
 def _masks_by_position(model: Any) -> bool:

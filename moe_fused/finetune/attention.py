@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-NAME = "sdpa_packed"
+NAME = "packed_causal"
 # The largest number of features of a head that flash attention supports.
 _MOST_FEATURES = 256
 # Transformers' names for the types of layers in which masks keep documents apart: attention over all earlier tokens or
@@ -202,7 +202,9 @@ def attention(
         out = flash[0](*rows, boundaries, boundaries, length, length, scale=scaling, window_size=(last, 0))
     else:
         out = _FlashWithSinks.apply(*rows, s_aux, boundaries, length, scaling, window)
-    return out.unflatten(0, (batch, tokens))[..., :values], None
+    if values < features:
+        out = out[..., :values]
+    return out.unflatten(0, (batch, tokens)), None
 
 
 class _FlashWithSinks(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -108,9 +109,8 @@ def test_windows_and_sinks_are_met() -> None:
 
 def test_a_model_that_keeps_boundaries_to_itself_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     model = skeleton(Qwen3MoeConfig(**SIZES))
-    before = model.config._attn_implementation
     assert boundaries_arrive(model)
-    layer = type(model.model.layers[0].self_attn)
+    layer = type(model.model.layers[0])
     original = layer.forward
 
     def forward(self: Any, *args: Any, cu_seq_lens_q: Tensor | None = None, **kwargs: Any) -> Any:
@@ -118,7 +118,25 @@ def test_a_model_that_keeps_boundaries_to_itself_is_found(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(layer, "forward", forward)
     assert not boundaries_arrive(model)
-    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("case", MODELS, ids=lambda case: case.id)
+def test_looking_for_boundaries_runs_no_kernel(case: ModelCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liger's norms and rotary embeddings are kernels, which would read memory that tensors on meta do not have."""
+    model = skeleton(case.build().config)
+    before = boundaries_arrive(model)
+
+    def kernel(*_: Any, **__: Any) -> None:
+        raise AssertionError("a kernel ran on meta")
+
+    for kind in {type(module) for module in model.modules()}:
+        if "Norm" in kind.__name__:
+            monkeypatch.setattr(kind, "forward", kernel)
+    code = sys.modules[type(model).__module__]
+    if hasattr(code, "apply_rotary_pos_emb"):
+        monkeypatch.setattr(code, "apply_rotary_pos_emb", kernel)
+    assert boundaries_arrive(model) == before
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 # Sinks, by flash attention's operators.
