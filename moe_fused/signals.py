@@ -85,6 +85,20 @@ def workers_forked() -> Iterator[None]:
         _pools.pop()
 
 
+def end_with_input() -> None:
+    """Makes this process end at once when the pipe that is its standard input is closed.
+
+    A parent that holds the other end, and never writes to it, takes this process along however it ends itself.
+    """
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 @contextlib.contextmanager
 def interrupted_afterwards() -> Iterator[None]:
     """Lets the first signal raise Interrupted only at the end of the block.

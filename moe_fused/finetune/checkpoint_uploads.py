@@ -20,13 +20,24 @@ from .checkpoints import CHECKPOINTS, checkpoints_of
 from .next_commands import push_command
 from .output import CONFIG, LOG
 
+# What the process of an upload runs, with the arguments of ``moe-fused`` behind it.
+_PROGRAM = """
+from moe_fused.signals import end_with_input
+end_with_input()
+from moe_fused.__main__ import main
+raise SystemExit(main())
+"""
+
 
 class CheckpointUploads(TrainerCallback):
-    """Uploads the checkpoints after each one that is saved. It is entered around the training, and waits at its end.
+    """Uploads the checkpoints after each one that is saved, and those that a resumed run begins with.
+
+    It is entered around the training, and waits at its end.
 
     The process runs ``moe-fused push --checkpoints`` on links to the files, because the run may remove a checkpoint
-    meanwhile. While an upload lasts, no other begins: the next one takes what is there then. An upload that fails is a
-    warning, and the next one makes up for it.
+    meanwhile. It ends with the run, even if the run is killed, and the run removes the links when it goes on. While an
+    upload lasts, no other begins: the next one takes what is there then. An upload that fails is a warning, and the next
+    one makes up for it.
 
     Args:
         output: The directory of the run.
@@ -43,7 +54,8 @@ class CheckpointUploads(TrainerCallback):
         self._waits = self._failed = False
 
     def __enter__(self) -> None:
-        pass
+        # A run that was killed may have left checkpoints that are not on the Hub.
+        self._waits = bool(checkpoints_of(self._output))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -66,7 +78,7 @@ class CheckpointUploads(TrainerCallback):
         if self._process is not None:
             if self._process.poll() is None:
                 return
-            self._report(self._process.returncode)
+            self._report(self._ended(self._process))
         if self._waits:
             self._begin()
 
@@ -80,19 +92,26 @@ class CheckpointUploads(TrainerCallback):
             for name in (CONFIG, LOG):
                 shutil.copy(self._output / name, run / name)
             shutil.copytree(self._output / CHECKPOINTS, run / CHECKPOINTS, copy_function=_link, ignore=_hidden)
-            command = [sys.executable, "-m", "moe_fused", "push", str(run), self._repository, "--checkpoints"]
+            command = [sys.executable, "-c", _PROGRAM, "push", str(run), self._repository, "--checkpoints"]
             command += ["--private"] * self._private
             with (self._links / "stderr").open("wb") as errors:
                 # In a session of its own: Ctrl-C saves a checkpoint and must not end the upload of one.
                 self._process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
+                    command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
                 )
         except OSError as error:  # as on a full disk
             self._remove_links()
             self._warn(f"{error.strerror or error}")
 
-    def _report(self, status: int) -> None:
+    def _ended(self, process: subprocess.Popen[bytes]) -> int:
+        """Waits until the process of an upload has ended, and returns its status."""
+        status = process.wait()
+        assert process.stdin is not None
+        process.stdin.close()
         self._process = None
+        return status
+
+    def _report(self, status: int) -> None:
         lines = (self._links / "stderr").read_text(encoding="utf-8", errors="replace").splitlines()
         self._remove_links()
         if status:
@@ -126,8 +145,7 @@ class CheckpointUploads(TrainerCallback):
             return
         with signals_ignored():
             self._process.kill()
-            self._process.wait()
-            self._process = None
+            self._ended(self._process)
             self._remove_links()
         self._print(f"warning: {self._newest} was not uploaded")
         self._advise()

@@ -215,17 +215,19 @@ def _commit(
 ) -> None:
     """Makes one commit that adds ``files`` and deletes the other files for which ``is_ours`` is true.
 
+    The Hub refuses it if the branch gets another commit meanwhile, so two uploads do not become a mixture of both.
     ``HfApi.upload_folder`` may make several commits of a large folder.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     with _answers(f"upload to {repository}"):
-        old = set(api.list_repo_files(repository, revision=branch)) - files.keys() - {".gitattributes"}
+        found = api.model_info(repository, revision=branch)
+        old = {file.rfilename for file in found.siblings or []} - files.keys() - {".gitattributes"}
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(name, str(path)) for name, path in files.items()),
             *(CommitOperationDelete(name) for name in sorted(old) if is_ours(name)),
         ]
-        api.create_commit(repository, operations, commit_message=message, revision=branch)
+        api.create_commit(repository, operations, commit_message=message, revision=branch, parent_commit=found.sha)
 
 
 def _line(error: Exception) -> str:

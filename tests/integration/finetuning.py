@@ -8,10 +8,14 @@ command is a process from scratch: importing bitsandbytes initializes CUDA, whic
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import importlib
+import itertools
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -172,7 +176,7 @@ def finetune_signalled(
 ) -> Ended:
     """Runs ``finetune``, which receives ``signum`` in training step ``step`` however fast the machine is."""
     ours, theirs = multiprocessing.Pipe()
-    command = Command("finetune", *arguments, cwd=cwd, before=partial(_pause_in_step, step, theirs, before))
+    command = Command("finetune", *arguments, cwd=cwd, before=partial(pause_in_step, step, theirs, before))
     while not ours.poll(0.1):
         assert command.process.exitcode is None, command.end()
     ours.recv()
@@ -181,7 +185,7 @@ def finetune_signalled(
     return command.end()
 
 
-def _pause_in_step(step: int, connection: Connection, before: Callable[[], object] | None) -> None:
+def pause_in_step(step: int, connection: Connection, before: Callable[[], object] | None) -> None:
     """Training waits for the test at the beginning of ``step``. This runs in the process of the command."""
     if before is not None:
         before()
@@ -194,6 +198,60 @@ def _pause_in_step(step: int, connection: Connection, before: Callable[[], objec
         return super(Finetuning, self).training_step(*args, **kwargs)
 
     Finetuning.training_step = training_step  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class Death:
+    """A moment at which a process ends as by ``kill -9``, however fast the machine is.
+
+    Attributes:
+        place: A module and a function in it, as ``module:function`` or ``module:Class.function``.
+        call: The number of the call of that function, counted from 1.
+        done: Whether the process ends after the call instead of before it.
+    """
+
+    place: str
+    call: int = 1
+    done: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.place.partition(':')[2]}-{self.call}{'-done' * self.done}"
+
+    def await_(self) -> None:
+        """Lets this process, that of a command, end at the moment."""
+        module, _, names = self.place.partition(":")
+        owner: Any = importlib.import_module(module)
+        *classes, name = names.split(".")
+        for each in classes:
+            owner = getattr(owner, each)
+        function, numbers = getattr(owner, name), itertools.count(1)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            ends = next(numbers) == self.call
+            if ends and not self.done:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*args, **kwargs)
+            if ends:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(owner, name, call)
+
+
+def finetune_killed(
+    death: Death, *arguments: str | Path, cwd: Path, before: Callable[[], object] | None = None
+) -> Ended:
+    """Runs ``finetune``, which is killed at the moment ``death``."""
+    ended = finetune(*arguments, cwd=cwd, before=partial(_both, death, before))
+    assert ended.status == -signal.SIGKILL, (death, ended)
+    return ended
+
+
+def _both(death: Death, before: Callable[[], object] | None) -> None:
+    if before is not None:
+        before()
+    death.await_()
 
 
 def nothing_loads() -> None:

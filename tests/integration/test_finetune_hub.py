@@ -64,6 +64,7 @@ def use(variables: dict[str, str], *others: Callable[[], object]) -> None:
     os.environ |= variables
     constants.ENDPOINT = variables["HF_ENDPOINT"]
     constants.HF_HUB_OFFLINE = variables["HF_HUB_OFFLINE"] == "1"
+    constants.HF_HUB_DISABLE_XET = variables["HF_HUB_DISABLE_XET"] == "1"
     constants.HF_TOKEN_PATH = str(Path(variables["HF_HOME"]) / "token")
     for other in others:
         other()

@@ -2,7 +2,8 @@
 and models.
 
 It keeps repositories in memory, as commits of files on branches. A test gives it accounts, and hooks that answer a request
-before the server does, which is how a test refuses, drops or holds one.
+before the server does, which is how a test refuses, drops or holds one. Other hooks are called when a request has been
+carried out and is not answered yet.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ class Hub:
         self.trusted: set[str] = set()
         self.requests: list[str] = []
         self.hooks: list[Callable[[str], None]] = []
+        self.done_hooks: list[Callable[[str], None]] = []
         self.lfs: dict[str, bytes] = {}
         # Paths whose files the Hub wants in its large file storage.
         self.large = re.compile(r"\.bin$")
@@ -156,10 +158,13 @@ class _Handler(BaseHTTPRequestHandler):
             for hook in list(self.hub.hooks):
                 hook(request)
             # Matched before it is unquoted: a revision may have a slash, which is quoted.
-            self._answer(200, self._route(f"{self.command} {url.path}", parse_qs(url.query), body), {})
-        except Answer as answer:
-            self._answer(answer.status, answer.content, answer.headers)
-        except Drop:
+            answer = self._route(f"{self.command} {url.path}", parse_qs(url.query), body)
+            for hook in list(self.hub.done_hooks):
+                hook(request)
+            self._answer(200, answer, {})
+        except Answer as other:
+            self._answer(other.status, other.content, other.headers)
+        except (Drop, ConnectionError):  # or whoever asked has ended
             self.close_connection = True
 
     do_GET = do_POST = do_HEAD = do_PUT = _serve
