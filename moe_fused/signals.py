@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -56,6 +58,8 @@ def signals_ignored() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
+# The number of an operation of Linux' prctl: the signal that a process gets when its parent ends.
+_SIGNAL_AT_END_OF_PARENT = 1
 # This list has an element for each ``workers_forked`` that is active.
 _pools: list[object] = []
 
@@ -65,6 +69,8 @@ def _end_with_parent() -> None:
     if _pools:
         for signum in _ENDING:
             signal.signal(signum, signal.SIG_IGN if signum == signal.SIGINT else signal.SIG_DFL)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_SIGNAL_AT_END_OF_PARENT, signal.SIGKILL)
 
 
 if hasattr(os, "register_at_fork"):
@@ -76,7 +82,8 @@ def workers_forked() -> Iterator[None]:
     """Makes processes that are forked within the block ignore Ctrl-C, and end at once on SIGTERM and SIGHUP.
 
     Otherwise they would inherit the handlers of this process and raise an exception instead of ending, and a pool would
-    wait for them for ever.
+    wait for them for ever. On Linux they also end when this process is killed. Otherwise they would finish their work and
+    then wait for more for ever.
     """
     _pools.append(None)
     try:
