@@ -106,14 +106,18 @@ class Log(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        kept = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-        lines = [line for line in kept if _step_of(line) <= state.global_step] if state.global_step else []
-        with writing(LOG):
-            replace_file(self._path, "".join(f"{line}\n" for line in lines).encode())
+        self.end_after(state.global_step)
         self._last = (time.perf_counter(), self._tokens())
         self._first = (self._last[0], state.global_step)
         self._bar.start()
         self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step)
+
+    def end_after(self, step: int) -> None:
+        """Removes the lines after a step from log.jsonl, and one that a killed process did not finish."""
+        kept = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        lines = [line for line in kept if _step_of(line) <= step] if step else []
+        with writing(LOG):
+            replace_file(self._path, "".join(f"{line}\n" for line in lines).encode())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._bar.update(self._task, completed=state.global_step)

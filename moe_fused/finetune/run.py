@@ -260,6 +260,7 @@ def _train_and_write(
             # First, because it adds to the numbers that the others get.
             trainer.callback_handler.callbacks.insert(0, log)
             _train(trainer, checkpoint, resolved.output)
+            log.end_after(trainer.state.global_step)  # a run that has nothing left to do has not begun its log anew
         _print(console, trainer.ending())
         if isinstance(prepared, Streamed):
             _print(console, prepared.ending())

@@ -1,8 +1,8 @@
-"""``moe-fused finetune`` killed twenty times, as by ``kill -9``, and resumed each time.
+"""``moe-fused finetune`` killed, as by ``kill -9``, and resumed each time.
 
-The moments are drawn from all phases of a run, with a seed: 20, or what the variable KILL_SEED says. A process says when the
-phase in which it is to be killed begins, and waits at its end; the test kills it a random part of the phase's usual time
-after its beginning.
+One test kills a run twenty times. The moments are drawn from all phases of a run, with a seed: 20, or what the variable
+KILL_SEED says. A process says when the phase in which it is to be killed begins, and waits at its end; the test kills it a
+random part of the phase's usual time after its beginning. The other tests kill runs at moments that are always the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,22 @@ from typing import Any
 import pytest
 import torch
 
-from .finetuning import Command, Run, checkpoints, finetune, leftovers
+from .finetuning import (
+    Command,
+    Death,
+    Run,
+    checkpoints,
+    evaluations,
+    finetune,
+    finetune_killed,
+    leftovers,
+    losses,
+    save_model,
+    write_jsonl,
+)
+from .test_finetune_evaluation import OTHERS, say
+from .test_finetune_preferences import PAIRS, RATED
+from .test_finetune_streaming import small_blocks, texts
 
 # Files and signals do not depend on the device. That a run on a GPU resumes exactly is tested in test_finetune_ends.
 pytestmark = pytest.mark.skipif(
@@ -185,4 +200,124 @@ def test_killed_and_resumed_twenty_times(tmp_path: Path) -> None:
     ended = finetune("--resume", "--output", "out", cwd=tmp_path)
     assert ended.status == 0, ended
     whole.assert_as_uninterrupted(output)
+    assert not leftovers(output)
+
+
+# Runs with an evaluation and --keep-best, killed at moments that are always the same.
+
+TRAINER = "moe_fused.finetune.trainer"
+
+
+def moments(trainer: str) -> list[Death]:
+    """A step in the middle of its passes, a checkpoint that is half written, and an evaluation."""
+    return [
+        Death(f"{TRAINER}:{trainer}.compute_loss", 2, done=True),
+        Death("torch:save", 2, done=True),
+        Death(f"{TRAINER}:{trainer}.prediction_step", 2, done=True),
+    ]
+
+
+def all_moments(trainer: str) -> list[Death]:
+    """Also a checkpoint before the older ones are removed, an old one that is half removed, and the end of the run."""
+    return [
+        *moments(trainer),
+        Death(f"{TRAINER}:{trainer}.evaluation_loop"),
+        Death(f"{TRAINER}:sort_checkpoints"),
+        Death(f"{TRAINER}:shutil.rmtree"),
+        Death(f"{TRAINER}:{trainer}.check_adapters", 2),
+        Death(f"{TRAINER}:{trainer}._take_best"),
+        Death("moe_fused.finetune.run:write_results"),
+    ]
+
+
+def assert_ends_as_uninterrupted(
+    arguments: tuple[str | Path, ...], deaths: list[Death], cwd: Path, before: Callable[[], object] | None = None
+) -> None:
+    """Kills a run again and again, and each time a step or more after its last checkpoint."""
+    ended = finetune(*arguments, "--output", "whole", cwd=cwd, before=before)
+    assert ended.status == 0, ended
+    whole, output = cwd / "whole", cwd / "out"
+    for death in deaths:
+        given = ("--resume",) if (output / "finetune.yaml").exists() else arguments
+        finetune_killed(death, *given, "--output", "out", cwd=cwd, before=before)
+        assert not (output / "adapter_config.json").exists()
+        checkpoints(output)  # each of which must be whole
+    ended = finetune("--resume", "--output", "out", cwd=cwd, before=before)
+    assert ended.status == 0, ended
+    assert losses(output) == losses(whole)
+    assert evaluations(output) == evaluations(whole)
+    assert checkpoints(output) == checkpoints(whole)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (output / name).read_bytes() == (whole / name).read_bytes()
+    assert not leftovers(output)
+
+
+COMMON = (
+    "--sequence-length", "64", "--gradient-accumulation", "1", "--learning-rate", "0.01", "--seed", "3", "--max-steps", "8",
+    "--save-steps", "2", "--eval-steps", "2", "--keep-best", "--keep-checkpoints", "1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "deaths"),
+    [
+        ("dpo", moments("PairFinetuner")),
+        pytest.param("dpo", all_moments("PairFinetuner"), marks=pytest.mark.slow),
+        pytest.param("kto", all_moments("RatedFinetuner"), marks=pytest.mark.slow),
+    ],
+    ids=["dpo", "dpo-all", "kto-all"],
+)
+def test_preferences(method: str, deaths: list[Death], tmp_path: Path) -> None:
+    save_model(tmp_path / "model")
+    write_jsonl(tmp_path / "rows.jsonl", 2 * (RATED if method == "kto" else PAIRS))
+    arguments = (
+        "--model", "model", "--dataset", "rows.jsonl", "--method", method, "--batch-size", "2", "--eval-share", "0.25",
+        *COMMON,
+    )  # fmt: skip
+    assert_ends_as_uninterrupted(arguments, deaths, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shares", ["", "=1"], ids=["joined", "mixed"])
+def test_streams(shares: str, tmp_path: Path) -> None:
+    """Two data sets that come while the run trains, and another for the evaluation."""
+    save_model(tmp_path / "model")
+    write_jsonl(tmp_path / "a.jsonl", texts(15))
+    write_jsonl(tmp_path / "b.jsonl", texts(9, "b"))
+    write_jsonl(tmp_path / "c.jsonl", OTHERS)
+    arguments = (
+        "--model", "model", "--dataset", f"a.jsonl{shares}", "--dataset", f"b.jsonl{shares}", "--eval-dataset", "c.jsonl",
+        "--streaming", "--lora-dropout", "0.1", *COMMON,
+    )  # fmt: skip
+    assert_ends_as_uninterrupted(arguments, all_moments("Finetuner"), tmp_path, before=small_blocks)
+
+
+def _best_in_the_middle() -> None:
+    say([4.0, 1.0, 2.0, 3.0])
+
+
+@pytest.mark.slow
+def test_the_best_adapter(tmp_path: Path) -> None:
+    """The best one is not the last one, and the run writes it however often it was killed."""
+    save_model(tmp_path / "model")
+    write_jsonl(tmp_path / "a.jsonl", texts(15))
+    arguments = ("--model", "model", "--dataset", "a.jsonl", "--eval-share", "0.25", *COMMON)
+    assert_ends_as_uninterrupted(arguments, all_moments("Finetuner"), tmp_path, before=_best_in_the_middle)
+    assert checkpoints(tmp_path / "out") == [4, 8]
+
+
+def test_a_killed_run_that_ends_where_its_last_checkpoint_is(tmp_path: Path) -> None:
+    """With a smaller number of steps. The log has later steps, and a line that was not finished."""
+    save_model(tmp_path / "model")
+    write_jsonl(tmp_path / "a.jsonl", texts(15))
+    arguments = ("--model", "model", "--dataset", "a.jsonl", *COMMON[: COMMON.index("--eval-steps")])
+    finetune_killed(Death(f"{TRAINER}:Finetuner.training_step", 4), *arguments, "--output", "out", cwd=tmp_path)
+    output = tmp_path / "out"
+    assert checkpoints(output) == [2]
+    assert list(losses(output)) == [1, 2, 3]
+    with (output / "log.jsonl").open("a") as log:
+        log.write('{"step": 4, "lo')
+    ended = finetune("--resume", "--output", "out", "--max-steps", "2", cwd=tmp_path)
+    assert ended.status == 0, ended
+    assert list(losses(output)) == [1, 2]
     assert not leftovers(output)
