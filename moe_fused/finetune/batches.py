@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 # All sequences are made equally long if at least this share of the tokens is not padding. Padding costs as much as
 # tokens.
 FULL = 0.85
+# The entry of a batch with the places where its documents begin and end, as attention takes them.
+BOUNDARIES = "cu_seq_lens_q"
 # Further entries of TRL's batches that describe documents, for other kinds of attention and for convolutions.
 _OTHERS = ("cu_seq_lens_k", "max_length_k", "seq_idx")
 
@@ -85,18 +87,22 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Documents:
-    """Collates packed documents into batches with one row of tokens, and boundaries whose shape is always the same.
+    """Collates packed documents into batches with one row of tokens, and boundaries of few shapes.
+
+    Boundaries are filled up by documents without tokens. These are not free: attention on a GPU starts blocks of threads
+    for each document and for its backward pass keeps 128 rows for each, in fp32.
 
     Attributes:
         collate: TRL's collator for batches without padding.
-        most: The largest number of documents in a batch.
-        longest: The number of tokens of the longest document, or of the longest padding if that is longer.
+        most: The largest number of documents in a batch, for which all boundaries have room. If it is None, as for a
+            stream, the boundaries of a batch have room for as many documents as the next power of two.
+        longest: The number of tokens of the longest document. Padding becomes documents that are no longer.
         tokens: The number of tokens to which batches are filled up. None leaves batches as they are.
         padding: The token of padding.
     """
 
     collate: Collate
-    most: int
+    most: int | None
     longest: int
     tokens: int | None
     padding: int
@@ -123,7 +129,7 @@ class Documents:
         batch = self.collate(rows)
         for name in _OTHERS:
             batch.pop(name, None)
-        boundaries: Tensor = batch.pop("cu_seq_lens_q")
+        boundaries: Tensor = batch.pop(BOUNDARIES)
         del batch["max_length_q"]
         total = batch["input_ids"].shape[1]
         filled = total if self.tokens is None else self.tokens
@@ -136,7 +142,29 @@ class Documents:
         if self.most == 1:
             # A single document needs no boundaries: causal attention does not reach the padding after it.
             return batch
-        # The padding is a document by itself. Batches with fewer documents get documents without tokens.
-        boundaries = functional.pad(boundaries, (0, self.most + 2 - len(boundaries)), value=filled)
-        batch["cu_seq_lens_q"], batch["max_length_q"] = boundaries, self.longest
+        # Padding becomes documents of its own. Batches with fewer documents get documents without tokens.
+        ends = [*range(total + self.longest, filled, self.longest), filled]
+        boundaries = torch.cat([boundaries, boundaries.new_tensor(ends)])
+        documents = _power_of_two(len(boundaries) - 1) if self.most is None else self.most + 1
+        batch[BOUNDARIES], batch["max_length_q"] = boundaries, self.longest
+        return with_room(batch, documents + 1)
+
+
+def _power_of_two(number: int) -> int:
+    """Returns the smallest power of two that is not below ``number``."""
+    return 1 << (number - 1).bit_length()
+
+
+def entries_of(batch: Mapping[str, Any]) -> int:
+    """Returns the number of entries of a batch's boundaries, 0 if it has none."""
+    boundaries = batch.get(BOUNDARIES)
+    return 0 if boundaries is None else len(boundaries)
+
+
+def with_room(batch: dict[str, Any], entries: int) -> dict[str, Any]:
+    """Returns the batch with at least this many entries of its boundaries, if it has any. Its last one is repeated."""
+    missing = entries - entries_of(batch)
+    if missing <= 0 or BOUNDARIES not in batch:
         return batch
+    boundaries = batch[BOUNDARIES]
+    return {**batch, BOUNDARIES: torch.cat([boundaries, boundaries[-1:].expand(missing)])}

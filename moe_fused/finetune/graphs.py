@@ -21,6 +21,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from .batches import entries_of, with_room
 from .endings import CannotRecord
 
 
@@ -32,9 +33,10 @@ class GraphedDecoder:
     graph of the training. If other adapters of PEFT are in use than in training, or none, as for the reference of
     preferences, such passes have a graph of their own, whose memory comes on top.
 
-    A batch of fewer rows is filled up. Other batches run eagerly, and so does a decoder that returns more than hidden
-    states. A forward pass raises CannotRecord if something in the decoder cannot be recorded, for example because it
-    waits for the GPU.
+    A batch of fewer rows is filled up, and so are boundaries of fewer documents. A batch of the training with boundaries of
+    more documents is recorded anew. Where the collator does not know how many there will be, it rounds up to powers of two,
+    so that this is rare. Other batches run eagerly, and so does a decoder that returns more than hidden states. A forward
+    pass raises CannotRecord if something in the decoder cannot be recorded, for example because it waits for the GPU.
 
     Args:
         decoder: A model of Transformers from token ids to hidden states. No part of it may be random, and it must
@@ -52,6 +54,8 @@ class GraphedDecoder:
         self._eager: Callable[..., Any] = decoder.forward
         self._is_warm = False
         self._recording: _Recording | None = None
+        # The number of entries of boundaries that the recordings have.
+        self._room = 0
         # PEFT switches adapters in all layers alike, so one layer shows which are in use.
         self._adapted: Any = next((module for module in decoder.modules() if isinstance(module, BaseTunerLayer)), None)
         self._trained: object = None
@@ -94,6 +98,12 @@ class GraphedDecoder:
         return self._eager(**kwargs)
 
     def _with_gradients(self, kwargs: dict[str, Any]) -> Any:
+        kwargs = with_room(kwargs, self._room)
+        if entries_of(kwargs) > self._room:
+            self._room = entries_of(kwargs)
+            if self._recording is not None:
+                self.forget()
+                self._is_warm = True
         if not self._is_warm:
             self._is_warm = True
             output = self._eager(**kwargs)
@@ -110,6 +120,7 @@ class GraphedDecoder:
         return self._recording.run(kwargs)
 
     def _without_gradients(self, kwargs: dict[str, Any]) -> Any:
+        kwargs = with_room(kwargs, self._room)
         trained, adapters = self._recording, self._adapters_in_use()
         if trained is None or trained.is_stale or not trained.takes(kwargs):
             self._seen.add(adapters)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .options import Options
     from .resolve import Batching
 
-# A sequence has at most one document for this many of its tokens, so that batches can have room for all boundaries.
+# A sequence has at most one document for this many of its tokens, which bounds what attention takes for boundaries.
 DOCUMENT_TOKENS = 8
 
 
@@ -223,8 +223,3 @@ def _with_fewer_documents(sequence: dict[str, list[list[int]]], most: int) -> di
             made[name].append(sequence[name][0][begin : begin + sum(some)])
         begin += sum(some)
     return made
-
-
-def extremes(batching: Batching) -> list[list[int]]:
-    """Returns lengths of documents in sequences that no sequence of a stream exceeds, for the collator of batches."""
-    return [[batching.length], [1] * most_documents(batching), [1]]

@@ -42,7 +42,7 @@ from .host import queued, without_walks
 from .model import apply_liger
 from .progress import perplexity
 from .render import IGNORED
-from .stream import BadRows, extremes
+from .stream import BadRows
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -115,11 +115,17 @@ def _set_collators(trainer: Finetuning, run: ResolvedRun, batches: Any, evaluati
         if shape is not None:
             trainer.data_collator = Sequences(collate, shape, padding)
         return
+    tokens = shape and shape[1]
     documents = functools.partial(
-        Documents.of, collate, batch_size=run.batching.batch_size, tokens=shape and shape[1], padding=padding
+        Documents.of, collate, batch_size=run.batching.batch_size, tokens=tokens, padding=padding
     )
-    lengths = extremes(run.batching) if run.options.streaming else list(batches["seq_lengths"])
     others = [] if evaluation is None else list(evaluation["seq_lengths"])
+    if run.options.streaming:
+        trainer.data_collator = Documents(collate, None, run.batching.length, tokens, padding)
+        if shape is None and others:
+            trainer.eval_collator = documents(others)
+        return
+    lengths = list(batches["seq_lengths"])
     if shape is not None:
         trainer.data_collator = documents(lengths + others)
         return

@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from moe_fused.finetune import data, stream
 from moe_fused.finetune.batches import Documents
@@ -24,7 +25,7 @@ from moe_fused.finetune.options import Options
 from moe_fused.finetune.precheck import notes
 from moe_fused.finetune.resolve import Batching
 from moe_fused.finetune.rows import Rows, read_rows, stream_rows
-from moe_fused.finetune.stream import BadRows, Streamed, extremes, most_documents, prepare_stream
+from moe_fused.finetune.stream import BadRows, Streamed, most_documents, prepare_stream
 
 from .finetuning import (
     assert_error,
@@ -209,37 +210,30 @@ def _ending_of(tokenizer: Any, batching: Batching) -> list[str]:
 # Batches of one shape.
 
 
-def test_batches_have_room_for_every_sequence(here: Path, tokenizer: Any) -> None:
-    """Rows so short that a sequence would hold more of them than batches have room for are in several sequences."""
-    write_jsonl(here / "a.jsonl", [{"text": ""}, *({"text": "a" * (i % 3)} for i in range(40))])
+def test_boundaries_have_few_sizes(here: Path, tokenizer: Any) -> None:
+    """Rows so short that a sequence would hold very many of them are in several sequences."""
+    write_jsonl(here / "a.jsonl", [{"text": ""}, *({"text": "a" * (i % 3)} for i in range(40)), {"text": "a" * 60}])
     data.BLOCK = stream.BLOCK = 100
     batching = Batching("bfd", 64, batch_size=2)
     found = streamed(tokenizer, options_of("a.jsonl", skip_bad_rows=True), batching)
     rows = take(found, 20)
     assert any(len(row["seq_lengths"]) == most_documents(batching) for row in rows)
+    assert any(len(row["seq_lengths"]) == 1 for row in rows)
     assert all(sum(row["seq_lengths"]) == len(row["input_ids"]) == len(row["labels"]) for row in rows)
-
-    def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
-        ids = torch.tensor([[token for row in batch for token in row["input_ids"]]])
-        ends = torch.tensor([0, *itertools.accumulate(size for row in batch for size in row["seq_lengths"])])
-        return {
-            "input_ids": ids, "labels": ids.clone(), "position_ids": ids.clone(), "cu_seq_lens_q": ends, "max_length_q": 1,
-            "attention_mask": torch.ones_like(ids),
-        }  # fmt: skip
-
-    collator = Documents.of(collate, extremes(batching), batch_size=2, tokens=128, padding=0)
-    shapes = {
-        tuple(
-            (name, tuple(value.shape))
-            for name, value in collator(list(pair)).items()
-            if isinstance(value, torch.Tensor)
-        )
-        for pair in itertools.pairwise(rows)
-    }
-    assert len(shapes) == 1
-    assert collator.longest >= max(
-        128 - sum(len(row["input_ids"]) for row in pair) for pair in itertools.pairwise(rows)
-    )
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    collator = Documents(collate, most=None, longest=64, tokens=128, padding=0)
+    sizes = set()
+    for pair in itertools.pairwise(rows):
+        batch = collator([{"input_ids": row["input_ids"], "seq_lengths": row["seq_lengths"]} for row in pair])
+        boundaries = batch["cu_seq_lens_q"]
+        lengths = [size for row in pair for size in row["seq_lengths"]]
+        assert boundaries[: len(lengths) + 1].tolist() == [0, *itertools.accumulate(lengths)]
+        assert boundaries[-1] == batch["input_ids"].shape[1] == 128
+        assert 0 <= boundaries.diff().min() <= boundaries.diff().max() <= batch["max_length_q"] == 64
+        sizes.add(len(boundaries) - 1)
+        assert len(boundaries) - 1 < 2 * (len(lengths) + 2)  # two documents of padding at most
+    assert len(sizes) > 1
+    assert all(size & (size - 1) == 0 for size in sizes)
 
 
 # Options.
