@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -165,14 +164,14 @@ class Prepared:
             split, mixed, cut and packed. It changes if a change of the data, the template or the tokenizer changes any of
             them.
         evaluation: The sequences for the evaluation, if the run has one.
-        parts: The same sha256 of each data set by its name, if there are several.
+        digests: The same sha256 of each data set by its name, if there are several.
     """
 
     dataset: Dataset
     report: Report
     fingerprint: str
     evaluation: Prepared | None = None
-    parts: Mapping[str, str] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def lines(self) -> Iterator[str]:
         """Yields the lines of the reports."""
@@ -205,7 +204,7 @@ def _find(part: Part, purpose: Purpose, split: str, options: Options, tokenizer:
     if options.streaming and purpose is TRAINING:
         rows = next(blocks(part, options), None)
         if rows is None:
-            raise ValueError(_nothing(part, purpose, []))
+            raise ValueError(no_rows(part, purpose, []))
     else:
         rows = read_rows(part.dataset, split=part.split or split, purpose=purpose, **_reading(part, options))
     plain = Renderer(tokenizer, None, options.assistant_only_loss, options.text_field, options.method)
@@ -221,7 +220,7 @@ def _find(part: Part, purpose: Purpose, split: str, options: Options, tokenizer:
         if first is not None:
             break
     if first is None:
-        raise ValueError(_nothing(part, purpose, bad))
+        raise ValueError(no_rows(part, purpose, bad))
     if first.turns and not tokenizer.chat_template:
         raise ValueError(
             f"{purpose.option} {part.name} holds chats, but the tokenizer of {options.model} has no chat template: give "
@@ -271,21 +270,21 @@ def prepare(
     tables, named, digests = _usable_rows(data, options, batching, vocabulary)
     held: Prepared | None = None
     if options.eval_share is not None:
-        tables, others = _split(tables, data, options)
+        tables, others = split_off(tables, data, options)
         held = Prepared(*_sequences(others, data, batching, [], None), fingerprint="")
     elif evaluation is not None:
         held = prepare_evaluation(evaluation, options, batching, vocabulary)
     sequences, report = _sequences(tables, data, batching, named, options)
-    fingerprint, parts = joined_digest(data, digests)
-    return Prepared(sequences, report, fingerprint, held, parts)
+    fingerprint, of_each = joined_digest(data, digests)
+    return Prepared(sequences, report, fingerprint, held, of_each)
 
 
 def joined_digest(data: Sequence[Data], digests: Sequence[str]) -> tuple[str, dict[str, str]]:
     """Returns the sha256 of all data sets, and that of each by its name, if there are several."""
     if len(data) == 1:
         return digests[0], {}
-    parts = {each.part.name: digest for each, digest in zip(data, digests, strict=True)}
-    return hashlib.sha256("".join(digests).encode()).hexdigest(), parts
+    of_each = {each.part.name: digest for each, digest in zip(data, digests, strict=True)}
+    return hashlib.sha256("".join(digests).encode()).hexdigest(), of_each
 
 
 def prepare_evaluation(evaluation: Data, options: Options, batching: Batching, vocabulary: int) -> Prepared:
@@ -307,7 +306,7 @@ def prepare_block(data: Data, options: Options, batching: Batching, vocabulary: 
     from datasets import Dataset
 
     made = Dataset.from_dict(_Worker(data)(data.rows.table[:]), features=_features(data))
-    tokens, named = _usable(data, made, batching)
+    tokens, named = usable(data, made, batching)
     if named and not options.skip_bad_rows:
         raise ValueError(refusal(named))
     return tokens, named, _checked_totals(tokens, data, options, vocabulary)
@@ -319,9 +318,9 @@ def _usable_rows(
     """Returns the rows of each data set that can be used, the problems of all others, and the sha256 of each data set."""
     tables, problems = [], []
     for each in data:
-        tokens, named = _usable(each, _tokenize(each), batching)
+        tokens, named = usable(each, tokenize(each), batching)
         if not len(tokens):
-            raise ValueError(_nothing(each.part, each.purpose, named))
+            raise ValueError(no_rows(each.part, each.purpose, named))
         tables.append(tokens)
         problems += named
     if problems and not options.skip_bad_rows:
@@ -341,7 +340,7 @@ def _checked_totals(tokens: Dataset, data: Data, options: Options, vocabulary: i
     return digest
 
 
-def _split(tables: list[Dataset], data: Sequence[Data], options: Options) -> tuple[list[Dataset], list[Dataset]]:
+def split_off(tables: list[Dataset], data: Sequence[Data], options: Options) -> tuple[list[Dataset], list[Dataset]]:
     """Returns the rows to train on and those to evaluate on, of each data set. The seed of the run chooses them."""
     count, share = sum(map(len, tables)), options.eval_share or 0.0
     held = round(share * count)
@@ -363,7 +362,7 @@ def _sequences(
     """Returns sequences of rows, and their report. ``options`` are those of the training, None for an evaluation."""
     if data[0].renderer.method != "sft":
         return _preferences(tables, data, batching, left_out, options)
-    tokens, taken = _mixed(tables, data, options)
+    tokens, taken = mixed(tables, data, options)
     sizes = _sizes(tokens)
     sequences: Dataset = fit(tokens.select_columns(list(COLUMNS)), batching)
     batches = math.ceil(len(sequences) / batching.batch_size)
@@ -390,7 +389,7 @@ def _preferences(
     tables: list[Dataset], data: Sequence[Data], batching: Batching, left_out: list[str], options: Options | None
 ) -> tuple[Dataset, Report]:
     """Does for rows of preferences what ``_sequences`` does."""
-    tokens, taken = _mixed(tables, data, options)
+    tokens, taken = mixed(tables, data, options)
     # TRL goes through rated rows in their order, because it compares an answer with those beside it.
     found = preferences.for_trl(tokens, options.seed if options is not None and options.method == "kto" else None)
     whole, prompts = preferences.whole_lengths(found), preferences.prompt_lengths(found)
@@ -418,7 +417,7 @@ def _steps(options: Options, batches: int, batching: Batching) -> int:
     return options.max_steps or math.ceil(options.epochs * math.ceil(batches / batching.accumulation))
 
 
-def _mixed(tables: list[Dataset], data: Sequence[Data], options: Options | None) -> tuple[Dataset, list[Dataset]]:
+def mixed(tables: list[Dataset], data: Sequence[Data], options: Options | None) -> tuple[Dataset, list[Dataset]]:
     """Returns the rows of all data sets, and those that were taken from each. ``options`` are None for an evaluation."""
     return mix(
         tables, [None if options is None else each.part.share for each in data], 0 if options is None else options.seed
@@ -469,84 +468,10 @@ def _cut(table: pa.Table, length: int) -> pa.Table:
     return pa.table({name: pc.list_slice(table[name], 0, length) for name in table.column_names})
 
 
-# Names of the columns that say where each token of a sequence came from: the index of its row, and its own in the row.
-ROW, PLACE = "row", "place"
-# TRL packs this many rows at a time, so the first sequences depend on no others.
-_ROWS_OF_PACKING = 1000
-
-
-def first_sequences(
-    data: Sequence[Data], options: Options, batching: Batching, number: int
-) -> tuple[Dataset, dict[int, int], list[str]]:
-    """Makes the first sequences that a run trains on, and keeps where each of their tokens came from.
-
-    Args:
-        data: The rows of each data set, and their renderers.
-        options: The options of the run.
-        batching: How rows become sequences.
-        number: The number of sequences.
-
-    Returns:
-        The sequences with the columns ``ROW`` (the number of the row among those of all data sets, see ``place_of``) and
-        ``PLACE``, the number of tokens of each of these rows, and the problems of rows that cannot be trained on, which
-        are left out.
-
-    Raises:
-        ValueError: No row of a data set is left to train on.
-    """
-    from datasets import Dataset
-
-    most = number * _ROWS_OF_PACKING
-    is_mixed = any(each.part.share is not None for each in data)
-    needs_all = is_mixed or options.eval_share is not None or options.skip_bad_rows
-    tables, named, begin = [], [], 0
-    for each in data:
-        rows = each.rows
-        some = (
-            rows if needs_all or most >= len(rows) else dataclasses.replace(rows, table=rows.table.select(range(most)))
-        )
-        tokens = _tokenize(dataclasses.replace(each, rows=some))
-        tokens, problems = _usable(each, tokens.add_column(ROW, np.arange(len(tokens)) + begin), batching)
-        if not len(tokens):
-            raise ValueError(_nothing(each.part, each.purpose, problems))
-        tables.append(tokens)
-        named += problems
-        begin += len(rows)
-    if options.eval_share is not None:
-        tables, _ = _split(tables, data, options)
-    tokens, _ = _mixed(tables, data, options)
-    tokens = tokens.select(range(min(len(tokens), most)))
-    columns = tokens.select_columns([ROW, "length"]).with_format("numpy")[:]
-    numbers, sizes = columns[ROW], columns["length"]
-    table = tokens.select_columns(list(COLUMNS)).with_format("arrow")[:]
-    table = table.append_column(ROW, _lists(np.repeat(numbers, sizes), sizes))
-    table = table.append_column(PLACE, _lists(np.concatenate([np.arange(size) for size in sizes]), sizes))
-    sequences = fit(Dataset(table), batching)
-    sequences = sequences.select(range(min(number, len(sequences))))
-    return sequences, dict(zip(numbers.tolist(), sizes.tolist(), strict=True)), named
-
-
-def place_of(data: Sequence[Data], number: int) -> str:
-    """Returns the place of a row, by its number among the rows of all data sets."""
-    for each in data:
-        if number < len(each.rows):
-            return each.rows.place(number)
-        number -= len(each.rows)
-    raise IndexError("there is no such row")
-
-
-def _lists(values: np.ndarray, sizes: np.ndarray) -> pa.Array:
-    """Cuts values into lists of these sizes."""
-    import pyarrow as pa
-
-    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
-    return pa.ListArray.from_arrays(offsets, values.astype(np.int32))
-
-
 # --- rows to tokens
 
 
-def _tokenize(data: Data) -> Dataset:
+def tokenize(data: Data) -> Dataset:
     """Makes a data set with the tokens and labels of each row, and its problem if it has one."""
     count = len(data.rows)
     shares = max(count / _ROWS_OF_A_PROCESS, data.rows.table.data.nbytes / _BYTES_OF_A_PROCESS)
@@ -641,7 +566,7 @@ class _Worker:
 # --- checks of all rows
 
 
-def _usable(data: Data, tokens: Dataset, batching: Batching) -> tuple[Dataset, list[str]]:
+def usable(data: Data, tokens: Dataset, batching: Batching) -> tuple[Dataset, list[str]]:
     """Returns the rows that can be trained on, and the place and the problem of each other row."""
     names = ["form", "problem", "first", "length"]
     columns = tokens.select_columns(names)[:]
@@ -761,18 +686,5 @@ def refusal(named: list[str]) -> str:
     return _several(named) + "; --skip-bad-rows leaves such rows out"
 
 
-def _nothing(part: Part, purpose: Purpose, named: list[str]) -> str:
+def no_rows(part: Part, purpose: Purpose, named: list[str]) -> str:
     return purpose.lacks_rows(part.name) + (f": {_several(named)}" if named else "")
-
-
-@contextlib.contextmanager
-def bars(shown: bool) -> Iterator[None]:
-    """Shows the progress bars of the library ``datasets`` within the block, if ``shown``, and hides them afterwards."""
-    import datasets
-
-    if shown:
-        datasets.enable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.disable_progress_bars()

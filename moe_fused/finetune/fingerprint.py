@@ -41,9 +41,9 @@ def fingerprints(prepared: Prepared | Streamed, data: Sequence[Data]) -> dict[st
     If there are several data sets, each has its own. If rows are chats, the sha256 of the chat template is there as well.
     """
     found = {_ROWS: f"sha256:{prepared.fingerprint}"}
-    if prepared.parts:
+    if prepared.digests:
         # A name with line breaks must not end the comment.
-        found = {f"{_ROWS} of {' '.join(name.split())}": f"sha256:{each}" for name, each in prepared.parts.items()}
+        found = {f"{_ROWS} of {' '.join(name.split())}": f"sha256:{each}" for name, each in prepared.digests.items()}
     if prepared.evaluation is not None and prepared.evaluation.fingerprint:
         found[_EVALUATION] = f"sha256:{prepared.evaluation.fingerprint}"
     chats = [each for each in data if each.has_turns]

@@ -494,3 +494,16 @@ def _undecoded(feature: Any) -> Any:
     if isinstance(feature, List):
         return List(_undecoded(feature.feature))
     return type(feature)(decode=False) if hasattr(feature, "decode") else feature
+
+
+@contextlib.contextmanager
+def bars(shown: bool) -> Iterator[None]:
+    """Shows the progress bars of the library ``datasets`` within the block, if ``shown``, and hides them afterwards."""
+    import datasets
+
+    if shown:
+        datasets.enable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.disable_progress_bars()

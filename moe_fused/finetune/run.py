@@ -24,7 +24,7 @@ from .adapters import adapt
 from .card import card
 from .checkpoint_uploads import CheckpointUploads
 from .checkpoints import check_finite_adapter
-from .data import Data, Prepared, bars, find, find_evaluation, prepare
+from .data import Data, Prepared, find, find_evaluation, prepare
 from .duration import duration_line
 from .endings import Stopped, explained, stopped_by
 from .facts import facts
@@ -46,6 +46,7 @@ from .precheck import Process
 from .progress import Log, Stop
 from .resolve import ResolvedRun, set_up, training_device
 from .results import write_results
+from .rows import bars
 from .show import show_rows, show_sequences
 from .space import check_space
 from .start import StartingAdapter, read_start

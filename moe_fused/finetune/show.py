@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .data import PLACE, ROW, Data, first_sequences, place_of, refusal, unusable
+from .data import COLUMNS as OF_TOKENS
+from .data import Data, fit, mixed, no_rows, refusal, split_off, tokenize, unusable, usable
 from .formats import BadRow
 from .options import Method
 from .render import IGNORED, Tokens
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
     from .options import Options
     from .resolve import Batching
 
@@ -26,6 +31,10 @@ _POSITIONS = {
     "wrapped": "positions run on, so rows see those before them",
     "none": "padded to the longest of its batch",
 }
+# Names of the columns that say where each token of a sequence came from: the index of its row, and its own in the row.
+ROW, PLACE = "row", "place"
+# TRL packs this many rows at a time, so the first sequences depend on no others.
+_ROWS_OF_PACKING = 1000
 # What a piece is called that is learned from, where that is not all to say.
 _LEARNED: dict[Method, str] = {"dpo": "chosen", "ipo": "chosen", "kto": "answer"}
 
@@ -113,6 +122,74 @@ def show_sequences(data: Sequence[Data], options: Options, number: int, batching
         return
     for index, sequence in enumerate(sequences.with_format("numpy"), 1):
         yield from _sequence(index, sequence, sizes, data, batching)
+
+
+def first_sequences(
+    data: Sequence[Data], options: Options, batching: Batching, number: int
+) -> tuple[Dataset, dict[int, int], list[str]]:
+    """Makes the first sequences that a run trains on, and keeps where each of their tokens came from.
+
+    Args:
+        data: The rows of each data set, and their renderers.
+        options: The options of the run.
+        batching: How rows become sequences.
+        number: The number of sequences.
+
+    Returns:
+        The sequences with the columns ``ROW`` (the number of the row among those of all data sets, see ``place_of``) and
+        ``PLACE``, the number of tokens of each of these rows, and the problems of rows that cannot be trained on, which
+        are left out.
+
+    Raises:
+        ValueError: No row of a data set is left to train on.
+    """
+    from datasets import Dataset
+
+    most = number * _ROWS_OF_PACKING
+    is_mixed = any(each.part.share is not None for each in data)
+    needs_all = is_mixed or options.eval_share is not None or options.skip_bad_rows
+    tables, named, begin = [], [], 0
+    for each in data:
+        rows = each.rows
+        some = (
+            rows if needs_all or most >= len(rows) else dataclasses.replace(rows, table=rows.table.select(range(most)))
+        )
+        tokens = tokenize(dataclasses.replace(each, rows=some))
+        tokens, problems = usable(each, tokens.add_column(ROW, np.arange(len(tokens)) + begin), batching)
+        if not len(tokens):
+            raise ValueError(no_rows(each.part, each.purpose, problems))
+        tables.append(tokens)
+        named += problems
+        begin += len(rows)
+    if options.eval_share is not None:
+        tables, _ = split_off(tables, data, options)
+    tokens, _ = mixed(tables, data, options)
+    tokens = tokens.select(range(min(len(tokens), most)))
+    columns = tokens.select_columns([ROW, "length"]).with_format("numpy")[:]
+    numbers, sizes = columns[ROW], columns["length"]
+    table = tokens.select_columns(list(OF_TOKENS)).with_format("arrow")[:]
+    table = table.append_column(ROW, _lists(np.repeat(numbers, sizes), sizes))
+    table = table.append_column(PLACE, _lists(np.concatenate([np.arange(size) for size in sizes]), sizes))
+    sequences = fit(Dataset(table), batching)
+    sequences = sequences.select(range(min(number, len(sequences))))
+    return sequences, dict(zip(numbers.tolist(), sizes.tolist(), strict=True)), named
+
+
+def place_of(data: Sequence[Data], number: int) -> str:
+    """Returns the place of a row, by its number among the rows of all data sets."""
+    for each in data:
+        if number < len(each.rows):
+            return each.rows.place(number)
+        number -= len(each.rows)
+    raise IndexError("there is no such row")
+
+
+def _lists(values: np.ndarray, sizes: np.ndarray) -> pa.Array:
+    """Cuts values into lists of these sizes."""
+    import pyarrow as pa
+
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, values.astype(np.int32))
 
 
 def _sequence(

@@ -79,7 +79,7 @@ class Streamed:
         first: The number of tokens of each sequence that the first blocks make.
         fingerprint: The sha256 of the tokens and labels of the rows of the first blocks that can be used.
         evaluation: The sequences for the evaluation, if the run has one.
-        parts: The same sha256 of each data set by its name, if there are several.
+        digests: The same sha256 of each data set by its name, if there are several.
         read: What was read so far of each data set, by its name and share.
     """
 
@@ -87,7 +87,7 @@ class Streamed:
     first: list[int]
     fingerprint: str
     evaluation: Prepared | None
-    parts: Mapping[str, str]
+    digests: Mapping[str, str]
     read: Mapping[str, Read]
 
     @property
@@ -156,13 +156,13 @@ def prepare_stream(
         joined = interleave_datasets(
             streams, probabilities=chances, seed=options.seed, stopping_strategy="first_exhausted"
         )
-    fingerprint, parts = joined_digest(data, digests)
+    fingerprint, of_each = joined_digest(data, digests)
     return Streamed(
         dataset=_sequences_of(joined, batching),
         first=lengths_of(fit(concatenate_datasets(tables), batching)),
         fingerprint=fingerprint,
         evaluation=held,
-        parts=parts,
+        digests=of_each,
         read=read,
     )
 

@@ -176,9 +176,9 @@ def test_without_shares_rows_are_joined_in_order(here: Path, tokenizer: Any) -> 
     assert both.report.parts == [
         f"a.jsonl: 30 rows, {a.report.tokens:,} tokens", f"b.jsonl: 20 rows, {b.report.tokens:,} tokens",
     ]  # fmt: skip
-    assert both.parts == {"a.jsonl": a.fingerprint, "b.jsonl": b.fingerprint}
+    assert both.digests == {"a.jsonl": a.fingerprint, "b.jsonl": b.fingerprint}
     assert a.report.parts == []
-    assert a.parts == {}
+    assert a.digests == {}
 
 
 def test_shares_say_how_often_rows_are_drawn(tmp_path: Path, tokenizer: Any) -> None:

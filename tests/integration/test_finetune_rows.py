@@ -21,8 +21,9 @@ import datasets
 import trl
 from transformers import AutoTokenizer
 
-from moe_fused.finetune.data import bars, find
+from moe_fused.finetune.data import find
 from moe_fused.finetune.options import Options
+from moe_fused.finetune.rows import bars
 
 from .finetuning import OPTIONS, Command, Ended, assert_error, chats, finetune, losses, save_model, write_jsonl
 

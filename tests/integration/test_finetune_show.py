@@ -13,11 +13,11 @@ pytest.importorskip("datasets")
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from moe_fused.finetune.data import Data, find, first_sequences, prepare
+from moe_fused.finetune.data import Data, find, prepare
 from moe_fused.finetune.options import Options
 from moe_fused.finetune.render import IGNORED
 from moe_fused.finetune.resolve import Batching
-from moe_fused.finetune.show import COLUMNS, show_sequences
+from moe_fused.finetune.show import COLUMNS, first_sequences, show_sequences
 
 from .finetuning import assert_error, chats, finetune, save_model, save_tokenizer, write_jsonl
 from .test_finetune_render import MARKED

@@ -140,7 +140,7 @@ def test_several_data_sets(here: Path, tokenizer: Any) -> None:
     ]
     assert mixed[0] == mixed[1] != mixed[2]
     assert mixed[0][:15].count("b") > 2
-    assert list(joined.parts) == ["a.jsonl", "b.jsonl"]
+    assert list(joined.digests) == ["a.jsonl", "b.jsonl"]
     assert [line.split(", ")[0] for line in joined.used] == ["a.jsonl: 15 rows", "b.jsonl: 9 rows"]
 
 
