@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import multiprocessing
 from collections.abc import Callable
@@ -233,6 +234,41 @@ def test_an_evaluation_replays_the_forward(
     assert found["graphs"] == pytest.approx(found["eager"], rel=5e-3)
     assert found["graphs"][-1] < found["graphs"][0]
     assert trained["graphs"] == pytest.approx(trained["not evaluated"], rel=2e-3)
+
+
+def test_batches_with_more_documents_are_recorded_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a stream, whose documents nobody has counted. The losses are those without graphs."""
+    from moe_fused.finetune import graphs
+    from moe_fused.finetune.batches import Documents
+
+    recordings: list[int] = []
+    record = graphs._Recording._record
+    monkeypatch.setattr(
+        graphs._Recording, "_record", lambda self, *arguments: recordings.append(1) or record(self, *arguments)
+    )
+    model = save_model(tmp_path / "model", **TINY)
+    rows = ["x" * 255] * 6 + ["y" * 15] * 96  # sequences of one document, and of sixteen
+    found = {}
+    for is_graphed in (False, True):
+        trainer, _ = make(
+            model,
+            tmp_path / f"out-{is_graphed}",
+            rows,
+            sequence_length=256,
+            packing="bfd",
+            max_steps=6,
+            gradient_accumulation=2,
+            learning_rate=1e-3,
+            cuda_graphs=is_graphed,
+        )
+        collator = trainer.data_collator
+        if not isinstance(collator, Documents):
+            pytest.skip("this torch has no attention over documents")
+        trainer.data_collator = dataclasses.replace(collator, most=None)
+        trainer.train_from(None)
+        found[is_graphed] = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    assert 1 <= len(recordings) <= 2
+    assert found[True] == pytest.approx(found[False], rel=5e-3)
 
 
 def test_records_while_an_earlier_pass_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
