@@ -18,12 +18,14 @@ Letters as in ARCHITECTURE.md: T tokens of a batch, S = T·K rows, E experts, H 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from .recurrent import Recurrent, recurrent_layers, uncounted_types
 
 MIB, GIB = 2**20, 2**30
 
@@ -110,8 +112,10 @@ class Sizes:
         norms_queries: whether queries and keys are normalized.
         experts, top_k: the number of experts of a layer and of experts for each token; 0 for a model without experts.
         vocabulary: the number of rows of the head.
-        mlp: the number of output features of the linear layers in a decoder layer outside attention and experts, the
-            largest of all layers.
+        mlp: the number of output features of the linear layers in a decoder layer outside attention, recurrent mixers and
+            experts, the largest of all layers.
+        recurrent: the recurrent layers. All other layers count as attention.
+        uncounted: the types of recurrent layers of which nobody has written down what they keep.
     """
 
     stacks: tuple[Stack, ...]
@@ -127,6 +131,8 @@ class Sizes:
     top_k: int
     vocabulary: int
     mlp: int
+    recurrent: tuple[Recurrent, ...] = ()
+    uncounted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,6 +166,8 @@ class Workload:
         gpu: whether the memory that a GPU's libraries need is counted.
         graphs: whether the decoder's passes are CUDA graphs, which keep the memory that they need at their worst moment.
         reference: whether the model without its adapters computes each batch as well, without gradients.
+        packages: the packages that compute recurrent layers, of those in ``recurrent.FUNCTIONS``. Without its package, a
+            layer runs in plain torch.
     """
 
     batch: int = 1
@@ -188,6 +196,7 @@ class Workload:
     gpu: bool = True
     graphs: bool = False
     reference: bool = False
+    packages: frozenset[str] = frozenset()
 
     @property
     def mask_itemsize(self) -> int:
@@ -285,6 +294,7 @@ def sizes_of(model: Any) -> Sizes:
     )
     weights = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear) and module is not head}
     others = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside | weights)
+    recurrent = recurrent_layers(model)
     return Sizes(
         stacks=tuple(stacks),
         linears=linears,
@@ -298,7 +308,9 @@ def sizes_of(model: Any) -> Sizes:
         experts=experts,
         top_k=(_setting(text, "num_experts_per_tok") or _setting(text, "top_k_experts")) if experts else 0,
         vocabulary=text.vocab_size,
-        mlp=_mlp_features(linears),
+        mlp=_most_beside_mixers(linears, recurrent, lambda linear: linear.out_features),
+        recurrent=recurrent,
+        uncounted=uncounted_types(text, recurrent),
     )
 
 
@@ -336,12 +348,15 @@ def _stacks(module: nn.Module) -> Iterator[Stack]:
         yield Stack(experts, rows, columns, 2 if name == "gate_up_proj" else 1, packable)
 
 
-def _mlp_features(linears: tuple[Linear, ...]) -> int:
+def _most_beside_mixers(
+    linears: Iterable[Linear], recurrent: Iterable[Recurrent], count: Callable[[Linear], int]
+) -> int:
+    """Counts something of the linear layers beside attention, recurrent mixers and experts, in the layer with the most."""
     layers: dict[str, int] = {}
     for linear in linears:
         layer, _, rest = linear.name.partition(".layers.")[2].partition(".")
-        if "attn" not in rest and "attention" not in rest:
-            layers[layer] = layers.get(layer, 0) + linear.out_features
+        if "attn" not in rest and "attention" not in rest and not any(kind.has(linear.name) for kind in recurrent):
+            layers[layer] = layers.get(layer, 0) + count(linear)
     return max(layers.values(), default=0)
 
 
@@ -365,8 +380,8 @@ def predict(sizes: Sizes, work: Workload) -> Prediction:
     gradients = sum(tensor.nbytes for tensor in tensors)
     # The gradient of the head comes first, and that of the embedding last.
     head = sum(whole.numel for whole in work.whole if whole.scores) * work.whole_itemsize
-    kept_by_layer, layer = _layer(sizes, work)
-    kept = kept_by_layer * sizes.layers + _mask_bytes(work)
+    layers = list(_layers(sizes, work))
+    kept = sum(each.number * each.kept for each in layers) + _mask_bytes(work)
     # All gradients of a layer exist before they are added to those of earlier batches.
     accumulated = gradients if work.accumulation > 1 else 0
     early = (0 if work.graphs else accumulated) + head
@@ -376,11 +391,15 @@ def predict(sizes: Sizes, work: Workload) -> Prediction:
         # During backward, layers free what they kept and adapters get gradients.
         "optimizer": {"gradients": gradients, "optimizer step": _optimizer_step(gradients, work)},
     }
-    first = {"gradients": early + one_layer, "activations": kept, **layer}
-    last = {"gradients": max(gradients, early + one_layer), "activations": kept_by_layer + _mask_bytes(work), **layer}
-    moments["layer"] = max(first, last, key=lambda parts: sum(parts.values()))
+    backwards = []
+    for each in layers:
+        first = {"gradients": early + one_layer, "activations": kept, **each.backward}
+        last = {"gradients": max(gradients, early + one_layer), "activations": each.kept + _mask_bytes(work)}
+        backwards += [first, last | each.backward]
+    moments["layer"] = max(backwards, key=lambda parts: sum(parts.values()))
     # A pass without gradients takes less than the backward of a layer does.
-    reference = 2 * work.tokens * sizes.hidden * work.itemsize + sum(layer.values()) if work.reference else 0
+    largest = max(sum(each.backward.values()) for each in layers)
+    reference = 2 * work.tokens * sizes.hidden * work.itemsize + largest if work.reference else 0
     if work.reference:
         # It comes between the forward and the backward pass of the batch.
         moments["reference"] = moments["loss"] | {"reference pass": reference}
@@ -483,29 +502,75 @@ def _norm_bytes(features: int, work: Workload) -> int:
     return work.tokens * features * (work.itemsize if work.fused_norms else 4)
 
 
-def _layer(sizes: Sizes, work: Workload) -> tuple[int, dict[str, int]]:
-    """Returns what a layer keeps from its forward until its backward, and what exists beside it during the backward."""
+@dataclass(frozen=True)
+class _Layers:
+    """Layers that are alike.
+
+    Attributes:
+        number: their number.
+        kept: what each keeps from its forward until its backward.
+        backward: what exists beside that during the backward of one, by part.
+    """
+
+    number: int
+    kept: int
+    backward: dict[str, int]
+
+
+def _layers(sizes: Sizes, work: Workload) -> Iterator[_Layers]:
+    """Yields the layers with attention, and those of each recurrent kind."""
+    copy = max((linear.numel for linear in sizes.linears), default=0) * work.itemsize if work.quantized else 0
+    with_attention = sizes.layers - sum(kind.layers for kind in sizes.recurrent)
+    if with_attention > 0 or not sizes.recurrent:
+        # Beside attention's gradients, a dense copy of the 4-bit layer that is multiplied with.
+        made = {"attention": _attention_made(sizes, work) + copy}
+        yield _layer(sizes, work, with_attention, _attention_kept(sizes, work), made)
+    for kind in sizes.recurrent:
+        # The copy is gone when the recurrence is computed.
+        made = {"recurrence": max(kind.mixer.made(work), copy)}
+        kept = kind.mixer.kept(work) + _inputs_of_adapters(sizes, work, kind)
+        yield _layer(sizes, work, kind.layers, kept, made, is_alone=kind.is_alone)
+
+
+def _layer(
+    sizes: Sizes, work: Workload, number: int, mixer_kept: int, mixer_made: dict[str, int], *, is_alone: bool = False
+) -> _Layers:
+    """Returns layers whose mixer, attention or a recurrent one, keeps and makes so much."""
     tokens, item = work.tokens, work.itemsize
     hidden = tokens * sizes.hidden * item
-    experts, rows, workspace = _experts(sizes, work)
+    experts, rows, workspace = (0, 0, 0) if is_alone else _experts(sizes, work)
     # The inputs of both norms, and for each linear layer beside the experts its output and what the activation makes of it.
-    rest = _attention_kept(sizes, work) + 2 * _norm_bytes(sizes.hidden, work) + 2 * tokens * sizes.mlp * item
+    norms = _norm_bytes(sizes.hidden, work)
+    rest = mixer_kept + (norms if is_alone else 2 * norms + 2 * tokens * sizes.mlp * item)
     # The gradient of the layer's output, which is also the gradient of its residual.
     passing = hidden
-    # Beside attention's gradients, a dense copy of the 4-bit layer that is multiplied with.
-    copy = max((linear.numel for linear in sizes.linears), default=0) * item if work.quantized else 0
-    attention = _attention_made(sizes, work) + copy
-    if experts + rows + workspace >= attention:
+    if experts + rows + workspace >= sum(mixer_made.values()):
         operators = rest + experts
         made = {"expert rows": rows, "expert workspace": workspace}
-    else:  # attention's backward runs after the experts have freed what they kept
+    else:  # the mixer's backward runs after the experts have freed what they kept
         operators = rest
-        made = {"attention": attention}
+        made = mixer_made
     if work.checkpointing:
         # The input of the first norm is that of the layer, which is kept anyway. A norm that is not fused keeps it in fp32.
         shared = hidden if work.fused_norms else 0
-        return hidden, {"layer": operators - shared + passing, **made}
-    return rest + experts, {"layer": passing, **made}
+        return _Layers(number, hidden, {"layer": operators - shared + passing, **made})
+    return _Layers(number, rest + experts, {"layer": passing, **made})
+
+
+def _inputs_of_adapters(sizes: Sizes, work: Workload, kind: Recurrent) -> int:
+    """Returns what the adapters in a recurrent mixer keep: their inputs, and with dropout what is left of these."""
+    adapted = [
+        linear
+        for linear in sizes.linears
+        if linear.name.startswith(f"{kind.paths[0]}.") and (work.factors is not None or _linear_rank(linear, work))
+    ]
+    # Layers that read the hidden states share their input.
+    reads = {linear.in_features for linear in adapted if not linear.name.endswith(".out_proj")}
+    writes = [linear.in_features for linear in adapted if linear.name.endswith(".out_proj")]
+    features = (sum(reads) + sum(writes)) * work.itemsize
+    if work.dropout:
+        features += sum(linear.in_features for linear in adapted) * (work.itemsize + work.mask_itemsize)
+    return work.tokens * features
 
 
 def _attention_kept(sizes: Sizes, work: Workload) -> int:
@@ -529,12 +594,11 @@ def _attention_kept(sizes: Sizes, work: Workload) -> int:
 
 def _adapted_beside_attention(sizes: Sizes, work: Workload) -> int:
     """Returns the number of input features of the adapters outside attention, in the layer with the most."""
-    layers: dict[str, int] = {}
-    for linear in sizes.linears:
-        layer, _, rest = linear.name.partition(".layers.")[2].partition(".")
-        if "attn" not in rest and "attention" not in rest and (work.factors is not None or _linear_rank(linear, work)):
-            layers[layer] = layers.get(layer, 0) + linear.in_features
-    return max(layers.values(), default=0)
+
+    def features(linear: Linear) -> int:
+        return linear.in_features if work.factors is not None or _linear_rank(linear, work) else 0
+
+    return _most_beside_mixers(sizes.linears, sizes.recurrent, features)
 
 
 def _attention_made(sizes: Sizes, work: Workload) -> int:

@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
+from moe_fused import recurrent
+
 NAME = "packed_causal"
 # The largest number of features of a head that flash attention supports.
 _MOST_FEATURES = 256
-# Transformers' names for the types of layers in which masks keep documents apart: attention over all earlier tokens or
-# over the last of them, and layers that see one token at a time.
-APART = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention", "mlp", "moe"})
+# Transformers' names for the types of layers in which masks keep documents apart.
+APART = recurrent.STATELESS
 # The types of layers whose attention this module computes.
 _SERVED = frozenset({"full_attention", "sliding_attention"})
 # The name that Transformers' attention layers give to their sinks.
@@ -48,9 +49,7 @@ def chosen(attn: str, config: Any) -> str:
 
 def layer_types(config: Any) -> frozenset[str]:
     """Returns the types of a model's layers, by Transformers' names for them."""
-    text = config.get_text_config()
-    types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
-    return frozenset(types or ("full_attention",))
+    return frozenset(recurrent.layer_types(config.get_text_config()) or ("full_attention",))
 
 
 @functools.cache

@@ -31,11 +31,13 @@ class MemoryPlan:
         run: The run that was planned.
         prediction: The prediction of its memory.
         limit: The bytes of GPU memory that the run may use; None on a CPU.
+        notes: What the user should know about recurrent layers.
     """
 
     run: ResolvedRun
     prediction: Prediction
     limit: int | None
+    notes: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -68,6 +70,8 @@ class MemoryPlan:
             highlight=False,
             soft_wrap=True,
         )
+        for note in self.notes:
+            console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
 def plan_run(setup: ModelSetup, *, plain_text: bool, rows: int = 0) -> MemoryPlan:
@@ -129,8 +133,30 @@ def _plan(run: ResolvedRun, sizes: Sizes, limit: int | None) -> MemoryPlan:
         gpu=run.device.type != "cpu",
         graphs=run.graphs,
         reference=options.has_preferences,
+        packages=run.packages,
     )
-    return MemoryPlan(run, predict(sizes, work), limit)
+    return MemoryPlan(run, predict(sizes, work), limit, tuple(_notes(sizes, work)))
+
+
+def _notes(sizes: Sizes, work: Workload) -> Iterator[str]:
+    """Says what computes the recurrent layers, and what of them the plan does not count."""
+    for kind in sizes.recurrent:
+        mixer, count = kind.mixer, f"{kind.layers} layer{'s' if kind.layers > 1 else ''} of {kind.mixer.title}"
+        if mixer.package in work.packages:
+            yield f"{mixer.distribution} computes {count}"
+            if mixer.needs_dense and work.quantized:
+                yield f"note: {mixer.distribution} cannot read weights in 4 bits: uninstall it, or use --quantization none"
+            continue
+        plain = (
+            f"Transformers computes {count} in plain torch, and each keeps {_gib(mixer.kept(work))} for its backward"
+        )
+        if work.gpu and not (mixer.needs_dense and work.quantized):
+            yield f"note: {plain}; the kernels of `pip install {mixer.distribution}` keep less and are faster"
+        else:
+            yield plain
+    if sizes.uncounted:
+        names = " and ".join(sizes.uncounted)
+        yield f"note: the plan does not count what layers of type {names} keep, the run may need more memory than predicted"
 
 
 def _limit(setup: ModelSetup) -> int | None:

@@ -27,6 +27,7 @@ from torch import nn
 
 from moe_fused.devices import choose_device
 from moe_fused.memory import is_named, skeleton
+from moe_fused.recurrent import packages
 
 from . import attention
 from .adapters import lora_config
@@ -141,6 +142,7 @@ class ModelSetup:
             already, or stay as they are.
         is_4bit: Whether experts and linear layers are in 4 bits, from the checkpoint or because of ``quantize_to``.
         liger: Whether Liger's rotary embeddings and norms are used.
+        packages: The packages that compute recurrent layers, of those that Transformers takes. There are none on a CPU.
         is_random: Whether two passes over the same batch differ, because something is dropped or jittered.
         layout_refusals: For each layout of ``--export``, why the adapter cannot be had in it, or None.
     """
@@ -167,6 +169,7 @@ class ModelSetup:
     quantize_to: str | None
     is_4bit: bool
     liger: bool
+    packages: frozenset[str]
     is_random: bool
     layout_refusals: Mapping[str, str | None]
 
@@ -302,6 +305,7 @@ def _set_up(
         quantize_to=options.quantization if quantizes else None,
         is_4bit=quantizes or in_4bit,
         liger=_liger(options, config, device),
+        packages=packages() if device.type == "cuda" else frozenset(),
         is_random=bool(options.lora_dropout) or has_random_layers(config) or _has_noise(options),
         layout_refusals={layout: apart_refusal(options.model, config, model, layout) for layout in _LAYOUTS},
     )
