@@ -55,7 +55,7 @@ def examine() -> Iterator[Check]:
         yield check
     if importlib.util.find_spec("torch") is None:
         return
-    for name, look in (("GPU", _gpus), ("4-bit weights", _four_bit)):
+    for name, look in (("GPU", _gpus), ("4-bit weights", _four_bit), ("recurrent layers", _recurrent)):
         yield from _guarded(name, look)
     if not fit:
         yield Check("self-test", Status.ABSENT, "left out until the packages fit")
@@ -179,6 +179,25 @@ def _four_bit() -> Iterator[Check]:
     if bitsandbytes_cpu.repacks_on_this_cpu():
         found = "linear layers compute as on every other CPU; bitsandbytes' own path for avx512_bf16 is switched off"
         yield Check("4-bit on the CPU", Status.OK, found)
+
+
+def _recurrent() -> Iterator[Check]:
+    """Says whether the kernels for recurrent layers run, which Transformers takes from other packages."""
+    import torch
+
+    from . import recurrent
+
+    if not torch.cuda.is_available():
+        yield Check("recurrent layers", Status.OK, "in plain torch, as there is no GPU")
+        return
+    kinds, there = set(recurrent.KINDS.values()), recurrent.packages()
+    for kind in sorted(kinds, key=lambda kind: kind.title):
+        if kind.package in there:
+            yield Check(kind.title, Status.OK, f"in {kind.distribution}")
+        else:
+            dense = " with dense weights" if kind.needs_dense else ""
+            advice = f"for models with such layers{dense}: pip install {kind.distribution}"
+            yield Check(kind.title, Status.ABSENT, "in plain torch, which takes more memory and time", advice)
 
 
 # What would run.
