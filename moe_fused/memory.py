@@ -115,7 +115,7 @@ class Sizes:
         mlp: the number of output features of the linear layers in a decoder layer outside attention, recurrent mixers and
             experts, the largest of all layers.
         recurrent: the recurrent layers. All other layers count as attention.
-        uncounted: the types of recurrent layers of which nobody has written down what they keep.
+        uncounted: the types of other layers that may have a state. The plan does not count what they keep for it.
     """
 
     stacks: tuple[Stack, ...]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from benchmarks.models import Published
     from benchmarks.rows import Row
     from moe_fused.finetune.plan import MemoryPlan
+    from moe_fused.recurrent import Recurrent
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -27,17 +28,29 @@ NO_LIMIT = 4096
 NONE = "–"
 
 
+# The package that the tables count on, wherever it has kernels for a model.
+PACKAGE = "fla"
+
+
 def _marked(model: Published) -> str:
     """The name of a model, with the mark of the footnote on recurrent layers if it has some."""
-    text = model.config().get_text_config()
-    return model.repository + "⁷" * ("linear_attention" in (getattr(text, "layer_types", None) or ()))
+    return model.repository + "⁷" * bool(_recurrent(model))
 
 
 @functools.cache
-def plans(model: Published) -> dict[int, list[MemoryPlan]]:
+def _recurrent(model: Published) -> tuple[Recurrent, ...]:
+    from moe_fused.memory import skeleton
+    from moe_fused.recurrent import recurrent_layers
+
+    return recurrent_layers(skeleton(model.config()))
+
+
+@functools.cache
+def plans(model: Published, package: str | None = PACKAGE) -> dict[int, list[MemoryPlan]]:
     """The plans of finetune's default run on an NVIDIA GPU, by length; with CUDA graphs first, where there are any.
 
-    Lengths beyond the model's positions are left out.
+    Lengths beyond the model's positions are left out. Of the packages that compute recurrent layers, ``package`` is there
+    and no other, whatever is installed here.
     """
     import torch
 
@@ -48,6 +61,7 @@ def plans(model: Published) -> dict[int, list[MemoryPlan]]:
     config = model.config()
     options = Options(model=model.repository, dataset="data", output="out", memory_limit=NO_LIMIT)
     setup = set_up(options, config, torch.device("cuda"))
+    setup = dataclasses.replace(setup, packages=frozenset() if package is None else frozenset({package}))
     longest = config.get_text_config().max_position_embeddings
     return {
         length: list(
@@ -61,18 +75,47 @@ def plans(model: Published) -> dict[int, list[MemoryPlan]]:
     }
 
 
+def _peaks(planned: dict[int, list[MemoryPlan]]) -> Iterable[str]:
+    from moe_fused.memory import GIB
+
+    for length in LENGTHS:
+        yield f"{planned[length][0].prediction.total / GIB:.2f}" if length in planned else NONE
+
+
 def memory_table(models: Sequence[Published]) -> str:
     """The predicted peaks by length, in GiB."""
-    from moe_fused.memory import GIB
 
     def cells(model: Published) -> Iterable[str]:
         yield _marked(model)
         yield f"{model.parameters} ({model.active})"
-        planned = plans(model)
-        for length in LENGTHS:
-            yield f"{planned[length][0].prediction.total / GIB:.2f}" if length in planned else NONE
+        yield from _peaks(plans(model))
 
     return _table(["model", "billions of parameters (active)", *map(str, LENGTHS)], map(cells, models))
+
+
+def recurrent_table(models: Sequence[Published]) -> str:
+    """The predicted peaks in plain torch by length, in GiB, of models with recurrent layers, and what one layer keeps."""
+    from moe_fused.memory import GIB, Workload
+
+    def cells(model: Published) -> Iterable[str]:
+        yield model.repository
+        work = Workload()
+        with_package = dataclasses.replace(work, packages=frozenset({PACKAGE}))
+        for kind in _recurrent(model):
+            yield f"{kind.layers} of {kind.mixer.title}"
+            yield f"{kind.mixer.kept(work) / GIB:.2f}"
+            has_kernels = kind.mixer.package == PACKAGE
+            yield f"{kind.mixer.kept(with_package) / GIB:.2f}" if has_kernels else NONE
+        yield from _peaks(plans(model, None))
+
+    head = [
+        "model",
+        "recurrent layers",
+        "kept by one, plain torch",
+        "kept by one, with the package",
+        *map(str, LENGTHS),
+    ]
+    return _table(head, map(cells, filter(_recurrent, models)))
 
 
 def cards_table(models: Sequence[Published]) -> str:
@@ -140,4 +183,9 @@ def tables() -> dict[str, str]:
     """Each table by the name of the comments that it stands between."""
     from benchmarks.models import MODELS
 
-    return {"memory": memory_table(MODELS), "cards": cards_table(MODELS), "runs": runs_table(MODELS)}
+    return {
+        "memory": memory_table(MODELS),
+        "cards": cards_table(MODELS),
+        "recurrent": recurrent_table(MODELS),
+        "runs": runs_table(MODELS),
+    }

@@ -279,6 +279,8 @@ def test_rows_of_a_model_are_current() -> None:
     model = BY_NAME["olmoe-1b-7b"]
     for table in (models_tables.memory_table, models_tables.cards_table):
         assert table([model]).splitlines()[2] in text.splitlines()
+    assert models_tables.recurrent_table([BY_NAME["granite-4.0-h-tiny"]]).splitlines()[2] in text.splitlines()
+    assert len(models_tables.recurrent_table([model]).splitlines()) == 2
     assert models_tables.runs_table(MODELS) in text
     # Longer than its positions: no prediction.
     assert models_tables.memory_table([model]).splitlines()[2].endswith("| – | – |")

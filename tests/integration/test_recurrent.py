@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import JambaConfig
 
 from benchmarks.models import BY_NAME as PUBLISHED
-from moe_fused import memory, recurrent
+from moe_fused import diagnosis, memory, recurrent
+from moe_fused.diagnosis import Status
 from moe_fused.finetune.options import Options
 from moe_fused.finetune.plan import MemoryPlan, plan_run
 from moe_fused.finetune.resolve import set_up
@@ -353,3 +354,15 @@ def test_what_a_recurrent_layer_keeps(name: str, modules: tuple[str, ...]) -> No
         )  # fmt: skip
         predicted[layers] = predict(sizes, work).parts["activations"]
     assert predicted[2] - predicted[1] == pytest.approx(kept[2] - kept[1], rel=0.07)
+
+
+def test_doctor_names_the_packages(there: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    there.add("mamba_ssm")
+    checks = {check.name: check for check in diagnosis._recurrent()}
+    assert checks["Mamba-2"].found == "in mamba-ssm"
+    delta = checks["Gated DeltaNet"]
+    assert (delta.status, delta.found) == (Status.ABSENT, "in plain torch, which takes more memory and time")
+    assert str(delta.advice).endswith("pip install flash-linear-attention")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [check.found for check in diagnosis._recurrent()] == ["in plain torch, as there is no GPU"]
