@@ -139,13 +139,20 @@ def _plan(run: ResolvedRun, sizes: Sizes, limit: int | None) -> MemoryPlan:
 
 
 def _notes(sizes: Sizes, work: Workload) -> Iterator[str]:
-    """Says what computes the recurrent layers, and what of them the plan does not count."""
+    """Says what computes the recurrent layers, and what of them the plan does not count.
+
+    Raises:
+        ValueError: The package that would compute a layer cannot read its weights.
+    """
     for kind in sizes.recurrent:
         mixer, count = kind.mixer, f"{kind.layers} layer{'s' if kind.layers > 1 else ''} of {kind.mixer.title}"
         if mixer.package in work.packages:
-            yield f"{mixer.distribution} computes {count}"
             if mixer.needs_dense and work.quantized:
-                yield f"note: {mixer.distribution} cannot read weights in 4 bits: uninstall it, or use --quantization none"
+                raise ValueError(
+                    f"{mixer.distribution} computes {count} and cannot read their weights in 4 bits: uninstall it, or use "
+                    "--quantization none"
+                )
+            yield f"{mixer.distribution} computes {count}"
             continue
         plain = (
             f"Transformers computes {count} in plain torch, and each keeps {_gib(mixer.kept(work))} for its backward"

@@ -87,6 +87,10 @@ def _tiled(dtype: torch.dtype, tokens: int) -> Iterator[tuple[str, str, Callable
     weights = torch.empty((tokens, TOP_K), device="meta")
     yield "up, train", "up", lambda: launch.grouped_up(x, up, routing, rows, None, gate, True)
     yield "up, infer", "up", lambda: launch.grouped_up(x, up, routing, rows, None, gate, False)
+    stored, bias = meta(EXPERTS, HIDDEN, 2 * INTERMEDIATE), meta(EXPERTS, 2 * INTERMEDIATE)
+    alternating = module("activations").Gate("swiglu_oai", True, True, 1.702, 7.0)
+    call = _call(launch.grouped_up, x, stored.mT, routing, rows, bias, alternating, True)
+    yield "up, gpt-oss", "up", call
     for name, a, w in (("down", rows_i, down), ("up", rows_h, up)):
         backward = rows_2i if name == "up" else rows_h
         for label, left, right in ((f"gemm, {name}", a, w), (f"gemm, {name} transposed", backward, w.mT)):

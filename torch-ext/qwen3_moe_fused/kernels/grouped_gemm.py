@@ -43,10 +43,16 @@ def _up_tile(
     offs_k = tl.arange(0, BLOCK_K)
     # int64: T·H and E·out·in pass 2³¹ in real models.
     x_ptrs = x + tokens.to(tl.int64)[:, None] * H + offs_k[None, :]
+    # Where gate and up features alternate, one product has both, of columns that lie side by side. Apart, each would read
+    # every second column: 9.7 ms for the up projection of gpt-oss-20b at 1024 tokens on an H200.
+    ALTERNATE: tl.constexpr = GATE.GATED and GATE.COLUMN_STRIDE == 2
+    WIDTH: tl.constexpr = 2 * BLOCK_N if ALTERNATE else BLOCK_N
+    FEATURES: tl.constexpr = GATE.COLUMNS if ALTERNATE else GATE.I
+    n_w = n * GATE.COLUMN_STRIDE
+    offs_w = n_w + tl.arange(0, WIDTH)
     if WEIGHT.MODE == "pointer":
         w_ptr = w + expert.to(tl.int64) * WEIGHT.STRIDE_E
-        features = offs_n[None, :] * GATE.COLUMN_STRIDE
-        gate_w = w_ptr + features * WEIGHT.STRIDE_N + offs_k[:, None] * WEIGHT.STRIDE_K
+        gate_w = w_ptr + offs_w[None, :] * WEIGHT.STRIDE_N + offs_k[:, None] * WEIGHT.STRIDE_K
         up_w = gate_w + GATE.UP_OFFSET * WEIGHT.STRIDE_N
         first = 0
     else:
@@ -54,16 +60,16 @@ def _up_tile(
         up_w = w
         first = expert * (GATE.COLUMNS if WEIGHT.MODE == "rows" else H)
 
-    gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    gate = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, H, BLOCK_K):
         if H % BLOCK_K == 0:
             x_tile = tl.load(x_ptrs)
         else:
             x_tile = tl.load(x_ptrs, mask=offs_k[None, :] < H - k, other=0.0)
-        wg = load_weight(gate_w, first, n, k, offs_n, offs_k, GATE.I, H, WEIGHT, BLOCK_N, BLOCK_K)
+        wg = load_weight(gate_w, first, n_w, k, offs_w, offs_k, FEATURES, H, WEIGHT, WIDTH, BLOCK_K)
         gate = tl.dot(x_tile, wg, gate, input_precision=TILE.PRECISION)
-        if GATE.GATED:
+        if GATE.GATED and not ALTERNATE:
             up_n = n + GATE.UP_OFFSET
             wu = load_weight(up_w, first, up_n, k, offs_n, offs_k, GATE.I, H, WEIGHT, BLOCK_N, BLOCK_K)
             up = tl.dot(x_tile, wu, up, input_precision=TILE.PRECISION)
@@ -71,13 +77,15 @@ def _up_tile(
         if WEIGHT.MODE == "pointer":
             gate_w += BLOCK_K * WEIGHT.STRIDE_K
             up_w += BLOCK_K * WEIGHT.STRIDE_K
+    if ALTERNATE:
+        gate, up = tl.split(tl.reshape(gate, (BLOCK_M, BLOCK_N, 2)))
 
     if LOW_RANK.RANK > 0:
         gate, up = add_low_rank_to_both(
             gate, up, term, expert, row, live, offs_n * GATE.COLUMN_STRIDE, offs_n < GATE.I, OUT.GATE_UP_OFFSET,
             GATE.GATED, LOW_RANK, TILE, BLOCK_M,
         )  # fmt: skip
-    store_outputs(gate, up, bias, out, expert, row, live, offs_n, GATE, OUT, HAS_BIAS, BLOCK_M)
+    store_outputs(gate, up, bias, out, expert, row, live, n, offs_n, GATE, OUT, HAS_BIAS, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -188,7 +196,7 @@ def _gemm_tile(
         )
     if A.SCALED:
         acc *= scale
-    store_outputs(acc, acc, bias, out, expert, row, live, offs_n, GATE, OUT, HAS_BIAS, BLOCK_M)
+    store_outputs(acc, acc, bias, out, expert, row, live, n, offs_n, GATE, OUT, HAS_BIAS, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

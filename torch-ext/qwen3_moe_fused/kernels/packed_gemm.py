@@ -130,7 +130,7 @@ def packed_gemm_kernel(
             gate, up, term, expert, row, live, offs_n * GATE.COLUMN_STRIDE, offs_n < GATE.I, GATE.UP_OFFSET, GATE.GATED,
             LOW_RANK, TILE, BLOCK_M,
         )  # fmt: skip
-    store_outputs(gate, up, bias, out, expert, row, live, offs_n, GATE, OUT, HAS_BIAS, BLOCK_M)
+    store_outputs(gate, up, bias, out, expert, row, live, n, offs_n, GATE, OUT, HAS_BIAS, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -216,4 +216,4 @@ def packed_transposed_kernel(
         acc = add_low_rank(
             acc, term.left, term.right, expert, row, live, offs_n, offs_n < GATE.I, LOW_RANK, TILE, BLOCK_M
         )
-    store_outputs(acc, acc, out.h, out, expert, row, live, offs_n, GATE, OUT, False, BLOCK_M)
+    store_outputs(acc, acc, out.h, out, expert, row, live, n, offs_n, GATE, OUT, False, BLOCK_M, BLOCK_N)

@@ -140,7 +140,7 @@ def _launch(
 ) -> None:
     """``part``'s columns of the outputs among ``tensors``."""
     config = part.config
-    w_operand, mode = weight_operand(part.stack, config)
+    w_operand, mode = weight_operand(part.stack, config, config.block_n)
     kernel = _down_backward_kernel(
         config,
         part.stack.shape,

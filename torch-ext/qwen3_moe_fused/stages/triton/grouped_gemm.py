@@ -123,7 +123,7 @@ def _launch_gemm(
     a_half = a_operand
     if isinstance(a_operand, Descriptor) and config.half_tiles:
         a_half = a_operand._replace(block_shape=(config.block_m // 2, config.block_k))
-    w_operand, mode = weight_operand(part.stack, config)
+    w_operand, mode = weight_operand(part.stack, config, config.block_n)
     kernel = _gemm_kernel(
         config,
         part.stack.shape,
@@ -227,7 +227,8 @@ def _launch_up(
 ) -> None:
     """``part``'s columns of h and gate_up, where they are wanted."""
     config, stack = part.config, part.stack
-    w_operand, mode = (stack, "pointer") if gate.interleaved else weight_operand(stack, config)
+    width = config.block_n * (2 if gate.interleaved else 1)
+    w_operand, mode = weight_operand(stack, config, width)
     kernel = _up_kernel(
         config,
         stack.shape,

@@ -82,18 +82,22 @@ def routing_tensors(routing: Routing) -> Prepared:
     return prepared
 
 
-def weight_operand(stack: Tensor, config: LaunchConfig) -> tuple[Any, str]:
-    """(kernel argument, ``DenseLayout.MODE``) of an (E, N, K) stack: a descriptor if asked for and the layout allows it."""
+def weight_operand(stack: Tensor, config: LaunchConfig, width: int) -> tuple[Any, str]:
+    """(kernel argument, ``DenseLayout.MODE``) of an (E, N, K) stack: a descriptor if asked for and the layout allows it.
+
+    Args:
+        width: the number of out features that a program loads at a time.
+    """
     if config.descriptor and stack.data_ptr() % 16 == 0:
         num_experts, n, k = stack.shape
         stride_e, stride_n, stride_k = stack.stride()
         itemsize = stack.element_size()
         if stride_k == 1 and stride_n == k and stride_e == n * k and k * itemsize % 16 == 0:
-            return Descriptor(stack, (num_experts * n, k), (k, 1), (config.block_n, config.block_k)), "rows"
+            return Descriptor(stack, (num_experts * n, k), (k, 1), (width, config.block_k)), "rows"
         # A block across the end of an expert would multiply zeros with the next expert's weights, which may be Inf.
         aligned = n * itemsize % 16 == 0 and k % config.block_k == 0
         if stride_n == 1 and stride_k == n and stride_e == n * k and aligned:
-            return Descriptor(stack, (num_experts * k, n), (n, 1), (config.block_k, config.block_n)), "columns"
+            return Descriptor(stack, (num_experts * k, n), (n, 1), (config.block_k, width)), "columns"
     return stack, "pointer"
 
 
