@@ -17,6 +17,8 @@ import torch
 from kernels import Mode
 from torch import nn
 
+from moe_fused.integrations.transformers.originals import restore_experts
+
 from .mapping import DEVICES, KERNEL_MAPPING, QWEN3_BLOCK
 from .selection import has_layer, layers_of, refusal_of
 
@@ -109,6 +111,7 @@ def kernelize(model: nn.Module, mode: Mode | None, device: str | torch.device | 
     _check(model, mode, device)
     if layer is not None and layer not in KERNEL_MAPPING:
         raise ValueError(f"layer must be one of {', '.join(KERNEL_MAPPING)}, got {layer!r}")
+    restore_experts(model)
     selected, refused = _select(model, layer)
     reasons = [f"{cls} ({name}) keeps its own forward: {why}" for (cls, why), name in refused.items()]
     if not selected:

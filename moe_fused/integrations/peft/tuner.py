@@ -6,6 +6,7 @@ everything but experts to it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from moe_fused.integrations.quantizer.packed_experts import unpack_experts
 from moe_fused.integrations.transformers.experts_module import Experts
+from moe_fused.integrations.transformers.originals import replaced_experts
 
 from .files import ADAPTED_STACKS, adapted_stacks, check_matches, split, wrappers
 from .targets import (
@@ -53,6 +55,19 @@ def _named(config: Any, layers: list[ExpertLayer]) -> set[str]:
     }
 
 
+def _warn_of_replaced(model: nn.Module) -> None:
+    """Warns if experts that the kernel could serve are computed by another library."""
+    for name, module, _, _ in replaced_experts(model):
+        if not takes_adapters(module):
+            warnings.warn(
+                f"{name} is a {type(module).__module__}.{type(module).__qualname__} and not Transformers' class, so neither "
+                "it nor its adapters run in the kernel. Call moe_fused.enable() before a model is loaded in 4 bits, and "
+                "moe_fused.kernelize(model) for a dense one, before adapters are added",
+                stacklevel=3,
+            )
+            return
+
+
 class LoraModel(lora.LoraModel):
     """PEFT's tuner for LoRA, extended to experts that run in the kernel."""
 
@@ -64,6 +79,7 @@ class LoraModel(lora.LoraModel):
             config.target_parameters = sorted({*(config.target_parameters or ()), *stacks})
         requested = expert_targets(config, model, layers) if layers else ExpertTargets()
         adapted = _named(config, layers) | requested.targets.keys()
+        _warn_of_replaced(model)
         if adapted:
             refuse_unsupported(config)
             self._check_nesting(model, adapted, requested)

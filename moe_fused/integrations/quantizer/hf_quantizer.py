@@ -26,6 +26,7 @@ from moe_fused.checkpoints.converter import ExpertsConverter, Quantization
 from moe_fused.checkpoints.names import Names, Target
 from moe_fused.hub import get_kernel
 from moe_fused.integrations.transformers.experts_module import projections_of
+from moe_fused.integrations.transformers.originals import restore_experts
 
 from .conversions import DenseExpertsConverter, Deserialize, Quantize, skip_packed
 from .packed_experts import BLOCKSIZE, matrices_per_expert, packed_modules, packing_refusal, pin, unpack_experts
@@ -68,6 +69,9 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **kwargs: Any) -> None:
         self._skip_head(model)
         super()._process_model_before_weight_loading(model, device_map=device_map, **kwargs)
+        restore_experts(
+            model
+        )  # now, because what Unsloth has made of the call before changes forwards of experts' classes
         self.names = Names(self._targets(model), base_model_prefix=model.base_model_prefix)
 
     def _skip_head(self, model: Any) -> None:
