@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -278,3 +279,14 @@ def test_qlora_ddp(ddp: tuple[Path, str]) -> None:
     factors = experts_of(both[0].parent)
     assert len(factors) == 96
     assert all(factor.any() for factor in factors.values())
+
+
+@pytest.mark.gpu
+def test_unsloth_qlora(tmp_path: Path) -> None:
+    if not torch.cuda.is_available() or find_spec("unsloth") is None:
+        pytest.skip("needs a GPU and unsloth")
+    output = run(commands("unsloth_qlora")[0], tmp_path)
+    first, last = re.findall(r"loss (\S+) in the first step, (\S+) in the last", output)[0]
+    assert float(last) < float(first) - 0.1, output
+    assert number("in the first step.*\n", output) == 4  # two stacks in each of two layers
+    assert (tmp_path / OUTPUT / "unsloth_qlora" / "adapter" / "adapter_model.safetensors").is_file()
