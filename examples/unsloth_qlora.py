@@ -72,6 +72,6 @@ print(f"loss {losses[0]:.3f} in the first step, {losses[-1]:.3f} in the last")
 
 adapter = options.output / "adapter"
 model.save_pretrained(adapter)
-ours = sum("moe_fused" in type(module).__module__ for module in model.modules())
+ours = sum(type(module).__module__ == "moe_fused.integrations.peft.wrapper" for module in model.modules())
 print(f"{ours} stacks of experts trained in the kernels, adapter saved in {adapter}")
 print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")

@@ -271,7 +271,7 @@ def test_unsloth_itself(way: str, small: Path, plain: dict[str, Any]) -> None:
     # The losses fall, and are the same up to the rounding of bf16.
     assert trained[-1] < trained[0] - 0.5
     for ours, theirs in zip(plain["losses"], trained, strict=True):
-        assert abs(ours - theirs) < 0.02 * ours, (plain["losses"], trained)
+        assert abs(ours - theirs) < 0.01 * ours, (plain["losses"], trained)
     # PEFT alone reads the adapter, onto the dense model.
     without_adapter, with_adapter = measured("stock", *arguments, directory=small)["losses"]
     assert with_adapter < without_adapter - 0.5
