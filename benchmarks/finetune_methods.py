@@ -13,7 +13,7 @@ step, in sequences without padding:
 - ``dpo``: a step of ``--method dpo``, on two sequences of half as many tokens, which the model computes with its adapters
   and, as the reference, without them.
 
-``sft`` and ``sft_beside_evaluation`` take turns. A time is the median of the steps, each from an idle GPU to its end. Peaks
+``sft`` and ``sft_beside_evaluation`` take turns, each the first in every second turn. A time is the median of the steps, each from an idle GPU to its end. Peaks
 are what the allocator held, because CUDA graphs take their memory for good. Further numbers of a row, under ``details``:
 
 - ``tokens_per_second``.
@@ -177,9 +177,11 @@ def measure(model: Any, length: int, steps: int, turns: int) -> dict[str, tuple[
     with tempfile.TemporaryDirectory() as output:
         adapted = adapt(model, resolved(model, output, length, steps)[0])
     plain, beside = [], []
-    for _ in range(turns):
-        plain.append(supervised(model, adapted, length, steps, evaluates=False))
-        beside.append(supervised(model, adapted, length, steps, evaluates=True))
+    for turn in range(turns):
+        # Each is the first as often as the other, because a GPU that gets warmer gets slower.
+        order = [(plain, False), (beside, True)]
+        for timed, evaluates in order if turn % 2 == 0 else order[::-1]:
+            timed.append(supervised(model, adapted, length, steps, evaluates=evaluates))
     sft, evaluated = (statistics.median(ms for timed in each for ms in timed.steps) for each in (plain, beside))
     evaluation = statistics.median(ms for timed in beside for ms in timed.evaluations) / EVAL_ROWS
     bare = adapted.unload()
@@ -240,7 +242,7 @@ def main(
         float, typer.Option(help="GiB that the allocator may take; 0 for all there are.", min=0)
     ] = CAP_GIB,
     steps: Annotated[int, typer.Option(help="Steps that are timed in each turn.", min=1)] = 8,
-    turns: Annotated[int, typer.Option(help="Turns of training without and with evaluations.", min=1)] = 2,
+    turns: Annotated[int, typer.Option(help="Turns of training without and with evaluations.", min=1)] = 4,
     output: Annotated[Path | None, typer.Option(help="The JSON to write.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A tiny model. Writes only to --output.")] = False,
     device: Annotated[str, typer.Option(help="cuda, or cpu to smoke-test the benchmark.")] = "cuda",
