@@ -13,8 +13,9 @@ step, in sequences without padding:
 - ``dpo``: a step of ``--method dpo``, on two sequences of half as many tokens, which the model computes with its adapters
   and, as the reference, without them.
 
-``sft`` and ``sft_beside_evaluation`` take turns, each the first in every second turn. A time is the median of the steps, each from an idle GPU to its end. Peaks
-are what the allocator held, because CUDA graphs take their memory for good. Further numbers of a row, under ``details``:
+``sft`` and ``sft_beside_evaluation`` take turns, each the first in every second turn. A time is the median of the
+steps, each from an idle GPU to its end. Peaks are what the allocator held, because CUDA graphs take their memory for
+good. Further numbers of a row, under ``details``:
 
 - ``tokens_per_second``.
 - ``over_sft``, of ``sft_beside_evaluation``: its time over that of ``sft``.
