@@ -213,12 +213,14 @@ class ResolvedRun(ModelSetup):
         modules = self.options.attention_modules
         if self.attention_modules and modules != [ALL_LINEAR]:
             modules = list(self.attention_modules)
+        # Only "auto" stands for flash attention in place of eager attention. By name, eager attention means Transformers'.
+        attn = "auto" if self.maskless and self.attention == "eager" else self.attention
         return dataclasses.replace(
             self.options,
             sequence_length=self.batching.length,
             gradient_accumulation=self.batching.accumulation,
             packing=self.batching.packing,  # type: ignore[arg-type]  # one of the names
-            attn=self.attention,
+            attn=attn,
             attention_modules=modules,
             dtype=_name(self.dtype),  # type: ignore[arg-type]
             adapter_dtype=_name(self.adapter_dtype),  # type: ignore[arg-type]
