@@ -83,6 +83,15 @@ def has_windows(config: Any) -> bool:
     return bool(getattr(text, "sliding_window", None))
 
 
+def _hands_over_windows(model: nn.Module) -> bool:
+    """Whether all causal attention layers of a model hand their windows over to the implementation of attention.
+
+    Those of Qwen2-MoE and Phi-MoE do not. Their windows are in their masks alone.
+    """
+    kinds = {type(module) for module in model.modules() if getattr(module, "is_causal", False)}
+    return all("sliding_window=" in inspect.getsource(kind) for kind in kinds)
+
+
 def serves(attn: str, model: Any, device: torch.device, dtype: torch.dtype, *, packed: bool) -> bool:
     """Whether the attention of this module computes the same as ``attn`` in a model, and is better.
 
@@ -94,14 +103,17 @@ def serves(attn: str, model: Any, device: torch.device, dtype: torch.dtype, *, p
         packed: Whether documents lie side by side. Only flash attention is better than a mask for these.
     """
     config, sinks = model.config, has_sinks(model)
-    # Layers hand over windows and sinks wherever Transformers' own flash attention needs them.
+    windows = has_windows(config)
+    # Transformers' own flash attention needs windows and sinks to be handed over, too.
     hands_over = getattr(model, "_supports_flash_attn", False)
     known = chosen(attn, config) == "sdpa" or (attn == "auto" and sinks)
     if not known or device.type != "cuda" or not layer_types(config) <= _SERVED:
         return False
     if not takes_flash(model, packed=packed):
         return True
-    if (sinks or has_windows(config)) and not hands_over:
+    if (sinks or windows) and not hands_over:
+        return False
+    if windows and not _hands_over_windows(model):
         return False
     return (
         dtype.itemsize == 2 and _flash_takes(config.get_text_config()) and (_sinks_run() if sinks else bool(_flash()))
@@ -122,7 +134,9 @@ def _sinks_run() -> bool:
 
 
 def _flash_takes(text: Any) -> bool:
-    """Whether flash attention supports heads of the model's size."""
+    """Whether flash attention supports heads of the model's size, in every layer if these differ."""
+    if getattr(text, "is_heterogeneous", False):
+        return all(_flash_takes(layer) for layer in text.per_layer_config)
     features = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     if (latent := getattr(text, "qk_nope_head_dim", None)) is not None:  # multi-head latent attention
         features = latent + text.qk_rope_head_dim
