@@ -305,6 +305,17 @@ def test_workspace_is_the_kernels() -> None:
     assert memory.EXPERT_WORKSPACE == hub.submodule(hub.get_kernel(), "stages.triton.dequantize").WORKSPACE_BYTES
 
 
+def test_transposed_experts_always_need_the_workspace(qwen3_30b: Sizes) -> None:
+    """No kernel dequantizes stacks of gpt-oss in the up projection, however few rows there are."""
+    work = Workload(length=512)
+    transposed = replace(qwen3_30b, stacks=tuple(replace(stack, transposed=True) for stack in qwen3_30b.stacks))
+    assert memory._experts(qwen3_30b, work)[2] == 0
+    assert memory._experts(transposed, work)[2] == memory.EXPERT_WORKSPACE
+    assert all(stack.transposed for stack in sizes_of(GPT_OSS.build()).stacks)
+    pytest.importorskip("triton")
+    assert hub.submodule(hub.get_kernel(), "stages.triton.paths")._PACKED_FAMILIES["up"] == ("up_4bit", None)
+
+
 def test_paged_state_is_outside_of_the_allocator(qwen3_30b: Sizes) -> None:
     paged, plain = (predict(qwen3_30b, Workload(optimizer=name)) for name in ("paged_adamw_8bit", "adamw_8bit"))
     assert paged.total == plain.total
