@@ -197,9 +197,7 @@ def attention(
     fits = query.device.type == "cuda" and query.itemsize == 2 and _fits(features, values)
     if not runs or not fits or dropout:
         mask = causal_mask(cu_seq_lens_q, tokens, window, query.device)
-        if s_aux is None:
-            return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
-        return attention_with_sinks(query, key, value, s_aux, mask, scaling, dropout), None
+        return _with_mask(module, query, key, value, mask, s_aux, dropout, scaling, **kwargs)
     if cu_seq_lens_q is None:
         boundaries = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device)
         length = tokens
@@ -218,6 +216,23 @@ def attention(
     if values < features:
         out = out[..., :values]
     return out.unflatten(0, (batch, tokens)), None
+
+
+def _with_mask(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    sinks: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Computes ``attention`` where flash attention cannot run, with a mask of all pairs of tokens."""
+    if sinks is None:
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
+    return attention_with_sinks(query, key, value, sinks, mask, scaling, dropout), None
 
 
 class _FlashWithSinks(torch.autograd.Function):
