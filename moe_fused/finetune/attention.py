@@ -103,21 +103,23 @@ def serves(attn: str, model: Any, device: torch.device, dtype: torch.dtype, *, p
         packed: Whether documents lie side by side. Only flash attention is better than a mask for these.
     """
     config, sinks = model.config, has_sinks(model)
-    windows = has_windows(config)
-    # Transformers' own flash attention needs windows and sinks to be handed over, too.
-    hands_over = getattr(model, "_supports_flash_attn", False)
     known = chosen(attn, config) == "sdpa" or (attn == "auto" and sinks)
-    if not known or device.type != "cuda" or not layer_types(config) <= _SERVED:
+    if not known or device.type != "cuda" or not layer_types(config) <= _SERVED or not _is_causal(model):
         return False
     if not takes_flash(model, packed=packed):
         return True
-    if (sinks or windows) and not hands_over:
+    windows, text = has_windows(config), config.get_text_config()
+    # Transformers' own flash attention needs windows and sinks to be handed over, too.
+    if (sinks or windows) and not getattr(model, "_supports_flash_attn", False):
         return False
-    if windows and not _hands_over_windows(model):
+    if (windows and not _hands_over_windows(model)) or getattr(text, "attention_dropout", None):
         return False
-    return (
-        dtype.itemsize == 2 and _flash_takes(config.get_text_config()) and (_sinks_run() if sinks else bool(_flash()))
-    )
+    return dtype.itemsize == 2 and _flash_takes(text) and (_sinks_run() if sinks else bool(_flash()))
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """Whether no attention layer of a model says that it also looks at later tokens."""
+    return all(getattr(module, "is_causal", True) is not False for module in model.modules())
 
 
 def takes_flash(model: Any, *, packed: bool) -> bool:
@@ -127,7 +129,12 @@ def takes_flash(model: Any, *, packed: bool) -> bool:
 
 @functools.cache
 def _sinks_run() -> bool:
-    """Whether torch has the operators of flash attention that sinks need, with the arguments that they need."""
+    """Whether torch has the operators of flash attention that sinks need, with the arguments that they need.
+
+    Those of ROCm come from another library, which was not tested with the log-sum-exp of sinks.
+    """
+    if torch.version.hip is not None:
+        return False
     names = ("_flash_attention_forward", "_flash_attention_backward")
     schemas = [str(getattr(torch.ops.aten, name).default._schema) for name in names if hasattr(torch.ops.aten, name)]
     return len(schemas) == 2 and all("window_size_left" in schema for schema in schemas)

@@ -48,6 +48,7 @@ LATENT = {"v_head_dim": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8}
         ("sdpa", {"head_dim": 20}, CUDA, True, False),
         ("sdpa", LATENT, CUDA, True, True),
         ("sdpa", {"v_head_dim": 24}, CUDA, True, False),
+        ("sdpa", {"attention_dropout": 0.1}, CUDA, True, False),
     ],
 )
 def test_serves_what_it_computes(
@@ -57,6 +58,13 @@ def test_serves_what_it_computes(
     assert attention.serves(attn, model, device, torch.bfloat16, packed=False) == whole
     assert attention.serves(attn, model, device, torch.bfloat16, packed=True) == packed
     assert not attention.serves(attn, model, device, torch.float32, packed=True)
+
+
+def test_does_not_serve_attention_to_later_tokens() -> None:
+    model = skeleton(Qwen3MoeConfig(**SIZES))
+    model.model.layers[1].self_attn.is_causal = False
+    for packed in (False, True):
+        assert not attention.serves("sdpa", model, CUDA, torch.bfloat16, packed=packed)
 
 
 def test_serves_sinks_unless_eager_attention_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
