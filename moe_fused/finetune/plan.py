@@ -169,7 +169,7 @@ def _notes(sizes: Sizes, work: Workload) -> Iterator[str]:
 def _limit(setup: ModelSetup) -> int | None:
     if setup.options.memory_limit is not None:
         return int(setup.options.memory_limit * GIB)
-    if setup.device.type != "cuda":
+    if setup.device.type != "cuda" or not torch.cuda.is_available():
         return None
     free, _ = torch.cuda.mem_get_info(setup.device)
     return free + CONTEXT  # the question itself made this process allocate its CUDA context

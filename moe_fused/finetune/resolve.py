@@ -230,12 +230,18 @@ class ResolvedRun(ModelSetup):
         )
 
 
-def training_device(options: Options) -> torch.device:
+def training_device(options: Options, *, only_plans: bool = False) -> torch.device:
     """The device that this process trains on, with its number if it is a GPU.
+
+    Args:
+        options: The options of the run.
+        only_plans: Whether the run ends with its plan, which ``--device cuda`` can have on a machine without a GPU.
 
     Raises:
         ValueError: This machine has no such device.
     """
+    if only_plans and options.device == "cuda" and not torch.cuda.is_available():
+        return torch.device("cuda", 0)
     device = choose_device(options.device)
     if device.type == "cpu" or ":" in options.device:
         return device

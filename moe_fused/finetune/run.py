@@ -87,7 +87,7 @@ def run(
     """
     start = read_start(options, checkpoint)
     console, tokenizer, found, plan = _resolve(
-        options, process, trains=True, start=start, allow_other_base=allow_other_base
+        options, process, trains=True, only_plans=dry_run, start=start, allow_other_base=allow_other_base
     )
     with bars(console.is_terminal):
         evaluation = find_evaluation(options, tokenizer)
@@ -113,7 +113,8 @@ def run(
         else:
             prepared = prepare(found, options, resolved.batching, **sizes)
     _print(console, prepared.lines())
-    gpu = torch.cuda.get_device_name(resolved.device) if resolved.device.type == "cuda" else None
+    has_gpu = resolved.device.type == "cuda" and torch.cuda.is_available()
+    gpu = torch.cuda.get_device_name(resolved.device) if has_gpu else None
     _print(console, [duration_line(resolved, prepared, gpu)])
     if options.trainer:
         _check_trainer(resolved)
@@ -121,6 +122,10 @@ def run(
     if resume:
         _print(console, check_same_data(resolved.output / CONFIG, data, allow_changed_data))
     if dry_run:
+        if resolved.device.type == "cpu" and options.device == "auto":
+            _print(
+                console, ["note: this is the plan for the CPU; --device cuda plans for an NVIDIA GPU that is not here"]
+            )
         return
     record = data | (base or compared_base(download=True)) | begun_with
     if checkpoint is not None:
@@ -178,7 +183,13 @@ def show(options: Options, process: Process, count: int, *, allow_other_base: bo
 
 
 def _resolve(
-    options: Options, process: Process, *, trains: bool, start: StartingAdapter | None, allow_other_base: bool
+    options: Options,
+    process: Process,
+    *,
+    trains: bool,
+    only_plans: bool = False,
+    start: StartingAdapter | None,
+    allow_other_base: bool,
 ) -> tuple[Console, Any, tuple[Data, ...], MemoryPlan]:
     """Resolves a run from its options, the config of its model and its first rows.
 
@@ -186,6 +197,7 @@ def _resolve(
         options: The options of the run.
         process: This process among those of the run.
         trains: Whether the model will be loaded afterwards. Its files must then be whole.
+        only_plans: Whether the run ends with its plan, which may be for a GPU that is not there.
         start: The adapter that the run goes on from.
         allow_other_base: Whether that adapter may have been made for another model of the same shapes.
 
@@ -195,8 +207,8 @@ def _resolve(
     use_expandable_segments()
     console = Console(stderr=True)
     _quiet(console)
-    device = training_device(options)
-    if device.type != "cpu":
+    device = training_device(options, only_plans=only_plans)
+    if device.type != "cpu" and torch.accelerator.is_available():
         torch.accelerator.set_device_index(device.index)
     config, tokenizer = load_config(options), load_tokenizer(options)
     setup = set_up(options, config, device, process, start=start, allow_other_base=allow_other_base)
