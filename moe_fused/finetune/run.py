@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ from .fingerprint import (
     check_same_data,
     fingerprints,
 )
+from .formats import Kind
 from .model import check_model, load_config, load_model, load_tokenizer
 from .next_commands import print_next, push_command
 from .options import Options, to_yaml
@@ -53,6 +54,7 @@ from .start import StartingAdapter, read_start
 from .stream import Streamed, prepare_stream
 from .trackers import keep_local
 from .upload import UploadFailed, upload_adapter
+from .usage import export_note
 
 if TYPE_CHECKING:
     from .trainer import Finetuning
@@ -101,6 +103,8 @@ def run(
         return now
 
     base = compared_base(download=False)
+    note = export_note(resolved)
+    _print(console, [note] if note else [])
     begun_with, remarks = _adapter_record(resolved, resume)
     _print(console, remarks)
     with bars(console.is_terminal):
@@ -118,7 +122,7 @@ def run(
     _print(console, [duration_line(resolved, prepared, gpu)])
     if options.trainer:
         _check_trainer(resolved)
-    data = fingerprints(prepared, found)
+    data, kinds = fingerprints(prepared, found), sorted({each.kind for each in found})
     if resume:
         _print(console, check_same_data(resolved.output / CONFIG, data, allow_changed_data))
     if dry_run:
@@ -132,7 +136,7 @@ def run(
         check_finite_adapter(checkpoint)
     with _nothing_left(resolved.output):
         _prepare_output(resolved, overwrite, record)
-        _train_and_write(plan, tokenizer, prepared, console, checkpoint, overwrite, record)
+        _train_and_write(plan, tokenizer, prepared, kinds, console, checkpoint, overwrite, record)
 
 
 def _upload(output: Path, repository: str, *, private: bool) -> None:
@@ -236,6 +240,7 @@ def _train_and_write(
     plan: MemoryPlan,
     tokenizer: Any,
     prepared: Prepared | Streamed,
+    kinds: Collection[Kind],
     console: Console,
     checkpoint: Path | None,
     overwrite: bool,
@@ -278,7 +283,7 @@ def _train_and_write(
         if isinstance(prepared, Streamed):
             _print(console, prepared.ending())
         with explained(trainer, plan):
-            text = card(resolved, facts(trainer, plan, prepared, begin))
+            text = card(resolved, facts(trainer, plan, prepared, kinds, begin))
             write_results(trainer.model, tokenizer, resolved, text)
         print_next(resolved)
         if resolved.options.repository is not None:  # before the last checkpoints, which may still be on their way
