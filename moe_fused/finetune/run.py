@@ -126,7 +126,7 @@ def run(
     if resume:
         _print(console, check_same_data(resolved.output / CONFIG, data, allow_changed_data))
     if dry_run:
-        if resolved.device.type == "cpu" and options.device == "auto":
+        if resolved.device.type == "cpu" and not torch.cuda.is_available():
             _print(
                 console, ["note: this is the plan for the CPU; --device cuda plans for an NVIDIA GPU that is not here"]
             )
