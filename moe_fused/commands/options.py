@@ -116,6 +116,12 @@ def read_source(argument: str, name: str, file: str) -> dict[str, Any] | None:
     return content
 
 
+def has_weights(name: str) -> bool:
+    """Whether a directory has a file of weights, of which an index alone is none. A name on the Hub may have them."""
+    path = Path(name)
+    return not path.is_dir() or any(found for pattern in ("*.safetensors", "*.bin") for found in path.glob(pattern))
+
+
 def check_weights(
     argument: str, name: str, patterns: tuple[str, ...] = ("*.safetensors", "*.bin", "*.index.json")
 ) -> None:

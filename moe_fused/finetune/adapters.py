@@ -13,6 +13,8 @@ from torch import nn
 from moe_fused.integrations.transformers.experts_module import layout_refusal
 
 from .architecture import names_of_experts
+from .handed_through import names_given
+from .words import said_by
 
 if TYPE_CHECKING:
     from .resolve import ModelSetup
@@ -62,9 +64,9 @@ def lora_config(setup: ModelSetup, model: nn.Module) -> Any:
         for target in routers:
             ranks[target], alphas[target] = given.router, 2.0 * given.router
             parameters.append(target)
-    config = LoraConfig(
+    arguments: dict[str, Any] = dict(
         r=given.attention or given.expert or given.shared_expert or given.router,
-        lora_alpha=setup.attention_alpha,  # type: ignore[arg-type]  # any number
+        lora_alpha=setup.attention_alpha,
         lora_dropout=options.lora_dropout,
         target_modules=[target for name, target in names.items() if target == name],
         target_parameters=parameters or None,
@@ -75,8 +77,13 @@ def lora_config(setup: ModelSetup, model: nn.Module) -> Any:
         task_type="CAUSAL_LM",
         **(options.lora or {}),
     )
+    fields = names_given(options, "lora") or "lora"
+    try:
+        config = LoraConfig(**arguments)
+    except (TypeError, ValueError, ImportError) as error:
+        raise ValueError(f"{fields}: {said_by(error)}") from error
     if experts and given.expert:
-        _check_experts(config, "lora", "; --expert-rank 0 leaves them out")
+        _check_experts(config, fields, "; --expert-rank 0 leaves them out")
     return _in_order(config)
 
 
@@ -94,7 +101,7 @@ def _check_experts(config: Any, option: str, hint: str = "") -> None:
     try:
         refuse_unsupported(config)
     except (ValueError, NotImplementedError) as error:
-        raise type(error)(f"{option}: {error}{hint}") from error
+        raise type(error)(f"{option}: {said_by(error)}{hint}") from error
 
 
 def adapt(model: Any, setup: ModelSetup) -> Any:

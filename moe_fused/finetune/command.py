@@ -22,8 +22,9 @@ from .handed_through import parse
 from .mixture import Datasets, parts_of
 from .options import DEFAULTS, GROUPS, HELP, MAPPINGS, TYPES, Options, flag, read_yaml, shown_default, template
 from .output import CONFIG, check_not_ended, check_output, check_unused, locked_output
-from .precheck import Process, check_adapter, check_automatic_device, check_said, notes, precheck
+from .precheck import Process, check_adapter, check_automatic_device, check_said, check_used, notes, precheck
 from .upload import check_upload
+from .words import as_yaml
 
 # The packages of the extra that every run needs, the one for the picture at its end included.
 _NEEDED = ("accelerate", "datasets", "matplotlib", "peft", "trl", "yaml")
@@ -121,8 +122,14 @@ def finetune(
     """
     del traceback  # console.run, which prints errors, reads it from the command line
     if init is not None:
-        if resume:
-            raise ValueError("--init and --resume exclude each other")
+        for name, is_set in (
+            ("resume", resume),
+            ("overwrite", overwrite),
+            ("dry-run", dry_run),
+            ("show-rows", show_rows),
+        ):
+            if is_set:
+                raise ValueError(f"--init and --{name} exclude each other")
         said = _said(config, given)
         options = Options(**said)  # raises if a value is wrong
         _write_template(init, {name: getattr(options, name) for name in said})
@@ -180,7 +187,7 @@ def finetune(
 def _write_template(path: Path, said: dict[str, Any]) -> None:
     """Writes the file of ``--init``, which must not exist, with the options that were given."""
     if path.exists() or path.is_symlink():
-        raise FileExistsError(f"--init {path} exists")
+        raise FileExistsError(f"--init {path} exists: give another name, or remove the file first")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--init {path}: there is no directory {path.parent}")
     replace_file(path, template(said).encode())
@@ -205,12 +212,16 @@ def _options(config: Path | None, given: dict[str, Any], resume: bool) -> Option
     said = _said(config, given)
     check_said(said)
     if not resume:
-        return Options(**said)
+        options = Options(**said)
+        check_used(options, said)
+        return options
     if not said.get("output"):
         raise ValueError("--resume needs --output, the directory of the run to go on with")
     # The run decided what is left open now, and keeps to that.
     said = {name: value for name, value in said.items() if value not in (None, "auto")}
-    return Options(**(_started(Path(said["output"]), said) | said))
+    options = Options(**(_started(Path(said["output"]), said) | said))
+    check_used(options, said)
+    return options
 
 
 def _said(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -268,10 +279,26 @@ def _started(output: Path, said: dict[str, Any]) -> dict[str, Any]:
         if TYPES[name] == Datasets:
             value, before = (", ".join(map(str, parts_of(each))) for each in (value, before))
         if HELP[name].shapes_run and value != before:
-            what = name if name in MAPPINGS else flag(name)
-            was, now = ("not set" if each is None else each or repr(each) for each in (before, value))
+            what, before, value = _difference(name, before, value)
+            was, now = ("not set" if each is None else _words(each) for each in (before, value))
             raise ValueError(f"{what} is {was} in {path} and cannot become {now} while the run goes on")
     return started
+
+
+def _difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+    """How an option is called whose value differs, and both values. Of a mapping, they are those of a field."""
+    if name not in MAPPINGS:
+        return flag(name), before, now
+    before, now = before or {}, now or {}
+    field = next(key for key in (*now, *before) if before.get(key) != now.get(key) or (key in before) != (key in now))
+    return f"{name}.{field}", before.get(field), now.get(field)
+
+
+def _words(value: Any) -> str:
+    """A value as the command line and YAML files have it."""
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        return " ".join(value)
+    return value if isinstance(value, str) and value else as_yaml(value)
 
 
 finetune.__signature__ = inspect.Signature([*map(_parameter, _TYPED), *_SWITCHES])  # type: ignore[attr-defined]

@@ -13,22 +13,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from moe_fused.signals import workers_forked
 
 from . import preferences
-from .formats import BadRow, Kind
+from .formats import BadRow, Kind, described
 from .mix import mix, set_aside
 from .mixture import Part
-from .options import Method, Options
+from .options import DEFAULTS, Method, Options
 from .render import IGNORED, NOTES, Renderer, training_template
 from .rows import EVALUATION, TRAINING, Purpose, Rows, program, read_rows, stream_rows
 
@@ -53,6 +55,35 @@ _COLUMNS_OF: dict[Method, tuple[str, ...]] = {
 }
 # The number of rows that --streaming reads and packs together.
 BLOCK = 1000
+
+
+class Bad(str):
+    """A row that cannot be trained on: its place, and its problem as a predicate.
+
+    Attributes:
+        place: The place of the row.
+        problem: What is wrong with it.
+    """
+
+    place: str
+    problem: str
+
+    def __new__(cls, place: str, problem: str) -> Self:
+        made = super().__new__(cls, f"{place} {problem}")
+        made.place, made.problem = place, problem
+        return made
+
+
+class RefusedRows(ValueError):
+    """Some rows cannot be trained on, and the options do not leave them out.
+
+    Attributes:
+        rows: What is wrong with them, without advice.
+    """
+
+    def __init__(self, named: Sequence[Bad]) -> None:
+        super().__init__(refusal(named))
+        self.rows = _several(named)
 
 
 @dataclass(frozen=True)
@@ -117,7 +148,7 @@ class Report:
     longest: int
     sequences: int
     steps: int | None
-    left_out: list[str] = field(default_factory=list)
+    left_out: list[Bad] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     used: Mapping[str, str] = field(default_factory=dict)
 
@@ -209,14 +240,14 @@ def _find(part: Part, purpose: Purpose, split: str, options: Options, tokenizer:
         rows = read_rows(part.dataset, split=part.split or split, purpose=purpose, **_reading(part, options))
     plain = Renderer(tokenizer, None, options.assistant_only_loss, options.text_field, options.method)
     first = None
-    bad: list[str] = []
+    bad: list[Bad] = []
     for batch in rows.table.iter(batch_size=_BATCH):
         for content in rows.contents(batch):
             try:
                 first = plain.parse(content())
                 break
             except BadRow as error:
-                bad.append(f"{rows.place(len(bad))} {error}")
+                bad.append(Bad(rows.place(len(bad)), str(error)))
         if first is not None:
             break
     if first is None:
@@ -228,7 +259,7 @@ def _find(part: Part, purpose: Purpose, split: str, options: Options, tokenizer:
         )
     if options.assistant_only_loss and not first.turns:
         raise ValueError(
-            f"--assistant-only-loss is for chats, but the rows of {purpose.option} {part.name} are {first.kind}"
+            f"--assistant-only-loss is for chats, but a row of {purpose.option} {part.name} is {described(first.form)}"
         )
     return Data(part, purpose, rows, plain, rows.place(len(bad)), first.kind, first.form)
 
@@ -293,7 +324,7 @@ def prepare_evaluation(evaluation: Data, options: Options, batching: Batching, v
     return Prepared(*_sequences(tables, [evaluation], batching, bad, None), fingerprint=digest)
 
 
-def prepare_block(data: Data, options: Options, batching: Batching, vocabulary: int) -> tuple[Dataset, list[str], str]:
+def prepare_block(data: Data, options: Options, batching: Batching, vocabulary: int) -> tuple[Dataset, list[Bad], str]:
     """Makes a block of rows into tokens, in this process.
 
     Returns:
@@ -308,15 +339,16 @@ def prepare_block(data: Data, options: Options, batching: Batching, vocabulary: 
     made = Dataset.from_dict(_Worker(data)(data.rows.table[:]), features=_features(data))
     tokens, named = usable(data, made, batching)
     if named and not options.skip_bad_rows:
-        raise ValueError(refusal(named))
+        raise RefusedRows(named)
     return tokens, named, _checked_totals(tokens, data, options, vocabulary)
 
 
 def _usable_rows(
     data: Sequence[Data], options: Options, batching: Batching, vocabulary: int
-) -> tuple[list[Dataset], list[str], list[str]]:
+) -> tuple[list[Dataset], list[Bad], list[str]]:
     """Returns the rows of each data set that can be used, the problems of all others, and the sha256 of each data set."""
-    tables, problems = [], []
+    tables: list[Dataset] = []
+    problems: list[Bad] = []
     for each in data:
         tokens, named = usable(each, tokenize(each), batching)
         if not len(tokens):
@@ -324,7 +356,7 @@ def _usable_rows(
         tables.append(tokens)
         problems += named
     if problems and not options.skip_bad_rows:
-        raise ValueError(refusal(problems))
+        raise RefusedRows(problems)
     digests = [_checked_totals(tokens, each, options, vocabulary) for each, tokens in zip(data, tables, strict=True)]
     return tables, problems, digests
 
@@ -357,7 +389,7 @@ def split_off(tables: list[Dataset], data: Sequence[Data], options: Options) -> 
 
 
 def _sequences(
-    tables: list[Dataset], data: Sequence[Data], batching: Batching, left_out: list[str], options: Options | None
+    tables: list[Dataset], data: Sequence[Data], batching: Batching, left_out: list[Bad], options: Options | None
 ) -> tuple[Dataset, Report]:
     """Returns sequences of rows, and their report. ``options`` are those of the training, None for an evaluation."""
     if data[0].renderer.method != "sft":
@@ -379,14 +411,19 @@ def _sequences(
         sequences=len(sequences),
         steps=steps,
         left_out=left_out,
-        notes=[*_notes(data, len(sequences), idle), *_remarks(tokens, data), *_notes_on_steps(options, steps)],
+        notes=[
+            *_notes(data, len(sequences), idle),
+            *_remarks(tokens, data),
+            *_notes_on_shares(data, taken, options),
+            *_notes_on_steps(options, steps),
+        ],
         used=_all_used(data, tables, taken),
     )
     return sequences, report
 
 
 def _preferences(
-    tables: list[Dataset], data: Sequence[Data], batching: Batching, left_out: list[str], options: Options | None
+    tables: list[Dataset], data: Sequence[Data], batching: Batching, left_out: list[Bad], options: Options | None
 ) -> tuple[Dataset, Report]:
     """Does for rows of preferences what ``_sequences`` does."""
     tokens, taken = mixed(tables, data, options)
@@ -406,7 +443,7 @@ def _preferences(
         sequences=whole.size,
         steps=steps,
         left_out=left_out,
-        notes=[*_remarks(tokens, data), *_notes_on_steps(options, steps)],
+        notes=[*_remarks(tokens, data), *_notes_on_shares(data, taken, options), *_notes_on_steps(options, steps)],
         used=_all_used(data, tables, taken),
     )
     return found, report
@@ -517,7 +554,7 @@ def _cache_key(data: Data) -> str:
     parts = [
         data.rows.table._fingerprint,
         *(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "tokenizers", "trl", "jinja2")),
-        program("data", "formats", "render", "rows", "text_files"),
+        program("data", "formats", "render", "rows", "text_files", "words"),
         backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items())),
         repr((type(tokenizer).__name__, tokenizer.chat_template, tokenizer.special_tokens_map)),
         repr((renderer.template, renderer.assistant_only, renderer.text_field, renderer.method, data.rows.by_text)),
@@ -566,15 +603,15 @@ class _Worker:
 # --- checks of all rows
 
 
-def usable(data: Data, tokens: Dataset, batching: Batching) -> tuple[Dataset, list[str]]:
+def usable(data: Data, tokens: Dataset, batching: Batching) -> tuple[Dataset, list[Bad]]:
     """Returns the rows that can be trained on, and the place and the problem of each other row."""
     names = ["form", "problem", "first", "length"]
     columns = tokens.select_columns(names)[:]
-    bad: dict[int, str] = {}
+    bad: dict[int, Bad] = {}
     for i, (form, known, first, size) in enumerate(zip(*(columns[name] for name in names), strict=True)):
         problem = known or unusable(data, form, first, size, batching)
         if problem is not None:
-            bad[i] = f"{data.rows.place(i)} {problem}"
+            bad[i] = Bad(data.rows.place(i), problem)
     if not bad:
         return tokens, []
     return tokens.select([i for i in range(len(tokens)) if i not in bad]), list(bad.values())
@@ -591,7 +628,8 @@ def unusable(data: Data, form: str, first: int, size: int, batching: Batching) -
         batching: How rows become sequences.
     """
     if form != data.form:
-        return f"is {form}, but {data.first} is {data.form}"
+        forms = f"{described(form)}, but {data.first} is {described(data.form)}"
+        return f"is {forms}: all rows of a data set must have the same form"
     if batching.cuts and first >= batching.length:
         return (
             f"has nothing left to learn from: the first of its {size} tokens to learn from is number {first + 1}, but a "
@@ -636,6 +674,9 @@ def _remarks(tokens: Dataset, data: Sequence[Data]) -> Iterator[str]:
     found = Counter(note for notes in tokens.select_columns(["notes"])[:]["notes"] for note in notes.split())
     for name, count in sorted(found.items()):
         yield f"{count:,} of {counted(len(tokens), 'row')}: {NOTES[name]}"
+    field = data[0].renderer.text_field
+    if field != DEFAULTS["text_field"] and not any(each.kind == "text" for each in data):
+        yield f"--text-field {field} has no effect: no row is plain text"
     if any(each.form.endswith("of text") for each in data) and data[0].renderer.tokenizer.chat_template:
         yield "prompts of text are trained on as they are; the chat template is for lists of messages only"
 
@@ -654,6 +695,16 @@ def _notes(data: Sequence[Data], sequences: int, idle: int) -> Iterator[str]:
             "the chat template does not mark the token that ends the assistant's turn, so the model may not learn to stop: "
             "move that token into {% generation %}…{% endgeneration %}"
         )
+
+
+def _notes_on_shares(data: Sequence[Data], taken: Sequence[Dataset], options: Options | None) -> Iterator[str]:
+    """Yields a remark for each data set of which the mix has no row."""
+    for each, rows in zip(data, taken, strict=True):
+        if options is not None and each.part.share is not None and not len(rows):
+            yield (
+                f"no row of {each.part.name} is used: with the share {each.part.share:g}, none was drawn before a data set "
+                "had no row left; a larger share, or more rows in the others, makes it count"
+            )
 
 
 def _notes_on_steps(options: Options | None, steps: int | None) -> Iterator[str]:
@@ -676,15 +727,43 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def _several(named: list[str]) -> str:
-    more = f"; {len(named) - NAMED:,} more" if len(named) > NAMED else ""
-    return "; ".join(named[:NAMED]) + more
+def _several(named: Sequence[Bad]) -> str:
+    """Names rows and their problems, each problem once."""
+    places: dict[str, list[str]] = {}
+    for bad in named:
+        places.setdefault(bad.problem, []).append(bad.place)
+    said, left = [], len(named)
+    for problem, having in itertools.islice(places.items(), NAMED):
+        said.append(f"{having[0]} {problem}" if len(having) == 1 else f"each of {_places(having)} {problem}")
+        left -= len(having)
+    return "; ".join(said) + (f"; {left:,} more" if left else "")
 
 
-def refusal(named: list[str]) -> str:
+def _places(places: Sequence[str]) -> str:
+    """Names places, as ``rows.jsonl:1-80`` or ``rows.jsonl:1, 4, 9 and 77 more``."""
+    spans: list[tuple[str, int, int]] = []
+    for place in places:
+        name, number = re.fullmatch(r"(.*?)(\d*)", place, re.DOTALL).groups()  # type: ignore[union-attr]  # it matches all
+        last = spans[-1] if spans else None
+        if number and last is not None and last[0] == name and last[2] + 1 == int(number):
+            spans[-1] = (name, last[1], int(number))
+        else:
+            spans.append((name, int(number or 0), int(number or 0)))
+    said: list[str] = []
+    named, before = 0, None
+    for name, first, last_one in spans[:NAMED]:
+        number = "" if not first else str(first) if first == last_one else f"{first}-{last_one}"
+        said.append(number if name == before and number else f"{name}{number}")
+        named += last_one - first + 1
+        before = name
+    more = f" and {len(places) - named:,} more" if named < len(places) else ""
+    return ", ".join(said) + more
+
+
+def refusal(named: Sequence[Bad]) -> str:
     """Makes the text of the error about bad rows that are not left out."""
     return _several(named) + "; --skip-bad-rows leaves such rows out"
 
 
-def no_rows(part: Part, purpose: Purpose, named: list[str]) -> str:
+def no_rows(part: Part, purpose: Purpose, named: Sequence[Bad]) -> str:
     return purpose.lacks_rows(part.name) + (f": {_several(named)}" if named else "")

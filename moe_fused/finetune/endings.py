@@ -21,7 +21,9 @@ from safetensors import SafetensorError
 from moe_fused.memory import GIB
 
 from .checkpoints import last_checkpoint
+from .handed_through import names_given
 from .output import has_begun
+from .words import said_by
 
 if TYPE_CHECKING:
     from .plan import MemoryPlan
@@ -71,7 +73,7 @@ def writing(what: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise CannotWrite(f"{what} cannot be written: {error}") from error
+        raise CannotWrite(f"{what} cannot be written: {said_by(error)}") from error
 
 
 @contextlib.contextmanager
@@ -100,19 +102,31 @@ def explained(trainer: Finetuning, plan: MemoryPlan) -> Iterator[None]:
     except NotFinite as error:
         # Not --resume, which would come to the same end.
         advice = f"{_again(output)} a lower --learning-rate, or look at the rows around it"
-        raise Stopped(f"{error}: {advice}; {_where(last_checkpoint(output))}") from error
+        raise Stopped(f"{said_by(error)}: {advice}; {_where(last_checkpoint(output))}") from error
     except torch.OutOfMemoryError as error:
         advice = f"predicted were {plan.prediction.total / GIB:.2f} GiB; {_again(output)} a lower --sequence-length"
         where = _way_on(output, " --no-cuda-graphs") if graphs else _where(last_checkpoint(output))
         raise Stopped(f"out of memory after step {trainer.state.global_step}: {advice}; {where}") from error
     except Exception as error:
         is_bug, step = not isinstance(error, Expected), trainer.state.global_step
+        if not step and (fields := names_given(plan.run.options, "trainer")) and _is_of_trl(error):
+            raise ValueError(f"{fields}: {said_by(error)}") from error
         if is_bug:
             traceback.print_exception(error)
         if not step:
             raise
-        reason = f"{type(error).__name__}: {error}" if is_bug else str(error)
+        reason = f"{type(error).__name__}: {said_by(error)}" if is_bug else said_by(error)
         raise Stopped(f"stopped after step {step}: {reason}; {_way_on(output)}") from error
+
+
+def _is_of_trl(error: Exception) -> bool:
+    """Whether TRL itself raised an error, as it does for a value that one of its trainers does not know."""
+    if not isinstance(error, (ValueError, TypeError, NotImplementedError)):
+        return False
+    module = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = str(frame.f_globals.get("__name__"))
+    return module.partition(".")[0] == "trl"
 
 
 def stopped_by(signum: int, output: Path) -> Stopped:

@@ -22,6 +22,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .words import as_yaml
+
 Kind = Literal["chat", "completion", "text", "preference", "rated completion"]
 Message = dict[str, Any]
 Fields = Mapping[str, Any]
@@ -46,6 +48,13 @@ FIELDS = frozenset(
      "rejected", "label", *_ASKED, *_ANSWERED, *_BESIDE, *_SYSTEM, *MEDIA)
 )  # fmt: skip
 _TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+def json_problem(error: Exception) -> str:
+    """Says what is wrong with a JSON text of one line, without naming a line: it would be another number than the row's."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.pos + 1}"
+    return str(error)
 
 
 class BadRow(ValueError):
@@ -101,6 +110,21 @@ class Row:
         return dataclasses.replace(self, kind="completion", completion=answer, rejected="", weights=weights)
 
 
+_FORMS = {
+    "chat": "a chat",
+    "text": "plain text",
+    "completion": "a prompt with a completion",
+    "preference": "a preference",
+    "rated completion": "an answer with a label",
+}
+
+
+def described(form: str) -> str:
+    """Says in words what a row of a kind, or of a form, is."""
+    kind, of, kept_as = form.partition(" of ")
+    return _FORMS[kind] + (f" as {kept_as}" if of else "")
+
+
 def lacks(names: Iterable[str], text_field: str) -> str:
     """Says that a row or a table with the fields ``names`` has none of the forms."""
     return (
@@ -121,7 +145,7 @@ def parse_row(content: object, text_field: str, has_template: bool) -> Row:
         BadRow: The row cannot be trained on.
     """
     if not isinstance(content, Mapping):
-        raise BadRow(f"must be an object, but is a {type(content).__name__}")
+        raise BadRow(f"must be an object, but is {_a(content)}")
     for name in sorted(MEDIA):
         if content.get(name):
             raise BadRow(f"has {name}, but only text can be trained on: remove the field, and its places in the text")
@@ -199,7 +223,7 @@ def parse_rated(content: object) -> Row:
     label = content.get("label")
     wanted = _LABELS.get(label.strip().lower() if isinstance(label, str) else label)  # a table of text has strings
     if wanted is None:
-        raise BadRow("lacks label" if label is None else f"must have true or false as label, but has {label!r}")
+        raise BadRow("lacks label" if label is None else f"must have true or false as label, but has {as_yaml(label)}")
     row = _completion({**content, "label": None})
     return dataclasses.replace(row, kind="rated completion", wanted=wanted)
 
@@ -212,7 +236,7 @@ _LABELS: dict[Any, bool] = {True: True, False: False, "true": True, "false": Fal
 
 def _answers_alone(content: object) -> Fields:
     if not isinstance(content, Mapping):
-        raise BadRow(f"must be an object, but is a {type(content).__name__}")
+        raise BadRow(f"must be an object, but is {_a(content)}")
     for name in sorted(MEDIA):
         if content.get(name):
             raise BadRow(f"has {name}, but only text can be trained on: remove the field, and its places in the text")
@@ -230,6 +254,8 @@ def _answer(name: str, value: object) -> str | list[Message]:
             return _string(name, str(value))
     if isinstance(value, Mapping):  # a single message
         value = [value]
+    if not isinstance(value, list):
+        raise BadRow(f"must have a string or a list of messages as {name}, but has {_a(value)}")
     return _messages(name, value)[0]
 
 
@@ -252,7 +278,10 @@ def _between_chats(
     elif prompt is None or isinstance(prompt, str):
         before, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
         if not before:
-            raise BadRow("has chats that begin differently, and no prompt")
+            raise BadRow(
+                "needs a prompt: chosen and rejected have no first message in common that could be taken for it. Add the "
+                "field prompt, or begin both with the messages of the prompt"
+            )
     else:
         before = _messages(str(asked), prompt)[0]
         if same >= len(before) and chosen[: len(before)] == before:  # the prompt stands in all three
@@ -272,7 +301,10 @@ def _between_texts(
     if asked is None:
         parts = extract_prompt({"chosen": chosen, "rejected": rejected})
         if not parts["prompt"]:
-            raise BadRow("has texts that begin differently, and no prompt")
+            raise BadRow(
+                "needs a prompt: the texts of chosen and rejected have no beginning in common that could be taken for it. "
+                "Add the field prompt"
+            )
         return parts["prompt"], parts["chosen"], parts["rejected"]
     prompt = content[asked]
     if isinstance(prompt, str):
@@ -335,7 +367,7 @@ def _pair(content: Fields, has_template: bool) -> Row:
     parts = {name: content[name] for name in (asked, *_BESIDE) if content.get(name) is not None}
     for name, part in parts.items():
         if not isinstance(part, str):
-            raise BadRow(f"must have a string as {name}, but has {type(part).__name__}")
+            raise BadRow(f"must have a string as {name}, but has {_a(part)}")
     question = "\n\n".join(part for part in parts.values() if part.strip())
     if not question:
         raise BadRow(f"has an empty {asked}")
@@ -393,7 +425,7 @@ def _with_system(
         if system is None or system == "":
             continue
         if not isinstance(system, str):
-            raise BadRow(f"must have a string as {name}, but has {type(system).__name__}")
+            raise BadRow(f"must have a string as {name}, but has {_a(system)}")
         if messages[0]["role"] != "system":
             return [{"role": "system", "content": system}, *messages], [None, *weights]
         if messages[0]["content"] != system:
@@ -410,7 +442,7 @@ def _tools(content: Fields) -> list[Any] | None:
     tools = _listed("tools", tools)
     for i, tool in enumerate(tools):
         if not isinstance(tool, Mapping):
-            raise BadRow(f"must have objects in tools, but tools[{i}] is a {type(tool).__name__}")
+            raise BadRow(f"must have objects in tools, but tools[{i}] is {_a(tool)}")
     return tools or None
 
 
@@ -420,16 +452,31 @@ def _template_kwargs(content: Fields) -> dict[str, Any]:
         return {}
     value = _parsed("chat_template_kwargs", value)
     if not isinstance(value, dict):
-        raise BadRow(f"must have an object as chat_template_kwargs, but has {type(value).__name__}")
+        raise BadRow(f"must have an object as chat_template_kwargs, but has {_a(value)}")
     return value
 
 
 # --- values
 
 
+def _a(value: object) -> str:
+    """Says what a value of a row is, in the words of JSON and with an article."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return f"the truth value {str(value).lower()}"
+    if isinstance(value, (int, float)):
+        return f"the number {value}"
+    if isinstance(value, str):
+        return "a string"
+    if isinstance(value, Mapping):
+        return "an object"
+    return "a list" if isinstance(value, (list, tuple)) else f"a {type(value).__name__}"
+
+
 def _string(name: str, value: object) -> str:
     if not isinstance(value, str):
-        raise BadRow(f"must have a string as {name}, but has {type(value).__name__}")
+        raise BadRow(f"must have a string as {name}, but has {_a(value)}")
     if not value.strip():
         raise BadRow(f"has an empty {name}")
     return value
@@ -442,13 +489,13 @@ def _parsed(name: str, value: Any) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise BadRow(f"has {name} that are not JSON ({error}): write them with json.dumps") from None
+        raise BadRow(f"has {name} that are not JSON ({json_problem(error)}): write them with json.dumps") from None
 
 
 def _listed(name: str, value: Any) -> list[Any]:
     parsed = _parsed(name, value) if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else value
     if not isinstance(parsed, list):
-        raise BadRow(f"must have a list as {name}, but has {type(parsed).__name__}")
+        raise BadRow(f"must have a list as {name}, but has {_a(parsed)}")
     return parsed
 
 
@@ -465,7 +512,7 @@ def _messages(name: str, value: Any) -> tuple[list[Message], list[bool | None]]:
     for i, turn in enumerate(turns):
         where = f"{name}[{i}]"
         if not isinstance(turn, Mapping):
-            raise BadRow(f"must have objects in {name}, but {where} is a {type(turn).__name__}")
+            raise BadRow(f"must have objects in {name}, but {where} is {_a(turn)}")
         weights.append(_weight(where, turn))
         message = _spoken(where, turn) if turn.get("from") is not None else _written(where, turn)
         if legacy and message["role"] == "function":
@@ -478,7 +525,7 @@ def _spoken(where: str, turn: Fields) -> Message:
     """Brings a turn with from and value into the form with role and content."""
     speaker, value = turn["from"], turn.get("value")
     if not isinstance(speaker, str):
-        raise BadRow(f"must have a string as from in {where}, but has {type(speaker).__name__}")
+        raise BadRow(f"must have a string as from in {where}, but has {_a(speaker)}")
     role = _SPEAKERS.get(speaker.strip().lower(), speaker)
     rest = {key: item for key, item in turn.items() if item is not None and key not in ("from", "value", *_WEIGHTS)}
     if role == "function_call":
@@ -519,7 +566,7 @@ def _text(where: str, name: str, content: Any) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise BadRow(f"must have a string as {name} in {where}, but has {type(content).__name__}")
+        raise BadRow(f"must have a string as {name} in {where}, but has {_a(content)}")
     texts = []
     for part in content:
         if isinstance(part, Mapping) and isinstance(part.get("text"), str) and part.get("type", "text") in _TEXT_PARTS:
@@ -547,7 +594,7 @@ def _weight(where: str, turn: Fields) -> bool | None:
     said = {name: turn[name] for name in _WEIGHTS if turn.get(name) is not None}
     for name, value in said.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-            raise BadRow(f"has the {name} {value!r} in {where}, which must be 0 or 1")
+            raise BadRow(f"has the {name} {as_yaml(value)} in {where}, which must be 0 or 1")
     if len({bool(value) for value in said.values()}) > 1:
         raise BadRow(f"has {' and '.join(said)} in {where}, which say different things")
     return bool(next(iter(said.values()))) if said else None

@@ -10,11 +10,13 @@ import ast
 import difflib
 import functools
 import importlib.util
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .options import Method, Options
+from .words import as_yaml
 
 Config = Literal["trainer", "lora"]
 
@@ -117,6 +119,24 @@ _MANAGED_BY_METHOD: dict[tuple[Method, str], str] = {
     ("kto", "train_sampling_strategy"): "needs rows in one order; finetune mixes them once, by --seed",
 }
 
+# The smallest and the largest value of fields, and whether the largest is still one. None is no bound.
+_BOUNDS: dict[str, tuple[float, float | None, bool]] = {
+    "trainer.adam_beta1": (0, 1, False), "trainer.adam_beta2": (0, 1, False), "trainer.adam_epsilon": (0, None, True),
+    "trainer.neftune_noise_alpha": (0, None, True), "trainer.label_smoothing": (0, 1, True),
+    "trainer.ld_alpha": (0, 1, True), "trainer.desirable_weight": (0, None, True),
+    "trainer.undesirable_weight": (0, None, True), "trainer.eval_delay": (0, None, True),
+    "trainer.data_seed": (0, 2**32, False), "trainer.dataloader_num_workers": (0, None, True),
+    "trainer.dataloader_prefetch_factor": (1, None, True), "trainer.torch_empty_cache_steps": (1, None, True),
+    "trainer.eval_accumulation_steps": (1, None, True), "lora.qalora_group_size": (1, None, True),
+}  # fmt: skip
+# The modules of TRL that compare fields of the trainers' configs with the words that they may be, and these fields.
+_COMPARED: dict[Method, tuple[str, ...]] = {
+    "sft": ("trainer/sft_trainer.py", "trainer/sft_config.py"),
+    "dpo": ("trainer/dpo_trainer.py",),
+    "ipo": ("trainer/dpo_trainer.py",),
+}
+_WORDS = ("loss_type", "f_divergence_type")
+
 
 def parse(text: str) -> tuple[Config, str, Any]:
     """Reads the value of ``--set``, such as ``lora.use_rslora=true``; the value behind the sign is YAML.
@@ -142,15 +162,43 @@ def fields_of(config: Config, method: Method = "sft") -> Mapping[str, str]:
     found: dict[str, str] = {}
     own = (("trl", *_TRAINERS[method]),) if config == "trainer" else ()
     for package, file, name in (*own, *_SOURCES[config]):
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
-            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
-        tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
+        tree = _source(package, file)
         (declared,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
         for node in declared.body:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id[0] != "_":
                 found.setdefault(node.target.id, ast.unparse(node.annotation))
     return found
+
+
+def _source(package: str, file: str) -> ast.Module:
+    """The source of a module of an installed library."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    return ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
+
+
+@functools.cache
+def words_of(name: str, method: Method) -> tuple[str, ...]:
+    """The words that TRL's trainer for a method knows for a field, in the order in which its source compares with them.
+
+    The trainer itself finds out about an unknown word when it is made, or at its first step.
+    """
+    found: dict[str, None] = {}
+    for file in _COMPARED.get(method, ()):
+        for node in ast.walk(_source("trl", file)):
+            if not isinstance(node, ast.Compare) or not isinstance(node.ops[0], (ast.Eq, ast.NotEq, ast.In, ast.NotIn)):
+                continue
+            if name == getattr(node.left, "attr", getattr(node.left, "id", None)):
+                for constant in ast.walk(node.comparators[0]):
+                    if isinstance(constant, ast.Constant) and isinstance(constant.value, str):
+                        found.setdefault(constant.value)
+    return tuple(found)
+
+
+def names_given(options: Options, *configs: Config) -> str:
+    """The names of the fields that ``trainer`` and ``lora`` of ``options`` have, for errors."""
+    return ", ".join(f"{config}.{name}" for config in configs for name in getattr(options, config) or ())
 
 
 def check_handed_through(options: Options) -> None:
@@ -170,7 +218,40 @@ def check_handed_through(options: Options) -> None:
                 hint = f", did you mean {near[0]}?" if near else ""
                 raise ValueError(f"{place}: {_class_of(config, options.method)} has no field {name}{hint}")
             if (needed := _mismatch(known[name], value)) is not None:
-                raise ValueError(f"{place} must be {needed}, got {'null' if value is None else repr(value)}")
+                raise ValueError(f"{place} must be {needed}, got {as_yaml(value)}")
+            if (needed := _out_of_bounds(place, value)) is not None:
+                raise ValueError(f"{place} must be {needed}, got {as_yaml(value)}")
+            if config == "trainer" and name in _WORDS:
+                _check_words(name, options.method, value)
+
+
+def _out_of_bounds(place: str, value: object) -> str | None:
+    """What a number must be, if it is certainly wrong; None if it may be right, or is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if not math.isfinite(value):
+        return "a finite number"
+    low, high, closed = _BOUNDS.get(place, (-math.inf, None, True))
+    if value >= low and (high is None or value < high or (closed and value == high)):
+        return None
+    if high is None:
+        return f"at least {low:g}"
+    return f"at least {low} and {'at most' if closed else 'below'} {high}"
+
+
+def _check_words(name: str, method: Method, value: object) -> None:
+    """Raises ValueError unless the trainer of a method knows the word, or the words, that a field is."""
+    known = words_of(name, method)
+    several = name == "loss_type" and method != "sft"  # DPO adds up several losses
+    given = value if several and isinstance(value, list) else [value]
+    unknown = next((word for word in given if word not in known), None)
+    if not known or (given and unknown is None):
+        return
+    near = difflib.get_close_matches(str(unknown), known, n=1)
+    raise ValueError(
+        f"trainer.{name} must be {'a list of some' if several else 'one'} of {', '.join(known)}, got {as_yaml(value)}"
+        + (f": did you mean {near[0]}?" if near else "")
+    )
 
 
 def _class_of(config: Config, method: Method) -> str:

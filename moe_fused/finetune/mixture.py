@@ -5,10 +5,11 @@ This module imports nothing heavy.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,17 @@ def check_form(value: object) -> Datasets:
         ValueError: The value has another form. The message is only what is needed.
     """
     items: list[Any] = value if isinstance(value, list) else [value]
+    for key in (key for item in items if isinstance(item, dict) for key in item):
+        if key not in _FIELDS:
+            near = difflib.get_close_matches(str(key), _FIELDS, n=1, cutoff=0.4)
+            hint = f", the nearest is {near[0]}" if near else ""
+            raise ValueError(f"made of data sets with {', '.join(_FIELDS)}: there is no key {key}{hint}")
     if not items or not all(isinstance(item, str) or _is_mapping_of_part(item) for item in items):
         raise ValueError("a string, or a list of strings and of mappings with dataset, share, split and config")
     return value if isinstance(value, str) else items
+
+
+_FIELDS = tuple(field.name for field in fields(Part))
 
 
 def _is_mapping_of_part(item: object) -> bool:
@@ -102,7 +111,6 @@ def _is_mapping_of_part(item: object) -> bool:
     share = item.get("share")
     return (
         "dataset" in item
-        and texts.keys() <= {"dataset", "split", "config"}
         and all(isinstance(value, str) and value for value in texts.values())
         and (share is None or (isinstance(share, (int, float)) and not isinstance(share, bool)))
     )
@@ -113,7 +121,7 @@ def check_parts(parts: Sequence[Part]) -> None:
     for part in parts:
         if part.share is not None and not (math.isfinite(part.share) and part.share > 0):
             raise ValueError(
-                f"--dataset {part}: a share must be a finite number above 0; leave a data set out that is not wanted"
+                f"--dataset {part}: a share must be a finite number above 0; to leave a data set out, do not name it"
             )
     shares = [part.share for part in parts if part.share is not None]
     if shares and len(parts) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from moe_fused.checkpoints.files import check_json
 from moe_fused.commands.options import check_vocabulary
 from moe_fused.quantized import check_quantization
 
+from .hub import reached_once
 from .options import Options
 
 if TYPE_CHECKING:
@@ -77,11 +79,15 @@ def _load(auto: Any, options: Options) -> Any:
         # Transformers takes some of these files for absent if they are damaged.
         names = (file.name for file in sorted(path.glob("*.json")) if (file.name == CONFIG) == (what == "config"))
         check_json(path, (name for name in names if not name.endswith(".index.json")))
+    hub: Any = contextlib.nullcontext() if path.is_dir() else reached_once()
     try:
-        return auto.from_pretrained(options.model, revision=options.revision)
+        with hub as unreachable:
+            return auto.from_pretrained(options.model, revision=options.revision)
     except Exception as error:  # tokenizers raises nothing narrower for a damaged file
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
         where = "" if path.is_dir() else " is no directory, and"
+        if unreachable is not None:
+            where, reason = f"{where} the cache", f"the Hub cannot be reached: {unreachable}"
         raise FileNotFoundError(f"--model {options.model}{where} has no {what} that can be loaded: {reason}") from error
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .mixture import Datasets, Part, check_form, check_parts, parts_of, written
+from .words import as_yaml
 
 Method = Literal["sft", "dpo", "ipo", "kto"]
 Quantization = Literal["nf4", "fp4", "none"]
@@ -98,7 +99,8 @@ class Options:
     beta: Annotated[
         float | None,
         Help(
-            "How much a preference holds the model to what it was before: more stays closer.",
+            "How strongly dpo, ipo and kto hold the model to its answers before the training. A higher value keeps it "
+            "closer to them, a lower one lets it follow the preferences further.",
             shown="0.1; only for dpo, ipo and kto",
             shapes_run=True,
         ),
@@ -137,7 +139,8 @@ class Options:
     cuda_graphs: Annotated[
         bool | None,
         Help(
-            "Run the decoder's passes as CUDA graphs, so that a slow host does not hold up the GPU.",
+            "Record the work of a step on the GPU once and replay it (CUDA graphs), so that the GPU does not wait for a "
+            "slow CPU. It takes some more memory.",
             shown="on NVIDIA GPUs, if packing fills the sequences and nothing is random",
         ),
     ] = None
@@ -327,9 +330,14 @@ class Options:
     memory_limit: Annotated[
         float | None, Help("GiB of GPU memory that the run may use.", shown="the memory that is free")
     ] = None
-    export: Annotated[Export, Help("Write the adapter in this layout as well, as moe-fused convert adapter does.")] = (
-        "none"
-    )
+    export: Annotated[
+        Export,
+        Help(
+            "Write a second copy of the adapter, in a directory of this name in --output, for other tools: per-expert is "
+            "the layout that vLLM, SGLang and llama.cpp read, original that of the first qwen3-moe-fused. moe-fused convert "
+            "adapter can do that later, too."
+        ),
+    ] = "none"
     push_to_hub: Annotated[
         str,
         Help("Repository on the Hub, as org/name, to which the adapter is uploaded at the end. none uploads nothing."),
@@ -367,12 +375,19 @@ class Options:
             raise ValueError("--attention-rank, --expert-rank and --router-rank are all 0: there is nothing to train")
         if ALL_LINEAR in (self.attention_modules or ()) and self.attention_modules != [ALL_LINEAR]:
             raise ValueError(f"--attention-modules {ALL_LINEAR} stands for all names: give it alone")
-        if "" in (self.modules_to_save or ()):
-            raise ValueError("--modules-to-save must name a module, got an empty value")
+        for name in ("attention_modules", "modules_to_save"):
+            for value in getattr(self, name) or ():
+                if not value.strip():
+                    raise ValueError(f"{flag(name)} must name a module, got an empty value")
+                if "," in value or " " in value.strip():
+                    raise ValueError(f"{flag(name)} {value!r} is no name of a module: repeat the option for each name")
         if self.adapter_dtype == "float16":
             raise ValueError("--adapter-dtype cannot be float16, whose gradients need scaling: use float32 or bfloat16")
         if self.router_rank and self.lora_dropout:
-            raise ValueError("--lora-dropout is not possible with --router-rank: PEFT has none for parameters")
+            raise ValueError(
+                "--lora-dropout is not possible with --router-rank: PEFT drops nothing in front of adapters on routers, "
+                "leave one of the two options out"
+            )
         self._check_method()
         if self.eval_share is not None and not 0 < self.eval_share < 1:
             raise ValueError(f"--eval-share must be above 0 and below 1, got {self.eval_share}")
@@ -384,7 +399,8 @@ class Options:
             raise ValueError("--streaming needs --max-steps: how many rows there are is not known before they are read")
         if self.streaming and self.eval_share is not None:
             raise ValueError(
-                "--eval-share is not possible with --streaming, which reads no row before: use --eval-dataset"
+                "--eval-share is not possible with --streaming, which does not know all rows before the training begins: "
+                "use --eval-dataset"
             )
         for name in ("eval_steps", "keep_best", "early_stopping"):
             if getattr(self, name) and not self.evaluates:
@@ -596,7 +612,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         try:
             values[name] = _convert(value, TYPES[name])
         except ValueError as error:
-            raise ValueError(f"{path}: {key} must be {error}, got {value!r}") from None
+            raise ValueError(f"{path}: {key} must be {error}, got {as_yaml(value)}") from None
     return values
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import tempfile
 from pathlib import Path
 from typing import get_args
 
@@ -38,6 +39,13 @@ def check_output(output: Path, resume: bool, overwrite: bool) -> None:
             files.
         FileNotFoundError: The parent directory is missing.
     """
+    try:
+        output.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a name that is too long, or that has a file for a directory
+        reason = (error.strerror or str(error)).lower()
+        raise OSError(f"--output {output} cannot be created: {reason}") from None
     if (output / CONFIG).is_file():
         if not resume and not overwrite and has_begun(output):
             raise FileExistsError(f"--output {output} holds a run: --resume goes on with it, --overwrite replaces it")
@@ -47,6 +55,19 @@ def check_output(output: Path, resume: bool, overwrite: bool) -> None:
         raise FileExistsError(f"--output {output} exists and is not the directory of a run")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"--output {output}: there is no directory {output.parent}")
+    _check_writable(output)
+
+
+def _check_writable(output: Path) -> None:
+    """Raises OSError unless ``output`` can be created, or written if it exists. Nothing is left of the attempt."""
+    place = output if output.is_dir() else output.parent
+    try:
+        # Made and removed, because permissions alone do not tell it of all file systems.
+        probe = Path(tempfile.mkdtemp(prefix=".try-", suffix=".partial", dir=place))
+        probe.rmdir()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise OSError(f"--output {output} cannot be {'written' if place == output else 'created'}: {reason}") from None
 
 
 def check_not_ended(output: Path) -> None:

@@ -8,7 +8,9 @@ the answer.
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +23,14 @@ from moe_fused.quantized import check_quantization
 
 from .handed_through import check_handed_through
 from .options import DEFAULTS, MAPPINGS, OF_ADAPTERS, Options, flag
+from .rows import KNOWN
+from .text_files import endings_of
 from .trackers import check_tracker
 
 # The reason why an adapter has no layout with a matrix for each expert, or with gate and up apart.
-INTERLEAVED = "gate and up of gpt-oss take turns in gate_up_proj, no tool reads adapters of them apart"
-
-# Endings of data files. Names on the Hub do not end like this.
-_FILES = {".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md", ".text", ".gz", ".zst"}
+INTERLEAVED = (
+    "the gate and up features of gpt-oss alternate in the tensor gate_up_proj, and no tool reads adapters of them apart"
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def check_said(said: Mapping[str, Any]) -> None:
     """
     for name in OF_ADAPTERS if said.get("adapter") is not None else ():
         if said.get(name) is not None:
-            what = name if name in MAPPINGS else flag(name)
+            what = ", ".join(f"{name}.{field}" for field in said[name]) if name in MAPPINGS else flag(name)
             raise ValueError(f"{what} cannot be given with --adapter, whose adapter has its own: leave it out")
 
 
@@ -191,7 +194,7 @@ def check_export(options: Options, reason: str | None) -> None:
     """Raises ValueError if the adapter is to be exported and there is a ``reason`` why it cannot be."""
     if options.export != "none" and reason is not None:
         raise ValueError(
-            f"--export {options.export}: {reason}; leave it out, `moe-fused merge` makes a model of the adapter"
+            f"--export {options.export}: {reason}; leave --export out, `moe-fused merge` makes a model of the adapter"
         )
 
 
@@ -202,15 +205,29 @@ def _check_template_file(name: str) -> None:
         raise FileNotFoundError(f"--chat-template {name} {'is not a file' if path.exists() else 'is missing'}")
 
 
-def _looks_like_a_path(name: str) -> bool:
-    """Whether a name cannot be a name on the Hub, which has at most one slash."""
-    return Path(name).is_absolute() or name.startswith(".") or len(Path(name).parts) > 2
+# What a name on the Hub looks like: one or two parts of these letters. Those of one part are old, and have no dots.
+_HUB_ID = re.compile(r"[\w-]+|[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
 def _check_dataset(option: str, name: str) -> None:
-    is_path = _looks_like_a_path(name) or Path(name).suffix.lower() in _FILES
-    if is_path and not Path(name).exists():
+    """Raises FileNotFoundError or ValueError if there is no file of that name, and it cannot be a name on the Hub."""
+    path = Path(name)
+    if not name or path.exists():
+        return
+    if "," in name:
+        again = "repeat the option for each data set" if option == "--dataset" else "it takes one data set"
+        raise ValueError(f"{option} {name} is neither a file nor a name on the Hub: {again}")
+    ending, compression = endings_of(path)
+    if ending in KNOWN or compression is not None:
         raise FileNotFoundError(f"{option} {name} is missing")
+    near = difflib.get_close_matches(path.suffix.lower(), KNOWN, n=1, cutoff=0.75)
+    is_beside = path.suffix[1:].isalnum() and len(path.parts) > 1 and path.parent.is_dir()
+    if not _HUB_ID.fullmatch(name) or ".." in name or near or is_beside:
+        mistyped = f", did you mean {near[0]}?" if near else ""
+        raise FileNotFoundError(
+            f"{option} {name} is missing: there is no file or directory of this name, and files end in "
+            f"{', '.join(KNOWN)}{mistyped}"
+        )
 
 
 def _check_model(options: Options) -> None:
@@ -224,27 +241,66 @@ def _check_model(options: Options) -> None:
     check_export(options, INTERLEAVED if names_gpt_oss(str(config["model_type"])) else None)
 
 
+def check_used(options: Options, said: Mapping[str, Any]) -> None:
+    """Raises ValueError if one of the options that were given has no effect beside the others.
+
+    Args:
+        options: The options of the run, those that it began with included.
+        said: The options that were given now, on the command line or in a file.
+    """
+    for name, reason in _unused(options):
+        if name in said:
+            raise ValueError(f"{reason}; leave it out")
+
+
 def notes(options: Options) -> Iterator[str]:
-    """Remarks about options that were given and have no effect beside the others."""
-    if all(Path(part.dataset).is_file() for part in options.datasets):
-        files = ", ".join(part.dataset for part in options.datasets)
-        what = f"{files} is a file" if len(options.datasets) == 1 else f"{files} are files"
-        for name in ("dataset_config", "split"):
-            yield from _unused(options, name, f"--dataset {what}")
+    """Remarks about options that have no effect beside the others, although nothing is wrong with them."""
+    for _, reason in _unused(options):
+        yield reason
+    if options.max_steps is not None and options.epochs != DEFAULTS["epochs"]:
+        yield f"--epochs has no effect: the run ends after --max-steps {options.max_steps}"
+
+
+def _unused(options: Options) -> Iterator[tuple[str, str]]:
+    """Yields options that have another value than their default and no effect, each with the reason."""
+    reasons = dict(_why_unused(options))
+    for name, reason in reasons.items():
+        if getattr(options, name) != DEFAULTS[name]:
+            yield name, f"{flag(name)} has no effect: {reason}"
+    for part in options.datasets:
+        for name, value in (("split", part.split), ("config", part.config)):
+            if value is not None and (why := _takes_no(name, part.dataset)) is not None:
+                yield "dataset", f"--dataset: {name} {value} of {part.dataset} has no effect: {why}"
+
+
+def _why_unused(options: Options) -> Iterator[tuple[str, str]]:
+    """Yields options that would have no effect, each with the reason."""
+    for name, field in (("split", "split"), ("dataset_config", "config")):
+        reasons = [
+            f"{part.dataset} has a {field} of its own" if getattr(part, field) else _takes_no(field, part.dataset)
+            for part in options.datasets
+        ]
+        if all(reasons) and options.dataset:
+            yield name, f"--dataset {', '.join(map(str, reasons))}"
     if options.eval_dataset is None:
-        yield from _unused(options, "eval_split", "there is no --eval-dataset")
-    elif Path(options.eval_dataset).is_file():
-        yield from _unused(options, "eval_split", f"--eval-dataset {options.eval_dataset} is a file")
-    if options.streaming:
-        yield from _unused(options, "epochs", "--streaming goes on until --max-steps")
+        yield "eval_split", "there is no --eval-dataset"
+    elif (reason := _takes_no("split", options.eval_dataset)) is not None:
+        yield "eval_split", f"--eval-dataset {reason}"
+    if options.has_preferences:
+        yield "text_field", f"--method {options.method} does not learn from plain text"
     if Path(options.model).is_dir():
-        yield from _unused(options, "revision", f"--model {options.model} is a directory")
+        yield "revision", f"--model {options.model} is a directory"
+        held = _four_bit_format(Path(options.model))
+        if held not in (None, options.quantization):
+            yield "quantization", f"--model {options.model} is in 4 bits already, as {held}"
     if options.repository is None:
-        yield from _unused(options, "private", "there is no --push-to-hub")
+        yield "private", "there is no --push-to-hub"
+    if options.scheduler == "constant":
+        yield "warmup", "--scheduler constant has no warm-up, constant_with_warmup has one"
     for rank, names in _BELONGING.items():
         if not getattr(options, rank):
             for name in names:
-                yield from _unused(options, name, f"{flag(rank)} is 0")
+                yield name, f"{flag(rank)} is 0"
 
 
 _BELONGING = {
@@ -254,6 +310,23 @@ _BELONGING = {
 }
 
 
-def _unused(options: Options, name: str, reason: str) -> Iterator[str]:
-    if getattr(options, name) != DEFAULTS[name]:
-        yield f"{flag(name)} has no effect: {reason}"
+def _takes_no(field: str, dataset: str) -> str | None:
+    """Why a data set has no choice of a split, or of a configuration; None if it may have."""
+    path = Path(dataset)
+    if path.is_file():
+        return f"{dataset} is a file"
+    if (path / "state.json").is_file():
+        return f"{dataset} is a single data set of save_to_disk"
+    if field == "config" and (path / "dataset_dict.json").is_file():
+        return f"{dataset} is the output of save_to_disk"
+    return None
+
+
+def _four_bit_format(model: Path) -> str | None:
+    """The 4-bit format of a model in a directory; None if it is not in 4 bits, or has no config that can be read."""
+    try:
+        quantization = read_config(model).get("quantization_config")
+    except (OSError, ValueError):
+        return None
+    found = quantization.get("bnb_4bit_quant_type") if isinstance(quantization, dict) else None
+    return found if isinstance(found, str) else None

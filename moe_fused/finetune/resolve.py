@@ -439,10 +439,17 @@ def _attention_modules(options: Options, model: Any) -> tuple[str, ...]:
     )
     for name in options.attention_modules:
         if not any(is_named(path, (name,)) for path in paths):
-            has = ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
+            has = ", ".join(
+                sorted({path.rpartition(".")[2] for path in paths if model.get_submodule(path) is not head})
+            )
             raise ValueError(f"--attention-modules: {type(model).__name__} has no linear layer {name}, it has {has}")
-    if any(is_named(path, options.attention_modules) for path in paths if model.get_submodule(path) is head):
-        raise ValueError("--attention-modules: the loss takes the weight of the head and would not see its adapter")
+    of_head = [path for path in paths if model.get_submodule(path) is head]
+    for name in options.attention_modules:
+        if any(is_named(path, (name,)) for path in of_head):
+            raise ValueError(
+                f"--attention-modules {name}: the head of the model gets no adapter, because the loss reads its weight "
+                f"directly; --modules-to-save {name} trains the head in full"
+            )
     return tuple(options.attention_modules)
 
 

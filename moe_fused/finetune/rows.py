@@ -14,13 +14,15 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .formats import FIELDS, MEDIA, BadRow, lacks
+from .formats import FIELDS, MEDIA, BadRow, json_problem, lacks
+from .hub import reached_once
 from .text_files import ENDINGS, SEPARATED, TextFile, endings_of
 
 if TYPE_CHECKING:
@@ -132,7 +134,7 @@ class _FromText:
         try:
             return json.loads(self.text)
         except (ValueError, RecursionError) as error:
-            raise BadRow(f"is not JSON ({error})") from None
+            raise BadRow(f"is not JSON ({json_problem(error)})") from None
 
 
 @dataclass(frozen=True)
@@ -425,14 +427,21 @@ def _from_hub(dataset: str, purpose: Purpose, config: str | None, split: str, st
     """Reads a data set on the Hub, or a directory whose files are arranged like those of one."""
     import datasets
 
-    with _reading(dataset, purpose):
+    hub: Any = contextlib.nullcontext() if Path(dataset).is_dir() else reached_once()
+    with hub as unreachable, _reading(dataset, purpose, unreachable):
         table: Dataset = datasets.load_dataset(dataset, config, split=split, streaming=streaming)
     return table
 
 
 @contextlib.contextmanager
-def _reading(dataset: str, purpose: Purpose) -> Iterator[None]:
-    """Turns errors of the library ``datasets`` within the block into errors of one line that name ``dataset``."""
+def _reading(dataset: str, purpose: Purpose, unreachable: str | None = None) -> Iterator[None]:
+    """Turns errors of the library ``datasets`` within the block into errors of one line that name ``dataset``.
+
+    Args:
+        dataset: A path or a Hub id.
+        purpose: What the data set is for.
+        unreachable: Why the Hub cannot be reached, if it cannot.
+    """
     import datasets
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -443,6 +452,11 @@ def _reading(dataset: str, purpose: Purpose) -> Iterator[None]:
         if Path(dataset).is_dir():
             raise FileNotFoundError(
                 f"{purpose.option} {dataset} has no file that can be read: {_line(error)}"
+            ) from None
+        if unreachable is not None:
+            raise FileNotFoundError(
+                f"{purpose.option} {dataset} is not a file, is not in the cache, and the Hub cannot be reached: "
+                f"{unreachable}"
             ) from None
         raise FileNotFoundError(
             f"{purpose.option} {dataset} is not a file, and cannot be loaded from the Hub: {_line(error)}"
@@ -455,7 +469,8 @@ def _reading(dataset: str, purpose: Purpose) -> Iterator[None]:
 
 
 def _line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+    """Returns the first line of an error, without the name of its cause's class and the full stop at its end."""
+    return re.sub(r" \(\w*(Error|Enabled)\)$", "", str(error).strip().partition("\n")[0]).rstrip(".")
 
 
 def _is_saved(path: Path) -> bool:
@@ -469,7 +484,9 @@ def _from_disk(dataset: str, purpose: Purpose, split: str) -> Dataset:
     try:
         found = datasets.load_from_disk(dataset)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{purpose.option} {dataset} cannot be read as a data set of save_to_disk: {error}") from None
+        raise ValueError(
+            f"{purpose.option} {dataset} cannot be read as a data set of save_to_disk: {_line(error)}"
+        ) from None
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
             raise ValueError(f"{purpose.split}: {dataset} has no {split}, but has {', '.join(found)}")

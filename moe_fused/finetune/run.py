@@ -16,6 +16,7 @@ import transformers
 from rich.console import Console
 
 from moe_fused.checkpoints.places import ADAPTER_WEIGHTS
+from moe_fused.commands.options import has_weights
 from moe_fused.devices import use_expandable_segments
 from moe_fused.signals import Interrupted, first_signal_noted
 from moe_fused.staging import replace_file
@@ -24,7 +25,7 @@ from .adapters import adapt
 from .card import card
 from .checkpoint_uploads import CheckpointUploads
 from .checkpoints import check_finite_adapter
-from .data import Data, Prepared, find, find_evaluation, prepare
+from .data import Data, Prepared, RefusedRows, find, find_evaluation, prepare
 from .duration import duration_line
 from .endings import Stopped, explained, stopped_by
 from .facts import facts
@@ -38,6 +39,7 @@ from .fingerprint import (
     fingerprints,
 )
 from .formats import Kind
+from .handed_through import Config, names_given
 from .model import check_model, load_config, load_model, load_tokenizer
 from .next_commands import print_next, push_command
 from .options import Options, to_yaml
@@ -55,6 +57,7 @@ from .stream import Streamed, prepare_stream
 from .trackers import keep_local
 from .upload import UploadFailed, upload_adapter
 from .usage import export_note
+from .words import said_by
 
 if TYPE_CHECKING:
     from .trainer import Finetuning
@@ -89,11 +92,13 @@ def run(
     """
     start = read_start(options, checkpoint)
     console, tokenizer, found, plan = _resolve(
-        options, process, trains=True, only_plans=dry_run, start=start, allow_other_base=allow_other_base
+        options, process, trains=True, start=start, allow_other_base=allow_other_base, dry_run=dry_run
     )
     with bars(console.is_terminal):
         evaluation = find_evaluation(options, tokenizer)
     resolved = plan.run
+    if options.trainer:
+        _check_trainer(resolved)
 
     def compared_base(download: bool) -> dict[str, str]:
         """Returns the fingerprints of the model. A resumed run compares them with those that it began with."""
@@ -102,12 +107,12 @@ def run(
             _print(console, check_same_base(resolved.output / CONFIG, options.model, now, allow_other_base))
         return now
 
-    base = compared_base(download=False)
+    base = compared_base(download=False) if has_weights(options.model) else {}
     note = export_note(resolved)
     _print(console, [note] if note else [])
     begun_with, remarks = _adapter_record(resolved, resume)
     _print(console, remarks)
-    with bars(console.is_terminal):
+    with bars(console.is_terminal), _advising(resume):
         plan.show(console)
         check_space(resolved, plan.prediction.trainable)
         prepared: Prepared | Streamed
@@ -120,8 +125,6 @@ def run(
     has_gpu = resolved.device.type == "cuda" and torch.cuda.is_available()
     gpu = torch.cuda.get_device_name(resolved.device) if has_gpu else None
     _print(console, [duration_line(resolved, prepared, gpu)])
-    if options.trainer:
-        _check_trainer(resolved)
     data, kinds = fingerprints(prepared, found), sorted({each.kind for each in found})
     if resume:
         _print(console, check_same_data(resolved.output / CONFIG, data, allow_changed_data))
@@ -191,9 +194,9 @@ def _resolve(
     process: Process,
     *,
     trains: bool,
-    only_plans: bool = False,
     start: StartingAdapter | None,
     allow_other_base: bool,
+    dry_run: bool = False,
 ) -> tuple[Console, Any, tuple[Data, ...], MemoryPlan]:
     """Resolves a run from its options, the config of its model and its first rows.
 
@@ -201,9 +204,10 @@ def _resolve(
         options: The options of the run.
         process: This process among those of the run.
         trains: Whether the model will be loaded afterwards. Its files must then be whole.
-        only_plans: Whether the run ends with its plan, which may be for a GPU that is not there.
         start: The adapter that the run goes on from.
         allow_other_base: Whether that adapter may have been made for another model of the same shapes.
+        dry_run: Whether the model will not be loaded after all. Its directory may then have no weights, and the plan may be
+            for a GPU that is not here.
 
     Returns:
         The console to print on, the tokenizer, the rows of each data set, and the plan with the record of the run.
@@ -211,12 +215,14 @@ def _resolve(
     use_expandable_segments()
     console = Console(stderr=True)
     _quiet(console)
-    device = training_device(options, only_plans=only_plans)
+    device = training_device(options, only_plans=dry_run)
     if device.type != "cpu" and torch.accelerator.is_available():
         torch.accelerator.set_device_index(device.index)
     config, tokenizer = load_config(options), load_tokenizer(options)
     setup = set_up(options, config, device, process, start=start, allow_other_base=allow_other_base)
-    if trains:
+    if dry_run and not has_weights(options.model):
+        _print(console, [f"note: --model {options.model} has no weights, which a run needs: they are not checked"])
+    elif trains:
         check_model(setup)
     with bars(console.is_terminal):
         found = find(options, tokenizer)
@@ -230,10 +236,35 @@ def _check_trainer(resolved: ResolvedRun) -> None:
     """Raises ValueError if TRL's config refuses the options ``trainer``. It takes the seconds of importing TRL."""
     from .arguments import try_config
 
-    try:
+    with _naming(resolved.options, "trainer"):
         try_config(resolved)
+
+
+@contextlib.contextmanager
+def _advising(resume: bool) -> Iterator[None]:
+    """Makes the advice about bad rows within the block one that a run which goes on can take: its options are settled."""
+    try:
+        yield
+    except RefusedRows as error:
+        if not resume:
+            raise
+        advice = (
+            "mend what is wrong there, or begin again with --overwrite and --skip-bad-rows, which leaves such rows out"
+        )
+        raise ValueError(f"{error.rows}; {advice}") from error
+
+
+@contextlib.contextmanager
+def _naming(options: Options, *configs: Config) -> Iterator[None]:
+    """Names the fields that ``trainer`` and ``lora`` have in errors that libraries raise within the block."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"trainer: {' '.join(str(error).split())}") from error
+        if not (given := names_given(options, *configs)):
+            raise
+        raise ValueError(f"{given}: {said_by(error)}") from error
 
 
 def _train_and_write(
@@ -256,7 +287,10 @@ def _train_and_write(
 
     held = prepared.evaluation
     first = prepared.first if isinstance(prepared, Streamed) else None
-    trainer = make_trainer(model, tokenizer, prepared.dataset, resolved, None if held is None else held.dataset, first)
+    with _naming(resolved.options, "trainer", "lora"):
+        trainer = make_trainer(
+            model, tokenizer, prepared.dataset, resolved, None if held is None else held.dataset, first
+        )
     if resolved.device.type != "cpu":  # the peak of the run does not include loading
         torch.accelerator.empty_cache()
         torch.accelerator.reset_peak_memory_stats(resolved.device)

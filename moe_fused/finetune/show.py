@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .data import COLUMNS as OF_TOKENS
-from .data import Data, fit, mixed, no_rows, refusal, split_off, tokenize, unusable, usable
+from .data import Bad, Data, RefusedRows, fit, mixed, no_rows, refusal, split_off, tokenize, unusable, usable
 from .formats import BadRow
 from .options import Method
 from .render import IGNORED, Tokens
@@ -56,7 +56,7 @@ def show_rows(parts: Sequence[Data], number: int, batching: Batching, *, skip_ba
     Raises:
         ValueError: Some of these rows cannot be trained on, and are not left out. The error comes after all lines.
     """
-    bad = []
+    bad: list[Bad] = []
     for data, index in ((each, i) for each in parts for i in range(min(number, len(each.rows)))):
         place = data.rows.place(index)
         try:
@@ -66,7 +66,7 @@ def show_rows(parts: Sequence[Data], number: int, batching: Batching, *, skip_ba
         except BadRow as error:
             tokens, problem = None, str(error)
         if problem is not None:
-            bad.append(f"{place} {problem}")
+            bad.append(Bad(place, problem))
             yield f"{place}: this row cannot be trained on, because it {problem}"
         if tokens is not None:
             end = batching.length if batching.cuts else len(tokens.ids)
@@ -74,7 +74,7 @@ def show_rows(parts: Sequence[Data], number: int, batching: Batching, *, skip_ba
             yield from _row(place, tokens, data.renderer.tokenizer, end, learned)
             yield ""
     if bad and not skip_bad:
-        raise ValueError(refusal(bad))
+        raise RefusedRows(bad)
 
 
 def _row(place: str, tokens: Tokens, tokenizer: Any, end: int, learned: str) -> Iterator[str]:
@@ -142,7 +142,7 @@ def show_sequences(data: Sequence[Data], options: Options, number: int, batching
 
 def first_sequences(
     data: Sequence[Data], options: Options, batching: Batching, number: int
-) -> tuple[Dataset, dict[int, int], list[str]]:
+) -> tuple[Dataset, dict[int, int], list[Bad]]:
     """Makes the first sequences that a run trains on, and keeps where each of their tokens came from.
 
     Args:
@@ -164,7 +164,9 @@ def first_sequences(
     most = number * _ROWS_OF_PACKING
     is_mixed = any(each.part.share is not None for each in data)
     needs_all = is_mixed or options.eval_share is not None or options.skip_bad_rows
-    tables, named, begin = [], [], 0
+    tables: list[Dataset] = []
+    named: list[Bad] = []
+    begin = 0
     for each in data:
         rows = each.rows
         some = (

@@ -28,6 +28,7 @@ from moe_fused.checkpoints.places import ADAPTER_WEIGHTS
 
 from .options import Options
 from .precheck import check_trainable
+from .words import said_by
 
 _LORA_A = ".lora_A.weight"
 
@@ -193,7 +194,7 @@ def _layout(directory: Path, name: str) -> Layout | None:
         # As PEFT itself reads such a file, today's adapters of this command among them.
         if Layout.PEFT_FUSED in error.layouts:
             return Layout.PEFT_FUSED
-        raise ValueError(f"{name}: {error}; first moe-fused convert adapter --to peft-fused") from error
+        raise ValueError(f"{name}: {said_by(error)}; first moe-fused convert adapter --to peft-fused") from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

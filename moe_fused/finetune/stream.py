@@ -21,6 +21,7 @@ from .data import (
     NAMED_LEFT_OUT,
     Data,
     Prepared,
+    RefusedRows,
     blocks,
     counted,
     fit,
@@ -178,6 +179,11 @@ def _stream_of(
         for number, block in enumerate(blocks(data.part, options)):
             try:
                 tokens, bad, _ = prepare_block(dataclasses.replace(data, rows=block), options, batching, vocabulary)
+            except RefusedRows as error:
+                raise BadRows(
+                    f"{error.rows}; either mend what is wrong there and go on, or begin again with --overwrite and "
+                    "--skip-bad-rows, which leaves such rows out"
+                ) from error
             except ValueError as error:
                 raise BadRows(str(error)) from error
             for problem in bad:

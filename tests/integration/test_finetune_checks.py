@@ -99,7 +99,7 @@ def test_files_that_are_damaged(place: Path, tmp_path: Path) -> None:
     keys = load_file(tmp_path / "elsewhere.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(keys, "../elsewhere.safetensors")}
     (broken / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    ended = finetune(*arguments(place, broken, "--dry-run"), cwd=tmp_path, before=nothing_loads)
+    ended = finetune(*arguments(place, broken), cwd=tmp_path, before=nothing_loads)
     assert_error(ended, "model.safetensors.index.json", "'../elsewhere.safetensors'", "within")
 
 

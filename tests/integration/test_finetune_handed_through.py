@@ -10,12 +10,23 @@ from typing import Any, get_args
 
 import pytest
 from peft import LoraConfig
+from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
-from moe_fused.finetune.handed_through import MANAGED, Config, check_handed_through, fields_of, parse
+from moe_fused.finetune.handed_through import MANAGED, Config, check_handed_through, fields_of, parse, words_of
 from moe_fused.finetune.options import DEFAULTS, Method, Options, flag, read_yaml
 
-from .finetuning import Run, assert_error, evaluations, finetune, losses, nothing_loads
+from .finetuning import (
+    Run,
+    assert_error,
+    evaluations,
+    finetune,
+    losses,
+    nothing_loads,
+    save_model,
+    write_jsonl,
+)
+from .test_finetune_preferences import PAIRS
 
 CLASSES: dict[Config, Any] = {"trainer": SFTConfig, "lora": LoraConfig}
 
@@ -78,17 +89,47 @@ def test_another_form(text: str) -> None:
             {"trainer": {"neftune_noise_alpha": "much"}},
             r"trainer.neftune_noise_alpha must be a number or null, got 'much'",
         ),
-        ({"trainer": {"adam_beta1": True}}, r"trainer.adam_beta1 must be a number, got True"),
+        ({"trainer": {"adam_beta1": True}}, r"trainer.adam_beta1 must be a number, got true"),
         ({"trainer": {"data_seed": 1.5}}, r"trainer.data_seed must be a whole number or null, got 1.5"),
         ({"lora": {"use_rslora": 1}}, r"lora.use_rslora must be true or false, got 1"),
         ({"trainer": {"adam_beta1": None}}, r"trainer.adam_beta1 must be a number, got null"),
         ({"trainer": {"save_only_model": True}}, r"trainer.save_only_model cannot be set: a run goes on from whole"),
+        ({"trainer": {"adam_beta1": 2}}, r"trainer.adam_beta1 must be at least 0 and below 1, got 2"),
+        ({"trainer": {"adam_epsilon": float("nan")}}, r"trainer.adam_epsilon must be a finite number, got nan"),
+        ({"trainer": {"neftune_noise_alpha": -5}}, r"trainer.neftune_noise_alpha must be at least 0, got -5"),
+        (
+            {"method": "dpo", "trainer": {"label_smoothing": 5}},
+            r"trainer.label_smoothing must be at least 0 and at most 1, got 5",
+        ),
+        (
+            {"method": "dpo", "trainer": {"loss_type": ["hingee"]}},
+            r"trainer.loss_type must be a list of some of sigmoid, hinge, .*, got \['hingee'\]: did you mean hinge\?",
+        ),
+        ({"method": "dpo", "trainer": {"loss_type": []}}, r"trainer.loss_type must be a list of some of .*, got \[\]"),
+        ({"trainer": {"loss_type": "hinge"}}, r"trainer.loss_type must be one of nll, dft, .*, got 'hinge'"),
+        (
+            {"method": "ipo", "trainer": {"f_divergence_type": "kl"}},
+            r"trainer.f_divergence_type must be one of reverse_kl, .*, got 'kl'",
+        ),
         ({"lora": {"layers_to_transform": [0]}}, r"lora.layers_to_transform cannot be set: adapters are on all layers"),
     ],
 )
 def test_refusals(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         check_handed_through(Options(**given))
+
+
+def test_losses_are_those_of_the_installed_trainers() -> None:
+    """Each word is one that TRL compares with, and TRL's default is among them."""
+    for method, config in (("sft", SFTConfig), ("dpo", DPOConfig)):
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}
+        known = words_of("loss_type", method)  # type: ignore[arg-type]
+        assert len(known) >= 2
+        assert {"sft": defaults["loss_type"], "dpo": "sigmoid"}[method] in known
+        check_handed_through(Options(method=method, trainer={"loss_type": known[0]}))  # type: ignore[arg-type]
+    check_handed_through(Options(method="dpo", trainer={"loss_type": ["sft", "hinge"], "label_smoothing": 0}))
+    defaults = {field.name: field.default for field in dataclasses.fields(DPOConfig)}
+    assert defaults["f_divergence_type"] in words_of("f_divergence_type", "dpo")
 
 
 def test_a_mapping_of_the_file_and_set_go_together(tmp_path: Path) -> None:
@@ -124,7 +165,11 @@ def test_fields_of_pefts_config(plain: Run, tmp_path: Path) -> None:
     }
     again = ("--resume", "--output", "out", "--max-steps", "6")
     assert finetune(*again, cwd=tmp_path).status == 0
-    assert_error(finetune(*again, "--set", "lora.use_rslora=false", cwd=tmp_path), "error: lora is", "cannot become")
+    assert_error(
+        finetune(*again, "--set", "lora.use_rslora=false", cwd=tmp_path),
+        "error: lora.use_rslora is true in",
+        "cannot become false",
+    )
 
 
 def test_fields_of_trls_config(plain: Run, tmp_path: Path) -> None:
@@ -142,20 +187,58 @@ def test_fields_of_trls_config(plain: Run, tmp_path: Path) -> None:
     ("given", "words"),
     [
         ("lora.use_dora=true", "--expert-rank 0 leaves them out"),
-        ("trainer.adam_beta1=2", "trainer: Invalid beta parameter"),
-        ("trainer.lr_scheduler_kwargs=foo", "trainer: "),
-        ("trainer.lr_scheduler_kwargs={foo: 1}", "trainer: "),
-        ("lora.init_lora_weights=pissa", "init_lora_weights='pissa' is not supported"),
+        ("trainer.adam_beta1=2", "trainer.adam_beta1 must be"),
+        ("trainer.lr_scheduler_kwargs=foo", "trainer.lr_scheduler_kwargs: "),
+        ("trainer.lr_scheduler_kwargs={foo: 1}", "trainer.lr_scheduler_kwargs: "),
+        ("trainer.loss_type=hinge", "trainer.loss_type must be one of"),
+        ("lora.init_lora_weights=pissa", "lora.init_lora_weights: init_lora_weights='pissa' is not supported"),
+        ("lora.init_lora_weights=nonsense", "lora.init_lora_weights: "),
         ("lora.bias=all", "lora.bias cannot be set: finetune trains adapters alone"),
-        ("trainer.dataloader_prefetch_factor=2", "trainer: "),
+        ("trainer.dataloader_prefetch_factor=2", "trainer.dataloader_prefetch_factor: "),
         ("trainer.max_length=5", "use --sequence-length"),
         ("lora.x", "--set must be"),
     ],
 )
 def test_refused_before_a_model_is_loaded(given: str, words: str, plain: Run, tmp_path: Path) -> None:
-    ended = finetune(*plain.arguments, "--set", given, "--output", "out", cwd=tmp_path, before=nothing_loads)
-    assert_error(ended, words)
+    for more in ((), ("--dry-run",)):
+        arguments = (*plain.arguments, "--set", given, *more, "--output", "out")
+        ended = finetune(*arguments, cwd=tmp_path, before=nothing_loads)
+        assert_error(ended, words)
+        assert "data:" not in ended.stderr
+        assert ".;" not in ended.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_what_trl_refuses_when_its_trainer_is_made(tmp_path: Path) -> None:
+    """It names the fields, in one line."""
+    save_model(tmp_path / "model")
+    write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    arguments = ("--model", "model", "--dataset", "pairs.jsonl", "--method", "dpo", "--max-steps", "1", "--output", "o")
+    ended = finetune(*arguments, "--set", "trainer.loss_type=[exo_pair]", cwd=tmp_path)
+    assert_error(ended, "trainer.loss_type: Label smoothing must be greater than 0.0")
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "o" / "finetune.yaml").exists()
+
+
+def _raising() -> None:
+    """The first step raises an error in TRL's code."""
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    def compute_loss(*_: Any, **__: Any) -> None:
+        from trl.trainer import utils
+
+        exec("raise ValueError('Unknown value.')", vars(utils))
+
+    DPOTrainer._compute_loss = compute_loss
+
+
+def test_what_trl_refuses_at_the_first_step(tmp_path: Path) -> None:
+    save_model(tmp_path / "model")
+    write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    arguments = ("--model", "model", "--dataset", "pairs.jsonl", "--method", "dpo", "--max-steps", "1", "--output", "o")
+    ended = finetune(*arguments, "--set", "trainer.label_smoothing=0.1", cwd=tmp_path, before=_raising)
+    assert_error(ended, "error: trainer.label_smoothing: Unknown value")
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_field_that_is_given_twice(plain: Run, tmp_path: Path) -> None:

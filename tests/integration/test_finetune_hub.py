@@ -149,7 +149,7 @@ def test_uploads_nothing_by_default_and_in_a_dry_run(whole: Run, hub: Hub, tmp_p
         assert ended.status == 0, ended
     assert asked(hub) == ["GET /api/whoami-v2", f"GET /api/models/{NAME}"]
     ended = start(whole, hub, tmp_path, "--private", "--overwrite", "--dry-run")
-    assert "note: --private has no effect: there is no --push-to-hub" in ended.stderr
+    assert_error(ended, "--private has no effect: there is no --push-to-hub; leave it out")
 
 
 def test_an_export_of_an_earlier_run_does_not_stay(whole: Run, hub: Hub, tmp_path: Path) -> None:

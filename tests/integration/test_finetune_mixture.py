@@ -20,7 +20,7 @@ from moe_fused.finetune.data import find, prepare
 from moe_fused.finetune.facts import Facts
 from moe_fused.finetune.mixture import Part
 from moe_fused.finetune.options import Options, read_yaml, to_yaml
-from moe_fused.finetune.precheck import notes, precheck
+from moe_fused.finetune.precheck import check_used, notes, precheck
 from moe_fused.finetune.resolve import Batching, set_up
 
 from .finetuning import (
@@ -125,7 +125,7 @@ def test_two_splits_of_a_data_set_are_two(here: Path) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["[]", "3", "{share: 1}", "[a.jsonl, {dataset: b.jsonl, weight: 1}]", "[a.jsonl, 3]", "[{dataset: a.jsonl, split: 1}]",
+    ["[]", "3", "{share: 1}", "[a.jsonl, 3]", "[{dataset: a.jsonl, split: 1}]",
      "[{dataset: a.jsonl, share: much}]", "[{dataset: a.jsonl, share: true}]"],
 )  # fmt: skip
 def test_yaml_of_another_form(value: str, here: Path) -> None:
@@ -134,13 +134,29 @@ def test_yaml_of_another_form(value: str, here: Path) -> None:
         read_yaml(here / "run.yaml")
 
 
+def test_an_unknown_key_of_a_data_set(here: Path) -> None:
+    for key, hint in (("shares", ", the nearest is share"), ("spilt", ", the nearest is split"), ("zzz", ", got")):
+        (here / "run.yaml").write_text(f"dataset: [a.jsonl, {{dataset: b.jsonl, {key}: 1}}]\n")
+        with pytest.raises(ValueError, match=f"dataset, share, split, config: there is no key {key}{re.escape(hint)}"):
+            read_yaml(here / "run.yaml")
+
+
 def test_notes_and_missing_files(here: Path) -> None:
     (here / "m").mkdir()
     (here / "m" / "config.json").write_text('{"model_type": "qwen3_moe"}')
-    assert list(notes(options_of("a.jsonl", "b.jsonl", split="x"))) == [
-        "--split has no effect: --dataset a.jsonl, b.jsonl are files"
-    ]
-    assert list(notes(options_of("a.jsonl", "org/b", split="x"))) == []
+    both = options_of("a.jsonl", "b.jsonl", split="x")
+    with pytest.raises(
+        ValueError, match=r"^--split has no effect: --dataset a\.jsonl is a file, b\.jsonl is a file; leave"
+    ):
+        check_used(both, {"split": "x"})
+    assert list(notes(both)) == ["--split has no effect: --dataset a.jsonl is a file, b.jsonl is a file"]
+    check_used(options_of("a.jsonl", "org/b", split="x"), {"split": "x"})
+    own = options_of({"dataset": "a.jsonl", "split": "x"}, "org/b")
+    with pytest.raises(ValueError, match=r"^--dataset: split x of a\.jsonl has no effect: a\.jsonl is a file"):
+        check_used(own, {"dataset": own.dataset})
+    all_own = options_of({"dataset": "org/a", "split": "x"}, split="y")
+    with pytest.raises(ValueError, match=r"^--split has no effect: --dataset org/a has a split of its own"):
+        check_used(all_own, {"split": "y"})
     with pytest.raises(FileNotFoundError, match=r"--dataset none\.jsonl is missing"):
         precheck(options_of("a.jsonl", "none.jsonl"))
 
@@ -230,7 +246,7 @@ def test_bad_rows_of_all_data_sets_are_named(here: Path, tokenizer: Any) -> None
     write_jsonl(here / "a.jsonl", [*chats(3), "{"])
     write_jsonl(here / "b.jsonl", [*TEXTS[:2], *chats(1)])
     with pytest.raises(
-        ValueError, match=r"a\.jsonl:4 is not JSON .*; b\.jsonl:3 is chat, but b\.jsonl:1 is text; --skip"
+        ValueError, match=r"a\.jsonl:4 is not JSON .*; b\.jsonl:3 is a chat, but b\.jsonl:1 is plain text: .*; --skip"
     ):
         prepared(tokenizer, "a.jsonl", "b.jsonl")
     kept = prepared(tokenizer, "a.jsonl", "b.jsonl", skip_bad_rows=True)
@@ -322,7 +338,7 @@ def test_wrong_data_sets_on_the_command_line(here: Path, model: Path) -> None:
         cwd=here,
         before=nothing_loads,
     )
-    assert_error(ended, "--assistant-only-loss is for chats, but the rows of --dataset t.jsonl are text")
+    assert_error(ended, "--assistant-only-loss is for chats, but a row of --dataset t.jsonl is plain text")
     filled = finetune("--init", "run.yaml", *arguments(model, "a.jsonl=2", "t.jsonl=1"), cwd=here)
     assert filled.status == 0, filled
     assert read_yaml(here / "run.yaml")["dataset"] == [

@@ -116,8 +116,8 @@ def test_forms_of_preferences() -> None:
         ({"messages": [user("a")]}, "lacks chosen: a preference needs chosen and rejected"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "same answer as chosen and as rejected"),
         ({"prompt": [user("a")], "chosen": [assistant("b")], "rejected": "c"}, "has one of each"),
-        ({"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]}, "begin differently"),
-        ({"chosen": "left", "rejected": "right"}, "begin differently"),
+        ({"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]}, "needs a prompt"),
+        ({"chosen": "left", "rejected": "right"}, "needs a prompt"),
         (
             {"prompt": "x", "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
             "not the last",
@@ -333,7 +333,11 @@ def test_options_that_do_not_go_together(given: list[str], words: list[str], mod
         ("kto", PAIRS, ["rows.jsonl:1", "--method dpo learns from it"]),
         ("sft", PAIRS, ["rows.jsonl:1", "--method dpo learns from it"]),
         ("sft", RATED, ["rows.jsonl:1", "--method kto"]),
-        ("dpo", [*PAIRS, {"prompt": "a", "chosen": "b", "rejected": "c"}], ["is preference of text", "of messages"]),
+        (
+            "dpo",
+            [*PAIRS, {"prompt": "a", "chosen": "b", "rejected": "c"}],
+            ["is a preference as text, but ", "rows.jsonl:1 is a preference as messages"],
+        ),
         (
             "dpo",
             [*PAIRS, {**PAIRS[0], "prompt": [user("long " * 20)]}],

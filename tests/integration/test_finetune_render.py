@@ -395,7 +395,7 @@ def test_a_template_that_raises(tokenizer: Any, tmp_path: Path) -> None:
     assert "rows.jsonl:2 cannot be rendered by the chat template: roles must alternate; --skip-bad-rows" in said
     tokenizer.chat_template = "{{ messages[1]['content'] + messages[0]['calls'][0] }}"
     said = refusal(options_of(tmp_path, rows), tokenizer)
-    assert "rows.jsonl:1 cannot be rendered by the chat template: UndefinedError: " in said
+    assert "rows.jsonl:1-2 cannot be rendered by the chat template: UndefinedError: " in said
     kwargs = {"messages": [USER, ASSISTANT], "chat_template_kwargs": {"conversation": 1}}
     tokenizer.chat_template = CHAT_TEMPLATE
     assert "cannot be rendered" in refusal(options_of(tmp_path, [kwargs]), tokenizer)
@@ -565,23 +565,32 @@ def test_what_prompts_of_text_and_of_many_sequences_come_to_is_noted(tokenizer: 
 def test_rows_of_other_kinds(tokenizer: Any, tmp_path: Path) -> None:
     chat = {"messages": [USER, ASSISTANT]}
     said = refusal(options_of(tmp_path, [chat, {"text": "words"}]), tokenizer)
-    assert "rows.jsonl:2 is text, but " in said
-    assert "rows.jsonl:1 is chat" in said
+    assert "rows.jsonl:2 is plain text, but " in said
+    assert "rows.jsonl:1 is a chat" in said
     rows = ["{", {"prompt": "a", "completion": "b"}, {"prompt": [USER], "completion": [ASSISTANT]}]
     said = refusal(options_of(tmp_path, rows), tokenizer)
     assert "rows.jsonl:1 is not JSON" in said
-    assert "rows.jsonl:3 is completion of messages, but " in said
-    assert "rows.jsonl:2 is completion of text" in said
+    assert "rows.jsonl:3 is a prompt with a completion as messages, but " in said
+    assert "rows.jsonl:2 is a prompt with a completion as text" in said
     left = prepared(options_of(tmp_path, rows, skip_bad_rows=True), tokenizer).report
     assert [bad.partition(" ")[0][-1] for bad in left.left_out] == ["1", "3"]
     assert "2 rows left out" in "\n".join(left.lines())
 
 
 def test_many_bad_rows_are_counted(tokenizer: Any, tmp_path: Path) -> None:
-    said = refusal(options_of(tmp_path, [{"text": "words"}, *["{"] * 9]), tokenizer)
+    bad = ["[" * number for number in range(1, 10)]  # each is wrong in another column
+    said = refusal(options_of(tmp_path, [{"text": "words"}, *bad]), tokenizer)
     assert "rows.jsonl:6 is not JSON" in said
     assert "; 4 more; --skip-bad-rows leaves such rows out" in said
     assert "rows.jsonl:7" not in said
+    # The same fault is said once.
+    said = refusal(options_of(tmp_path, [{"text": "words"}, *["{"] * 80]), tokenizer)
+    assert said.startswith(f"each of {tmp_path / 'rows.jsonl'}:2-81 is not JSON (")
+    assert said.count("is not JSON") == 1
+    assert "line 1" not in said  # the line in the JSON text is not that in the file
+    rows = [{"text": "words"} if number % 2 else {} for number in range(20)]
+    said = refusal(options_of(tmp_path, rows), tokenizer)
+    assert said.startswith(f"each of {tmp_path / 'rows.jsonl'}:1, 3, 5, 7, 9 and 5 more needs messages")
     for skip in (False, True):
         said = refusal(options_of(tmp_path, ["{"], skip_bad_rows=skip), tokenizer)
         assert "rows.jsonl has no row to train on: " in said
@@ -695,7 +704,9 @@ def test_rows_that_cannot_be_trained_on_are_shown_too(tokenizer: Any, tmp_path: 
     rows = [{"prompt": "a" * 9, "completion": "b"}, {"text": "c"}, "{"]
     data = find(options_of(tmp_path, rows), tokenizer)
     lines: list[str] = []
-    with pytest.raises(ValueError, match=r"rows\.jsonl:1 has nothing left .*; .*:2 is text, but .*; .*:3 is not JSON"):
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl:1 has nothing left .*; .*:2 is plain text, but .*; .*:3 is not JSON"
+    ):
         lines.extend(show_rows(data, 3, Batching("bfd", 4)))
     assert ["cannot be trained on" in line for line in lines].count(True) == 3
     assert lines[2:4] == ["masked:  aaaa", "cut off: aaaaab<|im_end|>"]

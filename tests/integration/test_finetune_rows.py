@@ -155,7 +155,7 @@ BAD: dict[str, tuple[list[Any], tuple[str, ...], tuple[str, ...]]] = {
         ("--sequence-length", "128"),
         (
             "rows.jsonl has no row to train on: ",
-            "rows.jsonl:1 has nothing left to learn from",
+            "rows.jsonl:1-2 has nothing left to learn from",
             "but a sequence has 128",
         ),
     ),
@@ -206,7 +206,7 @@ def test_bad_rows_of_a_directory_are_named_by_their_file(model: Path, tmp_path: 
         ended,
         "error: rows/b.jsonl:2 is not JSON",
         "; rows/b.jsonl:3 cannot be rendered by the chat template: roles must alternate",
-        "; rows/more/c.jsonl:1 is text, but rows/a.jsonl:1 is chat",
+        "; rows/more/c.jsonl:1 is plain text, but rows/a.jsonl:1 is a chat: all rows",
         "--skip-bad-rows",
     )
     ended = finetune(*arguments, "--skip-bad-rows", "--dry-run", cwd=tmp_path, before=_no_model)

@@ -194,10 +194,10 @@ def test_rows_that_are_bad(here: Path, tokenizer: Any) -> None:
     assert any("rows cut, which lose" in line for line in _ending_of(tokenizer, Batching("bfd", 10)))
     assert not any("cut" in line for line in _ending_of(tokenizer, Batching("bfd_split", 10)))
     write_jsonl(here / "a.jsonl", [*chats(2), *texts(2)])
-    with pytest.raises(ValueError, match=r"^a\.jsonl:3 is text, but a\.jsonl:1 is chat"):
+    with pytest.raises(ValueError, match=r"^each of a\.jsonl:3-4 is plain text, but a\.jsonl:1 is a chat"):
         streamed(tokenizer, options_of("a.jsonl"), batching)
     write_jsonl(here / "a.jsonl", [*texts(7), {"messages": []}, *chats(1)])
-    with pytest.raises(BadRows, match=r"a\.jsonl:8 .*; a\.jsonl:9 is chat, but a\.jsonl:1 is text"):
+    with pytest.raises(BadRows, match=r"a\.jsonl:8 .*; a\.jsonl:9 is a chat, but a\.jsonl:1 is plain text"):
         take(streamed(tokenizer, options_of("a.jsonl"), batching), 40)
 
 
@@ -244,9 +244,7 @@ def test_what_cannot_be_with_streaming(here: Path) -> None:
         Options(model="m", dataset="a.jsonl", streaming=True)
     with pytest.raises(ValueError, match=r"^--eval-share is not possible with --streaming"):
         options_of("a.jsonl", eval_share=0.1)
-    assert list(notes(options_of("a.jsonl", epochs=2))) == [
-        "--epochs has no effect: --streaming goes on until --max-steps"
-    ]
+    assert list(notes(options_of("a.jsonl", epochs=2))) == ["--epochs has no effect: the run ends after --max-steps 9"]
 
 
 @pytest.mark.parametrize(
@@ -312,7 +310,13 @@ def test_a_run_ends_at_a_bad_row_and_goes_on_when_it_is_mended(here: Path, model
     (here / "a.jsonl").write_text(good.replace('"a13', '"a13\\ud800'))
     ended = finetune(*run_options(model), "--output", "out", cwd=here, before=small_blocks)
     step = checkpoints(here / "out")[-1]
-    assert_error(ended, f"stopped after step {step}: a.jsonl:14 has half of a surrogate pair", "--resume --output out")
+    words = (
+        "mend what is wrong there and go on, or begin again with --overwrite and --skip-bad-rows",
+        "--resume --output out",
+    )
+    assert_error(ended, f"stopped after step {step}: a.jsonl:14 has half of a surrogate pair", *words)
+    refused = finetune("--resume", "--output", "out", "--skip-bad-rows", cwd=here, before=small_blocks)
+    assert_error(refused, "--skip-bad-rows is false in", "and cannot become true while the run goes on")
     assert max(losses(here / "out")) == step < 6
     (here / "a.jsonl").write_text(good)
     again = finetune("--resume", "--output", "out", cwd=here, before=small_blocks)

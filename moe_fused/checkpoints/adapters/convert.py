@@ -90,7 +90,8 @@ class _Conversion(SavedAdapter):
         interleaved = self.config.interleaved or Layout.GPT_OSS_INVERTED in (self.layout.layout, to)
         if interleaved and not (self.layout.fused and self.to.fused):
             raise ValueError(
-                f"gate and up of gpt-oss take turns in gate_up_proj, no tool reads them apart: {to.value} is not possible "
+                "the gate and up features of gpt-oss alternate in the tensor gate_up_proj, no tool reads them apart: "
+                f"{to.value} is not possible "
                 f"from {self.layout.layout.value}"
             )
         model_type = model_type_of(str(self.config.content.get("base_model_name_or_path")))
