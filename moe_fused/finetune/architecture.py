@@ -268,7 +268,7 @@ def _why_not_whole(model: nn.Module, path: str, in_4bit: bool) -> str | None:
     module, parts = model.get_submodule(path), path.split(".")
     owners = [model.get_submodule(".".join(parts[:number])) for number in range(1, len(parts))]
     if any(hasattr(type(each), "_apply_gate") for each in (*owners, *module.modules())):
-        return "has the experts, which cannot be trained in full: --expert-rank gives them adapters"
+        return "cannot be trained in full, because it has experts: --expert-rank gives them adapters"
     if any(part in ("gate", "router") for part in parts):
         return "is a router, which cannot be trained in full: --router-rank gives it an adapter"
     if not any(True for _ in module.parameters()):

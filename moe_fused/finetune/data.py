@@ -20,7 +20,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -68,8 +68,10 @@ class Bad(str):
     place: str
     problem: str
 
-    def __new__(cls, place: str, problem: str) -> Self:
-        made = super().__new__(cls, f"{place} {problem}")
+    @staticmethod
+    def of(place: str, problem: str) -> Bad:
+        """Makes the text of both."""
+        made = Bad(f"{place} {problem}")
         made.place, made.problem = place, problem
         return made
 
@@ -247,7 +249,7 @@ def _find(part: Part, purpose: Purpose, split: str, options: Options, tokenizer:
                 first = plain.parse(content())
                 break
             except BadRow as error:
-                bad.append(Bad(rows.place(len(bad)), str(error)))
+                bad.append(Bad.of(rows.place(len(bad)), str(error)))
         if first is not None:
             break
     if first is None:
@@ -611,7 +613,7 @@ def usable(data: Data, tokens: Dataset, batching: Batching) -> tuple[Dataset, li
     for i, (form, known, first, size) in enumerate(zip(*(columns[name] for name in names), strict=True)):
         problem = known or unusable(data, form, first, size, batching)
         if problem is not None:
-            bad[i] = Bad(data.rows.place(i), problem)
+            bad[i] = Bad.of(data.rows.place(i), problem)
     if not bad:
         return tokens, []
     return tokens.select([i for i in range(len(tokens)) if i not in bad]), list(bad.values())

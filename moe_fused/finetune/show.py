@@ -66,7 +66,7 @@ def show_rows(parts: Sequence[Data], number: int, batching: Batching, *, skip_ba
         except BadRow as error:
             tokens, problem = None, str(error)
         if problem is not None:
-            bad.append(Bad(place, problem))
+            bad.append(Bad.of(place, problem))
             yield f"{place}: this row cannot be trained on, because it {problem}"
         if tokens is not None:
             end = batching.length if batching.cuts else len(tokens.ids)

@@ -273,7 +273,7 @@ def test_gpt_oss(tmp_path: Path) -> None:
     convert_adapter(tmp_path / "straight", tmp_path / "back", to=Layout.GPT_OSS_INVERTED)
     assert same_tensors(source, tmp_path / "back")
     for directory in ("source", "straight"):
-        with pytest.raises(ValueError, match="take turns"):
+        with pytest.raises(ValueError, match="alternate in the tensor"):
             convert_adapter(tmp_path / directory, tmp_path / "out", to=Layout.PER_EXPERT)
 
 

@@ -320,7 +320,7 @@ def test_bad_rows_are_named_and_can_be_left_out(model: Path, tmp_path: Path) -> 
         (["--chat-template", "nowhere.jinja"], ["nowhere.jinja"]),
         (["--resume"], ["--resume", "no run to go on with"]),
         (["--resume", "--overwrite"], ["--resume and --overwrite exclude each other"]),
-        (["--assistant-only-loss", "--dataset", "text.txt"], ["--assistant-only-loss", "are text"]),
+        (["--assistant-only-loss", "--dataset", "text.txt"], ["--assistant-only-loss", "is plain text"]),
     ],
     ids=" ".join,
 )

@@ -175,7 +175,7 @@ def test_stock_peft_reads_it_and_trains_the_same(name: str, tmp_path: Path) -> N
         (
             "qwen3_moe",
             ("--attention-modules", "lm_head"),
-            ["--attention-modules: the loss takes the weight of the head"],
+            ["--attention-modules lm_head: the head of the model gets no adapter"],
         ),
     ],
 )
@@ -282,9 +282,9 @@ def test_tied_embeddings_count_once() -> None:
 @pytest.mark.parametrize(
     ("modules", "more", "words"),
     [
-        ("experts", (), ["--modules-to-save: experts", "use --expert-rank"]),
-        ("mlp", (), ["--modules-to-save: mlp is or holds experts", "use --expert-rank"]),
-        ("gate", (), ["--modules-to-save: gate is a router", "use --router-rank"]),
+        ("experts", (), ["--modules-to-save: experts", "--expert-rank gives them adapters"]),
+        ("mlp", (), ["--modules-to-save: mlp cannot be trained in full", "--expert-rank gives them adapters"]),
+        ("gate", (), ["--modules-to-save: gate is a router", "--router-rank gives it an adapter"]),
         ("head", (), ["--modules-to-save: Qwen3MoeForCausalLM has no module head, it can be embed_tokens", "lm_head"]),
         ("self_attn", (), ["--modules-to-save: self_attn has parts", "q_proj"]),
         ("q_proj", (), ["--modules-to-save: q_proj is in 4 bits", "--attention-modules", "--quantization none"]),

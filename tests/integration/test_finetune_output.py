@@ -377,7 +377,9 @@ def test_an_export_that_cannot_be_is_refused_before_loading(tmp_path: Path) -> N
     write_jsonl(tmp_path / "chat.jsonl", chats(2))
     arguments = ("--model", "model", "--dataset", "chat.jsonl", "--output", "out", *OPTIONS, "--export", "original")
     ended = finetune(*arguments, cwd=tmp_path, before=_interleave)
-    assert_error(ended, "--export original: gate and up", "take turns in gate_up_proj", "moe-fused merge")
+    assert_error(
+        ended, "--export original: the gate and up features", "alternate in the tensor gate_up_proj", "moe-fused merge"
+    )
     assert "predicted peak" not in ended.stderr
     assert not (tmp_path / "out").exists()
 

@@ -131,7 +131,7 @@ def test_options_without_effect_are_named(tmp_path: Path) -> None:
     assert list(notes(Options(**given))) == []
     options = Options(**given, split="test", dataset_config="en", revision="v2", attention_rank=0, attention_alpha=4.0)
     named = [note.split()[0] for note in notes(options)]
-    assert named == ["--dataset-config", "--split", "--revision", "--attention-alpha"]
+    assert named == ["--split", "--dataset-config", "--revision", "--attention-alpha"]
     assert list(notes(Options(model="org/m", dataset="org/d", split="test", revision="v2"))) == []
 
 
