@@ -345,7 +345,7 @@ def test_experts_that_cannot_be_adapted() -> None:
 # Adapters by expert.
 
 BY_EXPERT_REFUSED = {
-    "gpt_oss": "gate and up of gpt-oss take turns",
+    "gpt_oss": "the gate and up features of gpt-oss alternate",
     "nemotron_h": "not gate_up_proj and down_proj of one",
     **dict.fromkeys(("mixtral", "minimax_m2", "phimoe", "lfm2_moe"), "have w1, w3, w2 instead of gate_proj"),
     **dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoehybrid"), "have the stacks of all experts"),
