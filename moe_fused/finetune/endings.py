@@ -18,14 +18,20 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
+from moe_fused.launched import Silent
 from moe_fused.memory import GIB
 
 from .checkpoints import last_checkpoint
 from .output import has_begun
 
 if TYPE_CHECKING:
+    from .parallel import Peers
     from .plan import MemoryPlan
     from .trainer import Finetuning
+
+
+# The seconds in which a process that ends is noticed by those that miss it.
+_NOTICE = 3.0
 
 
 class Stopped(Exception):
@@ -54,6 +60,14 @@ class CannotWrite(Expected):
 
 class CannotResume(Expected):
     """A checkpoint cannot be read, or is not one of this run."""
+
+
+class Lost(Expected):
+    """Another process of the run has ended, which did not say why."""
+
+
+class Diverged(Expected, RuntimeError):
+    """The processes of a run have different adapters."""
 
 
 class CannotRecord(Expected, RuntimeError):
@@ -86,11 +100,12 @@ def resuming() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(trainer: Finetuning, plan: MemoryPlan) -> Iterator[None]:
+def explained(trainer: Finetuning, plan: MemoryPlan, peers: Peers) -> Iterator[None]:
     """Raises Stopped for an error within the block, which says after which step it came and how to go on.
 
     Errors before the first step are raised as they are, unless their advice does not depend on the step. A bug prints
-    its traceback in both cases.
+    its traceback in both cases. If another process has ended, which leads to errors of many kinds, it raises Silent, or
+    Stopped if that process could not say why.
     """
     output, graphs = plan.run.output, trainer.shape is not None
     try:
@@ -106,6 +121,10 @@ def explained(trainer: Finetuning, plan: MemoryPlan) -> Iterator[None]:
         where = _way_on(output, " --no-cuda-graphs") if graphs else _where(last_checkpoint(output))
         raise Stopped(f"out of memory after step {trainer.state.global_step}: {advice}; {where}") from error
     except Exception as error:
+        if _may_be_of_others(error) and (lost := peers.ended(wait=_NOTICE)) is not None:
+            if not lost:
+                raise Silent from error
+            raise Stopped(f"stopped after step {trainer.state.global_step}: {lost}; {_way_on(output)}") from error
         is_bug, step = not isinstance(error, Expected), trainer.state.global_step
         if is_bug:
             traceback.print_exception(error)
@@ -113,6 +132,11 @@ def explained(trainer: Finetuning, plan: MemoryPlan) -> Iterator[None]:
             raise
         reason = f"{type(error).__name__}: {error}" if is_bug else str(error)
         raise Stopped(f"stopped after step {step}: {reason}; {_way_on(output)}") from error
+
+
+def _may_be_of_others(error: Exception) -> bool:
+    """Whether ``error`` may come from a collective that another process has left."""
+    return isinstance(error, RuntimeError | Lost) or isinstance(error.__cause__, RuntimeError)
 
 
 def stopped_by(signum: int, output: Path) -> Stopped:

@@ -14,7 +14,6 @@ from moe_fused import __version__
 from moe_fused.hub import installed
 from moe_fused.memory import GIB
 
-from .progress import memory_gib
 from .stream import Streamed
 
 if TYPE_CHECKING:
@@ -45,7 +44,9 @@ class Facts:
     machine: Table
 
 
-def facts(trainer: Finetuning, plan: MemoryPlan, prepared: Prepared | Streamed, begin: float) -> Facts:
+def facts(
+    trainer: Finetuning, plan: MemoryPlan, prepared: Prepared | Streamed, begin: float, memory: float | None
+) -> Facts:
     """Collects the facts about a run that has ended.
 
     Args:
@@ -53,8 +54,10 @@ def facts(trainer: Finetuning, plan: MemoryPlan, prepared: Prepared | Streamed, 
         plan: The plan of the run.
         prepared: The data of the run.
         begin: The time at which the run was started, by ``time.perf_counter``.
+        memory: The peak of the memory of a GPU in GiB, the largest of all GPUs; None on a CPU.
     """
     run, device = plan.run, plan.run.device
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     options = run.options
     data = {"trained on": _trained_on(options, prepared)}
     if prepared.evaluation is not None:
@@ -65,10 +68,10 @@ def facts(trainer: Finetuning, plan: MemoryPlan, prepared: Prepared | Streamed, 
     machine = {package: version for package in _PACKAGES if (version := installed(package)) is not None}
     machine |= {
         "moe-fused": __version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": kind if run.batching.processes == 1 else f"{run.batching.processes} × {kind}",
         "time since the last start": f"{time.perf_counter() - begin:.0f} s",
     }
-    if (memory := memory_gib(device, trainer.shape is not None)) is not None:
+    if memory is not None:
         machine["peak memory of tensors"] = f"{memory:.2f} GiB, predicted {plan.prediction.allocated / GIB:.2f} GiB"
     course = {"steps": str(trainer.state.global_step), "tokens": f"{trainer.tokens:,}"}
     return Facts(data, {**course, **choices(run)}, trainer.evaluation_facts(), machine)
@@ -85,7 +88,11 @@ def choices(run: ResolvedRun) -> Table:
         **_adapters(run),
         "dropout of adapters": f"{options.lora_dropout:g}",
         "sequences": f"{batching.length} tokens, packing {batching.packing}",
-        "step": f"{batching.sequences} × {batching.accumulation} sequences, at most {batching.step_tokens:,} tokens",
+        "step": (
+            f"{batching.sequences} × {batching.accumulation} sequences"
+            + (f" on each of {batching.processes} processes" if batching.processes > 1 else "")
+            + f", at most {batching.step_tokens:,} tokens"
+        ),
         "epochs": f"{options.epochs:g}" if options.max_steps is None else f"until step {options.max_steps}",
         "learning rate": f"{run.learning_rate:g}, {options.scheduler}, warmup over {options.warmup:g} of all steps",
         "optimizer": f"{run.optimizer}, weight decay {options.weight_decay:g}",
