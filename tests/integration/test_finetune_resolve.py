@@ -132,6 +132,17 @@ def test_a_step_is_shared() -> None:
     alone = next(candidates(set_up(Options(model="m"), QWEN3_MOE.build().config, CPU), plain_text=False))
     assert run.batching.accumulation * 2 == alone.batching.accumulation == run.batching.step_batches
     assert run.batching.step_tokens == alone.batching.step_tokens
+    parts = plan_run(setup, plain_text=False).prediction.parts
+    assert 0 < parts["gradient buckets"] <= 32 << 20
+
+
+def test_all_processes_plan_for_the_gpu_with_the_least_memory() -> None:
+    options = Options(model="m", memory_limit=80)
+    setup = set_up(options, QWEN3_MOE.build().config, CUDA, Process(1, 1, 2, 2))
+    plan = plan_run(setup, plain_text=False, agreed=lambda limit: limit and limit // 4)
+    assert plan.limit == 20 << 30
+    assert plan.prediction.parts["NCCL"] == 512 << 20
+    assert "NCCL" in plan.prediction.outside
 
 
 @pytest.mark.parametrize(
