@@ -177,7 +177,8 @@ def measure(model: Any, length: int, steps: int, turns: int) -> dict[str, tuple[
     torch.manual_seed(SEED)
     with tempfile.TemporaryDirectory() as output:
         adapted = adapt(model, resolved(model, output, length, steps)[0])
-    plain, beside = [], []
+    plain: list[Timed] = []
+    beside: list[Timed] = []
     for turn in range(turns):
         # Each is the first as often as the other, because a GPU that gets warmer gets slower.
         order = [(plain, False), (beside, True)]

@@ -63,6 +63,7 @@ class Stack:
         experts, out_features, in_features: its shape.
         projections: the number of matrices of one expert in it, 2 for gate and up.
         packable: whether it can be held in 4 bits.
+        transposed: whether its out features are contiguous, as those of gpt-oss.
     """
 
     experts: int
@@ -70,6 +71,7 @@ class Stack:
     in_features: int
     projections: int
     packable: bool
+    transposed: bool = False
 
     @property
     def numel(self) -> int:
@@ -349,9 +351,10 @@ def _stacks(module: nn.Module) -> Iterator[Stack]:
     packable = packing_refusal(module, BLOCKSIZE) is None
     for name in _projections(module):
         experts, rows, columns = getattr(module, name).shape
-        if getattr(module, "is_transposed", False):
+        transposed = bool(getattr(module, "is_transposed", False))
+        if transposed:
             rows, columns = columns, rows
-        yield Stack(experts, rows, columns, 2 if name == "gate_up_proj" else 1, packable)
+        yield Stack(experts, rows, columns, 2 if name == "gate_up_proj" else 1, packable, transposed)
 
 
 def _most_beside_mixers(
@@ -645,7 +648,12 @@ def _experts(sizes: Sizes, work: Workload) -> tuple[int, int, int]:
 
 
 def _decoded(up: Stack, down: Stack, rows: int) -> bool:
-    """Whether no product of packed experts needs the workspace. Measured GPUs may do without it for more rows."""
+    """Whether no product of packed experts needs the workspace. Measured GPUs may do without it for more rows.
+
+    The kernel's ``stages/triton/paths.py`` decides it. Experts that are packed transposed always need the workspace.
+    """
+    if up.transposed or down.transposed:
+        return False
     from .hub import get_kernel, submodule
 
     tuning = submodule(get_kernel(), "tuning")

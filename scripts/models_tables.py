@@ -49,8 +49,8 @@ def _recurrent(model: Published) -> tuple[Recurrent, ...]:
 def plans(model: Published, package: str | None = PACKAGE) -> dict[int, list[MemoryPlan]]:
     """The plans of finetune's default run on an NVIDIA GPU, by length; with CUDA graphs first, where there are any.
 
-    Lengths beyond the model's positions are left out. Of the packages that compute recurrent layers, ``package`` is there
-    and no other, whatever is installed here.
+    Lengths beyond the model's positions are left out. The plans count on ``package`` alone among the packages that compute
+    recurrent layers, whatever is installed here.
     """
     import torch
 

@@ -56,7 +56,10 @@ def lora_config(setup: ModelSetup, model: nn.Module) -> Any:
             ranks[target], alphas[target] = given.expert, setup.expert_alpha
             parameters.append(target)
     if given.router:
-        for target in _routers(model, experts):
+        routers = routers_of(model)
+        if not routers:
+            raise ValueError(f"--router-rank: {type(model).__name__} has no routers that could be adapted, set it to 0")
+        for target in routers:
             ranks[target], alphas[target] = given.router, 2.0 * given.router
             parameters.append(target)
     config = LoraConfig(
@@ -167,14 +170,12 @@ def _check_adaptable(model: nn.Module) -> None:
             )
 
 
-def _routers(model: nn.Module, experts: dict[str, tuple[str, ...]]) -> list[str]:
+def routers_of(model: nn.Module) -> list[str]:
     """The names within their layers of the routers' matrices, which lie beside the experts."""
-    found: dict[str, None] = {}
+    experts, found = _experts_of(model), dict[str, None]()
     for path, module in model.named_modules():
         weight = module._parameters.get("weight")
         beside = any(_suffix(path).rpartition(".")[0] == name.rpartition(".")[0] for name in experts)
         if beside and not isinstance(module, nn.Linear) and weight is not None and weight.dim() == 2:
             found[f"{_suffix(path)}.weight"] = None
-    if not found:
-        raise ValueError(f"--router-rank: {type(model).__name__} has no routers that could be adapted, set it to 0")
     return list(found)

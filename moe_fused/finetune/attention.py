@@ -83,6 +83,15 @@ def has_windows(config: Any) -> bool:
     return bool(getattr(text, "sliding_window", None))
 
 
+def _hands_over_windows(model: nn.Module) -> bool:
+    """Whether all causal attention layers of a model hand their windows over to the implementation of attention.
+
+    Those of Qwen2-MoE and Phi-MoE do not. Their windows are in their masks alone.
+    """
+    kinds = {type(module) for module in model.modules() if getattr(module, "is_causal", False)}
+    return all("sliding_window=" in inspect.getsource(kind) for kind in kinds)
+
+
 def serves(attn: str, model: Any, device: torch.device, dtype: torch.dtype, *, packed: bool) -> bool:
     """Whether the attention of this module computes the same as ``attn`` in a model, and is better.
 
@@ -94,18 +103,23 @@ def serves(attn: str, model: Any, device: torch.device, dtype: torch.dtype, *, p
         packed: Whether documents lie side by side. Only flash attention is better than a mask for these.
     """
     config, sinks = model.config, has_sinks(model)
-    # Layers hand over windows and sinks wherever Transformers' own flash attention needs them.
-    hands_over = getattr(model, "_supports_flash_attn", False)
     known = chosen(attn, config) == "sdpa" or (attn == "auto" and sinks)
-    if not known or device.type != "cuda" or not layer_types(config) <= _SERVED:
+    if not known or device.type != "cuda" or not layer_types(config) <= _SERVED or not _is_causal(model):
         return False
     if not takes_flash(model, packed=packed):
         return True
-    if (sinks or has_windows(config)) and not hands_over:
+    windows, text = has_windows(config), config.get_text_config()
+    # Transformers' own flash attention needs windows and sinks to be handed over, too.
+    if (sinks or windows) and not getattr(model, "_supports_flash_attn", False):
         return False
-    return (
-        dtype.itemsize == 2 and _flash_takes(config.get_text_config()) and (_sinks_run() if sinks else bool(_flash()))
-    )
+    if (windows and not _hands_over_windows(model)) or getattr(text, "attention_dropout", None):
+        return False
+    return dtype.itemsize == 2 and _flash_takes(text) and (_sinks_run() if sinks else bool(_flash()))
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """Whether no attention layer of a model says that it also looks at later tokens."""
+    return all(getattr(module, "is_causal", True) is not False for module in model.modules())
 
 
 def takes_flash(model: Any, *, packed: bool) -> bool:
@@ -115,14 +129,21 @@ def takes_flash(model: Any, *, packed: bool) -> bool:
 
 @functools.cache
 def _sinks_run() -> bool:
-    """Whether torch has the operators of flash attention that sinks need, with the arguments that they need."""
+    """Whether torch has the operators of flash attention that sinks need, with the arguments that they need.
+
+    Those of ROCm come from another library, which was not tested with the log-sum-exp of sinks.
+    """
+    if torch.version.hip is not None:
+        return False
     names = ("_flash_attention_forward", "_flash_attention_backward")
     schemas = [str(getattr(torch.ops.aten, name).default._schema) for name in names if hasattr(torch.ops.aten, name)]
     return len(schemas) == 2 and all("window_size_left" in schema for schema in schemas)
 
 
 def _flash_takes(text: Any) -> bool:
-    """Whether flash attention supports heads of the model's size."""
+    """Whether flash attention supports heads of the model's size, in every layer if these differ."""
+    if getattr(text, "is_heterogeneous", False):
+        return all(_flash_takes(layer) for layer in text.per_layer_config)
     features = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     if (latent := getattr(text, "qk_nope_head_dim", None)) is not None:  # multi-head latent attention
         features = latent + text.qk_rope_head_dim
@@ -183,9 +204,7 @@ def attention(
     fits = query.device.type == "cuda" and query.itemsize == 2 and _fits(features, values)
     if not runs or not fits or dropout:
         mask = causal_mask(cu_seq_lens_q, tokens, window, query.device)
-        if s_aux is None:
-            return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
-        return attention_with_sinks(query, key, value, s_aux, mask, scaling, dropout), None
+        return _with_mask(module, query, key, value, mask, s_aux, dropout, scaling, **kwargs)
     if cu_seq_lens_q is None:
         boundaries = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device)
         length = tokens
@@ -204,6 +223,23 @@ def attention(
     if values < features:
         out = out[..., :values]
     return out.unflatten(0, (batch, tokens)), None
+
+
+def _with_mask(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    sinks: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Computes ``attention`` where flash attention cannot run, with a mask of all pairs of tokens."""
+    if sinks is None:
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
+    return attention_with_sinks(query, key, value, sinks, mask, scaling, dropout), None
 
 
 class _FlashWithSinks(torch.autograd.Function):

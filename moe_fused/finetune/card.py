@@ -45,14 +45,14 @@ LoRA over {code(_name(options.model))}, trained by `moe-fused finetune`. All opt
 
 ## Use
 
-What follows expects the files of this adapter in the directory {code(directory)}.{fetch}
+The commands and the code below take the files of this adapter from the directory {code(directory)}.{fetch}
 
 ### PEFT
 
 {fenced("python", loading(setup, directory))}
 
-PEFT 0.19.1 or newer without moe-fused loads it over the dense model, without the lines that name `moe_fused` or a
-quantization.
+PEFT 0.19.1 or newer also loads the adapter without moe-fused, over the dense model. Leave out the lines that name
+`moe_fused` or a quantization then.
 
 {served(setup, directory)}
 """

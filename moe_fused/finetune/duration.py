@@ -154,7 +154,7 @@ def batches_of(sequences: int, batching: Batching, steps: int) -> int:
 def _measured_for(run: ResolvedRun, lengths: Sequence[int], gpu: str | None) -> Measured | str:
     """Returns what was measured for such a run, or the reason why its time is unknown."""
     if gpu is None:
-        return f"on this device, a {run.device.type}"
+        return "on a GPU that is not here" if run.device.type == "cuda" else f"on this device, a {run.device.type}"
     here = [each for each in measured() if each.gpu == gpu]
     if not here:
         return f"on this GPU: no {gpu} was measured"

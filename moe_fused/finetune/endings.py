@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from moe_fused.launched import Silent
 from moe_fused.memory import GIB
+from moe_fused.signals import Interrupted, signals_ignored
 
 from .checkpoints import last_checkpoint
 from .output import has_begun
@@ -112,6 +113,10 @@ def explained(trainer: Finetuning, plan: MemoryPlan, peers: Peers) -> Iterator[N
         yield
     except (Stopped, CannotResume):
         raise
+    except Interrupted:  # by the user, or by the launcher because another process has ended
+        with signals_ignored():
+            _explain_lost(trainer, output, peers)
+        raise
     except NotFinite as error:
         # Not --resume, which would come to the same end.
         advice = f"{_again(output)} a lower --learning-rate, or look at the rows around it"
@@ -121,10 +126,9 @@ def explained(trainer: Finetuning, plan: MemoryPlan, peers: Peers) -> Iterator[N
         where = _way_on(output, " --no-cuda-graphs") if graphs else _where(last_checkpoint(output))
         raise Stopped(f"out of memory after step {trainer.state.global_step}: {advice}; {where}") from error
     except Exception as error:
-        if _may_be_of_others(error) and (lost := peers.ended(wait=_NOTICE)) is not None:
-            if not lost:
-                raise Silent from error
-            raise Stopped(f"stopped after step {trainer.state.global_step}: {lost}; {_way_on(output)}") from error
+        if _may_be_of_others(error):
+            with signals_ignored():  # of the launcher, which has noticed it, too
+                _explain_lost(trainer, output, peers)
         is_bug, step = not isinstance(error, Expected), trainer.state.global_step
         if is_bug:
             traceback.print_exception(error)
@@ -132,6 +136,13 @@ def explained(trainer: Finetuning, plan: MemoryPlan, peers: Peers) -> Iterator[N
             raise
         reason = f"{type(error).__name__}: {error}" if is_bug else str(error)
         raise Stopped(f"stopped after step {step}: {reason}; {_way_on(output)}") from error
+
+
+def _explain_lost(trainer: Finetuning, output: Path, peers: Peers) -> None:
+    """Raises Silent or Stopped if another process has ended, the former if it has said why."""
+    lost = peers.ended(wait=0.0 if peers.is_alone else _NOTICE)
+    if lost is not None:
+        raise Stopped(f"stopped after step {trainer.state.global_step}: {lost}; {_way_on(output)}") if lost else Silent
 
 
 def _may_be_of_others(error: Exception) -> bool:

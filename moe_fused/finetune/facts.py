@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,12 +18,25 @@ from .stream import Streamed
 
 if TYPE_CHECKING:
     from .data import Prepared, Report
+    from .formats import Kind
     from .options import Options
     from .plan import MemoryPlan
-    from .resolve import ResolvedRun
+    from .resolve import Batching, ResolvedRun
     from .trainer import Finetuning
 
 Table = Mapping[str, str]
+# What is learned from, by the kinds of rows.
+_LEARNED: Mapping[Kind, str] = {
+    "chat": "all tokens of the chats, the words of the user included",
+    "text": "all tokens of the texts",
+    "completion": "the completions, without their prompts",
+    "preference": "pairs of answers, without their prompts",
+    "rated completion": "answers with a label, without their prompts",
+}
+_OF_THE_ASSISTANT: Mapping[Kind, str] = {
+    "chat": "what the assistant says in the chats",
+    "completion": "what the assistant says in the completions",
+}
 _PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 
 
@@ -45,7 +58,12 @@ class Facts:
 
 
 def facts(
-    trainer: Finetuning, plan: MemoryPlan, prepared: Prepared | Streamed, begin: float, memory: float | None
+    trainer: Finetuning,
+    plan: MemoryPlan,
+    prepared: Prepared | Streamed,
+    kinds: Collection[Kind],
+    begin: float,
+    memory: float | None,
 ) -> Facts:
     """Collects the facts about a run that has ended.
 
@@ -53,6 +71,7 @@ def facts(
         trainer: The trainer, after the training.
         plan: The plan of the run.
         prepared: The data of the run.
+        kinds: The kinds of its rows.
         begin: The time at which the run was started, by ``time.perf_counter``.
         memory: The peak of the memory of a GPU in GiB, the largest of all GPUs; None on a CPU.
     """
@@ -74,11 +93,16 @@ def facts(
     if memory is not None:
         machine["peak memory of tensors"] = f"{memory:.2f} GiB, predicted {plan.prediction.allocated / GIB:.2f} GiB"
     course = {"steps": str(trainer.state.global_step), "tokens": f"{trainer.tokens:,}"}
-    return Facts(data, {**course, **choices(run)}, trainer.evaluation_facts(), machine)
+    return Facts(data, {**course, **choices(run, kinds)}, trainer.evaluation_facts(), machine)
 
 
-def choices(run: ResolvedRun) -> Table:
-    """The options of a run that matter most for its result, and what the run has chosen for those left open."""
+def choices(run: ResolvedRun, kinds: Collection[Kind]) -> Table:
+    """The options of a run that matter most for its result, and what the run has chosen for those left open.
+
+    Args:
+        run: The record of the run.
+        kinds: The kinds of the rows that it learned from.
+    """
     options, batching = run.options, run.batching
     beta = f", beta {run.beta:g}" if options.has_preferences else ""
     chosen = {
@@ -88,15 +112,11 @@ def choices(run: ResolvedRun) -> Table:
         **_adapters(run),
         "dropout of adapters": f"{options.lora_dropout:g}",
         "sequences": f"{batching.length} tokens, packing {batching.packing}",
-        "step": (
-            f"{batching.sequences} × {batching.accumulation} sequences"
-            + (f" on each of {batching.processes} processes" if batching.processes > 1 else "")
-            + f", at most {batching.step_tokens:,} tokens"
-        ),
+        "step": _step(batching),
         "epochs": f"{options.epochs:g}" if options.max_steps is None else f"until step {options.max_steps}",
         "learning rate": f"{run.learning_rate:g}, {options.scheduler}, warmup over {options.warmup:g} of all steps",
         "optimizer": f"{run.optimizer}, weight decay {options.weight_decay:g}",
-        "loss on": _learned(options),
+        "learned from": learned(kinds, assistant_only=options.assistant_only_loss),
         "seed": str(options.seed),
     }
     for name in ("trainer", "lora"):
@@ -104,15 +124,31 @@ def choices(run: ResolvedRun) -> Table:
     return chosen
 
 
-def _learned(options: Options) -> str:
-    if options.has_preferences:
-        return "answers with a label" if options.method == "kto" else "pairs of answers"
-    return "what the assistant says" if options.assistant_only_loss else "all tokens but prompts"
+def learned(kinds: Collection[Kind], *, assistant_only: bool) -> str:
+    """What a run learns from in rows of these kinds, in words.
+
+    Args:
+        kinds: The kinds of the rows.
+        assistant_only: Whether it learns only from what the assistant says.
+    """
+    words = {**_LEARNED, **(_OF_THE_ASSISTANT if assistant_only else {})}
+    return "; ".join(words[kind] for kind in words if kind in kinds)
+
+
+def _step(batching: Batching) -> str:
+    rows = "1 sequence" if batching.sequences == 1 else f"{batching.sequences} sequences"
+    batches = f"1 batch of {rows}" if batching.accumulation == 1 else f"{batching.accumulation} batches of {rows} each"
+    share = f" on each of {batching.processes} processes" if batching.processes > 1 else ""
+    return f"{batches}{share}, at most {batching.step_tokens:,} tokens"
 
 
 def _adapters(run: ResolvedRun) -> Table:
-    """The adapters and what is trained in full. An adapter that the run went on from may have several alphas."""
-    ranks, alphas = run.ranks, run.start is None
+    """The adapters and what is trained in full."""
+    whole = {"trained in full": ", ".join(run.whole.names)} if run.whole.names else {}
+    if run.start is not None:
+        layers = {name: run.start.described(experts=name == "experts") for name in ("linear layers", "experts")}
+        return {f"adapters on {name}": _described(*found) for name, found in layers.items()} | whole
+    ranks = run.ranks
     kinds = {
         "attention": (ranks.attention, run.attention_alpha, ", ".join(run.attention_modules)),
         "experts": (ranks.expert, run.expert_alpha, ""),
@@ -121,11 +157,17 @@ def _adapters(run: ResolvedRun) -> Table:
     }
     found = {}
     for name, (rank, alpha, modules) in kinds.items():
-        words = f"rank {rank}{f', alpha {alpha:g}' if alphas else ''}{modules and ': '}{modules}"
+        words = f"rank {rank}, alpha {alpha:g}{modules and ': '}{modules}"
         found[f"adapters on {name}"] = words if rank else "none"
     if not ranks.shared_expert:
         del found["adapters on shared experts"]
-    return found | ({"trained in full": ", ".join(run.whole.names)} if run.whole.names else {})
+    return found | whole
+
+
+def _described(ranks: Collection[int], alphas: Collection[float], names: Collection[str]) -> str:
+    """The adapters that a run went on from, in words. Their layers may have several ranks and alphas."""
+    words = (" and ".join(f"{number:g}" for number in numbers) for numbers in (ranks, alphas))
+    return "rank {}, alpha {}: {}".format(*words, ", ".join(names)) if names else "none"
 
 
 def _trained_on(options: Options, prepared: Prepared | Streamed) -> str:

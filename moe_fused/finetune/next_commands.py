@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .usage import conversion, is_read_as_it_is, refusal
+
 if TYPE_CHECKING:
     from .resolve import ModelSetup
 
@@ -41,11 +43,8 @@ def _next_commands(setup: ModelSetup) -> Iterator[str]:
         base = _free(f"{Path(source).name}-{setup.quantize_to}")
         yield f"moe-fused quantize {_word(source)} {_word(base)} --quant-type {setup.quantize_to}"
     yield f'moe-fused generate {_word(base)} --adapter {_word(output)}{in_4bit} --prompt "..."'
-    if setup.ranks.expert and options.export == "none" and setup.layout_refusals["per-expert"] is None:
-        target = _free(f"{output}-per-expert")
-        # What --adapter brought may have ranks for which the layout needs a larger one.
-        widen = "" if setup.start is None else " --widen"
-        yield f"moe-fused convert adapter --from peft-fused {_word(output)} {_word(target)}{widen}"
+    if options.export != "per-expert" and refusal(setup) is None and not is_read_as_it_is(setup):
+        yield conversion(setup, output, _free(f"{output}-per-expert"))
     yield f"moe-fused merge {_word(source)} {_word(output)} {_word(_free(f'{output}-merged'))}"
 
 

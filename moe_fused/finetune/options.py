@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import textwrap
 import types
 from collections.abc import Mapping
@@ -41,11 +42,26 @@ class Help:
         text: The text that ``--help`` shows.
         shown: The default value in words, for options whose default value does not explain itself.
         shapes_run: Whether a run that is resumed must have the same value as when it began.
+        in_file: The text that the file of ``--init`` shows, if what is written there differs from the command line.
+        example: YAML of another form that the option may have there, or of a value.
     """
 
     text: str
     shown: str | None = None
     shapes_run: bool = False
+    in_file: str | None = None
+    example: str | None = None
+
+
+_MIXTURE = """\
+dataset:
+  - dataset: chats.jsonl
+    share: 0.7
+  - dataset: org/other-chats
+    share: 0.3
+    split: train
+    config: en
+"""
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,10 @@ class Options:
             "question and answer, or text. Repeat the option to join data sets, or to mix them by shares: A=0.7, B=0.3.",
             shown="required",
             shapes_run=True,
+            in_file="Data to train on: a file (.jsonl, .json, .txt, .parquet, .csv, also compressed), a directory that "
+            "save_to_disk wrote, or a Hub id. Each row has messages or conversations (chat), prompt and completion, "
+            "question and answer, or text. A list joins data sets, or mixes them if each has a share.",
+            example=_MIXTURE,
         ),
     ] = ""
     output: Annotated[
@@ -104,7 +124,7 @@ class Options:
         str,
         Help(
             "Transformers' attention, such as sdpa or kernels-community/flash-attn3.",
-            shown="sdpa; eager for models without sdpa, such as gpt-oss",
+            shown="sdpa, or eager for models without sdpa; on a GPU torch's flash attention where it can replace them",
         ),
     ] = "auto"
     liger: Annotated[
@@ -193,6 +213,9 @@ class Options:
             "stands for all linear layers but the head, routers and experts.",
             shown="all linear layers of attention, such as q_proj k_proj v_proj o_proj",
             shapes_run=True,
+            in_file="Names of the linear layers that get adapters of --attention-rank. all-linear stands for all linear "
+            "layers but the head, routers and experts.",
+            example="attention_modules: [q_proj, v_proj]",
         ),
     ] = None
     expert_rank: Annotated[int, Help("Rank of the adapters on experts; 0 adapts none.", shapes_run=True)] = 8
@@ -213,6 +236,9 @@ class Options:
             "Name of a module that is trained in full and saved with the adapter, such as lm_head or embed_tokens (PEFT's "
             "modules_to_save); repeat the option for each name.",
             shapes_run=True,
+            in_file="Names of modules that are trained in full and saved with the adapter, such as lm_head or embed_tokens "
+            "(PEFT's modules_to_save).",
+            example="modules_to_save: [lm_head]",
         ),
     ] = None
     lora_dropout: Annotated[float, Help("Dropout probability for the input of the adapters.", shapes_run=True)] = 0.0
@@ -253,11 +279,21 @@ class Options:
 
     trainer: Annotated[
         dict[str, Any] | None,
-        Help("Further fields of TRL's SFTConfig, such as neftune_noise_alpha: a mapping, or --set.", shapes_run=True),
+        Help(
+            "Further fields of TRL's SFTConfig, such as neftune_noise_alpha: a mapping, or --set.",
+            shapes_run=True,
+            in_file="Further fields of TRL's SFTConfig, or of the config of --method.",
+            example="trainer:\n  neftune_noise_alpha: 5\n  adam_beta2: 0.95",
+        ),
     ] = None
     lora: Annotated[
         dict[str, Any] | None,
-        Help("Further fields of PEFT's LoraConfig, such as use_rslora: a mapping, or --set.", shapes_run=True),
+        Help(
+            "Further fields of PEFT's LoraConfig, such as use_rslora: a mapping, or --set.",
+            shapes_run=True,
+            in_file="Further fields of PEFT's LoraConfig.",
+            example="lora:\n  use_rslora: true",
+        ),
     ] = None
 
     eval_dataset: Annotated[str | None, Help("Data to evaluate on, in the forms of --dataset.", shapes_run=True)] = None
@@ -602,6 +638,20 @@ def shown_default(name: str) -> str:
     return ("on" if default else "off") if isinstance(default, bool) else "none" if default is None else str(default)
 
 
+def described_in_file(name: str) -> str:
+    """Returns the description of an option for the file of ``--init``, with its choices and its default."""
+    described, kind = HELP[name], TYPES[name]
+    choices = f" Choices: {', '.join(get_args(kind))}." if get_origin(kind) is Literal else ""
+    text = f"{described.in_file or described.text}{choices} Default: {shown_default(name)}."
+    # The file names other options as it writes them.
+    return re.sub("--([a-z-]*[a-z])", lambda found: _key(found[1]) or found[0], text)
+
+
+def _key(words: str) -> str | None:
+    name = words.replace("-", "_")
+    return name if name in DEFAULTS else None
+
+
 def template(given: Mapping[str, Any]) -> str:
     """Returns a YAML file with every option and its description, for ``read_yaml``.
 
@@ -611,13 +661,16 @@ def template(given: Mapping[str, Any]) -> str:
 
     lines = [
         "# Options of moe-fused finetune, for --config. Comments that begin with #name: show the defaults.",
-        "# Fill in model, dataset and output, and remove the # in front of whatever you change.",
+        "# Fill in model, dataset and output, and remove the # in front of whatever you change. The lines below",
+        "# 'For example' show another form of the option that follows: remove '# ' in front of each of them to use it,",
+        "# and the option below them.",
     ]
     for group, names in GROUPS.items():
         lines += ["", f"# {group}"]
         for name in names:
-            text = f"{HELP[name].text} Default: {shown_default(name)}."
-            lines += ["", *(f"# {line}" for line in textwrap.wrap(text, 96))]
+            lines += ["", *(f"# {line}" for line in textwrap.wrap(described_in_file(name), 96, break_on_hyphens=False))]
+            if example := HELP[name].example:
+                lines += ["# For example:", *(f"# {line}" for line in example.splitlines())]
             value = yaml.safe_dump({name: given.get(name, DEFAULTS[name])}, width=1000, sort_keys=False).strip()
             is_set = name in given or HELP[name].shown == "required"
             lines += [line if is_set else f"#{line}" for line in value.splitlines()]

@@ -19,6 +19,29 @@ from . import attention
 from .options import flag
 from .resolve import LENGTHS, ModelSetup, ResolvedRun, candidates, with_options
 
+# What the parts of a prediction are, in a few words; docs/finetuning.md says more.
+PARTS = {
+    "experts": "weights of the experts",
+    "other weights": "attention, embeddings, head, norms, routers",
+    "adapters": "the factors that are trained",
+    "modules trained in full": "copies of the modules of --modules-to-save",
+    "optimizer state": "what stays on the GPU",
+    "optimizer state, paged": "what may move to the host",
+    "cuBLAS": "workspaces of the library",
+    "CUDA context": "what CUDA takes for itself",
+    "NCCL": "what connects the GPUs of a run",
+    "gradient buckets": "gradients that GPUs average together",
+    "gradients": "of all that is trained",
+    "activations": "what layers keep for the backward pass",
+    "layer": "kept by a layer that is computed again",
+    "expert rows": "made by the backward pass of the experts",
+    "expert workspace": "experts that are dequantized for a moment",
+    "attention": "made by the backward pass of attention",
+    "recurrence": "made by a recurrent layer",
+    "loss": "logits, hidden states and their gradient",
+    "reference pass": "the model without adapters, for preferences",
+    "optimizer step": "made by the step of the optimizer",
+}
 # Room for gaps between the allocator's blocks, which it cannot use.
 SLACK = 256 * MIB
 
@@ -52,14 +75,16 @@ class MemoryPlan:
     def show(self, console: Console) -> None:
         """Prints the parts of the memory, the trainable parameters and the tokens of a step."""
         batching = self.run.batching
-        table = Table(box=None, show_header=False, pad_edge=False)
-        table.add_column()
-        table.add_column(justify="right")
+        unit, size_of_unit = ("GiB", GIB) if self.prediction.total >= GIB // 2 else ("MiB", MIB)
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("memory")
+        table.add_column(unit, justify="right")
+        table.add_column("what it is")
         for part, size in self.prediction.parts.items():
-            table.add_row(part, _gib(size))
-        table.add_row("predicted peak", _gib(self.prediction.total), style="bold")
+            table.add_row(part, f"{size / size_of_unit:.2f}", PARTS[part])
+        table.add_row("predicted peak", f"{self.prediction.total / size_of_unit:.2f}", "", style="bold")
         if self.limit is not None:
-            table.add_row("limit", _gib(self.limit))
+            table.add_row("limit", f"{self.limit / size_of_unit:.2f}", "")
         console.print(table)
         answers = {} if batching.answers == 1 else {"answers": batching.answers}
         sizes = {"batch": batching.batch_size, **answers, "length": batching.length}
@@ -182,7 +207,7 @@ def _notes(sizes: Sizes, work: Workload) -> Iterator[str]:
 def _limit(setup: ModelSetup) -> int | None:
     if setup.options.memory_limit is not None:
         return int(setup.options.memory_limit * GIB)
-    if setup.device.type != "cuda":
+    if setup.device.type != "cuda" or not torch.cuda.is_available():
         return None
     free, _ = torch.cuda.mem_get_info(setup.device)
     # The question itself made this process allocate its CUDA context, and connecting it to others the memory for that.

@@ -220,12 +220,14 @@ class ResolvedRun(ModelSetup):
         modules = self.options.attention_modules
         if self.attention_modules and modules != [ALL_LINEAR]:
             modules = list(self.attention_modules)
+        # Only "auto" stands for flash attention in place of eager attention. By name, eager attention means Transformers'.
+        attn = "auto" if self.maskless and self.attention == "eager" else self.attention
         return dataclasses.replace(
             self.options,
             sequence_length=self.batching.length,
             gradient_accumulation=self.batching.accumulation,
             packing=self.batching.packing,  # type: ignore[arg-type]  # one of the names
-            attn=self.attention,
+            attn=attn,
             attention_modules=modules,
             dtype=_name(self.dtype),  # type: ignore[arg-type]
             adapter_dtype=_name(self.adapter_dtype),  # type: ignore[arg-type]
@@ -235,12 +237,19 @@ class ResolvedRun(ModelSetup):
         )
 
 
-def training_device(options: Options, process: Process | None = None) -> torch.device:
+def training_device(options: Options, process: Process | None = None, *, only_plans: bool = False) -> torch.device:
     """The device that this process trains on, with its number if it is a GPU.
+
+    Args:
+        options: The options of the run.
+        process: This process among those of the run. The default is a process that is alone.
+        only_plans: Whether the run ends with its plan, which ``--device cuda`` can have on a machine without a GPU.
 
     Raises:
         ValueError: This machine has no such device, or fewer of them than processes.
     """
+    if only_plans and options.device == "cuda" and not torch.cuda.is_available():
+        return torch.device("cuda", 0)
     device = choose_device(options.device)
     if device.type == "cpu" or ":" in options.device:
         return device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,12 @@ if TYPE_CHECKING:
     from .resolve import ResolvedRun
 
 CARD, PLOT = "README.md", "loss.png"
+# From so many records on, the plot of the loss has a mean, over this share of them.
+_RECORDS_OF_A_MEAN, _SHARE_OF_A_MEAN = 50, 10
 
 
 def draw_loss(records: Sequence[dict[str, Any]], path: Path, per_token: bool = True) -> None:
-    """Draws the loss by steps, with its moving average, and the loss of evaluations, as a picture.
+    """Draws the loss by steps, with its mean if there are enough, and the loss of evaluations, as a picture.
 
     Args:
         records: The records of the log.
@@ -34,12 +37,10 @@ def draw_loss(records: Sequence[dict[str, Any]], path: Path, per_token: bool = T
     axes = figure.subplots()
     trained = [record for record in records if "loss" in record]
     steps, losses = [record["step"] for record in trained], [record["loss"] for record in trained]
-    axes.plot(steps, losses, linewidth=0.8, alpha=0.5, label="each record")
-    smooth, mean = [], None
-    for loss in losses:
-        mean = loss if mean is None else 0.9 * mean + 0.1 * loss
-        smooth.append(mean)
-    axes.plot(steps, smooth, label="moving average")
+    width = window(len(losses))
+    axes.plot(steps, losses, linewidth=0.8, alpha=0.5 if width else 1, label="training")
+    if width:
+        axes.plot(steps, smoothed(losses, width), label=f"training, mean of {width} records")
     if evaluated := [record for record in records if "eval_loss" in record]:
         points = [record["step"] for record in evaluated], [record["eval_loss"] for record in evaluated]
         axes.plot(*points, marker="o", label="evaluation")
@@ -47,6 +48,23 @@ def draw_loss(records: Sequence[dict[str, Any]], path: Path, per_token: bool = T
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def window(records: int) -> int:
+    """Returns over how many records the plot takes a mean: a tenth of them, an odd number. 0 means that it has no mean."""
+    return records // _SHARE_OF_A_MEAN | 1 if records >= _RECORDS_OF_A_MEAN else 0
+
+
+def smoothed(losses: Sequence[float], width: int) -> list[float]:
+    """Returns the mean of each loss and its neighbours on both sides, ``width`` in all, fewer towards both ends.
+
+    It has as many of them before as behind, so that a loss that falls has a mean that neither lags nor leads.
+    """
+    means = []
+    for i in range(len(losses)):
+        side = min(width // 2, i, len(losses) - 1 - i)
+        means.append(statistics.fmean(losses[i - side : i + side + 1]))
+    return means
 
 
 def write_results(model: Any, tokenizer: Any, run: ResolvedRun, text: str) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ from .fingerprint import (
     of_processes,
     recorded_processes,
 )
+from .formats import Kind
 from .model import check_model, load_config, load_model, load_tokenizer
 from .next_commands import print_next, push_command
 from .options import Options, flag, to_yaml
@@ -57,6 +58,7 @@ from .start import StartingAdapter, read_start
 from .stream import Streamed, prepare_stream
 from .trackers import keep_local
 from .upload import UploadFailed, upload_adapter
+from .usage import export_note
 
 if TYPE_CHECKING:
     from .trainer import Finetuning
@@ -115,6 +117,8 @@ def run(
         return now
 
     base = compared_base(download=False)
+    note = export_note(resolved)
+    _print(console, [note] if note else [])
     begun_with, remarks = _adapter_record(resolved, resume)
     _print(console, remarks)
     plan.show(console)
@@ -128,11 +132,12 @@ def run(
         else:
             prepared = prepare(found, options, resolved.batching, **sizes)
     _print(console, prepared.lines())
-    gpu = torch.cuda.get_device_name(resolved.device) if resolved.device.type == "cuda" else None
+    has_gpu = resolved.device.type == "cuda" and torch.cuda.is_available()
+    gpu = torch.cuda.get_device_name(resolved.device) if has_gpu else None
     _print(console, [duration_line(resolved, prepared, gpu)])
     if options.trainer:
         _check_trainer(resolved)
-    data = fingerprints(prepared, found)
+    data, kinds = fingerprints(prepared, found), sorted({each.kind for each in found})
     if resume:
         _print(console, check_same_data(resolved.output / CONFIG, data, allow_changed_data))
         _print(console, _change_of_processes(resolved))
@@ -141,6 +146,10 @@ def run(
         options_now = {flag(name): repr(getattr(settled, name)) for name in vars(settled)}
         peers.check_same({**options_now, "CUDA graphs": str(resolved.graphs), **data, **base})
     if dry_run:
+        if resolved.device.type == "cpu" and not torch.cuda.is_available():
+            _print(
+                console, ["note: this is the plan for the CPU; --device cuda plans for an NVIDIA GPU that is not here"]
+            )
         peers.leave()
         return
     record = data | (base or compared_base(download=True)) | begun_with | of_processes(process.world_size)
@@ -150,15 +159,15 @@ def run(
         if peers.is_main:
             _prepare_output(resolved, overwrite, record)
         peers.wait()
-        _train_and_write(plan, tokenizer, prepared, console, checkpoint, overwrite, record, peers)
+        _train_and_write(plan, tokenizer, prepared, kinds, console, checkpoint, overwrite, record, peers)
     peers.leave()
 
 
 def _connected(options: Options, peers: Peers, switches: Mapping[str, object]) -> torch.device:
     """Chooses the device of this process, connects the process to the others, and compares its options with theirs."""
     use_expandable_segments()
-    device = training_device(options, peers.process)
-    if device.type != "cpu":
+    device = training_device(options, peers.process, only_plans=bool(switches.get("dry_run")))
+    if device.type != "cpu" and torch.accelerator.is_available():
         torch.accelerator.set_device_index(device.index)
     if not peers.is_alone:
         peers.connect(device, options)
@@ -277,6 +286,7 @@ def _train_and_write(
     plan: MemoryPlan,
     tokenizer: Any,
     prepared: Prepared | Streamed,
+    kinds: Collection[Kind],
     console: Console,
     checkpoint: Path | None,
     overwrite: bool,
@@ -330,7 +340,7 @@ def _train_and_write(
         if isinstance(prepared, Streamed):
             _print(console, prepared.ending())
         with explained(trainer, plan, peers):
-            text = card(resolved, facts(trainer, plan, prepared, begin, memory))
+            text = card(resolved, facts(trainer, plan, prepared, kinds, begin, memory))
             write_results(trainer.model, tokenizer, resolved, text)
         print_next(resolved)
         if resolved.options.repository is not None:  # before the last checkpoints, which may still be on their way

@@ -45,7 +45,7 @@ def show_rows(parts: Sequence[Data], number: int, batching: Batching, *, skip_ba
     The first line of a row has its place and its counts. The text of the row follows in pieces. The model reads a
     ``masked`` piece, but does not learn from it. A piece that is ``cut off`` lies beyond the end of the sequence. A
     line break in the text is shown as ``\\n`` at the end of a line. Other control characters are shown as Python writes
-    them.
+    them. A preference is shown as its prompt with the chosen answer, and then the rejected answer alone.
 
     Args:
         parts: The rows of each data set, and their renderers.
@@ -70,34 +70,50 @@ def show_rows(parts: Sequence[Data], number: int, batching: Batching, *, skip_ba
             yield f"{place}: this row cannot be trained on, because it {problem}"
         if tokens is not None:
             end = batching.length if batching.cuts else len(tokens.ids)
-            yield from _row(place, tokens, data.renderer.tokenizer, end, _LEARNED.get(data.renderer.method, "learned"))
-            if tokens.rejected:
-                prompt = [label for label in tokens.labels if label == IGNORED]
-                ids = tokens.ids[: len(prompt)] + tokens.rejected
-                other = Tokens(ids, prompt + tokens.rejected, [])
-                yield from _row(place, other, data.renderer.tokenizer, end, "rejected")
+            learned = _LEARNED.get(data.renderer.method, "learned")
+            yield from _row(place, tokens, data.renderer.tokenizer, end, learned)
+            yield ""
     if bad and not skip_bad:
         raise ValueError(refusal(bad))
 
 
 def _row(place: str, tokens: Tokens, tokenizer: Any, end: int, learned: str) -> Iterator[str]:
-    count = len(tokens.ids)
-    kinds = [
-        "cut off" if i >= end else learned if label != IGNORED else "masked" for i, label in enumerate(tokens.labels)
-    ]
-    cut = f", {count - end} cut off" if count > end else ""
+    kinds = _kinds(tokens.labels, end, learned)
+    answers = [(tokens.ids, kinds, 0)]
+    counts = _counts(kinds, learned)
+    if tokens.rejected:  # the prompt before it is shown once
+        prompt = [label for label in tokens.labels if label == IGNORED]
+        others = _kinds(prompt + tokens.rejected, end, "rejected")
+        answers.append((tokens.ids[: len(prompt)] + tokens.rejected, others, len(prompt)))
+        counts = f"chosen {counts}; rejected {_counts(others, 'rejected')}"
+    yield f"{place}: {counts}"
+    width = max(len(kind) for kind in ("learned", "cut off", learned, *(["rejected"] if tokens.rejected else []))) + 2
+    for ids, all_kinds, begin in answers:
+        yield from _pieces(ids[begin:], all_kinds[begin:], tokenizer, width)
+
+
+def _kinds(labels: Sequence[int], end: int, learned: str) -> list[str]:
+    """What becomes of each token of a row."""
+    return ["cut off" if i >= end else learned if label != IGNORED else "masked" for i, label in enumerate(labels)]
+
+
+def _counts(kinds: Sequence[str], learned: str) -> str:
+    cut = kinds.count("cut off")
     # Nothing predicts the first token, so it is not learned from, whatever its label is.
-    yield f"{place}: {count} tokens, {kinds[1:].count(learned)} to learn from{cut}"
-    begin, width = 0, max(len(kind) for kind in ("learned", "cut off", learned)) + 2
+    return f"{len(kinds)} tokens, {kinds[1:].count(learned)} to learn from" + (f", {cut} cut off" if cut else "")
+
+
+def _pieces(all_ids: Sequence[int], kinds: Sequence[str], tokenizer: Any, width: int) -> Iterator[str]:
+    """Yields the lines of the text, in pieces of one kind, with the name of the kind in so many columns before them."""
+    begin = 0
     for kind, group in groupby(kinds):
-        ids = tokens.ids[begin : begin + len(list(group))]
+        ids = all_ids[begin : begin + len(list(group))]
         begin += len(ids)
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         visible = "".join(repr(letter)[1:-1] if letter < " " and letter not in "\n\t" else letter for letter in text)
         first, *others = visible.replace("\n", "\\n\n").removesuffix("\n").split("\n")
         yield f"{kind + ':':<{width}}{first}"
         yield from (" " * width + line for line in others)
-    yield ""
 
 
 def show_sequences(data: Sequence[Data], options: Options, number: int, batching: Batching) -> Iterator[str]:

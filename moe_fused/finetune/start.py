@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import safe_open
 
 from moe_fused.checkpoints.adapters import Layout, ScalingChoice
+from moe_fused.checkpoints.adapters.config import LEAVES, AdapterConfig, module_of
 from moe_fused.checkpoints.adapters.convert import convert_adapter, plan_conversion
 from moe_fused.checkpoints.adapters.detect import AmbiguousLayout, NoExperts
 from moe_fused.checkpoints.adapters.fits import check_contents, other_base, read_adapter
@@ -73,6 +74,38 @@ class StartingAdapter:
         found = {key: shape[0] for key, shape in self.shapes.items() if key.endswith(_LORA_A)}
         stacked = [rows // experts for key, rows in found.items() if ".experts." in key] if experts else []
         return max((rows for key, rows in found.items() if ".experts." not in key), default=0), max(stacked, default=0)
+
+    def described(self, *, experts: bool) -> tuple[list[int], list[float], list[str]]:
+        """The ranks and the alphas that its layers have, and the last parts of their names.
+
+        Args:
+            experts: Whether the layers are the experts, or all others.
+        """
+        config = AdapterConfig(self.config)
+        found = set()
+        for module in map(module_of, self.shapes):
+            path = (module or "").removesuffix(".base_layer")
+            if path and (path.rpartition(".")[2] == "experts") is experts:
+                stacks = [f"{path}.{leaf}" for leaf in LEAVES.values() if config.adapts_parameter(f"{path}.{leaf}")]
+                found |= set(stacks) if experts else {path}
+        ranks = {config.rank_of(name) for name in found}
+        alphas = {config.scaling_of(name).alpha for name in found}
+        return sorted(ranks), sorted(alphas), sorted({name.rpartition(".")[2] for name in found})
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether one rank and one alpha hold for all layers, without rsLoRA."""
+        return not any(self.config.get(name) for name in ("use_rslora", "rank_pattern", "alpha_pattern"))
+
+    @property
+    def names_weights(self) -> bool:
+        """Whether its config names weights of linear layers, as that of an adapter on shared experts does."""
+        return any(name.endswith(".weight") for name in self.config.get("target_parameters") or ())
+
+    def adapts(self, weights: Collection[str]) -> bool:
+        """Whether it adapts one of these weights, which are the last parts of names."""
+        modules = filter(None, map(module_of, self.shapes))
+        return any(f".{module}.weight".endswith(f".{weight}") for module in modules for weight in weights)
 
     def note(self) -> str | None:
         """What changes when the adapter is converted, as a line for people; None if nothing does."""

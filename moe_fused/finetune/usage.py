@@ -10,6 +10,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .adapters import routers_of
 from .markdown import code, fenced
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def served(setup: ModelSetup, directory: str) -> str:
     """
     options = setup.options
     base, note = _dense(setup)
-    reason = _refusal(setup)
+    reason = refusal(setup)
     if reason is not None:
         merged = f"{directory}-merged"
         commands = {
@@ -73,26 +74,22 @@ def served(setup: ModelSetup, directory: str) -> str:
             "llama-server --model merged.gguf",
         }
         intro = (
-            f"These tools cannot load this adapter apart: {reason}. They load a model into which it is merged.{note}"
+            f"These tools cannot load this adapter beside a model, because {reason}. They load a model into which it is "
+            f"merged.{note}"
         )
         return _sections(intro, commands)
-    # An adapter without experts is plain LoRA, which only needs the scaling of rsLoRA inside its matrices.
-    as_it_is = not setup.ranks.expert and not (options.lora or {}).get("use_rslora")
     adapter, convert = f"{directory}-per-expert", ""
     if options.export == "per-expert":
         adapter = f"{directory}/per-expert"
         intro = f"These tools read the layout `per-expert`, which is in {code(adapter)}."
-    elif as_it_is:
+    elif is_read_as_it_is(setup):
         adapter = directory
         intro = "These tools read the adapter as it is."
     else:
-        source = " --from peft-fused" if setup.ranks.expert else ""
-        convert = f"moe-fused convert adapter{source} --to per-expert {_word(directory)} {_word(adapter)}"
+        convert = conversion(setup, directory, adapter)
         intro = (
             "These tools read the layout `per-expert`, and this adapter is in `peft-fused`. This command converts it:"
         )
-        if not setup.ranks.expert:
-            intro = "These tools want rsLoRA's scaling inside the matrices. This command puts it there:"
     rank = max(setup.ranks.attention, setup.ranks.expert)
     room = next((size for size in _ROOMS if size >= rank), rank)
     is_directory = Path(options.model).is_dir()
@@ -110,18 +107,44 @@ def served(setup: ModelSetup, directory: str) -> str:
     return _sections(intro + note, commands)
 
 
-def _refusal(setup: ModelSetup) -> str | None:
+def is_read_as_it_is(setup: ModelSetup) -> bool:
+    """Whether vLLM, SGLang and llama.cpp read the adapter that a run writes, without a conversion."""
+    return not setup.ranks.expert and refusal(setup) is None
+
+
+def conversion(setup: ModelSetup, source: str, target: str) -> str:
+    """The command that converts the adapter of a run to the layout that vLLM, SGLang and llama.cpp read."""
+    # What --adapter brought may have ranks for which the layout needs a larger one.
+    widen = " --widen" if setup.start is not None else ""
+    return f"moe-fused convert adapter --from peft-fused --to per-expert{widen} {_word(source)} {_word(target)}"
+
+
+def export_note(setup: ModelSetup) -> str | None:
+    """A line about an export that no tool can load; None if there is nothing to say."""
+    if setup.options.export != "per-expert" or (reason := refusal(setup)) is None:
+        return None
+    return (
+        f"note: --export per-expert: vLLM, SGLang and llama.cpp cannot load this adapter, because {reason}; for them, merge "
+        "it into the model with moe-fused merge"
+    )
+
+
+def refusal(setup: ModelSetup) -> str | None:
     """Why vLLM, SGLang and llama.cpp cannot load the adapter in any layout, or None if they can."""
     options = setup.options
-    if setup.ranks.router:
+    if setup.ranks.router or (setup.start is not None and setup.start.adapts(routers_of(setup.skeleton))):
         return "it adapts routers, too"
     if setup.whole.names:
         return f"{', '.join(setup.whole.names)} is trained in full"
-    if setup.ranks.shared_expert:
+    if setup.ranks.shared_expert or (setup.start is not None and setup.start.names_weights):
         return "it adapts shared experts by the names of their weights"
     if (options.lora or {}).get("use_dora"):
         return "it has use_dora, which is more than LoRA"
-    return setup.layout_refusals["per-expert"] if setup.ranks.expert else None
+    if setup.ranks.expert:
+        return setup.layout_refusals["per-expert"]
+    # The conversion, which would bring all layers to one rank and alpha, is for adapters on experts.
+    plain = setup.start.is_plain if setup.start is not None else not (options.lora or {}).get("use_rslora")
+    return None if plain else "it has rsLoRA, or ranks and alphas that differ between layers"
 
 
 def _dense(setup: ModelSetup) -> tuple[str, str]:

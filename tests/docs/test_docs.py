@@ -175,6 +175,14 @@ def test_finetuning_names_every_option() -> None:
     assert {option.opts[0] for option in command.params} - {"--help"} <= written
 
 
+def test_finetuning_explains_every_part_of_the_memory() -> None:
+    from moe_fused.finetune.plan import PARTS
+
+    text = (DOCS / "finetuning.md").read_text(encoding="utf-8").partition("| part | what it is |")[2]
+    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| [^|]*\|$", text.partition("\n\n")[0], re.MULTILINE)
+    assert sorted(rows) == sorted(PARTS)
+
+
 # Code.
 
 ALL_BLOCKS = [block for path in WRITTEN for block in blocks(path)]

@@ -248,6 +248,25 @@ def test_routers_are_trained_if_asked_for(chat_run: tuple[Path, Ended], model: P
     assert {tensor.shape[0] for name, tensor in exported.items() if ".gate.lora_A" in name} == {2}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU is here")
+def test_a_gpu_that_is_not_here_can_be_planned_for(model: Path, tmp_path: Path) -> None:
+    """A dry run plans for it, as the tables of the documentation do. A real run is refused."""
+    arguments = ("--model", model, "--dataset", write_jsonl(tmp_path / "chats.jsonl", chats(6)), "--output", "out")
+    planned = finetune(*arguments, "--dry-run", "--device", "cuda", cwd=tmp_path)
+    assert planned.status == 0, planned
+    assert "CUDA context" in planned.stderr
+    assert "time: unknown on a GPU that is not here" in planned.stderr
+    ours = finetune(*arguments, "--dry-run", cwd=tmp_path)
+    assert "note: this is the plan for the CPU; --device cuda plans for an NVIDIA GPU" in ours.stderr
+    assert "CUDA context" not in ours.stderr
+    limited = finetune(*arguments, "--dry-run", "--device", "cuda", "--memory-limit", "0.65", cwd=tmp_path)
+    assert limited.status == 1
+    assert "GiB of GPU memory" in limited.stderr
+    real = finetune(*arguments, "--device", "cuda", cwd=tmp_path)
+    assert real.status == 1
+    assert "--device cuda cannot be used here" in real.stderr
+
+
 def test_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "chat.jsonl", chats())
     ended = finetune("--model", model, "--dataset", "chat.jsonl", "--output", "out", "--dry-run", cwd=tmp_path)

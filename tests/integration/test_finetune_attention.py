@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig
+from transformers import (
+    Gemma4TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    PhimoeConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 from moe_fused.finetune import attention
 from moe_fused.finetune.architecture import boundaries_arrive
@@ -41,6 +48,7 @@ LATENT = {"v_head_dim": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8}
         ("sdpa", {"head_dim": 20}, CUDA, True, False),
         ("sdpa", LATENT, CUDA, True, True),
         ("sdpa", {"v_head_dim": 24}, CUDA, True, False),
+        ("sdpa", {"attention_dropout": 0.1}, CUDA, True, False),
     ],
 )
 def test_serves_what_it_computes(
@@ -50,6 +58,13 @@ def test_serves_what_it_computes(
     assert attention.serves(attn, model, device, torch.bfloat16, packed=False) == whole
     assert attention.serves(attn, model, device, torch.bfloat16, packed=True) == packed
     assert not attention.serves(attn, model, device, torch.float32, packed=True)
+
+
+def test_does_not_serve_attention_to_later_tokens() -> None:
+    model = skeleton(Qwen3MoeConfig(**SIZES))
+    model.model.layers[1].self_attn.is_causal = False
+    for packed in (False, True):
+        assert not attention.serves("sdpa", model, CUDA, torch.bfloat16, packed=packed)
 
 
 def test_serves_sinks_unless_eager_attention_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +81,34 @@ def test_serves_sinks_unless_eager_attention_is_asked_for(monkeypatch: pytest.Mo
     # Layers of a class that Transformers' flash attention does not know might keep their windows to themselves.
     monkeypatch.setattr(type(model), "_supports_flash_attn", False)
     assert not attention.serves("auto", model, CUDA, torch.bfloat16, packed=False)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen2MoeConfig(**SIZES, **{**WINDOWS, "max_window_layers": 2}),
+        PhimoeConfig(**SIZES, sliding_window=8, bos_token_id=1, eos_token_id=2, pad_token_id=0),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_windows_that_are_in_a_mask_alone_are_not_served(config: Any) -> None:
+    """These layers hand no window over, although Transformers lets flash attention compute them."""
+    model = skeleton(config)
+    assert attention.has_windows(config)
+    assert model._supports_flash_attn
+    for packed in (False, True):
+        assert not attention.serves("auto", model, CUDA, torch.bfloat16, packed=packed)
+
+
+@pytest.mark.parametrize(("features", "served"), [(32, True), (512, False)])
+def test_layers_may_differ_in_the_sizes_of_heads(features: int, served: bool) -> None:
+    """Gemma 4's layers that attend to everything have larger heads, and its config refuses to name one size for all."""
+    config = Gemma4TextConfig(
+        **SIZES, top_k_experts=2, enable_moe_block=True, layer_types=["sliding_attention", "full_attention"],
+        global_head_dim=features, hidden_size_per_layer_input=0, vocab_size_per_layer_input=64,
+    )  # fmt: skip
+    for packed in (False, True):
+        assert attention.serves("auto", skeleton(config), CUDA, torch.bfloat16, packed=packed) == served
 
 
 SERVED = [

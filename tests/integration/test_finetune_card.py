@@ -7,17 +7,24 @@ import dataclasses
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from typer.testing import CliRunner
 
+from moe_fused.cli import app
 from moe_fused.finetune.card import card, metadata
-from moe_fused.finetune.facts import Facts
+from moe_fused.finetune.facts import Facts, choices, learned
+from moe_fused.finetune.formats import Kind
+from moe_fused.finetune.next_commands import print_next
 from moe_fused.finetune.options import Options
-from moe_fused.finetune.resolve import ModelSetup, set_up
+from moe_fused.finetune.resolve import ModelSetup, ResolvedRun, candidates, set_up
+from moe_fused.finetune.start import read_start
+from moe_fused.finetune.usage import export_note
 
+from .adapters import peft_adapter
 from .finetuning import chats, finetune, save_model, write_jsonl
 from .models import QWEN3_MOE
 
@@ -131,17 +138,89 @@ def test_an_adapter_without_experts() -> None:
     assert "These tools read the adapter as it is." in text
     assert "tuned=out" in command(text, "vllm", "serve")
     text = card(setup_of(expert_rank=0, lora={"use_rslora": True}), NOTHING)
-    assert command(text, "moe-fused", "convert")[3:] == ["--to", "per-expert", "out", "out-per-expert"]
+    assert "because it has rsLoRA" in text
+    assert command(text, "moe-fused", "merge")[2:] == ["org/m", "out", "out-merged"]
 
 
 def test_an_adapter_that_no_tool_reads() -> None:
     refused = dataclasses.replace(setup_of(), layout_refusals={"per-expert": "it takes turns", "original": None})
     for setup, reason in ((setup_of(router_rank=4), "it adapts routers, too"), (refused, "it takes turns")):
         text = card(setup, NOTHING)
-        assert f"cannot load this adapter apart: {reason}." in text
+        assert f"cannot load this adapter beside a model, because {reason}." in text
         assert command(text, "moe-fused", "merge")[2:] == ["org/m", "out", "out-merged"]
         assert command(text, "vllm", "serve")[2:] == ["out-merged"]
         assert not [words for words in commands(text) if "--lora-paths" in " ".join(words)]
+
+
+@pytest.mark.parametrize("change", [{}, {"modules_to_save": ["lm_head"]}, {"router_rank": 4}])
+def test_an_export_that_no_tool_loads_is_noted(change: dict[str, Any]) -> None:
+    note = export_note(setup_of(export="per-expert", **change))
+    assert (note is not None) == bool(change)
+    assert note is None or "merge it" in note
+    assert export_note(setup_of(**change)) is None
+
+
+@pytest.mark.usefixtures("enabled")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+@pytest.mark.parametrize("name", ["plain", "patterns", "attention", "routers"])
+def test_next_and_the_card_agree_on_what_goes_on_from_an_adapter(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made: dict[str, Any] = {
+        "plain": {"target_modules": ["q_proj"]},
+        "patterns": {"target_modules": ["q_proj", "o_proj"], "rank_pattern": {"mlp.experts.down_proj": 5},
+                     "alpha_pattern": {"o_proj": 9}},
+        "attention": {"target_modules": ["q_proj"], "target_parameters": None, "alpha_pattern": {"q_proj": 9}},
+        "routers": {"target_modules": ["q_proj", "gate"]},
+    }[name]  # fmt: skip
+    peft_adapter(tmp_path / "first", modules_to_save=None, **made)
+    options = Options(model="org/m", dataset="org/d", output="out", adapter="first", quantization="none")
+    start = read_start(options, None)
+    setup = set_up(options, QWEN3_MOE.build().config, torch.device("cpu"), start=start, allow_other_base=True)
+    print_next(setup)
+    printed = [shlex.split(line) for line in capsys.readouterr().out.partition("next:\n")[2].splitlines()]
+    converted = [
+        [words for words in found if words[1] == "convert"] for found in (printed, commands(card(setup, NOTHING)))
+    ]
+    assert converted[0] == [words for words in converted[1] if words[0] == "moe-fused"]
+    assert len(converted[0]) == (0 if name in ("routers", "attention") else 1)
+    for words in converted[0]:  # it does what it says
+        peft_adapter(tmp_path / "out", modules_to_save=None, **made)
+        ended = CliRunner().invoke(app, words[1:])
+        assert ended.exit_code == 0, ended.output
+    tells = {
+        "plain": ("rank 3, alpha 5: q_proj", "rank 3, alpha 5: down_proj, gate_up_proj"),
+        "patterns": ("rank 3, alpha 5 and 9: o_proj, q_proj", "rank 3 and 5, alpha 5: down_proj, gate_up_proj"),
+        "attention": ("rank 3, alpha 9: q_proj", "none"),
+        "routers": ("rank 3, alpha 5: gate, q_proj", "rank 3, alpha 5: down_proj, gate_up_proj"),
+    }
+    (run,) = candidates_of(setup)
+    table = choices(run, ["chat"])
+    assert (table["adapters on linear layers"], table["adapters on experts"]) == tells[name]
+
+
+def candidates_of(setup: ModelSetup) -> list[ResolvedRun]:
+    return list(candidates(setup, plain_text=False))[:1]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "assistant_only", "words"),
+    [
+        (["chat"], False, "all tokens of the chats, the words of the user included"),
+        (["chat"], True, "what the assistant says in the chats"),
+        (["chat", "text"], False, "all tokens of the chats, the words of the user included; all tokens of the texts"),
+        (["completion"], False, "the completions, without their prompts"),
+        (["preference"], False, "pairs of answers, without their prompts"),
+        (["rated completion"], False, "answers with a label, without their prompts"),
+    ],
+)
+def test_the_card_says_what_is_learned_from(kinds: list[Kind], assistant_only: bool, words: str) -> None:
+    assert learned(kinds, assistant_only=assistant_only) == words
+
+
+def test_every_kind_of_rows_has_words() -> None:
+    assert all(learned([kind], assistant_only=False) for kind in get_args(Kind))
 
 
 def test_a_base_in_4_bits_is_not_what_the_tools_load() -> None:
@@ -186,6 +265,8 @@ def test_a_run_tells_what_it_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         r"\| evaluated on \| 0\.25 of these rows, set aside: 6 rows, .* \|",
         r"\| adapters on attention \| rank 16, alpha 32: q\\_proj, k\\_proj, v\\_proj, o\\_proj \|",
         r"\| adapters on experts \| none \|",
+        r"\| learned from \| all tokens of the chats, the words of the user included \|",
+        r"\| step \| \d+ batches of 1 sequence each, at most [\d,]+ tokens \|",
         r"\| trainer\.adam\\_beta2 \| 0\.9 \|",
         r"\| evaluation \| loss [\d.]+, perplexity [\d.]+, of the adapter of step 1 \|",
         rf"\| torch \| {re.escape(torch.__version__)} \|",

@@ -144,7 +144,7 @@ def test_a_run_of_another_kind(given: dict[str, Any], words: str) -> None:
     ("config", "gpu", "lengths", "words"),
     [
         ({}, "NVIDIA H200 NVL", [4096], "time: unknown on this GPU: no NVIDIA H200 NVL was measured"),
-        ({}, None, [4096], "time: unknown on this device, a cuda"),
+        ({}, None, [4096], "time: unknown on a GPU that is not here"),
         ({"num_hidden_layers": 47}, H200.gpu, [4096], "unknown for this model on this GPU: only Qwen3-30B-A3B was"),
         ({"num_experts": 64}, H200.gpu, [4096], "unknown for this model on this GPU"),
         ({}, H200.gpu, [512], "unknown on this GPU for batches of 512 tokens: from 1,024 to 16,384 were measured"),

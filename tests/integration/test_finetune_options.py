@@ -6,13 +6,25 @@ import importlib.util
 import os
 import re
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 from typer.testing import CliRunner
 
 from moe_fused.cli import app
 from moe_fused.finetune import precheck
-from moe_fused.finetune.options import DEFAULTS, GROUPS, HELP, MAPPINGS, Options, flag, read_yaml
+from moe_fused.finetune.options import (
+    DEFAULTS,
+    GROUPS,
+    HELP,
+    MAPPINGS,
+    TYPES,
+    Options,
+    described_in_file,
+    flag,
+    read_yaml,
+    template,
+)
 from moe_fused.finetune.trackers import keep_local
 
 from .finetuning import Run, assert_error, finetune, losses, records
@@ -61,8 +73,26 @@ def test_init_writes_every_option_with_its_default(tmp_path: Path) -> None:
     }
     assert read_yaml(tmp_path / "filled.yaml") == expected
     words = " ".join(re.sub(r"^#", "", path.read_text(), flags=re.MULTILINE).split())
-    for name, described in HELP.items():
-        assert " ".join(described.text.split()) in words, name
+    for name in HELP:
+        assert " ".join(described_in_file(name).split()) in words, name
+
+
+def test_init_shows_what_yaml_has(tmp_path: Path) -> None:
+    """Choices, lists and mappings, and nothing that only the command line has."""
+    text = template({})
+    assert not re.search(r"--[a-z]|[Rr]epeat the option|A=0\.7", text.partition("\n\n")[2])
+    words = " ".join(re.sub(r"^#", "", text, flags=re.MULTILINE).split())
+    for name, kind in TYPES.items():
+        if get_origin(kind) is Literal:
+            assert f"Choices: {', '.join(get_args(kind))}. Default:" in words, name
+    examples = {name: described.example for name, described in HELP.items() if described.example}
+    assert {"dataset", *MAPPINGS} <= examples.keys()
+    path = tmp_path / "run.yaml"
+    for name, example in examples.items():
+        commented = "".join(f"# {line}\n" for line in example.splitlines())
+        assert f"# For example:\n{commented}" in text
+        path.write_text(example)
+        assert read_yaml(path).keys() == {name}
 
 
 def test_init_replaces_nothing(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from moe_fused.finetune.next_commands import print_next
 from moe_fused.finetune.options import Options
 from moe_fused.finetune.output import has_begun
 from moe_fused.finetune.resolve import set_up
+from moe_fused.finetune.results import draw_loss, smoothed, window
 
 from .finetuning import (
     OPTIONS,
@@ -441,3 +443,41 @@ def test_next_of_a_revision(
     assert commands[0] == ["hf", "download", "org/m", "--revision", "refs/pr/1", "--local-dir", "m-refs-pr-1"]
     assert commands[1][1:3] == ["generate", "m-refs-pr-1"]
     assert commands[-1][1:3] == ["merge", "m-refs-pr-1"]
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"router_rank": 4}, {"export": "per-expert"}])
+def test_next_has_no_conversion_that_is_of_no_use(options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    commands = next_commands(capsys, Options(model="m", output="o", **options))
+    assert [command[1] for command in commands] == ["generate", "merge"]
+
+
+# The plot.
+
+
+def test_the_mean_of_the_plot_neither_lags_nor_leads() -> None:
+    falling = [float(-step) for step in range(200)]
+    assert window(200) == 21
+    assert smoothed(falling, window(200)) == pytest.approx(falling)
+    noisy = [5.0 + (-1) ** step for step in range(200)]
+    assert all(abs(mean - 5) < 0.06 for mean in smoothed(noisy, window(200))[10:-10])
+
+
+def test_a_short_run_is_drawn_without_a_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    labels: list[str] = []
+    plot = Axes.plot
+
+    def noted(self: Axes, *args: Any, **kwargs: Any) -> Any:
+        labels.append(kwargs["label"])
+        return plot(self, *args, **kwargs)
+
+    monkeypatch.setattr(Axes, "plot", noted)
+    for count, words in (
+        (49, ["training", "evaluation"]),
+        (50, ["training", "training, mean of 5 records", "evaluation"]),
+    ):
+        records: list[dict[str, Any]] = [{"step": step, "loss": 1 / step} for step in range(1, count + 1)]
+        draw_loss([*records, {"step": count, "eval_loss": 0.5}], tmp_path / "loss.png")
+        assert labels == words
+        labels.clear()

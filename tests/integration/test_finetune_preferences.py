@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from functools import partial
 from pathlib import Path
@@ -355,6 +356,9 @@ def test_the_rows_are_shown(model: Path, tmp_path: Path) -> None:
     assert "chosen:" in ended.stdout
     assert "rejected:" in ended.stdout
     assert "0, I think." in ended.stdout
+    shown = ended.stdout.partition("\n\n")[0]
+    assert shown.count("0 + 0?") == 1  # the prompt is that of both answers
+    assert re.match(r".*:1: chosen \d+ tokens, \d+ to learn from; rejected \d+ tokens, \d+ to learn from\n", shown)
 
 
 def test_fields_of_the_method_are_handed_through(model: Path, tmp_path: Path) -> None:

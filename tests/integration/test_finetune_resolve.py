@@ -20,7 +20,7 @@ from moe_fused.finetune.plan import plan_run
 from moe_fused.finetune.precheck import Process, check_automatic_device, check_shared, notes
 from moe_fused.finetune.resolve import ANSWERED, ResolvedRun, candidates, set_up, training_device, with_options
 
-from .models import QWEN3_MOE
+from .models import GPT_OSS, QWEN3_MOE
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 # The modules that answer the questions: the table of options, the checks before torch is imported, and the resolution.
@@ -64,6 +64,17 @@ def test_what_is_settled_resolves_to_the_same() -> None:
     elsewhere = next(candidates(set_up(settled, run.config, CPU), plain_text=False))
     for name in ("dtype", "adapter_dtype", "optimizer", "attention", "attention_modules", "batching"):
         assert getattr(elsewhere, name) == getattr(run, name), name
+
+
+def test_settled_sinks_keep_flash_attention_and_packing() -> None:
+    """ "eager" by name would be Transformers' own attention, which refuses the packing that the run has."""
+    config = GPT_OSS.build().config
+    run = next(candidates(set_up(Options(model="m"), config, CUDA), plain_text=False))
+    assert (run.attention, run.maskless, run.batching.packing) == ("eager", True, "bfd")
+    again = next(candidates(set_up(run.settled(), config, CUDA), plain_text=False))
+    assert (again.attention, again.maskless, again.batching) == (run.attention, run.maskless, run.batching)
+    asked = Options(model="m", attn="eager")
+    assert next(candidates(set_up(asked, config, CUDA), plain_text=False)).settled().attn == "eager"
 
 
 def test_candidates_need_less_and_less() -> None:

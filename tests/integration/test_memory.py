@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import Qwen3Config, Qwen3MoeConfig
 from benchmarks.rows import OURS, read_rows
 from moe_fused import hub, memory
 from moe_fused.finetune.options import Options
-from moe_fused.finetune.plan import plan_run
+from moe_fused.finetune.plan import PARTS, plan_run
 from moe_fused.finetune.resolve import set_up
 from moe_fused.memory import GIB, Sizes, Workload, predict, sizes_of, skeleton
 
@@ -305,11 +306,33 @@ def test_workspace_is_the_kernels() -> None:
     assert memory.EXPERT_WORKSPACE == hub.submodule(hub.get_kernel(), "stages.triton.dequantize").WORKSPACE_BYTES
 
 
+def test_transposed_experts_always_need_the_workspace(qwen3_30b: Sizes) -> None:
+    """No kernel dequantizes stacks of gpt-oss in the up projection, however few rows there are."""
+    work = Workload(length=512)
+    transposed = replace(qwen3_30b, stacks=tuple(replace(stack, transposed=True) for stack in qwen3_30b.stacks))
+    assert memory._experts(qwen3_30b, work)[2] == 0
+    assert memory._experts(transposed, work)[2] == memory.EXPERT_WORKSPACE
+    assert all(stack.transposed for stack in sizes_of(GPT_OSS.build()).stacks)
+    pytest.importorskip("triton")
+    assert hub.submodule(hub.get_kernel(), "stages.triton.paths")._PACKED_FAMILIES["up"] == ("up_4bit", None)
+
+
 def test_paged_state_is_outside_of_the_allocator(qwen3_30b: Sizes) -> None:
     paged, plain = (predict(qwen3_30b, Workload(optimizer=name)) for name in ("paged_adamw_8bit", "adamw_8bit"))
     assert paged.total == plain.total
     assert plain.allocated - paged.allocated == paged.parts["optimizer state, paged"] > 0.5 * GIB
     assert paged.total - paged.allocated - paged.parts["optimizer state, paged"] == memory.CONTEXT
+
+
+def test_every_part_has_words() -> None:
+    """The names of the parts are the keys of the dictionaries in the code that predicts."""
+    tree = ast.parse(Path(memory.__file__).read_text(encoding="utf-8"))
+    keys = [key for node in ast.walk(tree) if isinstance(node, ast.Dict) for key in node.keys]
+    named = {key.value for key in keys if isinstance(key, ast.Constant)}
+    assert named - {"loss", "layer", "optimizer", "reference", "attn_implementation"} == PARTS.keys() - {
+        "loss",
+        "layer",
+    }
 
 
 def test_graphs_keep_what_others_would_use_again(qwen3_30b: Sizes) -> None:

@@ -96,7 +96,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def losses(model: Any, steps: int = 3) -> list[float]:
-    """Of a few steps of gradient descent on one batch."""
+    """Returns the losses of a few steps of gradient descent on one batch."""
     ids = tokens(device=str(model.device))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     found = []

@@ -224,10 +224,12 @@ class _Conversion(SavedAdapter):
         }
         if values != {1.0}:
             exact = all(value > 0 and math.frexp(value)[0] == 0.5 for value in values)
-            how = "exactly" if exact else "rounded once to its dtype"
-            notes.append(f"Scaling {', '.join(f'{value:.4g}' for value in sorted(values))} goes into lora_B, {how}.")
+            how = "which is exact" if exact else "which rounds lora_B once to its dtype"
+            words = ", ".join(f"{value:.4g}" for value in sorted(values))
+            notes.append(f"The scaling ({words}) is multiplied into lora_B, {how}.")
         if len(ranks) > 1:
-            notes.append(f"Ranks {', '.join(map(str, sorted(ranks)))} become {self.rank}, filled up with zeros.")
+            words = ", ".join(map(str, sorted(ranks)))
+            notes.append(f"The adapters of ranks {words} all get rank {self.rank}; zeros fill the smaller ones up.")
         return notes
 
     def _notes_on_readers(self) -> list[str]:

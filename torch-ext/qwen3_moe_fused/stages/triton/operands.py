@@ -82,13 +82,17 @@ def routing_tensors(routing: Routing) -> Prepared:
     return prepared
 
 
+# The longest side of a block that a descriptor loads.
+_WIDEST_BLOCK = 256
+
+
 def weight_operand(stack: Tensor, config: LaunchConfig, width: int) -> tuple[Any, str]:
     """(kernel argument, ``DenseLayout.MODE``) of an (E, N, K) stack: a descriptor if asked for and the layout allows it.
 
     Args:
         width: the number of out features that a program loads at a time.
     """
-    if config.descriptor and stack.data_ptr() % 16 == 0:
+    if config.descriptor and width <= _WIDEST_BLOCK and stack.data_ptr() % 16 == 0:
         num_experts, n, k = stack.shape
         stride_e, stride_n, stride_k = stack.stride()
         itemsize = stack.element_size()
