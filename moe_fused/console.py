@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
+import traceback
 from collections.abc import Callable
 
 from .integrations.quantizer import bitsandbytes_cpu
+from .launched import WORD, is_launched, rank
 from .signals import Interrupted, check_interrupted, raise_on_signals
 
 _INVALID = re.compile(r"Invalid value for '([^']+)'(?: / '[^']+')*: (.+)", re.DOTALL)
@@ -83,8 +85,13 @@ def run(load: Callable[[], Callable[..., object]]) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":  # of click, as above; its message is the help
             print(error, file=sys.stderr)
             return 2
-        if "--traceback" in sys.argv:
-            raise
-        print(f"error: {_describe(error)}", file=sys.stderr)
-        return int(getattr(error, "exit_code", 1))
+        status = int(getattr(error, "exit_code", 1))
+        if WORD.is_ours(error):
+            if "--traceback" in sys.argv:
+                if not is_launched():
+                    raise
+                traceback.print_exception(error)
+            print(f"error: {f'rank {rank()}: ' if rank() else ''}{_describe(error)}", file=sys.stderr)
+        WORD.leave(status)
+        return status
     return status if isinstance(status, int) else 0  # typer returns the status of typer.Exit as a value

@@ -32,6 +32,10 @@ MIB, GIB = 2**20, 2**30
 # What a process needs on a GPU before its first tensor, with cuBLAS loaded. Measured on an H100; torch's allocator does not
 # count it.
 CONTEXT = 600 * MIB
+# What NCCL takes beside torch's allocator to connect the GPUs of a run. It is an estimate, which was not measured.
+CONNECTIONS = 512 * MIB
+# The largest part of the gradients that several processes copy together to average it.
+BUCKET = 32 * MIB
 # What cuBLAS asks torch's allocator for, for each handle and stream, on Hopper; it asks for less on other GPUs. The
 # thread of the backward has a handle of its own. Graphs are recorded on a stream of their own, and share one workspace.
 CUBLAS_WORKSPACE = 32 * MIB
@@ -168,6 +172,7 @@ class Workload:
         gpu: whether the memory that a GPU's libraries need is counted.
         graphs: whether the decoder's passes are CUDA graphs, which keep the memory that they need at their worst moment.
         reference: whether the model without its adapters computes each batch as well, without gradients.
+        processes: the number of processes that share a step, each with its GPU.
         packages: the packages that compute recurrent layers, of those in ``recurrent.FUNCTIONS``. Without its package, a
             layer runs in plain torch.
     """
@@ -199,6 +204,7 @@ class Workload:
     graphs: bool = False
     reference: bool = False
     packages: frozenset[str] = frozenset()
+    processes: int = 1
 
     @property
     def mask_itemsize(self) -> int:
@@ -369,6 +375,7 @@ def predict(sizes: Sizes, work: Workload) -> Prediction:
     tensors = [_Trained(numel, work.adapter_itemsize) for numel in adapters]
     tensors += [_Trained(whole.numel, work.whole_itemsize, whole.embeds) for whole in work.whole]
     states = [_state_bytes(tensor, work) for tensor in tensors]
+    gradients = sum(tensor.nbytes for tensor in tensors)
     paged = sum(size for tensor, size in zip(tensors, states, strict=True) if _is_paged(tensor.numel, work))
     resident = {
         "experts": sum(_stack_bytes(stack, work) for stack in sizes.stacks),
@@ -379,8 +386,9 @@ def predict(sizes: Sizes, work: Workload) -> Prediction:
         "optimizer state, paged": paged,
         "cuBLAS": CUBLAS_WORKSPACE * (3 if work.graphs else 2) if work.gpu else 0,
         "CUDA context": CONTEXT if work.gpu else 0,
+        "NCCL": CONNECTIONS if work.gpu and work.processes > 1 else 0,
+        "gradient buckets": min(BUCKET, gradients) if work.processes > 1 else 0,
     }
-    gradients = sum(tensor.nbytes for tensor in tensors)
     # The gradient of the head comes first, and that of the embedding last.
     head = sum(whole.numel for whole in work.whole if whole.scores) * work.whole_itemsize
     layers = list(_layers(sizes, work))
@@ -418,7 +426,8 @@ def predict(sizes: Sizes, work: Workload) -> Prediction:
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     parts = {name: size for name, size in (resident | moments[moment]).items() if size}
     trainable = sum(tensor.numel for tensor in tensors)
-    return Prediction(parts, moment, trainable, frozenset({"optimizer state, paged", "CUDA context"}))
+    outside = {"optimizer state, paged", "CUDA context", *(["NCCL"] if "NCCL" in parts else [])}
+    return Prediction(parts, moment, trainable, frozenset(outside))
 
 
 def _stack_bytes(stack: Stack, work: Workload) -> int:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -119,18 +120,26 @@ def interrupted_afterwards() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def first_signal_noted() -> Iterator[Callable[[], int | None]]:
+def first_signal_noted(apart: float = 0.0) -> Iterator[Callable[[], int | None]]:
     """Notes the first SIGINT, SIGTERM or SIGHUP instead of raising, and yields a function that returns it, or None.
 
     It is for work that ends by itself soon after it was asked to. A second signal raises Interrupted, for users who do not
     want to wait.
+
+    Args:
+        apart: The seconds after the first signal in which others are the same one: a launcher may hand a signal on that
+            all of its processes got already.
     """
     noted: list[int] = []
+    first = 0.0
 
     def note(signum: int, frame: FrameType | None) -> None:
-        if noted:
+        nonlocal first
+        if not noted:
+            noted.append(signum)
+            first = time.monotonic()
+        elif time.monotonic() - first >= apart:
             _raise(signum, frame)
-        noted.append(signum)
 
     handled = [signum for signum in _ENDING if signal.getsignal(signum) != signal.SIG_IGN]
     previous = {signum: signal.signal(signum, note) for signum in handled}

@@ -7,6 +7,7 @@ From the options a run is resolved once, into a frozen record that all later ste
     command       the command itself
     handed_through  fields of TRL's and PEFT's configs among the options, and those that the run manages itself
     precheck      checks that need the standard library alone, and the process among those of the run
+    launch        torchrun for --gpus, which runs the command once for each GPU
     resolve       the records of a run: every question that the options leave open, answered once
     architecture  facts about a model's architecture by which they are answered
     plan          the memory that a run needs, and the choice of the first record that fits
@@ -37,6 +38,7 @@ The model and its training:
     host          a training step without the work that costs the host most
     arguments     the arguments of TRL's trainers for a run
     trainer       TRL's trainers with checkpoints that are whole or absent, which keep the best and end early
+    parallel      the processes of a run on several GPUs: what they tell each other, and how all end when one does
     trackers      where trackers of experiments write
     progress      the progress on the terminal and in log.jsonl
 

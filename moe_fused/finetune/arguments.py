@@ -34,7 +34,9 @@ def trl_config(run: ResolvedRun) -> Any:
             "metric_for_best_model": LOSS,  # Trainer notes which evaluation was the best
             "greater_is_better": False,
         }
-    given = {"run_name": run.output.name, "project": "moe-fused", "trackio_space_id": None} | (options.trainer or {})
+    given: dict[str, Any] = {"run_name": run.output.name, "project": "moe-fused", "trackio_space_id": None}
+    given |= {"log_level_replica": "error"}  # the first process says the same
+    given |= options.trainer or {}
     # If weights and adapters have one dtype, autocast is not needed. It would cost host time at every operator.
     mixed = run.dtype is not torch.float32 and run.adapter_dtype is not run.dtype
     checkpointing = {"use_reentrant": False, "preserve_rng_state": run.is_random}
@@ -63,7 +65,7 @@ def trl_config(run: ResolvedRun) -> Any:
         save_steps=options.save_steps,
         logging_steps=options.log_steps,
         logging_nan_inf_filter=False,  # the filter would log an average instead of a loss that is not finite
-        report_to=options.report_to,
+        report_to=options.report_to if run.process.is_main else "none",
         disable_tqdm=True,
         **evaluation,
         **(of_method | given),

@@ -97,7 +97,7 @@ _PARTS: dict[str, Callable[[Path], str | None]] = {
     ADAPTER_WEIGHTS: _damage_of_safetensors,
     "optimizer.pt": _damage_of_torch,
     "scheduler.pt": _damage_of_torch,
-    "rng_state.pth": _damage_of_torch,
+    "rng_state.pth": _damage_of_torch,  # that of the first process; others have rng_state_1.pth and so on
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -17,12 +18,22 @@ from moe_fused.signals import interrupted_afterwards
 from moe_fused.staging import replace_file
 
 from .checkpoints import DROP_BROKEN, checkpoints_of, resumable
-from .fingerprint import ALLOW_CHANGED, ALLOW_OTHER_BASE
+from .fingerprint import ALLOW_CHANGED, ALLOW_OTHER_BASE, recorded_processes
 from .handed_through import parse
+from .launch import check_gpus, launch
 from .mixture import Datasets, parts_of
 from .options import DEFAULTS, GROUPS, HELP, MAPPINGS, TYPES, Options, flag, read_yaml, shown_default, template
 from .output import CONFIG, check_not_ended, check_output, check_unused, locked_output
-from .precheck import Process, check_adapter, check_automatic_device, check_said, check_used, notes, precheck
+from .precheck import (
+    Process,
+    check_adapter,
+    check_automatic_device,
+    check_said,
+    check_used,
+    notes,
+    precheck,
+    shared_again,
+)
 from .upload import check_upload
 from .words import as_yaml
 
@@ -99,6 +110,13 @@ _SWITCHES = [
         Optional[int],  # noqa: UP045
         None,
     ),
+    _switch(
+        "gpus",
+        "Train on this many GPUs of this machine, each with a share of every step. --batch-size and "
+        "--gradient-accumulation are those of one GPU.",
+        Optional[int],  # noqa: UP045
+        None,
+    ),
     _switch("traceback", "Show where an error came from."),
 ]
 
@@ -113,6 +131,7 @@ def finetune(
     drop_broken_checkpoints: bool,
     dry_run: bool,
     show_rows: int | None,
+    gpus: int | None,
     traceback: bool,
     **given: Any,
 ) -> None:
@@ -141,7 +160,13 @@ def finetune(
     if options.adapter is None:
         _check_switches(resume, overwrite, show_rows, {ALLOW_OTHER_BASE: allow_other_base})
     options.require(output=show_rows is None)
+    process = Process.of_environment(os.environ)
+    if gpus is not None:
+        with interrupted_afterwards():
+            check_gpus(gpus, options, process)
     if show_rows is not None:
+        if not process.is_alone:
+            raise ValueError("--show-rows is for one process: start it without torchrun, accelerate launch and --gpus")
         process = _precheck(options)
         check_adapter(options)
         with interrupted_afterwards():
@@ -149,24 +174,30 @@ def finetune(
         show(options, process, show_rows, allow_other_base=allow_other_base)
         return
     output = options.output_directory
-    if not dry_run:
-        check_unused(output)
-    check_output(output, resume, overwrite)
-    process = _precheck(options)
+    if resume:
+        options = shared_again(options, recorded_processes(output / CONFIG), process)
+    if process.is_main:  # which alone writes there
+        if not dry_run:
+            check_unused(output)
+        check_output(output, resume, overwrite)
+    _precheck(options)
     if not (resume and checkpoints_of(output)):
         _check_adapter(options, resume)
     if options.repository is not None:
         check_upload("--push-to-hub", options.repository, private=options.private)
     with interrupted_afterwards():
         check_automatic_device(options)
+    if gpus is not None and gpus > 1 and process.is_alone:
+        launch(gpus, sys.argv[1:])
     with contextlib.ExitStack() as stack:
         if not dry_run:
             check_weights("--model", options.model)
+        if not dry_run and process.is_main:
             if not stack.enter_context(locked_output(output)):
                 print(f"--output {output}: no locks on this file system, start no other run there", file=sys.stderr)
             check_output(output, resume, overwrite)  # again: another run may have begun and ended
         checkpoint = None
-        if resume:
+        if resume and process.is_main:
             checkpoint = resumable(output, drop_broken=drop_broken_checkpoints, dry_run=dry_run)
             if checkpoint is None:
                 check_not_ended(output)
@@ -252,7 +283,7 @@ def _check_adapter(options: Options, resume: bool) -> None:
 
 def _precheck(options: Options) -> Process:
     process = precheck(options)
-    for note in notes(options):
+    for note in notes(options) if process.is_main else ():
         print(f"note: {note}", file=sys.stderr)
     return process
 

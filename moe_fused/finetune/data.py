@@ -453,7 +453,7 @@ def _preferences(
 
 def _steps(options: Options, batches: int, batching: Batching) -> int:
     """Returns the number of steps of a run whose data make ``batches`` batches."""
-    return options.max_steps or math.ceil(options.epochs * math.ceil(batches / batching.accumulation))
+    return options.max_steps or math.ceil(options.epochs * math.ceil(batches / batching.step_batches))
 
 
 def mixed(tables: list[Dataset], data: Sequence[Data], options: Options | None) -> tuple[Dataset, list[Dataset]]:

@@ -111,6 +111,8 @@ def duration_line(run: ResolvedRun, prepared: Prepared | Streamed, gpu: str | No
         prepared: The sequences of the run.
         gpu: The name of the GPU, or None on another device.
     """
+    if run.batching.processes > 1:
+        return "time: unknown with several processes: it was not measured"
     if run.options.has_preferences:
         return f"time: unknown with --method {run.options.method}: it was not measured"
     held = prepared.evaluation

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
+from moe_fused.launched import Silent
 from moe_fused.memory import GIB
+from moe_fused.signals import Interrupted, signals_ignored
 
 from .checkpoints import last_checkpoint
 from .handed_through import names_given
@@ -26,8 +28,13 @@ from .output import has_begun
 from .words import said_by
 
 if TYPE_CHECKING:
+    from .parallel import Peers
     from .plan import MemoryPlan
     from .trainer import Finetuning
+
+
+# The seconds in which a process that ends is noticed by those that miss it.
+_NOTICE = 3.0
 
 
 class Stopped(Exception):
@@ -56,6 +63,14 @@ class CannotWrite(Expected):
 
 class CannotResume(Expected):
     """A checkpoint cannot be read, or is not one of this run."""
+
+
+class Lost(Expected):
+    """Another process of the run has ended, which did not say why."""
+
+
+class Diverged(Expected, RuntimeError):
+    """The processes of a run have different adapters."""
 
 
 class CannotRecord(Expected, RuntimeError):
@@ -88,16 +103,21 @@ def resuming() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(trainer: Finetuning, plan: MemoryPlan) -> Iterator[None]:
+def explained(trainer: Finetuning, plan: MemoryPlan, peers: Peers) -> Iterator[None]:
     """Raises Stopped for an error within the block, which says after which step it came and how to go on.
 
     Errors before the first step are raised as they are, unless their advice does not depend on the step. A bug prints
-    its traceback in both cases.
+    its traceback in both cases. If another process has ended, which leads to errors of many kinds, it raises Silent, or
+    Stopped if that process could not say why.
     """
     output, graphs = plan.run.output, trainer.shape is not None
     try:
         yield
     except (Stopped, CannotResume):
+        raise
+    except Interrupted:  # by the user, or by the launcher because another process has ended
+        with signals_ignored():
+            _explain_lost(trainer, output, peers)
         raise
     except NotFinite as error:
         # Not --resume, which would come to the same end.
@@ -108,6 +128,9 @@ def explained(trainer: Finetuning, plan: MemoryPlan) -> Iterator[None]:
         where = _way_on(output, " --no-cuda-graphs") if graphs else _where(last_checkpoint(output))
         raise Stopped(f"out of memory after step {trainer.state.global_step}: {advice}; {where}") from error
     except Exception as error:
+        if _may_be_of_others(error):
+            with signals_ignored():  # of the launcher, which has noticed it, too
+                _explain_lost(trainer, output, peers)
         is_bug, step = not isinstance(error, Expected), trainer.state.global_step
         if not step and (fields := names_given(plan.run.options, "trainer")) and _is_of_trl(error):
             raise ValueError(f"{fields}: {said_by(error)}") from error
@@ -127,6 +150,18 @@ def _is_of_trl(error: Exception) -> bool:
     for frame, _ in traceback.walk_tb(error.__traceback__):
         module = str(frame.f_globals.get("__name__"))
     return module.partition(".")[0] == "trl"
+
+
+def _explain_lost(trainer: Finetuning, output: Path, peers: Peers) -> None:
+    """Raises Silent or Stopped if another process has ended, the former if it has said why."""
+    lost = peers.ended(wait=0.0 if peers.is_alone else _NOTICE)
+    if lost is not None:
+        raise Stopped(f"stopped after step {trainer.state.global_step}: {lost}; {_way_on(output)}") if lost else Silent
+
+
+def _may_be_of_others(error: Exception) -> bool:
+    """Whether ``error`` may come from a collective that another process has left."""
+    return isinstance(error, RuntimeError | Lost) or isinstance(error.__cause__, RuntimeError)
 
 
 def stopped_by(signum: int, output: Path) -> Stopped:

@@ -14,7 +14,6 @@ from moe_fused import __version__
 from moe_fused.hub import installed
 from moe_fused.memory import GIB
 
-from .progress import memory_gib
 from .stream import Streamed
 
 if TYPE_CHECKING:
@@ -59,7 +58,12 @@ class Facts:
 
 
 def facts(
-    trainer: Finetuning, plan: MemoryPlan, prepared: Prepared | Streamed, kinds: Collection[Kind], begin: float
+    trainer: Finetuning,
+    plan: MemoryPlan,
+    prepared: Prepared | Streamed,
+    kinds: Collection[Kind],
+    begin: float,
+    memory: float | None,
 ) -> Facts:
     """Collects the facts about a run that has ended.
 
@@ -69,8 +73,10 @@ def facts(
         prepared: The data of the run.
         kinds: The kinds of its rows.
         begin: The time at which the run was started, by ``time.perf_counter``.
+        memory: The peak of the memory of a GPU in GiB, the largest of all GPUs; None on a CPU.
     """
     run, device = plan.run, plan.run.device
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     options = run.options
     data = {"trained on": _trained_on(options, prepared)}
     if prepared.evaluation is not None:
@@ -81,10 +87,10 @@ def facts(
     machine = {package: version for package in _PACKAGES if (version := installed(package)) is not None}
     machine |= {
         "moe-fused": __version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": kind if run.batching.processes == 1 else f"{run.batching.processes} × {kind}",
         "time since the last start": f"{time.perf_counter() - begin:.0f} s",
     }
-    if (memory := memory_gib(device, trainer.shape is not None)) is not None:
+    if memory is not None:
         machine["peak memory of tensors"] = f"{memory:.2f} GiB, predicted {plan.prediction.allocated / GIB:.2f} GiB"
     course = {"steps": str(trainer.state.global_step), "tokens": f"{trainer.tokens:,}"}
     return Facts(data, {**course, **choices(run, kinds)}, trainer.evaluation_facts(), machine)
@@ -132,7 +138,8 @@ def learned(kinds: Collection[Kind], *, assistant_only: bool) -> str:
 def _step(batching: Batching) -> str:
     rows = "1 sequence" if batching.sequences == 1 else f"{batching.sequences} sequences"
     batches = f"1 batch of {rows}" if batching.accumulation == 1 else f"{batching.accumulation} batches of {rows} each"
-    return f"{batches}, at most {batching.step_tokens:,} tokens"
+    share = f" on each of {batching.processes} processes" if batching.processes > 1 else ""
+    return f"{batches}{share}, at most {batching.step_tokens:,} tokens"
 
 
 def _adapters(run: ResolvedRun) -> Table:

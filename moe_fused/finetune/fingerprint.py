@@ -21,8 +21,10 @@ _HEAD = "# The data and the model that this run began with. --resume compares th
 _ROWS, _EVALUATION, _TEMPLATE = "rows", "evaluation rows", "chat template"
 _CONFIG, _WEIGHTS = "model config", "model weights"
 _ADAPTER = "adapter"
+_PROCESSES = "processes"
 _LINE = re.compile(
     rf"# ({_ROWS}(?: of .+)?|{_EVALUATION}|{_TEMPLATE}|{_CONFIG}|{_WEIGHTS}|{_ADAPTER}): (sha256:[0-9a-f]{{64}})"
+    rf"|# ({_PROCESSES}): ([0-9]+)"
 )
 
 # The bytes that are read from a file of weights: those at its beginning and its end, and a block at each step between.
@@ -157,7 +159,18 @@ def as_comment(found: dict[str, str]) -> str:
 def recorded(path: Path) -> dict[str, str]:
     """Reads the fingerprints that ``as_comment`` wrote into a file."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    return {match[1]: match[2] for line in lines if (match := _LINE.fullmatch(line))}
+    found = (match for line in lines if (match := _LINE.fullmatch(line)))
+    return {match[1] or match[3]: match[2] or match[4] for match in found}
+
+
+def recorded_processes(path: Path) -> int:
+    """Returns the number of processes that the run of a finetune.yaml had last."""
+    return int(recorded(path).get(_PROCESSES, "1"))
+
+
+def of_processes(number: int) -> dict[str, str]:
+    """Returns the number of processes as ``as_comment`` writes it. A process that is alone is not recorded."""
+    return {} if number <= 1 else {_PROCESSES: str(number)}
 
 
 def check_same_data(path: Path, now: dict[str, str], allow: bool) -> list[str]:

@@ -175,6 +175,14 @@ class GraphedDecoder:
         )
 
 
+def _errors_of() -> str:
+    """Whose calls may not wait for the GPU during a recording, for torch.cuda.graph.
+
+    With several processes, a thread of NCCL looks at the GPU all the time, which is not part of the recording.
+    """
+    return "thread_local" if torch.distributed.is_initialized() else "global"
+
+
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
     """Turns off the garbage collector within the block. It might free tensors of another stream and wait for it."""
@@ -226,7 +234,7 @@ class _Forward:
         self._record(decoder, forward)
 
     def _record(self, decoder: nn.Module, forward: Callable[..., Any]) -> None:
-        with torch.cuda.graph(self._forward_graph):
+        with torch.cuda.graph(self._forward_graph, capture_error_mode=_errors_of()):
             output = forward(**self._inputs)
         self._hidden, self._output_type = output.last_hidden_state, type(output)
 
@@ -267,12 +275,13 @@ class _Recording(_Forward):
     def _record(self, decoder: nn.Module, forward: Callable[..., Any]) -> None:
         self._backward_graph = torch.cuda.CUDAGraph()
         with _other_leaves(decoder) as leaves:
-            with torch.cuda.graph(self._forward_graph):
+            with torch.cuda.graph(self._forward_graph, capture_error_mode=_errors_of()):
                 output = forward(**self._inputs)
             hidden: Tensor = output.last_hidden_state
             # The backward pass may then use the memory that cuBLAS' workspaces had in the forward pass.
             torch._C._cuda_clearCublasWorkspaces()
-            with torch.cuda.graph(self._backward_graph, pool=self._forward_graph.pool()):
+            pool = self._forward_graph.pool()
+            with torch.cuda.graph(self._backward_graph, pool=pool, capture_error_mode=_errors_of()):
                 self._grad = torch.empty_like(hidden)
                 grads: Sequence[Tensor | None] = torch.autograd.grad(
                     hidden, list(leaves.values()), self._grad, allow_unused=True

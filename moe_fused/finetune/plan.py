@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moe_fused.memory import CONTEXT, GIB, MIB, Prediction, Sizes, Workload, predict, sizes_of
+from moe_fused.memory import CONNECTIONS, CONTEXT, GIB, MIB, Prediction, Sizes, Workload, predict, sizes_of
 
 from . import attention
 from .options import flag
@@ -29,6 +29,8 @@ PARTS = {
     "optimizer state, paged": "what may move to the host",
     "cuBLAS": "workspaces of the library",
     "CUDA context": "what CUDA takes for itself",
+    "NCCL": "what connects the GPUs of a run",
+    "gradient buckets": "gradients that GPUs average together",
     "gradients": "of all that is trained",
     "activations": "what layers keep for the backward pass",
     "layer": "kept by a layer that is computed again",
@@ -87,6 +89,8 @@ class MemoryPlan:
         answers = {} if batching.answers == 1 else {"answers": batching.answers}
         sizes = {"batch": batching.batch_size, **answers, "length": batching.length}
         sizes["accumulation"] = batching.accumulation
+        if batching.processes > 1:
+            sizes["processes"] = batching.processes
         console.print(
             f"{self.prediction.trainable:,} trainable parameters; {batching.step_tokens:,} tokens to a step at most: "
             f"{' x '.join(map(str, sizes.values()))} ({' x '.join(sizes)}), packing {batching.packing}",
@@ -97,30 +101,40 @@ class MemoryPlan:
             console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
-def plan_run(setup: ModelSetup, *, plain_text: bool, rows: int = 0) -> MemoryPlan:
+def _own(limit: int | None) -> int | None:
+    """Returns the limit of a process that is alone."""
+    return limit
+
+
+def plan_run(
+    setup: ModelSetup, *, plain_text: bool, rows: int = 0, agreed: Callable[[int | None], int | None] = _own
+) -> MemoryPlan:
     """Plans the run with the longest sequences that fit, and with CUDA graphs if they fit as well.
 
     Args:
         setup: The record of everything that does not depend on the data.
         plain_text: Whether the rows are plain text.
         rows: The number of rows, or 0 if it is not known.
+        agreed: Returns the limit of all processes for that of this one, so that all plan the same run.
 
     Raises:
         ValueError: The run cannot fit, and the error names an option with which it would. It is also raised if the
             model or the device does not support what the options ask for.
     """
-    for plan in plans_of(setup, plain_text=plain_text, rows=rows):
+    for plan in plans_of(setup, plain_text=plain_text, rows=rows, agreed=agreed):
         if plan.fits:
             return plan
     raise ValueError(_advice(plan, sizes_of(setup.skeleton)))
 
 
-def plans_of(setup: ModelSetup, *, plain_text: bool, rows: int = 0) -> Iterator[MemoryPlan]:
+def plans_of(
+    setup: ModelSetup, *, plain_text: bool, rows: int = 0, agreed: Callable[[int | None], int | None] = _own
+) -> Iterator[MemoryPlan]:
     """Yields the plans of all runs that ``plan_run`` chooses from, in the order in which they are preferred.
 
     The arguments are those of ``plan_run``.
     """
-    sizes, limit = sizes_of(setup.skeleton), _limit(setup)
+    sizes, limit = sizes_of(setup.skeleton), agreed(_limit(setup))
     for run in candidates(setup, plain_text=plain_text, rows=rows):
         yield _plan(run, sizes, limit)
 
@@ -157,6 +171,7 @@ def _plan(run: ResolvedRun, sizes: Sizes, limit: int | None) -> MemoryPlan:
         graphs=run.graphs,
         reference=options.has_preferences,
         packages=run.packages,
+        processes=batching.processes,
     )
     return MemoryPlan(run, predict(sizes, work), limit, tuple(_notes(sizes, work)))
 
@@ -195,7 +210,8 @@ def _limit(setup: ModelSetup) -> int | None:
     if setup.device.type != "cuda" or not torch.cuda.is_available():
         return None
     free, _ = torch.cuda.mem_get_info(setup.device)
-    return free + CONTEXT  # the question itself made this process allocate its CUDA context
+    # The question itself made this process allocate its CUDA context, and connecting it to others the memory for that.
+    return free + CONTEXT + (0 if setup.process.is_alone else CONNECTIONS)
 
 
 def _changes(run: ResolvedRun) -> Iterator[dict[str, Any]]:

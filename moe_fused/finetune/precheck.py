@@ -8,6 +8,7 @@ the answer.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import re
@@ -41,29 +42,50 @@ class Process:
         rank: The number of this process among all processes, counted from 0.
         local_rank: The number of this process among those of this machine, counted from 0.
         world_size: The number of processes.
+        local_world_size: The number of processes on this machine.
     """
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    local_world_size: int = 1
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str]) -> Process:
         """Reads the variables that ``torchrun`` sets. Without them, a process is alone.
 
         Raises:
-            ValueError: There are several processes, which ``finetune`` does not support yet. Nothing else refuses them.
+            ValueError: The variables are not those of a launcher.
         """
-        rank, local_rank, world_size = (int(environment.get(name, default)) for name, default in _VARIABLES.items())
-        if world_size > 1:
+        found = {name: environment.get(name, default) for name, default in _VARIABLES.items()}
+        for name, value in found.items():
+            if not value.isdecimal():
+                raise ValueError(f"the variable {name} must be a whole number, as torchrun sets it, got {value!r}")
+        process = cls(*map(int, found.values()))
+        if process.is_alone:
+            return process
+        needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        if missing := [name for name in needed if name not in environment]:
             raise ValueError(
-                "finetune trains on one GPU: start it without accelerate launch or torchrun; "
-                "examples/qlora_ddp.py takes several"
+                f"the variable WORLD_SIZE is {process.world_size}, but {', '.join(missing)} is not set: start several "
+                "processes with torchrun, accelerate launch or --gpus"
             )
-        return cls(rank, local_rank, world_size)
+        if "LOCAL_WORLD_SIZE" not in environment:  # accelerate launch without torchrun
+            return dataclasses.replace(process, local_world_size=process.local_rank + 1)
+        return process
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether the run has no other process."""
+        return self.world_size <= 1
 
 
-_VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+_VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 
 
 def precheck(options: Options) -> Process:
@@ -80,6 +102,8 @@ def precheck(options: Options) -> Process:
     check_device(options.device)
     check_device_type(options, options.device.partition(":")[0])
     process = Process.of_environment(os.environ)
+    if not process.is_alone:
+        check_shared(options)
     for part in options.datasets:
         _check_dataset("--dataset", part.dataset)
     if options.eval_dataset is not None:
@@ -161,6 +185,55 @@ def check_device_type(options: Options, kind: str) -> None:
         raise ValueError("--cuda-graphs: it needs a GPU of NVIDIA or AMD")
     if options.liger and kind == "cpu":
         raise ValueError("--liger: Liger's kernels need a GPU")
+
+
+# Values of trainer.train_sampling_strategy, the order of the rows, that depend on the number of processes.
+_UNSHARED_ORDERS = ("group_by_length", "batch_rebalance")
+
+
+def check_shared(options: Options) -> None:
+    """Raises ValueError if ``options`` ask for something that several processes cannot do together."""
+    reasons = {
+        "--streaming": options.streaming,
+        f"--method {options.method}": options.has_preferences,
+        **{
+            f"trainer.train_sampling_strategy {order}": (options.trainer or {}).get("train_sampling_strategy") == order
+            for order in _UNSHARED_ORDERS
+        },
+    }
+    for what, is_given in reasons.items():
+        if is_given:
+            raise ValueError(f"{what} cannot be shared by several processes yet: start it on one GPU")
+    if (options.trainer or {}).get("average_tokens_across_devices") is False:
+        raise ValueError("trainer.average_tokens_across_devices must be true with several processes")
+    if ":" in options.device:
+        kind = options.device.partition(":")[0]
+        raise ValueError(
+            f"--device {options.device} is one device, and there are several processes: give --device {kind}, and choose "
+            "GPUs with CUDA_VISIBLE_DEVICES"
+        )
+
+
+def shared_again(options: Options, before: int, process: Process) -> Options:
+    """Returns the options with which the processes of today take the same steps as those that a run had before.
+
+    Args:
+        options: The options of the run, which have the batches that each process took.
+        before: The number of processes that it had.
+        process: This process.
+
+    Raises:
+        ValueError: The batches of a step cannot be shared by so many processes.
+    """
+    now, each = process.world_size, options.gradient_accumulation
+    if before == now or each is None:
+        return options
+    if each * before % now:
+        raise ValueError(
+            f"the run in {options.output} has {each * before} batches in a step, which {now} processes cannot share: go on "
+            f"with a number of processes that divides {each * before}"
+        )
+    return dataclasses.replace(options, gradient_accumulation=each * before // now)
 
 
 def check_automatic_device(options: Options) -> None:

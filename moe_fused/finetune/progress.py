@@ -20,8 +20,9 @@ from moe_fused.staging import replace_file
 
 from .endings import writing
 from .output import LOG
+from .parallel import Peers
 
-__all__ = ["LOG", "Log", "Stop", "memory_gib", "perplexity", "read_log"]
+__all__ = ["LOG", "Follower", "Log", "Stop", "memory_gib", "perplexity", "read_log"]
 
 # The entries of the trainer's records that are logged, with their names in log.jsonl.
 _LOGGED = {
@@ -67,6 +68,29 @@ def memory_gib(device: torch.device, graphs: bool) -> float | None:
     return most(device) / GIB
 
 
+def largest_memory(peers: Peers, device: torch.device, graphs: bool) -> float | None:
+    """Returns the largest of the numbers that ``memory_gib`` returns in the processes, all of which must call this."""
+    memory = memory_gib(device, graphs)
+    return None if memory is None else peers.largest([memory])[0]
+
+
+class Follower(TrainerCallback):
+    """Does in the other processes what ``Log`` needs of them in the first.
+
+    Args:
+        peers: The processes of the run.
+        device: The device of this process.
+        graphs: Whether there are CUDA graphs.
+    """
+
+    def __init__(self, peers: Peers, device: torch.device, graphs: bool) -> None:
+        self._peers, self._device, self._graphs = peers, device, graphs
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if "loss" in kwargs["logs"] and "eval_loss" not in kwargs["logs"]:
+            largest_memory(self._peers, self._device, self._graphs)
+
+
 class Log(TrainerCallback):
     """Writes each record of the trainer as a line of log.jsonl, and shows it on the console. It must be the first callback.
 
@@ -80,6 +104,7 @@ class Log(TrainerCallback):
         tokens: Returns the number of tokens that the trainer has gone through.
         evaluated: The number of tokens of an evaluation.
         per_token: Whether losses are nats per token, which have a perplexity.
+        peers: The processes of the run. The memory that is shown is that of the GPU that has used most.
 
     Raises:
         CannotWrite: A line cannot be written.
@@ -94,7 +119,9 @@ class Log(TrainerCallback):
         tokens: Callable[[], int],
         evaluated: int = 0,
         per_token: bool = True,
+        peers: Peers | None = None,
     ) -> None:
+        self._peers = peers or Peers()
         self._path, self._console, self._tokens, self._evaluated = path, console, tokens, evaluated
         self._per_token = per_token
         self._device, self._graphs = device, graphs
@@ -136,7 +163,7 @@ class Log(TrainerCallback):
             name: logs[key] for key, name in _LOGGED.items() if logs.get(key) is not None
         }
         speed = {"tokens_per_second": round(rate, 1)}
-        if (memory := memory_gib(self._device, self._graphs)) is not None:
+        if (memory := largest_memory(self._peers, self._device, self._graphs)) is not None:
             speed["memory_gib"] = round(memory, 3)
         record |= speed
         logs |= speed  # for trackers
@@ -205,11 +232,17 @@ class Stop(TrainerCallback):
 
     Args:
         received: Returns the signal that came, or None.
+        peers: The processes of the run. If a signal came to one of them, all end after the same step.
+
+    Attributes:
+        signum: The signal that ends the training, or None.
     """
 
-    def __init__(self, received: Callable[[], int | None]) -> None:
-        self._received = received
+    def __init__(self, received: Callable[[], int | None], peers: Peers | None = None) -> None:
+        self._received, self._peers = received, peers or Peers()
+        self.signum: int | None = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._received() is not None:
+        self.signum = int(self._peers.largest([self._received() or 0])[0]) or None
+        if self.signum is not None:
             control.should_save = control.should_training_stop = True

@@ -70,8 +70,9 @@ class Batching:
         packing: How rows fill sequences, one of the values of ``--packing`` but "auto".
         length: The number of tokens of a sequence.
         batch_size: The number of sequences in a batch, or of pairs of answers.
-        accumulation: The number of batches in a step.
+        accumulation: The number of batches in a step, for each process.
         answers: The number of sequences that a row becomes: 2 for a pair of answers.
+        processes: The number of processes that share a step. Each takes ``accumulation`` batches of it.
     """
 
     packing: str
@@ -79,6 +80,7 @@ class Batching:
     batch_size: int = 1
     accumulation: int = 1
     answers: int = 1
+    processes: int = 1
 
     @property
     def sequences(self) -> int:
@@ -96,9 +98,14 @@ class Batching:
         return self.packing in ("bfd", "none")
 
     @property
+    def step_batches(self) -> int:
+        """The number of batches in a step, those of all processes together."""
+        return self.accumulation * self.processes
+
+    @property
     def step_tokens(self) -> int:
         """The number of tokens of a step, at most."""
-        return self.length * self.sequences * self.accumulation
+        return self.length * self.sequences * self.step_batches
 
 
 @dataclass(frozen=True)
@@ -230,21 +237,29 @@ class ResolvedRun(ModelSetup):
         )
 
 
-def training_device(options: Options, *, only_plans: bool = False) -> torch.device:
+def training_device(options: Options, process: Process | None = None, *, only_plans: bool = False) -> torch.device:
     """The device that this process trains on, with its number if it is a GPU.
 
     Args:
         options: The options of the run.
+        process: This process among those of the run. The default is a process that is alone.
         only_plans: Whether the run ends with its plan, which ``--device cuda`` can have on a machine without a GPU.
 
     Raises:
-        ValueError: This machine has no such device.
+        ValueError: This machine has no such device, or fewer of them than processes.
     """
     if only_plans and options.device == "cuda" and not torch.cuda.is_available():
         return torch.device("cuda", 0)
     device = choose_device(options.device)
     if device.type == "cpu" or ":" in options.device:
         return device
+    if process is not None and not process.is_alone:
+        there = torch.accelerator.device_count()
+        if process.local_world_size > there:
+            raise ValueError(
+                f"{process.local_world_size} processes, but this machine has {there} GPU{'' if there == 1 else 's'}"
+            )
+        return torch.device(device.type, process.local_rank)
     return torch.device(device.type, torch.accelerator.current_device_index())
 
 
@@ -362,8 +377,9 @@ def with_options(run: ResolvedRun, **changes: Any) -> ResolvedRun:
 def _resolved(setup: ModelSetup, packing: str, length: int) -> ResolvedRun:
     options = setup.options
     size, answers = options.batch_size, 2 if options.method in ("dpo", "ipo") else 1
-    accumulation = options.gradient_accumulation or max(1, STEP_TOKENS // (size * answers * length))
-    batching = Batching(packing, length, size, accumulation, answers)
+    processes = setup.process.world_size
+    accumulation = options.gradient_accumulation or max(1, STEP_TOKENS // (size * answers * length * processes))
+    batching = Batching(packing, length, size, accumulation, answers, processes)
     maskless = _is_maskless(setup, packed=batching.has_documents)
     return ResolvedRun(
         **{field.name: getattr(setup, field.name) for field in dataclasses.fields(ModelSetup)},

@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from rich.console import Console
 from moe_fused.checkpoints.places import ADAPTER_WEIGHTS
 from moe_fused.commands.options import has_weights
 from moe_fused.devices import use_expandable_segments
+from moe_fused.launched import WORD
 from moe_fused.signals import Interrupted, first_signal_noted
 from moe_fused.staging import replace_file
 
@@ -37,16 +38,19 @@ from .fingerprint import (
     check_same_base,
     check_same_data,
     fingerprints,
+    of_processes,
+    recorded_processes,
 )
 from .formats import Kind
 from .handed_through import Config, names_given
 from .model import check_model, load_config, load_model, load_tokenizer
 from .next_commands import print_next, push_command
-from .options import Options, to_yaml
+from .options import Options, flag, to_yaml
 from .output import CONFIG, LOG, has_begun, remove_leftovers, remove_run, take_back
+from .parallel import Peers
 from .plan import MemoryPlan, plan_run
 from .precheck import Process
-from .progress import Log, Stop
+from .progress import Follower, Log, Stop, largest_memory
 from .resolve import ResolvedRun, set_up, training_device
 from .results import write_results
 from .rows import bars
@@ -90,11 +94,21 @@ def run(
         ValueError, FileNotFoundError: An option, a file or a row is wrong. Nothing has been written.
         Stopped: The run ended early. The message says how to go on.
     """
+    peers = Peers(process)
+    switches = {
+        "resume": resume,
+        "overwrite": overwrite,
+        "allow_changed_data": allow_changed_data,
+        "allow_other_base": allow_other_base,
+        "dry_run": dry_run,
+    }
+    device = _connected(options, peers, switches)
+    checkpoint = peers.of_main(checkpoint)
     start = read_start(options, checkpoint)
     console, tokenizer, found, plan = _resolve(
-        options, process, trains=True, start=start, allow_other_base=allow_other_base, dry_run=dry_run
+        options, peers, device, trains=True, start=start, allow_other_base=allow_other_base, dry_run=dry_run
     )
-    with bars(console.is_terminal):
+    with bars(console.is_terminal), peers.first():
         evaluation = find_evaluation(options, tokenizer)
     resolved = plan.run
     if options.trainer:
@@ -112,9 +126,10 @@ def run(
     _print(console, [note] if note else [])
     begun_with, remarks = _adapter_record(resolved, resume)
     _print(console, remarks)
-    with bars(console.is_terminal), _advising(resume):
-        plan.show(console)
-        check_space(resolved, plan.prediction.trainable)
+    plan.show(console)
+    with bars(console.is_terminal), peers.first(), _advising(resume):
+        if peers.is_main:
+            check_space(resolved, plan.prediction.trainable)
         prepared: Prepared | Streamed
         sizes: dict[str, Any] = {"vocabulary": resolved.vocabulary, "evaluation": evaluation}
         if options.streaming:
@@ -128,18 +143,49 @@ def run(
     data, kinds = fingerprints(prepared, found), sorted({each.kind for each in found})
     if resume:
         _print(console, check_same_data(resolved.output / CONFIG, data, allow_changed_data))
+        _print(console, _change_of_processes(resolved))
+    if not peers.is_alone:
+        settled = resolved.settled()
+        options_now = {flag(name): repr(getattr(settled, name)) for name in vars(settled)}
+        peers.check_same({**options_now, "CUDA graphs": str(resolved.graphs), **data, **base})
     if dry_run:
         if resolved.device.type == "cpu" and not torch.cuda.is_available():
             _print(
                 console, ["note: this is the plan for the CPU; --device cuda plans for an NVIDIA GPU that is not here"]
             )
+        peers.leave()
         return
-    record = data | (base or compared_base(download=True)) | begun_with
+    record = data | (base or compared_base(download=True)) | begun_with | of_processes(process.world_size)
     if checkpoint is not None:
         check_finite_adapter(checkpoint)
-    with _nothing_left(resolved.output):
-        _prepare_output(resolved, overwrite, record)
-        _train_and_write(plan, tokenizer, prepared, kinds, console, checkpoint, overwrite, record)
+    with _nothing_left(resolved.output) if peers.is_main else contextlib.nullcontext():
+        if peers.is_main:
+            _prepare_output(resolved, overwrite, record)
+        peers.wait()
+        _train_and_write(plan, tokenizer, prepared, kinds, console, checkpoint, overwrite, record, peers)
+    peers.leave()
+
+
+def _connected(options: Options, peers: Peers, switches: Mapping[str, object]) -> torch.device:
+    """Chooses the device of this process, connects the process to the others, and compares its options with theirs."""
+    use_expandable_segments()
+    device = training_device(options, peers.process, only_plans=bool(switches.get("dry_run")))
+    if device.type != "cpu" and torch.accelerator.is_available():
+        torch.accelerator.set_device_index(device.index)
+    if not peers.is_alone:
+        peers.connect(device, options)
+        peers.check_options(options, switches)
+    return device
+
+
+def _change_of_processes(resolved: ResolvedRun) -> list[str]:
+    """Says that the run goes on with another number of processes than it had, if it does."""
+    before, now = recorded_processes(resolved.output / CONFIG), resolved.batching.processes
+    if before == now:
+        return []
+    had = f"{before} process{'' if before == 1 else 'es'}"
+    dropped = ", but what is dropped at random differs" if resolved.is_random else ""
+    return [f"the run had {had} and goes on with {now}; each step takes the same rows{dropped}"]
 
 
 def _upload(output: Path, repository: str, *, private: bool) -> None:
@@ -177,7 +223,11 @@ def show(options: Options, process: Process, count: int, *, allow_other_base: bo
     It raises the same errors as ``run``.
     """
     start = read_start(options, None)
-    console, _, found, plan = _resolve(options, process, trains=False, start=start, allow_other_base=allow_other_base)
+    peers = Peers(process)
+    device = _connected(options, peers, {})
+    console, _, found, plan = _resolve(
+        options, peers, device, trains=False, start=start, allow_other_base=allow_other_base
+    )
     batching = plan.run.batching
     for line in show_rows(found, count, batching, skip_bad=options.skip_bad_rows):
         print(line)
@@ -191,7 +241,8 @@ def show(options: Options, process: Process, count: int, *, allow_other_base: bo
 
 def _resolve(
     options: Options,
-    process: Process,
+    peers: Peers,
+    device: torch.device,
     *,
     trains: bool,
     start: StartingAdapter | None,
@@ -202,7 +253,8 @@ def _resolve(
 
     Args:
         options: The options of the run.
-        process: This process among those of the run.
+        peers: The processes of the run.
+        device: The device of this process.
         trains: Whether the model will be loaded afterwards. Its files must then be whole.
         start: The adapter that the run goes on from.
         allow_other_base: Whether that adapter may have been made for another model of the same shapes.
@@ -212,23 +264,19 @@ def _resolve(
     Returns:
         The console to print on, the tokenizer, the rows of each data set, and the plan with the record of the run.
     """
-    use_expandable_segments()
-    console = Console(stderr=True)
-    _quiet(console)
-    device = training_device(options, only_plans=dry_run)
-    if device.type != "cpu" and torch.accelerator.is_available():
-        torch.accelerator.set_device_index(device.index)
+    console = Console(stderr=True, quiet=not peers.is_main, force_terminal=None if peers.is_main else False)
+    _quiet(console, peers)
     config, tokenizer = load_config(options), load_tokenizer(options)
-    setup = set_up(options, config, device, process, start=start, allow_other_base=allow_other_base)
+    setup = set_up(options, config, device, peers.process, start=start, allow_other_base=allow_other_base)
     if dry_run and not has_weights(options.model):
         _print(console, [f"note: --model {options.model} has no weights, which a run needs: they are not checked"])
     elif trains:
         check_model(setup)
-    with bars(console.is_terminal):
+    with bars(console.is_terminal), peers.first():
         found = find(options, tokenizer)
-        has_text = any(each.kind == "text" for each in found)
-        rows = 0 if options.streaming else sum(len(each.rows) for each in found)
-        plan = plan_run(setup, plain_text=has_text, rows=rows)
+    has_text = any(each.kind == "text" for each in found)
+    rows = 0 if options.streaming else sum(len(each.rows) for each in found)
+    plan = plan_run(setup, plain_text=has_text, rows=rows, agreed=peers.least)
     return console, tokenizer, found, plan
 
 
@@ -276,6 +324,7 @@ def _train_and_write(
     checkpoint: Path | None,
     overwrite: bool,
     record: dict[str, str],
+    peers: Peers,
 ) -> None:
     """Loads the model, trains it, and writes and uploads the results."""
     resolved, begin = plan.run, time.perf_counter()
@@ -287,14 +336,13 @@ def _train_and_write(
 
     held = prepared.evaluation
     first = prepared.first if isinstance(prepared, Streamed) else None
+    evaluated = None if held is None else held.dataset
     with _naming(resolved.options, "trainer", "lora"):
-        trainer = make_trainer(
-            model, tokenizer, prepared.dataset, resolved, None if held is None else held.dataset, first
-        )
+        trainer = make_trainer(model, tokenizer, prepared.dataset, resolved, evaluated, first, peers)
     if resolved.device.type != "cpu":  # the peak of the run does not include loading
         torch.accelerator.empty_cache()
         torch.accelerator.reset_peak_memory_stats(resolved.device)
-    if overwrite and has_begun(resolved.output):
+    if peers.is_main and overwrite and has_begun(resolved.output):
         remove_run(resolved.output)
         _write_options(resolved, record)
     has_graphs = trainer.shape is not None
@@ -306,18 +354,27 @@ def _train_and_write(
         lambda: trainer.tokens,
         evaluated=0 if held is None else held.report.tokens - held.report.lost,
         per_token=not resolved.options.has_preferences,
+        peers=peers,
     )
+    WORD.trains = True
+    if not peers.is_main:
+        trainer.add_callback(Follower(peers, resolved.device, has_graphs))
+        with explained(trainer, plan, peers):
+            _train(trainer, checkpoint, resolved.output, peers)
+            largest_memory(peers, resolved.device, has_graphs)
+        return
     with _uploading(trainer, resolved, console):
-        with contextlib.closing(log), explained(trainer, plan):
+        with contextlib.closing(log), explained(trainer, plan, peers):
             # First, because it adds to the numbers that the others get.
             trainer.callback_handler.callbacks.insert(0, log)
-            _train(trainer, checkpoint, resolved.output)
+            _train(trainer, checkpoint, resolved.output, peers)
+            memory = largest_memory(peers, resolved.device, has_graphs)
             log.end_after(trainer.state.global_step)  # a run that has nothing left to do has not begun its log anew
         _print(console, trainer.ending())
         if isinstance(prepared, Streamed):
             _print(console, prepared.ending())
-        with explained(trainer, plan):
-            text = card(resolved, facts(trainer, plan, prepared, kinds, begin))
+        with explained(trainer, plan, peers):
+            text = card(resolved, facts(trainer, plan, prepared, kinds, begin, memory))
             write_results(trainer.model, tokenizer, resolved, text)
         print_next(resolved)
         if resolved.options.repository is not None:  # before the last checkpoints, which may still be on their way
@@ -336,12 +393,17 @@ def _uploading(
     return uploads
 
 
-def _train(trainer: Finetuning, checkpoint: Path | None, output: Path) -> None:
+# The seconds in which torchrun may hand on a signal that a process has got already.
+_APART = 5.0
+
+
+def _train(trainer: Finetuning, checkpoint: Path | None, output: Path, peers: Peers) -> None:
     """Trains to the end; raises Stopped if a signal ends the training before."""
-    with first_signal_noted() as received:
-        trainer.add_callback(Stop(received))
+    with first_signal_noted(0.0 if peers.is_alone else _APART) as received:
+        stop = Stop(received, peers)
+        trainer.add_callback(stop)
         trainer.train_from(checkpoint)
-    signum = received()
+    signum = received() if peers.is_alone else stop.signum
     if signum is not None and not trainer.has_ended:
         raise stopped_by(signum, output)
 
@@ -378,8 +440,11 @@ def _print(console: Console, lines: Iterable[str]) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _quiet(console: Console) -> None:
+def _quiet(console: Console, peers: Peers) -> None:
     """Hides libraries' progress bars if there is no terminal, and warnings about which users can do nothing."""
+    if not peers.is_main:  # the first process says the same
+        transformers.utils.logging.set_verbosity_error()
+        warnings.simplefilter("ignore")
     datasets.disable_progress_bars()
     if not console.is_terminal:
         transformers.utils.logging.disable_progress_bar()

@@ -10,15 +10,20 @@ import contextlib
 import functools
 import logging
 import math
+import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler, Sampler
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import SCALER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import sort_checkpoints
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
@@ -40,12 +45,13 @@ from .endings import CannotResume, NotFinite, resuming, writing
 from .graphs import GraphedDecoder
 from .host import queued, without_walks
 from .model import apply_liger
+from .parallel import Peers
 from .progress import perplexity
 from .render import IGNORED
 from .stream import BadRows
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    from datasets import IterableDataset
 
     from .options import Method
     from .resolve import ResolvedRun
@@ -58,6 +64,7 @@ def make_trainer(
     run: ResolvedRun,
     evaluation: Dataset | None = None,
     first: list[int] | None = None,
+    peers: Peers | None = None,
 ) -> Finetuning:
     """Makes the trainer of a run.
 
@@ -68,7 +75,13 @@ def make_trainer(
         run: The record of the run.
         evaluation: The sequences that the adapter is evaluated on, if the run has an evaluation.
         first: The number of tokens of each of the first sequences, if ``dataset`` is the stream of ``stream``.
+        peers: The processes of the run. The default is a process that is alone.
     """
+    peers, fillers = peers or Peers(), 0
+    if not peers.is_alone:
+        share = run.batching.batch_size * run.process.world_size
+        dataset, fillers = shared(dataset, share)
+        evaluation = None if evaluation is None else shared(evaluation, share)[0]
     base = model if run.options.has_preferences else model.get_base_model()
     if run.liger:
         apply_liger(base)
@@ -80,7 +93,8 @@ def make_trainer(
         # of these.
         arguments["peft_config"] = lora_config(run, model)
     with adapting():
-        trainer = _TRAINERS[run.options.method](model, run, args=trl_config(run), **arguments)
+        trainer = _TRAINERS[run.options.method](model, run, peers, args=trl_config(run), **arguments)
+    trainer.fillers = fillers
     check_adapted(trainer.model, run)
     batches: Any = trainer.train_dataset
     if run.graphs:  # the evaluation runs as graphs, too
@@ -241,9 +255,10 @@ class StopEarly(TrainerCallback):
 
 
 class _TokenMean:
-    """The mean of losses over all tokens that are learned from."""
+    """The mean of losses over all tokens that are learned from, those of all processes together."""
 
-    def __init__(self) -> None:
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
         self._total: Tensor | None = None
         self._count: Tensor | None = None
 
@@ -255,9 +270,57 @@ class _TokenMean:
         self._count = count if self._count is None else self._count + count
 
     def value(self) -> float | None:
-        if self._total is None or self._count is None or not int(self._count):
-            return None
-        return float(self._total / self._count)
+        """Returns the mean, or None without any token. All processes must call this."""
+        here = (0.0, 0.0) if self._total is None or self._count is None else (float(self._total), float(self._count))
+        total, count = self._peers.total(here)
+        return total / count if count else None
+
+
+def shared(dataset: Any, share: int) -> tuple[Any, int]:
+    """Adds sequences to the end of a data set until batches of all processes, ``share`` sequences, divide it.
+
+    They are copies of the shortest sequence from which nothing is learned, so that no loss counts them.
+
+    Returns:
+        The data set, and the number of sequences that were added.
+    """
+    missing = -len(dataset) % share
+    if not missing:
+        return dataset, 0
+    lengths = lengths_of(dataset)
+    row = dataset[lengths.index(min(lengths))]
+    row["labels"] = [IGNORED] * len(row["labels"])
+    fillers = Dataset.from_dict({name: [value] * missing for name, value in row.items()}, features=dataset.features)
+    return concatenate_datasets([dataset, fillers]), missing
+
+
+class FillersLast(Sampler[int]):
+    """The order of ``sampler`` without the sequences that ``shared`` has added, which come last.
+
+    Args:
+        sampler: A sampler of all sequences. It goes through the others only from now on.
+        fillers: The number of sequences that were added.
+    """
+
+    def __init__(self, sampler: Any, fillers: int) -> None:
+        self._sampler, self._fillers = sampler, fillers
+        self._count = len(sampler.data_source) - fillers
+        sampler.data_source = range(self._count)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._sampler
+        yield from range(self._count, len(self))
+
+    def __len__(self) -> int:
+        return self._count + self._fillers
+
+    def set_epoch(self, epoch: int) -> None:
+        self._sampler.set_epoch(epoch)
+
+
+def _random_states(rank: int) -> str:
+    """Names the file of a checkpoint that holds the random states of a process. The first is as one that is alone."""
+    return f"rng_state_{rank}.pth" if rank else "rng_state.pth"
 
 
 # The base class is known to the type checker alone: at run time, each subclass names a trainer of TRL.
@@ -273,17 +336,20 @@ class Finetuning(_Trainer):
     Args:
         model: The model on the device of the run, as ``make_trainer`` gets it.
         run: The record of the run.
+        peers: The processes of the run.
         kwargs: The trainer's own arguments.
 
     Attributes:
         shape: The shape of the batches that run as CUDA graphs. If it is None, everything runs eagerly.
+        fillers: The number of sequences at the end of the data that only fill up the last batches of several processes.
         graphs: The decoder with its graphs during the training, else None.
         eval_collator: The collator of the evaluation, if it needs another one than TRL's.
     """
 
-    def __init__(self, model: Any, run: ResolvedRun, **kwargs: Any) -> None:
-        self._resolved = run
+    def __init__(self, model: Any, run: ResolvedRun, peers: Peers, **kwargs: Any) -> None:
+        self._resolved, self._peers = run, peers
         self.shape: tuple[int, int] | None = None
+        self.fillers = 0
         self.graphs: GraphedDecoder | None = None
         self.eval_collator: Any = None
         self._staging: Path | None = None
@@ -294,6 +360,9 @@ class Finetuning(_Trainer):
         super().__init__(model=model, **kwargs)
         for parameter, value in loaded.items():
             parameter.data = value
+        if not peers.is_alone:
+            # Not in DistributedDataParallel, which does not see gradients of CUDA graphs. ``peers`` averages them.
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         if "8bit" in self.args.optim or "paged" in self.args.optim:
             optimizer_class, optimizer_options = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer_cls_and_kwargs = queued(optimizer_class), optimizer_options
@@ -359,6 +428,7 @@ class Finetuning(_Trainer):
                 self._take_best(checkpoint)
                 return
         model: Any = self.model
+        self._peers.check_adapters(self._named(), "before the first step")
         tiles: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self.shape is not None:
             # TRL's loss calls this module to get hidden states.
@@ -369,7 +439,8 @@ class Finetuning(_Trainer):
                 self._train_to_the_end(checkpoint)
             self.check_finite()
             self.check_adapters()
-            if self.has_ended:
+            self._peers.check_adapters(self._named(), "at the end")
+            if self.has_ended and self._peers.is_main:  # which writes them
                 self._take_best(None)
         finally:
             if self.graphs is not None:
@@ -504,9 +575,61 @@ class Finetuning(_Trainer):
 
     def check_adapters(self) -> None:
         """Raises NotFinite if a trained weight is NaN or infinite. It is called before weights are written."""
-        named = ((name, value) for name, value in self._base_model().named_parameters() if value.requires_grad)
-        if names := list(not_finite(named)):
+        if names := list(not_finite(self._named())):
             raise NotFinite(f"{names[0]} holds NaN or infinite values after step {self.state.global_step}")
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yields what is trained, with names."""
+        return ((name, value) for name, value in self._base_model().named_parameters() if value.requires_grad)
+
+    # Several processes.
+
+    def get_train_dataloader(self) -> Any:
+        """Returns Trainer's loader. Sequences that only fill up the last batches come last in each epoch."""
+        loader: Any = super().get_train_dataloader()
+        if not self._peers.is_alone:
+            sampler = loader.get_sampler()
+            if isinstance(sampler, RandomSampler):
+                loader.set_sampler(FillersLast(sampler, self.fillers))
+        return loader
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Averages the gradients over all processes after the last batch of a step."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._peers.average(self._trained)
+        return loss
+
+    def store_flos(self) -> None:
+        """Does nothing. Trainer would add up over all processes what ``floating_point_ops`` does not count."""
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Lets the first process write the random states of all, its own under the name of a process that is alone."""
+        if self._peers.is_alone:
+            super()._save_rng_state(output_dir)
+            return
+        states = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.random.get_rng_state()}
+        if self.args.device.type == "cuda":
+            states["cuda"] = torch.cuda.random.get_rng_state()
+        for rank, state in enumerate(self._peers.gather(states)):
+            if self._peers.is_main:
+                torch.save(state, Path(output_dir) / _random_states(rank))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Loads the state of this process; a process that was not there when it was saved keeps its own."""
+        if checkpoint is None or self._peers.is_alone:
+            super()._load_rng_state(checkpoint)
+            return
+        file = Path(checkpoint) / _random_states(self._peers.process.rank)
+        if not file.is_file():
+            return
+        with safe_globals():
+            states = torch.load(file, weights_only=True)
+        random.setstate(states["python"])
+        np.random.set_state(states["numpy"])
+        torch.random.set_rng_state(states["cpu"])
+        if "cuda" in states and self.args.device.type == "cuda":
+            torch.cuda.random.set_rng_state(states["cuda"])
 
     # Whole checkpoints.
 
@@ -519,6 +642,9 @@ class Finetuning(_Trainer):
         self.check_adapters()
         self.state.num_input_tokens_seen = self.tokens
         name = f"checkpoint-{self.state.global_step}"
+        if not self._peers.is_main:
+            super()._save_checkpoint(model, trial)  # which tells the first process what it needs, and writes nothing
+            return
         with writing(name):
             self._save_whole(name, model, trial)
 
@@ -579,11 +705,11 @@ class Finetuner(Finetuning, SFTTrainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._evaluated = _TokenMean()
         super().__init__(*args, **kwargs)
+        self._evaluated = _TokenMean(self._peers)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._evaluated = _TokenMean()
+        self._evaluated = _TokenMean(self._peers)
         return super().evaluation_loop(*args, **kwargs)
 
     def _evaluation_loss(self, of_batches: float) -> float:

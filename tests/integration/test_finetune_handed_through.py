@@ -76,7 +76,7 @@ def test_another_form(text: str) -> None:
     ("given", "words"),
     [
         ({"trainer": {"learning_rate": 1e-3}}, r"trainer.learning_rate cannot be set: use --learning-rate"),
-        ({"trainer": {"deepspeed": "x.json"}}, r"trainer.deepspeed cannot be set: finetune trains on one GPU"),
+        ({"trainer": {"deepspeed": "x.json"}}, r"trainer.deepspeed cannot be set: each GPU has the whole model"),
         ({"lora": {"r": 4}}, r"lora.r cannot be set: use --attention-rank"),
         ({"lora": {"modules_to_save": ["lm_head"]}}, r"lora.modules_to_save cannot be set: use --modules-to-save"),
         ({"lora": {"ensure_weight_tying": True}}, r"lora.ensure_weight_tying cannot be set: use --modules-to-save"),

@@ -14,16 +14,17 @@ pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
 from moe_fused import finetune
+from moe_fused.finetune import launch, resolve
 from moe_fused.finetune.options import DEFAULTS, Options
 from moe_fused.finetune.plan import plan_run
-from moe_fused.finetune.precheck import Process, check_automatic_device, notes
-from moe_fused.finetune.resolve import ANSWERED, ResolvedRun, candidates, set_up, with_options
+from moe_fused.finetune.precheck import Process, check_automatic_device, check_shared, notes
+from moe_fused.finetune.resolve import ANSWERED, ResolvedRun, candidates, set_up, training_device, with_options
 
 from .models import GPT_OSS, QWEN3_MOE
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 # The modules that answer the questions: the table of options, the checks before torch is imported, and the resolution.
-ANSWERING = {"options.py", "precheck.py", "resolve.py"}
+ANSWERING = {"options.py", "precheck.py", "launch.py", "resolve.py"}
 
 
 def run_of(device: torch.device = CPU, *, plain_text: bool = False, **options: Any) -> ResolvedRun:
@@ -114,12 +115,88 @@ def test_the_process_is_read_from_the_environment() -> None:
     assert Process.of_environment({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}) == Process()
 
 
-def test_several_processes_are_refused_in_one_place() -> None:
-    with pytest.raises(ValueError, match="finetune trains on one GPU: start it without accelerate launch or torchrun"):
-        Process.of_environment({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"})
-    # A record of several processes can be made, so that nothing else stands in their way.
-    process = Process(rank=1, local_rank=1, world_size=2)
+def test_several_processes_are_read_from_the_environment() -> None:
+    variables = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "1"}
+    process = Process.of_environment(variables | {"LOCAL_WORLD_SIZE": "2"})
+    assert process == Process(rank=1, local_rank=1, world_size=2, local_world_size=2)
+    assert not process.is_main
+    assert not process.is_alone
+    assert Process.of_environment(variables).local_world_size == 2  # as accelerate may leave it out
     assert set_up(Options(model="m"), QWEN3_MOE.build().config, CPU, process).process is process
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"),
+        ({"RANK": "x"}, "RANK must be"),
+    ],
+)
+def test_variables_of_no_launcher_are_refused(variables: dict[str, str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Process.of_environment(variables)
+
+
+def test_a_step_is_shared() -> None:
+    setup = set_up(Options(model="m"), QWEN3_MOE.build().config, CPU, Process(1, 1, 2, 2))
+    run = next(candidates(setup, plain_text=False))
+    alone = next(candidates(set_up(Options(model="m"), QWEN3_MOE.build().config, CPU), plain_text=False))
+    assert run.batching.accumulation * 2 == alone.batching.accumulation == run.batching.step_batches
+    assert run.batching.step_tokens == alone.batching.step_tokens
+    parts = plan_run(setup, plain_text=False).prediction.parts
+    assert 0 < parts["gradient buckets"] <= 32 << 20
+
+
+def test_all_processes_plan_for_the_gpu_with_the_least_memory() -> None:
+    options = Options(model="m", memory_limit=80)
+    setup = set_up(options, QWEN3_MOE.build().config, CUDA, Process(1, 1, 2, 2))
+    plan = plan_run(setup, plain_text=False, agreed=lambda limit: limit and limit // 4)
+    assert plan.limit == 20 << 30
+    assert plan.prediction.parts["NCCL"] == 512 << 20
+    assert "NCCL" in plan.prediction.outside
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"streaming": True, "max_steps": 2}, "--streaming cannot be shared by several processes yet"),
+        ({"method": "dpo"}, "--method dpo cannot be shared by several processes yet"),
+        ({"trainer": {"train_sampling_strategy": "group_by_length"}}, "group_by_length cannot be shared"),
+        ({"trainer": {"average_tokens_across_devices": False}}, "must be true with several processes"),
+        ({"device": "cuda:1"}, "--device cuda:1 is one device, and there are several processes: give --device cuda"),
+    ],
+)
+def test_what_several_processes_cannot_share(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        check_shared(Options(model="m", dataset="d", output="o", **options))
+
+
+def test_gpus_are_counted_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = Options(model="m")
+    monkeypatch.setattr(launch, "count_gpus", lambda: 2)
+    launch.check_gpus(2, options, Process())
+    with pytest.raises(ValueError, match="--gpus 8: this machine has 2 GPUs"):
+        launch.check_gpus(8, options, Process())
+    with pytest.raises(ValueError, match="--gpus must be at least 1"):
+        launch.check_gpus(0, options, Process())
+    with pytest.raises(ValueError, match="--gpus 2: there are 3 processes already"):
+        launch.check_gpus(2, options, Process(1, 1, 3, 3))
+    with pytest.raises(ValueError, match="--device cpu has no GPUs"):
+        launch.check_gpus(2, dataclasses.replace(options, device="cpu"), Process())
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(resolve, "choose_device", lambda _: torch.device("cuda"))
+    assert training_device(options, Process(1, 1, 2, 2)) == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="8 processes, but this machine has 2 GPUs"):
+        training_device(options, Process(1, 1, 8, 8))
+
+
+def test_gpus_become_processes_of_torchrun() -> None:
+    command = launch.command(2, ["finetune", "--resume", "--output", "out"])
+    assert command[1:] == [
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "moe_fused", "finetune", "--resume", "--output", "out",
+    ]  # fmt: skip
+    assert launch.environment(2, {"OMP_NUM_THREADS": "5"})["OMP_NUM_THREADS"] == "5"
 
 
 # Options without effect.

@@ -1,0 +1,352 @@
+"""The processes of a run on several GPUs: what they tell each other, and how all end when one does.
+
+Each process has the whole model and a share of each batch. The gradients of the adapters are averaged once in a step,
+after the last backward pass, in flat buckets. Gradients come from replays of CUDA graphs, which autograd does not see, so
+that DistributedDataParallel's hooks would never run. Everything that concerns the host alone (options, flags, random
+states) goes through a group of gloo, which does not wait for GPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from moe_fused.launched import WORD
+from moe_fused.memory import BUCKET
+
+from .endings import Diverged, Lost
+from .options import Options, flag
+from .precheck import Process
+
+# How long processes wait for the first one to prepare the data or to upload the adapter.
+_LONG = timedelta(days=7)
+# How often a process looks for the end of others, and how long it then has to end by itself, in seconds.
+_INTERVAL, _GRACE = 0.5, 3.0
+_ENDED = "ended"
+
+
+class Peers:
+    """The processes of a run. Without an argument, this process is alone, and all methods return what they are given.
+
+    Args:
+        process: This process among them, if they are several.
+    """
+
+    def __init__(self, process: Process | None = None) -> None:
+        self.process = process or Process()
+        self._host: Any = None
+        self._store: Any = None
+        self._others: dict[int, int] = {}  # the number of each other process on this machine, by its rank
+        self._watch: _Watch | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.process.is_main
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there are no others."""
+        return self.process.is_alone
+
+    # Beginning and end.
+
+    def connect(self, device: torch.device, options: Options) -> None:
+        """Connects this process to the others, and begins to watch them.
+
+        Raises:
+            ValueError: torch has no library for collectives of such devices.
+        """
+        process = self.process
+        seconds = (options.trainer or {}).get("ddp_timeout", 1800)
+        backend = distributed.get_default_backend_for_device(device)
+        if not distributed.is_backend_available(backend):
+            raise ValueError(f"several processes on {device.type} need {backend}, which this torch was built without")
+        with self._talking():
+            store, _, _ = next(rendezvous("env://", process.rank, process.world_size))
+            self._store = PrefixStore("moe-fused", store)
+            distributed.init_process_group(
+                backend,
+                store=PrefixStore("processes", self._store),
+                rank=process.rank,
+                world_size=process.world_size,
+                timeout=timedelta(seconds=seconds),
+                device_id=device if device.type != "cpu" else None,
+            )
+            self._host = distributed.new_group(backend="gloo", timeout=_LONG)
+            if device.type != "cpu":  # so that what fails here fails now, and that the plan sees the memory it takes
+                distributed.all_reduce(torch.zeros(1, device=device))
+        WORD.claim, WORD.is_claimed = self._claim, self._is_claimed
+        here = _place()
+        for rank, (place, number) in enumerate(self.gather((here, os.getpid()))):
+            if rank != process.rank and place == here and _lives(number):
+                self._others[rank] = number
+        self._watch = _Watch(self)
+        self._watch.start()
+
+    def leave(self) -> None:
+        """Ends the connection once all processes are at their end."""
+        if self.is_alone:
+            return
+        if self._watch is not None:
+            self._watch.end()
+        self.wait()
+        distributed.destroy_process_group()
+        WORD.claim = None
+
+    def _claim(self) -> bool:
+        return int(self._store.add(_ENDED, 1)) == 1
+
+    def _is_claimed(self) -> bool:
+        return bool(self._store.check([_ENDED]))
+
+    def ended(self, wait: float = 0.0) -> str | None:
+        """Says which process has ended; the text is empty if it has said why. It is None if all others live.
+
+        Args:
+            wait: The seconds to wait for the end of one.
+        """
+        if self._store is None:
+            return None
+        until = time.monotonic() + wait
+        while True:
+            with contextlib.suppress(RuntimeError):  # the store has ended, too
+                if self._is_claimed():
+                    return ""
+            for rank, number in self._others.items():
+                if not _lives(number):
+                    return f"rank {rank} (process {number}) has ended, as if it was killed"
+            if time.monotonic() >= until:
+                return None
+            time.sleep(0.1)
+
+    @contextlib.contextmanager
+    def _talking(self) -> Iterator[None]:
+        """Raises Lost if a collective within the block fails."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = self.ended(wait=_GRACE)
+            if reason is None:
+                reason = f"the connection to the other processes is lost: {str(error).strip().partition(chr(10))[0]}"
+            raise Lost(reason) from error
+
+    # What they tell each other.
+
+    def wait(self) -> None:
+        """Waits until all processes are here."""
+        if not self.is_alone:
+            with self._talking():
+                distributed.barrier(group=self._host)
+
+    @contextlib.contextmanager
+    def first(self) -> Iterator[None]:
+        """Lets the first process of each machine go through the block before the others, which then find its caches."""
+        if self.process.local_rank:
+            self.wait()
+        yield
+        if not self.process.local_rank:
+            self.wait()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Returns the values of all processes."""
+        if self.is_alone:
+            return [value]
+        found: list[Any] = [None] * self.process.world_size
+        with self._talking():
+            distributed.all_gather_object(found, value, group=self._host)
+        return found
+
+    def of_main(self, value: Any) -> Any:
+        """Returns the first process' value."""
+        return self.gather(value)[0]
+
+    def largest(self, values: Sequence[float]) -> list[float]:
+        """Returns the largest of the processes' values, element by element."""
+        return self._reduced(values, distributed.ReduceOp.MAX)
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Returns the sums of the processes' values, element by element."""
+        return self._reduced(values, distributed.ReduceOp.SUM)
+
+    def _reduced(self, values: Sequence[float], operation: Any) -> list[float]:
+        if self.is_alone:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        with self._talking():
+            distributed.all_reduce(tensor, operation, group=self._host)
+        found: list[float] = tensor.tolist()
+        return found
+
+    def least(self, value: int | None) -> int | None:
+        """Returns the smallest of the processes' values that is not None."""
+        return min((each for each in self.gather(value) if each is not None), default=None)
+
+    def check_options(self, options: Options, switches: Mapping[str, object]) -> None:
+        """Raises ValueError if the processes were started with different options.
+
+        Args:
+            options: The options of this process.
+            switches: Its switches, which are no options of a run, by their names in Python.
+        """
+        ours = {name: getattr(options, name) for name in vars(options)} | dict(switches)
+        self._check_same({flag(name): repr(value) for name, value in ours.items()}, "was started with")
+
+    def check_same(self, found: Mapping[str, str]) -> None:
+        """Raises ValueError if the processes have found different data, models or devices.
+
+        Args:
+            found: The names of what was found, with what tells it apart from others.
+        """
+        self._check_same(found, "sees")
+
+    def _check_same(self, ours: Mapping[str, str], verb: str) -> None:
+        all_of_them = self.gather(dict(ours))
+        first = all_of_them[0]
+        for rank, found in enumerate(all_of_them):
+            for name in first | found:
+                of_first, other = first.get(name, "none"), found.get(name, "none")
+                if of_first != other:
+                    raise ValueError(
+                        f"rank {rank} {verb} {name} {_shortened(other)}, rank 0 {verb} {_shortened(of_first)}: all "
+                        "processes of a run must have the same options, model and data"
+                    )
+
+    def check_adapters(self, named: Iterable[tuple[str, Tensor]], when: str) -> None:
+        """Raises Diverged unless the trained weights of all processes are equal bit for bit.
+
+        Args:
+            named: The weights of this process, by their names.
+            when: When they are compared, in words.
+        """
+        if self.is_alone:
+            return
+        digest = hashlib.sha256()
+        for _, value in named:
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        found = self.gather(digest.hexdigest())
+        for rank, other in enumerate(found):
+            if other != found[0]:
+                raise Diverged(f"rank {rank} has other adapters than rank 0 {when}")
+
+    # Gradients.
+
+    def average(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replaces the gradients of ``parameters`` by their means over all processes.
+
+        A gradient that only some processes have counts as zero in the others. One that none has stays away.
+        """
+        if self.is_alone:
+            return
+        with self._talking():
+            held = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
+            distributed.all_reduce(held, distributed.ReduceOp.MAX, group=self._host)
+            gradients = []
+            for parameter, is_held in zip(parameters, held.tolist(), strict=True):
+                if is_held:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                    gradients.append(parameter.grad)
+            for bucket in buckets(gradients):
+                self._average(bucket)
+
+    def _average(self, bucket: list[Tensor]) -> None:
+        if len(bucket) == 1 and bucket[0].is_contiguous():
+            self._reduce(bucket[0])
+            return
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        self._reduce(flat)
+        parts = flat.split([gradient.numel() for gradient in bucket])
+        torch._foreach_copy_(bucket, [part.view(old.shape) for part, old in zip(parts, bucket, strict=True)])
+
+    def _reduce(self, tensor: Tensor) -> None:
+        if distributed.get_backend() == "nccl":
+            distributed.all_reduce(tensor, distributed.ReduceOp.AVG)
+            return
+        distributed.all_reduce(tensor)  # gloo knows no averages
+        tensor.div_(self.process.world_size)
+
+
+def buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yields gradients that are averaged together: of one dtype, and at most ``BUCKET`` bytes unless it is a single one."""
+    found: dict[torch.dtype, list[Tensor]] = {}
+    sizes: dict[torch.dtype, int] = {}
+    for gradient in gradients:
+        held, size = found.setdefault(gradient.dtype, []), gradient.numel() * gradient.element_size()
+        if held and sizes[gradient.dtype] + size > BUCKET:
+            yield held
+            held = found[gradient.dtype] = []
+            sizes[gradient.dtype] = 0
+        held.append(gradient)
+        sizes[gradient.dtype] = sizes.get(gradient.dtype, 0) + size
+    yield from filter(None, found.values())
+
+
+class _Watch(threading.Thread):
+    """Ends this process soon after another has ended, if it does not end by itself.
+
+    A process may wait for ever in a collective of NCCL that another does not come to, and cannot handle signals meanwhile.
+    """
+
+    def __init__(self, peers: Peers) -> None:
+        super().__init__(name="peers", daemon=True)
+        self._peers, self._end = peers, threading.Event()
+
+    def run(self) -> None:
+        while not self._end.wait(_INTERVAL):
+            reason = self._peers.ended()
+            if reason is None:
+                continue
+            if self._end.wait(2 * _GRACE):
+                return
+            with contextlib.suppress(RuntimeError):
+                if reason and self._peers._claim():
+                    print(f"error: {reason}; go on with --resume from the last checkpoint", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def end(self) -> None:
+        self._end.set()
+        self.join()
+
+
+def _place() -> tuple[str, int]:
+    """Names the machine, and the container on it, whose processes this one can see."""
+    try:
+        return socket.gethostname(), os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return socket.gethostname(), 0
+
+
+def _lives(number: int) -> bool:
+    """Whether there is a process of this number that has not ended."""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:  # its parent may not have noticed that it has ended
+        state = Path(f"/proc/{number}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return True
+    return state not in ("Z", "X")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:60]}…"
