@@ -125,7 +125,9 @@ def check_said(said: Mapping[str, Any]) -> None:
     for name in OF_ADAPTERS if said.get("adapter") is not None else ():
         if said.get(name) is not None:
             what = ", ".join(f"{name}.{field}" for field in said[name]) if name in MAPPINGS else flag(name)
-            raise ValueError(f"{what} cannot be given with --adapter, because that adapter has its own value: leave the option out")
+            raise ValueError(
+                f"{what} cannot be given with --adapter, because that adapter has its own value: leave the option out"
+            )
 
 
 def check_adapter(options: Options) -> None:

@@ -110,7 +110,9 @@ def test_options_that_it_answers_are_refused_by_name(name: str) -> None:
     value: Any = {"use_rslora": True} if name == "lora" else ["q_proj"] if name.endswith(("modules", "save")) else 8
     check_said({name: value})
     check_said({"adapter": "a", "lora_dropout": 0.1, name: None})
-    with pytest.raises(ValueError, match=f"^(--)?{name.replace('_', '.')}(.use_rslora)? cannot be given with --adapter"):
+    with pytest.raises(
+        ValueError, match=f"^(--)?{name.replace('_', '.')}(.use_rslora)? cannot be given with --adapter"
+    ):
         check_said({"adapter": "a", name: value})
 
 
