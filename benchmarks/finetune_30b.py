@@ -119,6 +119,13 @@ def recomputed_flops(model: Model, tokens: int, *, down: bool) -> int:
     return 2 * parameters * tokens + model.attention_flops(tokens)
 
 
+def limit_memory(device: torch.device, gib: float | None) -> None:
+    """Limits what torch's allocator may take of a GPU to ``gib`` GiB; None and 0 lift the limit."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total) if gib else 1.0, device)
+
+
 @dataclasses.dataclass(frozen=True)
 class Bench:
     """Measures implementations of one model on one device."""
@@ -135,7 +142,7 @@ class Bench:
 
     def run(self, name: Implementation, lengths: Sequence[int], save: Callable[[Row], None]) -> dict[int, float]:
         """Rows of one implementation, one a length, as they are measured; losses by length."""
-        self._limit(None if name == "peft" else self.cap_gib)
+        limit_memory(self.device, None if name == "peft" else self.cap_gib)
         start = time.perf_counter()
         try:
             model = full_model.build(self.model, self.device, dense_experts=name == "peft", seed=SEED)
@@ -174,11 +181,6 @@ class Bench:
                     self.console.print(kernels_table(f"{name}, {length} tokens", measured.kernels, self.kernels))
             save(self._row(name, length, measured))
         return losses
-
-    def _limit(self, gib: float | None) -> None:
-        if self.device.type == "cuda":
-            total = torch.cuda.get_device_properties(self.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total) if gib else 1.0, self.device)
 
     def _row(self, name: Implementation, tokens: int, measured: Measurement | None) -> Row:
         operations = model_flops(self.model, tokens)

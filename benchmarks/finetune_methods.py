@@ -50,11 +50,11 @@ from moe_fused.finetune.trainer import make_trainer
 
 from . import full_model, runner
 from .experts_4bit import QUANT_TYPE
-from .finetune_30b import CAP_GIB, DEFAULT_MODEL, PHASE, SEED, model_flops
+from .finetune_30b import CAP_GIB, DEFAULT_MODEL, PHASE, SEED, limit_memory, model_flops
 from .model import Model
 from .models import BY_NAME
 from .rows import Row, merge, new_row, read_rows, slug, write_rows
-from .training_finetune import NO_LIMIT_GIB, tokenizer
+from .training_finetune import random_options, tokenizer
 
 NAME = "finetune_methods"
 SFT, BESIDE, EVALUATION, DPO = "sft", "sft_beside_evaluation", "evaluation", "dpo"
@@ -102,23 +102,8 @@ class Timed:
 
 def resolved(model: Any, output: str, length: int, steps: int, **options: Any) -> tuple[ResolvedRun, float]:
     """The record of a run of the command over random tokens, and the MiB that its plan predicts."""
-    device = model.device
-    given = Options(
-        model="random",
-        dataset="random",
-        output=output,
-        device="cpu" if device.type == "cpu" else "cuda",
-        dtype="bfloat16",
-        sequence_length=length,
-        gradient_accumulation=1,
-        max_steps=steps,
-        scheduler="constant",
-        warmup=0.0,
-        optimizer="auto" if device.type == "cpu" else "adamw_8bit",
-        memory_limit=NO_LIMIT_GIB,  # what does not fit is to be seen, not refused
-        **options,
-    )
-    plan = plan_run(set_up(given, model.config, device), plain_text=True)
+    given = random_options(model.device, output, length, steps, **options)
+    plan = plan_run(set_up(given, model.config, model.device), plain_text=True)
     return plan.run, plan.prediction.allocated / MIB
 
 
@@ -266,10 +251,7 @@ def main(
     console.print(f"{environment.gpu}, torch {environment.torch}, Triton {environment.triton}, {environment.date}")
     shared = runner.ROOT / "results" / f"{NAME.replace('_', '-')}_{slug(environment.gpu)}.json"
     path = output or (None if quick or layers is not None or model_name != DEFAULT_MODEL else shared)
-    if chosen.type == "cuda":
-        total = torch.cuda.get_device_properties(chosen).total_memory
-        share = min(1.0, cap_gib * 2**30 / total) if cap_gib else 1.0
-        torch.cuda.set_per_process_memory_fraction(share, chosen)
+    limit_memory(chosen, cap_gib)
     rows: list[Row] = []
     try:
         for length in tokens or ([32] if quick else [4096]):

@@ -70,26 +70,38 @@ class Finetune:
         return _resolved(self.model.config, self._recipe, self._device, output, length, steps)
 
 
+def random_options(device: torch.device, output: str, length: int | None, steps: int | None, **options: Any) -> Options:
+    """The options of a run of the command over random tokens, a sequence in a step; others may be given by name."""
+    given: dict[str, Any] = {
+        "model": "random",
+        "dataset": "random",
+        "output": output,
+        "device": "cpu" if device.type == "cpu" else "cuda",
+        "dtype": "bfloat16",
+        "sequence_length": length,
+        "gradient_accumulation": 1,
+        "max_steps": steps,
+        "scheduler": "constant",
+        "warmup": 0.0,
+        "optimizer": "auto" if device.type == "cpu" else "adamw_8bit",
+        "memory_limit": NO_LIMIT_GIB,  # what does not fit is to be seen, not refused
+    }
+    return Options(**given | options)
+
+
 def _resolved(
     config: Any, recipe: Recipe, device: torch.device, output: str, length: int | None, steps: int | None
 ) -> ModelSetup:
-    options = Options(
-        model="random",
-        dataset="random",
-        output=output,
-        device="cpu" if device.type == "cpu" else "cuda",
-        dtype="bfloat16",
+    options = random_options(
+        device,
+        output,
+        length,
+        steps,
         cuda_graphs=recipe.cuda_graphs,
-        sequence_length=length,
-        gradient_accumulation=1,
-        max_steps=steps,
         attention_rank=recipe.attention_rank,
         expert_rank=recipe.expert_rank,
         learning_rate=recipe.learning_rate,
-        scheduler="constant",
-        warmup=0.0,
-        optimizer="auto" if recipe.paged or device.type == "cpu" else "adamw_8bit",
-        memory_limit=NO_LIMIT_GIB,  # what does not fit is to be seen, not refused
+        **({"optimizer": "auto"} if recipe.paged else {}),
     )
     return set_up(options, config, device)
 

@@ -154,13 +154,16 @@ def assert_alike(first: Path, second: Path) -> None:
         torch.testing.assert_close(others[name], value, rtol=1e-3, atol=2e-4)
 
 
+# What the runs have that are compared with ``alone``, behind the number of batches in a step.
+TWO_EPOCHS = (
+    "--epochs", "2", "--packing", "none", "--eval-share", "0.2", "--eval-steps", "2", "--save-steps", "3",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def alone(case: Case) -> Path:
     """A run of one process: two epochs of 6 steps over the sequences, six in a step, and an evaluation."""
-    ended = finetune(
-        *case.arguments, "6", "--epochs", "2", "--packing", "none", "--eval-share", "0.2", "--eval-steps", "2",
-        "--save-steps", "3", "--output", "alone", cwd=case.directory,
-    )  # fmt: skip
+    ended = finetune(*case.arguments, "6", *TWO_EPOCHS, "--output", "alone", cwd=case.directory)
     assert ended.status == 0, ended
     return case.directory / "alone"
 
@@ -169,9 +172,8 @@ def alone(case: Case) -> Path:
 def test_processes_train_as_one_does(case: Case, alone: Path, number: int) -> None:
     output = case.directory / f"out-{number}"
     ended = together(
-        number, *case.arguments, str(6 // number), "--epochs", "2", "--packing", "none", "--eval-share", "0.2",
-        "--eval-steps", "2", "--save-steps", "3", "--output", output.name, cwd=case.directory,
-    )  # fmt: skip
+        number, *case.arguments, str(6 // number), *TWO_EPOCHS, "--output", output.name, cwd=case.directory
+    )
     assert_ended(ended)
     assert_alike(alone, output)
     assert evaluations(output) == pytest.approx(evaluations(alone), rel=1e-5)
@@ -380,20 +382,7 @@ TORCHRUN = ("--standalone", "--nproc-per-node", "2", "-m", "moe_fused", "finetun
 
 @pytest.mark.slow
 def test_torchrun_trains(case: Case, alone: Path) -> None:
-    options = (
-        "3",
-        "--epochs",
-        "2",
-        "--packing",
-        "none",
-        "--eval-share",
-        "0.2",
-        "--eval-steps",
-        "2",
-        "--save-steps",
-        "3",
-    )
-    process = _start(*TORCHRUN, *map(str, case.arguments), *options, "--output", "torchrun", cwd=case.directory)
+    process = _start(*TORCHRUN, *map(str, case.arguments), "3", *TWO_EPOCHS, "--output", "torchrun", cwd=case.directory)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert_alike(alone, case.directory / "torchrun")
@@ -401,19 +390,6 @@ def test_torchrun_trains(case: Case, alone: Path) -> None:
 
 @pytest.mark.slow
 def test_accelerate_trains(case: Case, alone: Path) -> None:
-    options = (
-        "3",
-        "--epochs",
-        "2",
-        "--packing",
-        "none",
-        "--eval-share",
-        "0.2",
-        "--eval-steps",
-        "2",
-        "--save-steps",
-        "3",
-    )
     # Its launcher for GPUs, which does not look for them. Its launcher for CPUs needs MPI.
     launch = (
         "--multi_gpu",
@@ -427,7 +403,7 @@ def test_accelerate_trains(case: Case, alone: Path) -> None:
         "no",
     )
     process = _start(
-        *launch, "-m", "moe_fused", "finetune", *map(str, case.arguments), *options, "--output", "accelerate",
+        *launch, "-m", "moe_fused", "finetune", *map(str, case.arguments), "3", *TWO_EPOCHS, "--output", "accelerate",
         cwd=case.directory, module="accelerate.commands.launch",
     )  # fmt: skip
     _, errors = process.communicate(timeout=300)
