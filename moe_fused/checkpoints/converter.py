@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from copy import copy, deepcopy
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,10 +23,20 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter
 
 from moe_fused.hub import get_kernel
 
-from .entries import Entry, by_matrix, by_projection, layout_of, load_dense, load_matrix, read_packed
+from .entries import (
+    Entry,
+    by_matrix,
+    by_projection,
+    layout_of,
+    load_dense,
+    load_matrix,
+    read_packed,
+    share_of_matrices,
+)
 from .finite import is_finite
 from .names import Names, Target, TensorRole
 from .quant_state import quantize_matrix
+from .share import current
 
 if TYPE_CHECKING:
     from qwen3_moe_fused import Packed4bitWeights, Piece
@@ -39,6 +50,7 @@ class Quantization(NamedTuple):
             ones stay dense. Otherwise dense experts are quantized.
         quant_type, blocksize, double_quant: the format for experts that are quantized here.
         compute_dtype: the dtype of products with the weights.
+        storage_dtype: the dtype of the parameters that hold the bytes of 4-bit weights.
     """
 
     pre_quantized: bool
@@ -46,16 +58,28 @@ class Quantization(NamedTuple):
     blocksize: int
     double_quant: bool
     compute_dtype: torch.dtype
+    storage_dtype: torch.dtype = torch.uint8
 
 
-def attach(module: nn.Module, name: str, weights: Packed4bitWeights, dtype: torch.dtype) -> None:
+def attach(
+    module: nn.Module,
+    name: str,
+    weights: Packed4bitWeights,
+    dtype: torch.dtype,
+    storage_dtype: torch.dtype = torch.uint8,
+) -> dict[str, nn.Parameter]:
     """Makes ``weights`` the parameter ``name`` of an experts module.
 
     Args:
         dtype: the dtype of the weights before they were quantized, which checkpoints record beside the compute dtype.
+        storage_dtype: the dtype of the parameters, which hold bytes.
+
+    Returns:
+        The parameters of the module that hold the weights, by their names in it.
     """
-    get_kernel().modules.attach(weights, module, name)
+    made: dict[str, nn.Parameter] = get_kernel().modules.attach(weights, module, name, storage_dtype)
     setattr(module, f"{name}_source_dtype", dtype)
+    return made
 
 
 class _Pattern(str):
@@ -74,6 +98,7 @@ class ExpertsConverter(WeightConverter):
     Attributes:
         names: finds the tensors that it claims.
         quantization: how the experts are to be loaded.
+        share: the process whose experts alone are loaded; None if all are.
         loaded: the names of the targets that were converted. All copies share this set.
     """
 
@@ -82,6 +107,7 @@ class ExpertsConverter(WeightConverter):
         super().__init__(["moe_fused"], ["moe_fused"], [MergeModulelist()])
         self.names = names
         self.quantization = quantization
+        self.share = current()
         self.loaded: set[str] = set()
         self.entries: list[Entry] = []
 
@@ -131,16 +157,14 @@ class ExpertsConverter(WeightConverter):
                 raise ValueError(
                     f"{key} belongs to 4-bit weights, but the checkpoint's config has no quantization_config"
                 )
-            dtype, weights = read_packed(self.names, target, layout, entries)
+            dtype, weights = read_packed(self.names, target, layout, entries, self.share)
         elif self.quantization.pre_quantized:
             return {layer_name: self._dense(target, layout, entries, model).to(placeholder.dtype)}
         else:
             dtype, weights = self._quantize(target, layout, entries, model)
-        attach(module, name, weights.to(dtype=self.quantization.compute_dtype), dtype)
-        return {
-            layer_name if part == "packed" else f"{layer_name}_{part}": value
-            for part, value in weights.tensors().items()
-        }
+        weights = weights.to(dtype=self.quantization.compute_dtype)
+        made = attach(module, name, weights, dtype, self.quantization.storage_dtype)
+        return {f"{path}.{parameter}": value.detach() for parameter, value in made.items()}
 
     def _dense(self, target: Target, layout: str, entries: list[Entry], model: Any) -> Tensor:
         """Returns the dense stack, joined as Transformers does."""
@@ -160,14 +184,28 @@ class ExpertsConverter(WeightConverter):
             raise ValueError(f"{entries[0].key} must make up shape {target.shape}, got {tuple(stack.shape)}")
         return stack
 
+    def _stack(self, target: Target, layout: str, entries: list[Entry], model: Any) -> tuple[Target, Tensor]:
+        """Returns the dense stack that is to be quantized, which has the experts of this process alone."""
+        share = self.share
+        if share is None:
+            return target, self._dense(target, layout, entries, model)
+        first, count = share.of(target.shape[0])
+        part = replace(target, shape=(count, *target.shape[1:]))
+        if layout in ("fused", "stacked"):
+            entries = [entry._replace(load=partial(share.dense_rows, entry.key, first, count)) for entry in entries]
+            return part, self._dense(part, layout, entries, model)
+        return part, self._dense(target, layout, entries, model)[first : first + count]
+
     def _quantize(
         self, target: Target, layout: str, entries: list[Entry], model: Any
     ) -> tuple[torch.dtype, Packed4bitWeights]:
         if layout == "per expert":
+            if self.share is not None:
+                target, entries = share_of_matrices(self.names, self.share, target, entries)
             sources = [parts[""] for parts in by_matrix(self.names, target, entries)]
             matrices = (load_matrix(entry, target) for entry in sources)
         else:
-            stack = self._dense(target, layout, entries, model)
+            target, stack = self._stack(target, layout, entries, model)
             sources = [Entry(target.name, entries[0].role, lambda: stack)]
             matrices = (matrix for expert in stack for matrix in expert.chunk(target.projections))
         first = next(matrices)

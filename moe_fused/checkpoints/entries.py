@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from moe_fused.hub import get_kernel
 from .fused import read_fused
 from .names import Names, Target, TensorRole, rename_expert
 from .quant_state import MatrixFormat, read_matrix
+from .share import Share
 
 if TYPE_CHECKING:
     from qwen3_moe_fused import Packed4bitWeights, Piece
@@ -156,6 +158,31 @@ def _read_fused(names: Names, target: Target, entries: list[Entry]) -> tuple[tor
     return read_fused(target.name, parts, target.shape, target.projections)
 
 
+def _read_share_of_fused(share: Share, target: Target, entries: list[Entry]) -> tuple[torch.dtype, Packed4bitWeights]:
+    first, count = share.of(target.shape[0])
+    parts = {
+        entry.role.part: entry.load() if entry.role.part == "format" else share.rows(entry.key, first, count)
+        for entry in entries
+    }
+    return read_fused(target.name, parts, target.shape, target.projections, count)
+
+
+def share_of_matrices(names: Names, share: Share, target: Target, entries: list[Entry]) -> tuple[Target, list[Entry]]:
+    """Returns what a process loads of experts with a tensor for each matrix: a smaller stack, and its entries.
+
+    Raises:
+        ValueError: a matrix is missing, or there is one too many, of any expert.
+    """
+    by_matrix(names, target, entries)
+    first, count = share.of(target.shape[0])
+    held = [
+        entry._replace(role=entry.role._replace(expert=entry.role.expert - first))
+        for entry in entries
+        if first <= entry.role.expert < first + count
+    ]
+    return replace(target, shape=(count, *target.shape[1:])), held
+
+
 def _read_other(names: Names, target: Target, entries: list[Entry]) -> tuple[torch.dtype, Packed4bitWeights]:
     key = next(entry.key for entry in entries if entry.role.part)
     raise ValueError(f"{key} belongs to 4-bit weights in an unknown layout: {target.name} cannot be loaded from it")
@@ -170,11 +197,22 @@ _READERS: dict[str, Callable[[Names, Target, list[Entry]], tuple[torch.dtype, Pa
 
 
 def read_packed(
-    names: Names, target: Target, layout: str, entries: list[Entry]
+    names: Names, target: Target, layout: str, entries: list[Entry], share: Share | None = None
 ) -> tuple[torch.dtype, Packed4bitWeights]:
     """Reads the 4-bit weights that ``entries`` make up, and returns their former dtype and the weights.
+
+    Args:
+        share: the process whose experts alone are wanted; None if all are.
 
     Raises:
         ValueError: a tensor is missing, superfluous or does not fit. The message names it.
     """
+    if share is not None and layout == "per expert":
+        target, entries = share_of_matrices(names, share, target, entries)
+    elif share is not None and layout == "fused":
+        return _read_share_of_fused(share, target, entries)
+    elif share is not None:  # groups of scales run over experts, so the whole stack is read
+        dtype, weights = _READERS[layout](names, target, entries)
+        held = weights.narrow(*share.of(target.shape[0]))
+        return dtype, held.replaced(**{name: value.clone() for name, value in held.tensors().items()})
     return _READERS[layout](names, target, entries)

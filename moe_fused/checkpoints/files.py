@@ -32,6 +32,9 @@ class Header(Protocol):
     """What the header of a file says about a tensor. ``tensor_files.Stored`` and ``Pickled`` are such headers."""
 
     @property
+    def path(self) -> Path: ...
+
+    @property
     def dtype(self) -> str: ...
 
     @property

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from moe_fused.hub import get_kernel
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -64,6 +66,7 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yields the floating-point weights of ``model`` by name, and the scales of its 4-bit weights."""
     # Parameters and buffers are read directly, because reading an attribute of a parametrized module computes it.
     persistent: dict[str, Tensor] = dict(model.named_parameters())
+    persistent |= _bytes_of_stacks(model)
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
@@ -75,6 +78,19 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, value
         elif name.endswith(("_absmax", "_nested_absmax", "_nested_offset")) and value.dtype == torch.uint8:
             yield from _as_floats(name, value, persistent)
+
+
+def _bytes_of_stacks(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the bytes of packed experts by the names of the parameters that hold them, in whatever dtype."""
+    kernel = get_kernel()
+    found = {}
+    for path, module in model.named_modules():
+        formats = [name for name, value in vars(module).items() if isinstance(value, kernel.Format4bit)]
+        for name in (attribute.removesuffix("_format") for attribute in formats):
+            for part, value in kernel.modules.weights_of(module, name).tensors().items():
+                parameter = kernel.modules.parameter_name(name, part)
+                found[f"{path}.{parameter}" if path else parameter] = value
+    return found
 
 
 def _scales(name: str, state: Any) -> Iterator[tuple[str, Tensor]]:

@@ -27,13 +27,18 @@ PARTS = ("absmax", "nested_absmax", "nested_offset", "format")
 
 
 def read_fused(
-    name: str, parts: Mapping[str, Tensor], shape: tuple[int, int, int], projections: int
+    name: str,
+    parts: Mapping[str, Tensor],
+    shape: tuple[int, int, int],
+    projections: int,
+    experts: int | None = None,
 ) -> tuple[torch.dtype, Packed4bitWeights]:
     """Reads the parameter ``name``, and returns the dtype of its weights before they were quantized, and the weights.
 
     Args:
         parts: its tensors, by the part of their names after ``name_``; the packed weights are ``""``.
-        shape, projections: the shape and the number of projections that it must have.
+        shape, projections: the shape and the number of projections that it must have in the checkpoint.
+        experts: the number of experts that ``parts`` hold, if these are not all.
 
     Raises:
         ValueError: a tensor is missing or does not fit. The message names it.
@@ -52,7 +57,12 @@ def read_fused(
     kernel = get_kernel()
     try:
         form = kernel.Format4bit(
-            shape, fields["quant_type"], fields["blocksize"], fields["double_quant"], projections, dtype
+            (shape[0] if experts is None else experts, *shape[1:]),
+            fields["quant_type"],
+            fields["blocksize"],
+            fields["double_quant"],
+            projections,
+            dtype,
         )
     except ValueError as error:
         raise ValueError(f"{key} must hold a format that exists: {error}") from None

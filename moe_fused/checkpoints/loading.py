@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 from moe_fused.memory import skeleton
 
 from .complete import check_complete, check_problems, problems_of
-from .files import find_weights, read_tensors
+from .files import Pickled, find_weights, read_tensors
 from .finite import check_finite, weights_of
 from .places import read_object
+from .share import Share
 
 
 def quantization_of(config: Any) -> Mapping[str, Any] | None:
@@ -79,6 +80,30 @@ def _state_of(directory: Path) -> Iterator[tuple[str, int, int]]:
         if path.is_file():
             stat = path.stat()
             yield path.name, stat.st_mtime_ns, stat.st_size
+
+
+def share_of(
+    source: str, name: str, rank: int, processes: int, *, device: Any, dtype: Any, revision: str = "main"
+) -> Share:
+    """Returns what one of several processes loads of a checkpoint, for ``share.taking``.
+
+    Args:
+        source: a directory, or a name on the Hub.
+        name: what ``source`` is called in errors.
+        rank, processes: the number of the process, counted from 0, and the number of processes.
+        device, dtype: where the model is loaded, and the dtype of dense experts before they are quantized.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or damaged, or is none of safetensors.
+    """
+    path = find_weights(source, revision, download=True)
+    assert path is not None  # because it was downloaded
+    tensors = read_tensors(path)
+    if any(isinstance(header, Pickled) for header in tensors.values()):
+        raise ValueError(
+            f"{name} has weights of torch.save, of which no part can be read: save them as safetensors first"
+        )
+    return Share(rank, processes, device, dtype, {key: header.path for key, header in tensors.items()})
 
 
 def load_pretrained(

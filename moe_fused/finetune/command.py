@@ -161,6 +161,8 @@ def finetune(
         _check_switches(resume, overwrite, show_rows, {ALLOW_OTHER_BASE: allow_other_base})
     options.require(output=show_rows is None)
     process = Process.of_environment(os.environ)
+    if options.shard and process.is_alone and (gpus or 1) < 2:
+        raise ValueError("--shard divides a model among several GPUs: add --gpus with their number")
     if gpus is not None:
         with interrupted_afterwards():
             check_gpus(gpus, options, process)

@@ -107,26 +107,37 @@ def check_model(setup: ModelSetup) -> None:
 def load_model(setup: ModelSetup) -> Any:
     """Loads the model onto the device of the run, with its experts in the kernel and without adapters.
 
+    With ``--shard``, it has the experts of this process alone.
+
     Raises:
         FileNotFoundError, ValueError: Weights are missing, or some are NaN or infinite.
     """
-    from moe_fused.checkpoints.loading import load_pretrained
+    from moe_fused.checkpoints.loading import load_pretrained, share_of
+    from moe_fused.checkpoints.share import taking
     from moe_fused.integrations.quantizer.packed_experts import four_bit_config
 
     moe_fused.enable()
-    options, format_ = setup.options, setup.quantize_to
-    return load_pretrained(
-        options.model,
-        f"--model {options.model}",
-        setup.config,
-        revision=options.revision,
-        quantization=None if format_ is None else four_bit_config(setup.dtype, format_),
-        dtype=setup.dtype,
-        attn_implementation=setup.attention,
-        experts_implementation="moe_fused",
-        # Also for a CPU: Transformers would put a quantized model on the GPU of a machine that has one.
-        device_map={"": setup.device},
-    )
+    options, process, share = setup.options, setup.process, None
+    name = f"--model {options.model}"
+    if options.shard:
+        rank, processes = process.rank, process.world_size
+        share = share_of(
+            options.model, name, rank, processes, device=setup.device, dtype=setup.dtype, revision=options.revision
+        )
+    quantization = None if setup.quantize_to is None else four_bit_config(setup.dtype, setup.quantize_to)
+    with taking(share):
+        return load_pretrained(
+            options.model,
+            name,
+            setup.config,
+            revision=options.revision,
+            quantization=quantization,
+            dtype=setup.dtype,
+            attn_implementation=setup.attention,
+            experts_implementation="moe_fused",
+            # Also for a CPU: Transformers would put a quantized model on the GPU of a machine that has one.
+            device_map={"": setup.device},
+        )
 
 
 def apply_liger(model: Any) -> None:

@@ -147,6 +147,13 @@ class Options:
     device: Annotated[str, Help("Device to train on: cpu, cuda, cuda:1 or xpu.", shown="a GPU if there is one")] = (
         "auto"
     )
+    shard: Annotated[
+        bool,
+        Help(
+            "With several GPUs, divide the experts, their adapters and the optimizer's state among them, for models that "
+            "one GPU cannot hold. Each layer is gathered when it is computed, which takes longer."
+        ),
+    ] = False
 
     dataset_config: Annotated[str | None, Help("Configuration of the data set on the Hub.", shapes_run=True)] = None
     split: Annotated[
@@ -515,7 +522,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "save_steps", "keep_checkpoints", "log_steps", "report_to", "export", "push_to_hub", "private",
         "push_checkpoints",
     ),
-    "Machine": ("device", "memory_limit", "gradient_checkpointing", "cuda_graphs", "liger"),
+    "Machine": ("device", "shard", "memory_limit", "gradient_checkpointing", "cuda_graphs", "liger"),
 }  # fmt: skip
 
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Options)}

@@ -245,6 +245,25 @@ class Peers:
             if other != found[0]:
                 raise Diverged(f"rank {rank} has other adapters than rank 0 {when}")
 
+    def joined(self, part: Tensor) -> Tensor | None:
+        """Returns the parts of all processes, (rows of each, …), one below the other, on the CPU of the first process.
+
+        Other processes get None. All parts have the same shape.
+        """
+        part = part.detach().cpu().contiguous()
+        if self.is_alone:
+            return part
+        parts = [torch.empty_like(part) for _ in range(self.process.world_size)] if self.is_main else None
+        with self._talking():
+            distributed.gather(part, parts, dst=0, group=self._host)
+        return None if parts is None else torch.cat(parts)
+
+    def add(self, value: Tensor) -> None:
+        """Replaces a tensor on the device of the run by its sum over all processes, without waiting for the GPU."""
+        if not self.is_alone:
+            with self._talking():
+                distributed.all_reduce(value)
+
     # Gradients.
 
     def average(self, parameters: Sequence[nn.Parameter]) -> None:

@@ -336,7 +336,23 @@ def _set_up(
     if start is not None and options.export != "none" and not setup.ranks.expert:
         raise ValueError(f"--export {options.export} is a layout of adapters on experts, but {start.name} has none")
     lora_config(setup, model)  # raises if the model lacks a layer that is to be adapted
+    if options.shard:
+        _check_shard(setup)
     return setup
+
+
+def _check_shard(setup: ModelSetup) -> None:
+    """Raises ValueError if a model cannot be divided among the processes."""
+    experts = [int(module.num_experts) for module in setup.skeleton.modules() if hasattr(type(module), "_apply_gate")]
+    if not experts:
+        raise ValueError(f"--shard divides experts, and {type(setup.skeleton).__name__} has none")
+    if not setup.is_4bit:
+        raise ValueError("--shard needs experts in 4 bits: use --quantization nf4")
+    if setup.dtype is torch.float16:
+        raise ValueError("--shard is not possible with --dtype float16, whose gradients need scaling: use bfloat16")
+    processes = setup.process.world_size
+    if -(-min(experts) // processes) * (processes - 1) >= min(experts):
+        raise ValueError(f"--shard: {min(experts)} experts to a layer cannot be divided among {processes} GPUs")
 
 
 _LAYOUTS = ("per-expert", "original")
@@ -553,6 +569,7 @@ def _graphs(setup: ModelSetup, batching: Batching, maskless: bool) -> bool:
     if options.cuda_graphs is False or setup.device.type != "cuda":
         return False
     reasons = {
+        "with --shard, layers are gathered while a step runs": options.shard,
         "what dropout drops could not be dropped again when layers are computed anew": setup.is_random,
         "--router-aux-loss takes more than hidden states out of the decoder": options.router_aux_loss > 0,
         "adapters of another dtype than the weights need autocast": setup.adapter_dtype is not setup.dtype,

@@ -54,6 +54,7 @@ from .progress import Follower, Log, Stop, largest_memory
 from .resolve import ResolvedRun, set_up, training_device
 from .results import write_results
 from .rows import bars
+from .sharding import Sharding
 from .show import show_rows, show_sequences
 from .space import check_space
 from .start import StartingAdapter, read_start
@@ -329,6 +330,7 @@ def _train_and_write(
     """Loads the model, trains it, and writes and uploads the results."""
     resolved, begin = plan.run, time.perf_counter()
     model = load_model(resolved)
+    sharding = Sharding(model, resolved, peers) if resolved.options.shard else None
     if not resolved.options.has_preferences:  # TRL adapts the model itself
         model = adapt(model, resolved)
     keep_local(resolved.options.report_to, resolved.output)
@@ -338,7 +340,7 @@ def _train_and_write(
     first = prepared.first if isinstance(prepared, Streamed) else None
     evaluated = None if held is None else held.dataset
     with _naming(resolved.options, "trainer", "lora"):
-        trainer = make_trainer(model, tokenizer, prepared.dataset, resolved, evaluated, first, peers)
+        trainer = make_trainer(model, tokenizer, prepared.dataset, resolved, evaluated, first, peers, sharding)
     if resolved.device.type != "cpu":  # the peak of the run does not include loading
         torch.accelerator.empty_cache()
         torch.accelerator.reset_peak_memory_stats(resolved.device)

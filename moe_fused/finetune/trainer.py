@@ -48,6 +48,7 @@ from .model import apply_liger
 from .parallel import Peers
 from .progress import perplexity
 from .render import IGNORED
+from .sharding import is_divided, local
 from .stream import BadRows
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 
     from .options import Method
     from .resolve import ResolvedRun
+    from .sharding import Sharding
 
 
 def make_trainer(
@@ -65,6 +67,7 @@ def make_trainer(
     evaluation: Dataset | None = None,
     first: list[int] | None = None,
     peers: Peers | None = None,
+    sharding: Sharding | None = None,
 ) -> Finetuning:
     """Makes the trainer of a run.
 
@@ -76,6 +79,7 @@ def make_trainer(
         evaluation: The sequences that the adapter is evaluated on, if the run has an evaluation.
         first: The number of tokens of each of the first sequences, if ``dataset`` is the stream of ``stream``.
         peers: The processes of the run. The default is a process that is alone.
+        sharding: How the model is divided among them, if it is.
     """
     peers, fillers = peers or Peers(), 0
     if not peers.is_alone:
@@ -94,7 +98,7 @@ def make_trainer(
         arguments["peft_config"] = lora_config(run, model)
     with adapting():
         trainer = _TRAINERS[run.options.method](model, run, peers, args=trl_config(run), **arguments)
-    trainer.fillers = fillers
+    trainer.fillers, trainer.sharding = fillers, sharding
     check_adapted(trainer.model, run)
     batches: Any = trainer.train_dataset
     if run.graphs:  # the evaluation runs as graphs, too
@@ -343,6 +347,7 @@ class Finetuning(_Trainer):
         shape: The shape of the batches that run as CUDA graphs. If it is None, everything runs eagerly.
         fillers: The number of sequences at the end of the data that only fill up the last batches of several processes.
         graphs: The decoder with its graphs during the training, else None.
+        sharding: How the model is divided among the processes, if it is.
         eval_collator: The collator of the evaluation, if it needs another one than TRL's.
     """
 
@@ -351,6 +356,8 @@ class Finetuning(_Trainer):
         self.shape: tuple[int, int] | None = None
         self.fillers = 0
         self.graphs: GraphedDecoder | None = None
+        self.sharding: Sharding | None = None
+        self._whole: dict[str, Tensor] | None = None
         self.eval_collator: Any = None
         self._staging: Path | None = None
         self._grad_norm: Tensor | float | None = None
@@ -439,6 +446,9 @@ class Finetuning(_Trainer):
                 self._train_to_the_end(checkpoint)
             self.check_finite()
             self.check_adapters()
+            if self.sharding is not None:
+                self.sharding.end(model)
+                self._trained[:] = [value for _, value in self._named()]
             self._peers.check_adapters(self._named(), "at the end")
             if self.has_ended and self._peers.is_main:  # which writes them
                 self._take_best(None)
@@ -546,6 +556,8 @@ class Finetuning(_Trainer):
         return 0
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self.sharding is not None:
+            return self.sharding.clip(self._trained, self.args.max_grad_norm)
         return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
     # The end at a value that is not finite.
@@ -575,7 +587,7 @@ class Finetuning(_Trainer):
 
     def check_adapters(self) -> None:
         """Raises NotFinite if a trained weight is NaN or infinite. It is called before weights are written."""
-        if names := list(not_finite(self._named())):
+        if names := list(not_finite((name, local(value)) for name, value in self._named())):
             raise NotFinite(f"{names[0]} holds NaN or infinite values after step {self.state.global_step}")
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -597,8 +609,19 @@ class Finetuning(_Trainer):
         """Averages the gradients over all processes after the last batch of a step."""
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
-            self._peers.average(self._trained)
+            # FSDP2 has averaged those of parameters that are divided.
+            self._peers.average([parameter for parameter in self._trained if not is_divided(parameter)])
         return loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Makes Trainer's optimizer. With ``--shard``, the model is divided now: adapters of a checkpoint are in it."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        model, sharding = self._base_model(), self.sharding
+        if sharding is not None:
+            whole: Any = self.accelerator.unwrap_model(self.model)
+            sharding.optimize(optimizer, model, lambda: sharding.apply(whole))
+            self._trained[:] = [value for _, value in self._named()]
+        return optimizer
 
     def store_flos(self) -> None:
         """Does nothing. Trainer would add up over all processes what ``floating_point_ops`` does not count."""
@@ -642,11 +665,18 @@ class Finetuning(_Trainer):
         self.check_adapters()
         self.state.num_input_tokens_seen = self.tokens
         name = f"checkpoint-{self.state.global_step}"
+        if self.sharding is not None:
+            self._whole = self.sharding.collect(self.accelerator.unwrap_model(model), self.optimizer)
         if not self._peers.is_main:
             super()._save_checkpoint(model, trial)  # which tells the first process what it needs, and writes nothing
             return
-        with writing(name):
-            self._save_whole(name, model, trial)
+        try:
+            with writing(name):
+                self._save_whole(name, model, trial)
+        finally:
+            self._whole = None
+            if self.sharding is not None:
+                self.sharding.drop()
 
     def _save_whole(self, name: str, model: nn.Module, trial: Any) -> None:
         """Saves a checkpoint that appears whole or not at all, and removes the oldest ones."""
@@ -668,6 +698,10 @@ class Finetuning(_Trainer):
                 continue
             aside = old.rename(old.with_name(f".{old.name}.partial"))
             shutil.rmtree(aside, ignore_errors=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Saves the model, with the adapters that were gathered from all processes if it is divided."""
+        super()._save(output_dir, self._whole if state_dict is None else state_dict)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing. Checkpoints have no card; the card is written once, with the adapter."""

@@ -515,15 +515,24 @@ def test_the_default_compute_dtype_is_slower_than_the_model(dense: Path, recwarn
     assert not [warning for warning in recwarn if "compute in float32" in str(warning.message)]
 
 
-def test_storage_of_linear_layers_is_theirs(dense: Path) -> None:
-    with pytest.warns(
-        UserWarning, match=r"bnb_4bit_quant_storage=torch\.bfloat16 is for linear layers, experts are uint8"
-    ):
-        model = load(dense, quantization_config=config(bnb_4bit_quant_storage=torch.bfloat16))
-    assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
-    assert same_state(
-        copy.deepcopy(model.model.layers[0].mlp), load(dense, quantization_config=config()).model.layers[0].mlp
-    )
+def test_the_dtype_of_storage(dense: Path, tmp_path: Path) -> None:
+    stored = load(dense, quantization_config=config(bnb_4bit_quant_storage=torch.bfloat16))
+    plain = load(dense, quantization_config=config())
+    layers = [model.model.layers[0] for model in (stored, plain)]
+    assert {value.dtype for value in layers[0].mlp.experts.parameters()} == {torch.bfloat16}
+    assert layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
+    for (name, weights), other in zip(packed(stored).items(), packed(plain).values(), strict=True):
+        for part, value in weights.tensors().items():
+            assert torch.equal(value, other.tensors()[part]), f"{name} {part}"
+    with torch.no_grad():
+        assert torch.equal(logits(stored), logits(plain))
+    moe_fused.save_format(stored, "fused")
+    stored.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors")["model.layers.0.mlp.experts.down_proj"].dtype == torch.uint8
+    again = load(tmp_path)
+    assert again.model.layers[0].mlp.experts.down_proj.dtype == torch.bfloat16
+    assert same_state(again, stored)
+    assert again.dequantize().model.layers[0].mlp.experts.down_proj.dim() == 3
 
 
 def test_models_without_experts_and_8_bits_are_untouched(dense: Path, tmp_path: Path) -> None:

@@ -605,6 +605,35 @@ def test_a_module_owns_it(double_quant: bool) -> None:
         assert_same(kernel.modules.weights_of(module_, "gate_up_proj"), weights)
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_module_holds_bytes_in_another_dtype(dtype: torch.dtype, double_quant: bool) -> None:
+    # Some have 6 scales to an expert, which do not fill elements of four bytes, and bytes that are NaN in any dtype.
+    weights = Packed4bitWeights.quantize(torch.randn(3, 6, 64), double_quant=double_quant)
+    parts = {
+        name: torch.full_like(value, 255) if name == "packed" else value for name, value in weights.tensors().items()
+    }
+    weights, owner = weights.replaced(**parts), nn.Module()
+    made = kernel.modules.attach(weights, owner, "down_proj", dtype)
+    assert {name: value.dtype for name, value in owner.named_parameters()} == dict.fromkeys(made, dtype)
+    assert all(len(value) == 3 for value in made.values())
+    assert_same(kernel.modules.weights_of(owner, "down_proj"), weights)
+    assert_same(kernel.modules.weights_of(copy.deepcopy(owner), "down_proj"), weights)
+    kernel.modules.attach(weights, owner, "down_proj")  # the dtype stays
+    assert owner.down_proj.dtype == dtype
+    assert_same(kernel.modules.detach(owner, "down_proj"), weights)
+    assert not [name for name in vars(owner) if name.startswith("down_proj")]
+    assert not list(owner.parameters())
+
+
+def test_bytes_that_were_cast_are_refused() -> None:
+    owner = nn.Module()
+    kernel.modules.attach(example(True), owner, "up_proj", torch.bfloat16)
+    owner.to(torch.float16)
+    with pytest.raises(TypeError, match=r"^up_proj must be bfloat16, as which its bytes are held, got float16: "):
+        kernel.modules.weights_of(owner, "up_proj")
+
+
 @pytest.mark.kernels_ci
 def test_a_module_may_have_dense_weights() -> None:
     owner = nn.Linear(4, 4)

@@ -115,12 +115,6 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
 
     def _warn_of_dtypes(self, model: Any) -> None:
         """Warns of dtypes in the config that experts do not follow, or that the user can hardly want."""
-        storage = self.quantization_config.bnb_4bit_quant_storage
-        if storage != torch.uint8:
-            warnings.warn(
-                f"bnb_4bit_quant_storage={storage} is for linear layers, experts are uint8",
-                stacklevel=3,
-            )
         if self.quantization_config.bnb_4bit_compute_dtype == torch.float32 != model.dtype:
             warnings.warn(
                 "experts in 4 bits compute in float32, the default of bnb_4bit_compute_dtype, although the model is "
@@ -168,6 +162,7 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
                 BLOCKSIZE,
                 config.bnb_4bit_use_double_quant,
                 config.bnb_4bit_compute_dtype,
+                config.bnb_4bit_quant_storage,
             ),
         )
         # The first converter to claim a tensor gets it. Experts that stay dense go to Transformers' converters.

@@ -1,7 +1,8 @@
 """Experts modules that hold their weights in 4 bits.
 
-The parameters of such a module are uint8, with their companions (``gate_up_proj_absmax``, …) beside them. Its forward is
-the kernel's, whatever ``experts_implementation`` says, because no other implementation can read such weights.
+The parameters of such a module hold bytes, as uint8 or as the dtype of ``bnb_4bit_quant_storage``, with their companions
+(``gate_up_proj_absmax``, …) beside them. Its forward is the kernel's, whatever ``experts_implementation`` says, because no
+other implementation can read such weights.
 """
 
 from __future__ import annotations
@@ -101,12 +102,9 @@ def pin(module: Experts) -> None:
 
 def unpack(module: Experts, name: str, dtype: torch.dtype | None) -> None:
     """Replaces the packed parameter ``name`` by a dense one of ``dtype``, by default of its dtype before quantization."""
-    weights = get_packed(module, name)
-    dense = weights.dequantize(dtype or getattr(module, f"{name}_source_dtype"))
-    for part in weights.tensors():
-        delattr(module, name if part == "packed" else f"{name}_{part}")
-    for attribute in (f"{name}_format", f"{name}_source_dtype"):
-        delattr(module, attribute)
+    dense = get_packed(module, name).dequantize(dtype or getattr(module, f"{name}_source_dtype"))
+    get_kernel().modules.detach(module, name)
+    delattr(module, f"{name}_source_dtype")
     module.register_parameter(name, nn.Parameter(dense))
 
 

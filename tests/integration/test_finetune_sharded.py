@@ -1,0 +1,175 @@
+"""``moe-fused finetune --shard`` in several processes, which divide the experts of a model among them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from .finetuning import (
+    build,
+    chats,
+    checkpoints,
+    evaluations,
+    finetune,
+    leftovers,
+    save_tokenizer,
+    write_jsonl,
+)
+from .together import Case, assert_alike, assert_ended, assert_refused, signal_after, together
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes on a CPU; GPUs have tests of their own")
+
+EXPERTS, LAYERS = 6, 2
+# A rank with which a half of each factor of the experts still has whole blocks of an optimizer in 8 bits.
+TRAINED = (
+    "--epochs", "2", "--packing", "none", "--eval-share", "0.2", "--eval-steps", "2", "--save-steps", "2",
+    "--expert-rank", "32",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    directory = tmp_path_factory.mktemp("sharded")
+    build(
+        vocab_size=272,
+        num_hidden_layers=LAYERS,
+        num_experts=EXPERTS,
+        num_experts_per_tok=2,
+        max_position_embeddings=128,
+    ).save_pretrained(directory / "model")
+    save_tokenizer(directory / "model")
+    write_jsonl(directory / "chat.jsonl", chats(23))
+    return Case(directory)
+
+
+@pytest.fixture(scope="module", params=["adamw_torch", pytest.param("adamw_8bit", marks=pytest.mark.slow)])
+def alone(case: Case, request: pytest.FixtureRequest) -> tuple[Path, str]:
+    """A run of one process, and its optimizer."""
+    output = f"alone-{request.param}"
+    options = (*TRAINED, "--optimizer", request.param, "--output", output)
+    ended = finetune(*case.arguments, "6", *options, cwd=case.directory)
+    assert ended.status == 0, ended
+    return case.directory / output, request.param
+
+
+def _tolerance(optimizer: str) -> float:
+    """Gradients that differ by rounding may give another value of an optimizer's state in 8 bits."""
+    return 2e-3 if "8bit" in optimizer else 2e-4
+
+
+def test_shards_train_as_one_process_does(case: Case, alone: tuple[Path, str]) -> None:
+    one, optimizer = alone
+    output = case.directory / f"two-{optimizer}"
+    options = (*TRAINED, "--optimizer", optimizer, "--shard", "--output", output.name)
+    ended = together(
+        2, *case.arguments, "3", *options, cwd=case.directory, before=dict.fromkeys(range(2), _note_what_is_held)
+    )
+    assert_ended(ended)
+    assert_alike(one, output, _tolerance(optimizer))
+    assert evaluations(output) == pytest.approx(evaluations(one), rel=1e-4)
+    assert checkpoints(output) == checkpoints(one)
+    assert not leftovers(output)
+    for held in map(json.loads, (case.directory / "held.jsonl").read_text().splitlines()):
+        divided = [name for name, share in held.items() if share == 0.5]
+        assert len([name for name in divided if ".experts." in name and "lora_" not in name]) == 8 * LAYERS
+        assert len([name for name in divided if "lora_" in name]) == 12 * LAYERS
+        assert [name for name in divided if "embed_tokens" in name]
+        assert set(held.values()) == {0.5, 1.0}
+    (case.directory / "held.jsonl").unlink()
+
+
+def _note_what_is_held() -> None:
+    """Writes, in the last step, which part of each parameter this process holds. This runs in the process of a command."""
+    from moe_fused.finetune.sharding import local
+    from moe_fused.finetune.trainer import Finetuning
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = original(self, *args, **kwargs)
+        if self.state.global_step == 5 and self.accelerator.sync_gradients:
+            held = {name: local(value).numel() / value.numel() for name, value in self.model.named_parameters()}
+            with Path("held.jsonl").open("a") as file:
+                file.write(json.dumps(held) + "\n")
+        return loss
+
+    original = Finetuning.training_step
+    Finetuning.training_step = training_step  # type: ignore[method-assign]
+
+
+def test_three_processes_and_bytes_as_another_dtype(case: Case, alone: tuple[Path, str]) -> None:
+    one, optimizer = alone
+    if optimizer != "adamw_torch":
+        pytest.skip("one optimizer is enough")
+    options = (*TRAINED, "--shard", "--output", "three")
+    ended = together(
+        3, *case.arguments, "2", *options, cwd=case.directory, before=dict.fromkeys(range(3), _store_as_floats)
+    )
+    assert_ended(ended)
+    assert_alike(one, case.directory / "three")
+
+
+def _store_as_floats() -> None:
+    """Holds the bytes of experts as torch before 2.13 needs them. This runs in the process of a command."""
+    from moe_fused.finetune import sharding
+
+    sharding.storage_dtype = lambda _: torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((2, "--shard"), (1, "--no-shard")), ((1, "--no-shard"), (2, "--shard")), ((2, "--shard"), (3, "--shard"))],
+    ids=str,
+)
+def test_checkpoints_are_those_of_one_process(
+    case: Case, alone: tuple[Path, str], before: tuple[int, str], after: tuple[int, str]
+) -> None:
+    one, optimizer = alone
+    if optimizer == "adamw_8bit" and after[0] == 3:
+        pytest.skip("a third of a factor has no whole blocks")
+    (first, shard), (second, shard_again) = before, after
+    output = case.directory / f"{optimizer}-{first}-{second}"
+    options = (*TRAINED, "--optimizer", optimizer, shard, "--output", output.name)
+    ended = together(
+        first, *case.arguments, str(6 // first), *options, cwd=case.directory, before={0: partial(signal_after, 3)}
+    )
+    assert all(each.status == 128 + signal.SIGTERM for each in ended), ended
+    assert checkpoints(output) == [2, 3]
+    ended = together(second, "--resume", shard_again, "--output", output.name, cwd=case.directory)
+    assert_ended(ended)
+    settled = yaml.safe_load((output / "finetune.yaml").read_text())
+    assert settled.get("shard", False) == (shard_again == "--shard")
+    assert_alike(one, output, _tolerance(optimizer))
+    assert evaluations(output) == pytest.approx(evaluations(one), rel=1e-4)
+    shutil.rmtree(output)
+
+
+def test_the_best_adapter_is_written(case: Case) -> None:
+    """With a learning rate with which the loss rises again, the one that is written is not the last one."""
+    options = (*TRAINED, "--keep-best", "--learning-rate", "0.3", "--output")
+    assert_ended(together(1, *case.arguments, "2", *options, "best-1", cwd=case.directory))
+    ended = together(2, *case.arguments, "1", *options, "best-2", "--shard", cwd=case.directory)
+    assert_ended(ended)
+    assert "whose evaluation had the lowest loss" in ended[0].stderr
+    assert_alike(case.directory / "best-1", case.directory / "best-2")
+
+
+def test_what_cannot_be_divided_is_refused(case: Case) -> None:
+    arguments = (*case.arguments, "1", "--max-steps", "2", "--output", "refused", "--shard")
+    ended = finetune(*arguments, cwd=case.directory)
+    assert ended.status, ended
+    assert ended.stderr.endswith("add --gpus with their number\n"), ended
+    for options, words in (
+        (("--quantization", "none"), "--shard needs experts in 4 bits"),
+        (("--dtype", "float16"), "--shard is not possible with --dtype float16"),
+    ):
+        assert_refused(together(2, *arguments, *options, cwd=case.directory), words)
+    ended = together(4, *arguments, cwd=case.directory)
+    assert_refused(ended, "6 experts to a layer cannot be divided among 4 GPUs")
+    assert not (case.directory / "refused").exists()
