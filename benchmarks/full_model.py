@@ -144,7 +144,7 @@ StackOf = Callable[[Any], "BitsandbytesStack | DequantizedStack"]
 """From packed weights to a stack that plain torch multiplies with."""
 
 
-def build(model: Model, device: torch.device, *, dense_experts: bool = False, seed: int = 0) -> Any:
+def build(model: Model, device: torch.device, *, dense_experts: bool = False, seed: int = 0, processes: int = 1) -> Any:
     """A causal language model on ``device``, in bf16 but for its linear layers and experts in 4 bits.
 
     Matrices are drawn as Transformers initializes them. All else (norms, biases, states of recurrent layers, buffers) is
@@ -152,6 +152,8 @@ def build(model: Model, device: torch.device, *, dense_experts: bool = False, se
 
     Args:
         dense_experts: leaves the experts in bf16, run by Transformers' ``grouped_mm``.
+        processes: makes the packed experts that the first of so many processes holds, which divide them. Its passes do not
+            run before ``finetune.sharding`` has had it.
     """
     kernel = moe_fused.get_kernel()
     (moe_fused.disable if dense_experts else moe_fused.enable)()
@@ -178,7 +180,8 @@ def build(model: Model, device: torch.device, *, dense_experts: bool = False, se
                 continue
             if is_experts(module) and parameter.dim() == 3 and not dense_experts:
                 projections = matrices_per_expert(module, name)
-                weights = _experts_in_4bit(kernel, parameter.shape, name, projections, generator)
+                shape = (-(-parameter.shape[0] // processes), *parameter.shape[1:])
+                weights = _experts_in_4bit(kernel, shape, name, projections, generator)
                 attach(module, name, weights, DTYPE)
             elif parameter.dim() == 1:
                 # The quantizer's linear layers have biases in fp32 until weights are loaded.

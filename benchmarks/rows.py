@@ -39,6 +39,7 @@ BASELINES: dict[str, tuple[str, ...]] = {
     "experts_4bit": ("composed", "dequantize_first", "moe_fused_bf16"),
     "finetune_30b": ("composed",),
     "finetune_methods": ("sft", "dpo"),
+    "finetune_gpus": ("one_gpu",),
     "experts_lora": ("composed", "peft", "attention_only", "moe_fused_bf16"),
 }
 

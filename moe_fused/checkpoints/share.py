@@ -49,7 +49,8 @@ class Share:
         """Reads rows ``first`` to ``first + count`` of the tensor ``key`` of the checkpoint, and nothing else of it."""
         with safe_open(self.files[key], "pt") as file:
             part: Tensor = file.get_slice(key)[first : first + count]
-        return part.to(self.device)
+        # On a CPU it is a view of the whole tensor in the file's memory map.
+        return torch.empty_like(part, device=self.device).copy_(part)
 
     def dense_rows(self, key: str, first: int, count: int) -> Tensor:
         """Reads rows of a dense tensor, in the dtype that it gets before it is quantized."""

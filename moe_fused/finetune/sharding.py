@@ -71,10 +71,13 @@ class Sharding:
         # For each trained parameter that is divided, another one over the memory of this process' part.
         self._parts: dict[nn.Parameter, nn.Parameter] = {}
         self._collected: dict[str, Any] | None = None
+        # What FSDP2 adds to modules, and what they had before.
+        self._hooks: dict[nn.Module, Any] = {}
 
     def apply(self, model: Any) -> None:
         """Divides the model, which has its adapters, and gives it the experts of this process."""
         base = model.get_base_model()
+        self._hooks = {module: module._load_state_dict_post_hooks.copy() for module in base.modules()}
         decoder, layers = base.base_model, _layers_of(base, [stack.module for stack in self._stacks])
         mesh = init_device_mesh(self._run.device.type, (self._run.process.world_size,))
         dtype = storage_dtype(self._run.dtype)
@@ -177,8 +180,7 @@ class Sharding:
         state, held = optimizer.state_dict(), set(self._parts.values())
         for index, part in _numbered(optimizer):
             if part in held and index in state["state"]:
-                values = state["state"][index].items()
-                state["state"][index] = {name: self._whole(name, value, part) for name, value in values}
+                state["state"][index] = _changed(state["state"][index], part.numel(), self._peers.joined)
         self._collected = state if is_main else None
         return found if is_main else None
 
@@ -186,28 +188,24 @@ class Sharding:
         """Forgets what ``collect`` has gathered."""
         self._collected = None
 
-    def _whole(self, name: str, value: Any, part: nn.Parameter) -> Any:
-        if _is_of_elements(name, value, part.numel()):
-            return self._peers.joined(value)
-        return value
-
     def _share_of_state(self, optimizer: Any, state: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what this process needs of the state in a checkpoint."""
         processes, rank = self._run.process.world_size, self._run.process.rank
         shares, held = dict(state["state"]), set(self._parts.values())
+
+        def share(value: Tensor) -> Tensor:
+            return value.chunk(processes)[rank].clone()
+
         for index, part in _numbered(optimizer):
             if part in held and index in shares:
-                shares[index] = {
-                    name: value.chunk(processes)[rank].clone()
-                    if _is_of_elements(name, value, part.numel() * processes)
-                    else value
-                    for name, value in shares[index].items()
-                }
+                shares[index] = _changed(shares[index], part.numel() * processes, share)
         return {**state, "state": shares}
 
     def end(self, model: nn.Module) -> None:
-        """Makes the adapters whole parameters in all processes. No pass may follow."""
+        """Makes the adapters whole parameters in all processes, into which others may be loaded. No pass may follow."""
         self._parts.clear()
+        for module, hooks in self._hooks.items():
+            module._load_state_dict_post_hooks = hooks  # without FSDP2's, which wants a part of what is loaded
         for module in model.modules():
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None and parameter.requires_grad and is_divided(parameter):
@@ -303,8 +301,22 @@ def _numbered(optimizer: Any) -> Iterator[tuple[int, nn.Parameter]]:
     return enumerate(parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
-def _is_of_elements(name: str, value: Any, numel: int) -> bool:
-    """Whether a part of a parameter's state follows its elements: there is one for each, or one for each block of them."""
-    if not isinstance(value, Tensor) or not value.dim():
-        return False
-    return value.numel() == numel or (name.startswith("absmax") and value.numel() * STATE_BLOCK == numel)
+def _changed(state: Mapping[str, Any], numel: int, change: Callable[[Tensor], Any]) -> dict[str, Any]:
+    """Returns a parameter's state with those tensors changed that have a value for each element or block of elements.
+
+    Args:
+        state: The state. bitsandbytes keeps a part of it in a mapping of its own.
+        numel: The number of elements of the parameter.
+        change: Returns another tensor for one that follows the elements.
+    """
+    found: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            found[name] = _changed(value, numel, change)
+        elif (isinstance(value, Tensor) and value.dim() and value.numel() == numel) or (
+            name.startswith("absmax") and value.numel() * STATE_BLOCK == numel
+        ):
+            found[name] = change(value)
+        else:
+            found[name] = value
+    return found

@@ -80,7 +80,8 @@ def test_shards_train_as_one_process_does(case: Case, alone: tuple[Path, str]) -
     for held in map(json.loads, (case.directory / "held.jsonl").read_text().splitlines()):
         divided = [name for name, share in held.items() if share == 0.5]
         assert len([name for name in divided if ".experts." in name and "lora_" not in name]) == 8 * LAYERS
-        assert len([name for name in divided if "lora_" in name]) == 12 * LAYERS
+        # A factor of 4096 elements would have halves that an optimizer in 8 bits takes for small ones.
+        assert len([name for name in divided if "lora_" in name]) == (11 if "8bit" in optimizer else 12) * LAYERS
         assert [name for name in divided if "embed_tokens" in name]
         assert set(held.values()) == {0.5, 1.0}
     (case.directory / "held.jsonl").unlink()
