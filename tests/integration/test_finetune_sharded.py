@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from .finetuning import (
     build,
@@ -153,12 +154,17 @@ def test_checkpoints_are_those_of_one_process(
 
 def test_the_best_adapter_is_written(case: Case) -> None:
     """With a learning rate with which the loss rises again, the one that is written is not the last one."""
-    options = (*TRAINED, "--keep-best", "--learning-rate", "0.3", "--output")
-    assert_ended(together(1, *case.arguments, "2", *options, "best-1", cwd=case.directory))
-    ended = together(2, *case.arguments, "1", *options, "best-2", "--shard", cwd=case.directory)
+    options = (*TRAINED, "--keep-best", "--learning-rate", "0.3", "--shard", "--output", "best")
+    ended = together(2, *case.arguments, "1", *options, cwd=case.directory)
     assert_ended(ended)
-    assert "whose evaluation had the lowest loss" in ended[0].stderr
-    assert_alike(case.directory / "best-1", case.directory / "best-2")
+    found = evaluations(case.directory / "best")
+    best = min(found, key=lambda step: found[step])
+    assert best != max(found)
+    assert f"the adapter is that of step {best}, whose evaluation had the lowest loss" in ended[0].stderr
+    written = load_file(case.directory / "best" / "adapter_model.safetensors")
+    saved = load_file(case.directory / "best" / "checkpoints" / f"checkpoint-{best}" / "adapter_model.safetensors")
+    assert written.keys() == saved.keys()
+    assert all(torch.equal(value, saved[name]) for name, value in written.items())
 
 
 def test_what_cannot_be_divided_is_refused(case: Case) -> None:
