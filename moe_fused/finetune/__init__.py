@@ -38,7 +38,10 @@ The model and its training:
     host          a training step without the work that costs the host most
     arguments     the arguments of TRL's trainers for a run
     trainer       TRL's trainers with checkpoints that are whole or absent, which keep the best and end early
+    evaluation    the loss of evaluations, and the end of a run whose loss does not get lower
     parallel      the processes of a run on several GPUs: what they tell each other, and how all end when one does
+    several       what a trainer does otherwise when there are several processes
+    sharding      a model whose experts and adapters the processes divide among them
     trackers      where trackers of experiments write
     progress      the progress on the terminal and in log.jsonl
 

@@ -10,20 +10,16 @@ import contextlib
 import functools
 import logging
 import math
-import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import RandomSampler, Sampler
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers import PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer import SCALER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import sort_checkpoints
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
@@ -42,13 +38,14 @@ from .arguments import LOSS, trl_config
 from .batches import Answers, Documents, Sequences, is_full, lengths_of
 from .checkpoints import CHECKPOINTS, checkpoint_of
 from .endings import CannotResume, NotFinite, resuming, writing
+from .evaluation import EvaluateLast, StopEarly, TokenMean, evaluations, waited
 from .graphs import GraphedDecoder
 from .host import queued, without_walks
 from .model import apply_liger
 from .parallel import Peers
 from .progress import perplexity
-from .render import IGNORED
-from .sharding import is_divided, local
+from .several import OfSeveral, shared
+from .sharding import local
 from .stream import BadRows
 
 if TYPE_CHECKING:
@@ -221,120 +218,7 @@ class _AllocateStates(TrainerCallback):
             allocate()
 
 
-def evaluations(state: TrainerState) -> dict[int, float]:
-    """Returns the losses of all evaluations so far, by the steps after which they were made."""
-    return {int(entry["step"]): float(entry[LOSS]) for entry in state.log_history if LOSS in entry}
-
-
-def waited(state: TrainerState) -> int:
-    """Returns the number of evaluations after the one with the lowest loss."""
-    losses = list(evaluations(state).values())
-    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
-
-
-class EvaluateLast(TrainerCallback):
-    """Evaluates after the last step, too."""
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = True
-
-
-class StopEarly(TrainerCallback):
-    """Ends the training, with a checkpoint, when the loss of the evaluation has not become lower for a while.
-
-    Transformers' own callback counts in memory. This one counts in the history that checkpoints hold, so a resumed run
-    ends where an uninterrupted one does, and one with another patience counts anew.
-
-    Args:
-        patience: The number of evaluations without a lower loss.
-    """
-
-    def __init__(self, patience: int) -> None:
-        self._patience = patience
-
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if waited(state) >= self._patience:
-            control.should_training_stop = control.should_save = True
-
-
-class _TokenMean:
-    """The mean of losses over all tokens that are learned from, those of all processes together."""
-
-    def __init__(self, peers: Peers) -> None:
-        self._peers = peers
-        self._total: Tensor | None = None
-        self._count: Tensor | None = None
-
-    def add(self, loss: Tensor, labels: Tensor) -> None:
-        """Counts a batch with its mean loss. The first token of a sequence is predicted by nothing."""
-        count = (labels[..., 1:] != IGNORED).sum()
-        total = loss.detach().double() * count
-        self._total = total if self._total is None else self._total + total
-        self._count = count if self._count is None else self._count + count
-
-    def value(self) -> float | None:
-        """Returns the mean, or None without any token. All processes must call this."""
-        here = (0.0, 0.0) if self._total is None or self._count is None else (float(self._total), float(self._count))
-        total, count = self._peers.total(here)
-        return total / count if count else None
-
-
-def shared(dataset: Any, share: int) -> tuple[Any, int]:
-    """Adds sequences to the end of a data set until batches of all processes, ``share`` sequences, divide it.
-
-    They are copies of the shortest sequence from which nothing is learned, so that no loss counts them.
-
-    Returns:
-        The data set, and the number of sequences that were added.
-    """
-    missing = -len(dataset) % share
-    if not missing:
-        return dataset, 0
-    lengths = lengths_of(dataset)
-    row = dataset[lengths.index(min(lengths))]
-    row["labels"] = [IGNORED] * len(row["labels"])
-    fillers = Dataset.from_dict({name: [value] * missing for name, value in row.items()}, features=dataset.features)
-    return concatenate_datasets([dataset, fillers]), missing
-
-
-class FillersLast(Sampler[int]):
-    """The order of ``sampler`` without the sequences that ``shared`` has added, which come last.
-
-    Args:
-        sampler: A sampler of all sequences. It goes through the others only from now on.
-        fillers: The number of sequences that were added.
-    """
-
-    def __init__(self, sampler: Any, fillers: int) -> None:
-        self._sampler, self._fillers = sampler, fillers
-        self._count = len(sampler.data_source) - fillers
-        sampler.data_source = range(self._count)
-
-    def __iter__(self) -> Iterator[int]:
-        yield from self._sampler
-        yield from range(self._count, len(self))
-
-    def __len__(self) -> int:
-        return self._count + self._fillers
-
-    def set_epoch(self, epoch: int) -> None:
-        self._sampler.set_epoch(epoch)
-
-
-def _random_states(rank: int) -> str:
-    """Names the file of a checkpoint that holds the random states of a process. The first is as one that is alone."""
-    return f"rng_state_{rank}.pth" if rank else "rng_state.pth"
-
-
-# The base class is known to the type checker alone: at run time, each subclass names a trainer of TRL.
-if TYPE_CHECKING:
-    _Trainer = SFTTrainer
-else:
-    _Trainer = object
-
-
-class Finetuning(_Trainer):
+class Finetuning(OfSeveral):
     """Trains the adapters of a run. A subclass adds one of TRL's trainers.
 
     Args:
@@ -345,19 +229,14 @@ class Finetuning(_Trainer):
 
     Attributes:
         shape: The shape of the batches that run as CUDA graphs. If it is None, everything runs eagerly.
-        fillers: The number of sequences at the end of the data that only fill up the last batches of several processes.
         graphs: The decoder with its graphs during the training, else None.
-        sharding: How the model is divided among the processes, if it is.
         eval_collator: The collator of the evaluation, if it needs another one than TRL's.
     """
 
     def __init__(self, model: Any, run: ResolvedRun, peers: Peers, **kwargs: Any) -> None:
         self._resolved, self._peers = run, peers
         self.shape: tuple[int, int] | None = None
-        self.fillers = 0
         self.graphs: GraphedDecoder | None = None
-        self.sharding: Sharding | None = None
-        self._whole: dict[str, Tensor] | None = None
         self.eval_collator: Any = None
         self._staging: Path | None = None
         self._grad_norm: Tensor | float | None = None
@@ -367,14 +246,10 @@ class Finetuning(_Trainer):
         super().__init__(model=model, **kwargs)
         for parameter, value in loaded.items():
             parameter.data = value
-        if not peers.is_alone:
-            # Not in DistributedDataParallel, which does not see gradients of CUDA graphs. ``peers`` averages them.
-            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         if "8bit" in self.args.optim or "paged" in self.args.optim:
             optimizer_class, optimizer_options = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer_cls_and_kwargs = queued(optimizer_class), optimizer_options
         self.add_callback(_AllocateStates())
-        self._trained: list[nn.Parameter] = []
         self._take_adapters()
 
     def _take_adapters(self) -> None:
@@ -388,10 +263,6 @@ class Finetuning(_Trainer):
         self._trained[:] = named.values()  # in place, because other objects hold the list
         for name, parameter in named.items():
             parameter.data = parameter.data.to(run.dtype if ".modules_to_save." in name else run.adapter_dtype)
-
-    def _base_model(self) -> Any:
-        model: Any = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model()
 
     @property
     def tokens(self) -> int:
@@ -555,11 +426,6 @@ class Finetuning(_Trainer):
         """Returns 0. Nobody reads this number, and Trainer would count the model's parameters for it in each step."""
         return 0
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        if self.sharding is not None:
-            return self.sharding.clip(self._trained, self.args.max_grad_norm)
-        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
-
     # The end at a value that is not finite.
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -589,70 +455,6 @@ class Finetuning(_Trainer):
         """Raises NotFinite if a trained weight is NaN or infinite. It is called before weights are written."""
         if names := list(not_finite((name, local(value)) for name, value in self._named())):
             raise NotFinite(f"{names[0]} holds NaN or infinite values after step {self.state.global_step}")
-
-    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yields what is trained, with names."""
-        return ((name, value) for name, value in self._base_model().named_parameters() if value.requires_grad)
-
-    # Several processes.
-
-    def get_train_dataloader(self) -> Any:
-        """Returns Trainer's loader. Sequences that only fill up the last batches come last in each epoch."""
-        loader: Any = super().get_train_dataloader()
-        if not self._peers.is_alone:
-            sampler = loader.get_sampler()
-            if isinstance(sampler, RandomSampler):
-                loader.set_sampler(FillersLast(sampler, self.fillers))
-        return loader
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Averages the gradients over all processes after the last batch of a step."""
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            # FSDP2 has averaged those of parameters that are divided.
-            self._peers.average([parameter for parameter in self._trained if not is_divided(parameter)])
-        return loss
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Makes Trainer's optimizer. With ``--shard``, the model is divided now: adapters of a checkpoint are in it."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        model, sharding = self._base_model(), self.sharding
-        if sharding is not None:
-            whole: Any = self.accelerator.unwrap_model(self.model)
-            sharding.optimize(optimizer, model, lambda: sharding.apply(whole))
-            self._trained[:] = [value for _, value in self._named()]
-        return optimizer
-
-    def store_flos(self) -> None:
-        """Does nothing. Trainer would add up over all processes what ``floating_point_ops`` does not count."""
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Lets the first process write the random states of all, its own under the name of a process that is alone."""
-        if self._peers.is_alone:
-            super()._save_rng_state(output_dir)
-            return
-        states = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.random.get_rng_state()}
-        if self.args.device.type == "cuda":
-            states["cuda"] = torch.cuda.random.get_rng_state()
-        for rank, state in enumerate(self._peers.gather(states)):
-            if self._peers.is_main:
-                torch.save(state, Path(output_dir) / _random_states(rank))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Loads the state of this process; a process that was not there when it was saved keeps its own."""
-        if checkpoint is None or self._peers.is_alone:
-            super()._load_rng_state(checkpoint)
-            return
-        file = Path(checkpoint) / _random_states(self._peers.process.rank)
-        if not file.is_file():
-            return
-        with safe_globals():
-            states = torch.load(file, weights_only=True)
-        random.setstate(states["python"])
-        np.random.set_state(states["numpy"])
-        torch.random.set_rng_state(states["cpu"])
-        if "cuda" in states and self.args.device.type == "cuda":
-            torch.cuda.random.set_rng_state(states["cuda"])
 
     # Whole checkpoints.
 
@@ -699,10 +501,6 @@ class Finetuning(_Trainer):
             aside = old.rename(old.with_name(f".{old.name}.partial"))
             shutil.rmtree(aside, ignore_errors=True)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Saves the model, with the adapters that were gathered from all processes if it is divided."""
-        super()._save(output_dir, self._whole if state_dict is None else state_dict)
-
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing. Checkpoints have no card; the card is written once, with the adapter."""
 
@@ -740,10 +538,10 @@ class Finetuner(Finetuning, SFTTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._evaluated = _TokenMean(self._peers)
+        self._evaluated = TokenMean(self._peers)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._evaluated = _TokenMean(self._peers)
+        self._evaluated = TokenMean(self._peers)
         return super().evaluation_loop(*args, **kwargs)
 
     def _evaluation_loss(self, of_batches: float) -> float:

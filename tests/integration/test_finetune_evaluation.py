@@ -191,9 +191,9 @@ def test_an_evaluation_that_is_not_finite(whole: Run, tmp_path: Path) -> None:
 
 
 def _break_the_evaluation() -> None:
-    from moe_fused.finetune.trainer import _TokenMean
+    from moe_fused.finetune.evaluation import TokenMean
 
-    _TokenMean.value = lambda self: float("nan")  # type: ignore[method-assign]
+    TokenMean.value = lambda self: float("nan")  # type: ignore[method-assign]
 
 
 # What is refused, before a model is loaded.
