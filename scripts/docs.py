@@ -107,14 +107,14 @@ PAGES = (
         "These functions predict the memory of a run, as `moe-fused finetune` does. "
         "[Fine-tuning](../finetuning.md#what-fits) explains the parts.",
         """
-        moe_fused.memory.skeleton
-        moe_fused.memory.sizes_of
+        moe_fused.sizes.skeleton
+        moe_fused.sizes.sizes_of
         moe_fused.memory.predict
         moe_fused.memory.Workload
         moe_fused.memory.Prediction
-        moe_fused.memory.Sizes
-        moe_fused.memory.Stack
-        moe_fused.memory.Linear
+        moe_fused.sizes.Sizes
+        moe_fused.sizes.Stack
+        moe_fused.sizes.Linear
         """,
     ),
 )

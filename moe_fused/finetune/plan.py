@@ -31,6 +31,7 @@ PARTS = {
     "CUDA context": "what CUDA takes for itself",
     "NCCL": "what connects the GPUs of a run",
     "gradient buckets": "gradients that GPUs average together",
+    "gathered weights": "shared weights that are whole for a moment",
     "gradients": "of all that is trained",
     "activations": "what layers keep for the backward pass",
     "layer": "kept by a layer that is computed again",
