@@ -1,31 +1,37 @@
 """Predicts the GPU memory that fine-tuning a model needs, part by part, from its architecture alone.
 
-``skeleton`` makes a model of a config, without weights. ``sizes_of`` reads the sizes of a model, and ``predict``
-computes the memory from them. Nothing is fitted to a measurement except ``CONTEXT``, the memory that the driver and the
-libraries need.
+``predict`` computes the memory from the sizes that ``sizes.sizes_of`` reads of a model. Nothing is fitted to a measurement
+except ``CONTEXT``, the memory that the driver and the libraries need.
 
-A step has three moments at which it may need the most memory. The prediction is that of the largest:
+A step has some moments at which it may need the most memory. The prediction is that of the largest:
 
     loss        what every layer keeps for backward, a tile of logits, and the gradient of the hidden states
     layer       backward through one layer, whose forward runs again under checkpointing: what its operators keep, and what
                 the experts' backward makes (``moe_experts``' memory plan). At the first layer to go backward, all others
                 still keep theirs; at the last, all adapters have gradients
     optimizer   all gradients, and the optimizer's state
+    embedding   the gathered embedding of a sharded model, before the first layer
+
+N processes that share the weights (``Workload.sharded``) hold ⌈E/N⌉ experts of each stack, 1/N of the adapters with their
+gradients and optimizer state, and 1/N of the rows of an embedding that is frozen. All else is whole on each. Two layers are
+whole at once: the one that is computed, and the next one while it is gathered. The plan is that of the first process, whose
+shares are the largest.
 
 Letters as in ARCHITECTURE.md: T tokens of a batch, S = T·K rows, E experts, H hidden, I intermediate, R rank.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-import torch
-from torch import nn
+from .recurrent import Recurrent
+from .sizes import Linear, Sizes, Stack, Whole, is_named, most_beside_mixers, sizes_of, skeleton
 
-from .recurrent import Recurrent, recurrent_layers, uncounted_types
+__all__ = [
+    "BUCKET", "CONNECTIONS", "CONTEXT", "GIB", "LOSS_TILE", "LOSS_TILE_BESIDE_GRAPHS", "MIB", "Linear", "Prediction",
+    "Sizes", "Stack", "Whole", "Workload", "gathered_layer", "is_named", "loss_bytes", "predict", "sizes_of", "skeleton",
+]  # fmt: skip
 
 MIB, GIB = 2**20, 2**30
 
@@ -53,92 +59,6 @@ FLASH_ROWS, DOCUMENT_TOKENS = 128, 32
 # below SMALLEST_8BIT have a state of 32 bits, and only those from SMALLEST_PAGED on have a state in paged memory.
 BLOCK, GROUP, STATE_BLOCK = 64, 256, 256
 SMALLEST_8BIT, SMALLEST_PAGED = 4096, 100_000
-
-
-@dataclass(frozen=True)
-class Stack:
-    """A stacked weight of a layer's experts.
-
-    Attributes:
-        experts, out_features, in_features: its shape.
-        projections: the number of matrices of one expert in it, 2 for gate and up.
-        packable: whether it can be held in 4 bits.
-        transposed: whether its out features are contiguous, as those of gpt-oss.
-    """
-
-    experts: int
-    out_features: int
-    in_features: int
-    projections: int
-    packable: bool
-    transposed: bool = False
-
-    @property
-    def numel(self) -> int:
-        return self.experts * self.out_features * self.in_features
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear layer: its name in the model, and its shape."""
-
-    name: str
-    out_features: int
-    in_features: int
-
-    @property
-    def numel(self) -> int:
-        return self.out_features * self.in_features
-
-
-@dataclass(frozen=True)
-class Whole:
-    """A tensor of the model that is trained in full, in a copy of its own.
-
-    Attributes:
-        numel: its number of elements.
-        embeds, scores: whether it belongs to the embedding, or to the head.
-    """
-
-    numel: int
-    embeds: bool = False
-    scores: bool = False
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of a model.
-
-    Attributes:
-        stacks: all stacked weights of experts, up and down projections.
-        linears: all linear layers except the head.
-        others: the number of elements of all other parameters, including the embeddings and the head.
-        layers, hidden, heads: the number of decoder layers, the hidden size, and the number of attention heads.
-        queries, keys: the number of features of the queries and of the keys, of all heads.
-        norms_queries: whether queries and keys are normalized.
-        experts, top_k: the number of experts of a layer and of experts for each token; 0 for a model without experts.
-        vocabulary: the number of rows of the head.
-        mlp: the number of output features of the linear layers in a decoder layer outside attention, recurrent mixers and
-            experts, the largest of all layers.
-        recurrent: the recurrent layers. All other layers count as attention.
-        uncounted: the types of other layers that may have a state. The plan does not count what they keep for it.
-    """
-
-    stacks: tuple[Stack, ...]
-    linears: tuple[Linear, ...]
-    others: int
-    layers: int
-    hidden: int
-    heads: int
-    queries: int
-    keys: int
-    norms_queries: bool
-    experts: int
-    top_k: int
-    vocabulary: int
-    mlp: int
-    recurrent: tuple[Recurrent, ...] = ()
-    uncounted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,6 +93,8 @@ class Workload:
         graphs: whether the decoder's passes are CUDA graphs, which keep the memory that they need at their worst moment.
         reference: whether the model without its adapters computes each batch as well, without gradients.
         processes: the number of processes that share a step, each with its GPU.
+        sharded: whether these processes share the experts, the adapters and a frozen embedding, too, and gather them layer
+            by layer. It changes nothing for a single process.
         packages: the packages that compute recurrent layers, of those in ``recurrent.FUNCTIONS``. Without its package, a
             layer runs in plain torch.
     """
@@ -205,6 +127,12 @@ class Workload:
     reference: bool = False
     packages: frozenset[str] = frozenset()
     processes: int = 1
+    sharded: bool = False
+
+    @property
+    def shards(self) -> int:
+        """The number of processes among which weights are divided, 1 if each process holds all of them."""
+        return self.processes if self.sharded else 1
 
     @property
     def mask_itemsize(self) -> int:
@@ -228,7 +156,7 @@ class Prediction:
 
     Attributes:
         parts: the bytes of each part. Parts that are not needed at that moment are left out.
-        moment: "loss", "layer" or "optimizer".
+        moment: "loss", "layer", "optimizer", "embedding" or "reference".
         trainable: the number of parameters that are trained.
         outside: the names of the parts that torch's allocator does not count.
     """
@@ -248,147 +176,56 @@ class Prediction:
         return sum(size for part, size in self.parts.items() if part not in self.outside)
 
 
-def skeleton(config: Any, attention: str | None = None) -> Any:
-    """Makes the causal language model that a config of Transformers describes, on meta, without memory for its weights.
-
-    Args:
-        attention: Transformers' name for an attention implementation. None lets Transformers choose.
-
-    Raises:
-        ValueError, ImportError: there is no such model, or it does not support that attention.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
-
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
-        raise ValueError(f"Transformers has no causal language model of type {config.model_type}")
-    chosen = copy.deepcopy(config)  # because Transformers writes the attention that it chooses into the config
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            chosen, **({} if attention is None else {"attn_implementation": attention})
-        )
-
-
-def is_named(path: str, names: Iterable[str]) -> bool:
-    """Whether one of ``names`` is ``path`` or the last parts of it, which is how PEFT matches the names of modules."""
-    return any(path == name or path.endswith(f".{name}") for name in names)
-
-
-def sizes_of(model: Any) -> Sizes:
-    """Reads the sizes of a causal language model of Transformers with dense weights, on any device, including meta.
-
-    Raises:
-        ValueError: the config lacks the sizes of a decoder.
-    """
-    text = model.config.get_text_config()
-    hidden, heads = _setting(text, "hidden_size"), _setting(text, "num_attention_heads")
-    if not hidden or not heads:
-        raise ValueError(
-            f"no memory plan for {type(model).__name__}: its config lacks hidden_size or num_attention_heads"
-        )
-    queries, keys = _attention_features(text)
-    experts = 0
-    stacks: list[Stack] = []
-    inside = set()
-    for module in model.modules():
-        if hasattr(type(module), "_apply_gate"):
-            found = list(_stacks(module))
-            experts, stacks = found[0].experts, [*stacks, *found]
-            inside |= {id(getattr(module, name)) for name in _projections(module)}
-    head = model.get_output_embeddings()
-    linears = tuple(
-        Linear(name, module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    )
-    weights = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear) and module is not head}
-    others = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside | weights)
-    recurrent = recurrent_layers(model)
-    return Sizes(
-        stacks=tuple(stacks),
-        linears=linears,
-        others=others,
-        layers=text.num_hidden_layers,
-        hidden=hidden,
-        heads=heads,
-        queries=queries,
-        keys=keys,
-        norms_queries=any(name.endswith("q_norm") for name, _ in model.named_modules()),
-        experts=experts,
-        top_k=(_setting(text, "num_experts_per_tok") or _setting(text, "top_k_experts")) if experts else 0,
-        vocabulary=text.vocab_size,
-        mlp=_most_beside_mixers(linears, recurrent, lambda linear: linear.out_features),
-        recurrent=recurrent,
-        uncounted=uncounted_types(text, recurrent),
-    )
-
-
-def _setting(text: Any, name: str) -> int:
-    """Returns a number in the config of a decoder: the largest if layers differ, and 0 if there is none."""
-    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
-    values = [getattr(layer, name, None) or 0 for layer in layers]
-    return max(int(max(value) if isinstance(value, (list, tuple)) else value) for value in values)
-
-
-def _attention_features(text: Any) -> tuple[int, int]:
-    """Returns the number of features of the queries of all heads, and of the keys."""
-    heads = _setting(text, "num_attention_heads")
-    if latent := _setting(text, "qk_nope_head_dim"):  # multi-head latent attention has keys for each head
-        features = heads * (latent + _setting(text, "qk_rope_head_dim"))
-        return features, features
-    head_dim = _setting(text, "head_dim") or text.hidden_size // heads
-    return heads * head_dim, (_setting(text, "num_key_value_heads") or heads) * head_dim
-
-
-def _projections(module: nn.Module) -> tuple[str, ...]:
-    from .integrations.transformers.experts_module import projections_of
-
-    return projections_of(module)
-
-
-def _stacks(module: nn.Module) -> Iterator[Stack]:
-    from .integrations.quantizer.packed_experts import BLOCKSIZE, packing_refusal
-
-    packable = packing_refusal(module, BLOCKSIZE) is None
-    for name in _projections(module):
-        experts, rows, columns = getattr(module, name).shape
-        transposed = bool(getattr(module, "is_transposed", False))
-        if transposed:
-            rows, columns = columns, rows
-        yield Stack(experts, rows, columns, 2 if name == "gate_up_proj" else 1, packable, transposed)
-
-
-def _most_beside_mixers(
-    linears: Iterable[Linear], recurrent: Iterable[Recurrent], count: Callable[[Linear], int]
-) -> int:
-    """Counts something of the linear layers beside attention, recurrent mixers and experts, in the layer with the most."""
-    layers: dict[str, int] = {}
-    for linear in linears:
-        layer, _, rest = linear.name.partition(".layers.")[2].partition(".")
-        if "attn" not in rest and "attention" not in rest and not any(kind.has(linear.name) for kind in recurrent):
-            layers[layer] = layers.get(layer, 0) + count(linear)
-    return max(layers.values(), default=0)
-
-
 def predict(sizes: Sizes, work: Workload) -> Prediction:
-    """Predicts the largest memory that a step needs."""
+    """Predicts the largest memory that a step needs.
+
+    Raises:
+        ValueError: the workload is sharded and has CUDA graphs.
+    """
+    if work.graphs and work.shards > 1:
+        raise ValueError("there is no memory plan for CUDA graphs of a sharded model")
     adapters = list(_adapters(sizes, work))
-    tensors = [_Trained(numel, work.adapter_itemsize) for numel in adapters]
+    tensors = [_Trained(_share(numel, work), work.adapter_itemsize) for numel in adapters]
     tensors += [_Trained(whole.numel, work.whole_itemsize, whole.embeds) for whole in work.whole]
+    moments = _moments(sizes, work, tensors, sum(adapters) * work.adapter_itemsize)
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    parts = {name: size for name, size in (_resident(sizes, work, tensors) | moments[moment]).items() if size}
+    outside = {"optimizer state, paged", "CUDA context", *(["NCCL"] if "NCCL" in parts else [])}
+    trainable = sum(adapters) + sum(whole.numel for whole in work.whole)
+    return Prediction(parts, moment, trainable, frozenset(outside))
+
+
+def _resident(sizes: Sizes, work: Workload, tensors: list[_Trained]) -> dict[str, int]:
+    """Returns the parts that a process holds all the time. ``tensors`` are its shares of all that is trained."""
     states = [_state_bytes(tensor, work) for tensor in tensors]
-    gradients = sum(tensor.nbytes for tensor in tensors)
     paged = sum(size for tensor, size in zip(tensors, states, strict=True) if _is_paged(tensor.numel, work))
-    resident = {
-        "experts": sum(_stack_bytes(stack, work) for stack in sizes.stacks),
-        "other weights": sum(_linear_bytes(linear, work) for linear in sizes.linears) + sizes.others * work.itemsize,
-        "adapters": sum(adapters) * work.adapter_itemsize,
-        "modules trained in full": sum(whole.numel for whole in work.whole) * work.whole_itemsize,
+    whole = sum(whole.numel for whole in work.whole) * work.whole_itemsize
+    trained = sum(tensor.nbytes for tensor in tensors)
+    others = sizes.others - _sharded_embedding(sizes, work) + _share_of_rows(sizes, work)
+    # The gradients of shards are averaged while they are scattered.
+    averaged = trained if work.shards == 1 else whole
+    return {
+        "experts": sum(_stack_bytes(_local(stack, work), work) for stack in sizes.stacks),
+        "other weights": sum(_linear_bytes(linear, work) for linear in sizes.linears) + others * work.itemsize,
+        "adapters": trained - whole,
+        "modules trained in full": whole,
         "optimizer state": sum(states) - paged,
         "optimizer state, paged": paged,
         "cuBLAS": CUBLAS_WORKSPACE * (3 if work.graphs else 2) if work.gpu else 0,
         "CUDA context": CONTEXT if work.gpu else 0,
         "NCCL": CONNECTIONS if work.gpu and work.processes > 1 else 0,
-        "gradient buckets": min(BUCKET, gradients) if work.processes > 1 else 0,
+        "gradient buckets": min(BUCKET, averaged) if work.processes > 1 else 0,
     }
+
+
+def _moments(sizes: Sizes, work: Workload, tensors: list[_Trained], adapters: int) -> dict[str, dict[str, int]]:
+    """Returns the parts that exist only at a moment, by the name of the moment.
+
+    Args:
+        tensors: the process's shares of all that is trained.
+        adapters: the bytes of all adapters, those of other processes included.
+    """
+    gradients = sum(tensor.nbytes for tensor in tensors)
     # The gradient of the head comes first, and that of the embedding last.
     head = sum(whole.numel for whole in work.whole if whole.scores) * work.whole_itemsize
     layers = list(_layers(sizes, work))
@@ -396,24 +233,31 @@ def predict(sizes: Sizes, work: Workload) -> Prediction:
     # All gradients of a layer exist before they are added to those of earlier batches.
     accumulated = gradients if work.accumulation > 1 else 0
     early = (0 if work.graphs else accumulated) + head
-    one_layer = sum(adapters) * work.adapter_itemsize // sizes.layers
+    one_layer = adapters // sizes.layers
+    gathered = {"gathered weights": 2 * gathered_layer(sizes, work)}
     moments = {
         "loss": {"gradients": early, "activations": kept, "loss": loss_bytes(sizes, work)},
         # During backward, layers free what they kept and adapters get gradients.
         "optimizer": {"gradients": gradients, "optimizer step": _optimizer_step(gradients, work)},
+        "embedding": {"gradients": accumulated, "gathered weights": _gathered_embedding(sizes, work)},
     }
+    late = max(gradients, early + one_layer)
+    if work.shards > 1:
+        # The gradient of a layer is whole until it is scattered, and the buffer for that is as large.
+        late = max(gradients, early) + 2 * one_layer
+        one_layer *= 2
     backwards = []
     for each in layers:
         first = {"gradients": early + one_layer, "activations": kept, **each.backward}
-        last = {"gradients": max(gradients, early + one_layer), "activations": each.kept + _mask_bytes(work)}
-        backwards += [first, last | each.backward]
+        last = {"gradients": late, "activations": each.kept + _mask_bytes(work), **each.backward}
+        backwards += [first | gathered, last | gathered]
     moments["layer"] = max(backwards, key=lambda parts: sum(parts.values()))
     # A pass without gradients takes less than the backward of a layer does.
     largest = max(sum(each.backward.values()) for each in layers)
     reference = 2 * work.tokens * sizes.hidden * work.itemsize + largest if work.reference else 0
     if work.reference:
         # It comes between the forward and the backward pass of the batch.
-        moments["reference"] = moments["loss"] | {"reference pass": reference}
+        moments["reference"] = moments["loss"] | {"reference pass": reference} | gathered
     if work.graphs:
         # Graphs keep the memory of their worst moment, their inputs and outputs, and the gradients that are so small that
         # torch's allocator keeps them apart. The accumulated gradients and the loss come on top.
@@ -423,11 +267,49 @@ def predict(sizes: Sizes, work: Workload) -> Prediction:
         held["activations"] += 2 * work.tokens * sizes.hidden * work.itemsize
         # The graph of the reference keeps memory of its own.
         moments = {"layer": held | {"loss": loss_bytes(sizes, work), "reference pass": reference}}
-    moment = max(moments, key=lambda name: sum(moments[name].values()))
-    parts = {name: size for name, size in (resident | moments[moment]).items() if size}
-    trainable = sum(tensor.numel for tensor in tensors)
-    outside = {"optimizer state, paged", "CUDA context", *(["NCCL"] if "NCCL" in parts else [])}
-    return Prediction(parts, moment, trainable, frozenset(outside))
+    return moments
+
+
+def _share(numel: int, work: Workload) -> int:
+    """Returns the largest number of elements that a process has of a tensor that is divided evenly."""
+    return -(-numel // work.shards)
+
+
+def _local(stack: Stack, work: Workload) -> Stack:
+    """Returns the first process's part of a stack, (⌈E/N⌉, out, in): no other process has more experts."""
+    return replace(stack, experts=_share(stack.experts, work))
+
+
+def _sharded_embedding(sizes: Sizes, work: Workload) -> int:
+    """Returns the number of elements of the embedding if processes share it, else 0: one that is trained stays whole."""
+    return 0 if work.shards == 1 or any(whole.embeds for whole in work.whole) else sizes.embedding
+
+
+def _share_of_rows(sizes: Sizes, work: Workload) -> int:
+    """Returns the number of elements of ⌈V/N⌉ rows of an embedding (V, H) that processes share."""
+    return _share(sizes.vocabulary, work) * (_sharded_embedding(sizes, work) // sizes.vocabulary)
+
+
+def gathered_layer(sizes: Sizes, work: Workload) -> int:
+    """Returns the bytes of the largest decoder layer's sharded weights while they are whole; 0 if nothing is sharded.
+
+    These are its experts, N·⌈E/N⌉ of them because shares are padded to the largest, and its adapters, of which each layer
+    with experts is taken to have as many.
+    """
+    if work.shards == 1:
+        return 0
+    stacks = [work.shards * _stack_bytes(_local(stack, work), work) for stack in sizes.stacks]
+    adapters = sum(_adapters(sizes, work)) * work.adapter_itemsize // (len(stacks) // 2 or sizes.layers)
+    return max(map(sum, zip(stacks[::2], stacks[1::2], strict=True)), default=0) + adapters
+
+
+def _gathered_embedding(sizes: Sizes, work: Workload) -> int:
+    """Returns the bytes that exist while the embedding is gathered.
+
+    That is the buffer in which its rows arrive, and the embedding that is made of them or, later, the first layer.
+    """
+    embedding = _share_of_rows(sizes, work) * work.shards * work.itemsize
+    return embedding and embedding + max(embedding, gathered_layer(sizes, work))
 
 
 def _stack_bytes(stack: Stack, work: Workload) -> int:
@@ -610,7 +492,7 @@ def _adapted_beside_attention(sizes: Sizes, work: Workload) -> int:
     def features(linear: Linear) -> int:
         return linear.in_features if work.factors is not None or _linear_rank(linear, work) else 0
 
-    return _most_beside_mixers(sizes.linears, sizes.recurrent, features)
+    return most_beside_mixers(sizes.linears, sizes.recurrent, features)
 
 
 def _attention_made(sizes: Sizes, work: Workload) -> int:

@@ -3,7 +3,8 @@
 - ``docs/api/`` has the public functions and classes from their docstrings, which griffe reads without importing them, and
   the options of the commands.
 - The table of the memory plan stands between two comments in ``docs/finetuning.md``, as ``moe-fused finetune`` predicts
-  it. Tables for other models stand in ``docs/models.md`` (see ``scripts/models_tables.py``).
+  it. Tables for other models stand in ``docs/models.md`` (see ``scripts/models_tables.py``), and those for several GPUs in
+  ``docs/several-gpus.md`` (see ``scripts/gpus_tables.py``).
 
 ``scripts/figures.py`` draws the figures.
 """
@@ -107,14 +108,14 @@ PAGES = (
         "These functions predict the memory of a run, as `moe-fused finetune` does. "
         "[Fine-tuning](../finetuning.md#what-fits) explains the parts.",
         """
-        moe_fused.memory.skeleton
-        moe_fused.memory.sizes_of
+        moe_fused.sizes.skeleton
+        moe_fused.sizes.sizes_of
         moe_fused.memory.predict
         moe_fused.memory.Workload
         moe_fused.memory.Prediction
-        moe_fused.memory.Sizes
-        moe_fused.memory.Stack
-        moe_fused.memory.Linear
+        moe_fused.sizes.Sizes
+        moe_fused.sizes.Stack
+        moe_fused.sizes.Linear
         """,
     ),
 )
@@ -459,7 +460,7 @@ def with_table(path: Path, name: str, table: str, text: str | None = None) -> st
 
 
 def generated() -> dict[Path, str]:
-    """The text of every file that this script writes but ``docs/models.md``, by its path."""
+    """The text of the files that this script writes, by path, but those of ``generated_models`` and ``generated_gpus``."""
     finetuning = DOCS / "finetuning.md"
     return reference() | {finetuning: with_table(finetuning, "plan", plan_table())}
 
@@ -468,9 +469,19 @@ def generated_models() -> dict[Path, str]:
     """The text of ``docs/models.md``, by its path. It takes longer than the others, for many models are planned."""
     from scripts.models_tables import tables
 
-    path = DOCS / "models.md"
+    return _with_tables(DOCS / "models.md", tables())
+
+
+def generated_gpus() -> dict[Path, str]:
+    """The text of ``docs/several-gpus.md``, by its path."""
+    from scripts.gpus_tables import tables
+
+    return _with_tables(DOCS / "several-gpus.md", tables())
+
+
+def _with_tables(path: Path, tables: dict[str, str]) -> dict[Path, str]:
     text = path.read_text(encoding="utf-8")
-    for name, table in tables().items():
+    for name, table in tables.items():
         text = with_table(path, name, table, text)
     return {path: text}
 
@@ -484,7 +495,7 @@ def outdated(pages: dict[Path, str]) -> list[str]:
 
 def main() -> None:
     argparse.ArgumentParser(description="Renew the parts of the documentation that come from the code.").parse_args()
-    pages = generated() | generated_models()
+    pages = generated() | generated_models() | generated_gpus()
     old = outdated(pages)
     for path, text in pages.items():
         path.parent.mkdir(parents=True, exist_ok=True)

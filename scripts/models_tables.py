@@ -90,7 +90,7 @@ def memory_table(models: Sequence[Published]) -> str:
         yield f"{model.parameters} ({model.active})"
         yield from _peaks(plans(model))
 
-    return _table(["model", "billions of parameters (active)", *map(str, LENGTHS)], map(cells, models))
+    return table(["model", "billions of parameters (active)", *map(str, LENGTHS)], map(cells, models))
 
 
 def recurrent_table(models: Sequence[Published]) -> str:
@@ -115,12 +115,12 @@ def recurrent_table(models: Sequence[Published]) -> str:
         "kept by one, with the package",
         *map(str, LENGTHS),
     ]
-    return _table(head, map(cells, filter(_recurrent, models)))
+    return table(head, map(cells, filter(_recurrent, models)))
 
 
 def cards_table(models: Sequence[Published]) -> str:
     """The longest sequences that fit cards of some sizes."""
-    return _table(
+    return table(
         ["model", *(f"{card} GB" for card in CARDS)],
         ([_marked(model), *(str(longest_on(model, card) or NONE) for card in CARDS)] for model in models),
     )
@@ -148,7 +148,7 @@ def runs_table(models: Sequence[Published]) -> str:
         yield f"`moe-fused finetune --model {name} --dataset chats.jsonl --output my-adapter`" + "⁸" * model.is_mxfp4
         yield _run(model, rows)
 
-    return _table(["model", "command", "what was run"], map(cells, models))
+    return table(["model", "command", "what was run"], map(cells, models))
 
 
 def _rows() -> list[tuple[Path, Row]]:
@@ -173,7 +173,8 @@ def _run(model: Published, rows: list[tuple[Path, Row]]) -> str:
     return "; ".join([*runs, "a tiny model in the tests"])
 
 
-def _table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown."""
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join(lines) + "\n"

@@ -1,12 +1,13 @@
 """Predicts the memory of a run before anything is loaded, and refuses a run that cannot fit.
 
 ``plan_run`` predicts the memory of one record of ``resolve.candidates`` after another, and takes the first that fits.
+``suggest_gpus`` says on how many GPUs a run that does not fit would.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from moe_fused.memory import CONNECTIONS, CONTEXT, GIB, MIB, Prediction, Sizes, 
 
 from . import attention
 from .options import flag
-from .resolve import LENGTHS, ModelSetup, ResolvedRun, candidates, with_options
+from .precheck import check_shared
+from .resolve import LENGTHS, ModelSetup, ResolvedRun, candidates, shard_refusal, with_options
 
 # What the parts of a prediction are, in a few words; docs/finetuning.md says more.
 PARTS = {
@@ -31,6 +33,7 @@ PARTS = {
     "CUDA context": "what CUDA takes for itself",
     "NCCL": "what connects the GPUs of a run",
     "gradient buckets": "gradients that GPUs average together",
+    "gathered weights": "shared weights that are whole for a moment",
     "gradients": "of all that is trained",
     "activations": "what layers keep for the backward pass",
     "layer": "kept by a layer that is computed again",
@@ -44,6 +47,8 @@ PARTS = {
 }
 # Room for gaps between the allocator's blocks, which it cannot use.
 SLACK = 256 * MIB
+# The numbers of GPUs on which a run is tried that does not fit.
+GPUS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -140,10 +145,21 @@ def plans_of(
 
 
 def _plan(run: ResolvedRun, sizes: Sizes, limit: int | None) -> MemoryPlan:
+    work = workload_of(run)
+    notes = list(_notes(sizes, work))
+    if work.sharded and limit is not None:
+        whole = MemoryPlan(run, predict(sizes, replace(work, sharded=False)), limit)
+        if whole.fits:
+            notes.append(f"note: without --shard the run needs {_gib(whole.needed)}, which fits, too, and is faster")
+    return MemoryPlan(run, predict(sizes, work), limit, tuple(notes))
+
+
+def workload_of(run: ResolvedRun) -> Workload:
+    """Returns how a run trains its model, as far as memory depends on it."""
     options, batching = run.options, run.batching
     # Documents side by side go through the model as one sequence with all tokens of the batch.
     batch, joined = (1, batching.batch_size) if batching.has_documents else (batching.sequences, 1)
-    work = Workload(
+    return Workload(
         batch=batch,
         length=joined * batching.length,
         accumulation=batching.accumulation,
@@ -172,8 +188,8 @@ def _plan(run: ResolvedRun, sizes: Sizes, limit: int | None) -> MemoryPlan:
         reference=options.has_preferences,
         packages=run.packages,
         processes=batching.processes,
+        sharded=options.shard,
     )
-    return MemoryPlan(run, predict(sizes, work), limit, tuple(_notes(sizes, work)))
 
 
 def _notes(sizes: Sizes, work: Workload) -> Iterator[str]:
@@ -234,20 +250,58 @@ def _changes(run: ResolvedRun) -> Iterator[dict[str, Any]]:
         yield {"expert_rank": rank}
 
 
+def suggest_gpus(run: ResolvedRun, sizes: Sizes, limit: int | None) -> str | None:
+    """Says with how many GPUs like this one a run would fit, replicated on each or sharded, and what it would need there.
+
+    Args:
+        run: The run, which does not fit.
+        sizes: The sizes of its model.
+        limit: The bytes that it may use of each GPU, or None on a device without a limit.
+
+    Returns:
+        The words for the fewest of ``GPUS`` that are enough, replicated if that is enough; None if not even the most of
+        them are, or if several processes cannot share the run.
+    """
+    if limit is None or run.device.type != "cuda":
+        return None
+    try:
+        check_shared(run.options)
+    except ValueError:
+        return None
+    tried = run.batching.processes, workload_of(run).sharded
+    for gpus in GPUS:
+        process = replace(run.process, rank=0, local_rank=0, world_size=gpus, local_world_size=gpus)
+        # Each GPU takes fewer of a step's batches, so that it may not have to accumulate gradients.
+        shared = with_options(replace(run, process=process))
+        for sharded in (False, True):
+            if (gpus, sharded) <= tried or (sharded and shard_refusal(run, gpus) is not None):
+                continue
+            work = replace(workload_of(shared), sharded=sharded, graphs=run.graphs and not sharded)
+            needed = predict(sizes, work).total + SLACK
+            if needed <= limit:
+                return f"with --gpus {gpus}{' --shard' if sharded else ''} it would need {_gib(needed)} on each GPU"
+    return None
+
+
 def _advice(plan: MemoryPlan, sizes: Sizes) -> str:
-    """Makes the text of the error for a run that does not fit: its memory, and a single option that makes it fit."""
+    """Makes the text of the error for a run that does not fit: its memory, and what makes it fit.
+
+    That is a single option, and more GPUs.
+    """
     limit = plan.limit or 0
     allowed = f"{_gib(limit)} {'are free' if plan.run.options.memory_limit is None else 'is the --memory-limit'}"
     begin = f"the run needs {_gib(plan.needed)} of GPU memory, but {allowed}"
+    suggested = suggest_gpus(plan.run, sizes, plan.limit)
+    end = "" if suggested is None else f"; {suggested}"
     for change in _changes(plan.run):
         other = _plan(with_options(plan.run, **change), sizes, plan.limit)
         if other.fits:
             ((name, value),) = change.items()
             switches = {True: flag(name), False: flag(name).replace("--", "--no-", 1)}
             words = switches[value] if isinstance(value, bool) else f"{flag(name)} {value}"
-            return f"{begin}; with {words} it would need {_gib(other.needed)}"
+            return f"{begin}; with {words} it would need {_gib(other.needed)}{end}"
     largest = max(plan.prediction.parts.items(), key=lambda part: part[1])
-    return f"{begin}; no single option makes it fit; the largest part is {largest[0]} with {_gib(largest[1])}"
+    return f"{begin}; no single option makes it fit; the largest part is {largest[0]} with {_gib(largest[1])}{end}"
 
 
 def _gib(size: int) -> str:

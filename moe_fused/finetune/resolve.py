@@ -336,23 +336,23 @@ def _set_up(
     if start is not None and options.export != "none" and not setup.ranks.expert:
         raise ValueError(f"--export {options.export} is a layout of adapters on experts, but {start.name} has none")
     lora_config(setup, model)  # raises if the model lacks a layer that is to be adapted
-    if options.shard:
-        _check_shard(setup)
+    if options.shard and (reason := shard_refusal(setup, process.world_size)) is not None:
+        raise ValueError(f"--shard: {reason}")
     return setup
 
 
-def _check_shard(setup: ModelSetup) -> None:
-    """Raises ValueError if a model cannot be divided among the processes."""
+def shard_refusal(setup: ModelSetup, processes: int) -> str | None:
+    """Why a model cannot be divided among so many processes, or None if it can."""
     experts = [int(module.num_experts) for module in setup.skeleton.modules() if hasattr(type(module), "_apply_gate")]
     if not experts:
-        raise ValueError(f"--shard divides experts, and {type(setup.skeleton).__name__} has none")
+        return f"{type(setup.skeleton).__name__} has no experts to divide"
     if not setup.is_4bit:
-        raise ValueError("--shard needs experts in 4 bits: use --quantization nf4")
+        return "experts must be in 4 bits, use --quantization nf4"
     if setup.dtype is torch.float16:
-        raise ValueError("--shard is not possible with --dtype float16, whose gradients need scaling: use bfloat16")
-    processes = setup.process.world_size
+        return "the gradients of --dtype float16 need scaling, use bfloat16"
     if -(-min(experts) // processes) * (processes - 1) >= min(experts):
-        raise ValueError(f"--shard: {min(experts)} experts to a layer cannot be divided among {processes} GPUs")
+        return f"{min(experts)} experts to a layer cannot be divided among {processes} GPUs"
+    return None
 
 
 _LAYOUTS = ("per-expert", "original")

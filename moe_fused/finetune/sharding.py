@@ -96,6 +96,8 @@ class Sharding:
         fully_shard(decoder, mesh=mesh, ignored_params={each for each in decoder.parameters() if not is_divided(each)})
         for layer, following in itertools.pairwise(units):
             layer.set_modules_to_forward_prefetch([following])
+        # By itself, the backward of the first layer would gather the embedding, which has none. The layer is there already.
+        units[0].set_modules_to_backward_prefetch(units[:1])
         for stack in self._stacks:
             _fill(stack, mesh, dtype)
         self._stacks = []

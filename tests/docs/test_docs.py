@@ -276,6 +276,15 @@ def test_tables_of_models_are_current() -> None:
         assert path.read_text(encoding="utf-8") == text, "run make docs"
 
 
+def test_tables_of_several_gpus_are_current() -> None:
+    for package in ("peft", "trl", "liger_kernel", "typer"):
+        pytest.importorskip(package)
+    from scripts.docs import generated_gpus
+
+    for path, text in generated_gpus().items():
+        assert path.read_text(encoding="utf-8") == text, "run make docs"
+
+
 def test_rows_of_a_model_are_current() -> None:
     """As above for one model, and for what does not depend on predictions."""
     for package in ("peft", "liger_kernel", "typer"):

@@ -173,8 +173,8 @@ def test_what_cannot_be_divided_is_refused(case: Case) -> None:
     assert ended.status, ended
     assert ended.stderr.endswith("add --gpus with their number\n"), ended
     for options, words in (
-        (("--quantization", "none"), "--shard needs experts in 4 bits"),
-        (("--dtype", "float16"), "--shard is not possible with --dtype float16"),
+        (("--quantization", "none"), "--shard: experts must be in 4 bits, use --quantization nf4"),
+        (("--dtype", "float16"), "--shard: the gradients of --dtype float16 need scaling, use bfloat16"),
     ):
         assert_refused(together(2, *arguments, *options, cwd=case.directory), words)
     ended = together(4, *arguments, cwd=case.directory)

@@ -329,10 +329,7 @@ def test_every_part_has_words() -> None:
     tree = ast.parse(Path(memory.__file__).read_text(encoding="utf-8"))
     keys = [key for node in ast.walk(tree) if isinstance(node, ast.Dict) for key in node.keys]
     named = {key.value for key in keys if isinstance(key, ast.Constant)}
-    assert named - {"loss", "layer", "optimizer", "reference", "attn_implementation"} == PARTS.keys() - {
-        "loss",
-        "layer",
-    }
+    assert named - {"loss", "layer", "optimizer", "embedding", "reference"} == PARTS.keys() - {"loss", "layer"}
 
 
 def test_graphs_keep_what_others_would_use_again(qwen3_30b: Sizes) -> None:
@@ -364,3 +361,105 @@ def test_documents_take_attention_more(qwen3_30b: Sizes) -> None:
     )
     blocks = 4096 // 32 * 128 * 4 * qwen3_30b.queries
     assert packed - whole == blocks + 4096 * 2 * (qwen3_30b.queries - qwen3_30b.keys) * work.itemsize
+
+
+# --- of processes that share the weights
+
+
+def sharded(work: Workload, processes: int) -> Workload:
+    return replace(work, processes=processes, sharded=True)
+
+
+def test_a_process_that_is_alone_shares_nothing(qwen3_30b: Sizes) -> None:
+    for work in (Workload(), Workload(graphs=True), Workload(accumulation=4), Workload(checkpointing=False)):
+        assert predict(qwen3_30b, sharded(work, 1)) == predict(qwen3_30b, work)
+    # Replicated on several GPUs, weights are as large as on one.
+    one, two = predict(qwen3_30b, Workload()), predict(qwen3_30b, Workload(processes=2))
+    assert {part: size for part, size in two.parts.items() if part not in ("NCCL", "gradient buckets")} == one.parts
+
+
+@pytest.mark.parametrize("processes", [2, 4, 8])
+def test_shares_of_weights_and_training(processes: int, qwen3_30b: Sizes) -> None:
+    """Experts, adapters and optimizer state are 1/N, and linear layers, norms, routers and the head as large as before."""
+    work = Workload(processes=processes)
+    whole, shared = predict(qwen3_30b, work), predict(qwen3_30b, sharded(work, processes))
+    for part in ("experts", "adapters"):
+        assert shared.parts[part] * processes == whole.parts[part]
+    states = [
+        sum(size for part, size in each.parts.items() if part.startswith("optimizer state")) for each in (whole, shared)
+    ]
+    # Shares are rounded up to whole blocks of the state.
+    assert states[0] <= states[1] * processes <= 1.01 * states[0]
+    embedding = 151936 * 2048 * 2
+    assert whole.parts["other weights"] - shared.parts["other weights"] == embedding - embedding // processes
+    assert shared.trainable == whole.trainable
+    assert "gradient buckets" not in shared.parts
+
+
+def test_two_layers_are_whole_at_once(qwen3_30b: Sizes) -> None:
+    work = sharded(Workload(), 4)
+    whole, shared = predict(qwen3_30b, replace(work, sharded=False)), predict(qwen3_30b, work)
+    layer = (whole.parts["experts"] + whole.parts["adapters"]) // 48
+    assert shared.moment == "layer"
+    assert shared.parts["gathered weights"] == 2 * memory.gathered_layer(qwen3_30b, work) == pytest.approx(2 * layer)
+    # The gradient of a layer is whole, beside the buffer from which it is scattered to the gradients of earlier batches.
+    one = whole.parts["adapters"] // 48
+    assert shared.parts["gradients"] == 2 * one
+    more = predict(qwen3_30b, replace(work, accumulation=2))
+    assert more.parts["gradients"] == shared.parts["adapters"] + 2 * one
+
+
+def test_more_processes_need_less_each_but_the_gathered_layers(qwen3_30b: Sizes) -> None:
+    totals = [predict(qwen3_30b, sharded(Workload(), processes)) for processes in (2, 4, 8, 16)]
+    assert sorted((each.total for each in totals), reverse=True) == [each.total for each in totals]
+    assert len({each.parts["gathered weights"] for each in totals}) == 1
+    # Three quarters are gone between 2 and 8, whose shares are a half and an eighth.
+    assert totals[2].parts["experts"] * 4 == totals[0].parts["experts"]
+
+
+def test_an_uneven_number_of_experts_counts_the_largest_share() -> None:
+    """Of 60 experts on 8 processes, seven have 8 and the last one 4. A gathered layer is padded to 64."""
+    config = Qwen3MoeConfig(
+        **SHAPES, num_experts=60, num_experts_per_tok=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32
+    )
+    sizes = sizes_of(skeleton(config))
+    work = replace(WORK, processes=8)
+    of_one = predict(sizes, replace(work, processes=1)).parts["experts"] // 60
+    assert predict(sizes, sharded(work, 8)).parts["experts"] == 8 * of_one
+    assert predict(sizes, sharded(work, 7)).parts["experts"] == 9 * of_one
+    adapters = memory.gathered_layer(sizes, sharded(work, 8)) - 64 * of_one // 2
+    assert adapters == predict(sizes, work).parts["adapters"] // 2
+
+
+def test_the_embedding_is_shared_unless_it_is_trained_or_tied() -> None:
+    shape = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    untied, tied = (
+        sizes_of(skeleton(Qwen3MoeConfig(**SHAPES, **shape, tie_word_embeddings=value))) for value in (False, True)
+    )
+    assert (untied.embedding, tied.embedding) == (96 * 128, 0)
+    work = replace(WORK, processes=4)
+    saved = {
+        name: predict(sizes, each).parts["other weights"] - predict(sizes, sharded(each, 4)).parts["other weights"]
+        for name, sizes, each in (
+            ("frozen", untied, work),
+            ("tied", tied, work),
+            ("trained", untied, replace(work, whole=(memory.Whole(96 * 128, embeds=True),))),
+        )
+    }
+    assert saved == {"frozen": 3 * 24 * 128 * 4, "tied": 0, "trained": 0}
+
+
+def test_a_large_embedding_is_the_peak() -> None:
+    """It arrives in a buffer and is made of that, before anything else needs memory."""
+    config = Qwen3MoeConfig(
+        **{**SHAPES, "vocab_size": 2**20}, num_attention_heads=4, num_key_value_heads=2, head_dim=32
+    )
+    sizes = sizes_of(skeleton(config))
+    prediction = predict(sizes, sharded(replace(WORK, length=1), 2))
+    assert prediction.moment == "embedding"
+    assert prediction.parts["gathered weights"] == 2 * 2**20 * 128 * 4
+
+
+def test_a_sharded_model_has_no_graphs(qwen3_30b: Sizes) -> None:
+    with pytest.raises(ValueError, match="CUDA graphs of a sharded model"):
+        predict(qwen3_30b, sharded(Workload(graphs=True), 2))

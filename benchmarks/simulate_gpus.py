@@ -1,0 +1,325 @@
+"""What fine-tuning a published model takes on several GPUs that nobody here has: a simulation, not a measurement.
+
+    python -m benchmarks.simulate_gpus --model qwen3-235b-a22b --gpu "RTX 4090"
+    python -m benchmarks.simulate_gpus --model qwen3-30b-a3b --gpu A100 --link "NVLink 3" --gpus 2 --tokens 8192
+
+The memory is that of ``moe-fused finetune``'s plan for its default run. The time of a step is counted as follows. The GPUs
+of a sharded model gather each decoder layer twice for each batch, once before its forward and once before its backward,
+while the layer before it is computed. A pass through a layer therefore takes the longer of the two times:
+
+    max(computing, gathering)    where gathering in the backward also scatters the gradients of the adapters
+
+The embedding and the first layer are gathered before anything is computed. ``benchmarks.step_cost`` says how long computing
+takes. A sharded run has no CUDA graphs, so that a batch also takes at least as long as the host that was measured needs to
+launch the kernels of all layers. GPUs that hold the whole model average their gradients after the last batch of a step.
+
+Every GPU but the H200 is taken to have the speed in its vendor's data sheet where the H200 has what was measured, which is
+less than in its own. Every link carries its nominal bytes at any size of a message. GPUs without NVLink and without direct
+access to each other go through the memory of the host, which may be slower than their links. Steps can therefore take
+longer than simulated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moe_fused.benchmark.layers import Ceilings
+from moe_fused.finetune.options import Options
+from moe_fused.finetune.plan import SLACK, workload_of
+from moe_fused.finetune.precheck import Process
+from moe_fused.finetune.resolve import ModelSetup, ResolvedRun, candidates, set_up
+from moe_fused.memory import GIB, Sizes, Workload, gathered_layer, predict, sizes_of
+
+from .models import BY_NAME
+from .step_cost import H200, Batch, StepCost, batch_of, fitted, host_seconds
+
+# The share of a GPU's memory that a run may use: firmware, driver and screen take the rest.
+USABLE = 0.96
+NO_LIMIT = 4096.0
+# Batches are looked at up to so many tokens, in steps of so many.
+LONGEST, TOKENS_STEP = 65536, 256
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU.
+
+    Attributes:
+        name: What users call it.
+        gib: Its nominal memory in GiB.
+        ceilings: What its products and its memory reach.
+        is_measured: Whether they were measured, and not taken from a data sheet.
+    """
+
+    name: str
+    gib: int
+    ceilings: Ceilings
+    is_measured: bool = False
+
+    @property
+    def usable(self) -> int:
+        """The bytes that a run may use."""
+        return int(USABLE * self.gib * GIB)
+
+
+@dataclass(frozen=True)
+class Link:
+    """What connects each GPU to the others: nominal bytes per second each way."""
+
+    name: str
+    bandwidth: float
+
+
+# Dense bf16 products with sums in fp32, and memory bandwidths, as NVIDIA publishes them.
+GPUS = (
+    Gpu("RTX 3090", 24, Ceilings(936e9, 71e12)),
+    Gpu("RTX 4090", 24, Ceilings(1008e9, 165e12)),
+    Gpu("L40S", 48, Ceilings(864e9, 362e12)),
+    Gpu("A100", 80, Ceilings(2039e9, 312e12)),
+    Gpu("H200", 141, H200, is_measured=True),
+)
+LINKS = (Link("PCIe 4 x16", 32e9), Link("NVLink 3", 300e9), Link("NVLink 4", 450e9))
+GPU_BY_NAME = {gpu.name: gpu for gpu in GPUS}
+LINK_BY_NAME = {link.name: link for link in LINKS}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The bytes that each GPU receives for a batch of a sharded model.
+
+    Attributes:
+        layer: For a decoder layer, on average, each time it is gathered.
+        gradients: For the gradients of a layer's adapters.
+        embedding: For the embedding.
+        layers: The number of decoder layers.
+    """
+
+    layer: float
+    gradients: float
+    embedding: float
+    layers: int
+
+    @property
+    def total(self) -> float:
+        """The bytes for the batch."""
+        return self.layers * (2 * self.layer + self.gradients) + self.embedding
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A step that was simulated.
+
+    Attributes:
+        gpus: The number of GPUs.
+        sharded: Whether they share the weights.
+        graphs: Whether the decoder runs as CUDA graphs.
+        tokens: The number of tokens of a batch.
+        batches: The number of batches that each GPU takes in a step.
+        needed: The bytes of memory that must be free on each GPU.
+        received: The bytes that each GPU receives in a step.
+        seconds: The time of the step.
+        computing: The time of the step without any exchange between GPUs and without waiting for the host.
+    """
+
+    gpus: int
+    sharded: bool
+    graphs: bool
+    tokens: int
+    batches: int
+    needed: int
+    received: float
+    seconds: float
+    computing: float
+
+    @property
+    def step_tokens(self) -> int:
+        """The number of tokens of a step, those of all GPUs together."""
+        return self.gpus * self.tokens * self.batches
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second of all GPUs together."""
+        return self.step_tokens / self.seconds
+
+    @property
+    def received_for_token(self) -> float:
+        """The bytes that a GPU receives for each token that it trains on."""
+        return self.received / (self.tokens * self.batches)
+
+
+@functools.cache
+def _setup(model: str) -> ModelSetup:
+    options = Options(model=model, dataset="data", output="out", memory_limit=NO_LIMIT)
+    return set_up(options, BY_NAME[model].config(), torch.device("cuda"))
+
+
+@functools.cache
+def sizes_by_name(model: str) -> Sizes:
+    """Returns the sizes of a published model."""
+    return sizes_of(_setup(model).skeleton)
+
+
+def runs(model: str, gpus: int, tokens: int) -> tuple[ResolvedRun, ...]:
+    """The records of finetune's default run on chats of so many tokens, with CUDA graphs first, then without.
+
+    Raises:
+        ValueError: The model has no positions for so many tokens.
+    """
+    setup = _setup(model)
+    options = dataclasses.replace(setup.options, sequence_length=tokens)
+    process = Process(world_size=gpus, local_world_size=gpus)
+    return tuple(candidates(dataclasses.replace(setup, options=options, process=process), plain_text=False))
+
+
+def workloads(model: str, gpus: int, tokens: int, sharded: bool) -> list[Workload]:
+    """What these runs are to the memory plan, the preferred one first. A sharded one has no CUDA graphs."""
+    works = [workload_of(run) for run in runs(model, gpus, tokens)]
+    return [dataclasses.replace(works[-1], sharded=True, graphs=False)] if sharded else works
+
+
+@functools.cache
+def needed(model: str, gpus: int, tokens: int, sharded: bool) -> int:
+    """Returns the bytes that must be free on each GPU for the run that needs the least."""
+    works = workloads(model, gpus, tokens, sharded)
+    return min(predict(sizes_by_name(model), work).total for work in works) + SLACK
+
+
+def traffic(sizes: Sizes, work: Workload) -> Traffic:
+    """Returns what each of N GPUs receives for a batch: (N-1)/N of everything that is gathered or scattered."""
+    others = (work.processes - 1) / work.processes
+    sharded = dataclasses.replace(work, sharded=True, graphs=False)
+    adapters = predict(sizes, dataclasses.replace(work, processes=1, graphs=False)).parts["adapters"]
+    with_experts = len(sizes.stacks) // 2 or sizes.layers
+    return Traffic(
+        layer=others * gathered_layer(sizes, sharded) * with_experts / sizes.layers,
+        gradients=others * adapters / sizes.layers,
+        embedding=others * sizes.embedding * work.itemsize,
+        layers=sizes.layers,
+    )
+
+
+def sharded_batch_seconds(batch: Batch, received: Traffic, cost: StepCost, gpu: Gpu, link: Link) -> float:
+    """Returns the time of a batch whose layers are gathered while the layers before them are computed."""
+    layers, bandwidth = received.layers, link.bandwidth
+    gather, scatter = received.layer / bandwidth, received.gradients / bandwidth
+    forward, backward, head = (cost.seconds(work, gpu.ceilings) for work in (batch.forward, batch.backward, batch.head))
+    passes = max(forward / layers, gather) + max(backward / layers, gather + scatter)
+    first = received.embedding / bandwidth + gather
+    return first + max(layers * passes + head, layers * host_seconds())
+
+
+def simulate(model: str, gpu: Gpu, link: Link, gpus: int, tokens: int, *, sharded: bool) -> Simulated:
+    """Simulates a step of finetune's default run, with sequences of so many tokens.
+
+    Args:
+        model: The name of a published model.
+        gpu: The GPU, of which there are ``gpus``.
+        link: What connects them.
+        gpus: Their number.
+        tokens: The number of tokens of a sequence. Each GPU takes one at a time.
+        sharded: Whether the GPUs share the weights. If each holds all of them, it runs with CUDA graphs where these fit.
+
+    Raises:
+        ValueError: The model is outside of the cost model, or has no positions for so many tokens, or a single GPU
+            should share its weights.
+    """
+    if sharded and gpus < 2:
+        raise ValueError("a single GPU has nobody to share weights with")
+    batch, sizes, cost = batch_of(model, tokens), sizes_by_name(model), fitted()
+    predictions = [(work, predict(sizes, work)) for work in workloads(model, gpus, tokens, sharded)]
+    work, prediction = next(
+        ((work, each) for work, each in predictions if each.total + SLACK <= gpu.usable), predictions[-1]
+    )
+    batches = work.accumulation
+    trained = prediction.trainable / work.shards
+    optimizer = cost.optimizer_seconds(trained, gpu.ceilings)
+    computing = batches * cost.seconds(batch.whole, gpu.ceilings) + optimizer
+    if sharded:
+        gathered = traffic(sizes, work)
+        received = batches * gathered.total
+        seconds = batches * sharded_batch_seconds(batch, gathered, cost, gpu, link) + optimizer
+    else:
+        # A sum over all GPUs passes each gradient on twice.
+        received = 2 * (gpus - 1) / gpus * prediction.trainable * work.adapter_itemsize
+        host = 0.0 if work.graphs else batches * sizes.layers * host_seconds()
+        seconds = max(computing, host + optimizer) + received / link.bandwidth
+    return Simulated(
+        gpus, sharded, work.graphs, tokens, batches, prediction.total + SLACK, received, seconds, computing
+    )
+
+
+def hidden_from(model: str, gpu: Gpu, link: Link, gpus: int) -> int | None:
+    """Returns the fewest tokens of a batch whose computing takes as long as the gathering of a sharded model.
+
+    Returns:
+        A multiple of ``TOKENS_STEP``, or None if ``LONGEST`` are too few.
+    """
+    received = traffic(sizes_by_name(model), Workload(processes=gpus)).total / link.bandwidth
+    for tokens in range(TOKENS_STEP, LONGEST + 1, TOKENS_STEP):
+        if fitted().seconds(batch_of(model, tokens).whole, gpu.ceilings) >= received:
+            return tokens
+    return None
+
+
+def results_table(results: Sequence[Simulated], gpu: Gpu, title: str) -> Table:
+    """What was simulated, for the terminal."""
+    table = Table(title=title, title_justify="left")
+    columns = ("GPUs", "weights", "GiB each", "fits", "GB received", "MB a token", "s a step", "computing", "tokens/s")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "weights" else "right", no_wrap=True)
+    for each in results:
+        table.add_row(
+            str(each.gpus),
+            "shared" if each.sharded else "whole",
+            f"{each.needed / GIB:.2f}",
+            "yes" if each.needed <= gpu.usable else "no",
+            f"{each.received / 1e9:.1f}",
+            f"{each.received_for_token / 1e6:.2f}",
+            f"{each.seconds:.2f}",
+            f"{each.computing / each.seconds:.0%}",
+            f"{each.tokens_per_second:.0f}",
+        )
+    return table
+
+
+def _chosen(given: str, known: dict[str, Any], option: str) -> Any:
+    if given not in known:
+        raise typer.BadParameter(f"{option} {given} is not known: one of {', '.join(known)}")
+    return known[given]
+
+
+def main(
+    model: Annotated[str, typer.Option(help="One of benchmarks.models, by its name.")],
+    gpu_name: Annotated[str, typer.Option("--gpu", help="The GPU, by its name.")] = "RTX 4090",
+    link_name: Annotated[str, typer.Option("--link", help="What connects the GPUs.")] = "PCIe 4 x16",
+    gpus: Annotated[list[int] | None, typer.Option(help="The number of GPUs; may be given again.", min=1)] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of a sequence.", min=1)] = 4096,
+) -> None:
+    """Simulates steps of a published model on one GPU and on several."""
+    _chosen(model, BY_NAME, "--model")
+    gpu, link = _chosen(gpu_name, GPU_BY_NAME, "--gpu"), _chosen(link_name, LINK_BY_NAME, "--link")
+    try:
+        results = [
+            simulate(model, gpu, link, number, tokens, sharded=sharded)
+            for number in gpus or (1, 2, 4, 8)
+            for sharded in ((False, True) if number > 1 else (False,))
+        ]
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    source = "measured ceilings" if gpu.is_measured else "published ceilings"
+    title = f"simulated: {model}, {tokens} tokens, {gpu.name} ({source}), {link.name}"
+    Console(width=120).print(results_table(results, gpu, title))
+
+
+if __name__ == "__main__":
+    typer.run(main)
