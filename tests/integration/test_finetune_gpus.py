@@ -91,3 +91,17 @@ def test_the_error_says_it(model: str, limit: int, option: str) -> None:
     setup = setup_of(model, sequence_length=4096, memory_limit=limit)
     with pytest.raises(ValueError, match=f"{option}; with --gpus [248] --shard it would need .* GiB on each GPU$"):
         plan_run(setup, plain_text=False)
+
+
+def test_sharding_without_need_gets_a_hint() -> None:
+    options: dict[str, Any] = {"processes": 2, "shard": True}
+    (note,) = plan_run(setup_of("qwen3-30b-a3b", **options), plain_text=False).notes
+    whole = needed("qwen3-30b-a3b", 2, sharded=False) / GIB
+    assert note == f"note: without --shard the run needs {whole:.2f} GiB, which fits, too, and is faster"
+    assert not plan_run(setup_of("qwen3-30b-a3b", memory_limit=15, **options), plain_text=False).notes
+
+
+def test_dense_experts_are_not_to_be_sharded() -> None:
+    run = run_of("qwen3-30b-a3b", quantization="none")
+    assert needed("qwen3-30b-a3b", 4, sharded=True, quantization="none") < CARD
+    assert suggested(run) is None
