@@ -32,18 +32,29 @@ STEPS = 12
 ROWS = [{"text": " ".join(str(i * j) for j in range(20 + i % 300))} for i in range(1, 1200)]
 
 
-def run(directory: Path, output: str, gpus: int, accumulation: int, *options: str) -> Path:
+def finetune(directory: Path, *arguments: str) -> None:
     ended = subprocess.run(
-        [
-            sys.executable, "-m", "moe_fused", "finetune", "--gpus", str(gpus), "--model", "model", "--dataset",
-            "rows.jsonl", "--output", output, "--sequence-length", "4096", "--max-steps", str(STEPS), "--seed", "3",
-            "--gradient-accumulation", str(accumulation), "--log-steps", "1", "--cuda-graphs", *options,
-        ],
+        [sys.executable, "-m", "moe_fused", "finetune", *arguments],
         cwd=directory, env={**os.environ, "PYTHONPATH": python_path(REPOSITORY)}, check=False, capture_output=True,
         text=True, timeout=400,
     )  # fmt: skip
     assert ended.returncode == 0, ended
+
+
+def run(directory: Path, output: str, gpus: int, accumulation: int, *options: str) -> Path:
+    finetune(
+        directory, "--gpus", str(gpus), "--model", "model", "--dataset", "rows.jsonl", "--output", output,
+        "--sequence-length", "4096", "--max-steps", str(STEPS), "--seed", "3",
+        "--gradient-accumulation", str(accumulation), "--log-steps", "1", "--cuda-graphs", *options,
+    )  # fmt: skip
     return directory / output
+
+
+def distance(one: Path, other: Path) -> float:
+    """How far two adapters are apart, as a share of the first one's norm."""
+    ours, others = (load_file(output / "adapter_model.safetensors") for output in (one, other))
+    apart = sum(float((others[name].float() - value.float()).norm()) ** 2 for name, value in ours.items())
+    return float((apart / sum(float(value.float().norm()) ** 2 for value in ours.values())) ** 0.5)
 
 
 def speed(output: Path) -> float:
@@ -67,10 +78,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_gpus_train_as_one_does(directory: Path) -> None:
     one, two = run(directory, "one", 1, 2), run(directory, "two", 2, 1)
     assert list(losses(two).values()) == pytest.approx(list(losses(one).values()), rel=1e-2)
-    ours, others = (load_file(output / "adapter_model.safetensors") for output in (one, two))
-    distance = sum(float((others[name].float() - value.float()).norm()) ** 2 for name, value in ours.items())
-    size = sum(float(value.float().norm()) ** 2 for value in ours.values())
-    assert (distance / size) ** 0.5 < 0.1
+    assert distance(one, two) < 0.1
     assert checkpoints(two) == checkpoints(one)
 
 
@@ -79,3 +87,23 @@ def test_two_gpus_are_nearly_twice_as_fast(directory: Path) -> None:
     print(f"tokens/s: {speed(one):,.0f} and {speed(two):,.0f}; GiB: {memory(one):.2f} and {memory(two):.2f}")
     assert speed(two) > 1.5 * speed(one)  # this model is small; Qwen3-30B-A3B is to have 1.85
     assert memory(two) < memory(one) + 0.7
+
+
+def test_two_gpus_divide_a_model(directory: Path) -> None:
+    """Losses and adapters are those of whole models, and checkpoints go on without --shard."""
+    whole = run(directory, "replicated", 2, 1, "--no-cuda-graphs")
+    divided = run(directory, "divided", 2, 1, "--no-cuda-graphs", "--shard")
+    assert list(losses(divided).values()) == pytest.approx(list(losses(whole).values()), rel=1e-2)
+    assert distance(whole, divided) < 0.1
+    assert checkpoints(divided) == checkpoints(whole)
+    print(
+        f"tokens/s: {speed(whole):,.0f} and {speed(divided):,.0f}; GiB: {memory(whole):.2f} and {memory(divided):.2f}"
+    )
+    assert memory(divided) < memory(whole)
+
+
+def test_a_divided_run_goes_on_on_one_gpu(directory: Path) -> None:
+    output = run(directory, "begun", 2, 1, "--no-cuda-graphs", "--shard", "--max-steps", str(STEPS // 2))
+    finetune(directory, "--resume", "--no-shard", "--max-steps", str(STEPS), "--output", output.name)
+    assert checkpoints(output)[-1] == STEPS
+    assert list(losses(output)) == list(range(1, STEPS + 1))
