@@ -24,8 +24,10 @@ from transformers.integrations.accelerate import _get_device_map
 
 import moe_fused
 from moe_fused import devices
+from tests.support import REPOSITORY
 
 from .conftest import Calls
+from .finetuning import save_tokenizer
 from .four_bit import SIZES, build, config, packed, same_state
 from .lora import disabled, randomize
 from .models import QWEN3_MOE, experts_modules, tokens
@@ -350,6 +352,27 @@ def test_factors_are_made_on_the_device_of_the_experts() -> None:
     assert found == {("0", "cpu"), ("1", "meta")}
     with disabled():  # as PEFT itself does it
         assert adapted.base_model.model.model.layers[1].self_attn.q_proj.lora_A["default"].weight.is_meta
+
+
+# The documentation.
+
+
+def test_the_example_in_the_documentation_runs(tmp_path: Path) -> None:
+    """As it stands, with a small model in the place of the one on the Hub."""
+    pytest.importorskip("markdown_it")
+    from tests.docs.markdown import blocks
+
+    (block,) = (block for block in blocks(REPOSITORY / "docs" / "several-gpus.md") if block.language == "python")
+    name = '"Qwen/Qwen3-235B-A22B"'
+    assert block.text.count(name) == 1
+    build(vocab_size=300).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    names: dict[str, Any] = {"__name__": "block"}
+    exec(compile(block.text.replace(name, repr(str(tmp_path))), str(block), "exec"), names)
+    gradients = [p.grad for p in names["model"].parameters() if p.requires_grad]
+    assert len(gradients) == 2 * 2 * (4 + 2)
+    assert names["loss"].isfinite()
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
 # The device of a command.
