@@ -1,4 +1,4 @@
-"""Chooses the device that a command runs on, and sets how torch allocates memory on it."""
+"""Chooses the device that a command runs on, makes it torch's current one, and sets how torch allocates memory on it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ def use_expandable_segments() -> None:
 def choose_device(name: str) -> torch.device:
     """Returns the device called ``name``. ``auto`` is a GPU that the kernels support if there is one, else the CPU.
 
+    A GPU with a number becomes the current one, because streams, events and CUDA graphs are made on the current device.
+
     Raises:
         ValueError: this machine has no such device, or the kernels do not support it.
     """
@@ -34,4 +36,6 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     if device.type not in ("cpu", "cuda", "xpu"):
         raise ValueError(f"--device {name} is not served by the kernels: use auto, cpu, cuda or xpu")
+    if device.type != "cpu" and device.index is not None:
+        torch.accelerator.set_device_index(device.index)
     return device

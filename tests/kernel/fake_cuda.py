@@ -1,21 +1,25 @@
 """Launches through Triton's own launcher, compiled from its C, on a machine without a GPU.
 
 ``build`` makes a libcuda of the few functions that Triton calls. It runs nothing, and notes what a launch hands to the
-driver: the grid and the bytes of each parameter of the kernel. Run as a program, with that library in front of any other,
-this module launches a kernel with every kind of argument through a ``BoundKernel`` and prints what arrived as JSON.
+driver: the grid and the bytes of each parameter of the kernel, and which of two unlike GPUs is the current one. Run as a
+program, with that library in front of any other, this module launches a kernel with every kind of argument through a
+``BoundKernel`` and prints what arrived as JSON.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +38,8 @@ int sizes[64], parameters;   /* of the kernel, in bytes */
 unsigned char values[64][128];
 unsigned int grid[3];
 unsigned long long stream, function;
+int current = 0, on = -1;    /* the current GPU now, and in the last launch */
+unsigned long long functions = 2;  /* the last handle; each module that is loaded gets the next one */
 
 CUresult cuGetErrorString(CUresult error, const char **text) { *text = "an error of the fake driver"; return 0; }
 CUresult cuDriverGetVersion(int *version) { *version = 13000; return 0; }
@@ -47,7 +53,10 @@ CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { *value = 0; return 0; }
 CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return 0; }
 CUresult cuModuleLoadData(CUmodule *code, const void *image) { *code = (CUmodule)2; return 0; }
 CUresult cuModuleUnload(CUmodule code) { return 0; }
-CUresult cuModuleGetFunction(CUfunction *code, CUmodule of, const char *name) { *code = (CUfunction)3; return 0; }
+CUresult cuModuleGetFunction(CUfunction *code, CUmodule of, const char *name) {
+  *code = (CUfunction)++functions;
+  return 0;
+}
 CUresult cuFuncGetAttribute(int *value, CUfunction_attribute name, CUfunction of) { *value = 1024; return 0; }
 CUresult cuFuncSetAttribute(CUfunction of, CUfunction_attribute name, int value) { return 0; }
 CUresult cuFuncSetCacheConfig(CUfunction of, CUfunc_cache value) { return 0; }
@@ -80,6 +89,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction of, void **pa
   grid[2] = config->gridDimZ;
   stream = (unsigned long long)config->hStream;
   function = (unsigned long long)of;
+  on = current;
   launched++;
   return 0;
 }
@@ -151,19 +161,33 @@ def kernel(x, unread, first, weights, rows, n, second, factor, out, FORMULA: tl.
     tl.store(out + at, value * factor + tl.sum(tiles, 0) + FORMULA.bias, mask=at < n)
 
 
+CAPABILITIES = ((9, 0), (8, 0))
+
+
 class Recorder:
-    """Triton's driver for a GPU of compute capability 9.0, on the fake library."""
+    """Triton's driver for two GPUs of ``CAPABILITIES`` on the fake library. The first is the current one."""
 
     def __init__(self) -> None:
         from triton.backends.nvidia.driver import CudaDriver
 
         self.library = ctypes.CDLL("libcuda.so.1")
         driver = CudaDriver()
-        driver.get_current_device = lambda: 0
-        driver.get_current_stream = lambda _: 77
-        driver.get_device_capability = lambda *_: (9, 0)
+        driver.get_current_device = lambda: self.number("current")
+        driver.get_current_stream = lambda index: 77 + index
+        driver.get_device_capability = lambda index: CAPABILITIES[index]
         triton.runtime.driver.set_active(driver)
         torch.version.cuda = "13.0"
+        torch.get_device_module = lambda _: SimpleNamespace(device=self.on)
+
+    @contextlib.contextmanager
+    def on(self, index: int) -> Iterator[None]:
+        """GPU ``index`` is the current one within the block."""
+        current = ctypes.c_int.in_dll(self.library, "current")
+        before, current.value = current.value, index
+        try:
+            yield
+        finally:
+            current.value = before
 
     def expect(self, ptx: str) -> None:
         """Notes the parameters of the kernel in ``ptx`` from now on."""
@@ -186,6 +210,7 @@ class Recorder:
         return {
             "grid": list((ctypes.c_uint * 3).in_dll(self.library, "grid")),
             "stream": ctypes.c_ulonglong.in_dll(self.library, "stream").value,
+            "on": self.number("on"),
             "parameters": [bytes(value)[:width].hex() for value, width in zip(values, self.widths, strict=False)],
             "encoded": self.number("encoded") - encoded,
         }
@@ -202,6 +227,28 @@ def arguments(plan: Any, name: str) -> tuple[Any, ...]:
     first, second = (plan.Descriptor(matrix, tuple(matrix.shape), matrix.stride(), (32, 32)) for matrix in matrices)
     rows = plan.Prepared(Rows(*(torch.zeros(64, dtype=torch.int32) for _ in range(2))))
     return x, None, first, Weights(codes, Scales(absmax, offset)), rows, 40, second, 0.5, out
+
+
+def on_two_gpus(recorder: Recorder, plan: Any) -> list[dict[str, Any]]:
+    """One plan, launched on each of the GPUs while the first is the current one: by Triton, then directly."""
+    bound = plan.BoundKernel(flat_kernel, {"FORMULA": Formula(double, 0.5), "BLOCK": 32})
+    launches = []
+    ctypes.c_int.in_dll(recorder.library, "parameters").value = 0  # those of the kernel before may be more
+    for index in (1, 0, 1, 0):
+        call = functools.partial(bound, torch.device("cuda", index), (1, 1, 1), *arguments(plan, "flat"))
+        first = len(launches) < len(CAPABILITIES)
+        if first:
+            call()
+            launcher = list(bound._launchers.values())[-1]
+            recorder.expect(launcher.kernel.asm["ptx"])
+        arrived = recorder.launch(call)
+        handle = ctypes.c_ulonglong.in_dll(recorder.library, "function").value
+        arch = next(
+            kept.kernel.metadata.target.arch for kept in bound._launchers.values() if kept.kernel.function == handle
+        )
+        after = recorder.number("current")
+        launches.append({"gpu": index, "arch": arch, "kernels": len(bound._launchers), "after": after, **arrived})
+    return launches
 
 
 def main() -> None:
@@ -225,6 +272,7 @@ def main() -> None:
             "there, again": recorder.launch(lambda: bound(device, grid, *there)),  # noqa: B023
             "x": [here[0].data_ptr(), there[0].data_ptr()],
         }
+    results["two GPUs"] = on_two_gpus(recorder, plan)
     json.dump(results, sys.stdout)
 
 

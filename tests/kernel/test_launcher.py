@@ -78,6 +78,17 @@ def test_the_driver_gets_what_triton_hands_it(kernel: str, arrived: dict[str, An
     assert encoded["there, again"] == 0, "tensor maps are kept"
 
 
+def test_two_unlike_gpus_get_a_kernel_each(arrived: dict[str, Any]) -> None:
+    """Compiled for the GPU of the tensors and launched there on its stream, whichever is the current one."""
+    launches = arrived["two GPUs"]
+    assert [launch["gpu"] for launch in launches] == [1, 0, 1, 0]
+    assert [launch["on"] for launch in launches] == [1, 0, 1, 0]
+    assert [launch["stream"] for launch in launches] == [78, 77, 78, 77]
+    assert [launch["arch"] for launch in launches] == [80, 90, 80, 90]
+    assert [launch["kernels"] for launch in launches] == [1, 2, 2, 2]
+    assert {launch["after"] for launch in launches} == {0}, "the current GPU is what it was"
+
+
 # With launchers that are built by hand.
 
 

@@ -510,6 +510,28 @@ def test_relatives_get_the_defaults_of_their_family(arch: int, like: int) -> Non
                 assert tuning.default_config(kernel, block_m, target, itemsize) == expected
 
 
+def test_two_unlike_gpus_of_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor's device has the target that it describes, whichever device is asked about first."""
+    described = {0: (8, 9, 99), 1: (9, 0, 227)}
+
+    def properties(device: torch.device) -> SimpleNamespace:
+        major, minor, kib = described[device.index]
+        return SimpleNamespace(major=major, minor=minor, shared_memory_per_block_optin=kib * tuning.targets.KIB)
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    tuning.target_of.cache_clear()
+    try:
+        targets = [tuning.target_of(torch.device("cuda", index)) for index in (1, 0, 1)]
+    finally:
+        tuning.target_of.cache_clear()
+    assert [(target.arch, target.family.name) for target in targets] == [
+        (90, "hopper"), (89, "ampere-consumer"), (90, "hopper")
+    ]  # fmt: skip
+    descriptors = [tuning.launch_config("gemm", 128, target, 2).descriptor for target in targets]
+    assert descriptors == [True, False, True]
+
+
 def test_a_gpu_whose_limit_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=10, minor=3))

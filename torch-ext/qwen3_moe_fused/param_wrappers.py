@@ -48,9 +48,14 @@ def active_loras(layer: Any, factors: Callable[[Any, str], tuple[Tensor, Tensor]
     return loras
 
 
-def is_kernelized(module: Any) -> bool:
-    """Whether a layer of this kernel has taken the place of the forward of ``module``."""
-    forward = vars(module).get("forward")
+def is_kernelized(module: Any, attribute: str = "forward") -> bool:
+    """Whether a layer of this kernel has taken the place of the forward of ``module``.
+
+    Args:
+        attribute: where the forward is. Accelerate's hooks put one of their own there and call what was there before, which
+            they keep in ``"_old_forward"``.
+    """
+    forward = vars(module).get(attribute)
     return isinstance(forward, MethodType) and forward.__func__.__module__ == _LAYERS
 
 

@@ -86,7 +86,10 @@ def refusal_of(module: nn.Module) -> str | None:
     """Why ``module`` keeps its own forward although a layer exists for it, or None if the layer can take its place."""
     if _has_own_forward(module):
         kind = type(vars(module)["forward"]).__name__
-        return f"its forward is a {kind} of its own, as hooks of Accelerate and other libraries leave it"
+        reason = f"its forward is a {kind} of its own, as hooks of Accelerate and other libraries leave it"
+        if hasattr(module, "_hf_hook"):  # as of from_pretrained with a device_map of several devices
+            return f'{reason}. Call moe_fused.enable() and model.set_experts_implementation("{IMPLEMENTATION}") instead'
+        return reason
     if not _has_known_forward(module):
         return "its class has a forward of its own"
     if is_experts(module):

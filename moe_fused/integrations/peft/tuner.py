@@ -55,6 +55,23 @@ def _named(config: Any, layers: list[ExpertLayer]) -> set[str]:
     }
 
 
+def _refuse_offloaded(model: nn.Module, adapted: set[str]) -> None:
+    """Raises ValueError if parameters in ``adapted`` are of experts that Accelerate keeps on the CPU or on the disk.
+
+    PEFT puts factors where the parameter is. That is the meta device while the experts do not run, and nothing brings the
+    factors back from there.
+    """
+    for name, experts in served_experts(model):
+        path = unwrapped(name)
+        offloaded = hasattr(experts, "_hf_hook") and any(value.is_meta for value in experts.parameters(recurse=False))
+        if offloaded and any(parameter.rpartition(".")[0] == path for parameter in adapted):
+            raise ValueError(
+                f"{path} must be on a GPU for LoRA, but the device_map offloads it to the CPU or the disk: give "
+                "from_pretrained a device_map of GPUs alone, load the model in 4 bits, or leave these experts out of "
+                "target_modules and target_parameters"
+            )
+
+
 def _warn_of_replaced(model: nn.Module) -> None:
     """Warns if experts that the kernel could serve are computed by another library."""
     for name, module, _, _ in replaced_experts(model):
@@ -82,6 +99,7 @@ class LoraModel(lora.LoraModel):
         _warn_of_replaced(model)
         if adapted:
             refuse_unsupported(config)
+            _refuse_offloaded(model, adapted)
             self._check_nesting(model, adapted, requested)
         if not requested.targets and not requested.by_weight:
             super().inject_adapter(model, adapter_name, *args, **kwargs)

@@ -37,7 +37,7 @@ _factors: Callable[[Any, str], tuple[Tensor, Tensor]] = _WRAPPERS.factors
 _active_loras: Callable[[Any], list[LoraWeights]] = _WRAPPERS.active_loras
 # For each parameter, the argument of the experts' forward that takes its adapters.
 ARGUMENTS: dict[str, str] = _WRAPPERS.ARGUMENTS
-is_kernelized: Callable[[Experts], bool] = _WRAPPERS.is_kernelized
+is_kernelized: Callable[..., bool] = _WRAPPERS.is_kernelized
 
 _INITIALIZATIONS = (True, False, "gaussian")
 # Options that are refused, beside the fields of LoraConfig that PEFT marks as variants.
@@ -204,9 +204,12 @@ class ParamWrapper(stock.ParamWrapper):
         if own := _active_loras(self):
             loras[ARGUMENTS[self.parameter_name]] = own
         given = {name: value for name, value in loras.items() if len(value) > 0}
-        if self.base_layer is base and given and is_kernelized(base):
-            # A layer that kernelize put there takes its module's arguments only, so it takes no adapters.
-            return _experts_forward()(base, *arguments, **given)
+        # A layer that kernelize put there takes its module's arguments only, so it takes no adapters.
+        if self.base_layer is base and given:
+            if is_kernelized(base):
+                return _experts_forward()(base, *arguments, **given)
+            if is_kernelized(base, "_old_forward"):
+                return _within_hooks(base, *arguments, **given)
         return self.base_layer(*arguments, **given)
 
     def _check_composable(self) -> None:
@@ -289,6 +292,13 @@ class ParamWrapper(stock.ParamWrapper):
             return
         _attach(original.to(self.weight.device), self.get_base_layer(), self.parameter_name)
         self.merged_adapters.clear()
+
+
+def _within_hooks(experts: Experts, *args: Any, **kwargs: Any) -> Tensor:
+    """Calls the experts' forward between the hooks that Accelerate has put around ``experts``, which move tensors."""
+    args, kwargs = experts._hf_hook.pre_forward(experts, *args, **kwargs)
+    y: Tensor = experts._hf_hook.post_forward(experts, _experts_forward()(experts, *args, **kwargs))
+    return y
 
 
 def _experts_forward() -> Any:

@@ -11,6 +11,7 @@ Neither bitsandbytes nor accelerate is imported before a model is loaded.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any, get_args
 
 import torch
@@ -43,6 +44,35 @@ def _holds_experts(module: nn.Module) -> bool:
     )
 
 
+def _offloads(device_map: Any) -> bool:
+    """Whether ``device_map`` puts modules on the CPU or the disk while others run elsewhere."""
+    places = set(device_map.values()) if isinstance(device_map, dict) else set()
+    return places != {"cpu"} and not places.isdisjoint({"cpu", "disk"})
+
+
+def _refuse_offloaded(names: Iterable[str], device_map: Any, advice: str) -> None:
+    """Raises ValueError if ``device_map`` offloads one of the modules or parameters ``names``, which are in 4 bits."""
+    if not _offloads(device_map):
+        return
+    for name in names:
+        holders = [module for module in device_map if not module or f"{name}.".startswith(f"{module}.")]
+        place = device_map[max(holders, key=len)] if holders else None
+        if place in ("cpu", "disk"):
+            raise ValueError(
+                f"{name} is in 4 bits and cannot be offloaded, but the device_map puts it on the {place}: {advice}"
+            )
+
+
+_GPUS_ALONE = (
+    "give a device_map of GPUs alone, or load the dense checkpoint with llm_int8_enable_fp32_cpu_offload=True, which keeps "
+    "what a device_map offloads dense"
+)
+_BY_NAME = (
+    "llm_int8_enable_fp32_cpu_offload=True keeps dense only what a device_map offloads by name. Give a dict instead of a "
+    "string"
+)
+
+
 def _warn_dense(what: str, reason: str) -> None:
     warnings.warn(f"{what} stays dense with load_in_4bit=True: {reason}", stacklevel=3)
 
@@ -66,13 +96,31 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
 
     # Loading.
 
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        device_map = kwargs.get("device_map")
+        keeps_dense = self.quantization_config.llm_int8_enable_fp32_cpu_offload
+        if self.pre_quantized and not keeps_dense and _offloads(device_map):
+            # Transformers would ask for that option, but takes it from the checkpoint whatever the user gives.
+            raise ValueError(f"a checkpoint in 4 bits cannot be offloaded to the CPU or the disk: {_GPUS_ALONE}")
+        super().validate_environment(*args, **kwargs)
+        # Transformers asks once more when it has made a device_map of a string; the experts are known then.
+        _refuse_offloaded(self.names.targets, device_map, _GPUS_ALONE if self.pre_quantized else _BY_NAME)
+
     def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **kwargs: Any) -> None:
         self._skip_head(model)
-        super()._process_model_before_weight_loading(model, device_map=device_map, **kwargs)
+        # A checkpoint in 4 bits names its dense modules itself. Transformers would make modules of further tensors dense,
+        # and all of them if the device is the CPU.
+        named = None if self.pre_quantized and any(map(_holds_experts, model.modules())) else device_map
+        super()._process_model_before_weight_loading(model, device_map=named, **kwargs)
         restore_experts(
             model
         )  # now, because what Unsloth has made of the call before changes forwards of experts' classes
         self.names = Names(self._targets(model), base_model_prefix=model.base_model_prefix)
+        if self.names.targets:
+            from bitsandbytes.nn.modules import Linear4bit
+
+            linears = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+            _refuse_offloaded([*self.names.targets, *linears], device_map, _GPUS_ALONE)
 
     def _skip_head(self, model: Any) -> None:
         """Leaves the head of the model dense where the checkpoint is of a model with another head.
@@ -253,14 +301,22 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
         skip_packed(model)  # a part of the model may have been dequantized since it was loaded
-        if getattr(model, "_hf_peft_config_loaded", False) or next(packed_modules(model), None) is None:
+        adapted = getattr(model, "_hf_peft_config_loaded", False)
+        if adapted or next(packed_modules(model), None) is None:
             result: tuple[dict[str, Tensor] | None, dict[str, Any]] = super().get_state_dict_and_metadata(model)
+            if self.quantization_config.llm_int8_enable_fp32_cpu_offload and not adapted:
+                # Transformers would not know, when it loads the checkpoint, what is dense because it was offloaded.
+                self._record_dense_modules(model)
             return result
         state_dict = checkpoint_tensors(model, self.names, self.save_format)
-        self.quantization_config.llm_int8_skip_modules = modules_not_quantized(model, self.modules_to_not_convert)
+        self._record_dense_modules(model)
         # The config of a model inside another may be an object of its own.
         model.config.quantization_config = self.quantization_config
         return state_dict, {}
+
+    def _record_dense_modules(self, model: Any) -> None:
+        """Writes into the config which modules of ``model`` are dense."""
+        self.quantization_config.llm_int8_skip_modules = modules_not_quantized(model, self.modules_to_not_convert)
 
     # Dequantizing.
 
