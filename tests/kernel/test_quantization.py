@@ -643,3 +643,32 @@ def test_a_module_may_have_dense_weights() -> None:
 def test_formats_compare_and_take_any_sequence_for_a_shape() -> None:
     assert Format4bit(torch.Size(SMALL)) == Format4bit(SMALL) == Format4bit([*SMALL])
     assert len({Format4bit(SMALL), Format4bit([*SMALL]), Format4bit(SMALL, "fp4")}) == 2
+
+
+def test_a_divided_stack_stays_divided() -> None:
+    """A process holds some of the experts, and the parameters are DTensors of all."""
+    from torch import distributed
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    weights = example(True).to(CPU)
+    experts = 2 * weights.shape[0]
+    owner = nn.Module()
+    distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        mesh = distributed.init_device_mesh("cpu", (2,))
+        whole = torch.empty((experts, *weights.shape[1:]), device="meta")
+        owner.up_proj = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None))
+        for _ in range(2):  # the second time, the parameters hold bytes
+            made = kernel.modules.attach(weights, owner, "up_proj")
+            assert made.keys() == {"up_proj", "up_proj_absmax", "up_proj_nested_absmax", "up_proj_nested_offset"}
+            for (part, value), parameter in zip(weights.tensors().items(), made.values(), strict=True):
+                assert isinstance(parameter, DTensor)
+                assert parameter.shape == (experts, value.shape[1])
+                assert torch.equal(parameter.to_local(), value), part
+            read = kernel.modules.weights_of(owner, "up_proj")
+            assert read.format == weights.format
+            assert all(torch.equal(value, read.tensors()[part]) for part, value in weights.tensors().items())
+        assert kernel.modules.detach(owner, "up_proj").shape == weights.shape
+    finally:
+        distributed.destroy_process_group()

@@ -3,6 +3,9 @@
 The parameters are uint8, or the same bytes viewed as a floating dtype, which bitsandbytes' option
 ``bnb_4bit_quant_storage`` chooses. Only the functions here read or write such parameters. FSDP2 of torch before 2.13 shards
 floating-point parameters alone, and its mixed precision leaves a parameter alone that already has the dtype of its policy.
+
+Where the experts of a model are divided among processes (expert parallelism), the parameters are DTensors over all experts,
+and a stack is what this process has of them.
 """
 
 from __future__ import annotations
@@ -20,8 +23,10 @@ def attach(
 ) -> dict[str, nn.Parameter]:
     """Makes ``module`` own the storage: frozen parameters ``name``, ``name_absmax``, … and ``name_format``.
 
+    If the parameter ``name`` that ``module`` has is a DTensor of more experts, the new ones are divided as it is.
+
     Args:
-        weights: the stack.
+        weights: the stack, with the experts of this process alone if they are divided.
         module: the module.
         name: the name of the stack in it.
         storage_dtype: the dtype that the parameters have. None keeps that of the stack which ``module`` has under this name,
@@ -32,9 +37,10 @@ def attach(
         followed by zeros.
     """
     dtype = storage_dtype or storage_dtype_of(module, name)
+    before = module._parameters.get(name)
     made = {}
     for part, value in weights.tensors().items():
-        parameter = nn.Parameter(_as_storage(value, dtype), requires_grad=False)
+        parameter = nn.Parameter(divided_as(before, _as_storage(value, dtype)), requires_grad=False)
         made[parameter_name(name, part)] = parameter
         module.register_parameter(parameter_name(name, part), parameter)
     setattr(module, f"{name}_format", weights.format)
@@ -44,6 +50,8 @@ def attach(
 
 def weights_of(module: Any, name: str) -> Tensor | Packed4bitWeights:
     """What ``attach`` gave ``module``, or the dense parameter of that name.
+
+    Of divided experts, these are the ones of this process.
 
     Raises:
         TypeError: a parameter was cast to another dtype, which changes the bytes.
@@ -56,6 +64,8 @@ def weights_of(module: Any, name: str) -> Tensor | Packed4bitWeights:
     parts = {}
     for part, (_, columns) in format.storage().items():
         value = getattr(module, parameter_name(name, part))
+        if value.shape[0] != format.shape[0] and hasattr(value, "to_local"):
+            value = value.to_local()
         if value.dtype is not dtype:
             raise TypeError(
                 f"{parameter_name(name, part)} must be {_word(dtype)}, as which its bytes are held, got "
@@ -63,6 +73,24 @@ def weights_of(module: Any, name: str) -> Tensor | Packed4bitWeights:
             )
         parts[part] = value if dtype is torch.uint8 else _as_bytes(value, columns)
     return Packed4bitWeights(format, **parts)
+
+
+def divided_as(like: Any, value: Tensor) -> Tensor:
+    """Makes of this process' experts a DTensor that is divided as ``like``, or returns them if ``like`` is not divided.
+
+    Args:
+        like: a parameter with all experts first, or None.
+        value: (E, …), the experts of this process.
+    """
+    if not hasattr(like, "placements") or like.shape[0] == value.shape[0]:
+        return value
+    from torch.distributed.tensor import DTensor
+
+    value, shape = value.contiguous(), (like.shape[0], *value.shape[1:])
+    whole: Tensor = DTensor.from_local(
+        value, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=value.stride()
+    )
+    return whole
 
 
 def detach(module: nn.Module, name: str) -> Packed4bitWeights:
