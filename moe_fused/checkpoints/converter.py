@@ -15,7 +15,7 @@ from copy import copy, deepcopy
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from .entries import (
     by_projection,
     layout_of,
     load_dense,
+    load_dense_rows,
     load_matrix,
     read_packed,
     share_of_matrices,
@@ -36,7 +37,7 @@ from .entries import (
 from .finite import is_finite
 from .names import Names, Target, TensorRole
 from .quant_state import quantize_matrix
-from .share import current
+from .share import Share, current, is_divided, local
 
 if TYPE_CHECKING:
     from qwen3_moe_fused import Packed4bitWeights, Piece
@@ -82,6 +83,10 @@ def attach(
     return made
 
 
+def _not_needed(key: str) -> NoReturn:
+    raise AssertionError(f"{key} is read, although it belongs to another process or is read by rows")
+
+
 class _Pattern(str):
     """A source pattern that also says what a tensor is.
 
@@ -99,15 +104,17 @@ class ExpertsConverter(WeightConverter):
         names: finds the tensors that it claims.
         quantization: how the experts are to be loaded.
         share: the process whose experts alone are loaded; None if all are.
+        shares: the same for each target that a plan of Transformers has divided. All copies share this dictionary.
         loaded: the names of the targets that were converted. All copies share this set.
     """
 
-    def __init__(self, names: Names, quantization: Quantization) -> None:
+    def __init__(self, names: Names, quantization: Quantization, shares: dict[str, Share] | None = None) -> None:
         # The pattern must differ from all other converters' patterns. There must be an operation, which `convert` replaces.
         super().__init__(["moe_fused"], ["moe_fused"], [MergeModulelist()])
         self.names = names
         self.quantization = quantization
         self.share = current()
+        self.shares = {} if shares is None else shares
         self.loaded: set[str] = set()
         self.entries: list[Entry] = []
 
@@ -129,7 +136,26 @@ class ExpertsConverter(WeightConverter):
         assert isinstance(source_pattern, _Pattern)
         # Without threads, Transformers passes a function that reads the tensor.
         load = future.result if isinstance(future, Future) else future
+        if self._is_not_needed(target_key, source_key, source_pattern.role):
+            # What a thread has read already is let go with the future.
+            load = partial(_not_needed, source_key)
+            if isinstance(future, Future):
+                future.cancel()
         self.entries.append(Entry(source_key, source_pattern.role, load))
+
+    def _is_not_needed(self, target_name: str, key: str, role: TensorRole) -> bool:
+        """Whether a tensor is of another process' experts, or only rows of it are read, by ``Share.rows``."""
+        share = self._share_of(target_name)
+        if share is None:
+            return False
+        if role.layout == "per expert":
+            experts = self.names.targets[target_name].shape[0]
+            return role.expert < experts and not share.holds(role.expert, experts)
+        reads_rows = role.layout == "fused" or (role.layout == "stacked" and not self.quantization.pre_quantized)
+        return reads_rows and role.part != "format" and key in share.files
+
+    def _share_of(self, target_name: str) -> Share | None:
+        return self.shares.get(target_name, self.share)
 
     def convert(
         self, layer_name: str, model: Any = None, config: Any = None, hf_quantizer: Any = None, loading_info: Any = None
@@ -138,17 +164,12 @@ class ExpertsConverter(WeightConverter):
 
         Raises:
             ValueError: a tensor is missing, superfluous or does not fit. The message names it.
-            NotImplementedError: the parameter is sharded.
         """
         entries, self.entries = self.entries, []
         target = self.names.targets[layer_name]
         path, _, name = layer_name.rpartition(".")
         module = model.get_submodule(path)
-        placeholder = getattr(module, name)
-        if hasattr(placeholder, "device_mesh"):
-            raise NotImplementedError(
-                f"{layer_name} is sharded: 4-bit experts cannot be loaded with a tp_plan or ep_plan"
-            )
+        placeholder, share = getattr(module, name), self._share_of(layer_name)
         self.loaded.add(layer_name)
         layout = layout_of(layer_name, entries)
         if any(entry.role.part for entry in entries):
@@ -157,14 +178,21 @@ class ExpertsConverter(WeightConverter):
                 raise ValueError(
                     f"{key} belongs to 4-bit weights, but the checkpoint's config has no quantization_config"
                 )
-            dtype, weights = read_packed(self.names, target, layout, entries, self.share)
+            dtype, weights = read_packed(self.names, target, layout, entries, share)
         elif self.quantization.pre_quantized:
-            return {layer_name: self._dense(target, layout, entries, model).to(placeholder.dtype)}
+            if share is not None and not is_divided(placeholder):
+                raise ValueError(
+                    f"{layer_name} is dense in this 4-bit checkpoint, and only 4-bit experts can be divided: quantize the "
+                    "dense checkpoint with moe-fused quantize"
+                )
+            _, stack = self._stack(target, layout, entries, model, share)
+            return {layer_name: stack.to(placeholder.dtype)}
         else:
-            dtype, weights = self._quantize(target, layout, entries, model)
+            dtype, weights = self._quantize(target, layout, entries, model, share)
         weights = weights.to(dtype=self.quantization.compute_dtype)
         made = attach(module, name, weights, dtype, self.quantization.storage_dtype)
-        return {f"{path}.{parameter}": value.detach() for parameter, value in made.items()}
+        # Transformers makes DTensors of these where the parameter is one.
+        return {f"{path}.{parameter}": local(value) for parameter, value in made.items()}
 
     def _dense(self, target: Target, layout: str, entries: list[Entry], model: Any) -> Tensor:
         """Returns the dense stack, joined as Transformers does."""
@@ -184,28 +212,32 @@ class ExpertsConverter(WeightConverter):
             raise ValueError(f"{entries[0].key} must make up shape {target.shape}, got {tuple(stack.shape)}")
         return stack
 
-    def _stack(self, target: Target, layout: str, entries: list[Entry], model: Any) -> tuple[Target, Tensor]:
-        """Returns the dense stack that is to be quantized, which has the experts of this process alone."""
-        share = self.share
+    def _stack(
+        self, target: Target, layout: str, entries: list[Entry], model: Any, share: Share | None
+    ) -> tuple[Target, Tensor]:
+        """Returns the dense stack of this process' experts, and a target of its shape."""
         if share is None:
             return target, self._dense(target, layout, entries, model)
+        if layout == "per expert":
+            part, entries = share_of_matrices(self.names, share, target, entries)
+            return part, self._dense(part, layout, entries, model)
         first, count = share.of(target.shape[0])
         part = replace(target, shape=(count, *target.shape[1:]))
         if layout in ("fused", "stacked"):
-            entries = [entry._replace(load=partial(share.dense_rows, entry.key, first, count)) for entry in entries]
+            entries = [entry._replace(load=partial(load_dense_rows, share, entry, first, count)) for entry in entries]
             return part, self._dense(part, layout, entries, model)
         return part, self._dense(target, layout, entries, model)[first : first + count]
 
     def _quantize(
-        self, target: Target, layout: str, entries: list[Entry], model: Any
+        self, target: Target, layout: str, entries: list[Entry], model: Any, share: Share | None
     ) -> tuple[torch.dtype, Packed4bitWeights]:
         if layout == "per expert":
-            if self.share is not None:
-                target, entries = share_of_matrices(self.names, self.share, target, entries)
+            if share is not None:
+                target, entries = share_of_matrices(self.names, share, target, entries)
             sources = [parts[""] for parts in by_matrix(self.names, target, entries)]
             matrices = (load_matrix(entry, target) for entry in sources)
         else:
-            target, stack = self._stack(target, layout, entries, model)
+            target, stack = self._stack(target, layout, entries, model, share)
             sources = [Entry(target.name, entries[0].role, lambda: stack)]
             matrices = (matrix for expert in stack for matrix in expert.chunk(target.projections))
         first = next(matrices)

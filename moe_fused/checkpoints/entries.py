@@ -61,6 +61,19 @@ def load_dense(entry: Entry) -> Tensor:
     return value
 
 
+def load_rows(share: Share, entry: Entry, first: int, count: int) -> Tensor:
+    """Reads rows ``first`` to ``first + count`` of a tensor."""
+    if entry.key in share.files:
+        return share.rows(entry.key, first, count)
+    return entry.load()[first : first + count].clone()
+
+
+def load_dense_rows(share: Share, entry: Entry, first: int, count: int) -> Tensor:
+    """As ``load_rows``, in the dtype that dense weights get before they are quantized."""
+    part = load_rows(share, entry, first, count)
+    return part.to(share.dtype) if part.is_floating_point() else part
+
+
 def load_matrix(entry: Entry, target: Target) -> Tensor:
     value = load_dense(entry)
     if tuple(value.shape) != target.matrix_shape:
@@ -161,7 +174,7 @@ def _read_fused(names: Names, target: Target, entries: list[Entry]) -> tuple[tor
 def _read_share_of_fused(share: Share, target: Target, entries: list[Entry]) -> tuple[torch.dtype, Packed4bitWeights]:
     first, count = share.of(target.shape[0])
     parts = {
-        entry.role.part: entry.load() if entry.role.part == "format" else share.rows(entry.key, first, count)
+        entry.role.part: entry.load() if entry.role.part == "format" else load_rows(share, entry, first, count)
         for entry in entries
     }
     return read_fused(target.name, parts, target.shape, target.projections, count)

@@ -13,8 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import moe_fused
-from moe_fused.checkpoints.converter import ExpertsConverter, Quantization
-from moe_fused.checkpoints.names import Names, Target
 
 from .four_bit import (
     MIXTRAL,
@@ -350,16 +348,6 @@ def test_a_module_half_in_4_bits(only: str, dense: Path, tmp_path: Path) -> None
     v4_checkpoint(dense, tmp_path, only=only)
     with pytest.raises(ValueError, match=r"_proj must be of 4-bit weights like the rest of its module, but is dense"):
         load(tmp_path)
-
-
-def test_sharded_parameters_are_refused(dense: Path) -> None:
-    model = load(dense, quantization_config=config(llm_int8_skip_modules=["experts"]))
-    name = "model.layers.0.mlp.experts.down_proj"
-    model.get_parameter(name).device_mesh = object()
-    wanted = Quantization(False, "nf4", 64, True, torch.float32)
-    converter = ExpertsConverter(Names([Target(name, (6, 64, 32), 1)]), wanted)
-    with pytest.raises(NotImplementedError, match=rf"{name} is sharded"):
-        converter.convert(name, model=model)
 
 
 def test_original_project_without_a_projection(dense: Path, tmp_path: Path) -> None:

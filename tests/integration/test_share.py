@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Shard as TensorShard
 
 import moe_fused
 from moe_fused.checkpoints import share as shares
 from moe_fused.checkpoints.loading import share_of
-from moe_fused.checkpoints.share import Share, taking
+from moe_fused.checkpoints.share import Share, share_of_placeholder, taking
 
 from .conftest import DEVICE
 from .four_bit import NEMOTRON_H, build, config, load, packed, stacked_checkpoint, v4_checkpoint
@@ -167,6 +170,27 @@ def test_shares_are_those_of_chunk(experts: int, processes: int, expected: list[
 def test_too_many_processes_are_refused() -> None:
     with pytest.raises(ValueError, match="6 experts to a layer cannot be divided among 4 processes"):
         Share(0, PROCESSES, torch.device("cpu"), torch.float32, {}).of(EXPERTS)
+
+
+def test_dense_experts_of_a_4_bit_checkpoint_are_refused(tmp_path: Path) -> None:
+    _dense(tmp_path / "dense")
+    v4_checkpoint(tmp_path / "dense", tmp_path, "self_attn")
+    with (
+        taking(share(tmp_path, 0, 2)),
+        pytest.raises(ValueError, match=r"^model\.layers\.0\.mlp\.experts\.\w+ is dense in this 4-bit checkpoint"),
+    ):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(("dimensions", "placement"), [(1, TensorShard(1)), (1, Replicate()), (2, TensorShard(0))])
+def test_a_plan_divides_whole_experts(dimensions: int, placement: Any) -> None:
+    mesh = SimpleNamespace(ndim=dimensions, get_local_rank=lambda: 1, size=lambda: 2)
+    placeholder = SimpleNamespace(device_mesh=mesh, placements=(placement,), dtype=torch.float16)
+    with pytest.raises(NotImplementedError, match=r"^experts is divided as .*can only be divided by whole experts"):
+        share_of_placeholder("experts", placeholder, torch.device("cpu"), {})
+    mesh.ndim, placeholder.placements = 1, (TensorShard(0),)
+    found = share_of_placeholder("experts", placeholder, torch.device("cpu"), {})
+    assert found == Share(1, 2, torch.device("cpu"), torch.float16, {})
 
 
 def test_the_share_ends_with_the_block() -> None:

@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter
@@ -25,12 +26,22 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from moe_fused.checkpoints.converter import ExpertsConverter, Quantization
 from moe_fused.checkpoints.names import Names, Target
+from moe_fused.checkpoints.share import Share
 from moe_fused.hub import get_kernel
 from moe_fused.integrations.transformers.experts_module import projections_of
 from moe_fused.integrations.transformers.originals import restore_experts
 
 from .conversions import DenseExpertsConverter, Deserialize, Quantize, skip_packed
-from .packed_experts import BLOCKSIZE, matrices_per_expert, packed_modules, packing_refusal, pin, unpack_experts
+from .division import check_division, hide_division
+from .packed_experts import (
+    BLOCKSIZE,
+    are_divided,
+    matrices_per_expert,
+    packed_modules,
+    packing_refusal,
+    pin,
+    unpack_experts,
+)
 from .saving import SaveFormat, checkpoint_tensors, modules_not_quantized
 
 _METHOD = "bitsandbytes_4bit"
@@ -84,6 +95,7 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
         save_format: the layout in which ``save_pretrained`` writes packed experts.
         names: the names of the experts' tensors in checkpoints of the model.
         converter: the converter that reads those tensors, or None if the model has no experts to be packed.
+        shares: what this process loads of the experts that a plan of Transformers has divided, by their parameters' names.
         not_finite: names of linear layers' weights that were to be quantized and hold NaN or infinite values.
     """
 
@@ -93,6 +105,8 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
         self.names = Names(())
         self.converter: ExpertsConverter | None = None
         self.not_finite: list[str] = []
+        self.shares: dict[str, Share] = {}
+        self._hooks: list[RemovableHandle] = []
 
     # Loading.
 
@@ -121,6 +135,11 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
 
             linears = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
             _refuse_offloaded([*self.names.targets, *linears], device_map, _GPUS_ALONE)
+        if self.names.targets and getattr(model.config, "distributed_config", None) is not None:
+            check_division(model)
+            device = next(iter(device_map.values())) if isinstance(device_map, dict) else "cpu"
+            paths = kwargs.get("checkpoint_files") or ()
+            self._hooks = hide_division(model, self.names.targets, self.shares, torch.device(device), paths)
 
     def _skip_head(self, model: Any) -> None:
         """Leaves the head of the model dense where the checkpoint is of a model with another head.
@@ -212,6 +231,7 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
                 config.bnb_4bit_compute_dtype,
                 config.bnb_4bit_quant_storage,
             ),
+            self.shares,
         )
         # The first converter to claim a tensor gets it. Experts that stay dense go to Transformers' converters.
         return [self.converter, *experts, *super().update_weight_conversions(others, *args)]
@@ -249,6 +269,8 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model = super()._process_model_after_weight_loading(model, **kwargs)
+        while self._hooks:
+            self._hooks.pop().remove()
         if self.not_finite:
             # Raised here, because Transformers turns an error within a conversion into a report that lacks the name.
             raise ValueError(f"{self.not_finite[0]} holds NaN or infinite values, which cannot be quantized")
@@ -302,6 +324,12 @@ class Experts4bitQuantizer(Bnb4BitHfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
         skip_packed(model)  # a part of the model may have been dequantized since it was loaded
         adapted = getattr(model, "_hf_peft_config_loaded", False)
+        if adapted and any(are_divided(each) for _, each in packed_modules(model)):
+            # Only the first process would come to the adapters, which it has to gather from all.
+            raise NotImplementedError(
+                "adapters of experts that are divided among processes cannot be saved by Transformers' save_pretrained: add "
+                "them with peft.get_peft_model, whose model gathers them"
+            )
         if adapted or next(packed_modules(model), None) is None:
             result: tuple[dict[str, Tensor] | None, dict[str, Any]] = super().get_state_dict_and_metadata(model)
             if self.quantization_config.llm_int8_enable_fp32_cpu_offload and not adapted:

@@ -8,6 +8,7 @@ other implementation can read such weights.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,9 +90,33 @@ def matrices_per_expert(module: Experts, name: str) -> int:
 
 
 def get_packed(module: Experts, name: str) -> Packed4bitWeights:
-    """Returns the packed parameter ``name`` of an experts module."""
+    """Returns the packed parameter ``name`` of an experts module. Of divided experts, this process has its own alone."""
     weights: Packed4bitWeights = get_kernel().modules.weights_of(module, name)
     return weights
+
+
+def are_divided(module: Experts) -> bool:
+    """Whether this process has a part of the experts of a module alone, in 4 bits."""
+    for name in projections_of(module):
+        form = getattr(module, f"{name}_format", None)
+        if form is not None and module._parameters[name].shape[0] != form.shape[0]:
+            return True
+    return False
+
+
+def gather_packed(module: Experts, name: str) -> Packed4bitWeights:
+    """Returns the packed parameter ``name`` with the experts of all processes, which all have to call this."""
+    mine, parameter = get_packed(module, name), module._parameters[name]
+    if parameter.shape[0] == mine.shape[0]:
+        return mine
+    parts: dict[str, Any] = {
+        part: get_kernel().modules.divided_as(parameter, value) for part, value in mine.tensors().items()
+    }
+    form = replace(mine.format, shape=(parameter.shape[0], *mine.format.shape[1:]))
+    whole: Packed4bitWeights = get_kernel().Packed4bitWeights(
+        form, **{part: value.full_tensor() for part, value in parts.items()}
+    )
+    return whole
 
 
 def pin(module: Experts) -> None:
@@ -103,6 +128,7 @@ def pin(module: Experts) -> None:
 def unpack(module: Experts, name: str, dtype: torch.dtype | None) -> None:
     """Replaces the packed parameter ``name`` by a dense one of ``dtype``, by default of its dtype before quantization."""
     dense = get_packed(module, name).dequantize(dtype or getattr(module, f"{name}_source_dtype"))
+    dense = get_kernel().modules.divided_as(module._parameters[name], dense)
     get_kernel().modules.detach(module, name)
     delattr(module, f"{name}_source_dtype")
     module.register_parameter(name, nn.Parameter(dense))

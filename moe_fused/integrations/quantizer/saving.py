@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -14,13 +14,16 @@ from moe_fused.checkpoints.names import Names, Target
 from moe_fused.checkpoints.quant_state import write_matrix
 from moe_fused.integrations.transformers.experts_module import Experts, projections_of
 
-from .packed_experts import get_packed, packed_modules
+from .packed_experts import are_divided, gather_packed, packed_modules
 
 SaveFormat = Literal["per_expert", "fused"]
 
 
 def checkpoint_tensors(model: nn.Module, names: Names, save_format: SaveFormat) -> dict[str, Tensor]:
     """Returns the state dict of ``model`` with the packed experts in the layout that was asked for.
+
+    If the experts are divided among processes, all of these have to call this. The first one gets all experts, on the CPU,
+    and the others none.
 
     Args:
         names: the names of the experts' tensors in checkpoints of ``model``.
@@ -36,9 +39,13 @@ def _write_stack(
     state_dict: dict[str, Tensor], full: str, module: Experts, name: str, names: Names, save_format: SaveFormat
 ) -> None:
     """Replaces the tensors of one packed parameter in ``state_dict``; ``full`` is its name in the model."""
-    weights, dtype = get_packed(module, name), getattr(module, f"{name}_source_dtype")
+    weights, dtype = gather_packed(module, name), getattr(module, f"{name}_source_dtype")
     for part in weights.tensors():
         del state_dict[full if part == "packed" else f"{full}_{part}"]
+    if are_divided(module):
+        if distributed.get_rank() != 0:
+            return
+        weights = weights.to("cpu")
     target = Target(full, weights.format.shape, weights.format.projections)
     matrices = names.per_expert(target) if save_format == "per_expert" else None
     if matrices is None:
