@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import MergeModulelist, WeightConverter
 
+from moe_fused.hub import get_kernel
+from moe_fused.integrations.quantizer.packed_experts import are_divided, packed_modules
+
 from .targets import Linear, unwrapped
 from .wrapper import ParamWrapper, takes_adapters
 
@@ -43,6 +46,51 @@ def _per_expert(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Para
             yield name, wrapper, linears, unwrapped(name).removesuffix(linears[0].block)
 
 
+class _Experts(NamedTuple):
+    """The experts of a ``ParamWrapper`` layer.
+
+    Attributes:
+        parameter: what is adapted. It is a DTensor of all experts if they are divided among processes.
+        held: how many of the experts this process has.
+    """
+
+    parameter: Any
+    held: int
+
+    @classmethod
+    def of(cls, wrapper: ParamWrapper) -> _Experts:
+        return cls(wrapper.weight, wrapper.num_experts)
+
+    @property
+    def all(self) -> int:
+        """How many experts there are."""
+        return int(self.parameter.shape[0])
+
+    @property
+    def are_divided(self) -> bool:
+        return self.all != self.held
+
+    def gather(self, factor: Tensor, letter: str) -> Tensor:
+        """Returns the factor of all experts. All processes have to call this."""
+        parts: Any = get_kernel().modules.divided_as(self.parameter, _by_expert(factor, letter, self.held))
+        return _of_experts(parts.full_tensor(), letter)
+
+    def own(self, factor: Tensor, letter: str) -> Tensor:
+        """Returns the rows of this process of the factor of all experts."""
+        first = self.parameter.device_mesh.get_local_rank() * self.held
+        return _of_experts(_by_expert(factor, letter, self.all)[first : first + self.held], letter)
+
+
+def _by_expert(factor: Tensor, letter: str, experts: int) -> Tensor:
+    """Returns A (E·r, in) as (E, r, in), or B (out, r·E) as (E, out, r)."""
+    return factor.unflatten(0, (experts, -1)) if letter == "A" else factor.unflatten(1, (-1, experts)).permute(2, 0, 1)
+
+
+def _of_experts(factors: Tensor, letter: str) -> Tensor:
+    """Undoes ``_by_expert``. The result has memory of its own."""
+    return (factors.flatten(0, 1) if letter == "A" else factors.permute(1, 2, 0).flatten(1)).clone()
+
+
 def _stacked(matrices: list[list[Tensor]], factor: str) -> Tensor:
     """Joins the matrices of each expert's linear layers to one factor as ``ParamWrapper`` holds it."""
     if factor == "A":
@@ -63,15 +111,22 @@ def _matrices(stack: Tensor, factor: str, experts: int, linears: int) -> list[li
 def split(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns the tensors of an adapter, with a matrix for each expert where the config named linear layers.
 
-    The keys contain the adapter's name, as in the model.
+    The keys contain the adapter's name, as in the model. If the experts are divided among processes, all of these have to
+    call this, and all get the factors of all experts.
     """
     result = dict(state_dict)
+    for name, wrapper in wrappers(model):
+        experts = _Experts.of(wrapper)
+        for letter in "AB" if experts.are_divided else "":
+            key = f"{name}.lora_{letter}.{adapter_name}.weight"
+            if key in result:
+                result[key] = experts.gather(result[key], letter)
     for name, wrapper, linears, prefix in _per_expert(model, adapter_name):
         for factor in "AB":
             stack = result.pop(f"{name}.lora_{factor}.{adapter_name}.weight", None)
             if stack is None:
                 continue
-            for expert, matrices in enumerate(_matrices(stack, factor, wrapper.num_experts, len(linears))):
+            for expert, matrices in enumerate(_matrices(stack, factor, _Experts.of(wrapper).all, len(linears))):
                 for linear, matrix in zip(linears, matrices, strict=True):
                     result[f"{prefix}{linear.names(expert)[0]}.lora_{factor}.{adapter_name}.weight"] = matrix
     return result
@@ -79,6 +134,8 @@ def split(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) ->
 
 def fuse(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor], infix: str = "") -> dict[str, Tensor]:
     """Returns the tensors of a file with the experts' matrices replaced by the factors of ``ParamWrapper`` layers.
+
+    Of experts that are divided among processes, these are the factors of this process.
 
     Args:
         infix: the text between ``lora_A`` and ``.weight``, in the keys of the file and of the result.
@@ -95,9 +152,15 @@ def fuse(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor], 
                 keys = [f"{pre}{name}{suffix}" for name in linear.names(expert) for pre in (PEFT_PREFIX, "")]
                 return next(((key, result.pop(key)) for key in keys if key in result), (keys[0], None))
 
-            stack = _collected(find, wrapper.num_experts, linears, factor)
+            stack = _collected(find, _Experts.of(wrapper).all, linears, factor)
             if stack is not None:
                 result[f"{name}{suffix}"] = stack
+    for name, wrapper in wrappers(model):
+        experts = _Experts.of(wrapper)
+        for letter in "AB" if experts.are_divided else "":
+            key = f"{name}.lora_{letter}{infix}.weight"
+            if key in result:
+                result[key] = experts.own(result[key], letter)
     return result
 
 
@@ -325,6 +388,11 @@ def adapter_loading(original: Callable[..., Any]) -> Callable[..., Any]:
     """Makes Transformers' ``load_adapter`` warn of ignored tensors, as ``check_matches`` does for PEFT's."""
 
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(are_divided(module) for _, module in packed_modules(self)):
+            raise NotImplementedError(
+                "an adapter of a model whose experts are divided among processes cannot be loaded by Transformers' "
+                "load_adapter: load it with peft.PeftModel.from_pretrained(model, path)"
+            )
         info = original(self, *args, **kwargs)
         missed = sorted(key for key in getattr(info, "unexpected_keys", ()) if _is_of_experts(key))
         if missed and any(takes_adapters(module) for module in self.modules()):

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_fused.hub import get_kernel, submodule
+from moe_fused.integrations.quantizer.packed_experts import are_divided
 from moe_fused.integrations.transformers.experts_module import Experts, is_experts, is_packed, serves
-from moe_fused.integrations.transformers.forward import IMPLEMENTATION, implementation
+from moe_fused.integrations.transformers.forward import IMPLEMENTATION, implementation, with_adapters
 
 from .targets import Linear, linears_of
 
@@ -210,6 +211,8 @@ class ParamWrapper(stock.ParamWrapper):
                 return _experts_forward()(base, *arguments, **given)
             if is_kernelized(base, "_old_forward"):
                 return _within_hooks(base, *arguments, **given)
+            if are_divided(base):
+                return with_adapters(base, arguments, **given)
         return self.base_layer(*arguments, **given)
 
     def _check_composable(self) -> None:

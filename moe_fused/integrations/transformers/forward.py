@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from qwen3_moe_fused import LoraWeights
 
 IMPLEMENTATION = "moe_fused"
+# The attribute of an experts module that holds its adapters while a forward runs that passes none on.
+_ADAPTERS = "_moe_fused_adapters"
 
 ExpertsForward: TypeAlias = Callable[[Experts, Tensor, Tensor, Tensor], Tensor]
 Loras: TypeAlias = "Sequence[LoraWeights]"
@@ -71,6 +73,8 @@ def implementation(recompute: bool = False) -> Callable[..., Tensor]:
 
         The adapters come from the wrappers that ``integrations.peft`` puts around modules that the kernel ``serves``.
         """
+        if handed := vars(self).get(_ADAPTERS):
+            gate_up_lora, down_lora = handed
         weights = read_experts(self)
         if isinstance(weights, str):
             adapted = len(gate_up_lora) + len(down_lora) > 0  # torch 2.11 does not compile bool() of a list
@@ -81,6 +85,22 @@ def implementation(recompute: bool = False) -> Callable[..., Tensor]:
 
     experts_forward.recompute = recompute  # type: ignore[attr-defined]
     return experts_forward
+
+
+def with_adapters(
+    module: Experts, arguments: Sequence[Tensor], gate_up_lora: Loras = (), down_lora: Loras = ()
+) -> Tensor:
+    """Calls an experts module with adapters, whatever arguments its forward takes.
+
+    A plan of Transformers that sends tokens to their experts' process replaces the forward of ``module`` by one that takes
+    no adapters and calls the former one.
+    """
+    module.__dict__[_ADAPTERS] = (gate_up_lora, down_lora)
+    try:
+        output: Tensor = module(*arguments)
+    finally:
+        del module.__dict__[_ADAPTERS]
+    return output
 
 
 def register(recompute: bool = False) -> None:
