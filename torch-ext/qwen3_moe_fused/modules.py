@@ -60,18 +60,18 @@ def weights_of(module: Any, name: str) -> Tensor | Packed4bitWeights:
     if format is None:
         dense: Tensor = getattr(module, name)
         return dense
+    parts = {part: getattr(module, parameter_name(name, part)) for part in format.storage()}
+    if parts["packed"].shape[0] != format.shape[0]:
+        parts = {part: value.to_local() for part, value in parts.items()}
     dtype = storage_dtype_of(module, name)
-    parts = {}
-    for part, (_, columns) in format.storage().items():
-        value = getattr(module, parameter_name(name, part))
-        if value.shape[0] != format.shape[0] and hasattr(value, "to_local"):
-            value = value.to_local()
-        if value.dtype is not dtype:
-            raise TypeError(
-                f"{parameter_name(name, part)} must be {_word(dtype)}, as which its bytes are held, got "
-                f"{_word(value.dtype)}: 4-bit weights cannot be cast, load them again"
-            )
-        parts[part] = value if dtype is torch.uint8 else _as_bytes(value, columns)
+    if dtype is not torch.uint8:
+        for part, (_, columns) in format.storage().items():
+            if parts[part].dtype is not dtype:
+                raise TypeError(
+                    f"{parameter_name(name, part)} must be {_word(dtype)}, as which its bytes are held, got "
+                    f"{_word(parts[part].dtype)}: 4-bit weights cannot be cast, load them again"
+                )
+            parts[part] = _as_bytes(parts[part], columns)
     return Packed4bitWeights(format, **parts)
 
 
