@@ -93,8 +93,8 @@ class Workload:
         graphs: whether the decoder's passes are CUDA graphs, which keep the memory that they need at their worst moment.
         reference: whether the model without its adapters computes each batch as well, without gradients.
         processes: the number of processes that share a step, each with its GPU.
-        sharded: whether these processes share the experts, the adapters and a frozen embedding, too, and gather them layer
-            by layer. It changes nothing for a single process.
+        sharded: whether the processes also divide the experts, the adapters and a frozen embedding among them. It changes
+            nothing for a single process.
         packages: the packages that compute recurrent layers, of those in ``recurrent.FUNCTIONS``. Without its package, a
             layer runs in plain torch.
     """

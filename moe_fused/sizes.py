@@ -1,4 +1,4 @@
-"""The sizes of a model: what decides the memory and the work of its training, read from a model without weights.
+"""The sizes of a model that determine the memory and the time of training it.
 
 ``skeleton`` makes a model of a config, without weights, and ``sizes_of`` reads the sizes of a model.
 """
@@ -79,8 +79,8 @@ class Sizes:
         norms_queries: whether queries and keys are normalized.
         experts, top_k: the number of experts of a layer and of experts for each token; 0 for a model without experts.
         vocabulary: the number of rows of the head.
-        mlp: the number of output features of the linear layers in a decoder layer outside attention, recurrent mixers and
-            experts, the largest of all layers.
+        mlp: the output features of all linear layers of a decoder layer, without those of attention, recurrent mixers and
+            experts; the maximum over the layers.
         recurrent: the recurrent layers. All other layers count as attention.
         uncounted: the types of other layers that may have a state. The plan does not count what they keep for it.
         embedding: the number of elements of the input embedding, 0 if the head shares it.

@@ -2,7 +2,7 @@
 
 There are two ways to ask for this:
 
-- Within ``taking(share)``, a model that is loaded in 4 bits gets packed experts with only the process' own ones.
+- Within ``taking(share)``, a model that is loaded in 4 bits gets only the experts of this process.
 - With a plan of Transformers (expert parallelism), an experts parameter that is still to be loaded is a DTensor, and
   ``share_of_placeholder`` says what this process holds of it.
 
@@ -42,7 +42,10 @@ class Share:
     files: Mapping[str, Path]
 
     def of(self, experts: int) -> tuple[int, int]:
-        """Returns the first of this process' experts, of so many in a layer, and their number.
+        """Returns the index of this process' first expert, and the number of its experts.
+
+        Args:
+            experts: The number of experts in a layer.
 
         Raises:
             ValueError: There is none for some of the processes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import os
 import shlex
@@ -162,10 +163,16 @@ def finetune(
     options.require(output=show_rows is None)
     process = Process.of_environment(os.environ)
     if options.shard and process.is_alone and (gpus or 1) < 2:
-        raise ValueError("--shard divides a model among several GPUs: add --gpus with their number")
+        raise ValueError(
+            "--shard divides a model among several GPUs: add --gpus with their number, or --no-shard to train on one"
+        )
+    only_plans = dry_run and options.memory_limit is not None
     if gpus is not None:
         with interrupted_afterwards():
-            check_gpus(gpus, options, process)
+            check_gpus(gpus, options, process, only_plans=only_plans)
+    planned = process
+    if only_plans and gpus is not None and process.is_alone:
+        planned = dataclasses.replace(process, world_size=gpus, local_world_size=gpus)
     if show_rows is not None:
         if not process.is_alone:
             raise ValueError("--show-rows is for one process: start it without torchrun, accelerate launch and --gpus")
@@ -177,7 +184,7 @@ def finetune(
         return
     output = options.output_directory
     if resume:
-        options = shared_again(options, recorded_processes(output / CONFIG), process)
+        options = shared_again(options, recorded_processes(output / CONFIG), planned)
     if process.is_main:  # which alone writes there
         if not dry_run:
             check_unused(output)
@@ -189,7 +196,7 @@ def finetune(
         check_upload("--push-to-hub", options.repository, private=options.private)
     with interrupted_afterwards():
         check_automatic_device(options)
-    if gpus is not None and gpus > 1 and process.is_alone:
+    if gpus is not None and gpus > 1 and planned.is_alone:
         launch(gpus, sys.argv[1:])
     with contextlib.ExitStack() as stack:
         if not dry_run:
@@ -214,6 +221,7 @@ def finetune(
             allow_changed_data=allow_changed_data,
             allow_other_base=allow_other_base,
             dry_run=dry_run,
+            planned=planned,
         )
 
 

@@ -41,7 +41,7 @@ _SOURCES: dict[str, tuple[tuple[str, str, str], ...]] = {
 
 _PREPARED = "the data are prepared before the model is loaded"
 _GRAPHS = "it changes what runs on the GPU, which the plan of memory and the CUDA graphs do not know"
-_ONE_GPU = "each GPU has the whole model, and a share of each step"
+_ONE_GPU = "each GPU has the whole model, or with --shard a part of it, and a share of each step"
 _REFERENCE = "the reference is the model without its adapters, which each step computes"
 _BRANCH = "the adapter goes to the branch main, and checkpoints to the branch checkpoints"
 _ALL = "adapters are on all layers, which the plan of memory counts"

@@ -16,8 +16,11 @@ from .precheck import Process, check_shared
 _SAVING = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300"
 
 
-def check_gpus(gpus: int, options: Options, process: Process) -> None:
+def check_gpus(gpus: int, options: Options, process: Process, *, only_plans: bool = False) -> None:
     """Checks ``--gpus`` before torchrun starts, and in the processes that it has started.
+
+    Args:
+        only_plans: Whether the run is only planned, for GPUs that need not be here.
 
     Raises:
         ValueError: This machine does not have as many GPUs, or the run cannot have them.
@@ -36,6 +39,8 @@ def check_gpus(gpus: int, options: Options, process: Process) -> None:
     if options.device == "cpu":
         raise ValueError(f"--gpus {gpus}: --device cpu has no GPUs")
     check_shared(options)
+    if only_plans:
+        return
     there = count_gpus()
     if gpus > there:
         raise ValueError(f"--gpus {gpus}: this machine has {there} GPU{'' if there == 1 else 's'}")

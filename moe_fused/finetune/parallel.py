@@ -1,9 +1,9 @@
 """The processes of a run on several GPUs: what they tell each other, and how all end when one does.
 
-Each process has the whole model and a share of each batch. The gradients of the adapters are averaged once in a step,
-after the last backward pass, in flat buckets. Gradients come from replays of CUDA graphs, which autograd does not see, so
-that DistributedDataParallel's hooks would never run. Everything that concerns the host alone (options, flags, random
-states) goes through a group of gloo, which does not wait for GPUs.
+Each process has a share of each batch, and the whole model unless ``sharding`` divides it. The gradients of whole adapters
+are averaged once in a step, after the last backward pass, in flat buckets. Gradients come from replays of CUDA graphs, which
+autograd does not see, so that DistributedDataParallel's hooks would never run. Everything that concerns the host alone
+(options, flags, random states) goes through a group of gloo, which does not wait for GPUs.
 """
 
 from __future__ import annotations

@@ -348,10 +348,24 @@ def shard_refusal(setup: ModelSetup, processes: int) -> str | None:
         return f"{type(setup.skeleton).__name__} has no experts to divide"
     if not setup.is_4bit:
         return "experts must be in 4 bits, use --quantization nf4"
+    if (dense := _experts_that_stay_dense(setup.skeleton)) is not None:
+        return f"experts must be in 4 bits, and {dense}"
+    if setup.options.router_aux_loss > 0:
+        return "FSDP2 hides from --router-aux-loss what the routers give, leave one of the two out"
     if setup.dtype is torch.float16:
         return "the gradients of --dtype float16 need scaling, use bfloat16"
     if -(-min(experts) // processes) * (processes - 1) >= min(experts):
         return f"{min(experts)} experts to a layer cannot be divided among {processes} GPUs"
+    return None
+
+
+def _experts_that_stay_dense(model: Any) -> str | None:
+    """Says which experts of a model cannot be held in 4 bits and why, or returns None."""
+    from moe_fused.integrations.quantizer.packed_experts import BLOCKSIZE, packing_refusal
+
+    for module in model.modules():
+        if hasattr(type(module), "_apply_gate") and (reason := packing_refusal(module, BLOCKSIZE)) is not None:
+            return f"those of {type(module).__name__} stay dense: {reason}"
     return None
 
 

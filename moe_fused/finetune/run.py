@@ -78,6 +78,7 @@ def run(
     allow_changed_data: bool = False,
     allow_other_base: bool = False,
     dry_run: bool = False,
+    planned: Process | None = None,
 ) -> None:
     """Trains with ``options`` and writes the adapter to the output directory, which the caller has checked and locked.
 
@@ -90,6 +91,7 @@ def run(
         allow_changed_data: Whether a run may go on with other data than it began with.
         allow_other_base: Whether a run may go on with another model than it began with, or from an adapter of another.
         dry_run: Whether to end after the checks, before anything is written.
+        planned: The process that a dry run plans for, if it is one of several that are not here.
 
     Raises:
         ValueError, FileNotFoundError: An option, a file or a row is wrong. Nothing has been written.
@@ -107,7 +109,14 @@ def run(
     checkpoint = peers.of_main(checkpoint)
     start = read_start(options, checkpoint)
     console, tokenizer, found, plan = _resolve(
-        options, peers, device, trains=True, start=start, allow_other_base=allow_other_base, dry_run=dry_run
+        options,
+        peers,
+        device,
+        trains=True,
+        start=start,
+        allow_other_base=allow_other_base,
+        dry_run=dry_run,
+        planned=planned,
     )
     with bars(console.is_terminal), peers.first():
         evaluation = find_evaluation(options, tokenizer)
@@ -249,6 +258,7 @@ def _resolve(
     start: StartingAdapter | None,
     allow_other_base: bool,
     dry_run: bool = False,
+    planned: Process | None = None,
 ) -> tuple[Console, Any, tuple[Data, ...], MemoryPlan]:
     """Resolves a run from its options, the config of its model and its first rows.
 
@@ -261,6 +271,7 @@ def _resolve(
         allow_other_base: Whether that adapter may have been made for another model of the same shapes.
         dry_run: Whether the model will not be loaded after all. Its directory may then have no weights, and the plan may be
             for a GPU that is not here.
+        planned: The process that the run is planned for, if not this one.
 
     Returns:
         The console to print on, the tokenizer, the rows of each data set, and the plan with the record of the run.
@@ -268,7 +279,7 @@ def _resolve(
     console = Console(stderr=True, quiet=not peers.is_main, force_terminal=None if peers.is_main else False)
     _quiet(console, peers)
     config, tokenizer = load_config(options), load_tokenizer(options)
-    setup = set_up(options, config, device, peers.process, start=start, allow_other_base=allow_other_base)
+    setup = set_up(options, config, device, planned or peers.process, start=start, allow_other_base=allow_other_base)
     if dry_run and not has_weights(options.model):
         _print(console, [f"note: --model {options.model} has no weights, which a run needs: they are not checked"])
     elif trains:

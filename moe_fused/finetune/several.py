@@ -1,4 +1,4 @@
-"""What a trainer does otherwise when several processes train: their data, their gradients, and what they save.
+"""How a trainer differs when several processes train: their data, their gradients, and what they save.
 
 ``OfSeveral`` is the part of ``trainer.Finetuning`` for it. ``parallel`` has what the processes tell each other, and
 ``sharding`` how they divide a model.
@@ -20,6 +20,7 @@ from torch.utils.data import RandomSampler, Sampler
 from transformers.trainer_pt_utils import safe_globals
 
 from .batches import lengths_of
+from .endings import CannotResume
 from .render import IGNORED
 from .sharding import is_divided
 
@@ -73,7 +74,7 @@ class FillersLast(Sampler[int]):
 
 
 def _random_states(rank: int) -> str:
-    """Names the file of a checkpoint that holds the random states of a process. The first is as one that is alone."""
+    """Names the file with the random states of a process. The first process uses the name of a single-process run."""
     return f"rng_state_{rank}.pth" if rank else "rng_state.pth"
 
 
@@ -85,7 +86,7 @@ else:
 
 
 class OfSeveral(_Trainer):
-    """The part of a trainer that knows of several processes. Alone, it does what Trainer does.
+    """The part of a trainer that knows of several processes. With one process, it behaves as Trainer does.
 
     Attributes:
         fillers: The number of sequences at the end of the data that only fill up the last batches.
@@ -130,7 +131,7 @@ class OfSeveral(_Trainer):
         return loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Makes Trainer's optimizer. With ``--shard``, the model is divided now: adapters of a checkpoint are in it."""
+        """Makes Trainer's optimizer. With ``--shard``, the model is divided here, after adapters have been loaded."""
         optimizer = super().create_optimizer(*args, **kwargs)
         model, sharding = self._base_model(), self.sharding
         if sharding is not None:
@@ -147,9 +148,14 @@ class OfSeveral(_Trainer):
         if self._peers.is_alone:
             super()._save_rng_state(output_dir)
             return
-        states = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.random.get_rng_state()}
+        states: dict[str, Any] = {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),
+            "cpu": torch.random.get_rng_state(),
+        }
         if self.args.device.type == "cuda":
             states["cuda"] = torch.cuda.random.get_rng_state()
+        states["processes"] = self._peers.process.world_size
         for rank, state in enumerate(self._peers.gather(states)):
             if self._peers.is_main:
                 torch.save(state, Path(output_dir) / _random_states(rank))
@@ -159,10 +165,14 @@ class OfSeveral(_Trainer):
         if checkpoint is None or self._peers.is_alone:
             super()._load_rng_state(checkpoint)
             return
-        file = Path(checkpoint) / _random_states(self._peers.process.rank)
-        if not file.is_file():
-            return
+        rank = self._peers.process.rank
+        file = Path(checkpoint) / _random_states(rank)
         with safe_globals():
+            if not file.is_file():
+                saved = torch.load(Path(checkpoint) / _random_states(0), weights_only=True).get("processes", 1)
+                if rank < saved:
+                    raise CannotResume(f"{file} is missing: {saved} processes have saved the checkpoint")
+                return
             states = torch.load(file, weights_only=True)
         random.setstate(states["python"])
         np.random.set_state(states["numpy"])

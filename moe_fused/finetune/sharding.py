@@ -1,11 +1,11 @@
 """Divides a model among the processes of a run with torch's FSDP2 (``--shard``).
 
-A decoder layer is a unit. Its packed experts and its adapters are divided among the processes, are gathered for the layer's
-passes, and are let go behind them. Gradients are reduced to the shares, so the optimizer holds and changes these alone. The
-embedding of tokens is a unit of its own. What is small stays whole in each process: attention in 4 bits, norms and routers,
-and with them the head, whose weight the loss reads without a call that FSDP2 would see.
+A decoder layer is a unit. Its packed experts and its adapters are divided among the processes. They are gathered before a
+pass through the layer and freed after it. Gradients are reduced to the shares, so the optimizer holds and changes these
+alone. The embedding of tokens is a unit of its own. What is small stays whole in each process: attention in 4 bits, norms
+and routers. The head also stays whole: the loss reads its weight directly, so FSDP2's hooks would not run.
 
-A model comes to this in three steps. ``moe_fused.checkpoints.share`` loads the experts of this process alone. ``Sharding``
+A model is divided in three steps. ``moe_fused.checkpoints.share`` loads the experts of this process alone. ``Sharding``
 puts tensors of the whole shapes in their place, which have no memory. PEFT makes its layers around them, on their device,
 and Trainer loads adapters. ``Sharding.apply`` then hands all to FSDP2.
 
@@ -92,18 +92,19 @@ class Sharding:
         embedding = base.get_input_embeddings()
         if _is_apart(embedding, base):
             fully_shard(embedding, mesh=mesh)
-        # Without a root, each unit would be one, and none would know which comes next.
+        # Without a common root, each unit would be its own root and would not know which unit comes next.
         fully_shard(decoder, mesh=mesh, ignored_params={each for each in decoder.parameters() if not is_divided(each)})
         for layer, following in itertools.pairwise(units):
             layer.set_modules_to_forward_prefetch([following])
-        # By itself, the backward of the first layer would gather the embedding, which has none. The layer is there already.
+        # By default, the backward of the first layer would prefetch the embedding, which has no backward. The layer itself
+        # is gathered already, so that nothing is prefetched.
         units[0].set_modules_to_backward_prefetch(units[:1])
         for stack in self._stacks:
             _fill(stack, mesh, dtype)
         self._stacks = []
 
     def _is_divisible(self, parameter: nn.Parameter) -> bool:
-        """Whether a trained parameter is divided. Each process then has the blocks that its optimizer's state would have.
+        """Whether a trained parameter is divided. A division must not cut a block of the optimizer's 8-bit state.
 
         Parameters that are trained in full have another dtype than adapters may have, with which FSDP2 cannot reduce them.
         """
@@ -207,7 +208,7 @@ class Sharding:
         """Makes the adapters whole parameters in all processes, into which others may be loaded. No pass may follow."""
         self._parts.clear()
         for module, hooks in self._hooks.items():
-            module._load_state_dict_post_hooks = hooks  # without FSDP2's, which wants a part of what is loaded
+            module._load_state_dict_post_hooks = hooks  # without FSDP2's hooks, which expect sharded values
         for module in model.modules():
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None and parameter.requires_grad and is_divided(parameter):
@@ -226,7 +227,7 @@ def storage_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def is_divided(parameter: Tensor) -> bool:
-    """Whether this process has a part of the parameter alone."""
+    """Whether this process holds only a part of the parameter."""
     return isinstance(parameter, DTensor)
 
 

@@ -117,6 +117,15 @@ def test_a_number_that_does_not_divide_a_step_is_refused(case: Case, tmp_path: P
     )
 
 
+def test_random_states_that_are_missing_are_told(case: Case, tmp_path: Path) -> None:
+    for name in ("model", "chat.jsonl"):
+        (tmp_path / name).symlink_to(case.directory / name)
+    assert_ended(together(2, *case.arguments, "1", "--max-steps", "2", "--output", "out", cwd=tmp_path))
+    (tmp_path / "out" / "checkpoints" / "checkpoint-2" / "rng_state_1.pth").unlink()
+    ended = together(2, "--resume", "--max-steps", "4", "--output", "out", cwd=tmp_path)
+    assert_refused(ended, "rng_state_1.pth is missing: 2 processes have saved the checkpoint")
+
+
 def _fail_in_step(step: int, how: str) -> None:
     """This runs in the process of a command."""
     from moe_fused.finetune.trainer import Finetuning

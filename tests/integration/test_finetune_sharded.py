@@ -171,12 +171,39 @@ def test_what_cannot_be_divided_is_refused(case: Case) -> None:
     arguments = (*case.arguments, "1", "--max-steps", "2", "--output", "refused", "--shard")
     ended = finetune(*arguments, cwd=case.directory)
     assert ended.status, ended
-    assert ended.stderr.endswith("add --gpus with their number\n"), ended
+    assert ended.stderr.endswith("add --gpus with their number, or --no-shard to train on one\n"), ended
     for options, words in (
         (("--quantization", "none"), "--shard: experts must be in 4 bits, use --quantization nf4"),
+        (("--router-aux-loss", "0.01"), "--shard: FSDP2 hides from --router-aux-loss what the routers give"),
         (("--dtype", "float16"), "--shard: the gradients of --dtype float16 need scaling, use bfloat16"),
     ):
         assert_refused(together(2, *arguments, *options, cwd=case.directory), words)
     ended = together(4, *arguments, cwd=case.directory)
     assert_refused(ended, "6 experts to a layer cannot be divided among 4 GPUs")
     assert not (case.directory / "refused").exists()
+
+
+def test_a_divided_run_is_planned_without_gpus(case: Case) -> None:
+    arguments = [each for each in case.arguments if each not in ("--device", "cpu")]
+    options = ("--output", "planned", "--dry-run", "--device", "cuda", "--gpus", "2")
+    ended = finetune(*arguments, "1", *options, "--shard", "--memory-limit", "24", cwd=case.directory)
+    assert ended.status == 0, ended
+    assert "NCCL" in ended.stderr
+    assert "1 x 64 x 1 x 2 (batch x length x accumulation x processes)" in ended.stderr
+    assert "note: without --shard the run needs" in ended.stderr
+    ended = finetune(*arguments, "1", *options, cwd=case.directory)
+    assert (ended.status, ended.stderr) == (1, "error: --gpus 2: this machine has 0 GPUs\n")
+    assert not (case.directory / "planned").exists()
+
+
+def test_experts_that_stay_dense_are_not_divided(tmp_path: Path) -> None:
+    build(vocab_size=272, hidden_size=40, moe_intermediate_size=12, max_position_embeddings=128).save_pretrained(
+        tmp_path / "model"
+    )
+    save_tokenizer(tmp_path / "model")
+    write_jsonl(tmp_path / "chat.jsonl", chats(4))
+    arguments = (*Case(tmp_path).arguments, "1", "--max-steps", "2", "--output", "out", "--shard")
+    assert_refused(
+        together(2, *arguments, cwd=tmp_path),
+        "--shard: experts must be in 4 bits, and those of Qwen3MoeExperts stay dense: an expert's 12 x 40 weights",
+    )
