@@ -11,9 +11,9 @@ processes of its own, which torchrun starts, one contender after the other:
 - ``replicated``: a step on all GPUs, each of which holds the whole model.
 - ``sharded``: a step on all GPUs, which divide the experts, their adapters and the optimizer's state among them.
 
-A row's ``tokens`` are those of a batch, and its ``ms`` are a step, with the batches that are accumulated: the median of the
-steps, from an idle GPU to the end. Peaks are what the allocator of the first GPU held. Further numbers of a row, under
-``details``:
+A row's ``tokens`` are those of a batch, and its ``ms`` are a step, with the batches that are accumulated: the median over
+the steps, each timed from an idle GPU until the GPU is idle again. Peaks are what the allocator of the first GPU held.
+Further numbers of a row, under ``details``:
 
 - ``gpus``, ``accumulation``, and ``tokens_per_second`` of all GPUs together.
 - ``weights_mib``: what the model takes on the first GPU, without adapters.

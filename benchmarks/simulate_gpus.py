@@ -13,9 +13,9 @@ The embedding and the first layer are gathered before anything is computed. ``be
 takes. A sharded run has no CUDA graphs, so that a batch also takes at least as long as the host that was measured needs to
 launch the kernels of all layers. GPUs that hold the whole model average their gradients after the last batch of a step.
 
-Every GPU but the H200 is taken to have the speed in its vendor's data sheet where the H200 has what was measured, which is
-less than in its own. Every link carries its nominal bytes at any size of a message. GPUs without NVLink and without direct
-access to each other go through the memory of the host, which may be slower than their links. Steps can therefore take
+The speed of the H200 was measured and is below its data sheet. For every other GPU, the simulation uses the data sheet, so
+their steps come out too fast. Every link carries its nominal bytes at any size of a message. GPUs without NVLink and without
+direct access to each other go through the memory of the host, which may be slower than their links. Steps can therefore take
 longer than simulated.
 """
 
@@ -33,10 +33,10 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_fused.benchmark.layers import Ceilings
-from moe_fused.finetune.options import Options
+from moe_fused.finetune.options import Options, flag
 from moe_fused.finetune.plan import SLACK, workload_of
 from moe_fused.finetune.precheck import Process
-from moe_fused.finetune.resolve import ModelSetup, ResolvedRun, candidates, set_up
+from moe_fused.finetune.resolve import ModelSetup, ResolvedRun, candidates, set_up, shard_refusal
 from moe_fused.memory import GIB, Sizes, Workload, gathered_layer, predict, sizes_of
 
 from .models import BY_NAME
@@ -45,6 +45,10 @@ from .step_cost import H200, Batch, StepCost, batch_of, fitted, host_seconds
 # The share of a GPU's memory that a run may use: firmware, driver and screen take the rest.
 USABLE = 0.96
 NO_LIMIT = 4096.0
+# What a table has in the place of the time of a run that does not fit.
+NONE = "–"
+# The numbers of GPUs that are simulated if none is given.
+NUMBERS = (1, 2, 4, 8)
 # Batches are looked at up to so many tokens, in steps of so many.
 LONGEST, TOKENS_STEP = 65536, 256
 
@@ -180,6 +184,11 @@ def runs(model: str, gpus: int, tokens: int) -> tuple[ResolvedRun, ...]:
     return tuple(candidates(dataclasses.replace(setup, options=options, process=process), plain_text=False))
 
 
+def refusal(model: str, gpus: int) -> str | None:
+    """Returns why ``finetune --shard`` refuses to divide a model among so many GPUs, or None if it does not."""
+    return shard_refusal(_setup(model), gpus)
+
+
 def workloads(model: str, gpus: int, tokens: int, sharded: bool) -> list[Workload]:
     """What these runs are to the memory plan, the preferred one first. A sharded one has no CUDA graphs."""
     works = [workload_of(run) for run in runs(model, gpus, tokens)]
@@ -229,11 +238,11 @@ def simulate(model: str, gpu: Gpu, link: Link, gpus: int, tokens: int, *, sharde
         sharded: Whether the GPUs share the weights. If each holds all of them, it runs with CUDA graphs where these fit.
 
     Raises:
-        ValueError: The model is outside of the cost model, or has no positions for so many tokens, or a single GPU
-            should share its weights.
+        ValueError: The cost model does not cover the model, the model has no positions for so many tokens, or a single
+            GPU should be sharded.
     """
     if sharded and gpus < 2:
-        raise ValueError("a single GPU has nobody to share weights with")
+        raise ValueError("sharding needs at least 2 GPUs")
     batch, sizes, cost = batch_of(model, tokens), sizes_by_name(model), fitted()
     predictions = [(work, predict(sizes, work)) for work in workloads(model, gpus, tokens, sharded)]
     work, prediction = next(
@@ -273,20 +282,30 @@ def hidden_from(model: str, gpu: Gpu, link: Link, gpus: int) -> int | None:
 def results_table(results: Sequence[Simulated], gpu: Gpu, title: str) -> Table:
     """What was simulated, for the terminal."""
     table = Table(title=title, title_justify="left")
-    columns = ("GPUs", "weights", "GiB each", "fits", "GB received", "MB a token", "s a step", "computing", "tokens/s")
+    columns = (
+        "GPUs",
+        "weights",
+        "GiB per GPU",
+        "fits",
+        "GB received",
+        "MB per token",
+        "s per step",
+        "computing",
+        "tokens/s",
+    )
     for column in columns:
         table.add_column(column, justify="left" if column == "weights" else "right", no_wrap=True)
     for each in results:
+        fits = each.needed <= gpu.usable
+        times = f"{each.seconds:.2f}", f"{each.computing / each.seconds:.0%}", f"{each.tokens_per_second:.0f}"
         table.add_row(
             str(each.gpus),
-            "shared" if each.sharded else "whole",
+            "sharded" if each.sharded else "whole",
             f"{each.needed / GIB:.2f}",
-            "yes" if each.needed <= gpu.usable else "no",
+            "yes" if fits else "no",
             f"{each.received / 1e9:.1f}",
             f"{each.received_for_token / 1e6:.2f}",
-            f"{each.seconds:.2f}",
-            f"{each.computing / each.seconds:.0%}",
-            f"{each.tokens_per_second:.0f}",
+            *(times if fits else [NONE] * len(times)),
         )
     return table
 
@@ -298,27 +317,41 @@ def _chosen(given: str, known: dict[str, Any], option: str) -> Any:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="One of benchmarks.models, by its name.")],
-    gpu_name: Annotated[str, typer.Option("--gpu", help="The GPU, by its name.")] = "RTX 4090",
-    link_name: Annotated[str, typer.Option("--link", help="What connects the GPUs.")] = "PCIe 4 x16",
-    gpus: Annotated[list[int] | None, typer.Option(help="The number of GPUs; may be given again.", min=1)] = None,
+    model: Annotated[str, typer.Option(help=f"The model: {', '.join(BY_NAME)}.")],
+    gpu_name: Annotated[str, typer.Option("--gpu", help=f"The GPU: {', '.join(GPU_BY_NAME)}.")] = "RTX 4090",
+    link_name: Annotated[
+        str, typer.Option("--link", help=f"What connects the GPUs: {', '.join(LINK_BY_NAME)}.")
+    ] = "PCIe 4 x16",
+    gpus: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="The number of GPUs; may be given again.", min=1, show_default=", ".join(str(each) for each in NUMBERS)
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of a sequence.", min=1)] = 4096,
 ) -> None:
     """Simulates steps of a published model on one GPU and on several."""
     _chosen(model, BY_NAME, "--model")
     gpu, link = _chosen(gpu_name, GPU_BY_NAME, "--gpu"), _chosen(link_name, LINK_BY_NAME, "--link")
+    numbers = gpus or NUMBERS
     try:
+        refused = {
+            number: reason for number in numbers if number > 1 and (reason := refusal(model, number)) is not None
+        }
         results = [
             simulate(model, gpu, link, number, tokens, sharded=sharded)
-            for number in gpus or (1, 2, 4, 8)
-            for sharded in ((False, True) if number > 1 else (False,))
+            for number in numbers
+            for sharded in ((False, True) if number > 1 and number not in refused else (False,))
         ]
     except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
+        # The run that is simulated has another name for the option.
+        typer.echo(f"error: {str(error).replace(flag('sequence_length'), '--tokens')}", err=True)
         raise typer.Exit(1) from error
     source = "measured ceilings" if gpu.is_measured else "published ceilings"
     title = f"simulated: {model}, {tokens} tokens, {gpu.name} ({source}), {link.name}"
     Console(width=120).print(results_table(results, gpu, title))
+    for number, reason in refused.items():
+        typer.echo(f"not sharded among {number} GPUs: {reason}")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ an H200. The optimizer's constant is the mean over the rows. The other four are 
 are then predicted best. All errors are relative to the step. The tests hold the result to 15 % of each row, and the fit
 without a row to 15 % of that row.
 
-Models whose layers have a recurrence are outside of it, such as Qwen3.5: their only row is of a recurrence in plain torch,
-which the host limits.
+The model does not cover recurrent layers, as in Qwen3.5. Their only measured row ran the recurrence in plain torch, where
+the host is the limit.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Work:
     Attributes:
         products, scores: Operations.
         dequantized: Bytes.
-        layers: Decoder layers, of whose fixed time a forward is a quarter and a backward with its recomputation the rest.
+        layers: The number of decoder layers, weighted: a forward counts a quarter of a layer's fixed time, and a backward
+            with its recomputation three quarters.
     """
 
     products: float = 0.0

@@ -6,8 +6,12 @@ Memory is the prediction of ``moe-fused finetune``. Times are simulated (see ``b
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from scripts.models_tables import LENGTHS, NONE, table
+
+if TYPE_CHECKING:
+    from benchmarks.simulate_gpus import Simulated
 
 MODELS = ("qwen3-30b-a3b", "gpt-oss-120b", "glm-4.5-air", "qwen3-235b-a22b")
 # Numbers of GPUs and their GiB.
@@ -75,28 +79,32 @@ def moved_table(rows: Sequence[tuple[str, int]] = MOVED) -> str:
         for gpu, link in ((CARD, LINK), ("H200", FAST_LINK)):
             yield str(hidden_from(model, GPU_BY_NAME[gpu], LINK_BY_NAME[link], gpus) or NONE)
 
-    head = ["model", "GPUs", "GB a batch", *(f"MB a token of {tokens}" for tokens in TOKENS)]
+    head = ["model", "GPUs", "GB per batch", *(f"MB per token, batch of {tokens}" for tokens in TOKENS)]
     head += [f"s over {link}" for link in (LINK, FAST_LINK)]
-    head += [f"tokens that hide it, {gpu} and {link}" for gpu, link in ((CARD, LINK), ("H200", FAST_LINK))]
+    head += [f"tokens per batch that hide it on {gpu} and {link}" for gpu, link in ((CARD, LINK), ("H200", FAST_LINK))]
     return table(head, (cells(model, gpus) for model, gpus in rows))
 
 
 def steps_table(rows: Sequence[tuple[str, int, bool]] = STEPS) -> str:
-    """The memory of each GPU and the simulated tokens per second of all of them, where the run fits."""
+    """The memory of each GPU and the simulated tokens per second of all of them, for rows of which some run fits."""
     from benchmarks.simulate_gpus import GPU_BY_NAME, LINK_BY_NAME, simulate
     from moe_fused.memory import GIB
 
     gpu, link = GPU_BY_NAME[CARD], LINK_BY_NAME[LINK]
 
-    def cells(model: str, gpus: int, sharded: bool) -> Iterable[str]:
-        steps = [simulate(model, gpu, link, gpus, tokens, sharded=sharded) for tokens in TOKENS]
-        yield from (_title(model), str(gpus), "sharded" if sharded else "whole")
+    def cells(model: str, steps: Sequence[Simulated]) -> Iterable[str]:
+        yield from (_title(model), str(steps[0].gpus), "sharded" if steps[0].sharded else "whole")
         yield from (f"{step.needed / GIB:.2f}" for step in steps)
         yield from (f"{step.tokens_per_second:.0f}" if step.needed <= gpu.usable else NONE for step in steps)
 
-    head = ["model", "GPUs", "weights", *(f"GiB each, {tokens} tokens" for tokens in TOKENS)]
+    simulated = (
+        (model, [simulate(model, gpu, link, gpus, tokens, sharded=sharded) for tokens in TOKENS])
+        for model, gpus, sharded in rows
+    )
+    fitting = ((model, steps) for model, steps in simulated if any(step.needed <= gpu.usable for step in steps))
+    head = ["model", "GPUs", "weights", *(f"GiB per GPU, {tokens} tokens" for tokens in TOKENS)]
     head += [f"tokens/s, {tokens} tokens" for tokens in TOKENS]
-    return table(head, (cells(*row) for row in rows))
+    return table(head, (cells(*row) for row in fitting))
 
 
 def cost_table() -> str:

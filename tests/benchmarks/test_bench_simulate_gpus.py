@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
 pytest.importorskip("trl")
 
+import typer
 from typer.testing import CliRunner
 
 from benchmarks import simulate_gpus
@@ -121,25 +123,52 @@ def test_the_fewest_tokens_that_hide_the_gathering() -> None:
 
 
 def test_one_gpu_shares_nothing() -> None:
-    with pytest.raises(ValueError, match="nobody to share"):
+    with pytest.raises(ValueError, match="at least 2 GPUs"):
         step(1, sharded=True)
 
 
-def test_the_command() -> None:
-    import typer
-
+def command(*arguments: str) -> Any:
     app = typer.Typer()
     app.command()(simulate_gpus.main)
-    ran = CliRunner().invoke(app, ["--model", "olmoe-1b-7b", "--gpus", "2", "--tokens", "1024"])
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "1000", "NO_COLOR": "1"})
+
+
+def test_the_command() -> None:
+    ran = command("--model", "olmoe-1b-7b", "--gpus", "2", "--tokens", "1024")
     assert ran.exit_code == 0
     assert "simulated: olmoe-1b-7b, 1024 tokens, RTX 4090 (published ceilings), PCIe 4 x16" in ran.stdout
     assert ran.stdout.count("yes") == 2
+    assert " sharded " in ran.stdout
     for arguments, words, status in (
         (["--model", "qwen3.5-35b-a3b"], "is not modelled", 1),
         (["--model", "no-such"], "no-such is not known", 2),
         (["--model", "olmoe-1b-7b", "--gpu", "Z80"], "Z80 is not known", 2),
-        (["--model", "olmoe-1b-7b", "--tokens", "9999999"], "at most 4096", 1),
+        (["--model", "olmoe-1b-7b", "--tokens", "9999999"], "--tokens must be at most 4096", 1),
+        (["--model", "olmoe-1b-7b", "--tokens", "1"], "--tokens must be at least 8", 1),
     ):
-        failed = CliRunner().invoke(app, arguments)
+        failed = command(*arguments)
         assert failed.exit_code == status
         assert words in failed.output
+
+
+def test_the_command_leaves_out_what_finetune_refuses() -> None:
+    """Mixtral has 8 experts, which leave some of 16 GPUs without one. Replicas can be as many as there are."""
+    ran = command("--model", "mixtral-8x7b", "--gpus", "8", "--gpus", "16")
+    assert ran.exit_code == 0
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in ran.stdout.splitlines() if "│" in line]
+    assert [row[:2] for row in rows] == [["8", "whole"], ["8", "sharded"], ["16", "whole"]]
+    refusal = "not sharded among 16 GPUs: 8 experts to a layer cannot be divided among 16 GPUs"
+    assert ran.stdout.splitlines()[-1] == refusal
+
+
+def test_the_command_has_no_speed_where_the_run_does_not_fit() -> None:
+    ran = command("--model", "qwen3-235b-a22b", "--gpus", "8")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in ran.stdout.splitlines() if "│" in line]
+    assert [(row[3], row[-3:]) for row in rows] == [("no", ["–"] * 3)] * 2
+
+
+def test_the_help_lists_what_can_be_given() -> None:
+    shown = command("--help").stdout
+    for names in (BY_NAME, GPU_BY_NAME, LINK_BY_NAME):
+        assert ", ".join(names) in shown
+    assert "1, 2, 4, 8" in shown
