@@ -69,7 +69,7 @@ class Share:
 
 
 def is_divided(parameter: Any) -> bool:
-    """Whether a process holds a part of ``parameter`` alone."""
+    """Whether this process holds only a part of the parameter."""
     return isinstance(parameter, DTensor)
 
 

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler
 from transformers.trainer_pt_utils import safe_globals
 
+from moe_fused.checkpoints.share import is_divided
+
 from .batches import lengths_of
 from .endings import CannotResume
 from .render import IGNORED
-from .sharding import is_divided
 
 if TYPE_CHECKING:
     from trl.trainer.sft_trainer import SFTTrainer

@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from moe_fused.checkpoints.share import is_divided, local
 from moe_fused.hub import get_kernel
 from moe_fused.integrations.quantizer.packed_experts import get_packed, packed_modules
 from moe_fused.integrations.transformers.experts_module import projections_of
@@ -224,18 +225,6 @@ def storage_dtype(dtype: torch.dtype) -> torch.dtype:
     """
     release = tuple(map(int, torch.__version__.split(".")[:2]))
     return torch.uint8 if release >= (2, 13) else dtype
-
-
-def is_divided(parameter: Tensor) -> bool:
-    """Whether this process holds only a part of the parameter."""
-    return isinstance(parameter, DTensor)
-
-
-def local(value: Any) -> Tensor:
-    """Returns this process' part of a tensor, the same memory, or the tensor if it is whole."""
-    with torch.no_grad():
-        part: Tensor = value.to_local() if isinstance(value, DTensor) else value
-    return part
 
 
 def _put_whole(model: nn.Module) -> Iterator[_Stack]:

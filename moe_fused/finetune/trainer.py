@@ -29,6 +29,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from moe_fused.checkpoints.adapters.fits import check_saved
 from moe_fused.checkpoints.finite import not_finite
+from moe_fused.checkpoints.share import local
 from moe_fused.memory import LOSS_TILE_BESIDE_GRAPHS
 from moe_fused.staging import staged_directory
 
@@ -45,7 +46,6 @@ from .model import apply_liger
 from .parallel import Peers
 from .progress import perplexity
 from .several import OfSeveral, shared
-from .sharding import local
 from .stream import BadRows
 
 if TYPE_CHECKING:

@@ -90,7 +90,7 @@ def test_shards_train_as_one_process_does(case: Case, alone: tuple[Path, str]) -
 
 def _note_what_is_held() -> None:
     """Writes, in the last step, which part of each parameter this process holds. This runs in the process of a command."""
-    from moe_fused.finetune.sharding import local
+    from moe_fused.checkpoints.share import local
     from moe_fused.finetune.trainer import Finetuning
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
