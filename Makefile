@@ -29,7 +29,7 @@ define run_tests
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-slow test-all test-readers test-gpu lint format docs bench wheel publish clean
+.PHONY: help setup build demo test test-slow test-all test-readers test-upstream test-gpu lint format docs bench wheel publish clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,6 +77,9 @@ test-slow: build ## Run the slow tests, and those that depend on the processor a
 
 test-all: build ## Run what test and test-slow run
 	$(call run_tests,$(BIN)/python -m pytest -n $(JOBS) --timeout 600,$(OTHER_PROCESSOR))
+
+test-upstream: build ## Apply the patches of docs/upstream to copies of the installed libraries, and run their tests and ours
+	@$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --timeout 600 -m upstream tests/upstream $(PYTEST_ARGS)
 
 test-readers: build ## Install vLLM, SGLang and llama.cpp's converters in part, and let them read our adapters
 	@$(TEST_ENV) $(BIN)/python -m pytest -m readers tests/readers $(PYTEST_ARGS)

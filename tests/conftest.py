@@ -45,9 +45,21 @@ def pytest_configure(config: pytest.Config) -> None:
         "kernels_ci: run by kernel-builder's CI on every variant; together they cover the public API in a minute",
         "gpu: needs an accelerator",
         "readers: installs another tool from the package index; left out unless -m names it, run by make test-readers",
+        "upstream: tests a patch for another library; left out unless -m names it, run by make test-upstream",
         "slow: takes more than some ten seconds on two cores; run by make test-slow, not by make test",
     ):
         config.addinivalue_line("markers", marker)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what has to be asked for by name: it installs packages, or changes when other libraries do."""
+    left_out = []
+    for marker in ("readers", "upstream"):
+        if marker not in str(config.getoption("markexpr")):
+            left_out += [item for item in items if item.get_closest_marker(marker)]
+    if left_out:
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

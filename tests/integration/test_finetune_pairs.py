@@ -104,7 +104,7 @@ NO_PAIRS: dict[str, str] = {
     "learning_rate": _NUMBER, "scheduler": "TRL alone reads it", "warmup": _NUMBER, "weight_decay": _NUMBER,
     "max_grad_norm": _NUMBER, "optimizer": "TRL alone reads it", "seed": _NUMBER, "save_steps": _NUMBER,
     "keep_checkpoints": _NUMBER, "log_steps": _NUMBER, "push_to_hub": _HUB, "private": _HUB, "push_checkpoints": _HUB,
-    "shared_expert_rank": _SHARED, "shared_expert_alpha": _SHARED,
+    "shard": "all runs have one process", "shared_expert_rank": _SHARED, "shared_expert_alpha": _SHARED,
 }  # fmt: skip
 
 

@@ -598,6 +598,9 @@ def test_a_module_owns_it(double_quant: bool) -> None:
     assert all(part.dtype == torch.uint8 and len(part) == SMALL[0] for part in owner.parameters())
     assert not any(part.requires_grad for part in owner.parameters())
     assert_same(kernel.modules.weights_of(owner, "gate_up_proj"), weights)
+    taken = copy.deepcopy(owner)
+    assert_same(kernel.modules.detach(taken, "gate_up_proj"), weights)
+    assert not list(taken.parameters())
 
     kernel.modules.attach(example(double_quant).to("meta"), other, "gate_up_proj")
     other.load_state_dict(owner.state_dict(), assign=True)

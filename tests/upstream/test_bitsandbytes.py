@@ -67,7 +67,7 @@ def test_the_imitation_is_what_the_processor_computes(shape: tuple[int, int], qu
     assert torch.equal(functional.dequantize_4bit(packed, state), imitated)
 
 
-@pytest.mark.slow
+@pytest.mark.upstream
 def test_rows_by_example(tmp_path: Path) -> None:
     code = f"from tests.upstream.plugins.avx512 import imitate\nimitate()\n{example(ROWS)}"
     before = tree(BITSANDBYTES, tmp_path / "stock").python(code)
@@ -76,7 +76,7 @@ def test_rows_by_example(tmp_path: Path) -> None:
     assert after.stdout.strip() == f"{8 * [False]} False", after
 
 
-@pytest.mark.slow
+@pytest.mark.upstream
 def test_rows(tmp_path: Path) -> None:
     before, after = (make(tmp_path, ROWS).own_tests(*IMITATED) for make in (unpatched, patched))
     assert before.returncode == 1, before.stdout
@@ -84,7 +84,7 @@ def test_rows(tmp_path: Path) -> None:
     assert after.returncode == 0, after.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.upstream
 def test_our_suite_without_our_reshaping_of_rows(tmp_path: Path) -> None:
     arguments = (CPU_TESTS, "-k", "dequantizes_any_shape or viewed_as_another_dtype")
     before, after = (
@@ -100,7 +100,7 @@ def test_our_suite_without_our_reshaping_of_rows(tmp_path: Path) -> None:
 # Weights packed for avx512_bf16.
 
 
-@pytest.mark.slow
+@pytest.mark.upstream
 def test_packing_by_example(tmp_path: Path) -> None:
     code = f"from tests.upstream.plugins.cpu_packing import pack_everywhere\npack_everywhere()\n{example(PACKING)}"
     before = tree(BITSANDBYTES, tmp_path / "stock").python(code)
@@ -109,7 +109,7 @@ def test_packing_by_example(tmp_path: Path) -> None:
     assert float(after.stdout) == 0, after
 
 
-@pytest.mark.slow
+@pytest.mark.upstream
 def test_packing(tmp_path: Path) -> None:
     before, after = (make(tmp_path, PACKING).own_tests() for make in (unpatched, patched))
     assert before.returncode == 1, before.stdout
@@ -117,7 +117,7 @@ def test_packing(tmp_path: Path) -> None:
     assert after.returncode == 0, after.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.upstream
 def test_our_suite_with_packed_weights(tmp_path: Path) -> None:
     """Tests with tight tolerances are left out: bitsandbytes computes in bfloat16 there, with the patch as without."""
     arguments = (CPU_TESTS, "-k", "backward_after or merging_after or training_evaluating")
@@ -134,7 +134,7 @@ def test_our_suite_with_packed_weights(tmp_path: Path) -> None:
 # Experts as a module.
 
 
-@pytest.mark.slow
+@pytest.mark.upstream
 def test_experts_by_example(tmp_path: Path) -> None:
     before = tree(BITSANDBYTES, tmp_path / "stock").python(example(EXPERTS))
     assert "cannot import name 'Experts4bit'" in before.stderr, before
@@ -142,7 +142,7 @@ def test_experts_by_example(tmp_path: Path) -> None:
     assert after.returncode == 0, after.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.upstream
 def test_experts(tmp_path: Path) -> None:
     assert unpatched(tmp_path, EXPERTS).own_tests().returncode == 2  # there is no such module
     after = patched(tmp_path, EXPERTS).own_tests()
@@ -188,7 +188,7 @@ _OURS = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.upstream
 def test_experts_are_those_of_our_fused_checkpoints(tmp_path: Path) -> None:
     """What we write is what the module writes, bit for bit, and what it computes is what the kernel computes."""
     result = patched(tmp_path, EXPERTS).python(_OURS)

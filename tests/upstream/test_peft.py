@@ -39,7 +39,7 @@ def test_applies(subjects: tuple[str, ...], tmp_path: Path) -> None:
         compile((package / name).read_text(), name, "exec")
 
 
-@pytest.mark.slow
+@pytest.mark.upstream
 @pytest.mark.parametrize(
     ("subject", "error"),
     [
@@ -59,7 +59,7 @@ def test_example_of_the_text(subject: str, error: str, tmp_path: Path) -> None:
 # The registry.
 
 
-@pytest.mark.slow
+@pytest.mark.upstream
 def test_registry(tmp_path: Path) -> None:
     assert unpatched(tmp_path, REGISTRY).own_tests().returncode == 2  # there is no such function
     after = patched(tmp_path, REGISTRY, LEAK).own_tests()
@@ -67,7 +67,7 @@ def test_registry(tmp_path: Path) -> None:
     assert counts(after.stdout) == {"passed": 10}
 
 
-@pytest.mark.slow
+@pytest.mark.upstream
 def test_our_suite_with_the_registry(tmp_path: Path) -> None:
     """PEFT makes the layers for experts by its registry, and under another name than its own; our tuner makes none."""
     tests = "computes_what_peft_does or every_model or several_adapters or merg or other_implementations or kernelized"
@@ -83,7 +83,7 @@ def test_our_suite_with_the_registry(tmp_path: Path) -> None:
 # The scaling of rsLoRA.
 
 
-@pytest.mark.slow
+@pytest.mark.upstream
 def test_rslora(tmp_path: Path) -> None:
     before, after = (make(tmp_path, RSLORA).own_tests() for make in (unpatched, patched))
     assert counts(before.stdout) == {"failed": 2, "passed": 2}, before.stdout
@@ -110,7 +110,7 @@ _STOCK_LOADS_IT = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.upstream
 def test_rslora_as_our_conversion(tmp_path: Path) -> None:
     """PEFT alone computes with a per-expert adapter what it computes after our conversion."""
     before = tree(PEFT, tmp_path / "stock").python(_STOCK_LOADS_IT)
@@ -119,7 +119,7 @@ def test_rslora_as_our_conversion(tmp_path: Path) -> None:
     assert after.stdout.split() == ["True", "True"], after
 
 
-@pytest.mark.slow
+@pytest.mark.upstream
 def test_our_suite_with_pefts_conversion_of_configs(tmp_path: Path) -> None:
     after = patched(tmp_path, RSLORA).pytest(
         "tests/integration/test_lora.py",
@@ -134,7 +134,7 @@ def test_our_suite_with_pefts_conversion_of_configs(tmp_path: Path) -> None:
 # Factors that stay behind.
 
 
-@pytest.mark.slow
+@pytest.mark.upstream
 def test_leak(tmp_path: Path) -> None:
     before, after = (make(tmp_path, LEAK).own_tests() for make in (unpatched, patched))
     assert counts(before.stdout) == {"failed": 2}, before.stdout

@@ -54,7 +54,7 @@ def test_apply_one_after_the_other(tmp_path: Path) -> None:
     patched(tmp_path / "backwards", *reversed(SUBJECTS))
 
 
-@pytest.mark.slow
+@pytest.mark.upstream
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_own_tests_pass_with_the_patch_alone(subject: str, tmp_path: Path) -> None:
     without = tree(TRANSFORMERS, tmp_path / "without", tests_of=[TRANSFORMERS.patch(subject)]).own_tests()
@@ -70,7 +70,7 @@ def test_all_patches_together(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
 
 
-@pytest.mark.slow
+@pytest.mark.upstream
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_example_of_the_text_fails_without_the_patch(subject: str, tmp_path: Path) -> None:
     example = TRANSFORMERS.example(subject)
@@ -84,7 +84,7 @@ def test_example_of_the_text_fails_without_the_patch(subject: str, tmp_path: Pat
 # Our own tests, with our own patching switched off.
 
 
-@pytest.mark.slow
+@pytest.mark.upstream
 def test_trainer_restores_every_family(tmp_path: Path) -> None:
     """Nothing of ours stands for this patch; these tests fail without it, and families that we serve pass with it."""
     tests = "tests/upstream/in_tree/trainer_families.py"
@@ -94,7 +94,7 @@ def test_trainer_restores_every_family(tmp_path: Path) -> None:
     assert_passes(patched(tmp_path / "with", "trainer-resume"), tests)
 
 
-@pytest.mark.slow
+@pytest.mark.upstream
 def test_experts_come_from_a_kernel(tmp_path: Path) -> None:
     # The tests that are left out are about the name of our implementation, and about registering it.
     assert_passes(
@@ -106,7 +106,7 @@ def test_experts_come_from_a_kernel(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.upstream
 def test_our_kernel_is_an_experts_implementation(tmp_path: Path) -> None:
     """Without ``moe_fused``: the kernel package by itself, from the directory that LOCAL_KERNELS names."""
     if not hasattr(load_kernel(), "experts_forward"):
@@ -126,7 +126,7 @@ def test_our_kernel_is_an_experts_implementation(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.upstream
 def test_kernelize_finds_the_names(tmp_path: Path) -> None:
     # The test that is left out asserts that Transformers' classes have no name.
     assert_passes(
@@ -137,7 +137,7 @@ def test_kernelize_finds_the_names(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.upstream
 def test_quantizer_is_registered_by_the_public_function(tmp_path: Path) -> None:
     # The test that is left out starts a process of its own, in which our own patching is on.
     assert_passes(
@@ -148,7 +148,7 @@ def test_quantizer_is_registered_by_the_public_function(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.upstream
 def test_mapping_puts_our_layer_on_a_model(tmp_path: Path) -> None:
     """``moe_fused`` is not imported; ``use_kernels`` is all that a user asks for."""
     code = f"""
