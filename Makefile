@@ -17,14 +17,16 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS)
 # Two processes at most, one thread each: the tests are many and small.
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ $$n -gt 2 ] && n=2; echo $$n)
+# One more for the tests outside tests/kernel, which wait a part of their time for processes that they start.
+WAITING_JOBS ?= $(shell echo $$(($(JOBS) + 1)))
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 # $(1) pytest and its options. Two processes, because tests/kernel runs Triton's interpreter on a machine without a GPU and
 # the interpreter is chosen once per process; both always run, and either fails the target. $(2) is what runs afterwards.
 define run_tests
 	@status=0; \
-	$(TEST_ENV) $(1) tests/kernel $(PYTEST_ARGS) || status=1; \
-	$(TEST_ENV) $(1) tests --ignore=tests/kernel $(PYTEST_ARGS) || status=1; \
+	$(TEST_ENV) $(1) -n $(JOBS) tests/kernel $(PYTEST_ARGS) || status=1; \
+	$(TEST_ENV) $(1) -n $(WAITING_JOBS) tests --ignore=tests/kernel $(PYTEST_ARGS) || status=1; \
 	$(2) exit $$status
 endef
 
@@ -57,7 +59,7 @@ demo: build ## Train, quantize, fine-tune and export a small Qwen3-MoE (the main
 	@$(BIN)/python -m moe_fused.demo $(ARGS)
 
 test: build ## Run the tests, but for the slow ones
-	$(call run_tests,$(BIN)/python -m pytest -n $(JOBS) --timeout 300 -m "not slow")
+	$(call run_tests,$(BIN)/python -m pytest --timeout 300 -m "not slow")
 
 # bitsandbytes computes differently on processors with avx512_bf16 and without. Tests that meet its linear layers on a CPU
 # run a second time as if the processor were of the other kind.
@@ -73,10 +75,10 @@ kind=$$($(BIN)/python -m tests.cpu_path.other) || exit 1; \
 endef
 
 test-slow: build ## Run the slow tests, and those that depend on the processor as on one of the other kind
-	$(call run_tests,$(BIN)/python -m pytest -n $(JOBS) --timeout 600 -m slow,$(OTHER_PROCESSOR))
+	$(call run_tests,$(BIN)/python -m pytest --timeout 600 -m slow,$(OTHER_PROCESSOR))
 
 test-all: build ## Run what test and test-slow run
-	$(call run_tests,$(BIN)/python -m pytest -n $(JOBS) --timeout 600,$(OTHER_PROCESSOR))
+	$(call run_tests,$(BIN)/python -m pytest --timeout 600,$(OTHER_PROCESSOR))
 
 test-upstream: build ## Apply the patches of docs/upstream to copies of the installed libraries, and run their tests and ours
 	@$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --timeout 600 -m upstream tests/upstream $(PYTEST_ARGS)
