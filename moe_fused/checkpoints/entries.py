@@ -191,7 +191,7 @@ def share_of_matrices(names: Names, share: Share, target: Target, entries: list[
     held = [
         entry._replace(role=entry.role._replace(expert=entry.role.expert - first))
         for entry in entries
-        if first <= entry.role.expert < first + count
+        if share.holds(entry.role.expert, target.shape[0])
     ]
     return replace(target, shape=(count, *target.shape[1:])), held
 

@@ -32,7 +32,7 @@ class Share:
         rank, processes: The number of this process, counted from 0, and the number of processes.
         device: Where the model is loaded.
         dtype: The dtype that dense experts get before they are quantized.
-        files: The safetensors file of each tensor of the checkpoint. Of a tensor in no file, all experts are read.
+        files: The safetensors file of each tensor of the checkpoint. A tensor that is in no file is read with all experts.
     """
 
     rank: int

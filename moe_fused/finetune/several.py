@@ -134,10 +134,8 @@ class OfSeveral(_Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Makes Trainer's optimizer. With ``--shard``, the model is divided here, after adapters have been loaded."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        model, sharding = self._base_model(), self.sharding
-        if sharding is not None:
-            whole: Any = self.accelerator.unwrap_model(self.model)
-            sharding.optimize(optimizer, model, lambda: sharding.apply(whole))
+        if self.sharding is not None:
+            self.sharding.optimize(optimizer, self.accelerator.unwrap_model(self.model))
             self._trained[:] = [value for _, value in self._named()]
         return optimizer
 

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
 
 from moe_fused.checkpoints.share import is_divided, local
 from moe_fused.hub import get_kernel
@@ -101,7 +100,7 @@ class Sharding:
         # is gathered already, so that nothing is prefetched.
         units[0].set_modules_to_backward_prefetch(units[:1])
         for stack in self._stacks:
-            _fill(stack, mesh, dtype)
+            _fill(stack, dtype)
         self._stacks = []
 
     def _is_divisible(self, parameter: nn.Parameter) -> bool:
@@ -120,16 +119,15 @@ class Sharding:
 
     # The step.
 
-    def optimize(self, optimizer: Any, model: nn.Module, divide: Callable[[], None]) -> None:
-        """Lets an optimizer of whole parameters change the parts of this process instead.
+    def optimize(self, optimizer: Any, model: nn.Module) -> None:
+        """Divides the model, and lets an optimizer of its whole parameters change the parts of this process instead.
 
         Args:
             optimizer: The optimizer, before its first step.
-            model: The model.
-            divide: Divides the model, with ``apply``.
+            model: The model, which has its adapters.
         """
         names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        divide()
+        self.apply(model)
         after = dict(model.named_parameters())
         for group in optimizer.param_groups:
             group["params"] = [self._part(after[names[parameter]]) for parameter in group["params"]]
@@ -179,7 +177,7 @@ class Sharding:
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         for name, value in model.state_dict().items():
             found[name] = value
-            if name in trained and isinstance(value, DTensor):
+            if name in trained and is_divided(value):
                 found[name] = self._peers.joined(local(value))
         state, held = optimizer.state_dict(), set(self._parts.values())
         for index, part in _numbered(optimizer):
@@ -250,15 +248,11 @@ def _without_memory(like: Mapping[str, Tensor], device: torch.device) -> dict[st
     return made
 
 
-def _fill(stack: _Stack, mesh: Any, dtype: torch.dtype) -> None:
+def _fill(stack: _Stack, dtype: torch.dtype) -> None:
     """Gives the divided parameters of a stack the bytes of this process."""
-    made = get_kernel().modules.attach(stack.share, nn.Module(), stack.name, dtype)
-    state = {}
-    for name, value in made.items():
-        whole = getattr(stack.module, name)
-        state[name] = DTensor.from_local(
-            value.detach(), mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
-        )
+    modules = get_kernel().modules
+    made = modules.attach(stack.share, nn.Module(), stack.name, dtype)
+    state = {name: modules.divided_as(getattr(stack.module, name), value.detach()) for name, value in made.items()}
     stack.module.load_state_dict(state, strict=False, assign=True)
 
 

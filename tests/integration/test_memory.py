@@ -418,7 +418,7 @@ def test_more_processes_need_less_each_but_the_gathered_layers(qwen3_30b: Sizes)
 
 
 def test_an_uneven_number_of_experts_counts_the_largest_share() -> None:
-    """Of 60 experts on 8 processes, seven have 8 and the last one 4. A gathered layer is padded to 64."""
+    """Seven of 8 processes have 8 of 60 experts, and the last one has 4. A gathered layer is padded to 64."""
     config = Qwen3MoeConfig(
         **SHAPES, num_experts=60, num_experts_per_tok=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32
     )

@@ -51,7 +51,7 @@ def attach(
 def weights_of(module: Any, name: str) -> Tensor | Packed4bitWeights:
     """What ``attach`` gave ``module``, or the dense parameter of that name.
 
-    Of divided experts, these are the ones of this process.
+    If the experts are divided, the stack has the ones of this process.
 
     Raises:
         TypeError: a parameter was cast to another dtype, which changes the bytes.

@@ -115,12 +115,7 @@ def split(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) ->
     call this, and all get the factors of all experts.
     """
     result = dict(state_dict)
-    for name, wrapper in wrappers(model):
-        experts = _Experts.of(wrapper)
-        for letter in "AB" if experts.are_divided else "":
-            key = f"{name}.lora_{letter}.{adapter_name}.weight"
-            if key in result:
-                result[key] = experts.gather(result[key], letter)
+    _change_divided(model, result, f".{adapter_name}", _Experts.gather)
     for name, wrapper, linears, prefix in _per_expert(model, adapter_name):
         for factor in "AB":
             stack = result.pop(f"{name}.lora_{factor}.{adapter_name}.weight", None)
@@ -135,7 +130,7 @@ def split(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) ->
 def fuse(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor], infix: str = "") -> dict[str, Tensor]:
     """Returns the tensors of a file with the experts' matrices replaced by the factors of ``ParamWrapper`` layers.
 
-    Of experts that are divided among processes, these are the factors of this process.
+    If the experts are divided among processes, the result has the factors of this process.
 
     Args:
         infix: the text between ``lora_A`` and ``.weight``, in the keys of the file and of the result.
@@ -155,13 +150,25 @@ def fuse(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor], 
             stack = _collected(find, _Experts.of(wrapper).all, linears, factor)
             if stack is not None:
                 result[f"{name}{suffix}"] = stack
+    _change_divided(model, result, infix, _Experts.own)
+    return result
+
+
+def _change_divided(
+    model: nn.Module, tensors: dict[str, Tensor], infix: str, change: Callable[[_Experts, Tensor, str], Tensor]
+) -> None:
+    """Replaces the factors of experts that are divided among processes in ``tensors`` by what ``change`` makes of them.
+
+    Args:
+        infix: the text between ``lora_A`` and ``.weight`` in the keys.
+        change: ``_Experts.gather`` or ``_Experts.own``.
+    """
     for name, wrapper in wrappers(model):
         experts = _Experts.of(wrapper)
         for letter in "AB" if experts.are_divided else "":
             key = f"{name}.lora_{letter}{infix}.weight"
-            if key in result:
-                result[key] = experts.own(result[key], letter)
-    return result
+            if key in tensors:
+                tensors[key] = change(experts, tensors[key], letter)
 
 
 def _collected(

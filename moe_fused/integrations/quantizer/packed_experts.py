@@ -90,7 +90,7 @@ def matrices_per_expert(module: Experts, name: str) -> int:
 
 
 def get_packed(module: Experts, name: str) -> Packed4bitWeights:
-    """Returns the packed parameter ``name`` of an experts module. Of divided experts, this process has its own alone."""
+    """Returns the packed parameter ``name`` of an experts module. Divided experts are those of this process alone."""
     weights: Packed4bitWeights = get_kernel().modules.weights_of(module, name)
     return weights
 
