@@ -10,6 +10,7 @@ processes of its own, which torchrun starts, one contender after the other:
 - ``one_gpu``: a step on one GPU.
 - ``replicated``: a step on all GPUs, each of which holds the whole model.
 - ``sharded``: a step on all GPUs, which divide the experts, their adapters and the optimizer's state among them.
+- ``sharded_eager``: the same without CUDA graphs.
 
 A row's ``tokens`` are those of a batch, and its ``ms`` are a step, with the batches that are accumulated: the median over
 the steps, each timed from an idle GPU until the GPU is idle again. Peaks are what the allocator of the first GPU held.
@@ -63,8 +64,8 @@ from .rows import Row, merge, new_row, read_rows, slug, write_rows
 from .training_finetune import random_options, tokenizer
 
 NAME = "finetune_gpus"
-ONE, REPLICATED, SHARDED = "one_gpu", "replicated", "sharded"
-CONTENDERS = (ONE, REPLICATED, SHARDED)
+ONE, REPLICATED, SHARDED, EAGER = "one_gpu", "replicated", "sharded", "sharded_eager"
+CONTENDERS = (ONE, REPLICATED, SHARDED, EAGER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +108,12 @@ def measure(job: Job) -> dict[str, float] | None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     peers = Peers(process)
-    shards = job.contender == SHARDED
+    shards = job.contender in (SHARDED, EAGER)
     with tempfile.TemporaryDirectory() as output:
         options = random_options(
-            device, output, job.length, job.steps + READY, gradient_accumulation=job.accumulation, shard=shards
-        )
+            device, output, job.length, job.steps + READY, gradient_accumulation=job.accumulation, shard=shards,
+            cuda_graphs=False if job.contender == EAGER else None,
+        )  # fmt: skip
         if not process.is_alone:
             peers.connect(device, options)
         sizes = job.make_model()
@@ -215,7 +217,7 @@ def main(
         list[int] | None, typer.Option(help="Batches in a step of each GPU; may be given again.", min=1)
     ] = None,
     contender: Annotated[
-        list[str] | None, typer.Option(help="one_gpu, replicated or sharded; may be given again.")
+        list[str] | None, typer.Option(help="one_gpu, replicated, sharded or sharded_eager; may be given again.")
     ] = None,
     layers: Annotated[int | None, typer.Option(help="Decoder layers. Writes only to --output.", min=1)] = None,
     steps: Annotated[int, typer.Option(help="Steps that are timed.", min=1)] = 8,

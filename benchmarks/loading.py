@@ -1,6 +1,7 @@
 """Measures loading a saved model into 4 bits, against loading it as it is: time, and memory of device and host.
 
     python -m benchmarks.loading                         four layers of Qwen3-30B-A3B, 5 GB of temporary files
+    python -m benchmarks.loading --processes 2           also in two processes, each with its part of the experts
     python -m benchmarks.loading --quick --device cpu    smoke-tests the benchmark itself, writes nothing
 
 The checkpoint has random bf16 weights, in shards as on the Hub, and experts per expert. Each load has a process of its own,
@@ -8,6 +9,8 @@ with its imports and the device's context behind it before anything is measured:
 
 - ``moe_fused``: `load_in_4bit=True`, NF4 with double quantization, experts and all.
 - ``transformers``: bf16, without us: what quantizing on the way costs is the difference.
+- ``moe_fused_shared_by_N``: as ``moe_fused``, in N processes at once, each on a GPU of its own and with its part of the
+  experts, as ``finetune --shard`` loads them. A row has the largest value of any process.
 
 The files were just written, so they are read from the page cache: seconds are those of everything but the disk. Host memory
 is the growth of what is anonymous (``RssAnon``), sampled every few milliseconds: mapped files are not in it, for the kernel
@@ -22,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -35,6 +38,8 @@ from rich.table import Table
 
 from moe_fused.benchmark.harness import MIB, Environment, current_environment
 from moe_fused.benchmark.layers import LAYERS, Layer
+from moe_fused.checkpoints.loading import share_of
+from moe_fused.checkpoints.share import taking
 
 from . import runner
 from .rows import OURS, slug, write_rows
@@ -43,6 +48,7 @@ NAME = "loading"
 NEEDED = ("moe_fused", "transformers", "accelerate", "bitsandbytes")
 # By implementation, how its weights are stored.
 WEIGHTS = {OURS: "nf4", "transformers": "bf16"}
+SHARED = "moe_fused_shared_by"
 # A fifth of the real one: with so few layers, embeddings would be most of the model.
 VOCABULARY = 32000
 HEAD_DIM = 128
@@ -159,8 +165,13 @@ def save_model(directory: Path, layer: Layer, layers: int, device: torch.device)
     return nbytes
 
 
-def load_model(directory: Path, implementation: str, device: torch.device) -> Load:
+def load_model(
+    directory: Path, implementation: str, device: torch.device, share: tuple[int, int] | None = None
+) -> Load:
     """Loads the model in ``directory`` and tells what that took.
+
+    Args:
+        share: The number of this process and the number of processes, if each loads a part of the experts.
 
     Raises:
         RuntimeError: experts that were to be in 4 bits are not.
@@ -169,6 +180,9 @@ def load_model(directory: Path, implementation: str, device: torch.device) -> Lo
 
     quiet()
     options: dict[str, Any] = {}
+    taken: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if implementation == OURS:
         import bitsandbytes  # noqa: F401  imported here, it is not part of what is measured
 
@@ -177,12 +191,14 @@ def load_model(directory: Path, implementation: str, device: torch.device) -> Lo
 
         moe_fused.enable()
         options["quantization_config"] = four_bit_config(torch.bfloat16, WEIGHTS[OURS])
+        if share is not None:
+            taken = taking(share_of(str(directory), "the model", *share, device=device, dtype=torch.bfloat16))
     torch.zeros(1, device=device)  # makes the device's context
     on_gpu = device.type == "cuda"
     before = torch.cuda.memory_allocated() if on_gpu else 0
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    with anonymous_growth() as host_growth:
+    with taken, anonymous_growth() as host_growth:
         start = time.perf_counter()
         model: Any = Qwen3MoeForCausalLM.from_pretrained(
             directory, device_map={"": device}, dtype=torch.bfloat16, **options
@@ -204,6 +220,20 @@ def load_model(directory: Path, implementation: str, device: torch.device) -> Lo
     )
 
 
+def load_shared(directory: Path, processes: int, device: torch.device) -> Load:
+    """Loads the model in several processes at once, each with its part of the experts, and gives the largest values."""
+    places = [device if device.type == "cpu" else torch.device("cuda", rank) for rank in range(processes)]
+    with ThreadPoolExecutor(processes) as pool:
+        loads = list(
+            pool.map(
+                lambda rank: in_new_process(load_model, directory, OURS, places[rank], (rank, processes)),
+                range(processes),
+            )
+        )
+    largest = (max((each for each in values if each is not None), default=None) for values in zip(*loads, strict=True))
+    return Load(*largest)  # type: ignore[arg-type]
+
+
 def in_new_process(function: Callable[..., T], *arguments: Any) -> T:
     """What ``function`` returns or raises in a process that has not done anything before.
 
@@ -219,13 +249,19 @@ def in_new_process(function: Callable[..., T], *arguments: Any) -> T:
             ) from None
 
 
-def measure(layer: Layer, layers: int, device: torch.device, environment: Environment) -> Iterator[LoadingRow]:
+def measure(
+    layer: Layer, layers: int, device: torch.device, environment: Environment, processes: int = 1
+) -> Iterator[LoadingRow]:
     """A row for each implementation; the checkpoint is gone once the last was taken."""
     with tempfile.TemporaryDirectory(prefix="loading-") as path:
         directory = Path(path)
         in_new_process(save_model, directory, layer, layers, device)
-        for implementation, weights in WEIGHTS.items():
-            load = in_new_process(load_model, directory, implementation, device)
+        shared = {f"{SHARED}_{processes}": WEIGHTS[OURS]} if processes > 1 else {}
+        for implementation, weights in (WEIGHTS | shared).items():
+            if implementation in shared:
+                load = load_shared(directory, processes, device)
+            else:
+                load = in_new_process(load_model, directory, implementation, device)
             rounded = {key: None if value is None else round(value, 2) for key, value in load._asdict().items()}
             yield LoadingRow(
                 benchmark=NAME,
@@ -256,6 +292,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="The JSON to write.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A tiny model. Writes only to --output.")] = False,
     device: Annotated[str, typer.Option(help="cuda, or cpu to smoke-test the benchmark.")] = "cuda",
+    processes: Annotated[int, typer.Option(help="Processes that share the experts, on as many GPUs.", min=1)] = 1,
 ) -> None:
     """Measures loading a model into 4 bits and writes rows under benchmarks/results, in place of those of the same GPU."""
     if device not in ("cuda", "cpu"):
@@ -269,13 +306,17 @@ def main(
     if missing := [module for module in NEEDED if importlib.util.find_spec(module) is None]:
         typer.echo(f"Loading in 4 bits needs {', '.join(missing)}, not installed here", err=True)
         raise typer.Exit(2)
+    if chosen.type == "cuda" and processes > torch.cuda.device_count():
+        raise typer.BadParameter(
+            f"this machine has {torch.cuda.device_count()} GPUs, got {processes}", param_hint="--processes"
+        )
     environment = current_environment(chosen)
     shared = None if quick or chosen.type == "cpu" else runner.ROOT / "results" / f"{NAME}_{slug(environment.gpu)}.json"
     path = output or shared
     console = runner.make_console()
     console.print(f"{environment.gpu}, torch {environment.torch}, Triton {environment.triton}, {environment.date}")
     try:
-        rows = list(measure(LAYERS[name], layers, chosen, environment))
+        rows = list(measure(LAYERS[name], layers, chosen, environment, processes))
         console.print(results_table(rows))
         if path is not None:
             write_rows(path, rows)

@@ -177,13 +177,7 @@ class Prediction:
 
 
 def predict(sizes: Sizes, work: Workload) -> Prediction:
-    """Predicts the largest memory that a step needs.
-
-    Raises:
-        ValueError: the workload is sharded and has CUDA graphs.
-    """
-    if work.graphs and work.shards > 1:
-        raise ValueError("there is no memory plan for CUDA graphs of a sharded model")
+    """Predicts the largest memory that a step needs."""
     adapters = list(_adapters(sizes, work))
     tensors = [_Trained(_share(numel, work), work.adapter_itemsize) for numel in adapters]
     tensors += [_Trained(whole.numel, work.whole_itemsize, whole.embeds) for whole in work.whole]
@@ -259,6 +253,9 @@ def _moments(sizes: Sizes, work: Workload, tensors: list[_Trained], adapters: in
         # It comes between the forward and the backward pass of the batch.
         moments["reference"] = moments["loss"] | {"reference pass": reference} | gathered
     if work.graphs:
+        layer, embedding = gathered_layer(sizes, work), _gathered_embedding(sizes, work) // 2
+        # Buffers in which weights arrive keep memory of their own: for two layers, or for the embedding and a layer.
+        moments["layer"]["gathered weights"] = layer + max(2 * layer, embedding + layer)
         # Graphs keep the memory of their worst moment, their inputs and outputs, and the gradients that are so small that
         # torch's allocator keeps them apart. The accumulated gradients and the loss come on top.
         held = moments["layer"]

@@ -8,6 +8,9 @@ Graphs read and write the memory that they were recorded with. Each batch is the
 batch was. Gradients appear in the graphs' memory, in blocks that the next forward pass overwrites. They are handed out
 where they are, and copied to other memory only if a forward pass comes before the optimizer has used them, as with
 gradient accumulation.
+
+The layers of a decoder that FSDP2 has divided are gathered by the graphs, and the gradients that appear are this process'
+parts. FSDP2 takes the gradients of gathered parameters from ``grad``, so that this backward pass accumulates them there.
 """
 
 from __future__ import annotations
@@ -21,8 +24,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from moe_fused.checkpoints.share import is_divided, local
+
 from .batches import entries_of, with_room
 from .endings import CannotRecord
+from .sharding import forget_gathered, gathering
 
 
 class GraphedDecoder:
@@ -196,29 +202,45 @@ def _no_collection() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _other_leaves(module: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
-    """Replaces each trained parameter of ``module``, within the block, by another leaf over the same memory.
+def _own_leaves(module: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
+    """Gives the trained parameters of ``module``, within the block, leaves that no pass has used and that have no gradient.
 
     A parameter's node in autograd belongs to the stream of the pass that made it, and lives as long as anything refers
     to that pass. A backward pass through this node would wait for that stream, which no recording may do.
 
     Yields:
-        For each parameter, the leaf that replaces it.
+        The leaf of each parameter: another one over the same memory, or the parameter itself if FSDP2 has divided it, since
+        FSDP2 then makes a leaf of what it gathers.
     """
+    forget_gathered(module)
+    trained = {parameter for parameter in module.parameters() if parameter.requires_grad}
+    divided = {parameter: parameter.grad for parameter in trained if is_divided(parameter)}
     places = [
         (owner, name, parameter)
         for owner in module.modules()
         for name, parameter in owner._parameters.items()
-        if parameter is not None and parameter.requires_grad
+        if parameter in trained and parameter not in divided
     ]
     leaves = {parameter: nn.Parameter(parameter.detach()) for _, _, parameter in places}
     try:
         for owner, name, parameter in places:
             owner._parameters[name] = leaves[parameter]
-        yield leaves
+        for parameter in divided:
+            parameter.grad = None
+        yield leaves | {parameter: parameter for parameter in divided}
     finally:
         for owner, name, parameter in places:
             owner._parameters[name] = parameter
+        for parameter, grad in divided.items():
+            parameter.grad = grad
+
+
+def _gradients(hidden: Tensor, grad: Tensor, leaves: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """Returns the gradients of ``leaves`` from that of ``hidden``. FSDP2 accumulates those of parameters it has divided."""
+    if not any(map(is_divided, leaves)):
+        return list(torch.autograd.grad(hidden, leaves, grad, allow_unused=True))
+    torch.autograd.backward(hidden, grad)
+    return [leaf.grad for leaf in leaves]
 
 
 class _Forward:
@@ -234,7 +256,8 @@ class _Forward:
         self._record(decoder, forward)
 
     def _record(self, decoder: nn.Module, forward: Callable[..., Any]) -> None:
-        with torch.cuda.graph(self._forward_graph, capture_error_mode=_errors_of()):
+        forget_gathered(decoder)
+        with torch.cuda.graph(self._forward_graph, capture_error_mode=_errors_of()), gathering(decoder):
             output = forward(**self._inputs)
         self._hidden, self._output_type = output.last_hidden_state, type(output)
 
@@ -274,35 +297,38 @@ class _Recording(_Forward):
 
     def _record(self, decoder: nn.Module, forward: Callable[..., Any]) -> None:
         self._backward_graph = torch.cuda.CUDAGraph()
-        with _other_leaves(decoder) as leaves:
-            with torch.cuda.graph(self._forward_graph, capture_error_mode=_errors_of()):
+        with _own_leaves(decoder) as leaves:
+            with torch.cuda.graph(self._forward_graph, capture_error_mode=_errors_of()), gathering(decoder):
                 output = forward(**self._inputs)
             hidden: Tensor = output.last_hidden_state
             # The backward pass may then use the memory that cuBLAS' workspaces had in the forward pass.
             torch._C._cuda_clearCublasWorkspaces()
-            pool = self._forward_graph.pool()
-            with torch.cuda.graph(self._backward_graph, pool=pool, capture_error_mode=_errors_of()):
+            graph, pool = self._backward_graph, self._forward_graph.pool()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode=_errors_of()), gathering(decoder):
                 self._grad = torch.empty_like(hidden)
-                grads: Sequence[Tensor | None] = torch.autograd.grad(
-                    hidden, list(leaves.values()), self._grad, allow_unused=True
-                )
-        self._hidden, self._output_type = hidden.detach(), type(output)
-        used = [(parameter, grad) for parameter, grad in zip(leaves, grads, strict=True) if grad is not None]
+                grads = _gradients(hidden, self._grad, list(leaves.values()))
+        self._keep(output, dict(zip(leaves, grads, strict=True)))
+
+    def _keep(self, output: Any, grads: Mapping[nn.Parameter, Tensor | None]) -> None:
+        """Notes what the graphs write: the output, and the gradients of parameters."""
+        self._hidden, self._output_type = output.last_hidden_state.detach(), type(output)
+        used = [(parameter, grad) for parameter, grad in grads.items() if grad is not None]
         self._parameters, self._grads = [parameter for parameter, _ in used], [grad for _, grad in used]
-        self._places = [parameter.data_ptr() for parameter in self._parameters]
+        self._places = [local(parameter).data_ptr() for parameter in self._parameters]
         self._buffers: list[Tensor] | None = None
+        # What autograd needs to call the backward pass.
+        self._cause = self._hidden.new_zeros((), requires_grad=True)
 
     @property
     def is_stale(self) -> bool:
         """Whether a trained parameter is in other memory than when it was recorded. The graphs read the old memory."""
-        return self._places != [parameter.data_ptr() for parameter in self._parameters]
+        return self._places != [local(parameter).data_ptr() for parameter in self._parameters]
 
     def run(self, inputs: Mapping[str, Any]) -> Any:
         """Computes the decoder's output for ``inputs`` with the graphs."""
         self._put(inputs)
         self.is_waiting = True
-        # Autograd calls the backward pass because one of the arguments is a parameter.
-        return self._output_type(last_hidden_state=_Replay.apply(self._parameters[0], self))
+        return self._output_type(last_hidden_state=_Replay.apply(self._cause, self))
 
     def _put(self, inputs: Mapping[str, Any]) -> None:
         """Also copies gradients out of the memory that the graphs overwrite."""
@@ -323,8 +349,8 @@ class _Recording(_Forward):
             if old is None:
                 parameter.grad = new.clone()
             else:
-                held.append(old)
-                added.append(new)
+                held.append(local(old))
+                added.append(local(new))
         torch._foreach_add_(held, added)
 
     def _kept(self) -> list[tuple[nn.Parameter, Tensor]]:
@@ -332,7 +358,7 @@ class _Recording(_Forward):
         return [
             (parameter, new)
             for parameter, new in zip(self._parameters, self._grads, strict=True)
-            if parameter.grad is not None and parameter.grad.data_ptr() == new.data_ptr()
+            if parameter.grad is not None and local(parameter.grad).data_ptr() == local(new).data_ptr()
         ]
 
     def drop_gradients(self) -> None:
@@ -346,7 +372,7 @@ class _Recording(_Forward):
             return
         if self._buffers is None or len(self._buffers) != len(kept):
             self._buffers = [torch.empty_like(new) for _, new in kept]
-        torch._foreach_copy_(self._buffers, [new for _, new in kept])
+        torch._foreach_copy_([local(buffer) for buffer in self._buffers], [local(new) for _, new in kept])
         for (parameter, _), buffer in zip(kept, self._buffers, strict=True):
             parameter.grad = buffer
 
@@ -368,7 +394,7 @@ class _Replay(torch.autograd.Function):
     """Replays a recording. Forward returns its hidden states (B, T, H), and backward writes the parameters' gradients."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, recording: _Recording) -> Tensor:
+    def forward(ctx: Any, cause: Tensor, recording: _Recording) -> Tensor:
         ctx.recording = recording
         # This is another tensor over the same memory, because autograd changes the tensor that is returned.
         return recording.replay_forward().detach()

@@ -76,6 +76,9 @@ class Peers:
         backend = distributed.get_default_backend_for_device(device)
         if not distributed.is_backend_available(backend):
             raise ValueError(f"several processes on {device.type} need {backend}, which this torch was built without")
+        if options.shard:
+            # NCCL would register buffers of recorded collectives, which fails for memory of expandable segments.
+            os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         with self._talking():
             store, _, _ = next(rendezvous("env://", process.rank, process.world_size))
             self._store = PrefixStore("moe-fused", store)

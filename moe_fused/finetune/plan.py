@@ -276,7 +276,7 @@ def suggest_gpus(run: ResolvedRun, sizes: Sizes, limit: int | None) -> str | Non
         for sharded in (False, True):
             if (gpus, sharded) <= tried or (sharded and shard_refusal(run, gpus) is not None):
                 continue
-            work = replace(workload_of(shared), sharded=sharded, graphs=run.graphs and not sharded)
+            work = replace(workload_of(shared), sharded=sharded, graphs=run.graphs)
             needed = predict(sizes, work).total + SLACK
             if needed <= limit:
                 return f"with --gpus {gpus}{' --shard' if sharded else ''} it would need {_gib(needed)} on each GPU"

@@ -583,7 +583,6 @@ def _graphs(setup: ModelSetup, batching: Batching, maskless: bool) -> bool:
     if options.cuda_graphs is False or setup.device.type != "cuda":
         return False
     reasons = {
-        "with --shard, layers are gathered while a step runs": options.shard,
         "what dropout drops could not be dropped again when layers are computed anew": setup.is_random,
         "--router-aux-loss takes more than hidden states out of the decoder": options.router_aux_loss > 0,
         "adapters of another dtype than the weights need autocast": setup.adapter_dtype is not setup.dtype,

@@ -15,6 +15,7 @@ because it shards the linear layers of bitsandbytes, whose state FSDP2 does not 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from moe_fused.checkpoints.share import is_divided, local
 from moe_fused.hub import get_kernel
@@ -213,6 +214,38 @@ class Sharding:
                 if parameter is not None and parameter.requires_grad and is_divided(parameter):
                     value: Any = parameter
                     module._parameters[name] = nn.Parameter(value.full_tensor().detach())
+
+
+# Recordings of CUDA graphs. FSDP2 has no public way to its streams, which are the same in torch 2.11 and 2.13.
+
+
+def forget_gathered(decoder: Any) -> None:
+    """Lets FSDP2 make gathered parameters of a decoder anew, so that the next pass has leaves of autograd of its own."""
+    for module in decoder.modules():
+        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+        for each in group.fsdp_params if group is not None else ():
+            each.all_gather_outputs = []
+            if hasattr(each, "_unsharded_param"):
+                del each._unsharded_param
+
+
+@contextlib.contextmanager
+def gathering(decoder: Any) -> Iterator[None]:
+    """Makes the streams on which FSDP2 gathers a decoder's layers part of what is recorded within the block.
+
+    The decoder's own hooks would do this. They have run before the recording has begun, and run again after its end.
+    A decoder that is not divided has no such streams.
+    """
+    if not isinstance(decoder, FSDPModule):
+        yield
+        return
+    communication = decoder._get_fsdp_state()._comm_ctx
+    recording = communication.device_handle.current_stream()
+    for stream in (communication.all_gather_copy_in_stream, communication.all_gather_stream):
+        stream.wait_stream(recording)
+    yield
+    # This holds the buffer of the layer that was gathered last, and an event that may not be waited for outside.
+    communication.all_gather_state = None
 
 
 def storage_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -89,10 +89,14 @@ def test_two_gpus_are_nearly_twice_as_fast(directory: Path) -> None:
     assert memory(two) < memory(one) + 0.7
 
 
-def test_two_gpus_divide_a_model(directory: Path) -> None:
+@pytest.mark.parametrize(
+    ("graphs", "accumulation"), [("--no-cuda-graphs", 1), ("--cuda-graphs", 1), ("--cuda-graphs", 3)]
+)
+def test_two_gpus_divide_a_model(directory: Path, graphs: str, accumulation: int) -> None:
     """Losses and adapters are those of whole models, and checkpoints go on without --shard."""
-    whole = run(directory, "replicated", 2, 1, "--no-cuda-graphs")
-    divided = run(directory, "divided", 2, 1, "--no-cuda-graphs", "--shard")
+    name = f"{graphs.strip('-')}-{accumulation}"
+    whole = run(directory, f"replicated-{name}", 2, accumulation, "--no-cuda-graphs")
+    divided = run(directory, f"divided-{name}", 2, accumulation, graphs, "--shard")
     assert list(losses(divided).values()) == pytest.approx(list(losses(whole).values()), rel=1e-2)
     assert distance(whole, divided) < 0.1
     assert checkpoints(divided) == checkpoints(whole)
@@ -103,7 +107,7 @@ def test_two_gpus_divide_a_model(directory: Path) -> None:
 
 
 def test_a_divided_run_goes_on_on_one_gpu(directory: Path) -> None:
-    output = run(directory, "begun", 2, 1, "--no-cuda-graphs", "--shard", "--max-steps", str(STEPS // 2))
+    output = run(directory, "begun", 2, 1, "--shard", "--max-steps", str(STEPS // 2))
     finetune(directory, "--resume", "--no-shard", "--max-steps", str(STEPS), "--output", output.name)
     assert checkpoints(output)[-1] == STEPS
     assert list(losses(output)) == list(range(1, STEPS + 1))

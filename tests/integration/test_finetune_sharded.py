@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
@@ -13,6 +14,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+
+from moe_fused.checkpoints.share import local
 
 from .finetuning import (
     build,
@@ -90,7 +93,6 @@ def test_shards_train_as_one_process_does(case: Case, alone: tuple[Path, str]) -
 
 def _note_what_is_held() -> None:
     """Writes, in the last step, which part of each parameter this process holds. This runs in the process of a command."""
-    from moe_fused.checkpoints.share import local
     from moe_fused.finetune.trainer import Finetuning
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -103,6 +105,70 @@ def _note_what_is_held() -> None:
 
     original = Finetuning.training_step
     Finetuning.training_step = training_step  # type: ignore[method-assign]
+
+
+def test_graphs_of_a_divided_decoder(case: Case, alone: tuple[Path, str]) -> None:
+    one, optimizer = alone
+    output = case.directory / f"graphs-{optimizer}"
+    options = (*TRAINED, "--optimizer", optimizer, "--shard", "--output", output.name)
+    ended = together(
+        2, *case.arguments, "3", *options, cwd=case.directory, before=dict.fromkeys(range(2), _run_graphs_again)
+    )
+    assert_ended(ended)
+    assert_alike(one, output, _tolerance(optimizer))
+    assert evaluations(output) == pytest.approx(evaluations(one), rel=1e-4)
+    replays = (case.directory / "replays.txt").read_text().split()
+    assert {"forward", "backward", "evaluation"} == set(replays)
+    assert replays.count("forward") == replays.count("backward") > 20
+    (case.directory / "replays.txt").unlink()
+
+
+def _run_graphs_again() -> None:
+    """Lets a recording run its passes again where CUDA graphs would be replayed. This runs in the process of a command."""
+    from moe_fused.finetune import graphs, resolve
+
+    torch.cuda.CUDAGraph = lambda: None  # type: ignore[assignment,misc]
+    resolve._graphs = lambda *_: True
+
+    class Again(graphs._Recording):
+        def _record(self, decoder: Any, forward: Any) -> None:
+            self._pass: Any = lambda: forward(**self._inputs)
+            self._decoder, self._open = decoder, contextlib.ExitStack()
+            self._forward_graph = self._backward_graph = self  # type: ignore[assignment]
+            with graphs._own_leaves(decoder) as leaves:
+                with graphs.gathering(decoder):
+                    output = self._pass()
+                with graphs.gathering(decoder):
+                    self._grad = torch.zeros_like(output.last_hidden_state)
+                    grads = graphs._gradients(output.last_hidden_state, self._grad, list(leaves.values()))
+            self._keep(output, dict(zip(leaves, grads, strict=True)))
+
+        def replay_forward(self) -> torch.Tensor:
+            if not self.is_waiting:
+                _note("evaluation")
+                with graphs.gathering(self._decoder):
+                    return self._hidden.copy_(self._pass().last_hidden_state)
+            _note("forward")
+            self._leaves = self._open.enter_context(graphs._own_leaves(self._decoder))
+            with torch.enable_grad(), graphs.gathering(self._decoder):
+                self._output = self._pass().last_hidden_state
+            return self._hidden.copy_(self._output.detach())
+
+        def replay(self) -> None:
+            _note("backward")
+            with torch.enable_grad(), graphs.gathering(self._decoder):
+                grads = graphs._gradients(self._output, self._grad, list(self._leaves.values()))
+            for held, grad in zip(self._grads, grads, strict=True):
+                assert held is not None and grad is not None
+                local(held).copy_(local(grad))
+            self._open.close()
+
+    graphs._Recording = Again  # type: ignore[misc]
+
+
+def _note(word: str) -> None:
+    with Path("replays.txt").open("a") as file:
+        file.write(f"{word} ")
 
 
 def test_three_processes_and_bytes_as_another_dtype(case: Case, alone: tuple[Path, str]) -> None:

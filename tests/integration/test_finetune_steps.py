@@ -520,6 +520,7 @@ class _Replays(graphs._Recording):
         self._grads = [torch.zeros_like(parameter) for parameter in parameters]
         self._places = [parameter.data_ptr() for parameter in parameters]
         self._buffers = None
+        self._cause = torch.zeros((), requires_grad=True)
         self._output_type = SimpleNamespace
         self._forward_graph = SimpleNamespace(replay=self._overwrite)  # type: ignore[assignment]
         self._backward_graph = SimpleNamespace(replay=self._differentiate)  # type: ignore[assignment]

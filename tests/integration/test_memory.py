@@ -460,6 +460,9 @@ def test_a_large_embedding_is_the_peak() -> None:
     assert prediction.parts["gathered weights"] == 2 * 2**20 * 128 * 4
 
 
-def test_a_sharded_model_has_no_graphs(qwen3_30b: Sizes) -> None:
-    with pytest.raises(ValueError, match="CUDA graphs of a sharded model"):
-        predict(qwen3_30b, sharded(Workload(graphs=True), 2))
+def test_graphs_of_a_sharded_model_keep_a_buffer_more(qwen3_30b: Sizes) -> None:
+    eager, graphs = (predict(qwen3_30b, sharded(Workload(graphs=graphs), 2)).parts for graphs in (False, True))
+    layer = memory.gathered_layer(qwen3_30b, sharded(Workload(), 2))
+    assert eager["gathered weights"] == 2 * layer
+    embedding = qwen3_30b.embedding * 2
+    assert graphs["gathered weights"] == layer + max(2 * layer, layer + embedding)
