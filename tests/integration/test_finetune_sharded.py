@@ -159,7 +159,8 @@ def _run_graphs_again() -> None:
             with torch.enable_grad(), graphs.gathering(self._decoder):
                 grads = graphs._gradients(self._output, self._grad, list(self._leaves.values()))
             for held, grad in zip(self._grads, grads, strict=True):
-                assert held is not None and grad is not None
+                assert held is not None
+                assert grad is not None
                 local(held).copy_(local(grad))
             self._open.close()
 
