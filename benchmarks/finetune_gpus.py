@@ -17,7 +17,7 @@ the steps, each timed from an idle GPU until the GPU is idle again. Peaks are wh
 Further numbers of a row, under ``details``:
 
 - ``gpus``, ``accumulation``, and ``tokens_per_second`` of all GPUs together.
-- ``weights_mib``: what the model takes on the first GPU, without adapters.
+- ``weights_mib``: what the model takes on the first GPU while nothing is gathered, without adapters.
 - ``used_mib``: what the GPU has in use at the end, which includes CUDA's context and what NCCL takes.
 - ``predicted_mib``: the peak that the plan foresaw.
 - ``over_one_gpu``: tokens per second over those of ``one_gpu``.
@@ -43,6 +43,7 @@ from transformers.trainer_utils import SaveStrategy
 
 import moe_fused
 from moe_fused.benchmark.harness import MIB, current_environment
+from moe_fused.checkpoints.share import local
 from moe_fused.devices import use_expandable_segments
 from moe_fused.finetune.adapters import adapt
 from moe_fused.finetune.data import fit
@@ -119,9 +120,10 @@ def measure(job: Job) -> dict[str, float] | None:
         sizes = job.make_model()
         model = full_model.build(sizes, device, seed=SEED, processes=process.world_size if shards else 1)
         full_model.run_fused(recompute=False)
-        weights = sum(value.nbytes for value in full_model.storage(model)) / MIB
         plan = plan_run(set_up(options, model.config, device, process), plain_text=True)
         milliseconds, peak, used = _train(model, plan, peers)
+        frozen = (value for value in full_model.storage(model) if not value.requires_grad)
+        weights = sum(local(value).nbytes for value in frozen) / MIB
     peers.leave()
     if not process.is_main:
         return None

@@ -13,9 +13,10 @@ A step has some moments at which it may need the most memory. The prediction is 
     embedding   the gathered embedding of a sharded model, before the first layer
 
 N processes that share the weights (``Workload.sharded``) hold ⌈E/N⌉ experts of each stack, 1/N of the adapters with their
-gradients and optimizer state, and 1/N of the rows of an embedding that is frozen. All else is whole on each. Two layers are
-whole at once: the one that is computed, and the next one while it is gathered. The plan is that of the first process, whose
-shares are the largest.
+gradients and optimizer state, and 1/N of the rows of an embedding that is frozen. All else is whole on each. The layer that
+is computed is whole. What is gathered arrives in buffers, of which two exist at once: those of two layers, or of the
+embedding and the first layer. They belong to a stream of their own, so that torch's allocator keeps their memory for them.
+The plan is that of the first process, whose shares are the largest.
 
 Letters as in ARCHITECTURE.md: T tokens of a batch, S = T·K rows, E experts, H hidden, I intermediate, R rank.
 """
@@ -228,13 +229,19 @@ def _moments(sizes: Sizes, work: Workload, tensors: list[_Trained], adapters: in
     accumulated = gradients if work.accumulation > 1 else 0
     early = (0 if work.graphs else accumulated) + head
     one_layer = adapters // sizes.layers
-    gathered = {"gathered weights": 2 * gathered_layer(sizes, work)}
+    layer, embedding = gathered_layer(sizes, work), _gathered_embedding(sizes, work)
+    buffers = layer + max(layer, embedding)
+    gathered = {"gathered weights": buffers + layer}
     moments = {
-        "loss": {"gradients": early, "activations": kept, "loss": loss_bytes(sizes, work)},
+        "loss": {
+            "gradients": early, "activations": kept, "loss": loss_bytes(sizes, work), "gathered weights": buffers,
+        },
         # During backward, layers free what they kept and adapters get gradients.
-        "optimizer": {"gradients": gradients, "optimizer step": _optimizer_step(gradients, work)},
-        "embedding": {"gradients": accumulated, "gathered weights": _gathered_embedding(sizes, work)},
-    }
+        "optimizer": {
+            "gradients": gradients, "optimizer step": _optimizer_step(gradients, work), "gathered weights": buffers,
+        },
+        "embedding": {"gradients": accumulated, "gathered weights": buffers + embedding},
+    }  # fmt: skip
     late = max(gradients, early + one_layer)
     if work.shards > 1:
         # The gradient of a layer is whole until it is scattered, and the buffer for that is as large.
@@ -253,9 +260,6 @@ def _moments(sizes: Sizes, work: Workload, tensors: list[_Trained], adapters: in
         # It comes between the forward and the backward pass of the batch.
         moments["reference"] = moments["loss"] | {"reference pass": reference} | gathered
     if work.graphs:
-        layer, embedding = gathered_layer(sizes, work), _gathered_embedding(sizes, work) // 2
-        # Buffers in which weights arrive keep memory of their own: for two layers, or for the embedding and a layer.
-        moments["layer"]["gathered weights"] = layer + max(2 * layer, embedding + layer)
         # Graphs keep the memory of their worst moment, their inputs and outputs, and the gradients that are so small that
         # torch's allocator keeps them apart. The accumulated gradients and the loss come on top.
         held = moments["layer"]
@@ -301,12 +305,8 @@ def gathered_layer(sizes: Sizes, work: Workload) -> int:
 
 
 def _gathered_embedding(sizes: Sizes, work: Workload) -> int:
-    """Returns the bytes that exist while the embedding is gathered.
-
-    That is the buffer in which its rows arrive, and the embedding that is made of them or, later, the first layer.
-    """
-    embedding = _share_of_rows(sizes, work) * work.shards * work.itemsize
-    return embedding and embedding + max(embedding, gathered_layer(sizes, work))
+    """Returns the bytes of a sharded embedding while it is whole; 0 if it is not sharded."""
+    return _share_of_rows(sizes, work) * work.shards * work.itemsize if work.shards > 1 else 0
 
 
 def _stack_bytes(stack: Stack, work: Workload) -> int:

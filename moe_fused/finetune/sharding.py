@@ -103,6 +103,8 @@ class Sharding:
         for stack in self._stacks:
             _fill(stack, dtype)
         self._stacks = []
+        if self._run.device.type == "cuda":
+            torch.cuda.empty_cache()  # what was whole has left holes
 
     def _is_divisible(self, parameter: nn.Parameter) -> bool:
         """Whether a trained parameter is divided. A division must not cut a block of the optimizer's 8-bit state.
