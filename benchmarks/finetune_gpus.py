@@ -99,6 +99,23 @@ class Job:
         model = model.tiny() if self.tiny else model
         return model if self.layers is None else model.shortened(self.layers)
 
+    @property
+    def shards(self) -> bool:
+        """Whether the processes divide the model."""
+        return self.contender in (SHARDED, EAGER)
+
+    def options(self, output: str) -> Options:
+        """Returns the options of the run."""
+        graphs = False if self.contender == EAGER else None
+        return random_options(
+            torch.device(self.device), output, self.length, self.steps + READY,
+            gradient_accumulation=self.accumulation, shard=self.shards, cuda_graphs=graphs,
+        )  # fmt: skip
+
+    def plan(self, options: Options, device: torch.device, process: Process) -> MemoryPlan:
+        """Returns the plan of the run on a GPU, which need not be here."""
+        return plan_run(set_up(options, self.make_model().config(), device, process), plain_text=True)
+
 
 def measure(job: Job) -> dict[str, float] | None:
     """Measures a contender in this process, which is one of its processes. Only the first returns what was measured."""
@@ -109,18 +126,14 @@ def measure(job: Job) -> dict[str, float] | None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     peers = Peers(process)
-    shards = job.contender in (SHARDED, EAGER)
     with tempfile.TemporaryDirectory() as output:
-        options = random_options(
-            device, output, job.length, job.steps + READY, gradient_accumulation=job.accumulation, shard=shards,
-            cuda_graphs=False if job.contender == EAGER else None,
-        )  # fmt: skip
+        options = job.options(output)
         if not process.is_alone:
             peers.connect(device, options)
         sizes = job.make_model()
-        model = full_model.build(sizes, device, seed=SEED, processes=process.world_size if shards else 1)
+        model = full_model.build(sizes, device, seed=SEED, processes=process.world_size if job.shards else 1)
         full_model.run_fused(recompute=False)
-        plan = plan_run(set_up(options, model.config, device, process), plain_text=True)
+        plan = job.plan(options, device, process)
         milliseconds, peak, used = _train(model, plan, peers)
         frozen = (value for value in full_model.storage(model) if not value.requires_grad)
         weights = sum(local(value).nbytes for value in frozen) / MIB
@@ -195,7 +208,7 @@ def row_of(job: Job, found: Mapping[str, float], device: torch.device, one: floa
     row = new_row(
         current_environment(device),
         benchmark=NAME,
-        layer=model.name if job.layers is None else f"{model.name}, {job.layers} layers",
+        layer=model.name,
         tokens=job.length,
         implementation=job.contender,
         phase=PHASE if job.accumulation == 1 else f"{PHASE}_of_{job.accumulation}",
@@ -209,6 +222,18 @@ def row_of(job: Job, found: Mapping[str, float], device: torch.device, one: floa
     if one is not None and job.contender != ONE:
         details["over_one_gpu"] = found["tokens_per_second"] / one
     return dataclasses.replace(row, details={key: float(f"{value:.6g}") for key, value in details.items()})
+
+
+def job_of(row: Row) -> tuple[Job, int]:
+    """Returns what a row of a full-size model was measured with, and the number of GPUs."""
+    name, _, layers = (
+        row.layer.removesuffix("-layers").rpartition("-") if row.layer.endswith("-layers") else (row.layer, "", "")
+    )
+    job = Job(
+        row.implementation, name, False, int(layers) if layers else None, row.tokens, int(row.details["accumulation"]),
+        1, "cuda",
+    )  # fmt: skip
+    return job, int(row.details["gpus"])
 
 
 def main(

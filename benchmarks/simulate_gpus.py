@@ -7,11 +7,15 @@ The memory is that of ``moe-fused finetune``'s plan for its default run. The tim
 of a sharded model gather each decoder layer twice for each batch, once before its forward and once before its backward,
 while the layer before it is computed. A pass through a layer therefore takes the longer of the two times:
 
-    max(computing, gathering)    where gathering in the backward also scatters the gradients of the adapters
+    max(computing + copying, gathering)    where gathering in the backward also scatters the gradients of the adapters
 
-The embedding and the first layer are gathered before anything is computed. ``benchmarks.step_cost`` says how long computing
-takes. A sharded run has no CUDA graphs, so that a batch also takes at least as long as the host that was measured needs to
-launch the kernels of all layers. GPUs that hold the whole model average their gradients after the last batch of a step.
+Copying is what FSDP2 does with each layer that it has gathered, from the buffer to where it is computed. The embedding and
+the first layer are gathered before anything is computed. ``benchmarks.step_cost`` says how long computing takes. Without
+CUDA graphs, a batch takes at least as long as the host that was measured needs to launch the kernels of all layers. GPUs
+that hold the whole model average their gradients after the last batch of a step.
+
+Not counted is what NCCL takes from the kernels beside it: multiprocessors and memory traffic. On two H200s, a layer of
+Qwen3-30B-A3B takes some 0.3 ms longer while the next one is gathered.
 
 The speed of the H200 was measured and is below its data sheet. For every other GPU, the simulation uses the data sheet, so
 their steps come out too fast. Every link carries its nominal bytes at any size of a message. GPUs without NVLink and without
@@ -23,7 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -40,7 +44,8 @@ from moe_fused.finetune.resolve import ModelSetup, ResolvedRun, candidates, set_
 from moe_fused.memory import GIB, Sizes, Workload, gathered_layer, predict, sizes_of
 
 from .models import BY_NAME
-from .step_cost import H200, Batch, StepCost, batch_of, fitted, host_seconds
+from .rows import Row, read_rows
+from .step_cost import H200, RESULTS, Batch, batch_of, fitted, host_seconds, shortened
 
 # The share of a GPU's memory that a run may use: firmware, driver and screen take the rest.
 USABLE = 0.96
@@ -105,12 +110,14 @@ class Traffic:
         gradients: For the gradients of a layer's adapters.
         embedding: For the embedding.
         layers: The number of decoder layers.
+        copied: The bytes that are read and written to copy a gathered layer, which are not in ``total``.
     """
 
     layer: float
     gradients: float
     embedding: float
     layers: int
+    copied: float
 
     @property
     def total(self) -> float:
@@ -190,9 +197,8 @@ def refusal(model: str, gpus: int) -> str | None:
 
 
 def workloads(model: str, gpus: int, tokens: int, sharded: bool) -> list[Workload]:
-    """What these runs are to the memory plan, the preferred one first. A sharded one has no CUDA graphs."""
-    works = [workload_of(run) for run in runs(model, gpus, tokens)]
-    return [dataclasses.replace(works[-1], sharded=True, graphs=False)] if sharded else works
+    """What these runs are to the memory plan, the preferred one first."""
+    return [dataclasses.replace(workload_of(run), sharded=sharded) for run in runs(model, gpus, tokens)]
 
 
 @functools.cache
@@ -205,25 +211,43 @@ def needed(model: str, gpus: int, tokens: int, sharded: bool) -> int:
 def traffic(sizes: Sizes, work: Workload) -> Traffic:
     """Returns what each of N GPUs receives for a batch: (N-1)/N of everything that is gathered or scattered."""
     others = (work.processes - 1) / work.processes
-    sharded = dataclasses.replace(work, sharded=True, graphs=False)
-    adapters = predict(sizes, dataclasses.replace(work, processes=1, graphs=False)).parts["adapters"]
+    sharded = dataclasses.replace(work, sharded=True)
+    adapters = predict(sizes, dataclasses.replace(work, processes=1, sharded=False)).parts["adapters"]
     with_experts = len(sizes.stacks) // 2 or sizes.layers
+    layer = gathered_layer(sizes, sharded) * with_experts / sizes.layers
     return Traffic(
-        layer=others * gathered_layer(sizes, sharded) * with_experts / sizes.layers,
+        layer=others * layer,
+        copied=2 * layer,
         gradients=others * adapters / sizes.layers,
         embedding=others * sizes.embedding * work.itemsize,
         layers=sizes.layers,
     )
 
 
-def sharded_batch_seconds(batch: Batch, received: Traffic, cost: StepCost, gpu: Gpu, link: Link) -> float:
+def sharded_batch_seconds(batch: Batch, received: Traffic, gpu: Gpu, link: Link, *, graphs: bool) -> float:
     """Returns the time of a batch whose layers are gathered while the layers before them are computed."""
-    layers, bandwidth = received.layers, link.bandwidth
+    layers, bandwidth, cost = received.layers, link.bandwidth, fitted()
     gather, scatter = received.layer / bandwidth, received.gradients / bandwidth
     forward, backward, head = (cost.seconds(work, gpu.ceilings) for work in (batch.forward, batch.backward, batch.head))
-    passes = max(forward / layers, gather) + max(backward / layers, gather + scatter)
+    copying = received.copied / gpu.ceilings.bytes_per_second
+    passes = max(forward / layers + copying, gather) + max(backward / layers + copying, gather + scatter)
     first = received.embedding / bandwidth + gather
-    return first + max(layers * passes + head, layers * host_seconds())
+    return first + max(layers * passes + head, 0.0 if graphs else layers * host_seconds())
+
+
+def step_seconds(batch: Batch, sizes: Sizes, work: Workload, gpu: Gpu, link: Link) -> tuple[float, float, float]:
+    """Returns the seconds of a step, the seconds of computing in it, and the bytes that each GPU receives."""
+    cost, batches, trainable = fitted(), work.accumulation, predict(sizes, work).trainable
+    optimizer = cost.optimizer_seconds(trainable / work.shards, gpu.ceilings)
+    computing = batches * cost.seconds(batch.whole, gpu.ceilings) + optimizer
+    if work.sharded:
+        gathered = traffic(sizes, work)
+        one = sharded_batch_seconds(batch, gathered, gpu, link, graphs=work.graphs)
+        return batches * one + optimizer, computing, batches * gathered.total
+    # A sum over all GPUs passes each gradient on twice.
+    received = 2 * (work.processes - 1) / work.processes * trainable * work.adapter_itemsize
+    host = 0.0 if work.graphs else batches * sizes.layers * host_seconds()
+    return max(computing, host + optimizer) + received / link.bandwidth, computing, received
 
 
 def simulate(model: str, gpu: Gpu, link: Link, gpus: int, tokens: int, *, sharded: bool) -> Simulated:
@@ -235,7 +259,7 @@ def simulate(model: str, gpu: Gpu, link: Link, gpus: int, tokens: int, *, sharde
         link: What connects them.
         gpus: Their number.
         tokens: The number of tokens of a sequence. Each GPU takes one at a time.
-        sharded: Whether the GPUs share the weights. If each holds all of them, it runs with CUDA graphs where these fit.
+        sharded: Whether the GPUs share the weights. It runs with CUDA graphs where these fit.
 
     Raises:
         ValueError: The cost model does not cover the model, the model has no positions for so many tokens, or a single
@@ -243,27 +267,30 @@ def simulate(model: str, gpu: Gpu, link: Link, gpus: int, tokens: int, *, sharde
     """
     if sharded and gpus < 2:
         raise ValueError("sharding needs at least 2 GPUs")
-    batch, sizes, cost = batch_of(model, tokens), sizes_by_name(model), fitted()
+    batch, sizes = batch_of(model, tokens), sizes_by_name(model)
     predictions = [(work, predict(sizes, work)) for work in workloads(model, gpus, tokens, sharded)]
     work, prediction = next(
         ((work, each) for work, each in predictions if each.total + SLACK <= gpu.usable), predictions[-1]
     )
-    batches = work.accumulation
-    trained = prediction.trainable / work.shards
-    optimizer = cost.optimizer_seconds(trained, gpu.ceilings)
-    computing = batches * cost.seconds(batch.whole, gpu.ceilings) + optimizer
-    if sharded:
-        gathered = traffic(sizes, work)
-        received = batches * gathered.total
-        seconds = batches * sharded_batch_seconds(batch, gathered, cost, gpu, link) + optimizer
-    else:
-        # A sum over all GPUs passes each gradient on twice.
-        received = 2 * (gpus - 1) / gpus * prediction.trainable * work.adapter_itemsize
-        host = 0.0 if work.graphs else batches * sizes.layers * host_seconds()
-        seconds = max(computing, host + optimizer) + received / link.bandwidth
+    seconds, computing, received = step_seconds(batch, sizes, work, gpu, link)
     return Simulated(
-        gpus, sharded, work.graphs, tokens, batches, prediction.total + SLACK, received, seconds, computing
+        gpus, sharded, work.graphs, tokens, work.accumulation, prediction.total + SLACK, received, seconds, computing
     )
+
+
+def measured_steps() -> Iterator[tuple[Row, int, float]]:
+    """Yields the measured steps of several H200s, each with the bytes of the plan and the simulated seconds."""
+    from .finetune_gpus import job_of
+
+    for file in sorted(RESULTS.glob("finetune-gpus*_h200.json")):
+        for row in read_rows(file):
+            job, gpus = job_of(row)
+            process = Process(world_size=gpus, local_world_size=gpus)
+            plan = job.plan(job.options("out"), torch.device("cuda"), process)
+            sizes = sizes_of(plan.run.skeleton)
+            batch = shortened(batch_of(job.model, row.tokens), sizes.layers / sizes_by_name(job.model).layers)
+            work, link = workload_of(plan.run), LINK_BY_NAME["NVLink 4"]
+            yield row, plan.prediction.allocated, step_seconds(batch, sizes, work, GPU_BY_NAME["H200"], link)[0]
 
 
 def hidden_from(model: str, gpu: Gpu, link: Link, gpus: int) -> int | None:

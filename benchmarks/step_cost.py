@@ -144,6 +144,15 @@ def batch_of(name: str, tokens: int) -> Batch:
     )
 
 
+def shortened(batch: Batch, share: float) -> Batch:
+    """Returns the work of a model that has a share of the decoder layers."""
+
+    def of(work: Work) -> Work:
+        return Work(*(share * term for term in astuple(work)))
+
+    return Batch(of(batch.forward), of(batch.backward), batch.head, of(batch.experts))
+
+
 @functools.cache
 def trained_parameters(name: str) -> int:
     """Returns the number of parameters of the default adapters, which the rows have as well."""

@@ -15,8 +15,9 @@ A step has some moments at which it may need the most memory. The prediction is 
 N processes that share the weights (``Workload.sharded``) hold ⌈E/N⌉ experts of each stack, 1/N of the adapters with their
 gradients and optimizer state, and 1/N of the rows of an embedding that is frozen. All else is whole on each. The layer that
 is computed is whole. What is gathered arrives in buffers, of which two exist at once: those of two layers, or of the
-embedding and the first layer. They belong to a stream of their own, so that torch's allocator keeps their memory for them.
-The plan is that of the first process, whose shares are the largest.
+embedding and the first layer. Buffers and scattered gradients belong to streams of their own, so that torch's allocator
+keeps their memory for them. On two H200s it also kept the memory of the whole embedding, which layers could have used. The
+plan is that of the first process, whose shares are the largest.
 
 Letters as in ARCHITECTURE.md: T tokens of a batch, S = T·K rows, E experts, H hidden, I intermediate, R rank.
 """
@@ -39,7 +40,8 @@ MIB, GIB = 2**20, 2**30
 # What a process needs on a GPU before its first tensor, with cuBLAS loaded. Measured on an H100; torch's allocator does not
 # count it.
 CONTEXT = 600 * MIB
-# What NCCL takes beside torch's allocator to connect the GPUs of a run. It is an estimate, which was not measured.
+# What NCCL takes beside torch's allocator to connect the GPUs of a run. For two H200s, 282 MiB were measured. More GPUs take
+# more, since each needs buffers for all others. How much they take was not measured.
 CONNECTIONS = 512 * MIB
 # The largest part of the gradients that several processes copy together to average it.
 BUCKET = 32 * MIB
@@ -231,7 +233,10 @@ def _moments(sizes: Sizes, work: Workload, tensors: list[_Trained], adapters: in
     one_layer = adapters // sizes.layers
     layer, embedding = gathered_layer(sizes, work), _gathered_embedding(sizes, work)
     buffers = layer + max(layer, embedding)
+    buffers += embedding  # which is whole for a moment, and leaves a hole
     gathered = {"gathered weights": buffers + layer}
+    if work.shards > 1:
+        early = max(early, gradients)
     moments = {
         "loss": {
             "gradients": early, "activations": kept, "loss": loss_bytes(sizes, work), "gathered weights": buffers,
@@ -240,7 +245,7 @@ def _moments(sizes: Sizes, work: Workload, tensors: list[_Trained], adapters: in
         "optimizer": {
             "gradients": gradients, "optimizer step": _optimizer_step(gradients, work), "gathered weights": buffers,
         },
-        "embedding": {"gradients": accumulated, "gathered weights": buffers + embedding},
+        "embedding": {"gradients": accumulated, "gathered weights": buffers},
     }  # fmt: skip
     late = max(gradients, early + one_layer)
     if work.shards > 1:
@@ -264,7 +269,8 @@ def _moments(sizes: Sizes, work: Workload, tensors: list[_Trained], adapters: in
         # torch's allocator keeps them apart. The accumulated gradients and the loss come on top.
         held = moments["layer"]
         small = sum(tensor.nbytes for tensor in tensors if tensor.nbytes <= SMALL_ALLOCATION)
-        held["gradients"] = max(held["gradients"], small) + accumulated
+        # The first batch, which is not recorded, leaves the memory of its scattered gradients to their stream.
+        held["gradients"] = max(held["gradients"], small) + accumulated * (1 if work.shards == 1 else 2)
         held["activations"] += 2 * work.tokens * sizes.hidden * work.itemsize
         # The graph of the reference keeps memory of its own.
         moments = {"layer": held | {"loss": loss_bytes(sizes, work), "reference pass": reference}}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from scripts.models_tables import LENGTHS, NONE, table
 
 if TYPE_CHECKING:
+    from benchmarks.rows import Row
     from benchmarks.simulate_gpus import Simulated
 
 MODELS = ("qwen3-30b-a3b", "gpt-oss-120b", "glm-4.5-air", "qwen3-235b-a22b")
@@ -107,6 +108,51 @@ def steps_table(rows: Sequence[tuple[str, int, bool]] = STEPS) -> str:
     return table(head, (cells(*row) for row in fitting))
 
 
+def measured_table() -> str:
+    """The measured steps of several GPUs, beside what the plan and the simulation say of them."""
+    from benchmarks.finetune_gpus import ONE, SHARDED
+    from benchmarks.simulate_gpus import measured_steps
+    from moe_fused.memory import MIB
+
+    forms = {ONE: "one GPU", SHARDED: "sharded"}
+    steps = list(measured_steps())
+    alone = {(row.layer, row.phase): row for row, *_ in steps if row.implementation == ONE}
+
+    def cells(row: Row, allocated: int, seconds: float) -> Iterable[str]:
+        details, one = row.details, alone.get((row.layer, row.phase))
+        assert row.ms is not None
+        assert row.peak_mib is not None
+        model, _, layers = row.layer.removesuffix("-layers").partition("-a22b-")
+        yield f"{_title(model + '-a22b')}, {layers} layers" if layers else _title(row.layer)
+        yield from (
+            f"{details['gpus']:.0f}",
+            forms.get(row.implementation, "replicated"),
+            f"{details['accumulation']:.0f}",
+        )
+        yield from (f"{row.ms:.0f}", f"{1e3 * seconds:.0f} ({1e3 * seconds / row.ms - 1:+.0%})")
+        yield f"{details['tokens_per_second']:.0f}"
+        yield f"{details['tokens_per_second'] / one.details['tokens_per_second']:.2f}" if one else NONE
+        yield f"{details['weights_mib'] / 1024:.2f}"
+        yield from (
+            f"{row.peak_mib / 1024:.2f}",
+            f"{allocated / MIB / 1024:.2f} ({allocated / MIB / row.peak_mib - 1:+.1%})",
+        )
+
+    head = [
+        "model",
+        "GPUs",
+        "form",
+        "batches",
+        "ms",
+        "simulated ms",
+        "tokens/s",
+        "× one GPU",
+        "weights, GiB",
+        "peak, GiB",
+    ]
+    return table([*head, "plan, GiB"], (cells(*step) for step in steps))
+
+
 def cost_table() -> str:
     """The measured steps beside what the cost model gives, with all rows and without the row itself."""
     from benchmarks.step_cost import fit, fitted, measured_rows
@@ -150,6 +196,7 @@ def tables() -> dict[str, str]:
         "fits": fits_table(),
         "moved": moved_table(),
         "steps": steps_table(),
+        "measured": measured_table(),
         "cost": cost_table(),
         "ceilings": gpus_table(),
     }

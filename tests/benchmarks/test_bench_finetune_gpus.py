@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 pytest.importorskip("trl")
 
 from benchmarks import finetune_gpus
-from benchmarks.finetune_gpus import ONE, REPLICATED, SHARDED, Job, row_of
+from benchmarks.finetune_gpus import EAGER, ONE, REPLICATED, SHARDED, Job, job_of, row_of
 from benchmarks.rows import read_rows
 from benchmarks.table import render
 from tests.support import unboxed
@@ -31,8 +32,8 @@ def test_a_run_writes_a_row_of_each(tmp_path: Path) -> None:
     result = run(*options, "--output", str(path))
     assert result.exit_code == 0, result.output
     rows = {row.implementation: row for row in read_rows(path)}
-    assert list(rows) == [ONE, REPLICATED, SHARDED]
-    assert {name: row.details["gpus"] for name, row in rows.items()} == {ONE: 1, REPLICATED: 2, SHARDED: 2}
+    assert list(rows) == [ONE, REPLICATED, SHARDED, EAGER]
+    assert {name: row.details["gpus"] for name, row in rows.items()} == {ONE: 1, REPLICATED: 2, SHARDED: 2, EAGER: 2}
     for name in (REPLICATED, SHARDED):
         ratio = rows[name].details["tokens_per_second"] / rows[ONE].details["tokens_per_second"]
         assert rows[name].details["over_one_gpu"] == pytest.approx(ratio, rel=1e-4)
@@ -70,3 +71,11 @@ def test_wrong_options(options: tuple[str, ...], words: str) -> None:
     result = run(*options)
     assert result.exit_code == 2
     assert words in unboxed(result.output)
+
+
+def test_a_row_names_its_job() -> None:
+    job = Job(SHARDED, "qwen3-235b-a22b", False, 8, 4096, 4, 1, "cuda")
+    found = {"ms": 100.0, "peak": 10.0, "gpus": 2, "accumulation": 4, "tokens_per_second": 1.0}
+    assert job_of(row_of(job, found, torch.device("cpu"), None)) == (job, 2)
+    whole = dataclasses.replace(job, layers=None, accumulation=1)
+    assert job_of(row_of(whole, {**found, "accumulation": 1}, torch.device("cpu"), None)) == (whole, 2)
