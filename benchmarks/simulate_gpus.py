@@ -9,8 +9,8 @@ while the layer before it is computed. A pass through a layer therefore takes th
 
     max(computing + copying, gathering)    where gathering in the backward also scatters the gradients of the adapters
 
-Copying is what FSDP2 does with each layer that it has gathered, from the buffer to where it is computed. The embedding and
-the first layer are gathered before anything is computed. ``benchmarks.step_cost`` says how long computing takes. Without
+Copying is what FSDP2 does with each layer that it has gathered, from the buffer to where it is computed. The first layer is
+gathered before anything is computed. ``benchmarks.step_cost`` says how long computing takes. Without
 CUDA graphs, a batch takes at least as long as the host that was measured needs to launch the kernels of all layers. GPUs
 that hold the whole model average their gradients after the last batch of a step.
 
@@ -108,7 +108,7 @@ class Traffic:
     Attributes:
         layer: For a decoder layer, on average, each time it is gathered.
         gradients: For the gradients of a layer's adapters.
-        embedding: For the embedding.
+        embedding: For the rows of the embedding that others have.
         layers: The number of decoder layers.
         copied: The bytes that are read and written to copy a gathered layer, which are not in ``total``.
     """
@@ -219,7 +219,7 @@ def traffic(sizes: Sizes, work: Workload) -> Traffic:
         layer=others * layer,
         copied=2 * layer,
         gradients=others * adapters / sizes.layers,
-        embedding=others * sizes.embedding * work.itemsize,
+        embedding=(work.processes - 1) * work.tokens * sizes.hidden * work.itemsize if sizes.embedding else 0.0,
         layers=sizes.layers,
     )
 

@@ -10,14 +10,12 @@ A step has some moments at which it may need the most memory. The prediction is 
                 the experts' backward makes (``moe_experts``' memory plan). At the first layer to go backward, all others
                 still keep theirs; at the last, all adapters have gradients
     optimizer   all gradients, and the optimizer's state
-    embedding   the gathered embedding of a sharded model, before the first layer
 
 N processes that share the weights (``Workload.sharded``) hold ⌈E/N⌉ experts of each stack, 1/N of the adapters with their
 gradients and optimizer state, and 1/N of the rows of an embedding that is frozen. All else is whole on each. The layer that
-is computed is whole. What is gathered arrives in buffers, of which two exist at once: those of two layers, or of the
-embedding and the first layer. Buffers and scattered gradients belong to streams of their own, so that torch's allocator
-keeps their memory for them. On two H200s it also kept the memory of the whole embedding, which layers could have used. The
-plan is that of the first process, whose shares are the largest.
+is computed is whole. What is gathered arrives in buffers, of which two exist at once. Buffers and scattered gradients belong
+to streams of their own, so that torch's allocator keeps their memory for them. The plan is that of the first process, whose
+shares are the largest.
 
 Letters as in ARCHITECTURE.md: T tokens of a batch, S = T·K rows, E experts, H hidden, I intermediate, R rank.
 """
@@ -159,7 +157,7 @@ class Prediction:
 
     Attributes:
         parts: the bytes of each part. Parts that are not needed at that moment are left out.
-        moment: "loss", "layer", "optimizer", "embedding" or "reference".
+        moment: "loss", "layer", "optimizer" or "reference".
         trainable: the number of parameters that are trained.
         outside: the names of the parts that torch's allocator does not count.
     """
@@ -231,9 +229,8 @@ def _moments(sizes: Sizes, work: Workload, tensors: list[_Trained], adapters: in
     accumulated = gradients if work.accumulation > 1 else 0
     early = (0 if work.graphs else accumulated) + head
     one_layer = adapters // sizes.layers
-    layer, embedding = gathered_layer(sizes, work), _gathered_embedding(sizes, work)
-    buffers = layer + max(layer, embedding)
-    buffers += embedding  # which is whole for a moment, and leaves a hole
+    layer = gathered_layer(sizes, work)
+    buffers = 2 * layer
     gathered = {"gathered weights": buffers + layer}
     if work.shards > 1:
         early = max(early, gradients)
@@ -245,7 +242,6 @@ def _moments(sizes: Sizes, work: Workload, tensors: list[_Trained], adapters: in
         "optimizer": {
             "gradients": gradients, "optimizer step": _optimizer_step(gradients, work), "gathered weights": buffers,
         },
-        "embedding": {"gradients": accumulated, "gathered weights": buffers},
     }  # fmt: skip
     late = max(gradients, early + one_layer)
     if work.shards > 1:
@@ -308,11 +304,6 @@ def gathered_layer(sizes: Sizes, work: Workload) -> int:
     stacks = [work.shards * _stack_bytes(_local(stack, work), work) for stack in sizes.stacks]
     adapters = sum(_adapters(sizes, work)) * work.adapter_itemsize // (len(stacks) // 2 or sizes.layers)
     return max(map(sum, zip(stacks[::2], stacks[1::2], strict=True)), default=0) + adapters
-
-
-def _gathered_embedding(sizes: Sizes, work: Workload) -> int:
-    """Returns the bytes of a sharded embedding while it is whole; 0 if it is not sharded."""
-    return _share_of_rows(sizes, work) * work.shards * work.itemsize if work.shards > 1 else 0
 
 
 def _stack_bytes(stack: Stack, work: Workload) -> int:

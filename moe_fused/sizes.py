@@ -83,7 +83,7 @@ class Sizes:
             experts; the maximum over the layers.
         recurrent: the recurrent layers. All other layers count as attention.
         uncounted: the types of other layers that may have a state. The plan does not count what they keep for it.
-        embedding: the number of elements of the input embedding, 0 if the head shares it.
+        embedding: the number of elements of the input embedding, 0 if the head shares it or it is more than a table.
     """
 
     stacks: tuple[Stack, ...]
@@ -159,6 +159,7 @@ def sizes_of(model: Any) -> Sizes:
     weights = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear) and module is not head}
     others = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside | weights)
     recurrent = recurrent_layers(model)
+    apart = type(embedding) is nn.Embedding and head is not None and head.weight is not embedding.weight
     return Sizes(
         stacks=tuple(stacks),
         linears=linears,
@@ -175,7 +176,7 @@ def sizes_of(model: Any) -> Sizes:
         mlp=most_beside_mixers(linears, recurrent, lambda linear: linear.out_features),
         recurrent=recurrent,
         uncounted=uncounted_types(text, recurrent),
-        embedding=0 if head is None or head.weight is embedding.weight else embedding.weight.numel(),
+        embedding=embedding.weight.numel() if apart else 0,
     )
 
 

@@ -2,8 +2,9 @@
 
 A decoder layer is a unit. Its packed experts and its adapters are divided among the processes. They are gathered before a
 pass through the layer and freed after it. Gradients are reduced to the shares, so the optimizer holds and changes these
-alone. The embedding of tokens is a unit of its own. What is small stays whole in each process: attention in 4 bits, norms
-and routers. The head also stays whole: the loss reads its weight directly, so FSDP2's hooks would not run.
+alone. The rows of the embedding are divided without FSDP2, see ``divided_embedding``. What is small stays whole in each
+process: attention in 4 bits, norms and routers. The head also stays whole: the loss reads its weight directly, so FSDP2's
+hooks would not run.
 
 A model is divided in three steps. ``moe_fused.checkpoints.share`` loads the experts of this process alone. ``Sharding``
 puts tensors of the whole shapes in their place, which have no memory. PEFT makes its layers around them, on their device,
@@ -31,6 +32,8 @@ from moe_fused.hub import get_kernel
 from moe_fused.integrations.quantizer.packed_experts import get_packed, packed_modules
 from moe_fused.integrations.transformers.experts_module import projections_of
 from moe_fused.memory import SMALLEST_8BIT, STATE_BLOCK
+
+from .divided_embedding import divide, is_divisible
 
 if TYPE_CHECKING:
     from qwen3_moe_fused import Packed4bitWeights
@@ -90,16 +93,12 @@ class Sharding:
         units = [layer for layer in layers if not divided.isdisjoint(layer.parameters())]
         for layer in units:
             fully_shard(layer, mesh=mesh, ignored_params={each for each in layer.parameters() if each not in divided})
-        embedding = base.get_input_embeddings()
-        if _is_apart(embedding, base):
-            fully_shard(embedding, mesh=mesh)
         # Without a common root, each unit would be its own root and would not know which unit comes next.
         fully_shard(decoder, mesh=mesh, ignored_params={each for each in decoder.parameters() if not is_divided(each)})
         for layer, following in itertools.pairwise(units):
             layer.set_modules_to_forward_prefetch([following])
-        # By default, the backward of the first layer would prefetch the embedding, which has no backward. The layer itself
-        # is gathered already, so that nothing is prefetched.
-        units[0].set_modules_to_backward_prefetch(units[:1])
+        if _is_apart(embedding := base.get_input_embeddings(), base):
+            divide(embedding, mesh)
         for stack in self._stacks:
             _fill(stack, dtype)
         self._stacks = []
@@ -301,12 +300,9 @@ def _layers_of(model: nn.Module, experts: Sequence[nn.Module]) -> list[Any]:
 
 
 def _is_apart(embedding: Any, model: Any) -> bool:
-    """Whether an embedding is frozen, and its weight is not that of the head."""
+    """Whether an embedding can be divided, and its weight is not that of the head."""
     head = model.get_output_embeddings()
-    weight = getattr(embedding, "weight", None)
-    if not isinstance(embedding, nn.Embedding) or not isinstance(weight, nn.Parameter):
-        return False
-    return not weight.requires_grad and (head is None or getattr(head, "weight", None) is not weight)
+    return is_divisible(embedding) and (head is None or getattr(head, "weight", None) is not embedding.weight)
 
 
 def _squares(gradients: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -15,7 +15,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import simulate_gpus
-from benchmarks.finetune_gpus import ONE, REPLICATED, SHARDED
+from benchmarks.finetune_gpus import ONE, REPLICATED, SHARDED, job_of
 from benchmarks.models import BY_NAME
 from benchmarks.simulate_gpus import (
     GPU_BY_NAME,
@@ -58,13 +58,13 @@ def test_the_large_model_is_as_published() -> None:
 
 
 def test_what_is_moved_by_hand() -> None:
-    """Qwen3-235B-A22B on 8 GPUs: 7/8 of the experts and adapters twice, of the gradients and of the embedding once."""
-    received = traffic(sizes_by_name("qwen3-235b-a22b"), Workload(processes=8))
+    """Qwen3-235B-A22B on 8 GPUs: 7/8 of the experts and adapters twice, of the gradients once, and rows of the embedding."""
+    received = traffic(sizes_by_name("qwen3-235b-a22b"), Workload(processes=8, length=1024))
     experts = 128 * 3 * 4096 * 1536 * (0.5 + 1 / 64)
     adapters = 2 * 128 * 8 * (2 * 4096 + 3 * 1536) + 2 * 16 * (4096 + 8192 + 2 * (4096 + 512) + 8192 + 4096)
     assert received.layer == pytest.approx(7 / 8 * (experts + adapters), rel=0.002)
     assert received.gradients == pytest.approx(7 / 8 * adapters, rel=0.002)
-    assert received.embedding == 7 / 8 * 2 * 151936 * 4096
+    assert received.embedding == 7 * 2 * 1024 * 4096  # for each token what seven others find
     assert received.total == 94 * (2 * received.layer + received.gradients) + received.embedding
 
 
@@ -72,8 +72,8 @@ def test_bytes_of_a_token_shrink_with_the_batch_and_not_with_accumulation() -> N
     short, long = (step(2, tokens, sharded=True) for tokens in (1024, 4096))
     assert (short.batches, long.batches) == (8, 2)
     assert short.step_tokens == long.step_tokens == 16384
-    assert short.received == pytest.approx(4 * long.received)
-    assert short.received_for_token == pytest.approx(4 * long.received_for_token)
+    assert short.received == pytest.approx(4 * long.received, rel=2e-3)  # rows of the embedding do not shrink
+    assert short.received_for_token == pytest.approx(4 * long.received_for_token, rel=2e-3)
 
 
 def test_the_longer_of_computing_and_gathering_counts() -> None:
@@ -117,7 +117,10 @@ def test_the_measured_steps() -> None:
     }
     for row, allocated, seconds in steps:
         assert 1e3 * seconds == pytest.approx(row.ms, rel=0.15), row
-        assert allocated / MIB == pytest.approx(row.peak_mib, rel=0.05), row
+        # FSDP2 gathered the embedding when the sharded rows were measured, which the plan does not count any more.
+        embedding = 2 * sizes_by_name(job_of(row)[0].model).embedding * 2 if row.implementation == SHARDED else 0
+        assert allocated / MIB <= row.peak_mib * 1.05, row
+        assert (allocated + embedding) / MIB >= row.peak_mib * 0.95, row
 
 
 def test_replicas_average_their_gradients_after_the_step() -> None:

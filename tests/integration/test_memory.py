@@ -329,7 +329,7 @@ def test_every_part_has_words() -> None:
     tree = ast.parse(Path(memory.__file__).read_text(encoding="utf-8"))
     keys = [key for node in ast.walk(tree) if isinstance(node, ast.Dict) for key in node.keys]
     named = {key.value for key in keys if isinstance(key, ast.Constant)}
-    assert named - {"loss", "layer", "optimizer", "embedding", "reference"} == PARTS.keys() - {"loss", "layer"}
+    assert named - {"loss", "layer", "optimizer", "reference"} == PARTS.keys() - {"loss", "layer"}
 
 
 def test_graphs_keep_what_others_would_use_again(qwen3_30b: Sizes) -> None:
@@ -450,10 +450,9 @@ def test_the_embedding_is_shared_unless_it_is_trained_or_tied() -> None:
 
 
 def test_what_is_gathered(qwen3_30b: Sizes) -> None:
-    """A layer is whole while the next one, or the embedding before the first, arrives in one of two buffers."""
+    """A layer is whole while the next one arrives in one of two buffers. With graphs, the memory is the same."""
     work = sharded(Workload(), 2)
-    layer, embedding = memory.gathered_layer(qwen3_30b, work), qwen3_30b.embedding * work.itemsize
-    parts = predict(qwen3_30b, work).parts
-    assert parts["gathered weights"] == layer + (embedding + layer) + embedding
-    trained = replace(work, whole=(memory.Whole(qwen3_30b.embedding, embeds=True),))
-    assert predict(qwen3_30b, trained).parts["gathered weights"] == layer + 2 * layer
+    layer = memory.gathered_layer(qwen3_30b, work)
+    assert [predict(qwen3_30b, replace(work, graphs=graphs)).parts["gathered weights"] for graphs in (False, True)] == (
+        [3 * layer] * 2
+    )
