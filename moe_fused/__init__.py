@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     from kernels import Mode
     from torch import nn
 
+    from .generation import FastGeneration
+
 __all__ = [
     "KERNEL_MAPPING",
     "__version__",
     "disable",
     "enable",
+    "fast_generation",
     "get_kernel",
     "kernelize",
     "register_layers",
@@ -173,3 +176,26 @@ def kernelize(
     from .integrations.kernelize import apply
 
     return apply.kernelize(model, mode, device, layer)
+
+
+def fast_generation(model: nn.Module) -> FastGeneration:
+    """Lets ``model.generate`` launch each decoding step as one CUDA graph. ``enable`` is not needed for it.
+
+    Without graphs, the host launches every kernel of a step, and the GPU waits for it. ``generate`` serves greedy search and
+    sampling of up to 64 sequences with graphs, with streaming, stopping criteria, padded prompts and adapters. What it
+    cannot serve runs as before, and the reason is logged once. Keys and values of a prompt and its answer take memory for
+    the next power of two of their tokens; those of the last two shapes are kept for further calls.
+
+    Args:
+        model: a model of Transformers, or PEFT's model around one, on a GPU. It is changed in place.
+
+    Returns:
+        An object whose ``disable()`` undoes it, and whose ``forget()`` frees the memory of caches and graphs. A second call
+        for the same model returns the same one.
+
+    Raises:
+        TypeError: the model cannot generate.
+    """
+    from . import generation
+
+    return generation.fast_generation(model)
