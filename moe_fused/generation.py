@@ -204,7 +204,8 @@ class _Step:
                 self._is_warm = True
                 return forward(**inputs)
             if self._graph is None:
-                self._record(forward, inputs)
+                self._keep(inputs)
+                self._record(forward)
             elif not self._takes(inputs):
                 return forward(**inputs)
         finally:
@@ -229,12 +230,15 @@ class _Step:
                 self._mask[:, : given.shape[1]].copy_(given)
         return self._mask
 
-    def _record(self, forward: Callable[..., Any], inputs: Mapping[str, Any]) -> None:
+    def _keep(self, inputs: Mapping[str, Any]) -> None:
+        """Makes the memory in which the graph finds its inputs."""
         with torch.inference_mode(False):
             self._inputs = {
                 name: value.clone() if isinstance(value, Tensor) and value is not self._mask else value
                 for name, value in inputs.items()
             }
+
+    def _record(self, forward: Callable[..., Any]) -> None:
         gc.collect()  # a tensor of another stream that is freed meanwhile would be waited for
         graph = torch.cuda.CUDAGraph()
         with recording(graph):
