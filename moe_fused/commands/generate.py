@@ -60,6 +60,13 @@ def generate(
         Dtype | None, typer.Option(help="Dtype to compute in.  [default: the dtype in the model's config]")
     ] = None,
     device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, xpu ...")] = "auto",
+    cuda_graphs: Annotated[
+        bool | None,
+        typer.Option(
+            "--cuda-graphs/--no-cuda-graphs",
+            help="Launch each step as one CUDA graph.  [default: on a GPU of CUDA or ROCm]",
+        ),
+    ] = None,
     allow_other_base: AllowOtherBase = False,
     traceback: Traceback = False,
 ) -> None:
@@ -79,6 +86,8 @@ def generate(
     if chat and about is not None and not _may_have_template(Path(model)):
         raise ValueError(_no_template(model))
     check_device(device)
+    if cuda_graphs and device not in ("auto", "cuda") and not device.startswith("cuda:"):
+        raise ValueError(f"--cuda-graphs needs a GPU of CUDA or ROCm, got --device {device}")
     if prompt is None:
         if sys.stdin.isatty():
             raise ValueError("--prompt is missing: give it, or text on standard input")
@@ -96,6 +105,7 @@ def generate(
         load_in_4bit,
         dtype,
         device,
+        cuda_graphs,
         allow_other_base,
     )
 
@@ -111,12 +121,14 @@ def _generate(
     load_in_4bit: bool,
     dtype: Dtype | None,
     device: str,
+    cuda_graphs: bool | None,
     allow_other_base: bool,
 ) -> None:
     """Loads the model and prints what it generates; ``options`` are sampling arguments of ``generate``."""
     import torch
     from transformers import TextStreamer
 
+    from moe_fused import fast_generation
     from moe_fused.devices import choose_device
     from moe_fused.integrations.quantizer.packed_experts import four_bit_config
 
@@ -132,6 +144,8 @@ def _generate(
     )
 
     chosen = choose_device(device)
+    if cuda_graphs and chosen.type != "cuda":
+        raise ValueError(f"--cuda-graphs needs a GPU of CUDA or ROCm, and --device {device} is {chosen.type} here")
     config = read_config(model)
     if load_in_4bit and is_quantized(config):
         raise ValueError(f"MODEL {model} is quantized already: leave --load-in-4bit out")
@@ -155,6 +169,8 @@ def _generate(
         torch.manual_seed(seed)
     if tokenizer.pad_token_id is not None:
         options["pad_token_id"] = tokenizer.pad_token_id
+    if chosen.type == "cuda" and cuda_graphs is not False:
+        fast_generation(loaded)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = time.perf_counter()
     with torch.inference_mode():

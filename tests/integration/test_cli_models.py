@@ -173,6 +173,10 @@ def test_an_adapter_of_a_run_that_has_not_ended(model: Path, tmp_path: Path, com
         (["{model}", "--prompt", " "], "--prompt must not be empty"),
         (["{model}", "--prompt", "w7", "--adapter", "{empty}"], "--adapter {empty} has no adapter_config.json"),
         (["{model}", "--prompt", "w7", "--device", "tpu9"], "--device tpu9 cannot be used here"),
+        (
+            ["{model}", "--prompt", "w7", "--device", "cpu", "--cuda-graphs"],
+            "--cuda-graphs needs a GPU of CUDA or ROCm",
+        ),
         (["{model}", "--prompt", "w7", "--max-new-tokens", "99"], "at most 61 after a prompt of 3 tokens"),
         (["{model}", "--prompt", "w7 " * 70], "at most 0 after a prompt of 72 tokens"),
         (["{model}", "--prompt", "w7", "--max-new-tokens", "0"], "--max-new-tokens"),
