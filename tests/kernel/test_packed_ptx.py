@@ -56,6 +56,8 @@ def run(code: str, dtype: torch.dtype, outputs: int, *inputs: object) -> list[in
             "cvt": lambda upper, lower: half(upper, dtype) << 16 | half(lower, dtype),
             "prmt": lambda a, b, selector: permuted(a, b, selector & 0xFFFF),
             "and": lambda a, b: a & b,
+            "xor": lambda a, b: a ^ b,
+            "mov": lambda a: a,
             "shr": lambda a, b: a >> b,
             "lop3": logic,
         }[name.split(".")[0]](*values)
@@ -68,6 +70,8 @@ def run(code: str, dtype: torch.dtype, outputs: int, *inputs: object) -> list[in
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
 def test_words_are_looked_up(weight_format: Any, high_first: bool, dtype: str) -> None:
     of_scale = ptx.table(weight_format.codes, DTYPES[dtype])
+    half_table = ptx.mirrored(weight_format.codes)
+    assert half_table == (weight_format.name != "nf4"), "the other formats' fourth bit is a sign"
     words = random.Random(0)
     for scale in SCALES:
         table = run(of_scale, DTYPES[dtype], 8, np.float32(scale))
@@ -77,7 +81,7 @@ def test_words_are_looked_up(weight_format: Any, high_first: bool, dtype: str) -
             shifts = (4, 0) if high_first else (0, 4)
             inside = [weights[byte >> shift & 15] for byte in word.to_bytes(4, "little") for shift in shifts]
             pairs = [inside[i] | inside[i + 1] << 16 for i in range(0, 8, 2)]
-            assert run(ptx.in_order(high_first), DTYPES[dtype], 4, word, *table) == pairs
+            assert run(ptx.in_order(high_first, half_table), DTYPES[dtype], 4, word, *table) == pairs
             even, odd = inside[::2], inside[1::2]
             apart = [values[i] | values[i + 1] << 16 for values in (even, odd) for i in (0, 2)]
-            assert run(ptx.even_odd(high_first), DTYPES[dtype], 4, word, *table) == apart
+            assert run(ptx.even_odd(high_first, half_table), DTYPES[dtype], 4, word, *table) == apart

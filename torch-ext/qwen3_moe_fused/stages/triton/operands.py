@@ -179,6 +179,7 @@ def format_code(format: Format4bit, dtype: torch.dtype | None) -> FormatCode:
     functions = weight_format.device_functions()
     high_first = weight_format.high_nibble_first
     table = "" if dtype is None else ptx.table(weight_format.codes, dtype)
+    half = ptx.mirrored(weight_format.codes)
     return FormatCode(
         functions.prepare or dequantize_kernels.nothing_to_prepare,
         functions.block_scale,
@@ -190,8 +191,8 @@ def format_code(format: Format4bit, dtype: torch.dtype | None) -> FormatCode:
         2 if dtype is None else 8,
         high_first,
         table,
-        ptx.even_odd(high_first) if table else "",
-        ptx.in_order(high_first) if table else "",
+        ptx.even_odd(high_first, half) if table else "",
+        ptx.in_order(high_first, half) if table else "",
     )
 
 
