@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .formats.absmax import GROUP, as_floats, nested_values
-from .formats.base import Format4bit
+from .formats.absmax import GROUP, nested_values
+from .formats.base import Format4bit, PublishedTensor, as_floats
 from .packed import Packed4bitWeights, is_wanted
 
 

@@ -1,0 +1,138 @@
+"""nvfp4: E2M1 values, 16 to a scale in E4M3 (torch's float8_e4m3fn), and a scale in fp32 for each matrix.
+
+A weight is ``value · (block scale / global scale)``, the quotient and the product each rounded to fp32. compressed-tensors
+stores and dequantizes its format nvfp4-pack-quantized so, as ``weight_packed``, ``weight_scale`` and ``weight_global_scale``;
+the bytes are stored as they are. ModelOpt's ``weight_scale_2`` is the reciprocal of the global scale.
+
+Quantizing gives the bytes of compressed-tensors 0.20, whose operations run in the dtype of the weights: the global scale is
+2688 over the matrix's largest magnitude, so that its block gets the largest scale and the largest value (448 · 6), or 1 where
+that is no finite number. A block's scale is a sixth of its largest magnitude times the global scale, rounded to E4M3, and
+0.125 where that is 0. Weights in fp16 are an exception: the global scale of most would exceed the range of fp16, and
+compressed-tensors would then take 1, so they are quantized as if they were fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .base import DeviceFunctions, PublishedTensor, as_floats, float_pointer
+from .e2m1 import LARGEST, E2m1Format, computed_in, packed
+
+if TYPE_CHECKING:
+    from .base import Format4bit
+
+E4M3 = torch.float8_e4m3fn
+LARGEST_SCALE = torch.finfo(E4M3).max
+# The scale of a block for which the rule gives 0.
+INSTEAD_OF_ZERO = 0.125
+
+# A byte as a signed integer $1 to its scale $0, for a quarter $2 of the global scale and the reciprocal $3 of that quarter.
+#
+# The byte's bits as those of an fp32 are the scale times 2^-120; a quarter of it is 2^118 times that, and the byte of NaN
+# becomes 120. Division by reciprocal, with one correction by the remainder of the quotient, is the correctly rounded quotient
+# (Markstein, IBM J. Res. Dev. 34, 1990). Quarters keep the reciprocal a normal number for global scales from 2^-124 on. Where
+# there is no finite remainder, the product with the reciprocal is the quotient of numbers such as 0 and Inf.
+SCALE_PTX = """
+{
+    .reg .b32 bits;
+    .reg .f32 value, size, minus, quotient, rest, better;
+    .reg .pred choose;
+    shl.b32 bits, $1, 20;
+    and.b32 bits, bits, 0x87f00000;
+    mov.b32 value, bits;
+    mul.rn.f32 value, value, 0f7A800000;
+    abs.f32 size, value;
+    setp.eq.f32 choose, size, 0f42F00000;
+    selp.f32 value, 0f7FC00000, value, choose;
+    mul.rn.f32 quotient, value, $3;
+    neg.f32 minus, value;
+    fma.rn.f32 rest, quotient, $2, minus;
+    neg.f32 minus, rest;
+    fma.rn.f32 better, minus, $3, quotient;
+    abs.f32 size, rest;
+    setp.lt.f32 choose, size, 0f7F800000;
+    selp.f32 $0, better, quotient, choose;
+}
+"""
+
+
+class Nvfp4Tensors(NamedTuple):
+    """The scales as kernels read them.
+
+    Attributes:
+        block_scale: (E, blocks of all projections) uint8.
+        global_scale: (E, projections) fp32.
+    """
+
+    block_scale: Any
+    global_scale: Any
+
+
+class Nvfp4Layout(NamedTuple):
+    """How kernels find the scale of a block.
+
+    Attributes:
+        BLOCKS: of an expert's projection. PROJECTIONS: of an expert.
+        SCALE_PTX: from a byte to its scale, on NVIDIA GPUs.
+    """
+
+    BLOCKS: int
+    PROJECTIONS: int
+    SCALE_PTX: str
+
+
+class Nvfp4(E2m1Format):
+    """Scales in E4M3 for 16 neighbours, and one in fp32 for a matrix."""
+
+    name = "nvfp4"
+    blocksizes = (16,)
+
+    def scale_storage(self, stack: Format4bit) -> dict[str, tuple[int, int]]:
+        num_experts, projections = stack.shape[0], stack.projections
+        return {
+            "block_scale": (num_experts, projections * stack.blocks),
+            "global_scale": (num_experts, 4 * projections),
+        }
+
+    def scales(self, stack: Format4bit, storage: Mapping[str, Tensor]) -> Tensor:
+        blocks = storage["block_scale"].view(E4M3).float().view(stack.shape[0], stack.projections, stack.blocks)
+        return blocks.div_(as_floats(storage["global_scale"])[..., None]).flatten(1)
+
+    def quantize(self, matrix: Tensor, stack: Format4bit) -> dict[str, Tensor]:
+        blocks = computed_in(matrix).reshape(-1, stack.blocksize)
+        largest = blocks.abs().amax(1)
+        of_all = largest.amax().clamp(min=torch.finfo(largest.dtype).tiny)
+        global_scale = (LARGEST_SCALE * LARGEST / of_all).nan_to_num(nan=1.0, posinf=1.0).float()
+        wanted = global_scale * (largest / LARGEST).float()
+        block_scale = wanted.clamp(max=LARGEST_SCALE).to(E4M3)
+        rounded = block_scale.float()
+        rounded.masked_fill_(rounded == 0, INSTEAD_OF_ZERO)
+        quotients = blocks.float() / (rounded / global_scale)[:, None]
+        return {"packed": packed(quotients), "block_scale": rounded.to(E4M3), "global_scale": global_scale}
+
+    def published(self, stack: Format4bit) -> tuple[dict[str, PublishedTensor], ...]:
+        _, rows, columns = stack.shape
+        rows = rows // stack.projections
+        return (
+            {
+                "weight_packed": PublishedTensor(torch.uint8, (rows, columns // 2)),
+                "weight_scale": PublishedTensor(E4M3, (rows, columns // stack.blocksize)),
+                "weight_global_scale": PublishedTensor(torch.float32, (1,)),
+            },
+        )
+
+    def tensors(self, stack: Format4bit, *scales: Tensor) -> Nvfp4Tensors:
+        block_scale, global_scale = scales
+        return Nvfp4Tensors(block_scale, float_pointer(global_scale))
+
+    def layout(self, stack: Format4bit) -> Nvfp4Layout:
+        return Nvfp4Layout(stack.blocks, stack.projections, SCALE_PTX)
+
+    def device_functions(self) -> DeviceFunctions:
+        from .nvfp4_device import block_scale, prepare
+
+        return DeviceFunctions(block_scale, prepare)
