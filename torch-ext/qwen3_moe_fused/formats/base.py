@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..views import View
+from . import ptx
 from .tables import Table
 
 # Kernels that dequantize on the way read a row of packed weights in tiles of multiples of this many weights, so they take
@@ -116,6 +117,10 @@ class WeightFormat:
     def layout(self, stack: Format4bit) -> NamedTuple:
         """The record of constants that ``device_functions`` find as ``FORMAT.LAYOUT``."""
         raise NotImplementedError
+
+    def word_ptx(self, dtype: torch.dtype) -> ptx.WordPtx:
+        """PTX from scales and words of eight nibbles to weights in ``dtype``, bfloat16 or float16, for NVIDIA GPUs."""
+        return ptx.by_table(self.codes, self.high_nibble_first, dtype)
 
     def device_functions(self) -> DeviceFunctions:
         """The format's Triton functions; imported here, as torch without a GPU may come without Triton."""

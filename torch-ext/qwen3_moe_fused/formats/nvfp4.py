@@ -30,32 +30,29 @@ LARGEST_SCALE = torch.finfo(E4M3).max
 # The scale of a block for which the rule gives 0.
 INSTEAD_OF_ZERO = 0.125
 
-# A byte as a signed integer $1 to its scale $0, for a quarter $2 of the global scale and the reciprocal $3 of that quarter.
+# A byte as a signed integer $1 to its scale $0, for a divisor $2 and a factor $3 that ``nvfp4_device`` makes of the global
+# scale: a quarter of it and the reciprocal of that.
 #
-# The byte's bits as those of an fp32 are the scale times 2^-120; a quarter of it is 2^118 times that, and the byte of NaN
-# becomes 120. Division by reciprocal, with one correction by the remainder of the quotient, is the correctly rounded quotient
-# (Markstein, IBM J. Res. Dev. 34, 1990). Quarters keep the reciprocal a normal number for global scales from 2^-124 on. Where
-# there is no finite remainder, the product with the reciprocal is the quotient of numbers such as 0 and Inf.
+# The byte's bits as those of an fp32 are the scale times 2^-120; a quarter of the scale is 2^118 times that, and the byte of
+# NaN becomes 120. A product with a reciprocal, corrected by its remainder, is the correctly rounded quotient (Markstein, IBM
+# J. Res. Dev. 34, 1990). Quarters keep the reciprocal a normal number for all global scales from 2^-124 on.
 SCALE_PTX = """
 {
     .reg .b32 bits;
-    .reg .f32 value, size, minus, quotient, rest, better;
-    .reg .pred choose;
+    .reg .f32 value, size, minus, quotient, rest;
+    .reg .pred is_nan;
     shl.b32 bits, $1, 20;
     and.b32 bits, bits, 0x87f00000;
     mov.b32 value, bits;
     mul.rn.f32 value, value, 0f7A800000;
     abs.f32 size, value;
-    setp.eq.f32 choose, size, 0f42F00000;
-    selp.f32 value, 0f7FC00000, value, choose;
+    setp.eq.f32 is_nan, size, 0f42F00000;
+    selp.f32 value, 0f7FC00000, value, is_nan;
     mul.rn.f32 quotient, value, $3;
     neg.f32 minus, value;
     fma.rn.f32 rest, quotient, $2, minus;
     neg.f32 minus, rest;
-    fma.rn.f32 better, minus, $3, quotient;
-    abs.f32 size, rest;
-    setp.lt.f32 choose, size, 0f7F800000;
-    selp.f32 $0, better, quotient, choose;
+    fma.rn.f32 $0, minus, $3, quotient;
 }
 """
 

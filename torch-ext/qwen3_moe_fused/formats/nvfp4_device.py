@@ -11,10 +11,7 @@ def _divisors(
     block,  # indices of blocks of the expert, any shape
     FORMAT: tl.constexpr,
 ):
-    """The global scale of each ``block`` as ``block_scale`` wants it, one for all where there is one projection.
-
-    In PTX that is a quarter of it and the reciprocal of the quarter, else it is twice itself.
-    """
+    """The divisor and factor of each ``block``, the same for all where there is one projection."""
     L: tl.constexpr = FORMAT.LAYOUT
     PROJECTIONS: tl.constexpr = L.PROJECTIONS
     pointer = scales.global_scale + expert * PROJECTIONS
@@ -29,9 +26,12 @@ def _divisors(
 
 @triton.jit
 def _divisor(global_scale, FORMAT: tl.constexpr):
+    """The divisor and factor of ``nvfp4.SCALE_PTX``, or outside of PTX the global scale, twice."""
     if FORMAT.PER_ELEMENT == 8:
         divisor = global_scale * 0.25
         factor = tl.div_rn(1.0, divisor)
+        # The quotients of 0 and Inf have no remainder: with this divisor the correction leaves them as they are.
+        divisor = tl.where((factor == 0.0) | (tl.abs(factor) == float("inf")), -1.0, divisor)
     else:
         divisor = global_scale
         factor = global_scale

@@ -12,11 +12,31 @@ from __future__ import annotations
 
 import functools
 import struct
+from typing import NamedTuple
 
 import torch
 
 # Instructions that round two fp32 to one register of two 16-bit numbers.
 CONVERT = {torch.bfloat16: "cvt.rn.bf16x2.f32", torch.float16: "cvt.rn.f16x2.f32"}
+
+
+class WordPtx(NamedTuple):
+    """PTX of a format, with the operands that ``kernels.dequantize`` gives it.
+
+    Attributes:
+        table: from a scale to eight registers, which the other two read.
+        even_odd, in_order: from a word and these registers to eight weights, as the functions of these names say.
+    """
+
+    table: str
+    even_odd: str
+    in_order: str
+
+
+def by_table(codes: tuple[float, ...], high_first: bool, dtype: torch.dtype) -> WordPtx:
+    """A scale's table holds its 16 weights."""
+    half = mirrored(codes)
+    return WordPtx(table(codes, dtype), even_odd(high_first, half), in_order(high_first, half))
 
 
 def _bits(value: float) -> int:
