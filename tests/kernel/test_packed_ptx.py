@@ -47,7 +47,9 @@ def rounded(value: Fraction) -> np.float32:
         return near
     candidates = [np.nextafter(near, np.float32(-np.inf)), near, np.nextafter(near, np.float32(np.inf))]
     finite = [candidate for candidate in candidates if np.isfinite(candidate)]
-    return min(finite, key=lambda candidate: (abs(Fraction(float(candidate)) - value), int(candidate.view(np.int32)) & 1))
+    return min(
+        finite, key=lambda candidate: (abs(Fraction(float(candidate)) - value), int(candidate.view(np.int32)) & 1)
+    )
 
 
 def fused(a: np.float32, b: np.float32, c: np.float32) -> np.float32:
@@ -85,7 +87,9 @@ def run(code: str, dtype: torch.dtype, outputs: int, *inputs: object) -> list[An
         name, _, rest = statement.strip().partition(" ")
         if not name or name == ".reg":
             continue
-        if name == "mov.b32" and rest.split(",")[0].strip() == "value":  # of the two that move bits, the one into an fp32
+        if (
+            name == "mov.b32" and rest.split(",")[0].strip() == "value"
+        ):  # of the two that move bits, the one into an fp32
             registers["value"] = of_bits(operand(rest.split(",")[1].strip()))  # type: ignore[arg-type]
             continue
         target, *sources = (part.strip() for part in rest.split(","))
@@ -143,7 +147,9 @@ def test_weights_of_nvfp4_that_are_subnormal() -> None:
     for scale in scales:
         table = run(word_ptx.table, torch.bfloat16, 8, np.float32(scale))
         words = run(word_ptx.in_order, torch.bfloat16, 4, 0x76543210, *table)
-        exact = (torch.tensor(weight_format.codes[:8]) * torch.tensor(scale)).to(torch.bfloat16).view(torch.int16).tolist()
+        exact = (
+            (torch.tensor(weight_format.codes[:8]) * torch.tensor(scale)).to(torch.bfloat16).view(torch.int16).tolist()
+        )
         got = [half for word in words for half in (word & 0xFFFF, word >> 16)]
         assert max(abs(a - b) for a, b in zip(got, exact, strict=True)) <= 2
 

@@ -145,8 +145,9 @@ CASES = [
     PackedCase("projections", "gate and up each with scales of their own", projections=2),
     PackedCase("interleaved-bias", "gates alternate", interleaved=True, bias=True),
     PackedCase(
-        "96-in", "rows that are no whole units go through the workspace", hidden=96, takes=("part",) * 4
+        "gpt-oss", "as its checkpoints have it: not transposed", activation="swiglu_oai", interleaved=True, bias=True
     ),
+    PackedCase("96-in", "rows that are no whole units go through the workspace", hidden=96, takes=("part",) * 4),
     PackedCase("rows-of-128", "tiles of 128 rows, which read weights in order", tokens=260, experts=2, top_k=1),
 ]
 
@@ -193,7 +194,9 @@ def test_few_slots_equal_the_routed_stages(name: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("name", NAMES)
 def test_adapters_over_it(name: str) -> None:
     """An adapter over weights in the format computes what it computes over the dense weights that they dequantize to."""
-    case = LoraCase(name, "", hidden=64, intermediate=64, dense=(), up=(Factors(4),), down=(Factors(4),), **options(name))
+    case = LoraCase(
+        name, "", hidden=64, intermediate=64, dense=(), up=(Factors(4),), down=(Factors(4),), **options(name)
+    )
     ours = lora_gradients(case, make_lora_inputs(case, torch.float32))
     dense = replace(make_lora_inputs(case, torch.float32), packed={})
     theirs = lora_gradients(case, dense)

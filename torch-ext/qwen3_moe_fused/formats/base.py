@@ -253,7 +253,8 @@ class Format4bit:
             )
         if weight_format.blocks_in_rows and in_features % self.blocksize:
             raise ValueError(
-                f"the in features must be a multiple of the blocksize {self.blocksize} for {self.quant_type}, got {in_features}"
+                f"the in features must be a multiple of the blocksize {self.blocksize} for {self.quant_type}, "
+                f"got {in_features}"
             )
 
     @property

@@ -1,7 +1,7 @@
 """E2M1, the 4-bit float of the OCP Microscaling Formats specification (version 1.0): what mxfp4 and nvfp4 have in common.
 
-A nibble is a sign, two bits of exponent with a bias of 1, and one bit of mantissa. Its magnitudes are 0, 0.5, 1, 1.5, 2, 3, 4
-and 6; there is a negative zero, and neither Inf nor NaN. The first of two neighbours is in the low nibble of their byte.
+A nibble is a sign, two bits of exponent with a bias of 1, and one bit of mantissa. Its magnitudes are 0, 0.5, 1, 1.5, 2, 3,
+4 and 6. There is a negative zero, and neither Inf nor NaN. The first of two neighbours is in the low nibble of their byte.
 Blocks lie along the in features.
 """
 

@@ -1,14 +1,15 @@
 """nvfp4: E2M1 values, 16 to a scale in E4M3 (torch's float8_e4m3fn), and a scale in fp32 for each matrix.
 
-A weight is ``value · (block scale / global scale)``, the quotient and the product each rounded to fp32. compressed-tensors
-stores and dequantizes its format nvfp4-pack-quantized so, as ``weight_packed``, ``weight_scale`` and ``weight_global_scale``;
-the bytes are stored as they are. ModelOpt's ``weight_scale_2`` is the reciprocal of the global scale.
+A weight is ``value · (block scale / global scale)``, the quotient and the product each rounded to fp32. That is how
+compressed-tensors dequantizes what it calls nvfp4-pack-quantized: ``weight_packed``, ``weight_scale`` and
+``weight_global_scale``, whose bytes are stored as they are. ModelOpt's ``weight_scale_2`` is the reciprocal of the global
+scale.
 
-Quantizing gives the bytes of compressed-tensors 0.20, whose operations run in the dtype of the weights: the global scale is
-2688 over the matrix's largest magnitude, so that its block gets the largest scale and the largest value (448 · 6), or 1 where
-that is no finite number. A block's scale is a sixth of its largest magnitude times the global scale, rounded to E4M3, and
-0.125 where that is 0. Weights in fp16 are an exception: the global scale of most would exceed the range of fp16, and
-compressed-tensors would then take 1, so they are quantized as if they were fp32.
+Quantizing gives the bytes of compressed-tensors 0.20, whose operations run in the dtype of the weights. The global scale is
+2688 = 448 · 6 over the matrix's largest magnitude, whose block then gets the largest scale and the largest value. It is 1
+where that is no finite number. A block's scale is a sixth of its largest magnitude times the global scale, rounded to E4M3,
+and 0.125 where that is 0. Weights in fp16 are quantized as if they were fp32: in fp16 most global scales would overflow, and
+compressed-tensors would take 1 for them.
 """
 
 from __future__ import annotations

@@ -47,7 +47,9 @@ def _bits(value: float) -> int:
 
 def mirrored(codes: tuple[float, ...]) -> bool:
     """Whether the upper half of ``codes`` is the lower half with the other sign, that of zero included."""
-    return all(_bits(negative) == _bits(positive) ^ 1 << 31 for positive, negative in zip(codes[:8], codes[8:], strict=True))
+    return all(
+        _bits(negative) == _bits(positive) ^ 1 << 31 for positive, negative in zip(codes[:8], codes[8:], strict=True)
+    )
 
 
 @functools.cache
