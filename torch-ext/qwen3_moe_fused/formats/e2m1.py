@@ -61,7 +61,7 @@ class E2m1Format(WeightFormat):
 
 
 def computed_in(matrix: Tensor) -> Tensor:
-    """``matrix`` in the dtype in which scales are computed: its own, but fp32 for fp16, which their quotients overflow."""
+    """``matrix`` in the dtype in which scales are computed: its own, but fp32 for fp16, whose range is too small."""
     return matrix.float() if matrix.dtype == torch.float16 else matrix
 
 

@@ -8,7 +8,9 @@ compressed-tensors, whose format is called mxfp4-pack-quantized. The bytes are t
 
 Quantizing gives the bytes of compressed-tensors 0.20. The largest magnitude of a block is rounded to a power of two, up if
 its mantissa is at least 1.75 and else down, and the scale is a quarter of it, so that no quotient reaches 7. A scale below
-2^-127 becomes that. Where compressed-tensors has no defined result, a block with Inf or NaN gets the scale NaN.
+2^-127 becomes that. Where compressed-tensors has no defined result, a block with Inf or NaN gets the scale NaN. Weights in
+fp16 are quantized as if they were fp32, because compressed-tensors loses the scales of blocks that are subnormal in fp16.
+This was verified against the library (0.20.1) on a CPU.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ Quantizing gives the bytes of compressed-tensors 0.20, whose operations run in t
 2688 = 448 · 6 over the matrix's largest magnitude, whose block then gets the largest scale and the largest value. It is 1
 where that is no finite number. A block's scale is a sixth of its largest magnitude times the global scale, rounded to E4M3,
 and 0.125 where that is 0. Weights in fp16 are quantized as if they were fp32: in fp16 most global scales would overflow, and
-compressed-tensors would take 1 for them.
+compressed-tensors would take 1 for them. This was verified against the library (0.20.1) on a CPU.
 """
 
 from __future__ import annotations
