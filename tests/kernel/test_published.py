@@ -323,6 +323,30 @@ BAD = [
         "nf4 is not published as named tensors: its matrices are made of a Piece each",
     ),
     BadCase(
+        "piece",
+        lambda: interchange.piece_of(interchange.stack_of_published(*published("nvfp4")), 0),
+        ValueError,
+        "bitsandbytes has no pieces of nvfp4: use stack_of_published, stack_of_published_matrices and published_of",
+    ),
+    BadCase(
+        "pieces",
+        lambda: interchange.stack_of_pieces([], published("mxfp4")[1]),
+        ValueError,
+        "bitsandbytes has no pieces of mxfp4: use stack_of_published, stack_of_published_matrices and published_of",
+    ),
+    BadCase(
+        "fused-pieces",
+        lambda: interchange.stack_of_fused_pieces([], published("mxfp4")[1]),
+        ValueError,
+        "bitsandbytes has no pieces of mxfp4: use stack_of_published, stack_of_published_matrices and published_of",
+    ),
+    BadCase(
+        "no-scales",
+        lambda: Packed4bitWeights(published("mxfp4")[1], published("mxfp4")[0]["blocks"].flatten(1)),
+        TypeError,
+        "block_scale must be a tensor for mxfp4, got NoneType",
+    ),
+    BadCase(
         "part-of-a-block",
         lambda: Format4bit((3, 4, 48), "mxfp4"),
         ValueError,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .formats.absmax import GROUP, nested_values
+from .formats.absmax import GROUP, AbsmaxFormat, nested_values
 from .formats.base import Format4bit, PublishedTensor, as_floats
 from .packed import Packed4bitWeights, is_wanted
 
@@ -74,6 +74,15 @@ class Piece:
         return flat
 
 
+def _check_format(format: Format4bit) -> None:
+    """Raises ValueError unless the matrices of ``format`` are those of bitsandbytes."""
+    if not isinstance(format.weight_format, AbsmaxFormat):
+        raise ValueError(
+            f"bitsandbytes has no pieces of {format.quant_type}: use stack_of_published, stack_of_published_matrices and "
+            "published_of"
+        )
+
+
 def _checked(name: str, piece: object) -> Piece:
     if not isinstance(piece, Piece):
         raise TypeError(f"{name} must be a Piece, got {type(piece).__name__}")
@@ -92,8 +101,10 @@ def stack_of_pieces(
         device: of the stack; None for that of the first piece.
 
     Raises:
-        TypeError, ValueError: too many or too few, or one that does not fit the format: which, and why.
+        TypeError, ValueError: too many or too few, or one that does not fit the format: which, and why. Or a format that
+            bitsandbytes does not have.
     """
+    _check_format(format)
     num_experts, out_features, in_features = format.shape
     weights = out_features // format.projections * in_features
     places = [(expert, projection) for expert in range(num_experts) for projection in range(format.projections)]
@@ -126,8 +137,10 @@ def stack_of_fused_pieces(
         device: of the stack; None for that of the first piece.
 
     Raises:
-        TypeError, ValueError: too many or too few, or one that does not fit the format: which, and why.
+        TypeError, ValueError: too many or too few, or one that does not fit the format: which, and why. Or a format that
+            bitsandbytes does not have.
     """
+    _check_format(format)
     if len(pieces) != format.projections:
         raise ValueError(f"pieces must be {format.projections}, one for each projection, got {len(pieces)}")
     num_experts, out_features, in_features = format.shape
@@ -162,9 +175,10 @@ def piece_of(weights: Packed4bitWeights, expert: int, projection: int = 0) -> Pi
     The tensors are views of the stack's memory, as far as alignment lets them be.
 
     Raises:
-        ValueError: no such expert or projection.
+        ValueError: no such expert or projection, or a format that bitsandbytes does not have.
     """
     format = weights.format
+    _check_format(format)
     for name, value, size in (("expert", expert, format.shape[0]), ("projection", projection, format.projections)):
         if not 0 <= value < size:
             raise ValueError(f"{name} must be from 0 to {size - 1}, got {value}")

@@ -235,4 +235,6 @@ def is_wanted(name: str, value: object, wanted: bool, format: Format4bit) -> boo
     if isinstance(value, Tensor) == wanted and (wanted or value is None):
         return wanted
     must = "a tensor" if wanted else "None"
-    raise TypeError(f"{name} must be {must} with double_quant={format.double_quant}, got {type(value).__name__}")
+    one_kind = len(format.weight_format.double_quants) == 1
+    where = f"for {format.quant_type}" if one_kind else f"with double_quant={format.double_quant}"
+    raise TypeError(f"{name} must be {must} {where}, got {type(value).__name__}")
