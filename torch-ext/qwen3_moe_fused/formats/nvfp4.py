@@ -36,7 +36,8 @@ INSTEAD_OF_ZERO = 0.125
 #
 # The byte's bits as those of an fp32 are the scale times 2^-120; a quarter of the scale is 2^118 times that, and the byte of
 # NaN becomes 120. A product with a reciprocal, corrected by its remainder, is the correctly rounded quotient (Markstein, IBM
-# J. Res. Dev. 34, 1990). Quarters keep the reciprocal a normal number for all global scales from 2^-124 on.
+# J. Res. Dev. 34, 1990). Quarters keep the reciprocal of the largest global scales a normal number. This needs positive
+# global scales from 2^-117 on, and no matrix of finite fp32 has a smaller one; 0, Inf and NaN are right as well.
 SCALE_PTX = """
 {
     .reg .b32 bits;
