@@ -317,7 +317,7 @@ class FastGeneration:
         self._forward, self._generate, self._prepare = (getattr(model, name) for name in names)
         # ``generate`` looks at the arguments that ``forward`` has, so the others show those of what they replace.
         for name, function in zip(names, (self._step, self._call, self._make_cache), strict=True):
-            setattr(model, name, _shown_as(getattr(model, name), function))
+            setattr(model, name, _InPlaceOf(getattr(model, name), function))
         model._moe_fused_generation = self
         _late_checks.add()
 
@@ -452,12 +452,21 @@ class FastGeneration:
         return adapters, self._model.training, tuple(value.data_ptr() for value in self._model.parameters())
 
 
-def _shown_as(shown: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(shown)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
+class _InPlaceOf:
+    """A function in the place of a model's method, whose arguments it shows.
 
-    return call
+    A copy of the model would still call the first model, so that it cannot be copied.
+    """
+
+    def __init__(self, method: Callable[..., Any], function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, method)
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a model with moe_fused.fast_generation cannot be copied or pickled: call its disable() before")
 
 
 def is_gpu(device: torch.device) -> bool:
