@@ -65,7 +65,9 @@ def ended(command: str, directory: Path, path: Sequence[Path] = ()) -> subproces
 def run(command: str, directory: Path, path: Sequence[Path] = ()) -> str:
     """What a command line prints that ends well."""
     process = ended(command, directory, path)
-    # Torch 2.11 on a busy machine, also without us: a thread of autograd, if the interpreter ends right after a backward.
+    # Torch on a busy machine, also without us: a thread of autograd, if the interpreter ends right after a backward.
+    if process.returncode and ABORTED_AT_EXIT.strip() in process.stderr and "launch" in command:
+        process = ended(command, directory, path)  # the launcher has ended the other process, too
     aborted = process.returncode == -signal.SIGABRT and process.stderr.endswith(ABORTED_AT_EXIT)
     assert process.returncode == 0 or (aborted and torch.cuda.is_available()), process.stderr
     return process.stdout

@@ -202,6 +202,7 @@ def published(name: str, projections: int = 2) -> tuple[dict[str, Tensor], Any]:
     return {**tensors, "weight_global_scale": global_scale}, layout
 
 
+@pytest.mark.kernels_ci
 @pytest.mark.parametrize("projections", [1, 2])
 @pytest.mark.parametrize("name", BLOCKSIZES)
 def test_whole_stacks(name: str, projections: int) -> None:
@@ -219,6 +220,7 @@ def test_whole_stacks(name: str, projections: int) -> None:
     assert all(torch.equal(value, weights.tensors()[part]) for part, value in copied.tensors().items())
 
 
+@pytest.mark.kernels_ci
 @pytest.mark.parametrize("name", BLOCKSIZES)
 def test_matrix_by_matrix(name: str) -> None:
     tensors, layout = published(name)
@@ -233,6 +235,14 @@ def test_matrix_by_matrix(name: str) -> None:
     if name == "nvfp4":
         halves = torch.stack([matrix["weight_global_scale"] for matrix in matrices]).view(3, 2)
         assert torch.equal(weights.scales()[:, ::16], tensors["weight_scale"][:, ::4, 0].float() / halves)
+
+
+@pytest.mark.kernels_ci
+def test_a_format_that_nobody_publishes_so() -> None:
+    """bitsandbytes' checkpoints hold other bytes than a stack. The PTX of such a format looks its 16 values up."""
+    layout = Format4bit((1, 2, 64), "nf4")
+    assert layout.weight_format.published(layout) == ()
+    assert layout.weight_format.word_ptx(torch.bfloat16).table.count("mul.rn.f32") == 16
 
 
 def test_mxfp4_of_compressed_tensors() -> None:
