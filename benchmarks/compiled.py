@@ -272,7 +272,10 @@ def compiled(
                     call()
                 # Small kernels beside the product have no loop that uses the tensor cores.
                 took, loop = max(
-                    ((took, main_loop(_code(kernel), took.warps)) for took, kernel in zip(resources, kernels, strict=True)),
+                    (
+                        (took, main_loop(_code(kernel), took.warps))
+                        for took, kernel in zip(resources, kernels, strict=True)
+                    ),
                     key=lambda pair: pair[1].products,
                 )
                 if not loop.products:

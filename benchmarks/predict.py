@@ -15,8 +15,8 @@ times in which the parts of a GPU could do their share of the work if they had n
 
 The longest of these is the *bound*. The time is a norm of them, because they overlap only in part, plus what each program
 needs before and after its loop, which other programs of the multiprocessor hide, plus a fixed time for each launch.
-``Constants`` holds the few numbers that no data sheet says. ``fit`` takes them from measured rows; ``CONSTANTS`` are those of
-the H200. What is measured are whole calls of ``benchmarks/results`` and the single kernels of ``KERNELS``.
+``Constants`` holds the few numbers that no data sheet says. ``fit`` takes them from measured rows; ``constants`` are those
+of the H200. What is measured are whole calls of ``benchmarks/results`` and the single kernels of ``KERNELS``.
 
 The model knows nothing of power limits, of clocks below the boost clock, or of bank conflicts.
 """
@@ -24,18 +24,19 @@ The model knows nothing of power limits, of clocks below the boost clock, or of 
 from __future__ import annotations
 
 import functools
+import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from moe_fused.benchmark.layers import FORWARD, FORWARD_BACKWARD, FORWARD_CUDA_GRAPH, LAYERS, RECOMPUTE, Layer
+from moe_fused.benchmark.layers import FORWARD, FORWARD_BACKWARD, LAYERS, RECOMPUTE, Layer
 
-from .compiled import Facts, read_facts
+from .compiled import Facts, key_of, read_facts
 from .gpus import BY_NAME, Card
 from .rows import OURS, read_rows
 
@@ -228,9 +229,7 @@ def products(
             ("grad of up", 2 * inner, hidden, tokens * hidden + 2 * rows * inner),
         ):
             out = experts * n * k
-            yield Launch(
-                name, "wgrad", False, False, rows, experts, top_k, n, k, ACTIVATION * float(read + out)
-            )
+            yield Launch(name, "wgrad", False, False, rows, experts, top_k, n, k, ACTIVATION * float(read + out))
 
 
 def _pass(name: str, layer: Layer, num_bytes: float, launches: int = 1) -> Launch:
@@ -299,10 +298,16 @@ class Demand:
 
 
 def demand(launch: Launch, facts: Facts | None) -> Demand:
-    """Returns what a launch asks of a GPU; ``facts`` is None for a pass over memory."""
+    """Returns what a launch asks of a GPU; ``facts`` is None for a pass over memory.
+
+    Raises:
+        ValueError: The facts have no main loop.
+    """
     if facts is None:
         return Demand(launch.bytes, 0.0, math.inf, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1, launch.launches)
     config, loop = facts.config, facts.loop
+    if loop is None:
+        raise ValueError(f"the main loop of {facts.family} is that of the launch without an adapter")
     tile_m, tile_n, tile_k = config["block_m"], config["block_n"], config["block_k"]
     gated = launch.family in ("up", "up_4bit")
     width = tile_n * (2 if gated else 1)
@@ -387,36 +392,26 @@ def seconds_of(asked: Demand, card: Card, constants: Constants) -> tuple[float, 
 # Predictions for a GPU.
 
 
-def paths_of(arch: int | str) -> Paths:
-    """Returns how the kernel's tables for a GPU choose between dequantizing in a product and before it.
-
-    Raises:
-        KeyError: The GPU is not in the kernel's list.
-    """
+@functools.cache
+def _tuning() -> Any:
+    """The module of the kernel that chooses paths, tiles and configurations."""
     from .compiled import provide_kernel
 
     provide_kernel()
     from tests.kernel.machine import module
 
-    tuning = module("tuning")
+    return module("tuning")
+
+
+def paths_of(arch: int | str) -> Paths:
+    """Returns how the kernel chooses on a GPU between dequantizing in a product and before it.
+
+    Raises:
+        KeyError: The GPU is not in the kernel's list.
+    """
+    tuning = _tuning()
     target = tuning.TARGETS[arch]
     return lambda family, rows, experts: bool(tuning.dequantizes_in_product(family, rows, experts, target))
-
-
-def heights_of(arch: int | str) -> Callable[[int, int, bool], int]:
-    """Returns how the kernel's tables for a GPU choose the height of row tiles.
-
-    Raises:
-        KeyError: The GPU is not in the kernel's list.
-    """
-    from .compiled import provide_kernel
-
-    provide_kernel()
-    from tests.kernel.machine import module
-
-    tuning = module("tuning")
-    target = tuning.TARGETS[arch]
-    return lambda rows, experts, packed: int(tuning.bucket(rows, experts, packed, target))
 
 
 class Predictor:
@@ -425,29 +420,36 @@ class Predictor:
     Args:
         card: The GPU.
         facts: What launches take; those of other GPUs are ignored. By default those of results/compiled.json.
-        constants: What no data sheet says.
+        fitted: What no data sheet says.
     """
 
-    def __init__(self, card: Card, facts: Iterable[Facts] | None = None, constants: Constants | None = None) -> None:
+    def __init__(self, card: Card, facts: Iterable[Facts] | None = None, fitted: Constants | None = None) -> None:
         self.card = card
-        self.constants = constants or CONSTANTS
+        self._constants = fitted
+        self._target = _tuning().TARGETS[card.arch]
+        self._in_product = paths_of(card.arch)
         entries = read_facts() if facts is None else facts
-        self._facts = {
-            (each.family, each.height, each.adapted): each for each in entries if each.arch == card.arch
-        }
-        self._height, self._in_product = heights_of(card.arch), paths_of(card.arch)
+        self._facts = {key_of(each): each for each in entries if each.arch == card.arch}
 
     def facts_of(self, launch: Launch) -> Facts | None:
         """Returns what the launch takes, or None for a pass over memory.
 
         Raises:
-            KeyError: The kernel was not compiled for this GPU.
+            ValueError: The configuration that the kernel chooses for it was not compiled.
         """
         if not launch.family:
             return None
-        height = self._height(launch.rows, launch.experts, launch.packed)
-        facts = self._facts[launch.family, height, launch.adapted and launch.family != "wgrad"]
-        return facts if facts.loop else replace(facts, loop=self._facts[launch.family, height, False].loop)
+        tuning, family = _tuning(), launch.family
+        height = tuning.bucket(launch.rows, launch.experts, launch.packed, self._target)
+        config = asdict(tuning.launch_config(family, height, self._target, ACTIVATION))
+        keys = [
+            (str(self.card.arch), family, height, adapted, json.dumps(config, sort_keys=True))
+            for adapted in (launch.adapted and family != "wgrad", False)
+        ]
+        if missing := [key for key in keys[:1] if key not in self._facts]:
+            raise ValueError(f"not compiled: {missing[0]}; run python -m benchmarks.compiled --arch {self.card.arch}")
+        facts = self._facts[keys[0]]
+        return facts if facts.loop else replace(facts, loop=self._facts[keys[1]].loop)
 
     def launches(self, layer: Layer, tokens: int, phase: str, weights: str, *, trained: bool = True) -> list[Launch]:
         """Returns what a call launches on this GPU (see ``products``)."""
@@ -460,7 +462,7 @@ class Predictor:
     def predict(self, launch: Launch) -> Prediction:
         """Predicts the time of a launch."""
         facts = self.facts_of(launch)
-        seconds, bound = seconds_of(demand(launch, facts), self.card, self.constants)
+        seconds, bound = seconds_of(demand(launch, facts), self.card, self._constants or constants())
         return Prediction(seconds, bound, facts and facts.programs, facts.spills if facts else 0)
 
 
@@ -531,7 +533,7 @@ def measured_kernels() -> list[Measured]:
             every = products(
                 QWEN3, tokens, FORWARD_BACKWARD, NF4 if packed else BF16, in_product=lambda *_, inside=inside: inside
             )  # fmt: skip
-            product = _PRODUCT_OF[{"gemm_4bit": "gemm"}.get(family, family)]
+            product = _PRODUCT_OF[family]
             launches = tuple(each for each in every if each.name in (product, f"dequantize, {product}"))
             found.append(Measured("H100", f"{name}, {tokens} tokens", us / 1e3, launches, f"{family} {tokens}"))
     return found
@@ -627,4 +629,39 @@ LIMITS = {
     "norm": (1.0, 10.0),
     "launch": (1e-6, 10e-6),
 }
-CONSTANTS = Constants()
+
+
+@functools.cache
+def constants() -> Constants:
+    """Returns the constants, fitted to the rows of the H200. Those of the H100 were never fitted: they tell the error."""
+    return fit(["H200"])
+
+
+# On the terminal.
+
+
+def main(
+    gpu: Annotated[str, typer.Option(help=f"The GPU: {', '.join(BY_NAME)}.")] = "RTX 4090",
+    tokens: Annotated[int, typer.Option(min=1, help="Number of tokens of the layer.")] = 4096,
+    weights: Annotated[str, typer.Option(help="Weights: bf16 or nf4.")] = BF16,
+    rank: Annotated[int, typer.Option(min=0, help="Rank of adapters; 0 for none.")] = 0,
+    check: Annotated[bool, typer.Option("--check", help="Compare with what was measured instead.")] = False,
+) -> None:
+    """Predicts the times of the kernels of a Qwen3-30B-A3B layer, forward and backward."""
+    if gpu not in BY_NAME or weights not in WEIGHT_BYTES:
+        raise typer.BadParameter("--gpu or --weights is not known")
+    if check:
+        for card in ("H200", "H100"):
+            for each, ratio in zip(measured(card), ratios(card, constants()), strict=True):
+                typer.echo(f"{card}  {each.what:75}{each.ms:9.3f} ms measured, {ratio - 1:+.0%} predicted")
+            typer.echo(f"{card}: median error {median_error(card, constants()):.1%}")
+        return
+    predictor = Predictor(BY_NAME[gpu])
+    for launch in predictor.launches(replace(QWEN3, lora_rank=rank), tokens, FORWARD_BACKWARD, weights):
+        found = predictor.predict(launch)
+        programs = "" if found.programs is None else f"{found.programs} programs, {found.spills} bytes spilled"
+        typer.echo(f"{launch.name:28}{1e3 * found.seconds:9.3f} ms  {found.bound:16}{programs}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
