@@ -188,15 +188,12 @@ def _loops(text: str) -> Iterator[list[str]]:
             continue
         names.append(name)
         lines.append(line)
-        if not (name.startswith("BRA") or "branch" in name):
+        # Some jumps name an address, at which there is an instruction every 16 bytes.
+        jump = re.search(r"(?:BRA|branch)\S*\s.*?(LBB[\d_]+|\b0x[\da-f]+)", line)
+        if jump is None:
             continue
-        jump = re.search(r"(LBB[\d_]+|0x[\da-f]+)\s*;?\s*$", line.split("//")[0])
-        # Jumps by uniform predicates name an address, at which there is an instruction every 16 bytes.
-        start = (
-            labels.get(jump[1], int(jump[1], 16) // 16 if jump[1].startswith("0x") else len(names))
-            if jump
-            else len(names)
-        )
+        to = jump[1]
+        start = int(to, 16) // 16 if to.startswith("0x") else labels.get(to, len(names))
         if start < len(names):
             found.append((start, len(names)))
     found = [(start, end) for start, end in found if any(name.startswith(_TENSOR_CORES) for name in names[start:end])]

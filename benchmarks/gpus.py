@@ -6,7 +6,8 @@ MI300X. Products are dense ones in bf16 with sums in fp32: a data sheet that giv
 GeForce cards sums in fp32 halve the rate of the tensor cores. NVIDIA publishes no clock of the B200; 1.85 GHz is the clock
 at which its tensor cores reach the published rate.
 
-The limits of a multiprocessor are in ``OCCUPANCY``, from NVIDIA's table of compute capabilities and AMD's manual of CDNA3.
+What a multiprocessor holds is in ``tests/kernel/offline_compile.py``, from NVIDIA's table of compute capabilities and AMD's
+manual of CDNA3.
 """
 
 from __future__ import annotations

@@ -10,20 +10,23 @@ times in which the parts of a GPU could do their share of the work if they had n
     cache          bytes that tiles read through the L2, at 64 bytes a clock and multiprocessor
     tensor cores   operations of whole tiles, idle rows included, over the data sheet's rate
     issue          instructions of the main loop, of all warps, over what the schedulers of the multiprocessors issue
-    waiting        what programs wait for loads to registers, as those of 4-bit scales, of which one needs the other's data
     shared memory  bytes between registers, tensor cores and shared memory, at 128 bytes a clock and multiprocessor
+    waiting        a program's own instructions, loads to registers (as those of 4-bit scales, of which one needs the other's
+                   data) and, over 4-bit weights, its products, one after the other, over the programs that run side by side
 
 The longest of these is the *bound*. The time is a norm of them, because they overlap only in part, plus what each program
 needs before and after its loop, which other programs of the multiprocessor hide, plus a fixed time for each launch.
 ``Constants`` holds the few numbers that no data sheet says. ``fit`` takes them from measured rows; ``constants`` are those
 of the H200. What is measured are whole calls of ``benchmarks/results`` and the single kernels of ``KERNELS``.
 
-The model knows nothing of power limits, of clocks below the boost clock, or of bank conflicts.
+The form of the model was chosen with the rows of both GPUs in view. It knows nothing of power limits, of clocks below the
+boost clock, or of bank conflicts.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import statistics
@@ -280,6 +283,7 @@ class Demand:
         issued: Clocks in which a multiprocessor's schedulers issue the main loops, for all programs of the launch.
         shared: Bytes of shared memory.
         steps, trips: Instructions of a warp, and waits for loads to registers, in the main loops of all programs.
+        synchronous: The operations for which a program has to dequantize first.
         programs: Of the launch. resident: Of them on a multiprocessor at a time.
         launches: Kernels.
     """
@@ -291,6 +295,7 @@ class Demand:
     issued: float
     shared: float
     steps: float
+    synchronous: float
     trips: float
     programs: float
     resident: int
@@ -304,7 +309,7 @@ def demand(launch: Launch, facts: Facts | None) -> Demand:
         ValueError: The facts have no main loop.
     """
     if facts is None:
-        return Demand(launch.bytes, 0.0, math.inf, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1, launch.launches)
+        return Demand(launch.bytes, 0.0, math.inf, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1, launch.launches)
     config, loop = facts.config, facts.loop
     if loop is None:
         raise ValueError(f"the main loop of {facts.family} is that of the launch without an adapter")
@@ -343,6 +348,7 @@ def demand(launch: Launch, facts: Facts | None) -> Demand:
         issued=turns * share * full * clocks,
         shared=turns * (share * full * loop.shared_bytes + of_turn),
         steps=turns * share * full * loop.instructions,
+        synchronous=turns * flops if launch.family.endswith("_4bit") else 0.0,
         trips=turns * share * loop.trips,
         programs=programs,
         resident=facts.programs,
@@ -369,6 +375,7 @@ def terms(asked: Demand, card: Card, constants: Constants) -> tuple[float, ...]:
     # A slot is the room for a program on a multiprocessor. The last programs leave half of the slots idle.
     slots = card.multiprocessors * asked.resident
     alone = asked.steps * constants.stall / card.clock + asked.trips * constants.trip
+    alone += asked.synchronous * card.multiprocessors / (card.ceilings.flops_per_second * constants.tensor)
     ending = 1 + 0.5 * slots / asked.programs if asked.programs else 1.0
     return (
         asked.bytes / min(bandwidth, flying),
@@ -421,12 +428,16 @@ class Predictor:
         card: The GPU.
         facts: What launches take; those of other GPUs are ignored. By default those of results/compiled.json.
         fitted: What no data sheet says.
+
+    Attributes:
+        tuning: The kernel's module ``tuning``.
     """
 
     def __init__(self, card: Card, facts: Iterable[Facts] | None = None, fitted: Constants | None = None) -> None:
         self.card = card
         self._constants = fitted
-        self._target = _tuning().TARGETS[card.arch]
+        self.tuning = _tuning()
+        self._target = self.tuning.TARGETS[card.arch]
         self._in_product = paths_of(card.arch)
         entries = read_facts() if facts is None else facts
         self._facts = {key_of(each): each for each in entries if each.arch == card.arch}
@@ -439,7 +450,7 @@ class Predictor:
         """
         if not launch.family:
             return None
-        tuning, family = _tuning(), launch.family
+        tuning, family = self.tuning, launch.family
         height = tuning.bucket(launch.rows, launch.experts, launch.packed, self._target)
         config = asdict(tuning.launch_config(family, height, self._target, ACTIVATION))
         keys = [
@@ -463,7 +474,7 @@ class Predictor:
         """Predicts the time of a launch."""
         facts = self.facts_of(launch)
         seconds, bound = seconds_of(demand(launch, facts), self.card, self._constants or constants())
-        return Prediction(seconds, bound, facts and facts.programs, facts.spills if facts else 0)
+        return Prediction(seconds, bound, facts.programs if facts else None, facts.spills if facts else 0)
 
 
 # What was measured.
@@ -535,7 +546,7 @@ def measured_kernels() -> list[Measured]:
             )  # fmt: skip
             product = _PRODUCT_OF[family]
             launches = tuple(each for each in every if each.name in (product, f"dequantize, {product}"))
-            found.append(Measured("H100", f"{name}, {tokens} tokens", us / 1e3, launches, f"{family} {tokens}"))
+            found.append(Measured("H100", f"{name}, {tokens} tokens", us / 1e3, launches, f"kernel {family} {tokens}"))
     return found
 
 
@@ -629,6 +640,39 @@ LIMITS = {
     "norm": (1.0, 10.0),
     "launch": (1e-6, 10e-6),
 }
+
+
+# What was measured, by kind.
+KINDS = ("calls over bf16 weights", "calls over nf4 weights", "steps with adapters", "single kernels")
+
+
+def kind_of(each: Measured) -> str:
+    """Returns which of ``KINDS`` a measured time is."""
+    if each.point.startswith("kernel"):
+        return KINDS[3]
+    if each.point.startswith("experts_lora"):
+        return KINDS[2]
+    return KINDS[1] if any(launch.packed for launch in each.launches) else KINDS[0]
+
+
+def order_of_ways(card: str, fitted: Constants, least: float) -> tuple[int, int]:
+    """Returns how many pairs of ways of computing the same are predicted in the right order, and how many there are.
+
+    Args:
+        card: The GPU.
+        fitted: What no data sheet says.
+        least: The share by which the measured times of a pair differ at least.
+    """
+    points: dict[str, list[tuple[float, float]]] = {}
+    for each, ratio in zip(measured(card), ratios(card, fitted), strict=True):
+        points.setdefault(each.point, []).append((each.ms, each.ms * ratio))
+    pairs = [
+        (one, other)
+        for ways in points.values()
+        for one, other in itertools.combinations(ways, 2)
+        if max(one[0], other[0]) / min(one[0], other[0]) >= 1 + least and one[0] != other[0]
+    ]
+    return sum((one[0] < other[0]) == (one[1] < other[1]) for one, other in pairs), len(pairs)
 
 
 @functools.cache

@@ -271,7 +271,7 @@ def _register_tile(kernel: str, block_m: int, target: Target) -> LaunchConfig:
     if kernel == "wgrad_thin":
         return LaunchConfig(64, 128, 32, 4, 3)
     if kernel == "shrink":
-        return LaunchConfig(block_m, 64, 64 if block_m >= (128 if roomy else 64) else 128, 4, 3)
+        return LaunchConfig(block_m, 64, 64 if block_m >= (128 if roomy else 32) else 128, 4, 3)
     if kernel == "wgrad":
         return LaunchConfig(128, 128, 64 if block_m > 32 else 32, 4, 3)
     if block_m == 16:
