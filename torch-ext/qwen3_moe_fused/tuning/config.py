@@ -192,8 +192,8 @@ def _packed_tile(kernel: str, block_m: int, target: Target, itemsize: int) -> La
     """The default over packed weights.
 
     In 16 bits and 128 rows, the tiles are those of which two programs fit a multiprocessor: one dequantizes while the other
-    multiplies. On GPUs whose tensor cores read registers, ``benchmarks.choose`` predicts 3 to 14 % less time than for one
-    program of tiles twice as wide, and some 30 % less on an MI300X.
+    multiplies. On GPUs whose tensor cores read registers, ``benchmarks.choose`` predicts 16 to 26 % less time than for one
+    program of tiles twice as wide, and 10 to 39 % less on an MI300X.
     """
     height = tile_height(block_m, itemsize)
     if itemsize == 4:
@@ -249,7 +249,7 @@ def _tensor_memory_tile(kernel: str, block_m: int) -> LaunchConfig:
     """The default over dense weights in 16 bits for tensor cores that keep sums in a memory of their own, of tall tiles.
 
     Two programs fit a multiprocessor, each with half of the shared memory. Only the up projection's tiles of 128 rows have
-    the whole of it: tiles half as wide, of which two fit, are predicted to be 29 % slower on a B200.
+    the whole of it: tiles half as wide, of which two fit, are predicted to be 28 % slower on a B200.
     """
     if kernel == "shrink":
         return LaunchConfig(block_m, 64, 128 if block_m == 64 else 64, 4, 3 if block_m == 64 else 4, True)
@@ -265,7 +265,7 @@ def _register_tile(kernel: str, block_m: int, target: Target) -> LaunchConfig:
 
     The compiler keeps one stage fewer in shared memory than it is asked for. Two programs fit a multiprocessor: of four
     warps with up to 255 registers a thread, and of half the shared memory. For tiles 128 high, ``benchmarks.choose``
-    predicts 5 to 21 % less time on an A100 than for one program of eight warps, and up to 8 % less on GPUs with 100 KiB.
+    predicts 6 to 15 % less time on an A100 than for one program of eight warps, and up to 4 % less on GPUs with 100 KiB.
     """
     roomy = target.shared_memory > _ROOMY
     if kernel == "wgrad_thin":
@@ -285,6 +285,6 @@ def _register_tile(kernel: str, block_m: int, target: Target) -> LaunchConfig:
         # not, are predicted to be 12 % slower.
         return LaunchConfig(128, 64, 32, 4, 4) if roomy else LaunchConfig(128, 32, 64, 4, 3)
     if kernel == "down_backward":
-        # Tiles of 64 columns do not spill the 8 bytes that these do on an A100, and are predicted to be 14 % slower there.
+        # Tiles of 64 columns do not spill the 8 bytes that these do on an A100, and are predicted to be 13 % slower there.
         return LaunchConfig(128, 128, 32, 4, 4, slices=8) if roomy else LaunchConfig(128, 64, 64, 4, 3, slices=2)
     return LaunchConfig(128, 128, 32, 4, 4)
