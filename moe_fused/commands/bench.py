@@ -108,7 +108,7 @@ def bench(
     console.print("4-bit weights are frozen: the backward computes no gradient for them")
     console.print("roofline: what reading, writing and multiplying alone would take at the rates above")
     if report is not None:
-        from moe_fused.benchmark.report import new_report, write_report
+        from moe_fused.reports import new_report, write_report
 
         write_report(report, new_report("bench", chosen, shape, results.rows, ceilings))
         console.print(f"{report} has these times, the GPU and the versions; it names neither this machine nor you")

@@ -175,7 +175,7 @@ def _tune(workload: Workload, layer: Layer, chosen: _Chosen, seconds: float, tab
 
 def _write_report(path: Path, workload: Workload, layer: Layer, results: _Found) -> None:
     """Writes what was found, and that nothing was: that the configurations in use are right is worth knowing, too."""
-    from moe_fused.benchmark.report import new_report, write_report
+    from moe_fused.reports import new_report, write_report
 
     write_report(path, new_report("tune", workload.device, layer, results.rows))
     print(f"{path} has the GPU, the versions and what was found; it names neither this machine nor you")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moe_fused.benchmark.layers import LAYERS, Ceilings, Layer
-from moe_fused.benchmark.report import check_report, new_report, read_report, write_report
+from moe_fused.reports import check_report, new_report, read_report, write_report
 
 COMMUNITY = Path(__file__).resolve().parents[2] / "benchmarks" / "community"
 ROW = {"tokens": 4096, "phase": "forward", "implementation": "moe_fused", "ms": 1.5, "spread": 0.01, "peak_mib": None}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import moe_fused
-from moe_fused.benchmark.report import read_report
+from moe_fused.reports import read_report
 
 from .cli import Command
 from .models import EXPERTS, HIDDEN, INTERMEDIATE, QWEN3_MOE, TOP_K

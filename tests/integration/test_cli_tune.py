@@ -19,10 +19,10 @@ import moe_fused
 from moe_fused import hub
 from moe_fused.benchmark import harness
 from moe_fused.benchmark.layers import LAYERS, Layer
-from moe_fused.benchmark.report import read_report
 from moe_fused.benchmark.shapes import layer_of
 from moe_fused.commands import tune as command_module
 from moe_fused.locks import locked_file
+from moe_fused.reports import read_report
 from moe_fused.signals import Interrupted
 from moe_fused.tuner import thresholds as thresholds_module
 from moe_fused.tuner.search import climb, crossover, neighbours

@@ -15,9 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_fused.benchmark.layers import LAYERS, PHASES, Ceilings, Layer
 from moe_fused.staging import replace_file
-
-from .layers import LAYERS, PHASES, Ceilings, Layer
 
 if TYPE_CHECKING:
     import torch
@@ -158,9 +157,8 @@ def environment_of(device: torch.device) -> dict[str, Any]:
     import torch
 
     from moe_fused import __version__
+    from moe_fused.benchmark.harness import current_environment
     from moe_fused.diagnosis import driver_version
-
-    from .harness import current_environment
 
     known = current_environment(device)
     capability, memory, multiprocessors, driver = "none", 0.0, 0, "none"
