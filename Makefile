@@ -90,10 +90,10 @@ test-readers: build ## Install vLLM, SGLang and llama.cpp's converters in part, 
 GPU_JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ $$n -gt 12 ] && n=12; echo $$n)
 
 # Installs nothing: PYTHON must have torch, triton, kernels, transformers, pytest and pytest-xdist.
-test-gpu: ## Run all tests on the GPU of this machine with PYTHON as it is
+test-gpu: ## Run all tests for which the device matters on the GPU of this machine with PYTHON as it is
 	@"$(PYTHON)" -c 'import sys, torch; torch.accelerator.is_available() or sys.exit("error: torch " + torch.__version__ + " of $(PYTHON) finds no GPU; make test runs without one")'
 	@"$(PYTHON)" scripts/build_kernel.py --quiet
-	$(call run_tests,"$(PYTHON)" -m pytest -n $(GPU_JOBS) --dist worksteal)
+	$(call run_tests,"$(PYTHON)" -m pytest -m "not host" -n $(GPU_JOBS) --dist worksteal)
 
 lint: $(READY) ## Run ruff and mypy
 	@status=0; \

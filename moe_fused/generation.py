@@ -32,6 +32,8 @@ from transformers.cache_utils import LinearAttentionLayer, StaticLayer, StaticSl
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import DeferredStopCheck
 
+from . import decoding
+
 __all__ = ["FastGeneration", "fast_generation"]
 
 logger = logging.getLogger(__name__)
@@ -162,12 +164,13 @@ class _Step:
     """The decoding step of a model with one cache, as a graph.
 
     Args:
+        model: The model.
         cache: The cache.
         batch: The number of sequences.
     """
 
-    def __init__(self, cache: StepCache, batch: int) -> None:
-        self.cache, self.batch = cache, batch
+    def __init__(self, model: Any, cache: StepCache, batch: int) -> None:
+        self._model, self.cache, self.batch = model, cache, batch
         self._is_warm = False
         self._graph: Any = None
         self._inputs: dict[str, Any] = {}
@@ -241,8 +244,18 @@ class _Step:
     def _record(self, forward: Callable[..., Any]) -> None:
         gc.collect()  # a tensor of another stream that is freed meanwhile would be waited for
         graph = torch.cuda.CUDAGraph()
-        with recording(graph):
-            self._output = forward(**self._inputs)
+        layers: list[Any] = [layer for layer in self.cache.layers if isinstance(layer, _Layer)]
+        # Liger's kernels compile when they first run, which no recording may do, and the state of a recurrent layer would be
+        # that of one step more.
+        can_rehearse = decoding.is_available() and len(layers) == len(self.cache.layers)
+        with decoding.fewer_launches(self._model) if can_rehearse else contextlib.nullcontext():
+            if can_rehearse:
+                lengths = [layer.cumulative_length.clone() for layer in layers]
+                forward(**self._inputs)
+                for layer, length in zip(layers, lengths, strict=True):
+                    layer.cumulative_length.copy_(length)
+            with recording(graph):
+                self._output = forward(**self._inputs)
         self._graph = graph
 
     def _takes(self, inputs: Mapping[str, Any]) -> bool:
@@ -304,7 +317,7 @@ class FastGeneration:
         self._forward, self._generate, self._prepare = (getattr(model, name) for name in names)
         # ``generate`` looks at the arguments that ``forward`` has, so the others show those of what they replace.
         for name, function in zip(names, (self._step, self._call, self._make_cache), strict=True):
-            setattr(model, name, _shown_as(getattr(model, name), function))
+            setattr(model, name, _InPlaceOf(getattr(model, name), function))
         model._moe_fused_generation = self
         _late_checks.add()
 
@@ -368,7 +381,7 @@ class FastGeneration:
             while len(self._steps) >= KEPT:
                 self._steps.popitem(last=False)
             with torch.inference_mode(False):
-                self._steps[key] = _Step(StepCache(self._config, key[1]), batch)
+                self._steps[key] = _Step(self._model, StepCache(self._config, key[1]), batch)
         self._steps.move_to_end(key)
         self._steps[key].begin(self._state())
         model_kwargs["past_key_values"] = self._steps[key].cache
@@ -439,12 +452,21 @@ class FastGeneration:
         return adapters, self._model.training, tuple(value.data_ptr() for value in self._model.parameters())
 
 
-def _shown_as(shown: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(shown)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
+class _InPlaceOf:
+    """A function in the place of a model's method, whose arguments it shows.
 
-    return call
+    A copy of the model would still call the first model, so that it cannot be copied.
+    """
+
+    def __init__(self, method: Callable[..., Any], function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, method)
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a model with moe_fused.fast_generation cannot be copied or pickled: call its disable() before")
 
 
 def is_gpu(device: torch.device) -> bool:

@@ -74,6 +74,9 @@ PAGES = (
         qwen3_moe_fused.Packed4bitWeights
         qwen3_moe_fused.Format4bit
         qwen3_moe_fused.Piece
+        qwen3_moe_fused.interchange.stack_of_published
+        qwen3_moe_fused.interchange.stack_of_published_matrices
+        qwen3_moe_fused.interchange.published_of
         qwen3_moe_fused.route
         qwen3_moe_fused.Routing
         qwen3_moe_fused.layers.MoeExperts

@@ -44,6 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for marker in (
         "kernels_ci: run by kernel-builder's CI on every variant; together they cover the public API in a minute",
         "gpu: needs an accelerator",
+        "host: gives the same with a GPU and without; left out by make test-gpu",
         "readers: installs another tool from the package index; left out unless -m names it, run by make test-readers",
         "upstream: tests a patch for another library; left out unless -m names it, run by make test-upstream",
         "slow: takes more than some ten seconds on two cores; run by make test-slow, not by make test",
@@ -51,8 +52,26 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", marker)
 
 
+# Folders and modules whose tests read and write files, check options or plan runs, and compute nothing on a GPU.
+HOST_FOLDERS = frozenset({"docs", "upstream"})
+HOST_MODULES = frozenset({
+    "test_adapter_fits", "test_adapters", "test_adapters_command", "test_bitsandbytes_cpu", "test_checkpoint_complete",
+    "test_checkpoint_files", "test_checkpoint_finite", "test_convert_models", "test_convert_models_gguf",
+    "test_convert_models_refusals", "test_convert_optimizers", "test_convert_optimizers_refusals", "test_expert_parallel",
+    "test_expert_parallel_4bit", "test_divided_embedding", "test_finetune_card", "test_finetune_data",
+    "test_finetune_data_killed", "test_finetune_duration", "test_finetune_gpus", "test_finetune_hub",
+    "test_finetune_hub_killed", "test_finetune_mixture", "test_finetune_options", "test_finetune_parallel",
+    "test_finetune_plan_shown", "test_finetune_refusals", "test_finetune_render", "test_finetune_resolve",
+    "test_finetune_rows", "test_finetune_sharded", "test_finetune_show", "test_fsdp", "test_hub", "test_share",
+    "test_staging", "test_startup",
+})  # fmt: skip
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what has to be asked for by name: it installs packages, or changes when other libraries do."""
+    for item in items:
+        if item.path.parent.name in HOST_FOLDERS or item.path.stem in HOST_MODULES:
+            item.add_marker("host")
     left_out = []
     for marker in ("readers", "upstream"):
         if marker not in str(config.getoption("markexpr")):

@@ -75,8 +75,9 @@ def is_divided(parameter: Any) -> bool:
 
 def local(parameter: Any) -> Tensor:
     """Returns what this process holds of a parameter, the same memory without a gradient."""
-    value: Tensor = parameter.detach()
-    return value.to_local() if isinstance(value, DTensor) else value
+    # A step asks for hundreds. ``detach().to_local()`` takes the host 50 µs for each, while the GPU may wait.
+    found: Tensor = parameter._local_tensor if isinstance(parameter, DTensor) else parameter.detach()
+    return found
 
 
 def share_of_placeholder(name: str, placeholder: Any, device: torch.device, files: Mapping[str, Path]) -> Share:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import threading
 from collections.abc import Iterator
@@ -398,6 +399,15 @@ def test_a_call_that_fails_leaves_nothing_behind(model: Any, steps: list[_Again]
             model.generate(**prompt(1), **GREEDY, streamer=Broken())
         assert torch.equal(model.generate(**prompt(1), **GREEDY), want)
     assert len(steps) == 1
+
+
+def test_a_copy_would_be_the_first_model(model: Any) -> None:
+    handle = moe_fused.fast_generation(model)
+    with pytest.raises(TypeError, match=r"cannot be copied or pickled: call its disable\(\) before"):
+        copy.deepcopy(model)
+    handle.disable()
+    want = model.generate(**prompt(), **GREEDY)
+    assert torch.equal(copy.deepcopy(model).generate(**prompt(), **GREEDY), want)
 
 
 def test_it_is_undone(model: Any) -> None:

@@ -107,7 +107,9 @@ def _tiled(dtype: torch.dtype, tokens: int) -> Iterator[tuple[str, str, Callable
     yield "wgrad, gather b", "wgrad", lambda: launch.grouped_wgrad(rows_2i, x, routing, False, True, up)
 
 
-def _adapted(dtype: torch.dtype, tokens: int, packed: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
+def _adapted(
+    dtype: torch.dtype, tokens: int, packed: bool, **options: Any
+) -> Iterator[tuple[str, str, Callable[[], object]]]:
     """(stage, kernel family, call) of every stage that an adapter adds a product to, over dense or packed weights."""
     launch, gate, routing = _modules(tokens, packed)
     rows = tokens * TOP_K
@@ -121,7 +123,7 @@ def _adapted(dtype: torch.dtype, tokens: int, packed: bool) -> Iterator[tuple[st
     down: Any = meta(EXPERTS, HIDDEN, INTERMEDIATE)
     weights = torch.empty((tokens, TOP_K), device="meta")
     if packed:
-        up, down = _packed_stacks(dtype)
+        up, down = _packed_stacks(dtype, **options)
     suffix = "_4bit" if packed else ""
     # Gate and up have separate factors here, so the block of ranks is the largest.
     left, lefts = meta(rows, RANK), meta(rows, 2 * RANK)
@@ -297,7 +299,9 @@ def of_format(name: str, dtype: torch.dtype, height: int) -> Iterator[tuple[str,
         from tests.kernel.int4 import Int4
 
         formats.register(Int4())
-    yield from _packed_tiled(dtype, packed_tokens_of_bucket(height), quant_type=name)
+    tokens = packed_tokens_of_bucket(height)
+    yield from _packed_tiled(dtype, tokens, quant_type=name)
+    yield from _adapted(dtype, tokens, packed=True, quant_type=name)
     yield from _packed_untiled(dtype, quant_type=name)
 
 

@@ -1,6 +1,7 @@
-"""A weight format is one class: int4, which only ``tests/kernel/int4.py`` defines, goes through every stage.
+"""A weight format is one class: each of ``FORMATS`` goes through every stage.
 
-The files of the package are as they are. What the format must compute comes from its definition here, in float64.
+Among them is int4, which only ``tests/kernel/int4.py`` defines; the files of the package are as they are. What a format must
+compute comes from its definition here, in float64.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -34,7 +35,74 @@ from tests.kernel.test_packed import assert_equals_truth, assert_taken
 from tests.support import REPOSITORY
 
 formats, Packed4bitWeights = module("formats"), kernel.Packed4bitWeights
-INT4: dict[str, Any] = {"quant_type": "int4", "blocksize": 32, "double_quant": False}
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def nibbles(weights: Any) -> Tensor:
+    """(E, blocks, blocksize) int64, the low nibble of a byte first."""
+    both = torch.stack((weights.packed & 15, weights.packed >> 4), dim=-1).long()
+    return both.view(weights.shape[0], -1, weights.format.blocksize)
+
+
+def e2m1(weights: Any) -> Tensor:
+    """As ``nibbles``, the float64 values."""
+    both = nibbles(weights)
+    magnitudes = torch.tensor(E2M1, dtype=torch.float64, device=DEVICE)[both & 7]
+    return torch.where(both < 8, magnitudes, -magnitudes)
+
+
+def int4(weights: Any) -> Tensor:
+    """(nibble - 16·[nibble ≥ 8]) · scale."""
+    both = nibbles(weights).double()
+    scales = weights.scales_fp16.view(torch.float16).double()
+    return torch.where(both < 8, both, both - 16) * scales[..., None]
+
+
+def mxfp4(weights: Any) -> Tensor:
+    """Value · 2^(byte - 127)."""
+    return torch.ldexp(e2m1(weights), weights.block_scale.int()[..., None] - 127)
+
+
+def nvfp4(weights: Any) -> Tensor:
+    """Value · (E4M3 / global scale), the quotient and the product rounded to fp32."""
+    block_scales = weights.block_scale.view(torch.float8_e4m3fn).double()
+    global_scales = weights.global_scale.view(torch.float32).double()
+    quotients = (block_scales.unflatten(1, (global_scales.shape[1], -1)) / global_scales[..., None]).float()
+    return (e2m1(weights) * quotients.double().flatten(1)[..., None]).float().double()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A format.
+
+    Attributes:
+        blocksize: the only one that it has.
+        storage: of its scales.
+        defined: its weights by the definition, in float64, in blocks.
+        error: the most by which quantizing changes a weight, in parts of its block's largest.
+    """
+
+    blocksize: int
+    storage: tuple[str, ...]
+    defined: Callable[[Any], Tensor]
+    error: float
+
+    def weights(self, weights: Any) -> Tensor:
+        """(E, out, in) float64 by the definition."""
+        return self.defined(weights).view(weights.shape)
+
+
+FORMATS = {
+    "int4": Case(32, ("scales_fp16",), int4, 0.6 / 7),
+    "mxfp4": Case(32, ("block_scale",), mxfp4, 1 / 5),
+    "nvfp4": Case(16, ("block_scale", "global_scale"), nvfp4, 1 / 5.6),
+}
+NAMES = [*FORMATS]
+
+
+def options(name: str) -> dict[str, Any]:
+    return {"quant_type": name, "blocksize": FORMATS[name].blocksize, "double_quant": False}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,54 +112,56 @@ def registered() -> Iterator[None]:
     formats.unregister("int4")
 
 
-def defined(weights: Any) -> Tensor:
-    """(E, out, in) float64 by the definition: (nibble - 16·[nibble ≥ 8]) · scale, the low nibble first."""
-    nibbles = torch.stack((weights.packed & 15, weights.packed >> 4), dim=-1).view(-1, 32).double()
-    values = torch.where(nibbles < 8, nibbles, nibbles - 16)
-    return (values * weights.scales_fp16.view(torch.float16).view(-1, 1).double()).view(weights.shape)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_dequantize(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_dequantize(name: str, dtype: torch.dtype) -> None:
+    case = FORMATS[name]
     dense = torch.randn((3, 20, 64), device=DEVICE).to(dtype)
-    weights = Packed4bitWeights.quantize(dense, quant_type="int4", projections=2)
-    assert weights.format == kernel.Format4bit((3, 20, 64), "int4", 32, False, 2, dtype)
-    assert set(weights.tensors()) == {"packed", "scales_fp16"}
-    assert torch.equal(weights.dequantize(), defined(weights).to(dtype))
-    error = (weights.dequantize().double() - dense.double()).abs().max()
-    assert 0 < error < 0.6 * dense.abs().max() / 7
+    weights = Packed4bitWeights.quantize(dense, quant_type=name, projections=2)
+    assert weights.format == kernel.Format4bit((3, 20, 64), name, case.blocksize, False, 2, dtype)
+    assert tuple(weights.tensors()) == ("packed", *case.storage)
+    assert torch.equal(weights.dequantize(), case.weights(weights).to(dtype))
+    blocks = dense.double().view(-1, case.blocksize)
+    error = (weights.dequantize().double().view(blocks.shape) - blocks).abs() / blocks.abs().amax(1, keepdim=True)
+    assert 0 < error.max() < case.error + 2**-7
     moved = weights.to("meta").narrow(1, 2)
     assert (moved.device.type, tuple(moved.shape)) == ("meta", (2, 20, 64))
 
 
-def test_every_nibble_in_every_place() -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_every_nibble_in_every_place(name: str) -> None:
     packed = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(1, 256)
-    scales = torch.linspace(0.5, 2.0, 16, device=DEVICE).half().view(1, 16)
-    layout = kernel.Format4bit((1, 8, 64), "int4", dtype=torch.float32)
-    weights = Packed4bitWeights(layout, packed, scales.view(torch.uint8))
-    assert torch.equal(weights.dequantize(), defined(weights).float())
-    assert weights.dequantize()[0, 0, :4].tolist() == [0.0, 0.0, 0.5, 0.0], "the low nibble comes first"
+    scaled = torch.logspace(-1, 2, 16, device=DEVICE).repeat_interleave(32).view(1, 8, 64)
+    weights = Packed4bitWeights.quantize(scaled, quant_type=name).replaced(packed=packed)
+    exact = FORMATS[name].weights(weights).float()
+    assert torch.equal(weights.dequantize(), exact)
+    assert len(exact.unique()) > 30, "the blocks have different scales"
+    assert exact[0, 0, :4].count_nonzero() == 1, "the low nibble comes first"
+    assert exact[0, 0, 2] > 0
 
 
 CASES = [
-    PackedCase("plain", "nothing special", half=True, **INT4),
-    PackedCase("projections", "gate and up each with scales of their own", projections=2, **INT4),
-    PackedCase("interleaved-bias", "gates alternate", interleaved=True, bias=True, **INT4),
+    PackedCase("plain", "nothing special", half=True),
+    PackedCase("projections", "gate and up each with scales of their own", projections=2),
+    PackedCase("interleaved-bias", "gates alternate", interleaved=True, bias=True),
     PackedCase(
-        "96-in", "rows that are no whole units go through the workspace", hidden=96, takes=("part",) * 4, **INT4
+        "gpt-oss", "as its checkpoints have it: not transposed", activation="swiglu_oai", interleaved=True, bias=True
     ),
-    PackedCase("rows-of-128", "tiles of 128 rows, which read weights in order", tokens=260, experts=2, top_k=1, **INT4),
+    PackedCase("96-in", "rows that are no whole units go through the workspace", hidden=96, takes=("part",) * 4),
+    PackedCase("rows-of-128", "tiles of 128 rows, which read weights in order", tokens=260, experts=2, top_k=1),
 ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_forward_and_backward(case: PackedCase, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_and_backward(name: str, case: PackedCase, dtype: torch.dtype) -> None:
+    case = replace(case, **options(name))
     if dtype == torch.float16 and not case.half and not ON_GPU:
         pytest.skip("the interpreter, which is slow, has this case in fp32")
     inputs = make_packed_inputs(case, dtype)
-    for name, weights in inputs.packed.items():
-        assert torch.equal(inputs.inputs.tensors[name], defined(weights).to(dtype))
+    for argument, weights in inputs.packed.items():
+        assert torch.equal(inputs.inputs.tensors[argument], FORMATS[name].weights(weights).to(dtype))
     with decoding(in_gemm=case.id != "96-in") as taken:
         ours = packed_gradients(case, inputs)
     assert_equals_truth(case, inputs, ours)
@@ -99,8 +169,10 @@ def test_forward_and_backward(case: PackedCase, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("workspace", [ALL, ONE], ids=["whole", "parts"])
-def test_workspace(workspace: int) -> None:
-    case = PackedCase("workspace", "", hidden=40, intermediate=48, bias=True, **INT4)
+@pytest.mark.parametrize("name", NAMES)
+def test_workspace(name: str, workspace: int) -> None:
+    hidden, intermediate = (96, 32) if formats.named(name).blocks_in_rows else (40, 48)
+    case = PackedCase("workspace", "", hidden=hidden, intermediate=intermediate, bias=True, **options(name))
     inputs = make_packed_inputs(case, torch.float32)
     with decoding(in_gemm=False, workspace=workspace) as taken:
         ours = packed_gradients(case, inputs)
@@ -109,8 +181,9 @@ def test_workspace(workspace: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_few_slots_equal_the_routed_stages(dtype: torch.dtype) -> None:
-    case = PackedCase("few", "", tokens=2, projections=2, hidden=192, bias=True, **INT4)
+@pytest.mark.parametrize("name", NAMES)
+def test_few_slots_equal_the_routed_stages(name: str, dtype: torch.dtype) -> None:
+    case = PackedCase("few", "", tokens=2, projections=2, hidden=192, bias=True, **options(name))
     inputs = make_packed_inputs(case, dtype)
     with torch.no_grad():
         few = run_packed(case, inputs)
@@ -118,22 +191,26 @@ def test_few_slots_equal_the_routed_stages(dtype: torch.dtype) -> None:
     assert (few - routed).abs().max() <= 2e-2 * routed.abs().max() if dtype != torch.float32 else 1e-5
 
 
-def test_adapters_over_it() -> None:
-    """An adapter over int4 weights computes what it computes over the dense weights that they dequantize to."""
-    case = LoraCase("int4", "", hidden=64, intermediate=64, dense=(), up=(Factors(4),), down=(Factors(4),), **INT4)
+@pytest.mark.parametrize("name", NAMES)
+def test_adapters_over_it(name: str) -> None:
+    """An adapter over weights in the format computes what it computes over the dense weights that they dequantize to."""
+    case = LoraCase(
+        name, "", hidden=64, intermediate=64, dense=(), up=(Factors(4),), down=(Factors(4),), **options(name)
+    )
     ours = lora_gradients(case, make_lora_inputs(case, torch.float32))
     dense = replace(make_lora_inputs(case, torch.float32), packed={})
     theirs = lora_gradients(case, dense)
     assert "gradient of gate_up_lora[0].a" in ours
-    for name, value in ours.items():
-        assert torch.allclose(value, theirs[name], rtol=1e-4, atol=1e-5 * theirs[name].abs().max().item()), name
+    for label, value in ours.items():
+        assert torch.allclose(value, theirs[label], rtol=1e-4, atol=1e-5 * theirs[label].abs().max().item()), label
 
 
-def test_an_operator_takes_it_by_name() -> None:
-    weights = Packed4bitWeights.quantize(torch.randn((2, 8, 64), device=DEVICE), quant_type="int4")
+@pytest.mark.parametrize("name", NAMES)
+def test_an_operator_takes_it_by_name(name: str) -> None:
+    weights = Packed4bitWeights.quantize(torch.randn((2, 8, 64), device=DEVICE), quant_type=name)
     _, scales, spec = module("weights").operands(weights)
-    assert spec.startswith("int4 32 plain 1 ")
-    assert len(scales) == 1
+    assert spec.startswith(f"{name} {FORMATS[name].blocksize} plain 1 ")
+    assert len(scales) == len(FORMATS[name].storage)
     rows, sizes = torch.randn((5, 64), device=DEVICE), torch.tensor([2, 3], device=DEVICE)
     compiled = torch.compile(kernel.moe_fused_linear, backend="eager", fullgraph=True)
     assert torch.equal(compiled(rows, weights, sizes), kernel.moe_fused_linear(rows, weights, sizes))
@@ -158,8 +235,10 @@ def test_names_are_words_and_are_taken_once() -> None:
 @pytest.mark.parametrize(
     "arch", [80, pytest.param(90, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
 )
-def test_every_stage_compiles(arch: int) -> None:
-    command = [sys.executable, "-m", "tests.kernel.compile_launches", str(arch), "bfloat16", "int4:16", "int4:128"]
+@pytest.mark.parametrize("name", NAMES)
+def test_every_stage_compiles(name: str, arch: int) -> None:
+    forms = (f"{name}:16", f"{name}:128")
+    command = [sys.executable, "-m", "tests.kernel.compile_launches", str(arch), "bfloat16", *forms]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]

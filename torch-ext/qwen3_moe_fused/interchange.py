@@ -1,20 +1,23 @@
-"""Stacks of 4-bit weights from and to the single matrices that bitsandbytes makes and checkpoints hold.
+"""Stacks of 4-bit weights from and to the tensors that checkpoints hold, bit for bit.
 
-The pieces are those of nf4 and fp4, whose scales are blocks' absmaxes (``formats.absmax``).
+Single matrices that bitsandbytes makes are ``Piece``: those of nf4 and fp4, whose scales are blocks' absmaxes
+(``formats.absmax``). mxfp4 and nvfp4 are kept as they are published, in tensors with names: those of gpt-oss, ``blocks`` and
+``scales``, or those of compressed-tensors, ``weight_packed``, ``weight_scale`` and ``weight_global_scale``. The format says
+which there are (``WeightFormat.published``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .formats.absmax import GROUP, as_floats, nested_values
-from .formats.base import Format4bit
+from .formats.absmax import GROUP, AbsmaxFormat, nested_values
+from .formats.base import Format4bit, PublishedTensor, as_floats
 from .packed import Packed4bitWeights, is_wanted
 
 
@@ -71,6 +74,15 @@ class Piece:
         return flat
 
 
+def _check_format(format: Format4bit) -> None:
+    """Raises ValueError unless the matrices of ``format`` are those of bitsandbytes."""
+    if not isinstance(format.weight_format, AbsmaxFormat):
+        raise ValueError(
+            f"bitsandbytes has no pieces of {format.quant_type}: use stack_of_published, stack_of_published_matrices and "
+            "published_of"
+        )
+
+
 def _checked(name: str, piece: object) -> Piece:
     if not isinstance(piece, Piece):
         raise TypeError(f"{name} must be a Piece, got {type(piece).__name__}")
@@ -89,8 +101,10 @@ def stack_of_pieces(
         device: of the stack; None for that of the first piece.
 
     Raises:
-        TypeError, ValueError: too many or too few, or one that does not fit the format: which, and why.
+        TypeError, ValueError: too many or too few, or one that does not fit the format: which, and why. Or a format that
+            bitsandbytes does not have.
     """
+    _check_format(format)
     num_experts, out_features, in_features = format.shape
     weights = out_features // format.projections * in_features
     places = [(expert, projection) for expert in range(num_experts) for projection in range(format.projections)]
@@ -123,8 +137,10 @@ def stack_of_fused_pieces(
         device: of the stack; None for that of the first piece.
 
     Raises:
-        TypeError, ValueError: too many or too few, or one that does not fit the format: which, and why.
+        TypeError, ValueError: too many or too few, or one that does not fit the format: which, and why. Or a format that
+            bitsandbytes does not have.
     """
+    _check_format(format)
     if len(pieces) != format.projections:
         raise ValueError(f"pieces must be {format.projections}, one for each projection, got {len(pieces)}")
     num_experts, out_features, in_features = format.shape
@@ -159,9 +175,10 @@ def piece_of(weights: Packed4bitWeights, expert: int, projection: int = 0) -> Pi
     The tensors are views of the stack's memory, as far as alignment lets them be.
 
     Raises:
-        ValueError: no such expert or projection.
+        ValueError: no such expert or projection, or a format that bitsandbytes does not have.
     """
     format = weights.format
+    _check_format(format)
     for name, value, size in (("expert", expert, format.shape[0]), ("projection", projection, format.projections)):
         if not 0 <= value < size:
             raise ValueError(f"{name} must be from 0 to {size - 1}, got {value}")
@@ -170,3 +187,108 @@ def piece_of(weights: Packed4bitWeights, expert: int, projection: int = 0) -> Pi
         return Piece(parts["packed"][:, None], as_floats(parts["absmax"]))
     nested_absmax, nested_offset = as_floats(parts["nested_absmax"]), as_floats(parts["nested_offset"])
     return Piece(parts["packed"][:, None], parts["absmax"], nested_absmax, nested_offset.view(()))
+
+
+def stack_of_published(tensors: Mapping[str, Tensor], format: Format4bit) -> Packed4bitWeights:
+    """A stack of tensors with all experts, as gpt-oss publishes its own; it shares their memory where they are contiguous.
+
+    Args:
+        tensors: by the name that the format gives them. Those of mxfp4 are ``blocks`` (E, out, in/32, 16) and ``scales``
+            (E, out, in/32), both uint8, or ``weight_packed`` (E, out, in/2) and ``weight_scale`` (E, out, in/32), both
+            uint8. Those of nvfp4 are ``weight_packed`` (E, out, in/2) uint8, ``weight_scale`` (E, out, in/16) float8_e4m3fn
+            and ``weight_global_scale`` (E, projections) fp32.
+        format: of the stack. The out features are in the order of the tensors, in which gate and up may alternate.
+
+    Raises:
+        TypeError: another dtype, or not a tensor.
+        ValueError: the format has no such tensors, or a tensor has another shape.
+    """
+    published = _published(tensors, format, "tensors")
+    storage: dict[str, Tensor] = {}
+    for part, (name, wanted) in zip(format.storage(), published.items(), strict=True):
+        value = _checked_tensor(name, tensors[name], wanted.dtype, _of_stack(wanted, format))
+        storage[part] = value.detach().contiguous().flatten(1).view(torch.uint8)
+    return Packed4bitWeights(format, **storage)
+
+
+def stack_of_published_matrices(
+    matrices: Iterable[Mapping[str, Tensor]], format: Format4bit, device: torch.device | str | int | None = None
+) -> Packed4bitWeights:
+    """A stack of tensors with one matrix each, as compressed-tensors publishes experts.
+
+    Args:
+        matrices: E·projections of them, the projections of expert 0 first, taken one at a time. The tensors are those of
+            ``stack_of_published`` without the first dimension, and ``weight_global_scale`` is (1,).
+        format: what they make up.
+        device: of the stack; None for that of the first matrix.
+
+    Raises:
+        TypeError, ValueError: as ``stack_of_published``, and too many or too few.
+    """
+    count = format.shape[0] * format.projections
+
+    def parts() -> Iterator[dict[str, Tensor]]:
+        remaining = iter(matrices)
+        for index in range(count):
+            tensors = next(remaining, None)
+            if tensors is None:
+                raise ValueError(f"matrices must be {count}, of each expert and projection, got {index}")
+            where = f"of expert {index // format.projections}, projection {index % format.projections}"
+            part = {}
+            for stored, (name, wanted) in zip(
+                format.storage(), _published(tensors, format, f"tensors {where}").items(), strict=True
+            ):
+                value = _checked_tensor(f"{name} {where}", tensors[name], wanted.dtype, wanted.shape)
+                part[stored] = value.detach().contiguous()
+            yield part
+        if next(remaining, None) is not None:
+            raise ValueError(f"matrices must be {count}, of each expert and projection, got more")
+
+    return Packed4bitWeights.of_parts(parts(), format, device)
+
+
+def published_of(weights: Packed4bitWeights) -> dict[str, Tensor]:
+    """The tensors of a stack as they are published, with all experts; those that ``stack_of_published`` names first.
+
+    They share the stack's memory as far as alignment lets them. Expert e is ``tensor[e]``. Of its projections each has an
+    equal part of the first dimension that is then left.
+
+    Raises:
+        ValueError: the format is not published so.
+    """
+    published = _layouts(weights.format)[0]
+    tensors = {}
+    for (name, wanted), value in zip(published.items(), weights.tensors().values(), strict=True):
+        typed = as_floats(value) if wanted.dtype == torch.float32 else value.view(wanted.dtype)
+        tensors[name] = typed.view(_of_stack(wanted, weights.format))
+    return tensors
+
+
+def _layouts(format: Format4bit) -> tuple[dict[str, PublishedTensor], ...]:
+    published = format.weight_format.published(format)
+    if not published:
+        raise ValueError(
+            f"{format.quant_type} is not published as named tensors: its matrices are made of a Piece each"
+        )
+    return published
+
+
+def _published(tensors: Mapping[str, Tensor], format: Format4bit, what: str) -> dict[str, PublishedTensor]:
+    """The layout that has the names of ``tensors``."""
+    layouts = _layouts(format)
+    for layout in layouts:
+        if set(layout) == set(tensors):
+            return layout
+    names = ", or ".join(" and ".join(layout) for layout in layouts)
+    raise ValueError(f"{what} must be {names} for {format.quant_type}, got {' and '.join(tensors) or 'none'}")
+
+
+def _of_stack(wanted: PublishedTensor, format: Format4bit) -> tuple[int, ...]:
+    first, *others = wanted.shape
+    return (format.shape[0], format.projections * first, *others)
+
+
+def _checked_tensor(name: str, value: object, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    tensor = checks.tensor(name, value, shape)
+    checks.dtype(name, tensor, (dtype,))
+    return tensor

@@ -36,7 +36,9 @@ class Packed4bitWeights:
             the weights, the others hold the scales. For nf4 and fp4 these are ``absmax`` (E, blocks) uint8 with double
             quantization, else (E, 4·blocks) uint8, the bytes of fp32, for the blocks of all projections; and with double
             quantization ``nested_absmax`` (E, 4·groups) and ``nested_offset`` (E, 4·projections), the bytes of fp32.
-            Each is an attribute of the stack; those that the format does not have are None.
+            For mxfp4 and nvfp4 there is ``block_scale`` (E, blocks) uint8, the bytes of E8M0 or E4M3, and for nvfp4 also
+            ``global_scale`` (E, 4·projections), the bytes of fp32. Each is an attribute of the stack; those of nf4 and fp4
+            that the format does not have are None.
 
     Raises:
         TypeError, ValueError: a tensor that is missing or superfluous, or not uint8, or of another shape than the format's,
@@ -153,6 +155,10 @@ class Packed4bitWeights:
         """Each expert's projections in 4 bits: nf4 and fp4 bit for bit as ``bitsandbytes.functional.quantize_4bit``.
 
         The bits are those of bitsandbytes on the weights' device, as it differs between CPU and GPU (``formats.absmax``).
+        mxfp4 and nvfp4 are rounded as compressed-tensors 0.20 rounds them, except that fp16 is taken for fp32, that -0 stays
+        -0, and that a block of mxfp4 with Inf or NaN becomes NaN. What was dequantized then gets the same 4 bits again,
+        unless a block's scale in nvfp4 was below 2^-6, the smallest normal number of E4M3.
+
         This takes memory for the result and a few times one expert's projection in fp32.
 
         Args:
@@ -201,6 +207,9 @@ class Packed4bitWeights:
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """(E, out, in) weights: nf4 and fp4 bit for bit as ``bitsandbytes.functional.dequantize_4bit`` in ``dtype``.
 
+        mxfp4 equals Transformers' ``convert_moe_packed_tensors`` bit for bit, but for a scale of 255, which the
+        specification makes NaN. nvfp4 equals compressed-tensors.
+
         fp4 has a second zero, which is -0 on GPUs of CUDA and ROCm and 0 elsewhere. bitsandbytes has it so, too, except on
         CPUs without AVX-512, where its kernel makes -0 of it.
 
@@ -226,4 +235,6 @@ def is_wanted(name: str, value: object, wanted: bool, format: Format4bit) -> boo
     if isinstance(value, Tensor) == wanted and (wanted or value is None):
         return wanted
     must = "a tensor" if wanted else "None"
-    raise TypeError(f"{name} must be {must} with double_quant={format.double_quant}, got {type(value).__name__}")
+    one_kind = len(format.weight_format.double_quants) == 1
+    where = f"for {format.quant_type}" if one_kind else f"with double_quant={format.double_quant}"
+    raise TypeError(f"{name} must be {must} {where}, got {type(value).__name__}")

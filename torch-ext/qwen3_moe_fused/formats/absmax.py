@@ -31,8 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..views import View
-from .base import DeviceFunctions, WeightFormat
+from .base import DeviceFunctions, WeightFormat, as_floats, float_pointer
 from .tables import Table
 
 if TYPE_CHECKING:
@@ -107,8 +106,8 @@ class AbsmaxFormat(WeightFormat):
         absmax, *nested = scales
         code = nested_code(absmax.device)
         if nested:
-            return AbsmaxTensors(absmax, _pointer(nested[0]), _pointer(nested[1]), code)
-        plain = _pointer(absmax)
+            return AbsmaxTensors(absmax, float_pointer(nested[0]), float_pointer(nested[1]), code)
+        plain = float_pointer(absmax)
         return AbsmaxTensors(plain, plain, plain, code)
 
     def layout(self, stack: Format4bit) -> AbsmaxLayout:
@@ -168,18 +167,6 @@ def groups(stack: Format4bit) -> int:
 def as_bytes(values: Tensor) -> Tensor:
     """fp32 (E, n) as uint8 (E, 4·n), the same memory."""
     return values.contiguous().view(torch.uint8)
-
-
-def as_floats(values: Tensor) -> Tensor:
-    """uint8 (E, 4·n) as fp32 (E, n), the same memory; a copy of bytes that do not begin where an fp32 may."""
-    if values.storage_offset() % 4:
-        values = values.clone()
-    return values.view(torch.float32)
-
-
-def _pointer(values: Tensor) -> Tensor | View:
-    """``as_floats`` as the argument of a kernel, without torch's view."""
-    return as_floats(values) if values.storage_offset() % 4 else View(values, 0, torch.float32)
 
 
 def nested_values(absmax: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:

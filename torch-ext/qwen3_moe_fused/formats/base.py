@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..views import View
+from . import ptx
 from .tables import Table
 
 # Kernels that dequantize on the way read a row of packed weights in tiles of multiples of this many weights, so they take
@@ -38,6 +40,19 @@ class DeviceFunctions(NamedTuple):
     in_order: Any = None
 
 
+class PublishedTensor(NamedTuple):
+    """A tensor of one matrix in a checkpoint.
+
+    Attributes:
+        dtype: as published.
+        shape: of one projection of one expert. A stack has those of an expert's projections one after the other along
+            the first dimension, and a dimension of the experts before it.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
 class WeightFormat:
     """A 4-bit format: two weights a byte, and a scale for every block of neighbours.
 
@@ -49,6 +64,7 @@ class WeightFormat:
         high_nibble_first: the first weight of a byte is in its high nibble.
         blocksizes: how many weights may share a scale, the default first.
         double_quants: whether scales may themselves be quantized, the default first.
+        blocks_in_rows: a block is a part of one row, so rows must be whole blocks; else blocks may run over their ends.
     """
 
     name: str
@@ -56,6 +72,7 @@ class WeightFormat:
     high_nibble_first: bool = True
     blocksizes: tuple[int, ...]
     double_quants: tuple[bool, ...] = (False,)
+    blocks_in_rows: bool = False
 
     def code(self, device: torch.device) -> Tensor:
         """(16,) fp32 values of the nibbles on ``device``."""
@@ -78,6 +95,15 @@ class WeightFormat:
         """
         raise NotImplementedError
 
+    def published(self, stack: Format4bit) -> tuple[dict[str, PublishedTensor], ...]:
+        """How checkpoints that others publish hold one projection of one expert, if they hold the bytes of the storage.
+
+        Returns:
+            A dict for each way of publishing, the format's own first: for each stored tensor in turn the name of the
+            published one, with its dtype and shape. Nothing if there is none, or if checkpoints hold other bytes.
+        """
+        return ()
+
     def tensors(self, stack: Format4bit, *scales: Tensor) -> NamedTuple:
         """The scales as a record of tensors for ``device_functions``; a pointer that is not read is that of another.
 
@@ -92,6 +118,10 @@ class WeightFormat:
         """The record of constants that ``device_functions`` find as ``FORMAT.LAYOUT``."""
         raise NotImplementedError
 
+    def word_ptx(self, dtype: torch.dtype) -> ptx.WordPtx:
+        """PTX from scales and words of eight nibbles to weights in ``dtype``, bfloat16 or float16, for NVIDIA GPUs."""
+        return ptx.by_table(self.codes, self.high_nibble_first, dtype)
+
     def device_functions(self) -> DeviceFunctions:
         """The format's Triton functions; imported here, as torch without a GPU may come without Triton."""
         raise NotImplementedError
@@ -101,6 +131,18 @@ class WeightFormat:
 def code_of(weight_format: WeightFormat, device: torch.device) -> Tensor:
     """(16,) fp32."""
     return torch.tensor(weight_format.codes, dtype=torch.float32, device=device)
+
+
+def as_floats(values: Tensor) -> Tensor:
+    """uint8 (E, 4·n) as fp32 (E, n), the same memory; a copy of bytes that do not begin where an fp32 may."""
+    if values.storage_offset() % 4:
+        values = values.clone()
+    return values.view(torch.float32)
+
+
+def float_pointer(values: Tensor) -> Tensor | View:
+    """``as_floats`` as the argument of a kernel, without torch's view."""
+    return as_floats(values) if values.storage_offset() % 4 else View(values, 0, torch.float32)
 
 
 _formats: dict[str, WeightFormat] = {}
@@ -147,8 +189,9 @@ class Format4bit:
     """How a stack is packed.
 
     Attributes:
-        shape: (E, out, in) of the weights; out·in a multiple of the blocksize, in each projection.
-        quant_type: name of the format, such as "nf4" or "fp4".
+        shape: (E, out, in) of the weights; out·in a multiple of the blocksize, in each projection. For mxfp4 and nvfp4 the
+            in features alone are a multiple of it.
+        quant_type: name of the format: "nf4", "fp4", "mxfp4" or "nvfp4".
         blocksize: weights that share a scale; 0 for the format's default.
         double_quant: scales are quantized as well; None for the format's default.
         projections: equal parts of the out features, each quantized on its own.
@@ -207,6 +250,11 @@ class Format4bit:
             raise ValueError(
                 f"an expert's {out_features // self.projections} x {in_features} weights must be a multiple of the "
                 f"blocksize {self.blocksize}"
+            )
+        if weight_format.blocks_in_rows and in_features % self.blocksize:
+            raise ValueError(
+                f"the in features must be a multiple of the blocksize {self.blocksize} for {self.quant_type}, "
+                f"got {in_features}"
             )
 
     @property

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ... import tuning
-from ...formats import ptx
 from ...formats.base import ROW_UNIT
+from ...formats.ptx import WordPtx
 from ...kernels import dequantize as dequantize_kernels
 from ...kernels.records import (
     FormatCode,
@@ -177,8 +177,7 @@ def format_code(format: Format4bit, dtype: torch.dtype | None) -> FormatCode:
     """The format of a stack as kernels see it, dequantizing in PTX to ``dtype``, or to any dtype if that is None."""
     weight_format = format.weight_format
     functions = weight_format.device_functions()
-    high_first = weight_format.high_nibble_first
-    table = "" if dtype is None else ptx.table(weight_format.codes, dtype)
+    words = WordPtx("", "", "") if dtype is None else weight_format.word_ptx(dtype)
     return FormatCode(
         functions.prepare or dequantize_kernels.nothing_to_prepare,
         functions.block_scale,
@@ -188,10 +187,10 @@ def format_code(format: Format4bit, dtype: torch.dtype | None) -> FormatCode:
         format.blocksize,
         min(format.blocksize, ROW_UNIT),
         2 if dtype is None else 8,
-        high_first,
-        table,
-        ptx.even_odd(high_first) if table else "",
-        ptx.in_order(high_first) if table else "",
+        weight_format.high_nibble_first,
+        words.table,
+        words.even_odd,
+        words.in_order,
     )
 
 
