@@ -54,8 +54,8 @@ ACCEPTED = (
     ),
     Accepted(
         (100, 103, 110), ("up, ",), 128, 1, 16,
-        "two tiles of 128 columns fill the shared memory, and with gate and up features that alternate spill up to 16 bytes, "
-        "once a program; half as wide ones, of which two fit, take 28 % longer",
+        "two tiles of 128 columns fill the shared memory, and where gate and up features alternate they spill up to 16 "
+        "bytes; half as wide ones, of which two fit, take 28 % longer",
     ),
     Accepted(
         (100, 103, 110), ("down backward, adapter", "down backward_4bit, adapter"), 128, 1, 0,
