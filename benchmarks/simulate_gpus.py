@@ -43,6 +43,7 @@ from moe_fused.finetune.precheck import Process
 from moe_fused.finetune.resolve import ModelSetup, ResolvedRun, candidates, set_up, shard_refusal
 from moe_fused.memory import GIB, Sizes, Workload, gathered_layer, predict, sizes_of
 
+from .gpus import BY_NAME as DATA_SHEETS
 from .models import BY_NAME
 from .rows import Row, read_rows
 from .step_cost import H200, RESULTS, Batch, batch_of, fitted, host_seconds, shortened
@@ -90,10 +91,10 @@ class Link:
 
 # Dense bf16 products with sums in fp32, and memory bandwidths, as NVIDIA publishes them.
 GPUS = (
-    Gpu("RTX 3090", 24, Ceilings(936e9, 71e12)),
-    Gpu("RTX 4090", 24, Ceilings(1008e9, 165e12)),
-    Gpu("L40S", 48, Ceilings(864e9, 362e12)),
-    Gpu("A100", 80, Ceilings(2039e9, 312e12)),
+    *(
+        Gpu(name, DATA_SHEETS[name].gib, DATA_SHEETS[name].ceilings)
+        for name in ("RTX 3090", "RTX 4090", "L40S", "A100")
+    ),
     Gpu("H200", 141, H200, is_measured=True),
 )
 LINKS = (Link("PCIe 4 x16", 32e9), Link("NVLink 3", 300e9), Link("NVLink 4", 450e9))

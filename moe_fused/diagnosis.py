@@ -131,7 +131,7 @@ def _optional(package: str, needed: str, purpose: str) -> Check:
 # Devices.
 
 
-def _driver() -> str:
+def driver_version() -> str:
     """Returns the version of NVIDIA's driver, or an empty string."""
     path = shutil.which("nvidia-smi")
     if path is None:
@@ -147,7 +147,7 @@ def _driver() -> str:
 def _gpus() -> Iterator[Check]:
     import torch
 
-    driver = _driver()
+    driver = driver_version()
     runtime = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

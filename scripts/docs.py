@@ -4,7 +4,8 @@
   the options of the commands.
 - The table of the memory plan stands between two comments in ``docs/finetuning.md``, as ``moe-fused finetune`` predicts
   it. Tables for other models stand in ``docs/models.md`` (see ``scripts/models_tables.py``), and those for several GPUs in
-  ``docs/several-gpus.md`` (see ``scripts/gpus_tables.py``).
+  ``docs/several-gpus.md`` (see ``scripts/gpus_tables.py``). Those of predicted times stand in ``docs/gpus.md`` (see
+  ``scripts/predicted_tables.py``).
 
 ``scripts/figures.py`` draws the figures.
 """
@@ -463,7 +464,7 @@ def with_table(path: Path, name: str, table: str, text: str | None = None) -> st
 
 
 def generated() -> dict[Path, str]:
-    """The text of the files that this script writes, by path, but those of ``generated_models`` and ``generated_gpus``."""
+    """The text of the files that this script writes, by path, but those of the functions below."""
     finetuning = DOCS / "finetuning.md"
     return reference() | {finetuning: with_table(finetuning, "plan", plan_table())}
 
@@ -482,6 +483,13 @@ def generated_gpus() -> dict[Path, str]:
     return _with_tables(DOCS / "several-gpus.md", tables())
 
 
+def generated_predictions() -> dict[Path, str]:
+    """The text of ``docs/gpus.md``, by its path."""
+    from scripts.predicted_tables import tables
+
+    return _with_tables(DOCS / "gpus.md", tables())
+
+
 def _with_tables(path: Path, tables: dict[str, str]) -> dict[Path, str]:
     text = path.read_text(encoding="utf-8")
     for name, table in tables.items():
@@ -498,7 +506,7 @@ def outdated(pages: dict[Path, str]) -> list[str]:
 
 def main() -> None:
     argparse.ArgumentParser(description="Renew the parts of the documentation that come from the code.").parse_args()
-    pages = generated() | generated_models() | generated_gpus()
+    pages = generated() | generated_models() | generated_gpus() | generated_predictions()
     old = outdated(pages)
     for path, text in pages.items():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,8 @@ The benchmarks of the repository measure more, and keep their results.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +17,7 @@ from rich.table import Table
 
 from moe_fused.benchmark.layers import FORWARD, FORWARD_BACKWARD, LAYERS, Layer, roofline_ms
 
-from .options import Traceback, check_device, check_finite_options, read_source
+from .options import Traceback, check_device, check_finite_options, check_report, read_source
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +44,12 @@ def bench(
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.001, help="Seconds to spend on each implementation and size.")] = 0.3,
     device: Annotated[str, typer.Option(help="Device: auto, cuda, or cpu for a small layer.")] = "auto",
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file to write, with the GPU, the versions and the times, to attach to an issue. It must not exist."
+        ),
+    ] = None,
     traceback: Traceback = False,
 ) -> None:
     """Time one layer of experts, dense and in 4 bits, against Transformers' experts on the same inputs."""
@@ -50,6 +58,7 @@ def bench(
     if layer not in LAYERS:
         raise ValueError(f"--layer must be one of {', '.join(LAYERS)}, got {layer}")
     check_device(device)
+    check_report(report)
     if model is not None:
         read_source("--model", model, "config.json")
     _check_served(device.partition(":")[0], LAYERS[layer] if model is None else None)
@@ -79,7 +88,10 @@ def bench(
         f"{environment.gpu}, torch {environment.torch}, Triton {environment.triton}: copies "
         f"{ceilings.bytes_per_second / 1e12:.2f} TB/s, multiplies {ceilings.flops_per_second / 1e12:.3g} TFLOP/s in bf16"
     )
-    table = Table(title=f"{shape.name}: H{shape.hidden} I{shape.intermediate} E{shape.experts} k{shape.top_k}, bf16")
+    results = _Results(
+        Table(title=f"{shape.name}: H{shape.hidden} I{shape.intermediate} E{shape.experts} k{shape.top_k}, bf16")
+    )
+    table = results.table
     for column in ("tokens", "phase", "implementation", "ms", "±", f"× {THEIRS}", "of the roofline", "peak MiB"):
         table.add_column(column, justify="left" if column in ("phase", "implementation") else "right", no_wrap=True)
     generator = torch.Generator(chosen).manual_seed(0)
@@ -90,11 +102,32 @@ def bench(
         for size in sizes:
             for phase in (FORWARD, FORWARD_BACKWARD):
                 progress.update(task, description=f"{size} tokens, {phase}")
-                _measure(table, shape, size, phase, contenders, ceilings, seconds, generator)
+                _measure(results, shape, size, phase, contenders, ceilings, seconds, generator)
                 progress.advance(task)
     console.print(table)
     console.print("4-bit weights are frozen: the backward computes no gradient for them")
     console.print("roofline: what reading, writing and multiplying alone would take at the rates above")
+    if report is not None:
+        from moe_fused.reports import new_report, write_report
+
+        write_report(report, new_report("bench", chosen, shape, results.rows, ceilings))
+        console.print(f"{report} has these times, the GPU and the versions; it names neither this machine nor you")
+
+
+@dataclass
+class _Results:
+    """What was measured: a table for the terminal, and rows for a report."""
+
+    table: Table
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(
+        self, tokens: int, phase: str, name: str, ms: float | None, spread: float | None, peak: float | None
+    ) -> None:
+        """Adds a row to the report; ms is None for what could not run."""
+        numbers = {"ms": ms, "spread": spread, "peak_mib": peak}
+        rounded = {key: None if value is None else round(value, 5) for key, value in numbers.items()}
+        self.rows.append({"tokens": tokens, "phase": phase, "implementation": name, **rounded})
 
 
 def _check_served(device: str, layer: Layer | None) -> None:
@@ -174,7 +207,7 @@ def _attempt(name: str, call: Call, problems: dict[str, str]) -> dict[str, Tenso
 
 
 def _measure(
-    table: Table,
+    results: _Results,
     layer: Layer,
     tokens: int,
     phase: str,
@@ -183,7 +216,7 @@ def _measure(
     seconds: float,
     generator: torch.Generator,
 ) -> None:
-    """Times one size and phase, and adds the rows to the table.
+    """Times one size and phase, and adds the rows to the results.
 
     Raises:
         MismatchError: the dense implementations disagree, or a result is not finite.
@@ -203,12 +236,12 @@ def _measure(
 
     calls = {name: call_of(run) for name, run in contenders.items()}
     problems: dict[str, str] = {}
-    results = {name: result for name, call in calls.items() if (result := _attempt(name, call, problems)) is not None}
-    for name, result in results.items():
+    found = {name: result for name, call in calls.items() if (result := _attempt(name, call, problems)) is not None}
+    for name, result in found.items():
         # Rounding weights to 4 bits changes the results, so these are only checked to be finite.
-        harness.compare(name, result, result if name == PACKED else results.get(THEIRS, result))
-    calls = {name: calls[name] for name in results}
-    results.clear()
+        harness.compare(name, result, result if name == PACKED else found.get(THEIRS, result))
+    calls = {name: calls[name] for name in found}
+    found.clear()
     harness.release_memory(device)
     peaks = {name: harness.peak_mib(call, device) for name, call in calls.items()}
     timings = harness.time_interleaved(calls, harness.clock_for(device), seconds=seconds)
@@ -217,10 +250,12 @@ def _measure(
     for name in contenders:
         timing = timings.get(name)
         if timing is None:
-            table.add_row(str(tokens), phase, name, problems.get(name, "out of memory"))
+            results.table.add_row(str(tokens), phase, name, problems.get(name, "out of memory"))
+            results.add(tokens, phase, name, None, None, None)
             continue
         peak = peaks[name]
-        table.add_row(
+        results.add(tokens, phase, name, timing.ms, timing.spread, peak)
+        results.table.add_row(
             str(tokens),
             phase,
             name,
@@ -231,4 +266,4 @@ def _measure(
             "–" if name == PACKED else f"{roofline / timing.ms:.0%}",
             "–" if peak is None else f"{peak:.0f}",
         )
-    table.add_section()
+    results.table.add_section()

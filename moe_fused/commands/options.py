@@ -29,7 +29,7 @@ from moe_fused.checkpoints.places import (
 )
 from moe_fused.quantized import check_quantization
 from moe_fused.signals import interrupted_afterwards
-from moe_fused.staging import claimed
+from moe_fused.staging import check_writable, claimed
 
 
 def _size(text: str) -> str:
@@ -62,6 +62,20 @@ def check_finite_options(**options: float | None) -> None:
     for name, value in options.items():
         if value is not None and not math.isfinite(value):
             raise ValueError(f"--{name.replace('_', '-')} must be a finite number, got {value}")
+
+
+def check_report(path: Path | None) -> None:
+    """Checks before the work that ``--report`` can be written.
+
+    Raises:
+        FileExistsError: There is something at ``path``.
+        OSError: Its directory is missing or not writable.
+    """
+    if path is None:
+        return
+    if path.exists():
+        raise FileExistsError(f"--report {path} exists: choose another path")
+    check_writable(path, "--report", 0)
 
 
 def require(what: str, *packages: str, extra: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from moe_fused.benchmark.layers import LAYERS, Layer
 from moe_fused.locks import locked_file
 
-from .options import Traceback, check_finite_options, read_source
+from .options import Traceback, check_finite_options, check_report, read_source
 
 if TYPE_CHECKING:
     from moe_fused.tuner.workload import Workload
@@ -56,6 +56,13 @@ def tune(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Change an existing table. Entries that are not measured stay.")
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file to write, with the GPU, the versions and what was found, to attach to an issue. "
+            "It must not exist.  [default: reports/ beside the table, where the last report is replaced]"
+        ),
+    ] = None,
     traceback: Traceback = False,
 ) -> None:
     """Measure launch configurations on this GPU, by default for a layer of Qwen3-30B-A3B, and write the faster ones.
@@ -76,6 +83,7 @@ def tune(
             raise FileExistsError(
                 f"--output {output} exists and is neither a directory nor a table: choose another path"
             )
+    check_report(report)
     layer = _layer(hidden, intermediate, experts, top_k, model)
 
     import moe_fused
@@ -89,7 +97,7 @@ def tune(
         raise FileExistsError(f"--output {path} exists: choose another path, or give --overwrite")
     # Two processes at once would each overwrite what the other has found.
     with locked_file(path.with_name(f".{path.name}.lock"), f"--output {path}", parents=True):
-        _tune(workload, layer, chosen, seconds, TableFile(path, tuning))
+        _tune(workload, layer, chosen, seconds, TableFile(path, tuning), report or path.parent / "reports" / path.name)
 
 
 @dataclass(frozen=True)
@@ -100,10 +108,44 @@ class _Chosen:
     sections: list[str]
 
 
-def _tune(workload: Workload, layer: Layer, chosen: _Chosen, seconds: float, table: Any) -> None:
+class _Found:
+    """What was found: a table for the kernel, and rows for a report, of which the last of a kind counts.
+
+    Args:
+        table: The ``TableFile``.
+    """
+
+    def __init__(self, table: Any) -> None:
+        self._table = table
+        self._rows: dict[tuple[str, ...], dict[str, Any]] = {}
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of a report."""
+        return list(self._rows.values())
+
+    def add(self, kernel: str, itemsize: int, block_m: int, config: Any, gain: float) -> None:
+        """Writes a configuration into the table, and keeps how many times as fast as the one in use it is."""
+        self._table.add(kernel, itemsize, block_m, config)
+        self._rows[kernel, str(block_m)] = {
+            "kernel": kernel, "block_m": block_m, "config": asdict(config), "speedup": round(gain, 4)
+        }  # fmt: skip
+
+    def add_threshold(self, threshold: Any, thresholds: Any, size: int, gain: float) -> None:
+        """Writes a threshold into the table, and keeps how much faster calls between it and the one in use become."""
+        self._table.add_threshold(threshold.place, thresholds)
+        # A slash would not pass the check of reports, which have no paths.
+        name = " ".join(threshold.place)
+        self._rows[("threshold", name)] = {
+            "threshold": name, "size": size, "before": threshold.start, "speedup": round(gain, 4)
+        }  # fmt: skip
+
+
+def _tune(workload: Workload, layer: Layer, chosen: _Chosen, seconds: float, table: Any, report: Path) -> None:
     """Measures what was chosen, and says what came of it."""
     from moe_fused.tuner.thresholds import places
 
+    results = _Found(table)
     heights = [(kernel, height) for kernel in chosen.kernels for height in workload.heights(kernel)]
     thresholds = places(workload, tuple(chosen.sections))
     steps = len(heights) + len(thresholds)
@@ -119,15 +161,24 @@ def _tune(workload: Workload, layer: Layer, chosen: _Chosen, seconds: float, tab
             task = progress.add_task("", total=steps)
             for kernel, block_m in heights:
                 progress.update(task, description=f"{kernel}, tiles of {block_m} rows")
-                _tune_one(workload, kernel, block_m, seconds, table, found, progress.console.print)
+                _tune_one(workload, kernel, block_m, seconds, results, found, progress.console.print)
                 progress.advance(task)
             for place in thresholds:
                 progress.update(task, description="/".join(place))
-                _move_one(workload, place, seconds, table, found, progress.console.print)
+                _move_one(workload, place, seconds, results, found, progress.console.print)
                 progress.advance(task)
     finally:
         # This is reported even if the user stops the tuning early.
         _summarize(table)
+        _write_report(report, workload, layer, results)
+
+
+def _write_report(path: Path, workload: Workload, layer: Layer, results: _Found) -> None:
+    """Writes what was found, and that nothing was: that the configurations in use are right is worth knowing, too."""
+    from moe_fused.reports import new_report, write_report
+
+    write_report(path, new_report("tune", workload.device, layer, results.rows))
+    print(f"{path} has the GPU, the versions and what was found; it names neither this machine nor you")
 
 
 def _summarize(table: Any) -> None:
@@ -144,7 +195,7 @@ def _tune_one(
     kernel: str,
     block_m: int,
     seconds: float,
-    table: Any,
+    results: _Found,
     found: contextlib.ExitStack,
     report: Callable[[str], object],
 ) -> None:
@@ -160,7 +211,7 @@ def _tune_one(
         workload.measure(kernel, block_m),
         lambda: time.monotonic() >= end,
     ):
-        table.add(kernel, itemsize, block_m, config)
+        results.add(kernel, itemsize, block_m, config, gain)
         found.enter_context(tuning.trying(kernel, block_m, itemsize, config))
         report(f"{kernel}, tiles of {block_m} rows: {gain:.2f} times as fast")
 
@@ -169,7 +220,7 @@ def _move_one(
     workload: Workload,
     place: tuple[str, ...],
     seconds: float,
-    table: Any,
+    results: _Found,
     found: contextlib.ExitStack,
     report: Callable[[str], object],
 ) -> None:
@@ -184,7 +235,7 @@ def _move_one(
         threshold.start, threshold.least, threshold.most, threshold.speedup, lambda: time.monotonic() >= end
     ):
         thresholds = threshold.laid_over(tuning.thresholds_of(workload.target), size)
-        table.add_threshold(place, thresholds)
+        results.add_threshold(threshold, thresholds, size, gain)
         found.enter_context(tuning.trying_thresholds(thresholds))
         report(
             f"{threshold.name}: {size} {threshold.unit}, not {threshold.start}; "

@@ -285,6 +285,16 @@ def test_tables_of_several_gpus_are_current() -> None:
         assert path.read_text(encoding="utf-8") == text, "run make docs"
 
 
+def test_predictions_are_current() -> None:
+    """Also fails if a kernel was given a configuration that ``benchmarks/results/compiled.json`` does not have."""
+    for package in ("triton", "typer"):
+        pytest.importorskip(package)
+    from scripts.docs import generated_predictions
+
+    for path, text in generated_predictions().items():
+        assert path.read_text(encoding="utf-8") == text, "run python -m benchmarks.compiled and make docs"
+
+
 def test_rows_of_a_model_are_current() -> None:
     """As above for one model, and for what does not depend on predictions."""
     for package in ("peft", "liger_kernel", "typer"):

@@ -85,7 +85,7 @@ def test_a_cuda_build_without_a_gpu_has_no_accelerator(cuda_build: None) -> None
 
 
 def test_doctor_finds_no_gpu_and_no_fault_on_a_cuda_build(cuda_build: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diagnosis, "_driver", lambda: "")
+    monkeypatch.setattr(diagnosis, "driver_version", lambda: "")
     checks = list(diagnosis.examine())
     assert [check.found for check in checks if check.name == "GPU"] == ["none"]
     assert [check for check in checks if check.status is diagnosis.Status.PROBLEM] == []

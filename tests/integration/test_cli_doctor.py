@@ -179,7 +179,7 @@ def test_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (70 * 2**30, 80 * 2**30))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(diagnosis, "_driver", lambda: "580.1")
+    monkeypatch.setattr(diagnosis, "driver_version", lambda: "580.1")
     one, two = diagnosis._gpus()
     assert (one.name, two.name, one.status) == ("GPU 0", "GPU 1", Status.OK)
     assert one.found == "NVIDIA H100, compute capability 9.0, 70.0 of 80.0 GiB free, CUDA 13.0, driver 580.1"
@@ -187,7 +187,7 @@ def test_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diagnosis, "_driver", lambda: "470.1")
+    monkeypatch.setattr(diagnosis, "driver_version", lambda: "470.1")
     (check,) = diagnosis._gpus()
     assert check.status is Status.PROBLEM
     assert check.found == f"torch {torch.__version__} sees none, but there is one with driver 470.1"
@@ -198,7 +198,7 @@ def test_the_driver(output: str, status: int, version: str, monkeypatch: pytest.
     monkeypatch.setattr(diagnosis.shutil, "which", lambda name: f"/bin/{name}")
     ended = subprocess.CompletedProcess([], status, output, "")
     monkeypatch.setattr(diagnosis.subprocess, "run", lambda *_, **__: ended)
-    assert diagnosis._driver() == version
+    assert diagnosis.driver_version() == version
 
 
 def test_a_gpu_that_the_kernels_do_not_run_on(kernel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from moe_fused.benchmark.layers import LAYERS, Layer
 from moe_fused.benchmark.shapes import layer_of
 from moe_fused.commands import tune as command_module
 from moe_fused.locks import locked_file
+from moe_fused.reports import read_report
 from moe_fused.signals import Interrupted
 from moe_fused.tuner import thresholds as thresholds_module
 from moe_fused.tuner.search import climb, crossover, neighbours
@@ -551,6 +552,7 @@ class FakeWorkload:
 
     def __init__(self, layer: Layer, interrupt_after: int | None = None) -> None:
         self.tuning, self.target, self.layer = tuning, A100, layer
+        self.device = torch.device("cpu")
         self._left = interrupt_after
 
     def kernels(self) -> list[str]:
@@ -606,12 +608,34 @@ def test_tunes(gpu: dict[str, Any], tmp_path: Path, command: Command, monkeypatc
     assert "nothing faster than what is in use" in again.stdout
 
 
+def test_tune_writes_a_report(gpu: dict[str, Any], tmp_path: Path, command: Command) -> None:
+    """Of every run, also of one that finds nothing, in a place where no table is looked for."""
+    gpu["crossings"] = {"buckets/dense/16": 8.5}
+    ended = command("tune", "--output", tmp_path / "out", "--kernels", "up", "--thresholds", "buckets")
+    assert ended.status == 0, ended
+    written = read_report(tmp_path / "out" / "reports" / "sm_80.json")
+    assert written["command"] == "tune"
+    assert written["layer"]["name"] == "qwen3-30b-a3b"
+    configurations = [row for row in written["rows"] if "kernel" in row]
+    assert [(row["kernel"], row["block_m"]) for row in configurations] == [("up", height) for height in tuning.BUCKETS]
+    assert configurations[0]["config"]["num_stages"] == 1
+    assert configurations[0]["speedup"] == pytest.approx(4.0)
+    assert {"threshold": "buckets dense 16", "size": 8, "before": 4}.items() <= written["rows"][-1].items()
+    again = command("tune", "--output", tmp_path / "out", "--overwrite", "--kernels", "up", "--report", tmp_path / "r")
+    assert again.status == 0, again
+    assert len(read_report(tmp_path / "r")["rows"]) == 4
+    refused = command("tune", "--output", tmp_path / "other", "--report", tmp_path / "r")
+    assert "--report" in refused.error
+    assert "exists: choose another path" in refused.error
+
+
 def test_an_interruption_keeps_what_was_found(gpu: dict[str, Any], tmp_path: Path, command: Command) -> None:
     gpu["after"] = 3
     ended = command("tune", "--output", tmp_path)
     assert ended.status == 130
     assert ended.error == "error: interrupted by SIGINT"
     assert "3 faster configurations in" in ended.stdout
+    assert len(read_report(tmp_path / "reports" / "sm_80.json")["rows"]) == 3
     assert list(tuning.read_table(tmp_path / "sm_80.json")["up"]["2"]) == ["16", "32", "64"]
 
 
@@ -662,7 +686,7 @@ def test_two_do_not_write_one_table(gpu: dict[str, Any], tmp_path: Path, command
         ended = command("tune", "--output", tmp_path / "out")
         assert f"sm_80.json is in use by process {os.getpid()} on " in ended.error
     assert command("tune", "--output", tmp_path / "deep" / "out").status == 0
-    assert [path.name for path in (tmp_path / "deep" / "out").iterdir()] == ["sm_80.json"]
+    assert sorted(path.name for path in (tmp_path / "deep" / "out").iterdir()) == ["reports", "sm_80.json"]
 
 
 def test_sizes_of_the_layer(gpu: dict[str, Any], tmp_path: Path, command: Command) -> None:

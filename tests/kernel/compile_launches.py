@@ -40,6 +40,8 @@ class Launch:
     shared: int
     registers: int
     spills: int
+    warps: int
+    programs: int
     narrow_stores: int
     seconds: float
 

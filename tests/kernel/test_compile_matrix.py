@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
 
 import pytest
 
+from tests.kernel.accepted import ACCEPTED, TWO_PROGRAMS
 from tests.kernel.compile_launches import Launch
 from tests.kernel.machine import HAS_TRITON, ON_GPU, module
 from tests.support import REPOSITORY
@@ -75,11 +77,11 @@ RELATIVES = [
 ]
 
 # Without a GPU's many cores: each stage for each kind of tensor core, each configuration for some target that has it. 8.0,
-# 8.6, 8.9 and 12.0 have the same instructions and but for the cut to 99 KiB the same configurations (bucket 32, shrink in
-# 128), so they share the work; fp32 has one set of configurations for each maker.
+# 8.6, 8.9 and 12.0 have the same instructions, and the last three the same configurations, so they share the work; fp32 has
+# one set of configurations for each maker.
 PAIRWISE = [
-    MatrixCase(80, "bfloat16", (32, 128), (16,), "the configurations of 163 KiB, pointers", untiled=True),
-    MatrixCase(86, "bfloat16", (16, 64), (32, 128), "those of 99 KiB"),
+    MatrixCase(80, "bfloat16", ALL_BUCKETS, (16, 128), "the configurations of 163 KiB, pointers", untiled=True),
+    MatrixCase(86, "bfloat16", ALL_BUCKETS, (32, 128), "those of 99 KiB"),
     MatrixCase(89, "bfloat16", (32,), (64,), "those of 99 KiB, for another assembler"),
     MatrixCase(90, "bfloat16", ALL_BUCKETS, (16, 64, 128), "descriptors, measured configurations", untiled=True),
     MatrixCase(100, "bfloat16", ALL_BUCKETS, (32, 128), "its own tensor cores and descriptors", untiled=True),
@@ -173,6 +175,72 @@ def test_every_configuration_is_compiled_for_some_target() -> None:
         assert configurations("bfloat16", kind, EVERYTHING) == configurations("bfloat16", kind, PAIRWISE), kind
     for maker in (tuple(arch for kind in kinds[:3] for arch in kind), kinds[3]):
         assert configurations("float32", maker, EVERYTHING) == configurations("float32", maker, PAIRWISE), maker
+
+
+def unaccepted(arch: int | str, launches: list[Launch]) -> list[str]:
+    """The launches with a configuration that spill, or of which two do not fit a multiprocessor, but for ``ACCEPTED``."""
+    found = []
+    for launch in launches:
+        if not launch.config or (launch.spills == 0 and launch.programs >= 2):
+            continue
+        height = int(re.search(r"block_m=(\d+)", launch.config)[1])
+        if not any(each.allows(arch, launch.stage, height, launch.programs, launch.spills) for each in ACCEPTED):
+            took = f"{launch.spills} bytes of spills a thread, {launch.programs} programs a multiprocessor"
+            found.append(f"{launch.stage} ({launch.kernel}): {took}, {launch.config}")
+    return found
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.id, marks=pytest.mark.slow)
+        for case in CASES
+        if case.arch in TWO_PROGRAMS and case.dtype == "bfloat16"
+    ],
+)
+def test_two_programs_fit_without_spills(case: MatrixCase) -> None:
+    """The configurations of GPUs that nobody here has were chosen so, by ``benchmarks.choose``."""
+    found = unaccepted(case.arch, compile_case(case))
+    assert found == [], "\n".join(found)
+
+
+def test_what_two_programs_means() -> None:
+    """The check sees spills and programs alike, and an exception holds for its own launches only."""
+    config = "LaunchConfig(block_m=128, block_n=128)"
+    launches = {
+        name: Launch(stage, config, "k", 0, 0, spills, 4, programs, 0, 0.0)
+        for name, (stage, spills, programs) in {
+            "good": ("down", 0, 2),
+            "spills": ("down", 4, 2),
+            "alone": ("down", 0, 1),
+            "accepted": ("up, adapter", 24, 2),
+            "too much of it": ("up, adapter", 32, 2),
+        }.items()
+    }
+    found = unaccepted(80, list(launches.values()))
+    assert ["(k): 4 bytes" in found[0], "1 programs" in found[1], "32 bytes" in found[2]] == [True] * 3
+    assert len(found) == 3
+    assert len(unaccepted(86, [launches["accepted"]])) == 1
+
+
+def test_how_many_programs_fit() -> None:
+    """By each limit, as NVIDIA's and AMD's occupancy calculators have it."""
+    from tests.kernel.offline_compile import programs
+
+    tuning = module("tuning")
+    a100, rtx, mi300x = (tuning.TARGETS[arch].shared_memory for arch in (80, 86, "gfx942"))
+    assert programs(80, a100, 81 * 1024, 128, 8) == 2, "two halves of 164 KiB, with 1 KiB reserved for each"
+    assert programs(80, a100, 82 * 1024, 128, 8) == 1
+    assert programs(86, rtx, 49 * 1024, 128, 8) == 2
+    assert programs(86, rtx, 49 * 1024 + 1, 128, 8) == 1
+    assert programs(80, a100, 0, 129, 8) == 1, "registers are given out in steps of 8 a thread"
+    assert programs(80, a100, 0, 255, 4) == 2
+    assert programs(80, a100, 0, 32, 16) == 4, "2048 threads"
+    assert programs(86, rtx, 0, 32, 16) == 3, "1536 threads"
+    assert programs(100, tuning.TARGETS[100].shared_memory, 0, 32, 4, tensor_memory=256) == 2
+    assert programs("gfx942", mi300x, 32 * 1024, 128, 8) == 2
+    assert programs("gfx942", mi300x, 32 * 1024, 130, 8) == 1, "two wavefronts on each of four SIMDs"
+    assert programs("gfx942", mi300x, 0, 32, 4) == 8
 
 
 def test_a_launch_that_is_too_large_is_seen() -> None:

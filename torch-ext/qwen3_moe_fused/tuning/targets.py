@@ -25,26 +25,30 @@ class Family:
         descriptors: the default configurations load through tensor descriptors (TMA).
         large_tiles: the default tiles of many rows are made for tensor cores that read operands from shared memory, and for
             more than 200 KiB of it.
+        tensor_memory: its tensor cores keep sums in a memory of their own, which leaves registers for a second program.
+        from_registers: its tensor cores read operands from registers, so that tiles have few warps with many registers each.
         most_stages: the most pipeline stages of a default configuration, or None for no limit.
     """
 
     name: str
     descriptors: bool = False
     large_tiles: bool = False
+    tensor_memory: bool = False
+    from_registers: bool = False
     most_stages: int | None = None
 
 
 FAMILIES = {
     family.name: family
     for family in (
-        Family("ampere"),
+        Family("ampere", from_registers=True),
         # Ada has the tensor-core instructions and the shared memory of the smaller Ampere GPUs.
-        Family("ampere-consumer"),
+        Family("ampere-consumer", from_registers=True),
         Family("hopper", descriptors=True, large_tiles=True),
-        Family("blackwell", descriptors=True, large_tiles=True),
+        Family("blackwell", descriptors=True, large_tiles=True, tensor_memory=True),
         # Compute capability 12.x has descriptors too, but whether they pay there has not been measured: they are allowed,
         # and the defaults do without. Its tensor cores read registers, as Ampere's do.
-        Family("blackwell-consumer"),
+        Family("blackwell-consumer", from_registers=True),
         Family("cdna3", most_stages=2),
         Family("xpu"),
     )
