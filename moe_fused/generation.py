@@ -33,6 +33,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import DeferredStopCheck
 
 from . import decoding
+from .cuda_graphs import cause_of, reason_of, takes
 
 __all__ = ["FastGeneration", "fast_generation"]
 
@@ -209,7 +210,7 @@ class _Step:
             if self._graph is None:
                 self._keep(inputs)
                 self._record(forward)
-            elif not self._takes(inputs):
+            elif not takes(inputs, self._inputs):
                 return forward(**inputs)
         finally:
             self.cache.in_step = False
@@ -258,18 +259,6 @@ class _Step:
                 self._output = forward(**self._inputs)
         self._graph = graph
 
-    def _takes(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether ``inputs`` have the names, shapes and values that the graph was recorded with."""
-        return inputs.keys() == self._inputs.keys() and all(
-            _alike(value, self._inputs[name]) for name, value in inputs.items()
-        )
-
-
-def _alike(value: Any, recorded: Any) -> bool:
-    if isinstance(value, Tensor):
-        return isinstance(recorded, Tensor) and value.shape == recorded.shape and value.dtype == recorded.dtype
-    return value is recorded or (type(value) is type(recorded) and bool(value == recorded))
-
 
 class _CannotRecord(Exception):
     """A step cannot be recorded."""
@@ -290,13 +279,10 @@ def recording(graph: Any) -> Iterator[None]:
             yield
     except RuntimeError as error:
         generator.graphsafe_set_state(before)
-        # A recording that failed raises once more when it ends. The first error has the reason.
-        first: BaseException = error
-        while first.__context__ is not None:
-            first = first.__context__
-        if isinstance(first, torch.OutOfMemoryError):
+        cause = cause_of(error)
+        if isinstance(cause, torch.OutOfMemoryError):
             raise
-        raise _CannotRecord(str(first).strip().partition("\n")[0]) from error
+        raise _CannotRecord(reason_of(cause)) from error
 
 
 class FastGeneration:
@@ -434,9 +420,11 @@ class FastGeneration:
             "another call of generate is under way": getattr(self._busy, "value", False),
         }
         found = next((text for text, applies in reasons.items() if applies), None)
-        return found or self._failed or self._reason_of_cache()
+        return found or self._failed or self._reason_of_cache
 
+    @functools.cached_property
     def _reason_of_cache(self) -> str | None:
+        """Why the model's cache cannot be recorded, or None if it can."""
         if not self._model._supports_default_dynamic_cache():
             return "the model has a cache of its own"
         known = {StaticLayer, StaticSlidingWindowLayer, LinearAttentionLayer}

@@ -86,7 +86,7 @@ def generate(
     if chat and about is not None and not _may_have_template(Path(model)):
         raise ValueError(_no_template(model))
     check_device(device)
-    if cuda_graphs and device not in ("auto", "cuda") and not device.startswith("cuda:"):
+    if cuda_graphs and device.partition(":")[0] not in ("auto", "cuda"):
         raise ValueError(f"--cuda-graphs needs a GPU of CUDA or ROCm, got --device {device}")
     if prompt is None:
         if sys.stdin.isatty():

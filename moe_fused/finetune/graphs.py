@@ -25,6 +25,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from moe_fused.checkpoints.share import is_divided, local
+from moe_fused.cuda_graphs import cause_of, reason_of, takes
 
 from .batches import entries_of, with_room
 from .endings import CannotRecord
@@ -158,12 +159,9 @@ class GraphedDecoder:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            # A recording that failed raises once more when it ends. The first error has the reason.
-            first: BaseException = error
-            while first.__context__ is not None:
-                first = first.__context__
-            reason = str(first).strip().partition("\n")[0]
-            if isinstance(first, torch.OutOfMemoryError) or "out of memory" in reason:
+            cause = cause_of(error)
+            reason = reason_of(cause)
+            if isinstance(cause, torch.OutOfMemoryError) or "out of memory" in reason:
                 raise torch.OutOfMemoryError(reason) from error
             # The pass cannot go on eagerly, because torch's random state is still that of a recording.
             name = type(self._decoder).__name__
@@ -263,9 +261,7 @@ class _Forward:
 
     def takes(self, inputs: Mapping[str, Any]) -> bool:
         """Whether ``inputs`` have the names, shapes and values that the graphs were recorded with."""
-        if inputs.keys() != self._inputs.keys():
-            return False
-        return all(_alike(value, self._inputs[name]) for name, value in inputs.items())
+        return takes(inputs, self._inputs)
 
     def evaluate(self, inputs: Mapping[str, Any]) -> Any:
         """Computes the decoder's output for ``inputs`` without gradients. The next pass overwrites it."""
@@ -382,12 +378,6 @@ def _filled(value: Any, rows: int, wanted: int) -> Any:
     if not isinstance(value, Tensor) or value.dim() < 2 or len(value) != rows:
         return value
     return torch.cat([value, value.new_zeros(wanted - rows, *value.shape[1:])])
-
-
-def _alike(value: Any, recorded: Any) -> bool:
-    if isinstance(value, Tensor):
-        return isinstance(recorded, Tensor) and value.shape == recorded.shape and value.dtype == recorded.dtype
-    return type(value) is type(recorded) and bool(value == recorded)
 
 
 class _Replay(torch.autograd.Function):
