@@ -23,8 +23,6 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -182,19 +180,10 @@ def launch(job: Job, gpus: int) -> dict[str, dict[str, float]]:
     Raises:
         RuntimeError: They failed; the error has the end of what they said.
     """
-    number = 1 if job.contender == ONE else gpus
-    with tempfile.TemporaryDirectory() as directory:
-        result = Path(directory) / "result.json"
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number),
-            "-m", f"benchmarks.{NAME}", "--job", json.dumps(dataclasses.asdict(job)), "--output", str(result),
-        ]  # fmt: skip
-        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // number)), **os.environ}
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if ended.returncode or not result.is_file():
-            raise RuntimeError(f"{job.contender} failed: {ended.stderr[-3000:]}")
-        found: dict[str, dict[str, float]] = json.loads(result.read_text(encoding="utf-8"))
-        return found
+    found: dict[str, dict[str, float]] = runner.in_processes(
+        NAME, job.contender, job, 1 if job.contender == ONE else gpus
+    )
+    return found
 
 
 def main(
@@ -214,13 +203,9 @@ def main(
         if int(os.environ["RANK"]) == 0 and output is not None:
             output.write_text(json.dumps(found), encoding="utf-8")
         return
-    if device not in ("cuda", "cpu"):
-        raise typer.BadParameter(f"{device!r} is none of cuda, cpu", param_hint="--device")
-    if device == "cpu" and not quick:
-        raise typer.BadParameter("a CPU is only for smoke tests: give --quick", param_hint="--device")
+    runner.check_device(device, quick)
     chosen = runner.pick_device(device, "--device cpu --quick")
-    if device == "cuda" and gpus > torch.cuda.device_count():
-        raise typer.BadParameter(f"this machine has {torch.cuda.device_count()} GPUs, got {gpus}", param_hint="--gpus")
+    runner.check_gpus(device, gpus, "--gpus")
     layer, environment, console = (
         LAYERS["tiny" if quick else "qwen3-30b-a3b"],
         current_environment(chosen),

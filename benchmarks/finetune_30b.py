@@ -342,10 +342,7 @@ def main(
         raise typer.BadParameter(f"loop trains Qwen3-MoE alone, {model_name} needs finetune", param_hint="--trainer")
     if chosen_trainer == "finetune" and chosen_recompute != "layers":
         raise typer.BadParameter("--recompute selective needs loop", param_hint="--trainer")
-    if device not in ("cuda", "cpu"):
-        raise typer.BadParameter(f"{device!r} is none of cuda, cpu", param_hint="--device")
-    if device == "cpu" and not quick:
-        raise typer.BadParameter("a CPU is only for smoke tests: give --quick", param_hint="--device")
+    runner.check_device(device, quick)
     if expandable_segments:
         use_expandable_segments()
     chosen = runner.pick_device(device, "--device cpu --quick")

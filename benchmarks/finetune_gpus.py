@@ -28,9 +28,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -180,19 +179,8 @@ def launch(job: Job, gpus: int) -> dict[str, float]:
     Raises:
         RuntimeError: They failed; the error has the end of what they said.
     """
-    number = 1 if job.contender == ONE else gpus
-    with tempfile.TemporaryDirectory() as directory:
-        result = Path(directory) / "result.json"
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number),
-            "-m", "benchmarks.finetune_gpus", "--job", json.dumps(dataclasses.asdict(job)), "--output", str(result),
-        ]  # fmt: skip
-        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // number)), **os.environ}
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if ended.returncode or not result.is_file():
-            raise RuntimeError(f"{job.contender} failed: {ended.stderr[-3000:]}")
-        found: dict[str, float] = json.loads(result.read_text(encoding="utf-8"))
-        return found
+    found: dict[str, float] = runner.in_processes(NAME, job.contender, job, 1 if job.contender == ONE else gpus)
+    return found
 
 
 def row_of(job: Job, found: Mapping[str, float], device: torch.device, one: float | None) -> Row:
@@ -226,13 +214,9 @@ def row_of(job: Job, found: Mapping[str, float], device: torch.device, one: floa
 
 def job_of(row: Row) -> tuple[Job, int]:
     """Returns what a row of a full-size model was measured with, and the number of GPUs."""
-    name, _, layers = (
-        row.layer.removesuffix("-layers").rpartition("-") if row.layer.endswith("-layers") else (row.layer, "", "")
-    )
-    job = Job(
-        row.implementation, name, False, int(layers) if layers else None, row.tokens, int(row.details["accumulation"]),
-        1, "cuda",
-    )  # fmt: skip
+    shortened = re.fullmatch(r"(.+)-(\d+)-layers", row.layer)
+    model, layers = (shortened[1], int(shortened[2])) if shortened else (row.layer, None)
+    job = Job(row.implementation, model, False, layers, row.tokens, int(row.details["accumulation"]), 1, "cuda")
     return job, int(row.details["gpus"])
 
 
@@ -261,14 +245,9 @@ def main(
         return
     runner.choices("model", [model_name], tuple(BY_NAME), ())
     contenders = runner.choices("contender", contender, CONTENDERS, CONTENDERS)
-    if device not in ("cuda", "cpu"):
-        raise typer.BadParameter(f"{device!r} is none of cuda, cpu", param_hint="--device")
-    if device == "cpu" and not quick:
-        raise typer.BadParameter("a CPU is only for smoke tests: give --quick", param_hint="--device")
+    runner.check_device(device, quick)
     chosen = runner.pick_device(device, "--device cpu --quick")
-    there = torch.cuda.device_count() if device == "cuda" else gpus
-    if gpus > there:
-        raise typer.BadParameter(f"this machine has {there} GPUs, got {gpus}", param_hint="--gpus")
+    runner.check_gpus(device, gpus, "--gpus")
     console, environment = runner.make_console(), current_environment(chosen)
     console.print(
         f"{gpus} × {environment.gpu}, torch {environment.torch}, Triton {environment.triton}, {environment.date}"

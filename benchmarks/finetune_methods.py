@@ -236,10 +236,7 @@ def main(
 ) -> None:
     """Measures evaluations and preferences against a plain step, and writes rows under benchmarks/results."""
     runner.choices("model", [model_name], tuple(BY_NAME), ())
-    if device not in ("cuda", "cpu"):
-        raise typer.BadParameter(f"{device!r} is none of cuda, cpu", param_hint="--device")
-    if device == "cpu" and not quick:
-        raise typer.BadParameter("a CPU is only for smoke tests: give --quick", param_hint="--device")
+    runner.check_device(device, quick)
     use_expandable_segments()
     disable_progress_bars()
     chosen = runner.pick_device(device, "--device cpu --quick")

@@ -179,10 +179,7 @@ def main(
     """Measures generating, and writes rows under benchmarks/results."""
     runner.choices("model", [model_name], tuple(BY_NAME), ())
     contenders = runner.choices("contender", contender, CONTENDERS, CONTENDERS)
-    if device not in ("cuda", "cpu"):
-        raise typer.BadParameter(f"{device!r} is none of cuda, cpu", param_hint="--device")
-    if device == "cpu" and not quick:
-        raise typer.BadParameter("a CPU is only for smoke tests: give --quick", param_hint="--device")
+    runner.check_device(device, quick)
     chosen = runner.pick_device(device, "--device cpu --quick")
     console, environment = runner.make_console(), current_environment(chosen)
     console.print(f"{environment.gpu}, torch {environment.torch}, Triton {environment.triton}, {environment.date}")

@@ -295,8 +295,7 @@ def main(
     processes: Annotated[int, typer.Option(help="Processes that share the experts, on as many GPUs.", min=1)] = 1,
 ) -> None:
     """Measures loading a model into 4 bits and writes rows under benchmarks/results, in place of those of the same GPU."""
-    if device not in ("cuda", "cpu"):
-        raise typer.BadParameter(f"{device!r} is none of cuda, cpu", param_hint="--device")
+    runner.check_device(device)
     name = layer or ("tiny" if quick else "qwen3-30b-a3b")
     if name not in LAYERS:
         raise typer.BadParameter(f"{name!r} is none of {', '.join(LAYERS)}", param_hint="--layer")
@@ -306,10 +305,7 @@ def main(
     if missing := [module for module in NEEDED if importlib.util.find_spec(module) is None]:
         typer.echo(f"Loading in 4 bits needs {', '.join(missing)}, not installed here", err=True)
         raise typer.Exit(2)
-    if chosen.type == "cuda" and processes > torch.cuda.device_count():
-        raise typer.BadParameter(
-            f"this machine has {torch.cuda.device_count()} GPUs, got {processes}", param_hint="--processes"
-        )
+    runner.check_gpus(device, processes, "--processes")
     environment = current_environment(chosen)
     shared = None if quick or chosen.type == "cpu" else runner.ROOT / "results" / f"{NAME}_{slug(environment.gpu)}.json"
     path = output or shared

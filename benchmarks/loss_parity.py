@@ -429,8 +429,7 @@ def main(
     device: Annotated[str, typer.Option(help="cuda or cpu. Of a CPU, writes only to --output.")] = "cuda",
 ) -> None:
     """Trains adapters in 4 bits, in bf16 and over dequantized weights, and writes losses under benchmarks/results."""
-    if device not in ("cuda", "cpu"):
-        raise typer.BadParameter(f"{device!r} is none of cuda, cpu", param_hint="--device")
+    runner.check_device(device)
     chosen = runner.pick_device(device, "--device cpu --quick")
     if missing := [module for module in NEEDED if importlib.util.find_spec(module) is None]:
         typer.echo(f"Training in 4 bits needs {', '.join(missing)}, not installed here", err=True)

@@ -10,13 +10,17 @@ import contextlib
 import dataclasses
 import gc
 import importlib.util
+import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
@@ -374,6 +378,56 @@ def pick_device(name: str, smoke: str = "--device cpu --layer tiny") -> torch.de
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def check_device(name: str, quick: bool = True) -> None:
+    """Checks the option ``--device`` before anything touches the GPU.
+
+    Args:
+        quick: whether the model is so small that a CPU may run it.
+
+    Raises:
+        typer.BadParameter: no benchmark runs there.
+    """
+    if name not in ("cuda", "cpu"):
+        raise typer.BadParameter(f"{name!r} is none of cuda, cpu", param_hint="--device")
+    if name == "cpu" and not quick:
+        raise typer.BadParameter("a CPU is only for smoke tests: give --quick", param_hint="--device")
+
+
+def check_gpus(device: str, number: int, option: str) -> None:
+    """Checks that there are as many GPUs as ``option`` asks for; a CPU counts as any number.
+
+    Raises:
+        typer.BadParameter: there are fewer.
+    """
+    if device == "cuda" and number > torch.cuda.device_count():
+        raise typer.BadParameter(f"this machine has {torch.cuda.device_count()} GPUs, got {number}", param_hint=option)
+
+
+def in_processes(module: str, contender: str, job: Any, number: int) -> Any:
+    """Runs a job of ``module`` in new processes, which torchrun starts, and returns what the first one has found.
+
+    Args:
+        module: a benchmark whose hidden option ``--job`` takes the job as JSON and writes JSON to ``--output``.
+        contender: what the job is called if it fails.
+        job: a dataclass.
+        number: how many processes.
+
+    Raises:
+        RuntimeError: they failed; the error has the end of what they said.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        result = Path(directory) / "result.json"
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number),
+            "-m", f"benchmarks.{module}", "--job", json.dumps(dataclasses.asdict(job)), "--output", str(result),
+        ]  # fmt: skip
+        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // number)), **os.environ}
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if ended.returncode or not result.is_file():
+            raise RuntimeError(f"{contender} failed: {ended.stderr[-3000:]}")
+        return json.loads(result.read_text(encoding="utf-8"))
+
+
 def choices(option: str, given: Sequence[T] | None, known: Sequence[T], default: Sequence[T]) -> list[T]:
     for value in given or ():
         if value not in known:
@@ -474,8 +528,7 @@ def command(benchmark: Benchmark) -> Callable[..., None]:
         seconds: Annotated[float | None, typer.Option(help="Time per implementation and point.", min=0.001)] = None,
         device: Annotated[str, typer.Option(help="cuda, or cpu to smoke-test the benchmark.")] = "cuda",
     ) -> None:
-        if device not in ("cuda", "cpu"):
-            raise typer.BadParameter(f"{device!r} is none of cuda, cpu", param_hint="--device")
+        check_device(device)
         every = [competitor.name for competitor in benchmark.implementations]
         layers = choices("layer", layer, tuple(LAYERS), benchmark.layers[:1] if quick else benchmark.layers)
         names = choices("implementation", implementation, every, every)

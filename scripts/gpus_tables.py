@@ -110,7 +110,7 @@ def steps_table(rows: Sequence[tuple[str, int, bool]] = STEPS) -> str:
 
 def measured_table() -> str:
     """The measured steps of several GPUs, beside what the plan and the simulation say of them."""
-    from benchmarks.finetune_gpus import ONE, SHARDED
+    from benchmarks.finetune_gpus import ONE, SHARDED, job_of
     from benchmarks.simulate_gpus import measured_steps
     from moe_fused.memory import MIB
 
@@ -122,8 +122,8 @@ def measured_table() -> str:
         details, one = row.details, alone.get((row.layer, row.phase))
         assert row.ms is not None
         assert row.peak_mib is not None
-        model, _, layers = row.layer.removesuffix("-layers").partition("-a22b-")
-        yield f"{_title(model + '-a22b')}, {layers} layers" if layers else _title(row.layer)
+        job, _ = job_of(row)
+        yield _title(job.model) + (f", {job.layers} layers" if job.layers else "")
         yield from (
             f"{details['gpus']:.0f}",
             forms.get(row.implementation, "replicated"),
