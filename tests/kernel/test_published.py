@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.kernel.bad_calls import BadCall
 from tests.kernel.machine import DEVICE, kernel, module, name_of
 from tests.kernel.packed_cases import DTYPES, decoding
 
@@ -268,101 +269,91 @@ def matrices(name: str, count: int, **parts: Any) -> Callable[[], object]:
     return lambda: interchange.stack_of_published_matrices(of_experts, layout)
 
 
-@dataclass(frozen=True)
-class BadCase:
-    """A call, the error it ends in and all of its message."""
-
-    id: str
-    call: Callable[[], object]
-    error: type[Exception]
-    message: str
-
-
 BAD = [
-    BadCase(
+    BadCall(
         "shape",
         changed("mxfp4", blocks=torch.zeros((3, 8, 2, 32), dtype=torch.uint8)),
         ValueError,
         "blocks must have shape (3, 8, 2, 16), got (3, 8, 2, 32)",
     ),
-    BadCase(
+    BadCall(
         "dtype",
         changed("mxfp4", scales=torch.zeros((3, 8, 2))),
         TypeError,
         "scales must be uint8, got float32",
     ),
-    BadCase(
+    BadCall(
         "fp8",
         changed("nvfp4", weight_scale=torch.zeros((3, 8, 4), dtype=torch.uint8)),
         TypeError,
         "weight_scale must be float8_e4m3fn, got uint8",
     ),
-    BadCase(
+    BadCall(
         "global",
         changed("nvfp4", weight_global_scale=torch.zeros(3, 1)),
         ValueError,
         "weight_global_scale must have shape (3, 2), got (3, 1)",
     ),
-    BadCase("no-tensor", changed("mxfp4", scales=[1]), TypeError, "scales must be a tensor, got list"),
-    BadCase(
+    BadCall("no-tensor", changed("mxfp4", scales=[1]), TypeError, "scales must be a tensor, got list"),
+    BadCall(
         "names",
         changed("mxfp4", scales=None),
         ValueError,
         "tensors must be blocks and scales, or weight_packed and weight_scale for mxfp4, got blocks",
     ),
-    BadCase(
+    BadCall(
         "no-names",
         lambda: interchange.stack_of_published({}, published("nvfp4")[1]),
         ValueError,
         "tensors must be weight_packed and weight_scale and weight_global_scale for nvfp4, got none",
     ),
-    BadCase(
+    BadCall(
         "matrix",
         matrices("nvfp4", 3, weight_global_scale=torch.ones(())),
         ValueError,
         "weight_global_scale of expert 1, projection 0 must have shape (1), got ()",
     ),
-    BadCase("too-few", matrices("mxfp4", 2), ValueError, "matrices must be 3, of each expert and projection, got 2"),
-    BadCase(
+    BadCall("too-few", matrices("mxfp4", 2), ValueError, "matrices must be 3, of each expert and projection, got 2"),
+    BadCall(
         "too-many", matrices("mxfp4", 4), ValueError, "matrices must be 3, of each expert and projection, got more"
     ),
-    BadCase(
+    BadCall(
         "nf4",
         lambda: interchange.published_of(Packed4bitWeights.quantize(torch.ones(1, 8, 64))),
         ValueError,
         "nf4 is not published as named tensors: its matrices are made of a Piece each",
     ),
-    BadCase(
+    BadCall(
         "piece",
         lambda: interchange.piece_of(interchange.stack_of_published(*published("nvfp4")), 0),
         ValueError,
         "bitsandbytes has no pieces of nvfp4: use stack_of_published, stack_of_published_matrices and published_of",
     ),
-    BadCase(
+    BadCall(
         "pieces",
         lambda: interchange.stack_of_pieces([], published("mxfp4")[1]),
         ValueError,
         "bitsandbytes has no pieces of mxfp4: use stack_of_published, stack_of_published_matrices and published_of",
     ),
-    BadCase(
+    BadCall(
         "fused-pieces",
         lambda: interchange.stack_of_fused_pieces([], published("mxfp4")[1]),
         ValueError,
         "bitsandbytes has no pieces of mxfp4: use stack_of_published, stack_of_published_matrices and published_of",
     ),
-    BadCase(
+    BadCall(
         "no-scales",
         lambda: Packed4bitWeights(published("mxfp4")[1], published("mxfp4")[0]["blocks"].flatten(1)),
         TypeError,
         "block_scale must be a tensor for mxfp4, got NoneType",
     ),
-    BadCase(
+    BadCall(
         "part-of-a-block",
         lambda: Format4bit((3, 4, 48), "mxfp4"),
         ValueError,
         "the in features must be a multiple of the blocksize 32 for mxfp4, got 48",
     ),
-    BadCase(
+    BadCall(
         "blocksize",
         lambda: replace(published("nvfp4")[1], blocksize=32),
         ValueError,
@@ -372,10 +363,8 @@ BAD = [
 
 
 @pytest.mark.parametrize("case", BAD, ids=lambda case: case.id)
-def test_bad_input(case: BadCase) -> None:
-    with pytest.raises(case.error) as caught:
-        case.call()
-    assert str(caught.value) == case.message
+def test_bad_input(case: BadCall) -> None:
+    case.check()
 
 
 def test_storage_names_do_not_hide_what_a_stack_has() -> None:
