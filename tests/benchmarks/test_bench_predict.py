@@ -87,7 +87,7 @@ def test_operations_of_a_pass_are_those_of_the_layer() -> None:
 
 
 def test_bytes_of_a_forward() -> None:
-    """Of the up projection: all weights once, the tokens, and h."""
+    """The up projection moves all weights once, the tokens, and h."""
     (up,) = [each for each in products(QWEN3, 4096, FORWARD, BF16, in_product=lambda *_: True) if each.name == "up"]
     weights = 128 * 1536 * 2048
     assert up.bytes == pytest.approx(2 * (weights + 4096 * 2048 + 32768 * 768), rel=1e-3)

@@ -609,7 +609,7 @@ def test_tunes(gpu: dict[str, Any], tmp_path: Path, command: Command, monkeypatc
 
 
 def test_tune_writes_a_report(gpu: dict[str, Any], tmp_path: Path, command: Command) -> None:
-    """Of every run, also of one that finds nothing, in a place where no table is looked for."""
+    """Every run writes one, also a run that finds nothing, in a place where no table is looked for."""
     gpu["crossings"] = {"buckets/dense/16": 8.5}
     ended = command("tune", "--output", tmp_path / "out", "--kernels", "up", "--thresholds", "buckets")
     assert ended.status == 0, ended

@@ -63,7 +63,7 @@ def test_families_compute_the_same(case: Any, calls: list[str]) -> None:
 
 
 def test_what_is_replaced(calls: list[str]) -> None:
-    """Of Qwen3-MoE, two norms of a layer, those of queries and keys, the last one, and each rotary embedding."""
+    """Qwen3-MoE has two norms in a layer, those of queries and keys, a last one, and a rotary embedding in each layer."""
     model = QWEN3_MOE.build(num_hidden_layers=2)
     before = modeling_qwen3_moe.apply_rotary_pos_emb
     state = torch.get_rng_state()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import signal
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,16 +70,20 @@ def _tolerance(optimizer: str) -> float:
     return 2e-3 if "8bit" in optimizer else 2e-4
 
 
-def test_shards_train_as_one_process_does(case: Case, alone: tuple[Path, str]) -> None:
-    one, optimizer = alone
-    output = case.directory / f"two-{optimizer}"
+def _in_two_processes(case: Case, one: Path, optimizer: str, name: str, before: Callable[[], object]) -> Path:
+    """Trains in two processes that divide the model, as one process did, and returns the output."""
+    output = case.directory / f"{name}-{optimizer}"
     options = (*TRAINED, "--optimizer", optimizer, "--shard", "--output", output.name)
-    ended = together(
-        2, *case.arguments, "3", *options, cwd=case.directory, before=dict.fromkeys(range(2), _note_what_is_held)
-    )
+    ended = together(2, *case.arguments, "3", *options, cwd=case.directory, before=dict.fromkeys(range(2), before))
     assert_ended(ended)
     assert_alike(one, output, _tolerance(optimizer))
     assert evaluations(output) == pytest.approx(evaluations(one), rel=1e-4)
+    return output
+
+
+def test_shards_train_as_one_process_does(case: Case, alone: tuple[Path, str]) -> None:
+    one, optimizer = alone
+    output = _in_two_processes(case, one, optimizer, "two", _note_what_is_held)
     assert checkpoints(output) == checkpoints(one)
     assert not leftovers(output)
     for held in map(json.loads, (case.directory / "held.jsonl").read_text().splitlines()):
@@ -108,15 +113,7 @@ def _note_what_is_held() -> None:
 
 
 def test_graphs_of_a_divided_decoder(case: Case, alone: tuple[Path, str]) -> None:
-    one, optimizer = alone
-    output = case.directory / f"graphs-{optimizer}"
-    options = (*TRAINED, "--optimizer", optimizer, "--shard", "--output", output.name)
-    ended = together(
-        2, *case.arguments, "3", *options, cwd=case.directory, before=dict.fromkeys(range(2), _run_graphs_again)
-    )
-    assert_ended(ended)
-    assert_alike(one, output, _tolerance(optimizer))
-    assert evaluations(output) == pytest.approx(evaluations(one), rel=1e-4)
+    _in_two_processes(case, *alone, "graphs", _run_graphs_again)
     replays = (case.directory / "replays.txt").read_text().split()
     assert {"forward", "backward", "evaluation"} == set(replays)
     assert replays.count("forward") == replays.count("backward") > 20
