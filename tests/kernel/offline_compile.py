@@ -76,8 +76,12 @@ CUDA_12_NAMES = {110: 101}
 
 @functools.cache
 def _assembler_help() -> str:
-    """What the assembler for Blackwell says about its options, with the names of the GPUs that it knows."""
-    assembler = triton.knobs.nvidia.ptxas_blackwell.path
+    """What the assembler for Blackwell says about its options, with the names of the GPUs that it knows.
+
+    Triton 3.5 has one assembler for all GPUs.
+    """
+    knobs = triton.knobs.nvidia
+    assembler = getattr(knobs, "ptxas_blackwell", knobs.ptxas).path
     return subprocess.run([assembler, "--help"], capture_output=True, text=True, check=True).stdout
 
 
