@@ -74,12 +74,13 @@ def enable(*, recompute: bool = False) -> None:
     get_kernel()
     from .integrations import peft
     from .integrations.kernelize import registration
-    from .integrations.quantizer import bitsandbytes_cpu, hf_quantizer
+    from .integrations.quantizer import bitsandbytes_cpu, hf_quantizer, published
     from .integrations.transformers import forward
 
     bitsandbytes_cpu.register()
     forward.register(recompute)
     hf_quantizer.register()
+    published.register()
     peft.register()
     if registration.has_conditions():
         registration.register()
@@ -97,6 +98,7 @@ def disable() -> None:
         "kernelize.registration",
         "transformers.forward",
         "quantizer.hf_quantizer",
+        "quantizer.published",
         "peft",
         "quantizer.bitsandbytes_cpu",
     ):

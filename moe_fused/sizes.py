@@ -204,9 +204,9 @@ def _projections(module: nn.Module) -> tuple[str, ...]:
 
 
 def _stacks(module: nn.Module) -> Iterator[Stack]:
-    from .integrations.quantizer.packed_experts import BLOCKSIZE, packing_refusal
+    from .integrations.quantizer.packed_experts import packing_refusal
 
-    packable = packing_refusal(module, BLOCKSIZE) is None
+    packable = packing_refusal(module) is None
     for name in _projections(module):
         experts, rows, columns = getattr(module, name).shape
         transposed = bool(getattr(module, "is_transposed", False))

@@ -10,6 +10,7 @@ It raises errors at once instead of noting them for Transformers' report, so tha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Future
 from copy import copy, deepcopy
 from dataclasses import replace
@@ -24,6 +25,8 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter
 from moe_fused.hub import get_kernel
 
 from .entries import (
+    BY_EXPERT,
+    PUBLISHED,
     Entry,
     by_matrix,
     by_projection,
@@ -32,6 +35,7 @@ from .entries import (
     load_dense_rows,
     load_matrix,
     read_packed,
+    read_published,
     share_of_matrices,
 )
 from .finite import is_finite
@@ -40,7 +44,7 @@ from .quant_state import quantize_matrix
 from .share import Share, current, is_divided, local
 
 if TYPE_CHECKING:
-    from qwen3_moe_fused import Packed4bitWeights, Piece
+    from qwen3_moe_fused import Format4bit, Packed4bitWeights
 
 
 class Quantization(NamedTuple):
@@ -49,7 +53,8 @@ class Quantization(NamedTuple):
     Attributes:
         pre_quantized: whether the checkpoint says that it is quantized. If so, 4-bit experts are read as they are, and dense
             ones stay dense. Otherwise dense experts are quantized.
-        quant_type, blocksize, double_quant: the format for experts that are quantized here.
+        quant_type, blocksize, double_quant: the format for experts that are quantized here, and of those that were published
+            in a format without a description of its own.
         compute_dtype: the dtype of products with the weights.
         storage_dtype: the dtype of the parameters that hold the bytes of 4-bit weights.
     """
@@ -57,9 +62,20 @@ class Quantization(NamedTuple):
     pre_quantized: bool
     quant_type: str
     blocksize: int
-    double_quant: bool
+    double_quant: bool | None
     compute_dtype: torch.dtype
     storage_dtype: torch.dtype = torch.uint8
+
+    def format_of(self, target: Target, dtype: torch.dtype) -> Format4bit:
+        """Returns the format of a stack that is packed so.
+
+        Args:
+            dtype: the dtype of the dequantized weights.
+        """
+        form: Format4bit = get_kernel().Format4bit(
+            target.shape, self.quant_type, self.blocksize, self.double_quant, target.projections, dtype
+        )
+        return form
 
 
 def attach(
@@ -81,6 +97,28 @@ def attach(
     made: dict[str, nn.Parameter] = get_kernel().modules.attach(weights, module, name, storage_dtype)
     setattr(module, f"{name}_source_dtype", dtype)
     return made
+
+
+def activation_scales_name(name: str) -> str:
+    """Returns the attribute of an experts module for the scales of activations that a checkpoint has beside ``name``."""
+    return f"{name}_activation_scales"
+
+
+def was_transposed(module: nn.Module) -> bool:
+    """Whether the dense weights of an experts module are (E, in, out), while its packed ones are (E, out, in)."""
+    return "dense_is_transposed" in vars(module)
+
+
+def turn(module: Any) -> None:
+    """Says on an experts module that its weights, which get packed, are (E, out, in) from now on."""
+    module.is_transposed, module.dense_is_transposed = False, True
+
+
+def restore_orientation(module: Any) -> None:
+    """Undoes ``turn``, if it was called."""
+    if was_transposed(module):
+        module.is_transposed = True
+        del module.dense_is_transposed
 
 
 def _not_needed(key: str) -> NoReturn:
@@ -148,10 +186,11 @@ class ExpertsConverter(WeightConverter):
         share = self._share_of(target_name)
         if share is None:
             return False
-        if role.layout == "per expert":
+        if role.layout in BY_EXPERT:
             experts = self.names.targets[target_name].shape[0]
             return role.expert < experts and not share.holds(role.expert, experts)
-        reads_rows = role.layout == "fused" or (role.layout == "stacked" and not self.quantization.pre_quantized)
+        by_rows = ("fused", "published") if self.quantization.pre_quantized else ("fused", "published", "stacked")
+        reads_rows = role.layout in by_rows
         return reads_rows and role.part != "format" and key in share.files
 
     def _share_of(self, target_name: str) -> Share | None:
@@ -178,7 +217,13 @@ class ExpertsConverter(WeightConverter):
                 raise ValueError(
                     f"{key} belongs to 4-bit weights, but the checkpoint's config has no quantization_config"
                 )
-            dtype, weights = read_packed(self.names, target, layout, entries, share)
+            if layout in PUBLISHED:
+                form = self.quantization.format_of(target, model.dtype)
+                dtype = model.dtype
+                weights, scales = read_published(self.names, target, layout, entries, share, form)
+                setattr(module, activation_scales_name(name), scales)
+            else:
+                dtype, weights = read_packed(self.names, target, layout, entries, share)
         elif self.quantization.pre_quantized:
             if share is not None and not is_divided(placeholder):
                 raise ValueError(
@@ -191,6 +236,8 @@ class ExpertsConverter(WeightConverter):
             dtype, weights = self._quantize(target, layout, entries, model, share)
         weights = weights.to(dtype=self.quantization.compute_dtype)
         made = attach(module, name, weights, dtype, self.quantization.storage_dtype)
+        if target.transposed:
+            turn(module)
         # Transformers makes DTensors of these where the parameter is one.
         return {f"{path}.{parameter}": local(value) for parameter, value in made.items()}
 
@@ -208,8 +255,8 @@ class ExpertsConverter(WeightConverter):
                 load: Any = partial(load_dense, entry)
                 converter.add_tensor(target.name, entry.key, entry.role.pattern, load)
             stack = converter.convert(target.name, model=model, config=model.config)[target.name]
-        if tuple(stack.shape) != target.shape:
-            raise ValueError(f"{entries[0].key} must make up shape {target.shape}, got {tuple(stack.shape)}")
+        if tuple(stack.shape) != target.dense_shape:
+            raise ValueError(f"{entries[0].key} must make up shape {target.dense_shape}, got {tuple(stack.shape)}")
         return stack
 
     def _stack(
@@ -239,22 +286,34 @@ class ExpertsConverter(WeightConverter):
         else:
             target, stack = self._stack(target, layout, entries, model, share)
             sources = [Entry(target.name, entries[0].role, lambda: stack)]
-            matrices = (matrix for expert in stack for matrix in expert.chunk(target.projections))
+            experts = stack.mT if target.transposed else stack
+            matrices = (matrix for expert in experts for matrix in expert.chunk(target.projections))
         first = next(matrices)
         sums: list[Tensor] = []
-        wanted = self.quantization
-        form = get_kernel().Format4bit(
-            target.shape, wanted.quant_type, wanted.blocksize, wanted.double_quant, target.projections, first.dtype
-        )
 
-        def quantized(matrix: Tensor) -> Piece:
-            sums.append(matrix.sum())  # checked below, because bitsandbytes quantizes NaN without an error
-            return quantize_matrix(matrix, wanted.quant_type, wanted.blocksize, wanted.double_quant)
+        def checked(matrix: Tensor) -> Tensor:
+            sums.append(matrix.sum())  # looked at below, because no format quantizes NaN with an error
+            return matrix
 
-        pieces = map(quantized, chain([first], matrices))
-        weights = get_kernel().interchange.stack_of_pieces(pieces, form)
+        weights = self._pack(map(checked, chain([first], matrices)), self.quantization.format_of(target, first.dtype))
         if not torch.isfinite(torch.stack(sums)).all():
             for entry in sources:
                 if not is_finite(entry.load()):
                     raise ValueError(f"{entry.key} holds NaN or infinite values, which cannot be quantized")
         return first.dtype, weights
+
+    def _pack(self, matrices: Iterator[Tensor], form: Format4bit) -> Packed4bitWeights:
+        """Quantizes the matrices of a stack, the projections of expert 0 first."""
+        kernel = get_kernel()
+        weights: Packed4bitWeights
+        if form.weight_format.published(form):
+            parts = (form.weight_format.quantize(matrix, form) for matrix in matrices)
+            weights = kernel.Packed4bitWeights.of_parts(parts, form)
+        else:
+            wanted = self.quantization
+            pieces = (
+                quantize_matrix(matrix, wanted.quant_type, wanted.blocksize, bool(wanted.double_quant))
+                for matrix in matrices
+            )
+            weights = kernel.interchange.stack_of_pieces(pieces, form)
+        return weights

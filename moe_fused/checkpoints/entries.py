@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -12,12 +13,18 @@ from torch import Tensor
 from moe_fused.hub import get_kernel
 
 from .fused import read_fused
-from .names import Names, Target, TensorRole, rename_expert
+from .names import ACTIVATION_SCALE, MATRIX_PARTS, STACK_PARTS, Names, Target, TensorRole, rename_expert
 from .quant_state import MatrixFormat, read_matrix
 from .share import Share
 
 if TYPE_CHECKING:
-    from qwen3_moe_fused import Packed4bitWeights, Piece
+    from qwen3_moe_fused import Format4bit, Packed4bitWeights, Piece
+
+
+# Layouts with a tensor, or several, for each matrix of an expert.
+BY_EXPERT = ("per expert", "published per expert")
+# Layouts of formats that are kept as they are published.
+PUBLISHED = ("published", "published per expert")
 
 
 class Entry(NamedTuple):
@@ -81,8 +88,11 @@ def load_matrix(entry: Entry, target: Target) -> Tensor:
     return value
 
 
-def by_matrix(names: Names, target: Target, entries: list[Entry]) -> list[dict[str, Entry]]:
+def by_matrix(names: Names, target: Target, entries: list[Entry], main: str = "") -> list[dict[str, Entry]]:
     """Returns, for each matrix, its entries by part. The projections of expert 0 come first.
+
+    Args:
+        main: the part that every matrix must have.
 
     Raises:
         ValueError: a matrix is missing, or there is one too many.
@@ -97,14 +107,15 @@ def by_matrix(names: Names, target: Target, entries: list[Entry]) -> list[dict[s
         table.setdefault((role.expert, role.projection), {})[role.part] = entry
     matrices = [(expert, projection) for expert in range(target.shape[0]) for projection in range(target.projections)]
     for expert, projection in matrices:
-        if "" in table.get((expert, projection), {}):
+        if main in table.get((expert, projection), {}):
             continue
         for entry in entries:
-            if entry.role.projection == projection and not entry.role.part:
+            if entry.role.projection == projection and entry.role.part == main:
                 key = rename_expert(entry.key, entry.role.expert, expert)
                 break
         else:
             key = (names.per_expert(target) or [target.name])[projection].replace("*", str(expert))
+            key = key.removesuffix("weight") + main if main else key
         raise ValueError(f"{key} is missing from the checkpoint")
     return [table[matrix] for matrix in matrices]
 
@@ -180,13 +191,18 @@ def _read_share_of_fused(share: Share, target: Target, entries: list[Entry]) -> 
     return read_fused(target.name, parts, target.shape, target.projections, count)
 
 
-def share_of_matrices(names: Names, share: Share, target: Target, entries: list[Entry]) -> tuple[Target, list[Entry]]:
-    """Returns what a process loads of experts with a tensor for each matrix: a smaller stack, and its entries.
+def share_of_matrices(
+    names: Names, share: Share, target: Target, entries: list[Entry], main: str = ""
+) -> tuple[Target, list[Entry]]:
+    """Returns what a process loads of experts with tensors for each matrix: a smaller stack, and its entries.
+
+    Args:
+        main: the part that every matrix must have.
 
     Raises:
         ValueError: a matrix is missing, or there is one too many, of any expert.
     """
-    by_matrix(names, target, entries)
+    by_matrix(names, target, entries, main)
     first, count = share.of(target.shape[0])
     held = [
         entry._replace(role=entry.role._replace(expert=entry.role.expert - first))
@@ -194,6 +210,97 @@ def share_of_matrices(names: Names, share: Share, target: Target, entries: list[
         if share.holds(entry.role.expert, target.shape[0])
     ]
     return replace(target, shape=(count, *target.shape[1:])), held
+
+
+def read_published(
+    names: Names, target: Target, layout: str, entries: list[Entry], share: Share | None, form: Format4bit
+) -> tuple[Packed4bitWeights, Tensor | None]:
+    """Reads weights in a format that is kept as it is published.
+
+    Args:
+        layout: one of ``PUBLISHED``.
+        share: the process whose experts alone are wanted; None if all are.
+        form: the format of the whole stack.
+
+    Returns:
+        The weights, and the scales of activations (E, projections) fp32 on the CPU, with NaN for a matrix that has none, or
+        None if no matrix has one.
+
+    Raises:
+        ValueError: a tensor is missing, superfluous or does not fit. The message names it.
+    """
+    layouts = form.weight_format.published(form)
+    per_expert = layout == "published per expert"
+    main = MATRIX_PARTS[0] if per_expert else STACK_PARTS[0]
+    wanted = next((each for each in layouts if main in each), None)
+    if wanted is None:
+        raise ValueError(
+            f"{entries[0].key} is not a tensor of {form.quant_type} weights, which the config of the checkpoint names"
+        )
+    interchange = get_kernel().interchange
+    weights: Packed4bitWeights
+    if not per_expert:
+        count, load = form.shape[0], None
+        if share is not None:
+            first, count = share.of(form.shape[0])
+            load = partial(load_rows, share, first=first, count=count)
+            form = replace(form, shape=(count, *target.shape[1:]))
+        tensors = _load_parts(
+            {entry.role.part: entry for entry in entries}, wanted, form, (count, form.projections), load
+        )
+        weights = interchange.stack_of_published(tensors, form)
+        return weights, None
+    if share is not None:
+        target, entries = share_of_matrices(names, share, target, entries, main)
+        form = replace(form, shape=target.shape)
+    scales = [entry for entry in entries if entry.role.part == ACTIVATION_SCALE]
+    table = by_matrix(names, target, [entry for entry in entries if entry.role.part != ACTIVATION_SCALE], main)
+    weights = interchange.stack_of_published_matrices((_load_parts(parts, wanted, form) for parts in table), form)
+    if not scales:
+        return weights, None
+    activations = torch.full((target.shape[0], target.projections), torch.nan)
+    for entry in scales:
+        activations[entry.role.expert, entry.role.projection] = _load(entry, torch.float32, (1,))[0]
+    return weights, activations
+
+
+def _load_parts(
+    parts: dict[str, Entry],
+    wanted: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    form: Format4bit,
+    stack: tuple[int, int] | None = None,
+    load: Callable[[Entry], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Loads the tensors of a stack or a matrix.
+
+    Args:
+        parts: the entries by part.
+        wanted: the dtype and the shape of each part of a matrix.
+        stack: the numbers of experts and projections that a tensor holds; None for one matrix.
+        load: what loads an entry, if not all of it is wanted.
+    """
+    entry = next(iter(parts.values()))
+    base = entry.key.removesuffix(entry.role.part)
+    for part in parts:
+        if part not in wanted:
+            raise ValueError(f"{base}{part} is not a tensor of {form.quant_type} weights")
+    tensors = {}
+    for part, (dtype, shape) in wanted.items():
+        if part not in parts:
+            raise ValueError(f"{base}{part} is missing, without which {form.quant_type} weights cannot be read")
+        whole = shape if stack is None else (stack[0], stack[1] * shape[0], *shape[1:])
+        tensors[part] = _load(parts[part], dtype, whole, load)
+    return tensors
+
+
+def _load(
+    entry: Entry, dtype: torch.dtype, shape: tuple[int, ...], load: Callable[[Entry], Tensor] | None = None
+) -> Tensor:
+    value = load(entry) if load else entry.load()
+    if value.dtype != dtype or tuple(value.shape) != shape:
+        wanted, got = (str(each).removeprefix("torch.") for each in (dtype, value.dtype))
+        raise ValueError(f"{entry.key} must be {wanted} of shape {shape}, got {got} of shape {tuple(value.shape)}")
+    return value
 
 
 def _read_other(names: Names, target: Target, entries: list[Entry]) -> tuple[torch.dtype, Packed4bitWeights]:

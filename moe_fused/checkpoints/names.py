@@ -14,6 +14,13 @@ from .fused import PARTS
 _FUSED = re.compile(rf"(?P<name>.+\.(?:gate_up_proj|up_proj|down_proj))(?:_(?P<part>{'|'.join(PARTS)}))?")
 _STACKED = re.compile(r"(?P<block>.+)\.(?P<projection>gate|up|down)_proj\.weight(?:\.(?P<part>.+))?")
 _MATRIX = re.compile(r"(?P<name>.+\.weight)\.(?P<part>.+)")
+# The tensors of formats that are kept as they are published: stacks of gpt-oss, and matrices of compressed-tensors.
+STACK_PARTS = ("blocks", "scales")
+_PUBLISHED_STACK = re.compile(rf"(?P<name>.+\.(?:gate_up_proj|up_proj|down_proj))_(?P<part>{'|'.join(STACK_PARTS)})")
+# compressed-tensors also has the scale of activations, which nothing here multiplies with.
+ACTIVATION_SCALE = "input_global_scale"
+MATRIX_PARTS = ("weight_packed", "weight_scale", "weight_global_scale", ACTIVATION_SCALE)
+_PUBLISHED_MATRIX = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(MATRIX_PARTS)})")
 # For each matrix in the original project's checkpoints, the stack that it belongs to and its position there.
 _STACKED_POSITIONS = {"gate": ("gate_up_proj", 0), "up": ("gate_up_proj", 1), "down": ("down_proj", 0)}
 
@@ -26,11 +33,19 @@ class Target:
         name: its name in the model.
         shape: (E, out, in).
         projections: the number of equal parts of the out features that are quantized separately.
+        transposed: whether the dense weights are (E, in, out).
     """
 
     name: str
     shape: tuple[int, int, int]
     projections: int
+    transposed: bool = False
+
+    @property
+    def dense_shape(self) -> tuple[int, int, int]:
+        """The shape of the dense weights."""
+        experts, rows, columns = self.shape
+        return (experts, columns, rows) if self.transposed else self.shape
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -43,7 +58,8 @@ class TensorRole(NamedTuple):
 
     Attributes:
         target: the name of the parameter, with the checkpoint's prefix.
-        layout: "per expert", "fused", "stacked", or "other" for dense tensors that only Transformers can join.
+        layout: "per expert", "fused", "stacked", "published" for the stacks of gpt-oss, "published per expert" for the
+            matrices of compressed-tensors, or "other" for dense tensors that only Transformers can join.
         expert, projection: the position of a matrix.
         part: the part of the matrix or stack, such as "absmax"; "" is the weights themselves.
         pattern: the source pattern of Transformers' converter for the tensor, if there is one.
@@ -93,6 +109,12 @@ class Names:
         # Packed and dense weights can have the same name. A converter of Transformers then reads the dense ones.
         if match and match["name"] in self._known and (match["part"] or not self._by_converter(key, "")):
             return TensorRole(match["name"], "fused", part=match["part"] or "")
+        if (match := _PUBLISHED_STACK.fullmatch(key)) and match["name"] in self._known:
+            return TensorRole(match["name"], "published", part=match["part"])
+        if match := _PUBLISHED_MATRIX.fullmatch(key):
+            role = self._by_converter(f"{match['module']}.weight", match["part"])
+            if role and role.layout == "per expert":
+                return role._replace(layout="published per expert")
         matrix = _MATRIX.fullmatch(key)
         name, part = (matrix["name"], matrix["part"]) if matrix else (key, "")
         if role := self._by_converter(name, part):

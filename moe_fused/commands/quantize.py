@@ -134,7 +134,7 @@ def _sizes(config: Any, dtype: Any, double_quant: bool) -> tuple[int, int]:
 
     skeleton = make(config)
     experts = [module for module in skeleton.modules() if hasattr(type(module), "_apply_gate")]
-    refusals = [packing_refusal(module, BLOCKSIZE) for module in experts]
+    refusals = [packing_refusal(module) for module in experts]
     if None not in refusals:
         reason = ", ".join(sorted({reason for reason in refusals if reason})) or "it has none"
         raise ValueError(f"the experts of {type(skeleton).__name__} cannot be held in 4 bits: {reason}")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Moe
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from moe_fused.integrations.quantizer.packed_experts import BLOCKSIZE, four_bit_config, packing_refusal, unpack_experts
+from moe_fused.integrations.quantizer.packed_experts import four_bit_config, packing_refusal, unpack_experts
 
 from . import compare
 from .data import Corpus
@@ -42,7 +42,7 @@ def check_usable(model: Qwen3MoeForCausalLM) -> None:
     except RuntimeError as error:  # the device is not supported
         raise _refusal(str(error)) from error
     for module in _experts(model):
-        if reason := packing_refusal(module, BLOCKSIZE):
+        if reason := packing_refusal(module):
             raise _refusal(f"the experts cannot be packed: {reason}")
 
 

@@ -361,10 +361,10 @@ def shard_refusal(setup: ModelSetup, processes: int) -> str | None:
 
 def _experts_that_stay_dense(model: Any) -> str | None:
     """Says which experts of a model cannot be held in 4 bits and why, or returns None."""
-    from moe_fused.integrations.quantizer.packed_experts import BLOCKSIZE, packing_refusal
+    from moe_fused.integrations.quantizer.packed_experts import packing_refusal
 
     for module in model.modules():
-        if hasattr(type(module), "_apply_gate") and (reason := packing_refusal(module, BLOCKSIZE)) is not None:
+        if hasattr(type(module), "_apply_gate") and (reason := packing_refusal(module)) is not None:
             return f"those of {type(module).__name__} stay dense: {reason}"
     return None
 

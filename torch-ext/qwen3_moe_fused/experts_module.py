@@ -24,7 +24,7 @@ Experts: TypeAlias = Any
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 _FORMATS = tuple(f"{name}_format" for name in _PROJECTIONS)
 # The tensors of packed weights beside the packed bytes, which have the name of the dense weights.
-_COMPANIONS = ("absmax", "nested_absmax", "nested_offset")
+_COMPANIONS = ("absmax", "nested_absmax", "nested_offset", "block_scale", "global_scale")
 _PARAMETERS = frozenset(
     name for p in _PROJECTIONS for name in (p, f"{p}_bias", *(f"{p}_{companion}" for companion in _COMPANIONS))
 )

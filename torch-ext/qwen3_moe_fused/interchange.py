@@ -247,16 +247,24 @@ def stack_of_published_matrices(
     return Packed4bitWeights.of_parts(parts(), format, device)
 
 
-def published_of(weights: Packed4bitWeights) -> dict[str, Tensor]:
-    """The tensors of a stack as they are published, with all experts; those that ``stack_of_published`` names first.
+def published_of(weights: Packed4bitWeights, name: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a stack as they are published, with all experts.
 
     They share the stack's memory as far as alignment lets them. Expert e is ``tensor[e]``. Of its projections each has an
     equal part of the first dimension that is then left.
 
+    Args:
+        weights: the stack.
+        name: one of the tensors that are wanted, where a format is published with several sets of names. None stands for the
+            set that ``stack_of_published`` names first.
+
     Raises:
         ValueError: the format is not published so.
     """
-    published = _layouts(weights.format)[0]
+    layouts = _layouts(weights.format)
+    published = layouts[0] if name is None else next((layout for layout in layouts if name in layout), None)
+    if published is None:
+        raise ValueError(f"{weights.format.quant_type} is not published with a tensor called {name}")
     tensors = {}
     for (name, wanted), value in zip(published.items(), weights.tensors().values(), strict=True):
         typed = as_floats(value) if wanted.dtype == torch.float32 else value.view(wanted.dtype)

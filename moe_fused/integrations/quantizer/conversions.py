@@ -10,6 +10,8 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from moe_fused.checkpoints.finite import is_finite
+from moe_fused.checkpoints.names import ACTIVATION_SCALE, MATRIX_PARTS
+from moe_fused.hub import get_kernel
 
 from .packed_experts import packed_modules
 
@@ -95,6 +97,29 @@ class Quantize(ConversionOps):
                 self.hf_quantizer.not_finite.append(name)
         result: dict[str, Any] = self.original.convert(input_dict, *args, **kwargs)
         return result
+
+
+class DequantizeLinear(ConversionOps):
+    """Makes the dense weight of a linear layer of the tensors that compressed-tensors has for it."""
+
+    def __init__(self, hf_quantizer: Any, quant_type: str) -> None:
+        self.hf_quantizer, self.quant_type = hf_quantizer, quant_type
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DequantizeLinear:
+        return self  # a real copy would copy the quantizer for every tensor of a checkpoint
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        model, name = kwargs["model"], kwargs["full_layer_name"]
+        kernel = get_kernel()
+        tensors = {part: value[0] if isinstance(value, list) else value for part, value in input_dict.items()}
+        parts = {part: tensors[part][None] for part in MATRIX_PARTS if part in tensors and part != ACTIVATION_SCALE}
+        shape = (1, *model.get_parameter_or_buffer(name).shape)
+        form = kernel.Format4bit(shape, self.quant_type, dtype=_dtype_for(model, name))
+        return {name: kernel.interchange.stack_of_published(parts, form).dequantize()[0]}
+
+
+# Conversions with these operations load what saving writes in another way.
+LOADING_ONLY = (Deserialize, DequantizeLinear)
 
 
 def _dtype_for(model: Any, key: str) -> torch.dtype:

@@ -12,9 +12,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
+from moe_fused.checkpoints.converter import activation_scales_name, restore_orientation, was_transposed
+from moe_fused.checkpoints.names import Target
 from moe_fused.hub import get_kernel
 from moe_fused.integrations.transformers.experts_module import Experts, is_packed, layout_refusal, projections_of
 from moe_fused.integrations.transformers.forward import IMPLEMENTATION
@@ -67,8 +69,12 @@ def packed_modules(model: nn.Module) -> Iterator[tuple[str, Experts]]:
             yield name, module
 
 
-def packing_refusal(module: Experts, blocksize: int) -> str | None:
-    """Why the weights of ``module`` cannot be held in 4 bits, or None if they can."""
+def packing_refusal(module: Experts, quant_type: str = "nf4", blocksize: int = BLOCKSIZE) -> str | None:
+    """Why the weights of ``module`` cannot be held in 4 bits, or None if they can.
+
+    Args:
+        quant_type, blocksize: as of the kernel's ``Format4bit``. The default stands for bitsandbytes' formats.
+    """
     if not hasattr(type(module), "_apply_gate"):
         return "it is not under Transformers' experts interface"
     if reason := layout_refusal(module):
@@ -76,11 +82,23 @@ def packing_refusal(module: Experts, blocksize: int) -> str | None:
     format4bit = get_kernel().Format4bit
     try:
         for name in projections_of(module):
-            shape = tuple(getattr(module, name).shape)
-            format4bit(shape, blocksize=blocksize, projections=matrices_per_expert(module, name))
+            target = target_of("", module, name, quant_type)
+            format4bit(target.shape, quant_type, blocksize, projections=target.projections)
     except ValueError as error:
         return str(error)
     return None
+
+
+def target_of(path: str, module: Experts, name: str, quant_type: str) -> Target:
+    """Returns what the parameter ``name`` of an experts module becomes when it is packed.
+
+    Formats whose blocks lie along the in features hold (E, out, in), also where the dense weights are (E, in, out).
+    """
+    shape = tuple(getattr(module, name).shape)
+    transposed = getattr(module, "is_transposed", False) and get_kernel().formats.named(quant_type).blocks_in_rows
+    if transposed:
+        shape = (shape[0], shape[2], shape[1])
+    return Target(f"{path}.{name}", shape, matrices_per_expert(module, name), transposed)
 
 
 def matrices_per_expert(module: Experts, name: str) -> int:
@@ -119,6 +137,20 @@ def gather_packed(module: Experts, name: str) -> Packed4bitWeights:
     return whole
 
 
+def gather_activation_scales(module: Experts, name: str) -> Tensor | None:
+    """Returns the scales of activations that the checkpoint had beside a packed parameter, (E, projections) on the CPU.
+
+    As for ``gather_packed``, all processes have to call this. None stands for no scales.
+    """
+    scales: Tensor | None = getattr(module, activation_scales_name(name), None)
+    parameter = module._parameters[name]
+    if scales is None or scales.shape[0] == parameter.shape[0]:
+        return scales
+    whole: Any = get_kernel().modules.divided_as(parameter, scales.to(parameter.device))
+    gathered: Tensor = whole.full_tensor().cpu()
+    return gathered
+
+
 def pin(module: Experts) -> None:
     """Makes the kernel the implementation of an experts module, whatever its model is set to."""
     if not isinstance(module.config, PackedConfig):
@@ -128,6 +160,8 @@ def pin(module: Experts) -> None:
 def unpack(module: Experts, name: str, dtype: torch.dtype | None) -> None:
     """Replaces the packed parameter ``name`` by a dense one of ``dtype``, by default of its dtype before quantization."""
     dense = get_packed(module, name).dequantize(dtype or getattr(module, f"{name}_source_dtype"))
+    if was_transposed(module):
+        dense = dense.mT.contiguous()
     dense = get_kernel().modules.divided_as(module._parameters[name], dense)
     get_kernel().modules.detach(module, name)
     delattr(module, f"{name}_source_dtype")
@@ -143,4 +177,5 @@ def unpack_experts(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     for _, module in list(packed_modules(model)):
         for name in projections_of(module):
             unpack(module, name, dtype)
+        restore_orientation(module)
         module.config = module.config.model_config

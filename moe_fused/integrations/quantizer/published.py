@@ -1,0 +1,293 @@
+"""Quantizers for experts in formats that checkpoints are published in: mxfp4 and nvfp4.
+
+While ``moe_fused`` is enabled, they take the place of Transformers' own for two methods:
+
+- ``mxfp4``, as gpt-oss is published. Transformers' quantizer needs the kernels of ``triton_kernels``, cannot train, and
+  dequantizes the model on most CPUs.
+- ``compressed-tensors``, if all its groups are ``nvfp4-pack-quantized`` or all are ``mxfp4-pack-quantized``. Transformers'
+  quantizer makes dense experts of them.
+
+Experts keep the bytes of the checkpoint, and the kernel computes them. Linear layers that compressed-tensors quantized are
+dequantized while they are loaded. A config with ``dequantize=True`` gets Transformers' own quantizer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import quantization_config as stock_configs
+
+from moe_fused.checkpoints.converter import Quantization
+from moe_fused.checkpoints.names import MATRIX_PARTS
+from moe_fused.hub import get_kernel
+
+from .conversions import DequantizeLinear
+from .experts_quantizer import ExpertsQuantizer, refuse_offloaded
+from .saving import modules_not_quantized
+
+MXFP4, COMPRESSED = "mxfp4", "compressed-tensors"
+# For each format of compressed-tensors, the kernel's name of it, and what its config says of the weights.
+_COMPRESSED_FORMATS = {
+    "nvfp4-pack-quantized": ("nvfp4", {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}),
+    "mxfp4-pack-quantized": ("mxfp4", {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}),
+}
+_GPUS_ALONE = "give a device_map of GPUs alone"
+
+
+class CompressedTensorsConfig(stock_configs.CompressedTensorsConfig):
+    """The config of a checkpoint of compressed-tensors whose weights are in mxfp4 or nvfp4, which needs no such library.
+
+    The name is that of Transformers' class, because Transformers compares names where the user gives a config as well.
+
+    Attributes:
+        fields: the config as the checkpoint has it.
+        quant_type: the kernel's name of the format.
+    """
+
+    def __init__(self, **fields: Any) -> None:  # Transformers' __init__ needs the library
+        quant_type = quant_type_of(fields)
+        if quant_type is None:
+            raise ValueError(
+                f"the config must be of {' or '.join(_COMPRESSED_FORMATS)} weights, got format {fields.get('format')!r}"
+            )
+        self.quant_type = quant_type
+        self.quant_method = stock_configs.QuantizationMethod.COMPRESSED_TENSORS
+        self.dequantize = bool(fields.pop("dequantize", False))
+        self.use_optimized_inference = False
+        self.quantization_config = None
+        self.fields = fields
+
+    @property
+    def ignore(self) -> list[str]:
+        """The names of modules that stay dense, or regular expressions after ``re:``."""
+        return list(self.fields.get("ignore") or ())
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(self.fields) | {"quant_method": COMPRESSED}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.to_dict()}"
+
+
+class _Configs:
+    """Makes the config for ``compressed-tensors`` of a dictionary, in the place of Transformers' class."""
+
+    @staticmethod
+    def from_dict(config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        if quant_type_of(config_dict) is None:
+            return stock_configs.CompressedTensorsConfig.from_dict(config_dict, **kwargs)
+        return CompressedTensorsConfig(**config_dict)
+
+
+def quant_type_of(config: Mapping[str, Any]) -> str | None:
+    """Returns the kernel's format of a quantization config, or None if the kernel has none for it.
+
+    Args:
+        config: the config as ``config.json`` has it.
+    """
+    if config.get("quant_method") == MXFP4:
+        return MXFP4
+    if config.get("quant_method", COMPRESSED) != COMPRESSED:
+        return None
+    found = {_format_of_group(config, group) for group in (config.get("config_groups") or {}).values()}
+    return found.pop() if len(found) == 1 else None
+
+
+def _format_of_group(config: Mapping[str, Any], group: Any) -> str | None:
+    if not isinstance(group, Mapping):
+        return None
+    name, weights = group.get("format") or config.get("format"), group.get("weights") or {}
+    quant_type, wanted = _COMPRESSED_FORMATS.get(str(name), (None, {}))
+    return quant_type if all(weights.get(key) == value for key, value in wanted.items()) else None
+
+
+def compressed_config(quant_type: str) -> CompressedTensorsConfig:
+    """Makes the ``quantization_config`` with which ``from_pretrained`` quantizes the experts of a dense checkpoint.
+
+    Args:
+        quant_type: ``"mxfp4"`` or ``"nvfp4"``.
+    """
+    (name, weights) = next(
+        (name, weights) for name, (kind, weights) in _COMPRESSED_FORMATS.items() if kind == quant_type
+    )
+    scale_dtype = {"mxfp4": "torch.uint8", "nvfp4": "torch.float8_e4m3fn"}[quant_type]
+    group = {
+        "targets": ["Linear"],
+        "weights": weights | {"symmetric": True, "dynamic": False, "scale_dtype": scale_dtype, "zp_dtype": scale_dtype},
+        "input_activations": None,
+        "output_activations": None,
+        "format": name,
+    }
+    return CompressedTensorsConfig(
+        quant_method=COMPRESSED,
+        format=name,
+        quantization_status="compressed",
+        config_groups={"group_0": group},
+        ignore=[],
+    )
+
+
+class _NoOperation(ConversionOps):
+    """What Transformers asks for to quantize a parameter. ``ExpertsConverter`` quantizes experts itself."""
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return input_dict
+
+
+class PublishedQuantizer(ExpertsQuantizer):
+    """What the quantizers of published formats share. They leave all layers but experts alone."""
+
+    dtype: torch.dtype
+    quantization_config: Any
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        # Transformers asks once more when it has made a device_map of a string; the experts are known then.
+        refuse_offloaded(self.names.targets, kwargs.get("device_map"), _GPUS_ALONE)
+
+    def warn_dense(self, what: str, reason: str) -> None:
+        raise NotImplementedError(
+            f"{what} cannot be loaded in {self.quantization().quant_type}: {reason}. Load the model with "
+            "quantization_config.dequantize = True, or its dense checkpoint"
+        )
+
+    def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **kwargs: Any) -> None:
+        self.dtype = model.dtype
+        self.find_experts(model, device_map, kwargs.get("checkpoint_files"))
+        if not self.names.targets and not self.pre_quantized:
+            raise ValueError(
+                f"{type(model).__name__} has no experts that could be held in {self.quantization().quant_type}"
+            )
+        refuse_offloaded(self.names.targets, device_map, _GPUS_ALONE)
+
+    def get_weight_conversions(self) -> list[Any]:
+        return []
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self.finish_experts(model)
+        if not self.names.targets:  # a model without experts is dense now
+            self.keep_conversions(model)
+            self.remove_quantization_config(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+        state_dict = self.packed_state_dict(model)
+        if state_dict is not None:
+            self.record_dense_modules(model)
+            # The config of a model inside another may be an object of its own.
+            model.config.quantization_config = self.quantization_config
+        return state_dict, {}
+
+    def record_dense_modules(self, model: Any) -> None:
+        """Writes into the config which modules of ``model`` are dense."""
+        raise NotImplementedError
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        # save_pretrained makes strings of the config's dtypes.
+        self.unpack(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def get_quantize_ops(self) -> Any:
+        return _NoOperation()
+
+
+class Mxfp4ExpertsQuantizer(PublishedQuantizer):
+    """Experts in mxfp4 with a tensor of blocks and one of scales for each stack, as gpt-oss has them."""
+
+    skip_option = "modules_to_not_convert"
+    save_formats = ("published",)
+
+    def quantization(self) -> Quantization:
+        return _quantization(self, MXFP4)
+
+    def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **kwargs: Any) -> None:
+        skipped = self.quantization_config.modules_to_not_convert
+        self.modules_to_not_convert = self.get_modules_to_not_convert(model, skipped, model._keep_in_fp32_modules)
+        super()._process_model_before_weight_loading(model, device_map, **kwargs)
+
+    def record_dense_modules(self, model: Any) -> None:
+        pass  # the list in the config names more than dense experts, and stays as it is
+
+
+class CompressedExpertsQuantizer(PublishedQuantizer):
+    """Experts in mxfp4 or nvfp4 with tensors for each matrix, as compressed-tensors has them.
+
+    Linear layers that are quantized in the checkpoint are dequantized.
+    """
+
+    skip_option = "ignore"
+    save_formats = ("published_per_expert",)
+
+    def quantization(self) -> Quantization:
+        return _quantization(self, self.quantization_config.quant_type)
+
+    def get_weight_conversions(self) -> list[Any]:
+        if not self.pre_quantized:
+            return []
+        return [
+            WeightConverter(list(MATRIX_PARTS), "weight", [DequantizeLinear(self, self.quantization_config.quant_type)])
+        ]
+
+    def record_dense_modules(self, model: Any) -> None:
+        self.quantization_config.fields["ignore"] = modules_not_quantized(model, self.quantization_config.ignore)
+
+
+def _quantization(quantizer: PublishedQuantizer, quant_type: str) -> Quantization:
+    blocksize = get_kernel().formats.named(quant_type).blocksizes[0]
+    return Quantization(quantizer.pre_quantized, quant_type, blocksize, None, quantizer.dtype)
+
+
+def _mxfp4_quantizer(quantization_config: Any, **kwargs: Any) -> HfQuantizer:
+    kind = _stock[MXFP4] if quantization_config.dequantize else Mxfp4ExpertsQuantizer
+    quantizer: HfQuantizer = kind(quantization_config, **kwargs)
+    return quantizer
+
+
+def _compressed_quantizer(quantization_config: Any, **kwargs: Any) -> HfQuantizer:
+    if not isinstance(quantization_config, CompressedTensorsConfig):
+        kind, config = _stock[COMPRESSED], quantization_config
+    elif quantization_config.dequantize:
+        fields = quantization_config.to_dict()
+        kind, config = _stock[COMPRESSED], stock_configs.CompressedTensorsConfig(**fields, dequantize=True)
+    else:
+        kind, config = CompressedExpertsQuantizer, quantization_config
+    quantizer: HfQuantizer = kind(config, **kwargs)
+    return quantizer
+
+
+# Transformers' quantizers while those here are in their place.
+_stock: dict[str, Any] = {}
+_QUANTIZERS: dict[str, Any] = AUTO_QUANTIZER_MAPPING
+_CONFIGS: dict[str, Any] = AUTO_QUANTIZATION_CONFIG_MAPPING
+
+
+def register() -> None:
+    """Puts these quantizers in the place of Transformers' own; a second call changes nothing."""
+    if not _stock:
+        _stock.update({method: _QUANTIZERS[method] for method in (MXFP4, COMPRESSED)})
+        _QUANTIZERS.update({MXFP4: _mxfp4_quantizer, COMPRESSED: _compressed_quantizer})
+        _CONFIGS[COMPRESSED] = _Configs
+
+
+def unregister() -> None:
+    """Undoes ``register``, and does nothing if that was never called."""
+    if _stock:
+        _QUANTIZERS.update(_stock)
+        _CONFIGS[COMPRESSED] = stock_configs.CompressedTensorsConfig
+        _stock.clear()
