@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from kernels import Mode
     from torch import nn
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
     from .generation import FastGeneration
 
@@ -30,6 +31,7 @@ __all__ = [
     "fast_generation",
     "get_kernel",
     "kernelize",
+    "quantization_config",
     "register_layers",
     "save_format",
 ]
@@ -57,7 +59,8 @@ def enable(*, recompute: bool = False) -> None:
 
     From then on ``from_pretrained(..., experts_implementation="moe_fused")`` and
     ``model.set_experts_implementation("moe_fused")`` work, for every model whose experts Transformers can exchange, and
-    ``BitsAndBytesConfig(load_in_4bit=True)`` holds the weights of such experts in 4 bits, too. LoRA that PEFT adds to
+    ``BitsAndBytesConfig(load_in_4bit=True)`` holds the weights of such experts in 4 bits, too. Experts of checkpoints in
+    mxfp4, as gpt-oss, and in mxfp4 or nvfp4 of compressed-tensors are held as they are published. LoRA that PEFT adds to
     experts of such a model runs inside the kernel. PEFT need not be installed, and need not be imported first. With kernels
     0.17 and newer, ``kernels.kernelize`` finds the kernel's layers (see ``register_layers``). On a CPU,
     bitsandbytes' linear layers compute the same on every processor from then on
@@ -107,6 +110,23 @@ def disable() -> None:
             module.unregister()
 
 
+def quantization_config(quant_type: Literal["mxfp4", "nvfp4"]) -> QuantizationConfigMixin:
+    """Makes the config with which ``from_pretrained`` holds the experts of a dense checkpoint in a published format.
+
+    ``enable`` must have been called. All other layers stay dense. ``save_pretrained`` writes a checkpoint as
+    compressed-tensors would. Models without names for the matrices of single experts, as gpt-oss, cannot be saved so: for
+    these, give Transformers' ``Mxfp4Config()``. For nf4 and fp4, give ``BitsAndBytesConfig(load_in_4bit=True)``.
+
+    Raises:
+        ValueError: there is no such format.
+    """
+    if quant_type not in ("mxfp4", "nvfp4"):
+        raise ValueError(f"quant_type must be mxfp4 or nvfp4, got {quant_type!r}")
+    from .integrations.quantizer.published import compressed_config
+
+    return compressed_config(quant_type)
+
+
 def save_format(model: nn.Module, layout: Literal["per_expert", "fused"]) -> None:
     """Chooses how ``model.save_pretrained`` writes 4-bit experts.
 
@@ -114,7 +134,8 @@ def save_format(model: nn.Module, layout: Literal["per_expert", "fused"]) -> Non
         model: a model that was loaded with 4-bit experts.
         layout: ``"per_expert"``, the default, writes a 4-bit matrix for each expert, as Transformers 4 did. Every tool reads
             this. Experts that were never separate in any checkpoint are written fused. ``"fused"`` writes a few large
-            tensors for each layer, which load faster, but which only this package reads.
+            tensors for each layer, which load faster, but which only this package reads. Experts in mxfp4 and nvfp4 are
+            always written as they are published.
 
     Raises:
         ValueError: there is no such layout, or the model has no 4-bit experts.

@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from .quantized import PUBLISHED
 from .recurrent import Recurrent
 from .sizes import Linear, Sizes, Stack, Whole, is_named, most_beside_mixers, sizes_of, skeleton
 
@@ -69,7 +70,8 @@ class Workload:
     Attributes:
         batch, length: the number of sequences in a batch, and the number of tokens in each.
         accumulation: the number of batches in a step.
-        quantized: whether experts and linear layers are in 4 bits with double quantization.
+        quantized: whether experts are in 4 bits, and linear layers as well if ``quant_type`` is of bitsandbytes.
+        quant_type: the format of 4-bit weights. Those of bitsandbytes have double quantization.
         itemsize: bytes of an element of activations, and of weights that are not in 4 bits.
         adapter_itemsize: bytes of an element of adapters, and of their gradients.
         factors: the number of elements of each factor of the adapters; None for those that ranks and modules give. The ranks
@@ -104,6 +106,7 @@ class Workload:
     length: int = 4096
     accumulation: int = 1
     quantized: bool = True
+    quant_type: str = "nf4"
     itemsize: int = 2
     adapter_itemsize: int = 2
     factors: tuple[int, ...] | None = None
@@ -134,6 +137,16 @@ class Workload:
     def shards(self) -> int:
         """The number of processes among which weights are divided, 1 if each process holds all of them."""
         return self.processes if self.sharded else 1
+
+    @property
+    def linears_in_4bit(self) -> bool:
+        """Whether linear layers are in 4 bits."""
+        return self.quantized and self.quant_type not in PUBLISHED
+
+    def packs(self, stack: Stack) -> bool:
+        """Whether a stack of experts is held in 4 bits."""
+        in_rows = self.quant_type in PUBLISHED
+        return self.quantized and (self.quant_type in stack.in_rows if in_rows else stack.packable)
 
     @property
     def mask_itemsize(self) -> int:
@@ -307,17 +320,17 @@ def gathered_layer(sizes: Sizes, work: Workload) -> int:
 
 
 def _stack_bytes(stack: Stack, work: Workload) -> int:
-    if not work.quantized or not stack.packable:
+    if not work.packs(stack):
         return stack.numel * work.itemsize
     from .hub import get_kernel
 
     shape = (stack.experts, stack.out_features, stack.in_features)
-    storage = get_kernel().Format4bit(shape, projections=stack.projections).storage()
+    storage = get_kernel().Format4bit(shape, work.quant_type, projections=stack.projections).storage()
     return sum(rows * columns for rows, columns in storage.values())
 
 
 def _linear_bytes(linear: Linear, work: Workload) -> int:
-    if not work.quantized:
+    if not work.linears_in_4bit:
         return linear.numel * work.itemsize
     blocks = -(-linear.numel // BLOCK)
     # The packed weights, one byte for each block, four for each group of blocks, the two code books, and the offset.
@@ -407,7 +420,7 @@ class _Layers:
 
 def _layers(sizes: Sizes, work: Workload) -> Iterator[_Layers]:
     """Yields the layers with attention, and those of each recurrent kind."""
-    copy = max((linear.numel for linear in sizes.linears), default=0) * work.itemsize if work.quantized else 0
+    copy = max((linear.numel for linear in sizes.linears), default=0) * work.itemsize if work.linears_in_4bit else 0
     with_attention = sizes.layers - sum(kind.layers for kind in sizes.recurrent)
     if with_attention > 0 or not sizes.recurrent:
         # Beside attention's gradients, a dense copy of the 4-bit layer that is multiplied with.
@@ -518,8 +531,10 @@ def _experts(sizes: Sizes, work: Workload) -> tuple[int, int, int]:
         hidden, inner = up.in_features, down.in_features
         kept += rows * ((hidden + inner) * (item + work.mask_itemsize) + (inner + hidden) * item)
         made += rows * hidden * item
-    packed = work.quantized and up.packable and work.gpu
-    workspace = 0 if not packed or _decoded(up, down, rows) else min(EXPERT_WORKSPACE, max(up.numel, down.numel) * item)
+    packed = work.packs(up) and work.gpu
+    transposed = (up.transposed or down.transposed) and work.quant_type not in PUBLISHED
+    decoded = not transposed and _decoded(up, down, rows)
+    workspace = 0 if not packed or decoded else min(EXPERT_WORKSPACE, max(up.numel, down.numel) * item)
     return kept, made, workspace
 
 
@@ -528,8 +543,6 @@ def _decoded(up: Stack, down: Stack, rows: int) -> bool:
 
     The kernel's ``stages/triton/paths.py`` decides it. Experts that are packed transposed always need the workspace.
     """
-    if up.transposed or down.transposed:
-        return False
     from .hub import get_kernel, submodule
 
     tuning = submodule(get_kernel(), "tuning")

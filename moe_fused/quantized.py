@@ -1,20 +1,60 @@
-"""Refuses checkpoints that another library than bitsandbytes quantized, before they are loaded.
+"""What the config of a checkpoint says about its quantization, and which of that this package reads.
 
-The error says how to make such a checkpoint bf16. Nothing heavy is imported here.
+Nothing heavy is imported here, so commands can ask before torch is imported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
 
+QuantType: TypeAlias = Literal["nf4", "fp4", "mxfp4", "nvfp4"]
+# The 4-bit formats of experts, by the kernel's names.
+QUANT_TYPES: tuple[QuantType, ...] = get_args(QuantType)
+# Those that come from published checkpoints. Linear layers beside such experts are dense.
+PUBLISHED: tuple[QuantType, ...] = ("mxfp4", "nvfp4")
+
+BITSANDBYTES, MXFP4, COMPRESSED_TENSORS = "bitsandbytes", "mxfp4", "compressed-tensors"
+# For each format of compressed-tensors that is read, the kernel's name, and what its config says of the weights.
+COMPRESSED_FORMATS: Mapping[str, tuple[QuantType, Mapping[str, Any]]] = {
+    "nvfp4-pack-quantized": ("nvfp4", {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}),
+    "mxfp4-pack-quantized": ("mxfp4", {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}),
+}
 # Methods that Transformers can undo while it loads, with its config class for each.
-_DEQUANTIZED_BY = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
-_BITSANDBYTES = "bitsandbytes"
+_DEQUANTIZED_BY = {"fp8": "FineGrainedFP8Config"}
+
+
+@dataclass(frozen=True)
+class CheckpointQuantization:
+    """How the experts of a checkpoint are quantized.
+
+    Attributes:
+        method: ``quant_method`` in its config.
+        quant_type: the kernel's name of the format.
+    """
+
+    method: str
+    quant_type: QuantType
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the experts are in a format that is kept as it is published, which needs no bitsandbytes."""
+        return self.quant_type in PUBLISHED
+
+
+def quantization_of(config: Any) -> CheckpointQuantization | None:
+    """Returns how a checkpoint is quantized, or None if it is dense or in a way that this package does not read.
+
+    Args:
+        config: the model's configuration, an object of Transformers or the content of its file.
+    """
+    content = content_of(config)
+    return None if content is None else _known(content)
 
 
 def check_quantization(name: str, model: str, config: Any) -> None:
-    """Raises an error unless a checkpoint is dense or in bitsandbytes' 4 bits.
+    """Raises an error unless a checkpoint is dense or quantized in a way that this package reads.
 
     Args:
         name: the option or argument that names the model, for the error.
@@ -24,14 +64,13 @@ def check_quantization(name: str, model: str, config: Any) -> None:
     Raises:
         NotImplementedError: the checkpoint is quantized in another way. The message says what to do.
     """
-    quantization = _of(config)
-    if quantization is None:
+    content = content_of(config)
+    if content is None or _known(content) is not None:
         return
-    method = str(quantization.get("quant_method") or _BITSANDBYTES)
-    in_8bit = bool(quantization.get("load_in_8bit") or quantization.get("_load_in_8bit")) or method.endswith("_8bit")
-    if method.startswith(_BITSANDBYTES) and not in_8bit:
-        return
-    kind = "bitsandbytes' 8 bits" if in_8bit else method
+    method = str(content.get("quant_method") or BITSANDBYTES)
+    kind = "bitsandbytes' 8 bits" if _in_8bit(content) else method
+    if content.get("format"):
+        kind += f" ({content['format']})"
     begin = f"{name} {model} is quantized to {kind}, which moe_fused does not read yet"
     if method in _DEQUANTIZED_BY:
         raise NotImplementedError(
@@ -39,11 +78,56 @@ def check_quantization(name: str, model: str, config: Any) -> None:
             f"quantization_config={_DEQUANTIZED_BY[method]}(dequantize=True)).save_pretrained('bf16-model', "
             "save_original_format=False), and save its tokenizer there"
         )
+    if method == "modelopt" and "NVFP4" in str(content.get("quant_algo")):
+        raise NotImplementedError(
+            f"{begin}: convert it to compressed-tensors first, with the ModelOptNvfp4Converter of "
+            "compressed_tensors.entrypoints.convert, or give the bf16 or fp16 checkpoint that it was made from"
+        )
     raise NotImplementedError(f"{begin}: give the bf16 or fp16 checkpoint that it was made from")
 
 
-def _of(config: Any) -> Mapping[str, Any] | None:
-    """Returns the ``quantization_config`` of a model, or of the text model within it."""
+def compressed_quant_type(content: Mapping[str, Any]) -> QuantType | None:
+    """Returns the format of all weights that a config of compressed-tensors quantizes, or None if it is not known.
+
+    Args:
+        content: the ``quantization_config`` as ``config.json`` has it.
+    """
+    groups = content.get("config_groups") or {}
+    found = {_of_group(content, group) for group in groups.values()}
+    return found.pop() if len(found) == 1 else None
+
+
+def _of_group(content: Mapping[str, Any], group: Any) -> QuantType | None:
+    if not isinstance(group, Mapping):
+        return None
+    name, weights = group.get("format") or content.get("format"), group.get("weights") or {}
+    quant_type, wanted = COMPRESSED_FORMATS.get(str(name), (None, {}))
+    return quant_type if all(weights.get(key) == value for key, value in wanted.items()) else None
+
+
+def _known(content: Mapping[str, Any]) -> CheckpointQuantization | None:
+    method = str(content.get("quant_method") or BITSANDBYTES)
+    if method == MXFP4:
+        return CheckpointQuantization(MXFP4, "mxfp4")
+    if method == COMPRESSED_TENSORS:
+        quant_type = compressed_quant_type(content)
+        return None if quant_type is None else CheckpointQuantization(COMPRESSED_TENSORS, quant_type)
+    if method.startswith(BITSANDBYTES) and not _in_8bit(content):
+        return CheckpointQuantization(BITSANDBYTES, "fp4" if content.get("bnb_4bit_quant_type") == "fp4" else "nf4")
+    return None
+
+
+def _in_8bit(content: Mapping[str, Any]) -> bool:
+    method = str(content.get("quant_method") or BITSANDBYTES)
+    return bool(content.get("load_in_8bit") or content.get("_load_in_8bit")) or method.endswith("_8bit")
+
+
+def content_of(config: Any) -> Mapping[str, Any] | None:
+    """Returns the ``quantization_config`` of a model, or of the text model within it, or None.
+
+    Args:
+        config: the model's configuration, an object of Transformers or the content of its file.
+    """
     if isinstance(config, Mapping):
         parts = [config, config.get("text_config") or {}]
     else:
@@ -53,5 +137,8 @@ def _of(config: Any) -> Mapping[str, Any] | None:
     for part in parts:
         quantization = part.get("quantization_config")
         if quantization is not None:
-            return quantization if isinstance(quantization, Mapping) else vars(quantization)
+            if isinstance(quantization, Mapping):
+                return quantization
+            content: Mapping[str, Any] = quantization.to_dict()
+            return content
     return None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .quantized import PUBLISHED
 from .recurrent import Recurrent, recurrent_layers, uncounted_types
 
 
@@ -23,8 +24,9 @@ class Stack:
     Attributes:
         experts, out_features, in_features: its shape.
         projections: the number of matrices of one expert in it, 2 for gate and up.
-        packable: whether it can be held in 4 bits.
+        packable: whether it can be held in 4 bits as bitsandbytes has them.
         transposed: whether its out features are contiguous, as those of gpt-oss.
+        in_rows: the formats of published checkpoints that it can be held in, whose blocks lie along the in features.
     """
 
     experts: int
@@ -33,6 +35,7 @@ class Stack:
     projections: int
     packable: bool
     transposed: bool = False
+    in_rows: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -207,12 +210,13 @@ def _stacks(module: nn.Module) -> Iterator[Stack]:
     from .integrations.quantizer.packed_experts import packing_refusal
 
     packable = packing_refusal(module) is None
+    in_rows = tuple(quant_type for quant_type in PUBLISHED if packing_refusal(module, quant_type) is None)
     for name in _projections(module):
         experts, rows, columns = getattr(module, name).shape
         transposed = bool(getattr(module, "is_transposed", False))
         if transposed:
             rows, columns = columns, rows
-        yield Stack(experts, rows, columns, 2 if name == "gate_up_proj" else 1, packable, transposed)
+        yield Stack(experts, rows, columns, 2 if name == "gate_up_proj" else 1, packable, transposed, in_rows)
 
 
 def most_beside_mixers(

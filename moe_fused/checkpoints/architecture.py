@@ -58,9 +58,14 @@ class Architecture:
         return result
 
     @classmethod
-    def of(cls, model: Any) -> Architecture:
-        """Returns the architecture of ``model``, on meta. It may have no experts, or experts that cannot be converted."""
-        targets = list(_targets(model))
+    def of(cls, model: Any, *, in_rows: bool = False) -> Architecture:
+        """Returns the architecture of ``model``, on meta. It may have no experts, or experts that cannot be converted.
+
+        Args:
+            in_rows: whether the checkpoint has experts in a format whose blocks lie along the in features. The shapes of
+                transposed experts are then (E, out, in), too.
+        """
+        targets = list(_targets(model, in_rows))
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         converters = [
             conversion
@@ -164,9 +169,10 @@ def _check_convertible(model: nn.Module) -> None:
             )
 
 
-def _targets(model: nn.Module) -> Iterator[Target]:
+def _targets(model: nn.Module, in_rows: bool) -> Iterator[Target]:
     """Yields the stacked weights of the experts modules."""
     for path, module, name, parameter in _stacks(model):
-        experts, out_features, in_features = parameter.shape
-        shape = experts, out_features, in_features
-        yield Target(f"{path}.{name}", shape, _STACKS[name] if _is_plain(module) else 1)
+        experts, rows, columns = parameter.shape
+        transposed = in_rows and getattr(module, "is_transposed", False)
+        shape = (experts, columns, rows) if transposed else (experts, rows, columns)
+        yield Target(f"{path}.{name}", shape, _STACKS[name] if _is_plain(module) else 1, transposed)

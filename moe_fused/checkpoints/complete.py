@@ -24,10 +24,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import logging as transformers_logging
 
+from moe_fused.hub import get_kernel
+from moe_fused.quantized import COMPRESSED_TENSORS, CheckpointQuantization
+
 from .architecture import Architecture
-from .entries import Entry, by_matrix, by_projection, layout_of, read_packed
+from .entries import PUBLISHED, Entry, by_matrix, by_projection, check_published, layout_of, read_packed
 from .files import Header
-from .names import Target, TensorRole
+from .names import MATRIX_PARTS, Names, Target, TensorRole
 from .quant_state import check_fields, read_json
 from .safetensors_file import DTYPES
 
@@ -118,9 +121,15 @@ class _DenseView:
         ValueError: experts or 4-bit weights are incomplete or do not fit. The message names the tensor and says why.
     """
 
-    def __init__(self, architecture: Architecture, tensors: Mapping[str, Header], quantized: bool, packs: bool) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        tensors: Mapping[str, Header],
+        quantization: CheckpointQuantization | None,
+        packs: bool,
+    ) -> None:
         self.architecture = architecture
-        self.quantized = quantized
+        self.quantization = quantization
         self.packs = packs
         self.tensors: dict[str, Tensor] = {}
         experts: dict[str, list[_Found]] = {}
@@ -130,7 +139,7 @@ class _DenseView:
             if role is None:
                 others[key] = header
                 continue
-            if role.part and not quantized:
+            if role.part and quantization is None:
                 raise ValueError(f"{key} belongs to 4-bit weights, but config.json has no quantization_config")
             experts.setdefault(role.target, []).append(_Found(key, role, header))
         for found in experts.values():
@@ -152,13 +161,20 @@ class _DenseView:
                 self._put(one.key, one.header.shape)
             return
         if any(one.role.part for one in found):
-            if layout == "per expert":
+            if layout in PUBLISHED:
+                check_published(self.architecture.names, target, layout, entries, self._format(target))
+            elif layout == "per expert":
                 self._check_packed_matrices(target, found, entries)
             else:
                 read_packed(self.architecture.names, target, layout, entries)
         else:
             self._check_dense(target, layout, found, entries)
-        self._put(role.target, target.shape)
+        self._put(role.target, target.dense_shape)
+
+    def _format(self, target: Target) -> Any:
+        """Returns the ``Format4bit`` of a stack that the checkpoint has as its config says."""
+        assert self.quantization is not None
+        return get_kernel().Format4bit(target.shape, self.quantization.quant_type, projections=target.projections)
 
     def _check_packed_matrices(self, target: Target, found: list[_Found], entries: list[Entry]) -> None:
         headers = {one.key: one.header for one in found}
@@ -171,7 +187,7 @@ class _DenseView:
         names = self.architecture.names
         wanted: tuple[int, ...] = target.matrix_shape
         if layout == "fused":
-            keys, wanted = [entry.key for entry in entries], target.shape
+            keys, wanted = [entry.key for entry in entries], target.dense_shape
         elif layout == "stacked":
             keys, wanted = [entry.key for entry in by_projection(names, target, entries)], (target.shape[0], *wanted)
             if not self.packs:
@@ -188,6 +204,8 @@ class _DenseView:
                 raise ValueError(f"{key} must have shape {wanted}, got {headers[key].shape}")
 
     def _add_others(self, others: dict[str, Header]) -> None:
+        if self.quantization is not None and self.quantization.method == COMPRESSED_TENSORS:
+            others = self._without_published_matrices(others)
         matrices: dict[str, dict[str, Header]] = {}
         for key, header in others.items():
             name, _, part = key.rpartition(".quant_state.")
@@ -196,7 +214,7 @@ class _DenseView:
             else:
                 name, _, part = key.rpartition(".")
             if (part in _SCALES or part.startswith("quant_state.")) and (name in others or name.endswith(".weight")):
-                if not self.quantized:
+                if self.quantization is None:
                     raise ValueError(f"{key} belongs to 4-bit weights, but config.json has no quantization_config")
                 matrices.setdefault(name, {})[part] = header
         for name, parts in matrices.items():
@@ -210,6 +228,32 @@ class _DenseView:
                 if self.architecture.in_model(key) in floating:
                     _check_floating(key, header)
                 self._put(key, header.shape, DTYPES.get(header.dtype, torch.float32))
+
+    def _without_published_matrices(self, others: dict[str, Header]) -> dict[str, Header]:
+        """Puts the dense weights of linear layers that compressed-tensors quantized; returns the other tensors."""
+        matrices: dict[str, list[_Found]] = {}
+        rest: dict[str, Header] = {}
+        for key, header in others.items():
+            module, _, part = key.rpartition(".")
+            if part in MATRIX_PARTS:
+                matrices.setdefault(module, []).append(
+                    _Found(key, TensorRole(key, "published per expert", part=part), header)
+                )
+            else:
+                rest[key] = header
+        state = self.architecture.model.state_dict()
+        for module, found in matrices.items():
+            name = f"{module}.weight"
+            weight = state.get(self.architecture.in_model(name))
+            if weight is None:  # it has no place in the model, which the comparison with the model will say
+                self._put(found[0].key, found[0].header.shape)
+                continue
+            target = Target(name, (1, *weight.shape), 1)
+            check_published(
+                Names(()), target, "published per expert", [one.entry() for one in found], self._format(target)
+            )
+            self._put(name, weight.shape)
+        return rest
 
     def _shape_of(self, name: str, parts: Mapping[str, Header]) -> tuple[int, ...]:
         """Returns the shape of a linear layer's 4-bit weight, which its state holds."""
@@ -301,7 +345,12 @@ def problems_of(model: Any, info: Mapping[str, Any], keys: Iterable[str] = ()) -
 
 
 def check_complete(
-    model: Any, tensors: Mapping[str, Header], source: str, *, quantized: bool = False, packs: bool = False
+    model: Any,
+    tensors: Mapping[str, Header],
+    source: str,
+    *,
+    quantization: CheckpointQuantization | None = None,
+    packs: bool = False,
 ) -> None:
     """Compares a checkpoint with the model that is to be loaded from it.
 
@@ -309,14 +358,16 @@ def check_complete(
         model: the model that Transformers makes of the config, dense and on meta.
         tensors: the tensors of the checkpoint.
         source: what the checkpoint is called in errors.
-        quantized: whether its config says that it is in bitsandbytes' 4 bits.
+        quantization: how its config says that it is quantized; None for a dense one.
         packs: whether our quantizer will load it. The quantizer also reads dense experts in the original project's layout.
 
     Raises:
         ValueError: a tensor is missing, has another shape or does not belong to the model. The message names it.
     """
     try:
-        view = _DenseView(Architecture.of(model), tensors, quantized, packs or quantized)
+        published = quantization is not None and quantization.is_published
+        architecture = Architecture.of(model, in_rows=published)
+        view = _DenseView(architecture, tensors, quantization, packs or quantization is not None)
         if importlib.util.find_spec("accelerate") is None:  # loading will fail then, and say so
             return
         info = _load_on_meta(model, view.tensors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -229,25 +229,16 @@ def read_published(
     Raises:
         ValueError: a tensor is missing, superfluous or does not fit. The message names it.
     """
-    layouts = form.weight_format.published(form)
-    per_expert = layout == "published per expert"
-    main = MATRIX_PARTS[0] if per_expert else STACK_PARTS[0]
-    wanted = next((each for each in layouts if main in each), None)
-    if wanted is None:
-        raise ValueError(
-            f"{entries[0].key} is not a tensor of {form.quant_type} weights, which the config of the checkpoint names"
-        )
+    main, wanted = _published_layout(layout, entries, form)
     interchange = get_kernel().interchange
     weights: Packed4bitWeights
-    if not per_expert:
-        count, load = form.shape[0], None
+    if layout == "published":
+        load = None
         if share is not None:
             first, count = share.of(form.shape[0])
             load = partial(load_rows, share, first=first, count=count)
             form = replace(form, shape=(count, *target.shape[1:]))
-        tensors = _load_parts(
-            {entry.role.part: entry for entry in entries}, wanted, form, (count, form.projections), load
-        )
+        tensors = _load_parts({entry.role.part: entry for entry in entries}, wanted, form, load, stacked=True)
         weights = interchange.stack_of_published(tensors, form)
         return weights, None
     if share is not None:
@@ -264,20 +255,52 @@ def read_published(
     return weights, activations
 
 
+def check_published(names: Names, target: Target, layout: str, entries: list[Entry], form: Format4bit) -> None:
+    """Checks weights as ``read_published`` does, and makes nothing of them. The entries may be on meta.
+
+    Raises:
+        ValueError: a tensor is missing, superfluous or does not fit. The message names it.
+    """
+    main, wanted = _published_layout(layout, entries, form)
+    if layout == "published":
+        _load_parts({entry.role.part: entry for entry in entries}, wanted, form, stacked=True)
+        return
+    for parts in by_matrix(names, target, [entry for entry in entries if entry.role.part != ACTIVATION_SCALE], main):
+        _load_parts(parts, wanted, form)
+    for entry in entries:
+        if entry.role.part == ACTIVATION_SCALE:
+            _load(entry, torch.float32, (1,))
+
+
+_Tensors: TypeAlias = "Mapping[str, tuple[torch.dtype, tuple[int, ...]]]"
+
+
+def _published_layout(layout: str, entries: list[Entry], form: Format4bit) -> tuple[str, _Tensors]:
+    """Returns the part that every stack or matrix must have, and what each part of a matrix must be."""
+    main = STACK_PARTS[0] if layout == "published" else MATRIX_PARTS[0]
+    for wanted in form.weight_format.published(form):
+        if main in wanted:
+            return main, wanted
+    raise ValueError(
+        f"{entries[0].key} is not a tensor of {form.quant_type} weights, which the config of the checkpoint names"
+    )
+
+
 def _load_parts(
     parts: dict[str, Entry],
-    wanted: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    wanted: _Tensors,
     form: Format4bit,
-    stack: tuple[int, int] | None = None,
     load: Callable[[Entry], Tensor] | None = None,
+    *,
+    stacked: bool = False,
 ) -> dict[str, Tensor]:
-    """Loads the tensors of a stack or a matrix.
+    """Loads the tensors of a matrix, or of a stack of the experts and projections of ``form``.
 
     Args:
         parts: the entries by part.
         wanted: the dtype and the shape of each part of a matrix.
-        stack: the numbers of experts and projections that a tensor holds; None for one matrix.
         load: what loads an entry, if not all of it is wanted.
+        stacked: whether a tensor is for a stack.
     """
     entry = next(iter(parts.values()))
     base = entry.key.removesuffix(entry.role.part)
@@ -288,7 +311,7 @@ def _load_parts(
     for part, (dtype, shape) in wanted.items():
         if part not in parts:
             raise ValueError(f"{base}{part} is missing, without which {form.quant_type} weights cannot be read")
-        whole = shape if stack is None else (stack[0], stack[1] * shape[0], *shape[1:])
+        whole = (form.shape[0], form.projections * shape[0], *shape[1:]) if stacked else shape
         tensors[part] = _load(parts[part], dtype, whole, load)
     return tensors
 

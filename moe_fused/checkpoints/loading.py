@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM
 
 from moe_fused.memory import skeleton
+from moe_fused.quantized import content_of, quantization_of
 
 from .complete import check_complete, check_problems, problems_of
 from .files import Pickled, find_weights, read_tensors
 from .finite import check_finite, weights_of
 from .places import read_object
 from .share import Share
-
-
-def quantization_of(config: Any) -> Mapping[str, Any] | None:
-    """Returns the quantization in a model's config, or None for a dense model."""
-    value = getattr(config, "quantization_config", None)
-    if value is None:
-        value = getattr(config.get_text_config(), "quantization_config", None)
-    if value is None or isinstance(value, Mapping):
-        return value
-    result: Mapping[str, Any] = value.to_dict()
-    return result
-
-
-def is_4bit(config: Any) -> bool:
-    """Whether a config says that the checkpoint is in bitsandbytes' 4 bits."""
-    quantization = quantization_of(config) or {}
-    return quantization.get("quant_method", "bitsandbytes") == "bitsandbytes" and bool(
-        quantization.get("load_in_4bit") or quantization.get("_load_in_4bit")
-    )
-
 
 # Checkpoints that this process has found complete, with the names, times and sizes of their files.
 _complete: set[tuple[object, ...]] = set()
@@ -70,8 +51,9 @@ def check_checkpoint(
             )
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
-    if quantization_of(config) is None or is_4bit(config):
-        check_complete(skeleton(config), tensors, name, quantized=is_4bit(config), packs=packs)
+    quantization = quantization_of(config)
+    if content_of(config) is None or quantization is not None:
+        check_complete(skeleton(config), tensors, name, quantization=quantization, packs=packs)
     _complete.add(key)
 
 

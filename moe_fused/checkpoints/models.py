@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 import torch
 
-from moe_fused.quantized import check_quantization
+from moe_fused.quantized import check_quantization, quantization_of
 from moe_fused.staging import check_writable, staged_directory
 
 from .architecture import ORIGINAL_CLASSES, Architecture
@@ -190,9 +190,9 @@ def plan_model(
     config = read_config(source)
     check_quantization("SOURCE", str(source), config)
     tensors = read_checkpoint(source)
-    architecture, quantized = Architecture.read(source, config), "quantization_config" in config
-    checkpoint = Checkpoint(architecture, tensors, quantized)
-    check_complete(architecture.model, tensors, str(source), quantized=quantized, packs=True)
+    architecture, quantization = Architecture.read(source, config), quantization_of(config)
+    checkpoint = Checkpoint(architecture, tensors, quantization is not None)
+    check_complete(architecture.model, tensors, str(source), quantization=quantization, packs=True)
     check_json(source, other_files(source))
     if dequantize and not checkpoint.packed:
         raise ValueError(f"{source} has no 4-bit tensors that could be dequantized")

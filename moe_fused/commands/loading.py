@@ -25,12 +25,12 @@ from moe_fused.checkpoints.adapters.fits import (
 from moe_fused.checkpoints.architecture import CONFIG
 from moe_fused.checkpoints.files import check_json
 from moe_fused.checkpoints.finite import check_finite
-from moe_fused.checkpoints.loading import check_checkpoint, load_pretrained, quantization_of
+from moe_fused.checkpoints.loading import check_checkpoint, load_pretrained
 from moe_fused.checkpoints.models import other_files
 from moe_fused.checkpoints.places import check_replaceable, read_object
 from moe_fused.integrations.transformers.forward import IMPLEMENTATION
 from moe_fused.memory import skeleton
-from moe_fused.quantized import check_quantization
+from moe_fused.quantized import check_quantization, quantization_of
 from moe_fused.staging import check_writable, staged_directory
 
 from .options import check_source, check_vocabulary, require_4bit, require_peft
@@ -135,8 +135,9 @@ def load_model(model: str, dtype: torch.dtype | str, device: torch.device, quant
     moe_fused.enable()
     config = read_config(model)
     options: dict[str, Any] = {"dtype": dtype, "experts_implementation": IMPLEMENTATION, "quantization": quantization}
-    in_4bit = quantization is not None or is_quantized(config)
-    if in_4bit:
+    found = quantization_of(config)
+    in_4bit = quantization is not None or found is not None
+    if in_4bit and not (found is not None and found.is_published):
         require_4bit("a model in 4 bits")
     if in_4bit or importlib.util.find_spec("accelerate") is not None:
         options["device_map"] = {"": device}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from moe_fused.quantized import PUBLISHED
 
 from .options import (
     DryRun,
@@ -26,6 +29,23 @@ from .options import (
 class QuantType(str, Enum):
     NF4 = "nf4"
     FP4 = "fp4"
+    MXFP4 = "mxfp4"
+    NVFP4 = "nvfp4"
+
+    @property
+    def is_published(self) -> bool:
+        return self.value in PUBLISHED
+
+
+class Format(str, Enum):
+    """What ``--format`` takes: a format, or a layout, for which older versions had this option."""
+
+    NF4 = "nf4"
+    FP4 = "fp4"
+    MXFP4 = "mxfp4"
+    NVFP4 = "nvfp4"
+    PER_EXPERT = "per-expert"
+    FUSED = "fused"
 
 
 class Layout(str, Enum):
@@ -38,14 +58,29 @@ class Layout(str, Enum):
 def quantize(
     model: Model,
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Directory to make.")],
-    quant_type: Annotated[QuantType, typer.Option(help="4-bit format of the weights.")] = QuantType.NF4,
+    formats: Annotated[
+        list[Format] | None,
+        typer.Option(
+            "--format",
+            "--quant-type",
+            help="4-bit format: nf4 and fp4 as bitsandbytes has them, for linear layers and experts; mxfp4 and nvfp4 as "
+            "gpt-oss and compressed-tensors have them, for experts alone. A layout is taken for --layout.  [default: nf4]",
+        ),
+    ] = None,
     double_quant: Annotated[
-        bool, typer.Option("--double-quant/--no-double-quant", help="Store the scales of the blocks in 8 bits.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--double-quant/--no-double-quant",
+            help="Store the scales of nf4 and fp4 in 8 bits.  [default: double-quant]",
+        ),
+    ] = None,
     layout: Annotated[
-        Layout,
-        typer.Option("--format", help="per-expert: every tool reads it; fused: loads faster, but only with moe-fused."),
-    ] = Layout.PER_EXPERT,
+        Layout | None,
+        typer.Option(
+            help="Layout of nf4 and fp4. per-expert: every tool reads it; fused: loads faster, but only with moe-fused.  "
+            "[default: per-expert]"
+        ),
+    ] = None,
     dtype: Annotated[
         Dtype, typer.Option(help="Dtype to compute in, and dtype of the weights that stay dense.")
     ] = Dtype.BFLOAT16,
@@ -55,12 +90,18 @@ def quantize(
     dry_run: DryRun = False,
     traceback: Traceback = False,
 ) -> None:
-    """Quantize the linear layers and experts of a model to 4 bits as bitsandbytes does, in blocks of 64 weights.
+    """Quantize the experts of a model to 4 bits, and for bitsandbytes' formats its linear layers, too.
 
     The device needs memory for the result and one layer. The tokenizer and the generation config are copied.
     """
     del traceback  # read by console.run, which prints errors
-    require_4bit("quantize")
+    quant_type, layout = _chosen(formats or (), layout)
+    if quant_type.is_published:
+        for option, given in (("--double-quant", double_quant), ("--layout", layout)):
+            if given is not None:
+                raise ValueError(f"{option} has no effect on {quant_type.value}: leave it out")
+    else:
+        require_4bit("quantize")
     config = read_source("MODEL", model, "config.json")
     check_output(model, output, overwrite)
     if config is not None and config.get("quantization_config"):
@@ -69,7 +110,35 @@ def quantize(
     if not dry_run:
         check_weights("MODEL", model)
     with writing("OUTPUT", output, overwrite, dry_run):
-        _quantize(model, output, quant_type, double_quant, layout, dtype, device, max_shard_size, overwrite, dry_run)
+        _quantize(
+            model,
+            output,
+            quant_type,
+            double_quant is not False,
+            layout or Layout.PER_EXPERT,
+            dtype,
+            device,
+            max_shard_size,
+            overwrite,
+            dry_run,
+        )
+
+
+def _chosen(formats: Sequence[Format], layout: Layout | None) -> tuple[QuantType, Layout | None]:
+    """Returns the format and the layout that the options ask for.
+
+    Raises:
+        ValueError: they ask for several.
+    """
+    kinds = {member.value for member in QuantType}
+    quant_types = dict.fromkeys(QuantType(each.value) for each in formats if each.value in kinds)
+    layouts = dict.fromkeys([Layout(each.value) for each in formats if each.value not in kinds])
+    if layout is not None:
+        layouts[layout] = None
+    for option, values in (("--format", quant_types), ("--layout", layouts)):
+        if len(values) > 1:
+            raise ValueError(f"{option} must be given once, got {' and '.join(each.value for each in values)}")
+    return next(iter(quant_types), QuantType.NF4), next(iter(layouts), None)
 
 
 def _quantize(
@@ -88,7 +157,8 @@ def _quantize(
 
     import moe_fused
     from moe_fused.devices import choose_device
-    from moe_fused.integrations.quantizer.packed_experts import four_bit_config
+    from moe_fused.integrations.quantizer.configs import config_for
+    from moe_fused.memory import skeleton as make
 
     from .loading import (
         check_model,
@@ -104,50 +174,72 @@ def _quantize(
     if is_quantized(config):
         raise ValueError(f"MODEL {model} is quantized already; `moe-fused convert model` changes its layout")
     compute: torch.dtype = getattr(torch, dtype.value)
-    dense, packed = _sizes(config, compute, double_quant)
+    skeleton = make(config)
+    _check_experts(skeleton, quant_type)
+    dense, packed = _sizes(skeleton, compute, quant_type, double_quant)
+    kind = "experts as published" if quant_type.is_published else f"experts {layout.value}"
     print(f"model   {model}: {dense / 1e9:.3g} GB in {dtype.value}")
-    print(f"output  {output}: {packed / 1e9:.3g} GB in {quant_type.value}, experts {layout.value}")
+    print(f"output  {output}: {packed / 1e9:.3g} GB in {quant_type.value}, {kind}")
     check_target(model, output, packed, max_shard_size)
     check_model(model, config, packs=True)
     if note := generation_note(model):
         print(f"note: {note}")
     if dry_run:
         return
-    quantization = four_bit_config(compute, quant_type.value, double_quant)
+    quantization = config_for(quant_type.value, skeleton, compute, double_quant=double_quant)
     loaded: Any = load_model(model, compute, chosen, quantization)
-    moe_fused.save_format(loaded, "fused" if layout is Layout.FUSED else "per_expert")
+    if not quant_type.is_published:
+        moe_fused.save_format(loaded, "fused" if layout is Layout.FUSED else "per_expert")
     save_model(loaded, model, output, overwrite, packed, max_shard_size)
     print(f"quantized to {output}")
 
 
-def _sizes(config: Any, dtype: Any, double_quant: bool) -> tuple[int, int]:
-    """Returns the size of the weights in bytes, dense and in 4 bits.
+def _check_experts(skeleton: Any, quant_type: QuantType) -> None:
+    """Raises ValueError if none of a model's experts can be held in a format, or not all in one that needs all of them."""
+    from moe_fused.integrations.quantizer.configs import has_stacks_alone
+    from moe_fused.integrations.quantizer.packed_experts import packing_refusal
+    from moe_fused.integrations.transformers.experts_module import is_experts
 
-    Raises:
-        ValueError: none of the model's experts can be held in 4 bits.
-    """
+    experts = [module for module in skeleton.modules() if is_experts(module)]
+    refusals = [packing_refusal(module, quant_type.value) for module in experts]
+    dense = {reason for reason in refusals if reason is not None}
+    if None not in refusals or (dense and quant_type.is_published):
+        what = "4 bits" if not quant_type.is_published else quant_type.value
+        reason = ", ".join(sorted(dense)) or "it has none"
+        raise ValueError(f"the experts of {type(skeleton).__name__} cannot be held in {what}: {reason}")
+    if quant_type is QuantType.NVFP4 and has_stacks_alone(skeleton):
+        raise ValueError(
+            f"a {type(skeleton).__name__} cannot be saved in nvfp4: its checkpoints have no matrix for each expert; use "
+            "--format mxfp4"
+        )
+
+
+def _sizes(skeleton: Any, dtype: Any, quant_type: QuantType, double_quant: bool) -> tuple[int, int]:
+    """Returns the size of the weights in bytes, dense and in 4 bits."""
     from torch import nn
 
-    from moe_fused.integrations.quantizer.packed_experts import BLOCKSIZE, packing_refusal
-    from moe_fused.integrations.transformers.experts_module import projections_of
-    from moe_fused.memory import skeleton as make
+    from moe_fused.hub import get_kernel
+    from moe_fused.integrations.quantizer.packed_experts import BLOCKSIZE, blocksize_of, packing_refusal, target_of
+    from moe_fused.integrations.transformers.experts_module import is_experts, projections_of
 
-    skeleton = make(config)
-    experts = [module for module in skeleton.modules() if hasattr(type(module), "_apply_gate")]
-    refusals = [packing_refusal(module) for module in experts]
-    if None not in refusals:
-        reason = ", ".join(sorted({reason for reason in refusals if reason})) or "it has none"
-        raise ValueError(f"the experts of {type(skeleton).__name__} cannot be held in 4 bits: {reason}")
+    quantized = nbytes = 0
     head = skeleton.get_output_embeddings()
-    quantized = sum(
-        getattr(module, name).numel()
-        for module, refusal in zip(experts, refusals, strict=True)
-        if refusal is None
-        for name in projections_of(module)
-    )
-    quantized += sum(
-        module.weight.numel() for module in skeleton.modules() if isinstance(module, nn.Linear) and module is not head
-    )
+    for path, module in skeleton.named_modules():
+        if is_experts(module) and packing_refusal(module, quant_type.value) is None:
+            for name in projections_of(module):
+                target = target_of(path, module, name, quant_type.value)
+                form = get_kernel().Format4bit(
+                    target.shape,
+                    quant_type.value,
+                    blocksize_of(quant_type.value),
+                    None if quant_type.is_published else double_quant,
+                    target.projections,
+                )
+                quantized += getattr(module, name).numel()
+                nbytes += sum(rows * columns for rows, columns in form.storage().values())
+        elif isinstance(module, nn.Linear) and module is not head and not quant_type.is_published:
+            quantized += module.weight.numel()
+            # A scale for each block, of 4 bytes, or of 1 if they have scales of their own.
+            nbytes += round(module.weight.numel() * (0.5 + (1 if double_quant else 4) / BLOCKSIZE))
     numel = sum(parameter.numel() for parameter in skeleton.parameters())
-    scale = 1 if double_quant else 4  # bytes for the scale of a block; the scales of these scales take a 64th of that
-    return numel * dtype.itemsize, round((numel - quantized) * dtype.itemsize + quantized * (0.5 + scale / BLOCKSIZE))
+    return numel * dtype.itemsize, (numel - quantized) * dtype.itemsize + nbytes

@@ -205,11 +205,7 @@ def _differences(run: ResolvedRun, found: Measured) -> Iterator[str]:
 
 def _weights(run: ResolvedRun) -> str:
     """Names the format of the weights."""
-    if run.quantize_to is not None or not run.is_4bit:
-        return run.quantize_to or "bf16"
-    config = run.config.quantization_config
-    given = config if isinstance(config, dict) else config.to_dict()
-    return str(given.get("bnb_4bit_quant_type"))
+    return run.quant_type or "bf16"
 
 
 def _words(seconds: float) -> str:

@@ -107,7 +107,7 @@ def choices(run: ResolvedRun, kinds: Collection[Kind]) -> Table:
     beta = f", beta {run.beta:g}" if options.has_preferences else ""
     chosen = {
         "method": f"{options.method}{beta}",
-        "weights": f"{run.quantize_to}, double quantization" if run.quantize_to else "as in the checkpoint",
+        "weights": _weights(run),
         "computation": str(run.dtype).removeprefix("torch."),
         **_adapters(run),
         "dropout of adapters": f"{options.lora_dropout:g}",
@@ -140,6 +140,13 @@ def _step(batching: Batching) -> str:
     batches = f"1 batch of {rows}" if batching.accumulation == 1 else f"{batching.accumulation} batches of {rows} each"
     share = f" on each of {batching.processes} processes" if batching.processes > 1 else ""
     return f"{batches}{share}, at most {batching.step_tokens:,} tokens"
+
+
+def _weights(run: ResolvedRun) -> str:
+    """Names the format of the weights."""
+    if run.quantize_to is None:
+        return "as in the checkpoint"
+    return f"{run.quantize_to}, double quantization" if run.linears_in_4bit else f"experts in {run.quantize_to}"
 
 
 def _adapters(run: ResolvedRun) -> Table:

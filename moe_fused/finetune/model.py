@@ -24,7 +24,7 @@ def load_config(options: Options) -> Any:
 
     Raises:
         FileNotFoundError: There is no such model.
-        NotImplementedError: Its checkpoint is quantized, but not to bitsandbytes' 4 bits.
+        NotImplementedError: Its checkpoint is quantized in a way that is not read.
     """
     from transformers import AutoConfig
 
@@ -114,7 +114,7 @@ def load_model(setup: ModelSetup) -> Any:
     """
     from moe_fused.checkpoints.loading import load_pretrained, share_of
     from moe_fused.checkpoints.share import taking
-    from moe_fused.integrations.quantizer.packed_experts import four_bit_config
+    from moe_fused.integrations.quantizer.configs import config_for
 
     moe_fused.enable()
     options, process, share = setup.options, setup.process, None
@@ -124,7 +124,9 @@ def load_model(setup: ModelSetup) -> Any:
         share = share_of(
             options.model, name, rank, processes, device=setup.device, dtype=setup.dtype, revision=options.revision
         )
-    quantization = None if setup.quantize_to is None else four_bit_config(setup.dtype, setup.quantize_to)
+    quantization = None
+    if setup.quantize_to is not None:
+        quantization = config_for(setup.quantize_to, setup.skeleton, setup.dtype)
     with taking(share):
         return load_pretrained(
             options.model,

@@ -41,7 +41,7 @@ def _next_commands(setup: ModelSetup) -> Iterator[str]:
         in_4bit = " --load-in-4bit"
     elif setup.quantize_to is not None:  # generate does not quantize to other formats
         base = _free(f"{Path(source).name}-{setup.quantize_to}")
-        yield f"moe-fused quantize {_word(source)} {_word(base)} --quant-type {setup.quantize_to}"
+        yield f"moe-fused quantize {_word(source)} {_word(base)} --format {setup.quantize_to}"
     yield f'moe-fused generate {_word(base)} --adapter {_word(output)}{in_4bit} --prompt "..."'
     if options.export != "per-expert" and refusal(setup) is None and not is_read_as_it_is(setup):
         yield conversion(setup, output, _free(f"{output}-per-expert"))

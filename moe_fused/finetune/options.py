@@ -22,7 +22,7 @@ from .mixture import Datasets, Part, check_form, check_parts, parts_of, written
 from .words import as_yaml
 
 Method = Literal["sft", "dpo", "ipo", "kto"]
-Quantization = Literal["nf4", "fp4", "none"]
+Quantization = Literal["auto", "nf4", "fp4", "mxfp4", "nvfp4", "none"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Packing = Literal["auto", "bfd", "bfd_split", "wrapped", "none"]
 Export = Literal["none", "per-expert", "original"]
@@ -110,10 +110,13 @@ class Options:
     quantization: Annotated[
         Quantization,
         Help(
-            "4-bit format for experts and linear layers, with double quantization; none keeps them in --dtype.",
+            "4-bit format of the experts. nf4 and fp4, as bitsandbytes has them with double quantization, are for linear "
+            "layers, too; mxfp4 and nvfp4 leave these in --dtype, and none leaves all weights in it. Experts that are in 4 "
+            "bits in the checkpoint stay as they are.",
+            shown="what the checkpoint has; nf4 if it is dense",
             shapes_run=True,
         ),
-    ] = "nf4"
+    ] = "auto"
     dtype: Annotated[
         Dtype,
         Help(

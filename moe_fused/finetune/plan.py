@@ -164,6 +164,7 @@ def workload_of(run: ResolvedRun) -> Workload:
         length=joined * batching.length,
         accumulation=batching.accumulation,
         quantized=run.is_4bit,
+        quant_type=run.quant_type or "nf4",
         itemsize=run.dtype.itemsize,
         adapter_itemsize=run.adapter_dtype.itemsize,
         factors=None if run.start is None else run.start.factors,
@@ -201,7 +202,7 @@ def _notes(sizes: Sizes, work: Workload) -> Iterator[str]:
     for kind in sizes.recurrent:
         mixer, count = kind.mixer, f"{kind.layers} layer{'s' if kind.layers > 1 else ''} of {kind.mixer.title}"
         if mixer.package in work.packages:
-            if mixer.needs_dense and work.quantized:
+            if mixer.needs_dense and work.linears_in_4bit:
                 raise ValueError(
                     f"{mixer.distribution} computes {count} and cannot read their weights in 4 bits: uninstall it, or use "
                     "--quantization none"
@@ -211,7 +212,7 @@ def _notes(sizes: Sizes, work: Workload) -> Iterator[str]:
         plain = (
             f"Transformers computes {count} in plain torch, and each keeps {_gib(mixer.kept(work))} for its backward"
         )
-        if work.gpu and not (mixer.needs_dense and work.quantized):
+        if work.gpu and not (mixer.needs_dense and work.linears_in_4bit):
             yield f"note: {plain}; the kernels of `pip install {mixer.distribution}` keep less and are faster"
         else:
             yield plain

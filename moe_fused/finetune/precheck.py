@@ -20,7 +20,7 @@ from typing import Any
 from moe_fused.checkpoints.adapters.names import names_gpt_oss
 from moe_fused.checkpoints.places import ADAPTER_CONFIG, CONFIG, read_config
 from moe_fused.commands.options import check_device, check_source, check_weights, read_source
-from moe_fused.quantized import check_quantization
+from moe_fused.quantized import check_quantization, quantization_of
 
 from .handed_through import check_handed_through
 from .options import DEFAULTS, MAPPINGS, OF_ADAPTERS, Options, flag
@@ -366,7 +366,7 @@ def _why_unused(options: Options) -> Iterator[tuple[str, str]]:
     if Path(options.model).is_dir():
         yield "revision", f"--model {options.model} is a directory"
         held = _four_bit_format(Path(options.model))
-        if held not in (None, options.quantization):
+        if held is not None and options.quantization not in ("auto", held):
             yield "quantization", f"--model {options.model} is in 4 bits already, as {held}"
     if options.repository is None:
         yield "private", "there is no --push-to-hub"
@@ -400,8 +400,7 @@ def _takes_no(field: str, dataset: str) -> str | None:
 def _four_bit_format(model: Path) -> str | None:
     """The 4-bit format of a model in a directory; None if it is not in 4 bits, or has no config that can be read."""
     try:
-        quantization = read_config(model).get("quantization_config")
+        found = quantization_of(read_config(model))
     except (OSError, ValueError):
         return None
-    found = quantization.get("bnb_4bit_quant_type") if isinstance(quantization, dict) else None
-    return found if isinstance(found, str) else None
+    return None if found is None else found.quant_type

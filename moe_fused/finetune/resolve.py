@@ -27,6 +27,7 @@ from torch import nn
 
 from moe_fused.devices import choose_device
 from moe_fused.memory import is_named, skeleton
+from moe_fused.quantized import PUBLISHED, QuantType, quantization_of
 from moe_fused.recurrent import packages
 
 from . import attention
@@ -147,7 +148,8 @@ class ModelSetup:
         start: The adapter that the run goes on from, which says which layers it adapts. None for a new one.
         quantize_to: The 4-bit format to which weights are quantized while they are loaded. None if they are in 4 bits
             already, or stay as they are.
-        is_4bit: Whether experts and linear layers are in 4 bits, from the checkpoint or because of ``quantize_to``.
+        quant_type: The 4-bit format of the experts, from the checkpoint or because of ``quantize_to``. None if they are
+            dense.
         liger: Whether Liger's rotary embeddings and norms are used.
         packages: The packages that compute recurrent layers, of those that Transformers takes. There are none on a CPU.
         is_random: Whether two passes over the same batch differ, because something is dropped or jittered.
@@ -173,8 +175,8 @@ class ModelSetup:
     shared_expert_alpha: float
     whole: WholeModules
     start: StartingAdapter | None
-    quantize_to: str | None
-    is_4bit: bool
+    quantize_to: QuantType | None
+    quant_type: QuantType | None
     liger: bool
     packages: frozenset[str]
     is_random: bool
@@ -184,6 +186,16 @@ class ModelSetup:
     def output(self) -> Path:
         """The directory of the run."""
         return self.options.output_directory
+
+    @property
+    def is_4bit(self) -> bool:
+        """Whether experts are in 4 bits."""
+        return self.quant_type is not None
+
+    @property
+    def linears_in_4bit(self) -> bool:
+        """Whether linear layers are in 4 bits, too."""
+        return self.quant_type is not None and self.quant_type not in PUBLISHED
 
     @property
     def linear_modules(self) -> tuple[str, ...]:
@@ -303,8 +315,11 @@ def _set_up(
     start: StartingAdapter | None,
 ) -> ModelSetup:
     dtype = _dtype(options, device)
-    in_4bit = getattr(config, "quantization_config", None) is not None
-    quantizes = options.quantization != "none" and not in_4bit
+    held, wanted = quantization_of(config), options.quantization
+    quantize_to: QuantType | None = None
+    if held is None and wanted != "none":
+        quantize_to = "nf4" if wanted == "auto" else wanted
+    quant_type = held.quant_type if held is not None else quantize_to
     setup = ModelSetup(
         options=options,
         process=process,
@@ -323,15 +338,17 @@ def _set_up(
         attention_alpha=_alpha(options.attention_alpha, options.attention_rank or 1),
         expert_alpha=_alpha(options.expert_alpha, options.expert_rank),
         shared_expert_alpha=_alpha(options.shared_expert_alpha, options.shared_expert_rank),
-        whole=_whole(options, model, dtype, start, in_4bit=quantizes or in_4bit),
+        whole=_whole(options, model, dtype, start, in_4bit=quant_type is not None and quant_type not in PUBLISHED),
         start=start,
-        quantize_to=options.quantization if quantizes else None,
-        is_4bit=quantizes or in_4bit,
+        quantize_to=quantize_to,
+        quant_type=quant_type,
         liger=_liger(options, config, device),
         packages=packages() if device.type == "cuda" else frozenset(),
         is_random=bool(options.lora_dropout) or has_random_layers(config) or _has_noise(options),
         layout_refusals={layout: apart_refusal(options.model, config, model, layout) for layout in _LAYOUTS},
     )
+    if quant_type in PUBLISHED and (dense := _experts_that_stay_dense(model, quant_type)) is not None:
+        raise ValueError(f"--model {options.model} cannot be held in {quant_type}: the experts of {dense}")
     check_export(options, setup.layout_refusals.get(options.export))
     if start is not None and options.export != "none" and not setup.ranks.expert:
         raise ValueError(f"--export {options.export} is a layout of adapters on experts, but {start.name} has none")
@@ -346,10 +363,10 @@ def shard_refusal(setup: ModelSetup, processes: int) -> str | None:
     experts = [int(module.num_experts) for module in setup.skeleton.modules() if hasattr(type(module), "_apply_gate")]
     if not experts:
         return f"{type(setup.skeleton).__name__} has no experts to divide"
-    if not setup.is_4bit:
+    if setup.quant_type is None:
         return "experts must be in 4 bits, use --quantization nf4"
-    if (dense := _experts_that_stay_dense(setup.skeleton)) is not None:
-        return f"experts must be in 4 bits, and {dense}"
+    if (dense := _experts_that_stay_dense(setup.skeleton, setup.quant_type)) is not None:
+        return f"experts must be in 4 bits, and those of {dense}"
     if setup.options.router_aux_loss > 0:
         return "FSDP2 hides from --router-aux-loss what the routers give, leave one of the two out"
     if setup.dtype is torch.float16:
@@ -359,13 +376,13 @@ def shard_refusal(setup: ModelSetup, processes: int) -> str | None:
     return None
 
 
-def _experts_that_stay_dense(model: Any) -> str | None:
-    """Says which experts of a model cannot be held in 4 bits and why, or returns None."""
+def _experts_that_stay_dense(model: Any, quant_type: QuantType) -> str | None:
+    """Says which experts of a model cannot be held in a format and why, or returns None."""
     from moe_fused.integrations.quantizer.packed_experts import packing_refusal
 
     for module in model.modules():
-        if hasattr(type(module), "_apply_gate") and (reason := packing_refusal(module)) is not None:
-            return f"those of {type(module).__name__} stay dense: {reason}"
+        if hasattr(type(module), "_apply_gate") and (reason := packing_refusal(module, quant_type)) is not None:
+            return f"{type(module).__name__} stay dense: {reason}"
     return None
 
 

@@ -10,6 +10,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_fused.quantized import PUBLISHED
+
 from .adapters import routers_of
 from .markdown import code, fenced
 
@@ -31,7 +33,16 @@ def loading(setup: ModelSetup, directory: str) -> str:
     arguments = [_literal(options.model), f"dtype={dtype}", 'experts_implementation="moe_fused"']
     arguments.insert(1, f"revision={_literal(options.revision)}")
     imports, quantization = "AutoModelForCausalLM, AutoTokenizer", ""
-    if setup.quantize_to is not None:
+    if setup.quantize_to in PUBLISHED:
+        from moe_fused.integrations.quantizer.configs import has_stacks_alone
+
+        arguments.append("quantization_config=quantization")
+        if setup.quantize_to == "mxfp4" and has_stacks_alone(setup.skeleton):
+            imports += ", Mxfp4Config"
+            quantization = "quantization = Mxfp4Config()\n"
+        else:
+            quantization = f'quantization = moe_fused.quantization_config("{setup.quantize_to}")\n'
+    elif setup.quantize_to is not None:
         imports += ", BitsAndBytesConfig"
         arguments.append("quantization_config=quantization")
         quantization = f"""quantization = BitsAndBytesConfig(

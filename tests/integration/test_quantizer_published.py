@@ -20,6 +20,7 @@ import moe_fused
 from moe_fused.checkpoints.share import taking
 from moe_fused.integrations.quantizer import published
 from moe_fused.integrations.quantizer.packed_experts import packed_modules
+from moe_fused.quantized import compressed_quant_type
 
 from .conftest import DEVICE
 from .four_bit import BY_ID, FOUR_BIT, MIXTRAL, load, logits, packed, same_bits, same_state
@@ -346,7 +347,7 @@ def test_other_schemes_are_left_to_transformers() -> None:
             quantization_status="compressed",
         )
         values = json.loads(config.model_dump_json())
-        assert published.quant_type_of(values) is None
+        assert compressed_quant_type(values) is None
         made = AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"].from_dict(values)
         assert type(made).__module__.startswith("transformers.")
         assert type(AUTO_QUANTIZER_MAPPING["compressed-tensors"](made)).__module__.startswith("transformers.")
@@ -398,7 +399,7 @@ def test_our_bytes_are_those_of_the_library(tmp_path: Path) -> None:
             for part, value in compressed(weight, preset_name_to_scheme(scheme, ["Linear"])).items():
                 assert same_bits(saved[key.removesuffix("weight") + part], value), f"{key} {part}"
         values = json.loads((tmp_path / quant_type / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-        assert published.quant_type_of(values) == quant_type
+        assert compressed_quant_type(values) == quant_type
         assert any(re.search(r"self_attn\.q_proj", name) for name in values["ignore"])
 
 

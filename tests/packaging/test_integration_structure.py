@@ -19,7 +19,7 @@ PACKAGE, KERNEL = "moe_fused", "qwen3_moe_fused"
 # those that everything builds on.
 DEPENDENCIES: dict[str, set[str]] = {
     "integrations.transformers": {"hub"},
-    "integrations.quantizer": {"hub", "imports", "checkpoints", "integrations.transformers"},
+    "integrations.quantizer": {"hub", "imports", "checkpoints", "integrations.transformers", "quantized"},
     "integrations.peft": {"hub", "imports", "checkpoints", "integrations.transformers", "integrations.quantizer"},
     "integrations.kernelize": {"hub", "imports", "integrations.transformers", "integrations.peft"},
     "benchmark": set(),

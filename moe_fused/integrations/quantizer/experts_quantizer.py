@@ -114,7 +114,7 @@ class ExpertsQuantizer(HfQuantizer):
         for path, module in model.named_modules():
             if not holds_experts(module) or not should_convert_module(path, self.modules_to_not_convert):
                 continue
-            if reason := packing_refusal(module, quantization.quant_type, quantization.blocksize):
+            if reason := packing_refusal(module, quantization.quant_type):
                 refused[type(module).__name__] = reason
                 continue
             for pattern in getattr(self.quantization_config, self.skip_option, None) or ():

@@ -69,11 +69,11 @@ def packed_modules(model: nn.Module) -> Iterator[tuple[str, Experts]]:
             yield name, module
 
 
-def packing_refusal(module: Experts, quant_type: str = "nf4", blocksize: int = BLOCKSIZE) -> str | None:
+def packing_refusal(module: Experts, quant_type: str = "nf4") -> str | None:
     """Why the weights of ``module`` cannot be held in 4 bits, or None if they can.
 
     Args:
-        quant_type, blocksize: as of the kernel's ``Format4bit``. The default stands for bitsandbytes' formats.
+        quant_type: the kernel's name of the format. The default stands for bitsandbytes' formats.
     """
     if not hasattr(type(module), "_apply_gate"):
         return "it is not under Transformers' experts interface"
@@ -83,10 +83,16 @@ def packing_refusal(module: Experts, quant_type: str = "nf4", blocksize: int = B
     try:
         for name in projections_of(module):
             target = target_of("", module, name, quant_type)
-            format4bit(target.shape, quant_type, blocksize, projections=target.projections)
+            format4bit(target.shape, quant_type, blocksize_of(quant_type), projections=target.projections)
     except ValueError as error:
         return str(error)
     return None
+
+
+def blocksize_of(quant_type: str) -> int:
+    """Returns how many weights share a scale in a model that is held in a format."""
+    sizes = get_kernel().formats.named(quant_type).blocksizes
+    return BLOCKSIZE if BLOCKSIZE in sizes else int(sizes[0])
 
 
 def target_of(path: str, module: Experts, name: str, quant_type: str) -> Target:

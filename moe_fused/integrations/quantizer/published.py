@@ -14,7 +14,6 @@ dequantized while they are loaded. A config with ``dequantize=True`` gets Transf
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,18 +25,13 @@ from transformers.utils import quantization_config as stock_configs
 
 from moe_fused.checkpoints.converter import Quantization
 from moe_fused.checkpoints.names import MATRIX_PARTS
-from moe_fused.hub import get_kernel
+from moe_fused.quantized import COMPRESSED_FORMATS, COMPRESSED_TENSORS, MXFP4, compressed_quant_type
 
 from .conversions import DequantizeLinear
 from .experts_quantizer import ExpertsQuantizer, refuse_offloaded
+from .packed_experts import blocksize_of
 from .saving import modules_not_quantized
 
-MXFP4, COMPRESSED = "mxfp4", "compressed-tensors"
-# For each format of compressed-tensors, the kernel's name of it, and what its config says of the weights.
-_COMPRESSED_FORMATS = {
-    "nvfp4-pack-quantized": ("nvfp4", {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}),
-    "mxfp4-pack-quantized": ("mxfp4", {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}),
-}
 _GPUS_ALONE = "give a device_map of GPUs alone"
 
 
@@ -52,10 +46,10 @@ class CompressedTensorsConfig(stock_configs.CompressedTensorsConfig):
     """
 
     def __init__(self, **fields: Any) -> None:  # Transformers' __init__ needs the library
-        quant_type = quant_type_of(fields)
+        quant_type = compressed_quant_type(fields)
         if quant_type is None:
             raise ValueError(
-                f"the config must be of {' or '.join(_COMPRESSED_FORMATS)} weights, got format {fields.get('format')!r}"
+                f"the config must be of {' or '.join(COMPRESSED_FORMATS)} weights, got format {fields.get('format')!r}"
             )
         self.quant_type = quant_type
         self.quant_method = stock_configs.QuantizationMethod.COMPRESSED_TENSORS
@@ -70,7 +64,7 @@ class CompressedTensorsConfig(stock_configs.CompressedTensorsConfig):
         return list(self.fields.get("ignore") or ())
 
     def to_dict(self) -> dict[str, Any]:
-        return copy.deepcopy(self.fields) | {"quant_method": COMPRESSED}
+        return copy.deepcopy(self.fields) | {"quant_method": COMPRESSED_TENSORS}
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -84,31 +78,9 @@ class _Configs:
 
     @staticmethod
     def from_dict(config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        if quant_type_of(config_dict) is None:
+        if compressed_quant_type(config_dict) is None:
             return stock_configs.CompressedTensorsConfig.from_dict(config_dict, **kwargs)
         return CompressedTensorsConfig(**config_dict)
-
-
-def quant_type_of(config: Mapping[str, Any]) -> str | None:
-    """Returns the kernel's format of a quantization config, or None if the kernel has none for it.
-
-    Args:
-        config: the config as ``config.json`` has it.
-    """
-    if config.get("quant_method") == MXFP4:
-        return MXFP4
-    if config.get("quant_method", COMPRESSED) != COMPRESSED:
-        return None
-    found = {_format_of_group(config, group) for group in (config.get("config_groups") or {}).values()}
-    return found.pop() if len(found) == 1 else None
-
-
-def _format_of_group(config: Mapping[str, Any], group: Any) -> str | None:
-    if not isinstance(group, Mapping):
-        return None
-    name, weights = group.get("format") or config.get("format"), group.get("weights") or {}
-    quant_type, wanted = _COMPRESSED_FORMATS.get(str(name), (None, {}))
-    return quant_type if all(weights.get(key) == value for key, value in wanted.items()) else None
 
 
 def compressed_config(quant_type: str) -> CompressedTensorsConfig:
@@ -118,18 +90,19 @@ def compressed_config(quant_type: str) -> CompressedTensorsConfig:
         quant_type: ``"mxfp4"`` or ``"nvfp4"``.
     """
     (name, weights) = next(
-        (name, weights) for name, (kind, weights) in _COMPRESSED_FORMATS.items() if kind == quant_type
+        (name, weights) for name, (kind, weights) in COMPRESSED_FORMATS.items() if kind == quant_type
     )
     scale_dtype = {"mxfp4": "torch.uint8", "nvfp4": "torch.float8_e4m3fn"}[quant_type]
     group = {
         "targets": ["Linear"],
-        "weights": weights | {"symmetric": True, "dynamic": False, "scale_dtype": scale_dtype, "zp_dtype": scale_dtype},
+        "weights": {**weights}
+        | {"symmetric": True, "dynamic": False, "scale_dtype": scale_dtype, "zp_dtype": scale_dtype},
         "input_activations": None,
         "output_activations": None,
         "format": name,
     }
     return CompressedTensorsConfig(
-        quant_method=COMPRESSED,
+        quant_method=COMPRESSED_TENSORS,
         format=name,
         quantization_status="compressed",
         config_groups={"group_0": group},
@@ -249,8 +222,7 @@ class CompressedExpertsQuantizer(PublishedQuantizer):
 
 
 def _quantization(quantizer: PublishedQuantizer, quant_type: str) -> Quantization:
-    blocksize = get_kernel().formats.named(quant_type).blocksizes[0]
-    return Quantization(quantizer.pre_quantized, quant_type, blocksize, None, quantizer.dtype)
+    return Quantization(quantizer.pre_quantized, quant_type, blocksize_of(quant_type), None, quantizer.dtype)
 
 
 def _mxfp4_quantizer(quantization_config: Any, **kwargs: Any) -> HfQuantizer:
@@ -261,10 +233,10 @@ def _mxfp4_quantizer(quantization_config: Any, **kwargs: Any) -> HfQuantizer:
 
 def _compressed_quantizer(quantization_config: Any, **kwargs: Any) -> HfQuantizer:
     if not isinstance(quantization_config, CompressedTensorsConfig):
-        kind, config = _stock[COMPRESSED], quantization_config
+        kind, config = _stock[COMPRESSED_TENSORS], quantization_config
     elif quantization_config.dequantize:
         fields = quantization_config.to_dict()
-        kind, config = _stock[COMPRESSED], stock_configs.CompressedTensorsConfig(**fields, dequantize=True)
+        kind, config = _stock[COMPRESSED_TENSORS], stock_configs.CompressedTensorsConfig(**fields, dequantize=True)
     else:
         kind, config = CompressedExpertsQuantizer, quantization_config
     quantizer: HfQuantizer = kind(config, **kwargs)
@@ -280,14 +252,14 @@ _CONFIGS: dict[str, Any] = AUTO_QUANTIZATION_CONFIG_MAPPING
 def register() -> None:
     """Puts these quantizers in the place of Transformers' own; a second call changes nothing."""
     if not _stock:
-        _stock.update({method: _QUANTIZERS[method] for method in (MXFP4, COMPRESSED)})
-        _QUANTIZERS.update({MXFP4: _mxfp4_quantizer, COMPRESSED: _compressed_quantizer})
-        _CONFIGS[COMPRESSED] = _Configs
+        _stock.update({method: _QUANTIZERS[method] for method in (MXFP4, COMPRESSED_TENSORS)})
+        _QUANTIZERS.update({MXFP4: _mxfp4_quantizer, COMPRESSED_TENSORS: _compressed_quantizer})
+        _CONFIGS[COMPRESSED_TENSORS] = _Configs
 
 
 def unregister() -> None:
     """Undoes ``register``, and does nothing if that was never called."""
     if _stock:
         _QUANTIZERS.update(_stock)
-        _CONFIGS[COMPRESSED] = stock_configs.CompressedTensorsConfig
+        _CONFIGS[COMPRESSED_TENSORS] = stock_configs.CompressedTensorsConfig
         _stock.clear()
