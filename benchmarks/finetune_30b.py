@@ -5,9 +5,10 @@
     python -m benchmarks.finetune_30b --model gpt-oss-20b --cap-gib 16 --output gpt-oss-20b.json
     python -m benchmarks.finetune_30b --device cpu --quick
 
-``--model`` takes any of ``benchmarks.models``, whose rows bear its name. Weights are random and made on the GPU, one stack
-after the other; nothing is downloaded. The model, its adapters, the optimizer and all kernels but the experts' are the same
-for every implementation; options such as ``--compile`` are for ours alone:
+``--model`` takes any of ``benchmarks.models``, whose rows bear its name. ``--weights mxfp4`` and ``nvfp4`` hold the experts
+in these formats and leave linear layers in bf16; ``composed`` then dequantizes with our own kernel. Weights are random and
+made on the GPU, one stack after the other; nothing is downloaded. The model, its adapters, the optimizer and all kernels but
+the experts' are the same for every implementation; options such as ``--compile`` are for ours alone:
 
 - ``moe_fused``: what ``from_pretrained`` and PEFT give while ``moe_fused`` is enabled, the decoder as CUDA graphs.
 - ``moe_fused_eager``: the same without CUDA graphs, so that the host launches every kernel, as it does for the others.
@@ -57,6 +58,7 @@ from moe_fused.benchmark import harness
 from moe_fused.benchmark.harness import current_environment, release_memory
 from moe_fused.benchmark.layers import Ceilings
 from moe_fused.devices import use_expandable_segments
+from moe_fused.quantized import PUBLISHED
 
 from . import full_model, plot, runner
 from .experts_4bit import QUANT_TYPE
@@ -75,6 +77,7 @@ TOKENS = (1024, 2048, 4096, 8192, 16384)
 QUICK_TOKENS = (16, 64)
 # The recipe of the other implementations: options that may be an advantage are for ours alone.
 PLAIN = Recipe()
+WEIGHTS = (QUANT_TYPE, *PUBLISHED)
 CAP_GIB = 24.0
 SEED = 0
 MEMORY = ("weights", "training", "transient", "reserved", "predicted")
@@ -134,6 +137,7 @@ class Bench:
     device: torch.device
     ceilings: Ceilings
     recipe: Recipe
+    quant_type: str
     cap_gib: float
     steps: int
     kernels: int
@@ -145,7 +149,9 @@ class Bench:
         limit_memory(self.device, None if name == "peft" else self.cap_gib)
         start = time.perf_counter()
         try:
-            model = full_model.build(self.model, self.device, dense_experts=name == "peft", seed=SEED)
+            model = full_model.build(
+                self.model, self.device, dense_experts=name == "peft", quant_type=self.quant_type, seed=SEED
+            )
         except torch.OutOfMemoryError:
             model = None
         if model is None:
@@ -155,7 +161,8 @@ class Bench:
                 save(self._row(name, length, None))
             return {}
         if name == "composed":
-            full_model.run_composed(model)
+            published = self.quant_type in PUBLISHED
+            full_model.run_composed(model, (lambda packed: packed) if published else full_model.as_bitsandbytes)
         elif name in (OURS, EAGER):
             full_model.run_fused(recompute=self.recipe.recompute == "selective")
         weights = sum(value.nbytes for value in full_model.storage(model))
@@ -191,7 +198,7 @@ class Bench:
             tokens=tokens,
             implementation=name,
             phase=PHASE,
-            weights="bf16" if name == "peft" else QUANT_TYPE,
+            weights="bf16" if name == "peft" else self.quant_type,
             ms=measured.ms if measured else None,
             flops=operations,
             peak_mib=measured.memory.get("peak") if measured else None,
@@ -303,6 +310,9 @@ def refusals(model: Model, device: torch.device, recipe: Recipe, trainer: str) -
 
 def main(
     model_name: Annotated[str, typer.Option("--model", help="One of benchmarks.models, by its name.")] = DEFAULT_MODEL,
+    weights: Annotated[
+        str, typer.Option(help=f"Format of the experts: {', '.join(WEIGHTS)}. Writes only to --output.")
+    ] = QUANT_TYPE,
     tokens: Annotated[list[int] | None, typer.Option(help="Tokens of a step; may be given again.", min=2)] = None,
     implementation: Annotated[
         list[str] | None,
@@ -338,6 +348,7 @@ def main(
     (chosen_recompute,) = runner.choices("recompute", [recompute], get_args(Recompute), ())
     (chosen_trainer,) = runner.choices("trainer", [trainer], TRAINERS, ())
     runner.choices("model", [model_name], tuple(BY_NAME), ())
+    runner.choices("weights", [weights], WEIGHTS, ())
     if chosen_trainer == "loop" and BY_NAME[model_name].config().model_type != QWEN3_30B.published.model_type:
         raise typer.BadParameter(f"loop trains Qwen3-MoE alone, {model_name} needs finetune", param_hint="--trainer")
     if chosen_trainer == "finetune" and chosen_recompute != "layers":
@@ -393,6 +404,7 @@ def main(
         or implementation is not None
         or recipe != default
         or trainer != TRAINERS[0]
+        or weights != QUANT_TYPE
         or cap_gib != CAP_GIB
     )
     path = output or (None if partial else shared)
@@ -407,7 +419,7 @@ def main(
             with runner.one_line_errors():
                 write_rows(path, merge(kept, rows))
 
-    bench = Bench(model, chosen, ceilings, recipe, cap_gib, steps, kernels, _set_up(chosen_trainer), console)
+    bench = Bench(model, chosen, ceilings, recipe, weights, cap_gib, steps, kernels, _set_up(chosen_trainer), console)
     losses: dict[str, dict[int, float]] = {}
     try:
         for name in names:

@@ -1,7 +1,8 @@
 """Whole models of any family with random weights in 4 bits, made where they are used; nothing is downloaded.
 
-A model is what ``from_pretrained`` with ``BitsAndBytesConfig(load_in_4bit=True)`` gives while ``moe_fused`` is enabled, made
-with the quantizer's own steps around a loop that draws a weight, quantizes it, and goes on to the next.
+A model is what ``from_pretrained`` gives with ``BitsAndBytesConfig(load_in_4bit=True)``, or with the config of mxfp4 or
+nvfp4, while ``moe_fused`` is enabled. It is made with the quantizer's own steps around a loop that draws a weight, quantizes
+it, and goes on to the next.
 
 bitsandbytes quantizes each stack of experts as one matrix. Experts then share the mean of their scales, which
 ``Packed4bitWeights`` has room for and bitsandbytes needs to dequantize the stack: both multiply with the same bytes. Stacks
@@ -11,7 +12,7 @@ whose scales would not be apart by expert, as those of gpt-oss, are drawn and qu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,13 +22,16 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import AutoHfQuantizer
 
 import moe_fused
-from moe_fused.checkpoints.converter import attach
+from moe_fused.checkpoints.converter import attach, turn
+from moe_fused.checkpoints.names import Target
 from moe_fused.checkpoints.quant_state import quantize_matrix
 from moe_fused.finetune.attention import chosen
-from moe_fused.integrations.quantizer.packed_experts import four_bit_config, get_packed, matrices_per_expert, pin
+from moe_fused.integrations.quantizer.configs import config_for
+from moe_fused.integrations.quantizer.packed_experts import get_packed, pin, target_of
 from moe_fused.integrations.transformers import forward
 from moe_fused.integrations.transformers.experts_module import is_experts, is_packed, projections_of
 from moe_fused.integrations.transformers.forward import IMPLEMENTATION
+from moe_fused.quantized import PUBLISHED
 
 from . import experts_lora
 from .experts_4bit import BLOCKSIZE, QUANT_TYPE, BitsandbytesStack
@@ -45,6 +49,14 @@ STD = 0.02
 
 def _random(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return torch.randn(*shape, generator=generator, device=generator.device, dtype=DTYPE).mul_(STD)
+
+
+def _published_experts(kernel: Any, target: Target, quant_type: str, generator: torch.Generator) -> Any:
+    """A random stack as ``Packed4bitWeights`` in a format that is kept as it is published."""
+    form = kernel.Format4bit(target.shape, quant_type, projections=target.projections, dtype=DTYPE)
+    matrices = (_random(target.matrix_shape, generator) for _ in range(target.shape[0] * target.projections))
+    parts = (form.weight_format.quantize(matrix, form) for matrix in matrices)
+    return kernel.Packed4bitWeights.of_parts(parts, form)
 
 
 def _experts_in_4bit(kernel: Any, shape: Sequence[int], name: str, projections: int, generator: torch.Generator) -> Any:
@@ -140,25 +152,37 @@ def dequantized(weights: Any) -> DequantizedStack:
     return DequantizedStack(torch.cat(matrices).view(weights.shape))
 
 
-StackOf = Callable[[Any], "BitsandbytesStack | DequantizedStack"]
-"""From packed weights to a stack that plain torch multiplies with."""
+StackOf = Callable[[Any], Any]
+"""From packed weights to a stack that plain torch multiplies with, by its ``dequantize()``."""
 
 
-def build(model: Model, device: torch.device, *, dense_experts: bool = False, seed: int = 0, processes: int = 1) -> Any:
-    """A causal language model on ``device``, in bf16 but for its linear layers and experts in 4 bits.
+def build(
+    model: Model,
+    device: torch.device,
+    *,
+    dense_experts: bool = False,
+    quant_type: str = QUANT_TYPE,
+    seed: int = 0,
+    processes: int = 1,
+) -> Any:
+    """A causal language model on ``device``, in bf16 but for its experts in 4 bits and, with nf4, its linear layers.
 
     Matrices are drawn as Transformers initializes them. All else (norms, biases, states of recurrent layers, buffers) is
     what Transformers initializes it to.
 
     Args:
         dense_experts: leaves the experts in bf16, run by Transformers' ``grouped_mm``.
+        quant_type: the format of experts, and whether linear layers are in 4 bits.
         processes: makes the packed experts that the first of so many processes holds, which divide them. Its passes do not
             run before ``finetune.sharding`` has had it.
     """
     kernel = moe_fused.get_kernel()
     (moe_fused.disable if dense_experts else moe_fused.enable)()
-    quantizer = AutoHfQuantizer.from_config(four_bit_config(DTYPE, QUANT_TYPE))
     config = model.config()
+    # Without experts to pack, Transformers' own quantizers for the published formats would refuse the model.
+    quantizes = not (dense_experts and quant_type in PUBLISHED)
+    quantization = config_for(quant_type, model.skeleton, DTYPE)
+    quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False) if quantizes else None
     with torch.device("meta"):
         made: Any = AutoModelForCausalLM.from_config(
             config,
@@ -168,7 +192,8 @@ def build(model: Model, device: torch.device, *, dense_experts: bool = False, se
         )
     made.config.use_cache = False
     dtypes = {name: parameter.dtype for name, parameter in made.named_parameters()}
-    quantizer.preprocess_model(model=made, dtype=DTYPE, device_map={"": device})
+    if quantizer is not None:
+        quantizer.preprocess_model(model=made, dtype=DTYPE, device_map={"": device})
     generator = torch.Generator(device).manual_seed(seed)
     tied: dict[
         int, tuple[nn.Parameter, nn.Parameter]
@@ -179,9 +204,12 @@ def build(model: Model, device: torch.device, *, dense_experts: bool = False, se
                 setattr(module, name, tied[id(parameter)][1])
                 continue
             if is_experts(module) and parameter.dim() == 3 and not dense_experts:
-                projections = matrices_per_expert(module, name)
-                shape = (-(-parameter.shape[0] // processes), *parameter.shape[1:])
-                weights = _experts_in_4bit(kernel, shape, name, projections, generator)
+                target = target_of(path, module, name, quant_type)
+                target = replace(target, shape=(-(-parameter.shape[0] // processes), *target.shape[1:]))
+                if quant_type in PUBLISHED:
+                    weights = _published_experts(kernel, target, quant_type, generator)
+                else:
+                    weights = _experts_in_4bit(kernel, target.shape, name, target.projections, generator)
                 attach(module, name, weights, DTYPE)
             elif parameter.dim() == 1:
                 # The quantizer's linear layers have biases in fp32 until weights are loaded.
@@ -197,11 +225,14 @@ def build(model: Model, device: torch.device, *, dense_experts: bool = False, se
             if buffer.is_meta:
                 module._buffers[name] = torch.zeros_like(buffer, device=device)
         if is_packed(module):
+            if quant_type in PUBLISHED and getattr(module, "is_transposed", False):
+                turn(module)
             pin(module)
     with torch.no_grad():
         made.apply(made._init_weights)
-    quantizer.postprocess_model(made)
-    made.hf_quantizer = quantizer
+    if quantizer is not None:
+        quantizer.postprocess_model(made)
+        made.hf_quantizer = quantizer
     return made.eval()
 
 
@@ -209,7 +240,7 @@ def _matrix(quantizer: Any, model: Any, name: str, parameter: Tensor, generator:
     """A random parameter in the place of one on the meta device, in 4 bits if it is that of a linear layer."""
     # This serves Linear4bit, too, whose weight still has its dense shape here.
     value = _random(parameter.shape, generator)
-    if not quantizer.param_needs_quantization(model, name):
+    if quantizer is None or not quantizer.param_needs_quantization(model, name):
         return nn.Parameter(value.to(parameter.dtype))
     operation = quantizer.get_quantize_ops()
     (packed,) = operation.convert({name: value}, model=model, full_layer_name=name).values()

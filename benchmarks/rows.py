@@ -41,6 +41,7 @@ BASELINES: dict[str, tuple[str, ...]] = {
     "finetune_methods": ("sft", "dpo"),
     "finetune_gpus": ("one_gpu",),
     "experts_lora": ("composed", "peft", "attention_only", "moe_fused_bf16"),
+    "experts_formats": ("moe_fused", "composed_mxfp4", "composed_nvfp4"),
 }
 
 Point = tuple[str, str, str, int, str, int]

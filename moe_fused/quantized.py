@@ -67,7 +67,7 @@ def check_quantization(name: str, model: str, config: Any) -> None:
     content = content_of(config)
     if content is None or _known(content) is not None:
         return
-    method = str(content.get("quant_method") or BITSANDBYTES)
+    method = _method(content)
     kind = "bitsandbytes' 8 bits" if _in_8bit(content) else method
     if content.get("format"):
         kind += f" ({content['format']})"
@@ -106,7 +106,7 @@ def _of_group(content: Mapping[str, Any], group: Any) -> QuantType | None:
 
 
 def _known(content: Mapping[str, Any]) -> CheckpointQuantization | None:
-    method = str(content.get("quant_method") or BITSANDBYTES)
+    method = _method(content)
     if method == MXFP4:
         return CheckpointQuantization(MXFP4, "mxfp4")
     if method == COMPRESSED_TENSORS:
@@ -117,8 +117,14 @@ def _known(content: Mapping[str, Any]) -> CheckpointQuantization | None:
     return None
 
 
+def _method(content: Mapping[str, Any]) -> str:
+    """Returns the quant_method, which is a member of an enumeration in objects of Transformers."""
+    method = content.get("quant_method") or BITSANDBYTES
+    return str(getattr(method, "value", method))
+
+
 def _in_8bit(content: Mapping[str, Any]) -> bool:
-    method = str(content.get("quant_method") or BITSANDBYTES)
+    method = _method(content)
     return bool(content.get("load_in_8bit") or content.get("_load_in_8bit")) or method.endswith("_8bit")
 
 
@@ -137,8 +143,6 @@ def content_of(config: Any) -> Mapping[str, Any] | None:
     for part in parts:
         quantization = part.get("quantization_config")
         if quantization is not None:
-            if isinstance(quantization, Mapping):
-                return quantization
-            content: Mapping[str, Any] = quantization.to_dict()
+            content: Mapping[str, Any] = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
             return content
     return None

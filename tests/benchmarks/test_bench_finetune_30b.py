@@ -10,7 +10,7 @@ import torch
 import typer
 from rich.console import Console
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 from typer.testing import CliRunner
 
 import moe_fused
@@ -23,6 +23,7 @@ from benchmarks.table import render
 from benchmarks.training import Loop, Meter, Recipe, measure, set_up_loop, trained
 from moe_fused.benchmark.harness import compare
 from moe_fused.benchmark.layers import Ceilings
+from moe_fused.integrations.quantizer.configs import config_for
 from moe_fused.integrations.quantizer.packed_experts import PackedConfig, get_packed, packed_modules
 from tests.support import unboxed
 
@@ -73,8 +74,11 @@ def described(model: nn.Module) -> dict[str, tuple]:
     }
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_what_is_built_is_what_would_be_loaded(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "quant_type"),
+    [*((name, "nf4") for name in ARCHITECTURES), ("gpt-oss-20b", "mxfp4"), ("qwen3-30b-a3b", "nvfp4")],
+)
+def test_what_is_built_is_what_would_be_loaded(tmp_path, name, quant_type):
     """Models of all architectures have their biases, buffers and tied weights; what is not drawn has the same values."""
     model = Model(name, BY_NAME[name].config()).tiny()
     torch.manual_seed(0)
@@ -82,25 +86,21 @@ def test_what_is_built_is_what_would_be_loaded(tmp_path, name):
         made = AutoModelForCausalLM.from_config(model.config(), dtype=torch.bfloat16)
     made.save_pretrained(tmp_path)
     moe_fused.enable()
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
+    config = config_for(quant_type, made, torch.bfloat16)
     loaded = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=config, dtype=torch.bfloat16, device_map={"": CPU}
     )
-    built = full_model.build(model, CPU)
+    built = full_model.build(model, CPU, quant_type=quant_type)
     assert described(built) == described(loaded)
     assert [type(module) for module in built.modules()] == [type(module) for module in loaded.modules()]
     for attribute in ("is_quantized", "is_loaded_in_4bit", "quantization_method"):
-        assert getattr(built, attribute) == getattr(loaded, attribute)
+        assert getattr(built, attribute, None) == getattr(loaded, attribute, None)
     assert type(built.hf_quantizer) is type(loaded.hf_quantizer)
     assert built.config._attn_implementation == loaded.config._attn_implementation
     others, ids = dict(packed_modules(loaded)), set()
     for path, experts in packed_modules(built):
         assert type(experts.config) is type(others[path].config) is PackedConfig
+        assert experts.is_transposed == others[path].is_transposed
         for stack in ("gate_up_proj", "down_proj"):
             for kind in ("format", "source_dtype"):
                 assert getattr(experts, f"{stack}_{kind}") == getattr(others[path], f"{stack}_{kind}")
@@ -127,6 +127,27 @@ def test_stacks_that_are_no_single_matrix(tmp_path):
         assert 0.9 * full_model.STD < float(weights.dequantize().float().std()) < 1.1 * full_model.STD
         with pytest.raises(ValueError, match="an offset for each expert"):
             full_model.as_bitsandbytes(weights)
+
+
+def test_published_formats_are_trained(tmp_path):
+    """A step over mxfp4 experts in the kernel has about the loss of one over stock experts in bf16."""
+    output = tmp_path / "rows.json"
+    options = (
+        "--model",
+        "gpt-oss-20b",
+        "--weights",
+        "mxfp4",
+        "--implementation",
+        "moe_fused",
+        "--implementation",
+        "peft",
+    )
+    result = run(*SMOKE, *options, "--output", str(output))
+    assert result.exit_code == 0, unboxed(result)
+    rows = {row.implementation: row for row in read_rows(output)}
+    assert {name: row.weights for name, row in rows.items()} == {"moe_fused": "mxfp4", "peft": "bf16"}
+    losses = [row.details["loss"] for row in rows.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 def test_experts_that_plain_torch_has():
