@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from benchmarks.models import Published
@@ -33,8 +33,8 @@ PACKAGE = "fla"
 
 
 def _marked(model: Published) -> str:
-    """The name of a model, with the mark of the footnote on recurrent layers if it has some."""
-    return model.repository + "⁷" * bool(_recurrent(model))
+    """The name of a model, with the marks of the footnotes on recurrent layers and on MXFP4."""
+    return model.repository + "⁷" * bool(_recurrent(model)) + "⁸" * model.is_mxfp4
 
 
 @functools.cache
@@ -59,7 +59,10 @@ def plans(model: Published, package: str | None = PACKAGE) -> dict[int, list[Mem
     from moe_fused.finetune.resolve import set_up
 
     config = model.config()
-    options = Options(model=model.repository, dataset="data", output="out", memory_limit=NO_LIMIT)
+    quantization: Any = "mxfp4" if model.is_mxfp4 else "auto"
+    options = Options(
+        model=model.repository, dataset="data", output="out", memory_limit=NO_LIMIT, quantization=quantization
+    )
     setup = set_up(options, config, torch.device("cuda"))
     setup = dataclasses.replace(setup, packages=frozenset() if package is None else frozenset({package}))
     longest = config.get_text_config().max_position_embeddings
@@ -143,9 +146,8 @@ def runs_table(models: Sequence[Published]) -> str:
     rows = _rows()
 
     def cells(model: Published) -> Iterable[str]:
-        name = "bf16-model" if model.is_mxfp4 else model.repository
-        yield model.repository
-        yield f"`moe-fused finetune --model {name} --dataset chats.jsonl --output my-adapter`" + "⁸" * model.is_mxfp4
+        yield model.repository + "⁸" * model.is_mxfp4
+        yield f"`moe-fused finetune --model {model.repository} --dataset chats.jsonl --output my-adapter`"
         yield _run(model, rows)
 
     return table(["model", "command", "what was run"], map(cells, models))

@@ -22,7 +22,7 @@ class Published:
         name: The name of its config here, of its rows, and what ``--model`` of the benchmark takes.
         repository: Its repository on the Hub.
         parameters, active: Billions of parameters, and of those that a token uses, with the digits that were published.
-        is_mxfp4: Whether the checkpoint is in MXFP4, which has to become bf16 first.
+        is_mxfp4: Whether the checkpoint has its experts in MXFP4.
     """
 
     name: str

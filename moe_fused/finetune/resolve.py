@@ -236,6 +236,7 @@ class ResolvedRun(ModelSetup):
         attn = "auto" if self.maskless and self.attention == "eager" else self.attention
         return dataclasses.replace(
             self.options,
+            quantization=self.quant_type or "none",
             sequence_length=self.batching.length,
             gradient_accumulation=self.batching.accumulation,
             packing=self.batching.packing,  # type: ignore[arg-type]  # one of the names
@@ -317,6 +318,11 @@ def _set_up(
     dtype = _dtype(options, device)
     held, wanted = quantization_of(config), options.quantization
     quantize_to: QuantType | None = None
+    if held is not None and wanted not in ("auto", held.quant_type):
+        raise ValueError(
+            f"--quantization {wanted} is not possible: --model {options.model} is in 4 bits already, as {held.quant_type}; "
+            "leave it out"
+        )
     if held is None and wanted != "none":
         quantize_to = "nf4" if wanted == "auto" else wanted
     quant_type = held.quant_type if held is not None else quantize_to

@@ -119,8 +119,8 @@ def on_the_fly(quant_type: str, case: ModelCase) -> Any:
     return Mxfp4Config() if case is GPT_OSS else compressed_config(quant_type)
 
 
-def tensors_of(path: Path) -> dict[str, Tensor]:
-    return load_file(path / "model.safetensors")
+def tensors_of(path: Path, file: str = "model.safetensors") -> dict[str, Tensor]:
+    return load_file(path / file)
 
 
 def quantized(weight: Tensor, quant_type: str, projections: int = 1) -> Any:

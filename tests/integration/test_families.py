@@ -455,23 +455,6 @@ def edit_config(model: Path, **values: object) -> None:
     (model / "config.json").write_text(json.dumps(config | values))
 
 
-def save_mxfp4(path: Path) -> Path:
-    """A gpt-oss as published: blocks of 32 numbers of 4 bits with a scale."""
-    save_family(GPT_OSS, path, intermediate_size=32)
-    tensors = {}
-    for name, value in load_file(path / "model.safetensors").items():
-        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            experts, columns, out = value.shape
-            tensors[f"{name}_blocks"] = torch.randint(256, (experts, out, columns // 32, 16), dtype=torch.uint8)
-            tensors[f"{name}_scales"] = torch.full((experts, out, columns // 32), 120, dtype=torch.uint8)
-        else:
-            tensors[name] = value
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    dense = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    edit_config(path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": dense})
-    return path
-
-
 def save_fp8(path: Path) -> Path:
     """A Qwen3-MoE as Qwen publishes it in FP8."""
     save_family(QWEN3_MOE, path)
@@ -489,19 +472,16 @@ def save_fp8(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("save", [save_mxfp4, save_fp8])
-def test_the_way_over_bf16(
-    save: Any, command: Command, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_way_over_bf16(command: Command, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the error says to do does it, weights included."""
-    model = save(tmp_path / "model")
+    model = save_fp8(tmp_path / "model")
     ended = command("finetune", "--model", model, "--dataset", rows, "--output", tmp_path / "adapter")
     assert ended.status == 1
     way = ended.error.partition("make it bf16 first, by ")[2].partition(", and save its tokenizer there")[0]
     monkeypatch.chdir(tmp_path)
-    exec(f"from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config\n{way}", {})
+    exec(f"from transformers import AutoModelForCausalLM, FineGrainedFP8Config\n{way}", {})
     AutoTokenizer.from_pretrained(model).save_pretrained("bf16-model")
-    dequantizer = transformers.Mxfp4Config if save is save_mxfp4 else transformers.FineGrainedFP8Config
+    dequantizer = transformers.FineGrainedFP8Config
     theirs = AutoModelForCausalLM.from_pretrained(
         model, dtype=torch.bfloat16, quantization_config=dequantizer(dequantize=True)
     )
@@ -516,11 +496,11 @@ def test_the_way_over_bf16(
 
 
 OTHERS = {
-    "mxfp4": ({"quant_method": "mxfp4"}, "Mxfp4Config(dequantize=True)"),
     "fp8": ({"quant_method": "fp8"}, "FineGrainedFP8Config(dequantize=True)"),
     "gptq": ({"quant_method": "gptq", "bits": 4}, "give the bf16 or fp16 checkpoint that it was made from"),
     "awq": ({"quant_method": "awq", "bits": 4}, "give the bf16 or fp16 checkpoint that it was made from"),
     "compressed-tensors": ({"quant_method": "compressed-tensors"}, "give the bf16 or fp16 checkpoint"),
+    "modelopt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "with the ModelOptNvfp4Converter"),
     "8 bits": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "give the bf16 or fp16 checkpoint"),
 }
 

@@ -430,7 +430,7 @@ def test_next_of_what_generate_does_not_quantize_to(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     quantize, generate, *_ = next_commands(capsys, Options(model="org/m", output="o", quantization="fp4"))
-    assert quantize[1:] == ["quantize", "org/m", "m-fp4", "--quant-type", "fp4"]
+    assert quantize[1:] == ["quantize", "org/m", "m-fp4", "--format", "fp4"]
     assert generate[1:5] == ["generate", "m-fp4", "--adapter", "o"]
     assert "--load-in-4bit" not in generate
     (generate, *_) = next_commands(capsys, Options(model="org/m", output="o", quantization="none"))

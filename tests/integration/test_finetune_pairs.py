@@ -45,7 +45,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "packing": ("none", "bfd", "bfd_split", "wrapped"),
     "assistant_only_loss": (True,),
     "export": ("per-expert", "original"),
-    "quantization": ("none", "fp4"),
+    "quantization": ("none", "fp4", "mxfp4"),
     "expert_rank": (0,),
     "attention_rank": (0,),
     "attention_modules": (["q_proj"],),

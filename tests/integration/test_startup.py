@@ -115,7 +115,12 @@ MISTAKES = [
         says="--max-shard-size must be a number and KB, MB, GB or TB, such as 500MB or 5GB, got banana",
     ),
     mistake(*QUANTIZE, "--max-shard-size", "0GB", says=("--max-shard-size", "0GB")),
-    mistake(*QUANTIZE, "--quant-type", "int4", says="--quant-type must be one of nf4, fp4, got int4"),
+    mistake(
+        *QUANTIZE,
+        "--quant-type",
+        "int4",
+        says="--format must be one of nf4, fp4, mxfp4, nvfp4, per-expert, fused, got int4",
+    ),
     # merge
     mistake("merge", "model", "adapter", "taken", says="taken exists: choose another path"),
     mistake("merge", "model", "adapter", "packed", says="packed exists: choose another path"),
