@@ -62,13 +62,13 @@ def make_contenders(kernel: ModuleType, names: Sequence[str], layer: Layer, gene
     for quant_type in (BASE, *PUBLISHED):
         if not {ours(quant_type), plain(quant_type)} & set(names):
             continue
-        packed = tuple(
+        up_stack, down_stack = (
             kernel.Packed4bitWeights.quantize(weight, quant_type=quant_type, projections=projections)
             for weight, projections in ((gate_up, 2), (down, 1))
         )
-        stored[quant_type] = sum(stack.nbytes for stack in packed) / layer.parameters
-        reference = _call(_composed(packed, adapters, layer), adapters)
-        calls[ours(quant_type)] = _call(fused(kernel, *packed, adapters).forward, adapters)
+        stored[quant_type] = (up_stack.nbytes + down_stack.nbytes) / layer.parameters
+        reference = _call(_composed(up_stack, down_stack, adapters, layer), adapters)
+        calls[ours(quant_type)] = _call(fused(kernel, up_stack, down_stack, adapters).forward, adapters)
         expected[ours(quant_type)] = reference
         calls[plain(quant_type)] = reference
         expected[plain(quant_type)] = reference
@@ -77,9 +77,9 @@ def make_contenders(kernel: ModuleType, names: Sequence[str], layer: Layer, gene
     return Contenders(chosen, stored.get(BASE, min(stored.values())), f"bytes per parameter: {remark}", expected)
 
 
-def _composed(packed: tuple[Any, ...], adapters: Adapters, layer: Layer) -> Any:
+def _composed(gate_up: Any, down: Any, adapters: Adapters, layer: Layer) -> Any:
     def forward(x: Tensor, index: Tensor, weights: Tensor, recompute: bool) -> Tensor:
-        return composed(x, index, weights, recompute, *packed, adapters, layer.experts)
+        return composed(x, index, weights, recompute, gate_up, down, adapters, layer.experts)
 
     return forward
 
