@@ -247,6 +247,33 @@ def test_an_adapter_is_merged_into_the_format(qwen3: Path) -> None:
     assert torch.equal(merged[name].packed, expected.packed)
 
 
+def _losses(model: PreTrainedModel, steps: int) -> list[float]:
+    """Trains an adapter of the experts on one batch, and returns the loss of each step."""
+    torch.manual_seed(0)
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapted: Any = get_peft_model(model, LoraConfig(r=2, target_parameters=targets))
+    optimizer = torch.optim.AdamW([value for value in adapted.parameters() if value.requires_grad], lr=5e-3)
+    batch, losses = tokens(device=DEVICE), []
+    for _ in range(steps):
+        loss = adapted(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses
+
+
+def test_a_hundred_steps_are_those_of_transformers_experts(gpt_oss: Path, qwen3: Path) -> None:
+    """In fp32, over the dequantized weights."""
+    for path, case in ((gpt_oss, GPT_OSS), (qwen3, QWEN3_MOE)):
+        ours = _losses(load_here(path, case, dtype=torch.float32), 100)
+        dense = load_here(path, case, dtype=torch.float32).dequantize()
+        dense.set_experts_implementation("eager")
+        theirs = _losses(dense, 100)
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=2e-3, atol=2e-3)
+        assert ours[-1] < 0.9 * ours[0]
+
+
 # What is refused, and what is left to Transformers.
 
 
