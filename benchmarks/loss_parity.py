@@ -31,7 +31,7 @@ import math
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,6 +62,7 @@ from .rows import OURS, slug, write_rows
 from .training import Recipe, new_optimizer, trained
 
 NAME = "loss_parity"
+QWEN3 = "qwen3-moe"
 NEEDED = ("accelerate", "bitsandbytes", "peft")
 BF16, DEQUANTIZED = "transformers_bf16", "dequantized"
 # By implementation, how its weights are stored.
@@ -115,6 +116,7 @@ class LossRow:
     seconds: float
     held_out: dict[int, float]
     losses: tuple[float, ...]
+    model: str = QWEN3
 
 
 def docstrings(characters: int) -> tuple[str, str]:
@@ -150,19 +152,29 @@ def corpus_of(texts: tuple[str, str], size: Size, most: int, device: torch.devic
     return Corpus(tokens, windows(held_out, tokenizer, size.sequence_length, device)[:most])
 
 
-def save_base(directory: Path, size: Size, corpus: Corpus) -> float:
-    """Trains the model to adapt and saves it in bf16; returns its loss on held-out text of what it learned."""
+def save_base(directory: Path, size: Size, corpus: Corpus, make: Callable[..., Any] = new_model) -> float:
+    """Trains the model to adapt and saves it in bf16; returns its loss on held-out text of what it learned.
+
+    Args:
+        make: makes the new model, as ``new_model`` does.
+    """
     moe_fused.enable()
     torch.manual_seed(SEED)
-    model: Any = new_model(size, byte_tokenizer(), corpus.train.device)
+    model: Any = make(size, byte_tokenizer(), corpus.train.device)
     history = train(model, corpus, size, SEED, lambda *_: None)
     model.to(torch.bfloat16).save_pretrained(directory)
     return history.held_out[size.steps]
 
 
-def _set_up(directory: Path, device: torch.device) -> ModelSetup:
+def setup_of(directory: Path, device: torch.device, quantization: Any = "auto") -> ModelSetup:
+    """What ``finetune`` decides about a run over the saved model, with one of its values for ``--quantization``."""
     options = Options(
-        model=str(directory), device=device.type, dtype="bfloat16", learning_rate=LEARNING_RATE, seed=SEED
+        model=str(directory),
+        device=device.type,
+        dtype="bfloat16",
+        learning_rate=LEARNING_RATE,
+        seed=SEED,
+        quantization=quantization,
     )
     return set_up(options, load_config(options), device)
 
@@ -194,6 +206,7 @@ class Task:
     """What is the same for all implementations.
 
     Attributes:
+        load: makes the model of an implementation, by its name, of the saved one.
         adapters: what they start from, by name; those of the first to ask, None before.
     """
 
@@ -202,6 +215,7 @@ class Task:
     size: Size
     steps: int
     device: torch.device
+    load: Callable[[str, Path, ModelSetup], Any] = load
     adapters: dict[str, Tensor] | None = None
 
     def run(self, name: str) -> tuple[list[float], dict[int, float]]:
@@ -211,9 +225,9 @@ class Task:
             RuntimeError: the adapters are not those of the other implementations.
             FloatingPointError: a loss is not finite.
         """
-        setup = _set_up(self.directory, self.device)
+        setup = setup_of(self.directory, self.device)
         options = setup.options
-        model = adapt(load(name, self.directory, setup), setup)
+        model = adapt(self.load(name, self.directory, setup), setup)
         parameters = trained(model)
         for parameter in parameters:
             parameter.data = parameter.data.to(setup.adapter_dtype)
@@ -264,10 +278,17 @@ class Task:
         return total.item() / len(held_out)
 
 
-def measure(task: Task, environment: Environment, console: Console) -> Iterator[LossRow]:
-    """A row for each implementation, one after the other."""
+def measure(
+    task: Task, environment: Environment, console: Console, weights_of: Mapping[str, str] = WEIGHTS, model: str = QWEN3
+) -> Iterator[LossRow]:
+    """A row for each implementation, one after the other.
+
+    Args:
+        weights_of: how each stores its weights.
+        model: what the rows call the model.
+    """
     versions = {package: importlib.metadata.version(package) for package in ("transformers", "peft")}
-    for name, weights in WEIGHTS.items():
+    for name, weights in weights_of.items():
         start = time.perf_counter()
         losses, held_out = task.run(name)
         seconds = time.perf_counter() - start
@@ -287,6 +308,7 @@ def measure(task: Task, environment: Environment, console: Console) -> Iterator[
             seconds=round(seconds, 1),
             held_out={step: round(loss, 5) for step, loss in held_out.items()},
             losses=tuple(round(loss, 5) for loss in losses),
+            model=model,
         )
 
 

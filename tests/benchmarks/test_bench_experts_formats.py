@@ -24,7 +24,7 @@ def test_rows_of_all_formats(tmp_path):
     output = tmp_path / "rows.json"
     options = ["--device", "cpu", "--layer", "tiny", "--seconds", "0.001", "--tokens", "8", "--output", str(output)]
     result = CliRunner().invoke(app, options)
-    assert result.exit_code == 0, unboxed(result)
+    assert result.exit_code == 0, unboxed(result.output)
     rows = [row for row in read_rows(output) if row.implementation != "roofline"]
     assert {row.implementation for row in rows} == set(NAMES)
     assert {(row.implementation, row.weights) for row in rows} == set(zip(NAMES, ["nf4", *PUBLISHED * 2], strict=True))

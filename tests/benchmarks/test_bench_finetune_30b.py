@@ -143,7 +143,7 @@ def test_published_formats_are_trained(tmp_path):
         "peft",
     )
     result = run(*SMOKE, *options, "--output", str(output))
-    assert result.exit_code == 0, unboxed(result)
+    assert result.exit_code == 0, unboxed(result.output)
     rows = {row.implementation: row for row in read_rows(output)}
     assert {name: row.weights for name, row in rows.items()} == {"moe_fused": "mxfp4", "peft": "bf16"}
     losses = [row.details["loss"] for row in rows.values()]

@@ -94,7 +94,7 @@ def test_what_is_held_out_is_nowhere_else():
 
 
 def test_bitsandbytes_dequantizes_experts_one_by_one_to_the_same_weights(task):
-    model = loss_parity.load(DEQUANTIZED, task.directory, loss_parity._set_up(task.directory, CPU))
+    model = loss_parity.load(DEQUANTIZED, task.directory, loss_parity.setup_of(task.directory, CPU))
     (_, first), *others = packed_modules(model)
     assert len(others) == QUICK.num_layers - 1
     for name in projections_of(first):
@@ -141,7 +141,7 @@ def test_experts_that_stay_dense_are_refused(tmp_path):
     odd = dataclasses.replace(QUICK, hidden_size=96, intermediate_size=1, steps=1)
     loss_parity.save_base(tmp_path, odd, loss_parity.corpus_of(reference_text(), odd, 1, CPU))
     with pytest.raises(RuntimeError, match="moe_fused must have experts in nf4 in all 2 layers"):
-        loss_parity.load(OURS, tmp_path, loss_parity._set_up(tmp_path, CPU))
+        loss_parity.load(OURS, tmp_path, loss_parity.setup_of(tmp_path, CPU))
 
 
 def test_a_loss_that_is_not_finite_is_an_error(task, monkeypatch):
