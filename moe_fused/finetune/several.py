@@ -106,6 +106,9 @@ class OfSeveral(_Trainer):
             # Not in DistributedDataParallel, which does not see gradients of CUDA graphs. ``peers`` averages them.
             self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
 
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Leaves the model on the device on which it was loaded. Experts that are divided have no memory yet."""
+
     def _base_model(self) -> Any:
         model: Any = self.accelerator.unwrap_model(self.model)
         return model.get_base_model()

@@ -188,6 +188,16 @@ def _store_as_floats() -> None:
     sharding.storage_dtype = lambda _: torch.bfloat16
 
 
+def test_published_formats_are_divided(case: Case) -> None:
+    """Experts in nvfp4, whose scales are other tensors than those of bitsandbytes."""
+    options = ("--quantization", "nvfp4", "--max-steps", "2", "--packing", "none", "--expert-rank", "32")
+    ended = finetune(*case.arguments, "6", *options, "--output", "nvfp4-alone", cwd=case.directory)
+    assert ended.status == 0, ended
+    ended = together(2, *case.arguments, "3", *options, "--shard", "--output", "nvfp4-shared", cwd=case.directory)
+    assert_ended(ended)
+    assert_alike(case.directory / "nvfp4-alone", case.directory / "nvfp4-shared", 2e-4)
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [((2, "--shard"), (1, "--no-shard")), ((1, "--no-shard"), (2, "--shard")), ((2, "--shard"), (3, "--shard"))],
@@ -216,10 +226,25 @@ def test_checkpoints_are_those_of_one_process(
     shutil.rmtree(output)
 
 
+def _rise() -> None:
+    """Makes evaluations worse the later they are. This runs in the process of a command."""
+    from moe_fused.finetune.evaluation import TokenMean
+
+    value = TokenMean.value
+    seen: list[TokenMean] = []
+
+    def later(self: TokenMean) -> float | None:
+        seen.append(self)
+        mean = value(self)
+        return None if mean is None else mean + 10 * len(seen)
+
+    TokenMean.value = later  # type: ignore[method-assign]
+
+
 def test_the_best_adapter_is_written(case: Case) -> None:
-    """With a learning rate with which the loss rises again, the one that is written is not the last one."""
-    options = (*TRAINED, "--keep-best", "--learning-rate", "0.3", "--shard", "--output", "best")
-    ended = together(2, *case.arguments, "1", *options, cwd=case.directory)
+    """If the loss rises again, the adapter that is written is not the last one."""
+    options = (*TRAINED, "--keep-best", "--shard", "--output", "best")
+    ended = together(2, *case.arguments, "1", *options, cwd=case.directory, before=dict.fromkeys(range(2), _rise))
     assert_ended(ended)
     found = evaluations(case.directory / "best")
     best = min(found, key=lambda step: found[step])
