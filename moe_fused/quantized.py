@@ -5,7 +5,7 @@ Nothing heavy is imported here, so commands can ask before torch is imported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -95,6 +95,51 @@ def compressed_quant_type(content: Mapping[str, Any]) -> QuantType | None:
     groups = content.get("config_groups") or {}
     found = {_of_group(content, group) for group in groups.values()}
     return found.pop() if len(found) == 1 else None
+
+
+def compressed_content(quant_type: str, ignore: Iterable[str] = ()) -> dict[str, Any]:
+    """Returns the ``quantization_config`` of a checkpoint of compressed-tensors.
+
+    Args:
+        quant_type: ``"mxfp4"`` or ``"nvfp4"``.
+        ignore: the names of modules that stay dense, or regular expressions after ``re:``.
+    """
+    name, weights = next((name, weights) for name, (kind, weights) in COMPRESSED_FORMATS.items() if kind == quant_type)
+    scale_dtype = {"mxfp4": "torch.uint8", "nvfp4": "torch.float8_e4m3fn"}[quant_type]
+    fixed = {"symmetric": True, "dynamic": False, "scale_dtype": scale_dtype, "zp_dtype": scale_dtype}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**weights, **fixed},
+        "input_activations": None,
+        "output_activations": None,
+        "format": name,
+    }
+    return {
+        "quant_method": COMPRESSED_TENSORS,
+        "format": name,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": list(ignore),
+    }
+
+
+def mxfp4_content(skipped: Iterable[str] = ()) -> dict[str, Any]:
+    """Returns the ``quantization_config`` of a checkpoint with stacks in mxfp4, as gpt-oss has them.
+
+    Args:
+        skipped: the names of modules that stay dense.
+    """
+    return {"quant_method": MXFP4, "modules_to_not_convert": list(skipped)}
+
+
+def with_content(config: Mapping[str, Any], content: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns the content of ``config.json`` with another ``quantization_config``, or with none."""
+    result = {key: value for key, value in config.items() if key != "quantization_config"}
+    if isinstance(text := result.get("text_config"), Mapping):
+        result["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
+    if content is not None:
+        result["quantization_config"] = dict(content)
+    return result
 
 
 def _of_group(content: Mapping[str, Any], group: Any) -> QuantType | None:

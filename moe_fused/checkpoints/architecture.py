@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
+
+from moe_fused.quantized import MXFP4, CheckpointQuantization
 
 from .names import Names, Target, TensorRole
 from .places import CONFIG, read_config
@@ -42,15 +45,22 @@ class Architecture:
     reverse: list[WeightRenaming]
 
     @classmethod
-    def read(cls, directory: Path, config: dict[str, Any]) -> Architecture:
+    def read(
+        cls, directory: Path, config: dict[str, Any], quantization: CheckpointQuantization | None = None
+    ) -> Architecture:
         """Returns the architecture that ``config``, the content of ``config.json`` in ``directory``, describes.
+
+        Args:
+            quantization: how the config says that the checkpoint is quantized. Experts for which there is only one dense
+                layout can be converted if they are in mxfp4, because they can be dequantized.
 
         Raises:
             ValueError: Transformers does not know the model, or the model has no experts that could be converted.
         """
         model = _on_meta(directory, config)
-        _check_convertible(model)
-        result = cls.of(model)
+        if quantization is None or quantization.method != MXFP4:
+            _check_convertible(model)
+        result = cls.of(model, in_rows=quantization is not None and quantization.is_published)
         if not result.names.targets:
             raise ValueError(
                 f"{directory} holds a {type(model).__name__}, which has no experts that could be converted"
@@ -88,11 +98,35 @@ class Architecture:
 
     def target(self, role: TensorRole) -> Target:
         """Returns the parameter that ``role`` belongs to, with the prefix that the checkpoint uses in its name."""
-        prefix = f"{self.names.base_model_prefix}."
-        for name in (role.target, prefix + role.target, role.target.removeprefix(prefix)):
+        for name in self.names.spellings(role.target):
             if name in self.names.targets:
                 return replace(self.names.targets[name], name=role.target)
         raise AssertionError(f"{role.target} was located, but is no target")
+
+    def has(self, name: str) -> bool:
+        """Whether the model has a parameter of that name, with or without the prefix of the base model."""
+        return not self._parameters.isdisjoint(self.names.spellings(name))
+
+    @cached_property
+    def _parameters(self) -> frozenset[str]:
+        return frozenset(name for name, _ in self.model.named_parameters())
+
+    def dense_modules(self) -> list[str]:
+        """Returns the names of modules that a checkpoint whose experts alone are quantized has to name as dense.
+
+        These are linear layers, by their names in the model and in checkpoints, and routers, which Transformers 4 takes for
+        linear layers, by their names in checkpoints.
+        """
+        linears = {path for path, module in self.model.named_modules() if isinstance(module, nn.Linear)}
+        routers = set()
+        for target in self.names.targets:
+            block = target.rpartition(".")[0].rpartition(".")[0]
+            for name, module in self.model.get_submodule(block).named_children():
+                weight = getattr(module, "weight", None)
+                if isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Linear):
+                    routers.add(f"{block}.{name}")
+        stored = {self.in_checkpoint(f"{name}.weight").removesuffix(".weight") for name in linears | routers}
+        return sorted(linears | stored)
 
     def is_ignored(self, name: str) -> bool:
         """Whether Transformers ignores a tensor of that name on purpose, or it belongs to a layer that predicts ahead.

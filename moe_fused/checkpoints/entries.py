@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
@@ -272,15 +272,22 @@ def check_published(names: Names, target: Target, layout: str, entries: list[Ent
             _load(entry, torch.float32, (1,))
 
 
-_Tensors: TypeAlias = "Mapping[str, tuple[torch.dtype, tuple[int, ...]]]"
+# The dtype and the shape of each tensor of a matrix, by the part of its name.
+PublishedTensors: TypeAlias = "Mapping[str, tuple[torch.dtype, tuple[int, ...]]]"
 
 
-def _published_layout(layout: str, entries: list[Entry], form: Format4bit) -> tuple[str, _Tensors]:
+def published_as(form: Format4bit, main: str) -> PublishedTensors | None:
+    """Returns the tensors of a matrix in the way of publishing that has one called ``main``, or None if there is none."""
+    layouts: Iterable[PublishedTensors] = form.weight_format.published(form)
+    return next((layout for layout in layouts if main in layout), None)
+
+
+def _published_layout(layout: str, entries: list[Entry], form: Format4bit) -> tuple[str, PublishedTensors]:
     """Returns the part that every stack or matrix must have, and what each part of a matrix must be."""
     main = STACK_PARTS[0] if layout == "published" else MATRIX_PARTS[0]
-    for wanted in form.weight_format.published(form):
-        if main in wanted:
-            return main, wanted
+    wanted = published_as(form, main)
+    if wanted is not None:
+        return main, wanted
     raise ValueError(
         f"{entries[0].key} is not a tensor of {form.quant_type} weights, which the config of the checkpoint names"
     )
@@ -288,7 +295,7 @@ def _published_layout(layout: str, entries: list[Entry], form: Format4bit) -> tu
 
 def _load_parts(
     parts: dict[str, Entry],
-    wanted: _Tensors,
+    wanted: PublishedTensors,
     form: Format4bit,
     load: Callable[[Entry], Tensor] | None = None,
     *,

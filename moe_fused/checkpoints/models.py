@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 import torch
 
-from moe_fused.quantized import check_quantization, quantization_of
+from moe_fused.quantized import check_quantization, quantization_of, with_content
 from moe_fused.staging import check_writable, staged_directory
 
 from .architecture import ORIGINAL_CLASSES, Architecture
@@ -25,7 +25,7 @@ from .checkpoint import Checkpoint, Layout
 from .complete import check_complete
 from .files import check_json
 from .places import CONFIG, check_apart, check_replaceable, read_config
-from .stacks import DenseCheckpointStack, PackedCheckpointStack
+from .quant_state import dtype_of
 from .tensor_files import Output, read_checkpoint, split, write_checkpoint
 
 # Files of weights in any format. They are not copied, because the result has weights of its own.
@@ -159,16 +159,19 @@ def plan_model(
     """Plans the conversion of the model in ``source`` to another layout of its experts in ``target``.
 
     Each weight keeps its bits, dense or packed, unless ``dtype`` or ``dequantize`` says otherwise. Writing needs memory for
-    the packed experts of one layer, or a few megabytes if the experts are dense.
+    the packed experts of one layer, or a few megabytes if the experts are dense, in mxfp4 or in nvfp4.
 
     Args:
         source: a directory with ``config.json`` and safetensors, in one file or with an index.
         target: the directory to make; its parent must exist.
         layout: ``"per-expert"`` writes a matrix for each expert, as the Hub has it. ``"fused"`` writes stacks as
             Transformers 5 holds them in memory, and 4-bit stacks as ``moe_fused.save_format(model, "fused")`` does.
-            ``"original"`` writes a stack for each projection, as the original qwen3-moe-fused does.
+            ``"original"`` writes a stack for each projection, as the original qwen3-moe-fused does. Experts in mxfp4 are
+            written as compressed-tensors has them, or as stacks as gpt-oss has them. Linear layers that compressed-tensors
+            quantized become dense beside such stacks.
         dtype: the dtype to cast floating-point tensors to, except for those that the model keeps in fp32. None casts none.
-        dequantize: whether to make all 4-bit tensors dense.
+        dequantize: whether to make all 4-bit tensors dense. Those of nf4 and fp4 get the dtype that they had before they
+            were quantized, and those of mxfp4 and nvfp4 the dtype of the model, unless ``dtype`` is given.
         max_shard_size: the largest size of a file, in bytes or as in ``"5GB"``. A larger tensor gets a file of its own.
         overwrite: whether a model at ``target`` may be replaced.
 
@@ -177,7 +180,7 @@ def plan_model(
             message names the tensor and says why.
         FileExistsError: ``target`` exists.
         FileNotFoundError: a file of the source is missing.
-        NotImplementedError: the source is quantized to something else than bitsandbytes' 4 bits.
+        NotImplementedError: the source is quantized to something else than nf4, fp4, mxfp4 or nvfp4.
         OSError: ``target`` cannot be made, or there is not enough space for it.
     """
     if layout not in get_args(Layout):
@@ -190,8 +193,11 @@ def plan_model(
     config = read_config(source)
     check_quantization("SOURCE", str(source), config)
     tensors = read_checkpoint(source)
-    architecture, quantization = Architecture.read(source, config), quantization_of(config)
-    checkpoint = Checkpoint(architecture, tensors, quantization is not None)
+    quantization = quantization_of(config)
+    architecture = Architecture.read(source, config, quantization)
+    published = quantization is not None and quantization.is_published
+    dense_dtype = _dtype_of(source, config) if published else torch.bfloat16
+    checkpoint = Checkpoint(architecture, tensors, quantization, dense_dtype)
     check_complete(architecture.model, tensors, str(source), quantization=quantization, packs=True)
     check_json(source, other_files(source))
     if dequantize and not checkpoint.packed:
@@ -219,10 +225,10 @@ def plan_model(
         (sum(tensor.nbytes for tensor in tensors.values()), nbytes),
         split(outputs, max_shard_size),
         tuple(other_files(source)),
-        (*checkpoint.notes, *(() if unchanged or dequantize else _losses(checkpoint.stacks))),
+        (*checkpoint.notes, *checkpoint.losses(layout, dequantize)),
         overwrite,
         outputs,
-        _adjusted(config, layout, dtype, dequantize),
+        _adjusted(config, checkpoint, layout, dtype, dequantize),
     )
 
 
@@ -230,23 +236,26 @@ def _list(values: Iterable[str]) -> str:
     return " and ".join(sorted(set(values)))
 
 
-def _losses(stacks: list[DenseCheckpointStack | PackedCheckpointStack]) -> Iterator[str]:
-    lossy = [stack for stack in stacks if isinstance(stack, PackedCheckpointStack) and stack.loses_double_quantization]
-    if lossy:
-        yield (
-            f"double quantization is lost in {len(lossy)} of {len(stacks)} stacks, as {lossy[0].target.name}: its groups "
-            "run over from one expert to the next, so that absmaxes become fp32; the weights stay the same bit for bit"
-        )
+def _dtype_of(source: Path, config: dict[str, Any]) -> torch.dtype:
+    """Returns the dtype of a model by the content of its ``config.json``, bfloat16 if that names none."""
+    for part in (config, config.get("text_config") or {}):
+        if name := part.get("dtype") or part.get("torch_dtype"):
+            return dtype_of(str(source / CONFIG), name)
+    return torch.bfloat16
 
 
-def _adjusted(config: dict[str, Any], layout: Layout, dtype: torch.dtype | None, dequantize: bool) -> dict[str, Any]:
+def _adjusted(
+    config: dict[str, Any], checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype | None, dequantize: bool
+) -> dict[str, Any]:
     """Returns the config of the result."""
     classes = ORIGINAL_CLASSES if layout != "original" else {new: old for old, new in ORIGINAL_CLASSES.items()}
     result = dict(config)
     if result.get("architectures"):
         result["architectures"] = [classes.get(name, name) for name in result["architectures"]]
     if dequantize:
-        result.pop("quantization_config", None)
+        result = with_content(result, None)
+    elif checkpoint.changes_method(layout):
+        result = with_content(result, checkpoint.content_of(layout))
     if dtype is not None:
         for key in {"dtype", "torch_dtype"} & result.keys() or {"dtype"}:
             result[key] = str(dtype).removeprefix("torch.")

@@ -98,10 +98,12 @@ class Names:
         self.targets = {target.name: target for target in targets}
         self.converters = list(converters)
         self.base_model_prefix = base_model_prefix
-        prefix = f"{base_model_prefix}." if base_model_prefix else ""
-        self._known = {
-            name for target in self.targets for name in (target, target.removeprefix(prefix), prefix + target)
-        }
+        self._known = {name for target in self.targets for name in self.spellings(target)}
+
+    def spellings(self, name: str) -> tuple[str, str, str]:
+        """Returns a name as it is, and with and without the prefix of the base model."""
+        prefix = f"{self.base_model_prefix}." if self.base_model_prefix else ""
+        return name, prefix + name, name.removeprefix(prefix)
 
     def locate(self, key: str) -> TensorRole | None:
         """Returns the role of the checkpoint's tensor ``key``, or None if it belongs to no target."""

@@ -20,7 +20,7 @@ from moe_fused.hub import get_kernel
 
 from .entries import Entry, by_matrix, by_projection, layout_of, read_packed
 from .fused import write_fused
-from .names import Names, Target, TensorRole, stacked_names
+from .names import MATRIX_PARTS, STACK_PARTS, Names, Target, TensorRole, stacked_names
 from .quant_state import read_format, write_matrix, write_piece
 from .safetensors_file import DTYPES, Chunks, as_bytes, dtype_name
 from .tensor_files import FLOATS, Output, Stored, cast_chunks, cast_name
@@ -31,20 +31,26 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # For each layout, by its name in ``names``, the name that users know.
-LAYOUTS = {"per expert": "per-expert", "fused": "fused", "stacked": "original"}
+LAYOUTS = {
+    "per expert": "per-expert",
+    "fused": "fused",
+    "stacked": "original",
+    "published per expert": "per-expert",
+    "published": "fused",
+}
 # Parts of packed weights whose values need not be read to check that they fit.
-_LARGE = ("", "absmax", "nested_absmax", "nested_offset")
+_LARGE = ("", "absmax", "nested_absmax", "nested_offset", *STACK_PARTS, *MATRIX_PARTS)
 
 
 _DOUBLE = ", double quantization"
 
 
-def _named(dtype: torch.dtype) -> str:
+def named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 class Found(NamedTuple):
-    """A tensor in the checkpoint that belongs to a stack."""
+    """A tensor in the checkpoint that belongs to a stack or to a matrix."""
 
     key: str
     role: TensorRole
@@ -86,11 +92,11 @@ class DenseCheckpointStack:
 
     @property
     def description(self) -> str:
-        return _named(DTYPES[self.matrices[0][0].dtype])
+        return named(DTYPES[self.matrices[0][0].dtype])
 
     def description_after(self, dtype: torch.dtype | None, dequantize: bool) -> str:
         """Describes the stack after its conversion."""
-        return _named(dtype) if dtype else self.description
+        return named(dtype) if dtype else self.description
 
     def outputs(self, names: Names, layout: str, dtype: torch.dtype | None) -> dict[str, Output]:
         """Returns the tensors of the stack in ``layout``, by their names in the model.
@@ -102,7 +108,7 @@ class DenseCheckpointStack:
             ValueError: the model has no names for that layout.
         """
         name = cast_name(self.matrices[0][0], dtype)
-        return _dense_outputs(
+        return dense_outputs(
             self.target, names, layout, name, lambda expert, part: cast_chunks(self.matrices[expert][part], name)
         )
 
@@ -136,7 +142,7 @@ class PackedCheckpointStack:
     def description_after(self, dtype: torch.dtype | None, dequantize: bool) -> str:
         """Describes the stack after its conversion."""
         if dequantize:
-            return _named(dtype or self.source_dtype)
+            return named(dtype or self.source_dtype)
         return self.description.removesuffix(_DOUBLE) if self.loses_double_quantization else self.description
 
     @property
@@ -164,7 +170,7 @@ class PackedCheckpointStack:
             )
             return [as_bytes(dense.chunk(self.target.projections)[part])]
 
-        return _dense_outputs(self.target, self.names, layout, dtype_name(wanted), chunks)
+        return dense_outputs(self.target, self.names, layout, dtype_name(wanted), chunks)
 
     def outputs(self, layout: str) -> dict[str, Output]:
         """Returns the tensors of the stack in ``layout``, by their names in the model.
@@ -201,7 +207,7 @@ class PackedCheckpointStack:
 
     def _matrices(self) -> Iterator[tuple[str, Output]]:
         form, offsets = self.weights.format, self._offsets()
-        for expert, projection, name in _matrix_names(self.names, self.target):
+        for expert, projection, name in matrix_names(self.names, self.target):
             piece = get_kernel().interchange.piece_of(self.weights, expert, projection)
             if offsets is not None:  # the offset is part of the JSON, whose length must be known
                 piece = replace(piece, nested_offset=offsets[expert, projection])
@@ -277,7 +283,9 @@ def find_stack(
     stored = {one.key: one.stored for one in found}
     count, shape = target.shape[0], target.matrix_shape
     if layout == "fused":
-        (whole,) = (_checked(one.key, one.stored, target.shape) for one in found)
+        if target.transposed:
+            shape = target.shape[2], target.shape[1]
+        (whole,) = (_checked(one.key, one.stored, target.dense_shape) for one in found)
         parts = [whole.part(index, count * target.projections, shape) for index in range(count * target.projections)]
         matrices = [parts[first : first + target.projections] for first in range(0, len(parts), target.projections)]
     elif layout == "stacked":
@@ -304,7 +312,7 @@ def _checked(key: str, stored: Stored, shape: tuple[int, ...]) -> Stored:
     return stored
 
 
-def _dense_outputs(
+def dense_outputs(
     target: Target,
     names: Names,
     layout: str,
@@ -319,10 +327,10 @@ def _dense_outputs(
         return Output(dtype, shape, nbytes, lambda: (chunk for matrix in matrices for chunk in chunks(*matrix)))
 
     if layout == "fused":
-        return {target.name: output(target.shape, everything)}
+        return {target.name: output(target.dense_shape, everything)}
     if layout == "per-expert":
         return {
-            name: output(target.matrix_shape, [(expert, part)]) for expert, part, name in _matrix_names(names, target)
+            name: output(target.matrix_shape, [(expert, part)]) for expert, part, name in matrix_names(names, target)
         }
     return {
         name: output((target.shape[0], *target.matrix_shape), [one for one in everything if one[1] == part])
@@ -330,7 +338,7 @@ def _dense_outputs(
     }
 
 
-def _matrix_names(names: Names, target: Target) -> Iterator[tuple[int, int, str]]:
+def matrix_names(names: Names, target: Target) -> Iterator[tuple[int, int, str]]:
     """Yields expert, projection and name of each matrix."""
     patterns = names.per_expert(target)
     if patterns is None:

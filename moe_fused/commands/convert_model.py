@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from moe_fused.checkpoints.places import CONFIG, check_apart, check_replaceable, read_config
+from moe_fused.quantized import content_of
 
 from .options import DryRun, Dtype, ShardSize, Traceback, check_weights, writing
 
@@ -31,8 +32,9 @@ def model(
     to: Annotated[
         ModelLayout,
         typer.Option(
-            help="Layout to write. per-expert: every tool reads it; fused: as Transformers 5 holds it in memory, and in 4 "
-            "bits the layout of moe-fused; original: the layout of the original qwen3-moe-fused."
+            help="Layout to write. per-expert: every tool reads it, mxfp4 and nvfp4 as compressed-tensors has them; fused: "
+            "as Transformers 5 holds it in memory, nf4 and fp4 in the layout of moe-fused, mxfp4 in the stacks of gpt-oss; "
+            "original: the layout of the original qwen3-moe-fused."
         ),
     ],
     dtype: Annotated[
@@ -46,6 +48,9 @@ def model(
 ) -> None:
     """Convert a model to another layout of its experts, bit for bit, with little memory.
 
+    SOURCE may be dense, or in nf4, fp4, mxfp4 or nvfp4. A dense model of one in 4 bits, as of the published gpt-oss, is made
+    by --dequantize.
+
     To make a GGUF file, write a dense model with separate experts: --to per-expert, and for a model in 4 bits also
     --dequantize --dtype bfloat16. Then run llama.cpp's convert_hf_to_gguf.py on TARGET.
     """
@@ -54,7 +59,7 @@ def model(
         raise FileNotFoundError(f"SOURCE {source} is not a directory")
     check_apart(source, target)
     check_replaceable(target, overwrite)
-    quantized = bool(read_config(source).get("quantization_config"))
+    quantized = content_of(read_config(source)) is not None
     check_weights("SOURCE", str(source), ("*.safetensors",))
     if dtype is not None and quantized and not dequantize:
         raise ValueError(

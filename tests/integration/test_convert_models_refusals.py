@@ -327,6 +327,9 @@ for source in (small, large):  # the first imports everything
     growth["per-expert to original"] = convert(f"{name} matrices", f"{name} original", "original")
     growth["4-bit to per-expert"] = convert(source, f"{name} 4-bit matrices", "per-expert")
     growth["4-bit to fused"] = convert(f"{name} 4-bit matrices", f"{name} 4-bit fused", "fused")
+    growth["mxfp4 to dense"] = convert(f"{name} mxfp4", f"{name} mxfp4 dense", "fused", dequantize=True)
+    growth["mxfp4 to stacks"] = convert(f"{name} mxfp4", f"{name} mxfp4 stacks", "fused")
+    growth["mxfp4 to matrices"] = convert(f"{name} mxfp4 stacks", f"{name} mxfp4 matrices", "per-expert")
 print(json.dumps(growth))
 """
 
@@ -335,6 +338,7 @@ print(json.dumps(growth))
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_is_less_than_a_layer(tmp_path: Path) -> None:
     import moe_fused
+    from moe_fused.integrations.quantizer.published import compressed_config
 
     from .four_bit import config
 
@@ -347,6 +351,8 @@ def test_peak_memory_is_less_than_a_layer(tmp_path: Path) -> None:
         model = load(tmp_path / f"{name} dense", quantization_config=config(), dtype=torch.bfloat16)
         moe_fused.save_format(model, "fused")
         model.save_pretrained(tmp_path / name)
+        model = load(tmp_path / f"{name} dense", quantization_config=compressed_config("mxfp4"), dtype=torch.bfloat16)
+        model.save_pretrained(tmp_path / f"{name} mxfp4")
     layer = 16 * 3 * 1024 * 512 * 2
     command = [sys.executable, "-c", _MEASURED, tmp_path / "large", tmp_path / "small", tmp_path]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

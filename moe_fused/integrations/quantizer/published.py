@@ -25,7 +25,13 @@ from transformers.utils import quantization_config as stock_configs
 
 from moe_fused.checkpoints.converter import Quantization
 from moe_fused.checkpoints.names import MATRIX_PARTS
-from moe_fused.quantized import COMPRESSED_FORMATS, COMPRESSED_TENSORS, MXFP4, compressed_quant_type
+from moe_fused.quantized import (
+    COMPRESSED_FORMATS,
+    COMPRESSED_TENSORS,
+    MXFP4,
+    compressed_content,
+    compressed_quant_type,
+)
 
 from .conversions import DequantizeLinear
 from .experts_quantizer import ExpertsQuantizer, refuse_offloaded
@@ -89,25 +95,7 @@ def compressed_config(quant_type: str) -> CompressedTensorsConfig:
     Args:
         quant_type: ``"mxfp4"`` or ``"nvfp4"``.
     """
-    (name, weights) = next(
-        (name, weights) for name, (kind, weights) in COMPRESSED_FORMATS.items() if kind == quant_type
-    )
-    scale_dtype = {"mxfp4": "torch.uint8", "nvfp4": "torch.float8_e4m3fn"}[quant_type]
-    group = {
-        "targets": ["Linear"],
-        "weights": {**weights}
-        | {"symmetric": True, "dynamic": False, "scale_dtype": scale_dtype, "zp_dtype": scale_dtype},
-        "input_activations": None,
-        "output_activations": None,
-        "format": name,
-    }
-    return CompressedTensorsConfig(
-        quant_method=COMPRESSED_TENSORS,
-        format=name,
-        quantization_status="compressed",
-        config_groups={"group_0": group},
-        ignore=[],
-    )
+    return CompressedTensorsConfig(**compressed_content(quant_type))
 
 
 class _NoOperation(ConversionOps):
