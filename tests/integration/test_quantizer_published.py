@@ -208,6 +208,20 @@ def test_experts_that_are_dense_in_the_checkpoint_stay_dense(tmp_path: Path) -> 
     assert same_tensors(tmp_path / "saved", tensors_of(path))
 
 
+def test_dense_experts_may_be_named_one_by_one(tmp_path: Path) -> None:
+    """compressed-tensors names every linear layer that stays dense, those of experts among them."""
+    names = [f"model.layers.1.mlp.experts.{i}.{name}_proj" for i in range(6) for name in ("gate", "up", "down")]
+    path = compressed_checkpoint(
+        tmp_path, "nvfp4", QWEN3_MOE, only=lambda key: "layers.0.mlp.experts" in key, ignore=["lm_head", *names]
+    )
+    model = load_here(path, QWEN3_MOE)
+    assert [name for name, _ in packed_modules(model)] == ["model.layers.0.mlp.experts"]
+    dense = load(tmp_path / "dense", QWEN3_MOE).state_dict()
+    for name in ("gate_up_proj", "down_proj"):
+        key = f"model.layers.1.mlp.experts.{name}"
+        assert same_bits(model.state_dict()[key], dense[key])
+
+
 def test_a_model_without_experts_gets_dense_linear_layers(tmp_path: Path) -> None:
     llama = ModelCase("llama", "", "LlamaForCausalLM", "LlamaConfig")
     path = compressed_checkpoint(tmp_path, "nvfp4", llama)

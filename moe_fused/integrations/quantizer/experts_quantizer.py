@@ -62,6 +62,8 @@ class ExpertsQuantizer(HfQuantizer):
 
     Attributes:
         skip_option: the option of the config that names modules which stay dense.
+        names_matrices: whether ``skip_option`` names each matrix of an expert that is dense in the checkpoint. The tensors
+            then say which experts are dense.
         save_formats: the layouts in which ``save_pretrained`` can write packed experts, the default first.
         save_format: the one that it uses.
         names: the names of the experts' tensors in checkpoints of the model.
@@ -70,6 +72,7 @@ class ExpertsQuantizer(HfQuantizer):
     """
 
     skip_option: ClassVar[str]
+    names_matrices: ClassVar[bool] = False
     save_formats: ClassVar[tuple[SaveFormat, ...]] = ("per_expert", "fused")
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
@@ -118,7 +121,7 @@ class ExpertsQuantizer(HfQuantizer):
                 refused[type(module).__name__] = reason
                 continue
             for pattern in getattr(self.quantization_config, self.skip_option, None) or ():
-                if pattern.startswith(f"{path}."):
+                if pattern.startswith(f"{path}.") and not (self.names_matrices and self.pre_quantized):
                     raise ValueError(
                         f"{self.skip_option} must name all experts of a layer, {path}, or none, got {pattern}"
                     )

@@ -193,6 +193,7 @@ class CompressedExpertsQuantizer(PublishedQuantizer):
     """
 
     skip_option = "ignore"
+    names_matrices = True  # as the library expands regular expressions
     save_formats = ("published_per_expert",)
 
     def quantization(self) -> Quantization:
