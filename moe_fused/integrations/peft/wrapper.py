@@ -247,6 +247,17 @@ class ParamWrapper(stock.ParamWrapper):
         ]
         return torch.cat(halves, dim=1).to(param.device, param.dtype)
 
+    def expert_deltas(self, adapter_name: str) -> Callable[[int], Tensor]:
+        """Returns a function from an expert to what the adapter adds to its packed weights, (out, in) fp32."""
+        a, b = (factor.detach().float() for factor in _factors(self, adapter_name))
+        scaling, halves = self.scaling[adapter_name], 2 if self._is_separate(adapter_name) else 1
+
+        def delta(expert: int) -> Tensor:
+            pairs = zip(b[expert].chunk(halves), a[expert].chunk(halves), strict=True)
+            return torch.cat([half_b @ half_a for half_b, half_a in pairs]) * scaling
+
+        return delta
+
     def _is_separate(self, adapter_name: str) -> bool:
         """Whether gate and up have separate factors."""
         return len(self.linears[adapter_name]) == 2
