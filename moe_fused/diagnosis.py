@@ -66,6 +66,7 @@ def examine() -> Iterator[Check]:
         yield Check("kernel", Status.PROBLEM, _line(error), _kernel_advice())
         return
     yield from _guarded("kernel", partial(_kernel, kernel))
+    yield from _guarded("published formats", _published)
     yield from _guarded("path", partial(_path, kernel))
     yield from _guarded("launches", partial(_launches, kernel))
     yield from _guarded("configurations", partial(_configurations, kernel))
@@ -212,6 +213,16 @@ def _kernel(kernel: ModuleType) -> Iterator[Check]:
     else:
         origin = "from the Hub"
     yield Check("kernel", Status.OK, f"{source.repo_id} version {source.version}, {place.name}, {origin}: {place}")
+
+
+def _published() -> Iterator[Check]:
+    """Says which formats of published checkpoints are read, by quantizers that take the place of Transformers' own."""
+    importlib.import_module("moe_fused.integrations.quantizer.published")
+    found = (
+        "experts in mxfp4 (gpt-oss) and in mxfp4 and nvfp4 of compressed-tensors are read as they are, without "
+        "triton_kernels and compressed-tensors; linear layers of compressed-tensors are dequantized"
+    )
+    yield Check("published formats", Status.OK, found)
 
 
 def _kernel_advice() -> str:

@@ -19,21 +19,27 @@ TOKENS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 96, 8, 2, 128, 64
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: the forward of ``tokens``, with or without the backward, over dense or 4-bit weights."""
+    """One comparison: the forward of ``tokens``, with or without the backward, over weights in a 4-bit format or dense."""
 
     name: str
     dtype: torch.dtype
-    packed: bool = False
+    quant_type: str | None = None
     tokens: int = TOKENS
     backward: bool = True
+
+    @property
+    def packed(self) -> bool:
+        return self.quant_type is not None
 
 
 CASES = (
     Case("dense float32, forward and backward", torch.float32),
     Case("dense bfloat16, forward and backward", torch.bfloat16),
-    Case("4-bit bfloat16, forward and backward", torch.bfloat16, packed=True),
+    Case("nf4 bfloat16, forward and backward", torch.bfloat16, "nf4"),
     Case("dense bfloat16, one token", torch.bfloat16, tokens=1, backward=False),
-    Case("4-bit bfloat16, one token", torch.bfloat16, packed=True, tokens=1, backward=False),
+    Case("nf4 bfloat16, one token", torch.bfloat16, "nf4", tokens=1, backward=False),
+    Case("mxfp4 bfloat16, forward and backward", torch.bfloat16, "mxfp4"),
+    Case("nvfp4 bfloat16, forward and backward", torch.bfloat16, "nvfp4"),
 )
 
 
@@ -89,10 +95,12 @@ def _make(kernel: ModuleType, case: Case) -> tuple[list[Tensor], list[Any]]:
         normal(EXPERTS, 2 * INTERMEDIATE, HIDDEN, scale=HIDDEN**-0.5),
         normal(EXPERTS, HIDDEN, INTERMEDIATE, scale=INTERMEDIATE**-0.5),
     ]
-    if not case.packed:
+    if case.quant_type is None:
         return inputs, weights
-    quantize = kernel.Packed4bitWeights.quantize
-    return inputs, [quantize(weights[0], projections=2), quantize(weights[1])]
+    return inputs, [
+        kernel.Packed4bitWeights.quantize(weight, quant_type=case.quant_type, projections=projections)
+        for weight, projections in zip(weights, (2, 1), strict=True)
+    ]
 
 
 def _dense(weight: Any) -> Tensor:

@@ -207,6 +207,8 @@ class _Stored:
         Args:
             dtype: of the weights that are dense.
         """
+        import torch
+
         from moe_fused.checkpoints.architecture import Architecture
         from moe_fused.checkpoints.files import find_weights, read_tensors
         from moe_fused.checkpoints.names import MATRIX_PARTS
@@ -228,7 +230,7 @@ class _Stored:
                     linears.append(module)
                     nbytes += 2 * math.prod(header.shape) * dtype.itemsize
             else:
-                nbytes += math.prod(header.shape) * DTYPES[header.dtype].itemsize
+                nbytes += math.prod(header.shape) * DTYPES.get(header.dtype, torch.uint8).itemsize
         notes = []
         if linears:
             notes.append(
@@ -250,9 +252,9 @@ def _merge_in_format(adapted: Any, what: str) -> Any:
             merged, results, dense = merge_in_format(adapted, partial(progress, "merging"))
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from error
-    check_finite(((name, value) for name, value in merged.named_parameters() if value.is_floating_point()), what)
+    check_finite(merged.named_parameters(), what)  # those that are dense
     if results:
-        print("what quantizing again loses: the error of the merged weights, as a share of their Frobenius norm")
+        print("what quantizing again loses: the Frobenius norm of the error, as a share of that of the merged weights")
         print("\n".join(error_table({result.name: result.error for result in results})))
     if dense:
         print(f"{dense} adapted layers are dense, and nothing of them is quantized")

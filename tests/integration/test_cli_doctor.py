@@ -16,6 +16,7 @@ import torch
 import moe_fused
 from moe_fused import diagnosis, hub, selftest
 from moe_fused.diagnosis import Check, Status
+from moe_fused.quantized import PUBLISHED
 from tests.support import REPOSITORY
 
 from .cli import Command
@@ -60,7 +61,7 @@ def test_all_fits_here(command: Command, monkeypatch: pytest.MonkeyPatch) -> Non
     assert content["environment"]["MOE_FUSED_CHECK"] == "0"
     names = {check["name"] for check in content["checks"]}
     assert {"python", "torch", "triton", "transformers", "kernels", "peft", "trl", "accelerate", "kernel"} <= names
-    assert {"bitsandbytes", "liger-kernel", "path", "4-bit weights"} <= names
+    assert {"bitsandbytes", "liger-kernel", "path", "4-bit weights", "published formats"} <= names
 
 
 def test_says_which_build_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +148,19 @@ def test_a_broken_installation_is_a_finding(
     assert f"!!  4-bit weights: {line}" in ended.stdout
     assert f"!!  kernel: {line}" in ended.stdout
     assert "2 problems, marked !!" in ended.stdout
+
+
+def test_published_formats_need_no_other_package(missing: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    missing |= {"compressed-tensors", "compressed_tensors", "triton_kernels", "bitsandbytes"}
+    (check,) = found("published formats")
+    assert check.status is Status.OK
+    assert "without triton_kernels and compressed-tensors" in check.found
+    assert {case.quant_type for case in selftest.CASES} == {None, "nf4", *PUBLISHED}
+    name = "moe_fused.integrations.quantizer.published"
+    monkeypatch.setitem(sys.modules, name, None)
+    (check,) = found("published formats")
+    assert check.status is Status.PROBLEM
+    assert name in check.found
 
 
 def test_no_build(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
