@@ -227,7 +227,7 @@ class Checkpoint:
             )
         if layout == "fused":
             yield (
-                "Transformers alone reads stacks in mxfp4 for gpt-oss only: load this "
+                "Transformers alone takes stacks in mxfp4 for those of gpt-oss, which are transposed: load this "
                 f"{type(self.architecture.model).__name__} after moe_fused.enable()"
             )
 
