@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_fused.checkpoints.architecture import Architecture
 from moe_fused.checkpoints.names import Target, stacked_names
-from moe_fused.checkpoints.stacks import LAYOUTS
+from moe_fused.checkpoints.places import MODEL_LAYOUTS
 
 from .parameters import Key, Side, decaying
 from .rearrange import Load, Unit
@@ -79,7 +79,7 @@ class ModelParameters:
         return Side(layout, shapes, called, module, layout == "fused", lambda name: self.decays(owners[name]))
 
     def sides(self) -> Iterator[Side]:
-        for layout in LAYOUTS.values():
+        for layout in MODEL_LAYOUTS:
             if (side := self.side(layout)) is not None:
                 yield side
 
