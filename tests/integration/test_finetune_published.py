@@ -93,7 +93,11 @@ def test_trains_as_the_dequantized_model_does(
         assert "quantization_config" not in json.loads((target / "config.json").read_text(encoding="utf-8"))
         merged.append(tensors_of(target))
     assert merged[0].keys() == merged[1].keys()
-    assert all(same_bits(merged[0][key], merged[1][key]) for key in merged[0])
+    for key in merged[0]:
+        if ".experts." in key:
+            assert same_bits(merged[0][key], merged[1][key]), key
+        else:  # linear layers are dequantized to the dtype of the model, bf16, first
+            torch.testing.assert_close(merged[0][key], merged[1][key], rtol=5e-3, atol=1e-5)
 
 
 def test_a_dense_checkpoint_is_trained_in_mxfp4(command: Command, dense: Path, rows: Path, tmp_path: Path) -> None:
