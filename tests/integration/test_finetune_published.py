@@ -97,7 +97,7 @@ def test_trains_as_the_dequantized_model_does(
         if ".experts." in key:
             assert same_bits(merged[0][key], merged[1][key]), key
         else:  # linear layers are dequantized to the dtype of the model, bf16, first
-            torch.testing.assert_close(merged[0][key], merged[1][key], rtol=5e-3, atol=1e-5)
+            torch.testing.assert_close(merged[0][key], merged[1][key], rtol=5e-3, atol=5e-4)
 
 
 def test_a_dense_checkpoint_is_trained_in_mxfp4(command: Command, dense: Path, rows: Path, tmp_path: Path) -> None:
