@@ -78,12 +78,17 @@ def check_quantization(name: str, model: str, config: Any) -> None:
             f"quantization_config={_DEQUANTIZED_BY[method]}(dequantize=True)).save_pretrained('bf16-model', "
             "save_original_format=False), and save its tokenizer there"
         )
-    if method == "modelopt" and "NVFP4" in str(content.get("quant_algo")):
+    if is_modelopt_nvfp4(content):
         raise NotImplementedError(
-            f"{begin}: convert it to compressed-tensors first, with the ModelOptNvfp4Converter of "
-            "compressed_tensors.entrypoints.convert, or give the bf16 or fp16 checkpoint that it was made from"
+            f"{begin}: make a checkpoint of compressed-tensors of it first, by `moe-fused convert model {model} NEW --to "
+            "per-expert`"
         )
     raise NotImplementedError(f"{begin}: give the bf16 or fp16 checkpoint that it was made from")
+
+
+def is_modelopt_nvfp4(content: Mapping[str, Any]) -> bool:
+    """Whether a ``quantization_config`` is of NVIDIA's ModelOpt in NVFP4, without further scales of its own."""
+    return _method(content) == "modelopt" and content.get("quant_algo") in ("NVFP4", "W4A16_NVFP4")
 
 
 def compressed_quant_type(content: Mapping[str, Any]) -> QuantType | None:

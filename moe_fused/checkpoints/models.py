@@ -17,9 +17,10 @@ from typing import Any, get_args
 
 import torch
 
-from moe_fused.quantized import check_quantization, quantization_of, with_content
+from moe_fused.quantized import CheckpointQuantization, check_quantization, quantization_of, with_content
 from moe_fused.staging import check_writable, staged_directory
 
+from . import modelopt
 from .architecture import ORIGINAL_CLASSES, Architecture
 from .checkpoint import Checkpoint, Layout
 from .complete import check_complete
@@ -191,9 +192,17 @@ def plan_model(
     check_apart(source, target)
     check_replaceable(target, overwrite)
     config = read_config(source)
-    check_quantization("SOURCE", str(source), config)
-    tensors = read_checkpoint(source)
-    quantization = quantization_of(config)
+    notes: tuple[str, ...] = ()
+    quantization: CheckpointQuantization | None
+    if modelopt.quantization_in(source, config) is not None:
+        tensors = read_checkpoint(source)
+        try:
+            config, tensors, quantization, notes = modelopt.as_compressed(config, tensors)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+    else:
+        check_quantization("SOURCE", str(source), config)
+        tensors, quantization = read_checkpoint(source), quantization_of(config)
     architecture = Architecture.read(source, config, quantization)
     published = quantization is not None and quantization.is_published
     dense_dtype = _dtype_of(source, config) if published else torch.bfloat16
@@ -225,7 +234,7 @@ def plan_model(
         (sum(tensor.nbytes for tensor in tensors.values()), nbytes),
         split(outputs, max_shard_size),
         tuple(other_files(source)),
-        (*checkpoint.notes, *checkpoint.losses(layout, dequantize)),
+        (*notes, *checkpoint.notes, *checkpoint.losses(layout, dequantize)),
         overwrite,
         outputs,
         _adjusted(config, checkpoint, layout, dtype, dequantize),

@@ -209,7 +209,10 @@ def _find_matrix(module: str, found: list[Found], quant_type: str) -> PublishedM
     if packed is None or len(packed.shape) != 2:
         raise ValueError(f"{module}.{MATRIX_PARTS[0]} must be a matrix, got {packed.shape if packed else 'none'}")
     shape = (1, packed.shape[0], 2 * packed.shape[1])
-    form = get_kernel().Format4bit(shape, quant_type)
+    try:
+        form = get_kernel().Format4bit(shape, quant_type)
+    except ValueError as error:
+        raise ValueError(f"{found[0].key} must be of {quant_type} weights: {error}") from None
     entries = [one.entry(real=False) for one in found]
     check_published(Names(()), Target(f"{module}.weight", shape, 1), "published per expert", entries, form)
     return PublishedMatrix(form, tuple(stored[part] for part in _of_matrix(form)), ACTIVATION_SCALE in stored)

@@ -49,7 +49,7 @@ def model(
     """Convert a model to another layout of its experts, bit for bit, with little memory.
 
     SOURCE may be dense, or in nf4, fp4, mxfp4 or nvfp4. A dense model of one in 4 bits, as of the published gpt-oss, is made
-    by --dequantize.
+    by --dequantize. NVFP4 of NVIDIA's ModelOpt becomes that of compressed-tensors.
 
     To make a GGUF file, write a dense model with separate experts: --to per-expert, and for a model in 4 bits also
     --dequantize --dtype bfloat16. Then run llama.cpp's convert_hf_to_gguf.py on TARGET.
@@ -59,7 +59,7 @@ def model(
         raise FileNotFoundError(f"SOURCE {source} is not a directory")
     check_apart(source, target)
     check_replaceable(target, overwrite)
-    quantized = content_of(read_config(source)) is not None
+    quantized = content_of(read_config(source)) is not None or (source / "hf_quant_config.json").is_file()
     check_weights("SOURCE", str(source), ("*.safetensors",))
     if dtype is not None and quantized and not dequantize:
         raise ValueError(

@@ -500,7 +500,10 @@ OTHERS = {
     "gptq": ({"quant_method": "gptq", "bits": 4}, "give the bf16 or fp16 checkpoint that it was made from"),
     "awq": ({"quant_method": "awq", "bits": 4}, "give the bf16 or fp16 checkpoint that it was made from"),
     "compressed-tensors": ({"quant_method": "compressed-tensors"}, "give the bf16 or fp16 checkpoint"),
-    "modelopt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "with the ModelOptNvfp4Converter"),
+    "modelopt": (
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        "make a checkpoint of compressed-tensors of it first",
+    ),
     "8 bits": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "give the bf16 or fp16 checkpoint"),
 }
 

@@ -1,0 +1,103 @@
+"""Reads checkpoints in NVFP4 of NVIDIA's ModelOpt as if compressed-tensors had written them.
+
+Both hold the same 4-bit values and the same scales of blocks. ModelOpt calls them ``weight`` and ``weight_scale``. Beside them
+it has ``weight_scale_2`` and ``input_scale``, scalars in fp32. compressed-tensors has the reciprocals of these,
+``weight_global_scale`` and ``input_global_scale``, in tensors of one element. A reciprocal is rounded, so a dequantized
+weight may differ from ModelOpt's in the last bits of fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_fused.quantized import (
+    COMPRESSED_TENSORS,
+    CheckpointQuantization,
+    compressed_content,
+    content_of,
+    is_modelopt_nvfp4,
+    with_content,
+)
+
+from .names import ACTIVATION_SCALE, MATRIX_PARTS
+from .places import read_object
+from .safetensors_file import as_bytes
+from .tensor_files import Stored
+
+# The file that older versions of ModelOpt write, instead of an entry in config.json.
+_OWN_CONFIG = "hf_quant_config.json"
+_PACKED, _SCALE, _GLOBAL = MATRIX_PARTS[:3]
+_NAMES = {"weight": _PACKED, "weight_scale": _SCALE, "weight_scale_2": _GLOBAL, "input_scale": ACTIVATION_SCALE}
+_CACHE_SCALES = ("k_scale", "v_scale")
+
+
+@dataclass(frozen=True)
+class Reciprocal(Stored):
+    """A scale of ModelOpt, read as the reciprocal of it that compressed-tensors has."""
+
+    def chunks(self, size: int = 4) -> Iterator[Any]:
+        (data,) = super().chunks(4)
+        yield as_bytes(torch.frombuffer(data, dtype=torch.float32).reciprocal())
+
+    def load(self, key: str) -> Tensor:
+        (data,) = super().chunks(4)
+        return torch.frombuffer(data, dtype=torch.float32).reciprocal().view(self.shape)
+
+
+def quantization_in(directory: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Returns what says that a checkpoint is in NVFP4 of ModelOpt, or None if it is not.
+
+    Args:
+        config: the content of ``config.json`` in the directory.
+    """
+    content = content_of(config)
+    path = directory / _OWN_CONFIG
+    if content is None and path.is_file():
+        content = {"quant_method": "modelopt", **(read_object(path).get("quantization") or {})}
+    return content if content is not None and is_modelopt_nvfp4(content) else None
+
+
+def as_compressed(
+    config: dict[str, Any], tensors: Mapping[str, Stored]
+) -> tuple[dict[str, Any], dict[str, Stored], CheckpointQuantization, tuple[str, ...]]:
+    """Returns a checkpoint of ModelOpt as compressed-tensors has it: config, tensors, quantization, and notes for the user.
+
+    Raises:
+        ValueError: a tensor is missing, or is not as ModelOpt writes it. The message names it.
+    """
+    modules = {key.removesuffix(".weight_scale_2") for key in tensors if key.endswith(".weight_scale_2")}
+    if not modules:
+        raise ValueError(
+            "the checkpoint has no weight_scale_2, although its config says that it is in NVFP4 of ModelOpt"
+        )
+    result: dict[str, Stored] = {}
+    dense, left_out = [], []
+    for key, stored in tensors.items():
+        module, _, part = key.rpartition(".")
+        if part in _CACHE_SCALES:
+            left_out.append(key)
+        elif module not in modules or part not in _NAMES:
+            result[key] = stored
+            if part == "weight" and len(stored.shape) == 2:
+                dense.append(module)
+        elif part in ("weight_scale_2", "input_scale"):
+            if stored.dtype != "F32" or stored.nbytes != 4:
+                raise ValueError(f"{key} must be a number in float32, got {stored.dtype} of shape {stored.shape}")
+            result[f"{module}.{_NAMES[part]}"] = Reciprocal(stored.path, "F32", (1,), stored.start, 4)
+        else:
+            result[f"{module}.{_NAMES[part]}"] = stored
+    for module in sorted(modules):
+        for part in ("weight", "weight_scale"):
+            if f"{module}.{part}" not in tensors:
+                raise ValueError(f"{module}.{part} is missing, without which nvfp4 weights cannot be read")
+    notes = ["the scales of matrices become their reciprocals, rounded to fp32"]
+    if left_out:
+        notes.append(f"{left_out[0]} and {len(left_out) - 1} more scales of the cache are left out")
+    changed = with_content(config, compressed_content("nvfp4", sorted(dense)))
+    return changed, result, CheckpointQuantization(COMPRESSED_TENSORS, "nvfp4"), tuple(notes)

@@ -1,0 +1,136 @@
+"""NVFP4 of NVIDIA's ModelOpt becomes that of compressed-tensors, as the converter of compressed-tensors makes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import moe_fused
+
+from .cli import Command, save_tokenizer
+from .four_bit import packed, same_bits
+from .models import QWEN3_MOE
+from .published import compressed_checkpoint, tensors_of
+
+NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head", "model.layers.*.mlp.gate"]}
+
+
+@pytest.fixture
+def modelopt(tmp_path: Path) -> Path:
+    """A tiny Qwen3-MoE with the tensors and names of ModelOpt. Its scales of matrices are no powers of two."""
+    made = compressed_checkpoint(tmp_path / "made", "nvfp4", QWEN3_MOE, activations=True, vocab_size=64)
+    tensors: dict[str, Tensor] = {}
+    for key, value in tensors_of(made).items():
+        module, _, part = key.rpartition(".")
+        if part == "weight_packed":
+            tensors[f"{module}.weight"] = value
+        elif part == "weight_global_scale":
+            tensors[f"{module}.weight_scale_2"] = 1 / value[0]
+        elif part == "input_global_scale":
+            tensors[f"{module}.input_scale"] = 1 / value[0]
+        else:
+            tensors[key] = value
+    tensors["model.layers.0.self_attn.k_proj.k_scale"] = torch.tensor(0.5)
+    return _save(tmp_path / "modelopt", made, tensors, NVFP4)
+
+
+def _save(path: Path, like: Path, tensors: dict[str, Tensor], quantization: dict[str, Any] | None) -> Path:
+    path.mkdir(exist_ok=True)
+    config = json.loads((like / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    save_tokenizer(path)
+    return path
+
+
+def _expected(path: Path) -> dict[str, Tensor]:
+    """What the converter of compressed-tensors makes of a checkpoint."""
+    from compressed_tensors.entrypoints.convert import ModelOptNvfp4Converter
+
+    tensors = tensors_of(path)
+    del tensors["model.layers.0.self_attn.k_proj.k_scale"]
+    converter = ModelOptNvfp4Converter(targets=["re:.*_proj$"])
+    result: dict[str, Tensor] = converter.process(tensors)
+    return result
+
+
+@pytest.mark.parametrize("own_config", [False, True], ids=["in config.json", "in a file of its own"])
+def test_becomes_a_checkpoint_of_compressed_tensors(
+    own_config: bool, modelopt: Path, command: Command, tmp_path: Path
+) -> None:
+    if own_config:
+        _save(modelopt, modelopt, tensors_of(modelopt), None)
+        content = {"quantization": {"quant_algo": "NVFP4", "exclude_modules": ["lm_head"]}}
+        (modelopt / "hf_quant_config.json").write_text(json.dumps(content), encoding="utf-8")
+    target = tmp_path / "converted"
+    ended = command("convert", "model", modelopt, target, "--to", "per-expert")
+    assert ended.status == 0, ended
+    assert "note: the scales of matrices become their reciprocals" in ended.stdout
+    assert "k_proj.k_scale and 0 more scales of the cache are left out" in ended.stdout
+    saved, expected = tensors_of(target), _expected(modelopt)
+    assert saved.keys() == expected.keys()
+    assert all(same_bits(saved[key], expected[key].reshape(saved[key].shape)) for key in saved)
+    moe_fused.enable()
+    model = AutoModelForCausalLM.from_pretrained(target)
+    assert len(packed(model)) == 4
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "made" / "dense")
+    ours, theirs = model.model.layers[1].mlp.experts, dense.model.layers[1].mlp.experts
+    weights = moe_fused.get_kernel().modules.weights_of(ours, "down_proj").dequantize(torch.float32)
+    assert 0.02 < float((weights - theirs.down_proj.float()).norm() / theirs.down_proj.float().norm()) < 0.15
+
+
+def test_becomes_a_dense_checkpoint(modelopt: Path, command: Command, tmp_path: Path) -> None:
+    assert command("convert", "model", modelopt, tmp_path / "made-again", "--to", "per-expert").status == 0
+    ended = command("convert", "model", modelopt, tmp_path / "dense", "--to", "per-expert", "--dequantize")
+    assert ended.status == 0, ended
+    moe_fused.enable()
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "made-again").dequantize().state_dict()
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").state_dict()
+    assert state.keys() == expected.keys()
+    assert all(same_bits(state[key], expected[key]) for key in state)
+
+
+def test_other_commands_say_how(modelopt: Path, command: Command, tmp_path: Path) -> None:
+    for arguments in (("generate", modelopt, "--prompt", "w7"), ("quantize", modelopt, tmp_path / "new")):
+        ended = command(*arguments)
+        assert "is quantized to modelopt, which moe_fused does not read yet: make a checkpoint of" in ended.error
+        assert f"`moe-fused convert model {modelopt} NEW --to per-expert`" in ended.error
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "says"),
+    [
+        ("mlp.experts.2.up_proj.weight_scale", None, "weight_scale is missing"),
+        ("mlp.experts.2.up_proj.weight", None, "weight is missing"),
+        ("self_attn.q_proj.weight_scale_2", lambda value: value.double(), "must be a number in float32, got F64"),
+        ("self_attn.q_proj.weight", lambda value: value[:, 1:].clone(), "must be"),
+    ],
+)
+def test_broken_checkpoints_are_refused(
+    key: str,
+    change: Callable[[Tensor], Tensor] | None,
+    says: str,
+    modelopt: Path,
+    command: Command,
+    tmp_path: Path,
+) -> None:
+    tensors = tensors_of(modelopt)
+    value = tensors.pop(f"model.layers.0.{key}")
+    if change is not None:
+        tensors[f"model.layers.0.{key}"] = change(value)
+    save_file(tensors, modelopt / "model.safetensors", {"format": "pt"})
+    ended = command("convert", "model", modelopt, tmp_path / "new", "--to", "per-expert")
+    assert says in ended.error, ended
+    assert key.rpartition(".")[0] in ended.error
+    assert not (tmp_path / "new").exists()
