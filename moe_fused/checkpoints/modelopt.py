@@ -1,7 +1,7 @@
 """Reads checkpoints in NVFP4 of NVIDIA's ModelOpt as if compressed-tensors had written them.
 
-Both hold the same 4-bit values and the same scales of blocks. ModelOpt calls them ``weight`` and ``weight_scale``. Beside them
-it has ``weight_scale_2`` and ``input_scale``, scalars in fp32. compressed-tensors has the reciprocals of these,
+Both hold the same 4-bit values and the same scales of blocks. ModelOpt calls them ``weight`` and ``weight_scale``. It also
+has ``weight_scale_2`` and ``input_scale``, scalars in fp32. compressed-tensors has the reciprocals of these,
 ``weight_global_scale`` and ``input_global_scale``, in tensors of one element. A reciprocal is rounded, so a dequantized
 weight may differ from ModelOpt's in the last bits of fp32.
 """
