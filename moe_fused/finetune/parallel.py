@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import socket
 import sys
@@ -27,6 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from moe_fused.launched import WORD
 from moe_fused.memory import BUCKET
+from moe_fused.signals import Interrupted
 
 from .endings import Diverged, Lost
 from .options import Options, flag
@@ -36,6 +38,8 @@ from .precheck import Process
 _LONG = timedelta(days=7)
 # How often a process looks for the end of others, and how long it then has to end by itself, in seconds.
 _INTERVAL, _GRACE = 0.5, 3.0
+# After how many seconds a process says that it waits for others to come.
+_SOON = 10.0
 _ENDED = "ended"
 
 
@@ -70,6 +74,7 @@ class Peers:
 
         Raises:
             ValueError: torch has no library for collectives of such devices.
+            ConnectionError: The others cannot be reached, or do not come.
         """
         process = self.process
         seconds = (options.trainer or {}).get("ddp_timeout", 1800)
@@ -79,9 +84,10 @@ class Peers:
         if options.shard:
             # NCCL would register buffers of recorded collectives, which fails for memory of expandable segments.
             os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+        self._store = PrefixStore("moe-fused", _shared_store(process, timedelta(seconds=seconds)))
+        WORD.claim, WORD.is_claimed = self._claim, self._is_claimed
         with self._talking():
-            store, _, _ = next(rendezvous("env://", process.rank, process.world_size))
-            self._store = PrefixStore("moe-fused", store)
+            self._meet(seconds)
             distributed.init_process_group(
                 backend,
                 store=PrefixStore("processes", self._store),
@@ -93,13 +99,32 @@ class Peers:
             self._host = distributed.new_group(backend="gloo", timeout=_LONG)
             if device.type != "cpu":  # so that what fails here fails now, and that the plan sees the memory it takes
                 distributed.all_reduce(torch.zeros(1, device=device))
-        WORD.claim, WORD.is_claimed = self._claim, self._is_claimed
-        here = _place()
-        for rank, (place, number) in enumerate(self.gather((here, os.getpid()))):
-            if rank != process.rank and place == here and _lives(number):
-                self._others[rank] = number
         self._watch = _Watch(self)
         self._watch.start()
+
+    def _meet(self, seconds: float) -> None:
+        """Waits until all processes are here, and notes which of them are on this machine.
+
+        Args:
+            seconds: How long to wait.
+        """
+        here, begin, is_told = _place(), time.monotonic(), False
+        self._store.set(f"here-{self.process.rank}", json.dumps((here, os.getpid())))
+        missing = list(range(self.process.world_size))
+        while missing := [rank for rank in missing if not self._store.check([f"here-{rank}"])]:
+            waited = time.monotonic() - begin
+            names = f"rank {', '.join(map(str, missing))} of {self.process.world_size} processes"
+            if waited > seconds:
+                raise ConnectionError(f"{names} did not come within {seconds:g} s")
+            if waited > _SOON and self.is_main and not is_told:
+                is_told = True
+                print(f"note: waiting for {names}", file=sys.stderr, flush=True)
+            with _says_what(f"waiting for {names}"):
+                time.sleep(0.1)
+        for rank in range(self.process.world_size):
+            place, number = json.loads(self._store.get(f"here-{rank}"))
+            if rank != self.process.rank and tuple(place) == here and _lives(number):
+                self._others[rank] = number
 
     def leave(self) -> None:
         """Ends the connection once all processes are at their end."""
@@ -318,6 +343,53 @@ def buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         held.append(gradient)
         sizes[gradient.dtype] = sizes.get(gradient.dtype, 0) + size
     yield from filter(None, found.values())
+
+
+def _shared_store(process: Process, limit: timedelta) -> Any:
+    """Connects this process to the store that torchrun holds, or else the process with rank 0.
+
+    torch waits for it without handling signals, so another thread does that.
+
+    Args:
+        limit: How long to wait.
+
+    Raises:
+        ConnectionError: Nothing can be reached, or this process cannot hold the store.
+    """
+    found: list[Any] = []
+
+    def connect() -> None:
+        try:
+            found.append(next(rendezvous("env://", process.rank, process.world_size, timeout=limit))[0])
+        except (RuntimeError, ValueError, OSError) as error:
+            found.append(error)
+
+    thread = threading.Thread(target=connect, name="connect", daemon=True)
+    thread.start()
+    others = f"the other processes at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    with _says_what(f"waiting for {others}"):
+        thread.join(_SOON)
+        if thread.is_alive():
+            print(
+                f"note: rank {process.rank} of {process.world_size} processes waits for {others}",
+                file=sys.stderr,
+                flush=True,
+            )
+        thread.join()
+    if isinstance(found[0], Exception):
+        reason = str(found[0]).strip().partition("\n")[0]
+        raise ConnectionError(f"cannot connect to {others}: {reason}") from found[0]
+    return found[0]
+
+
+@contextlib.contextmanager
+def _says_what(doing: str) -> Iterator[None]:
+    """Lets an interruption within the block say what it interrupted."""
+    try:
+        yield
+    except Interrupted as error:
+        error.args = (f"{error} while {doing}",)
+        raise
 
 
 class _Watch(threading.Thread):

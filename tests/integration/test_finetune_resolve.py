@@ -136,7 +136,10 @@ def test_several_processes_are_read_from_the_environment() -> None:
     [
         ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE is 2, but LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set"),
         ({**OF_TORCHRUN, "MASTER_ADDR": ""}, "WORLD_SIZE is 2, but MASTER_ADDR is not set"),
-        ({"LOCAL_RANK": "0", "WORLD_SIZE": "1", "RANK": "0"}, "LOCAL_RANK is 0, but MASTER_ADDR, MASTER_PORT are not set"),
+        (
+            {"LOCAL_RANK": "0", "WORLD_SIZE": "1", "RANK": "0"},
+            "LOCAL_RANK is 0, but MASTER_ADDR, MASTER_PORT are not set",
+        ),
         ({"RANK": "x"}, "RANK must be a whole number, as torchrun sets it, got 'x'"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be at least 1, got 0"),
         ({"RANK": "1"}, "RANK is 1 and must be below WORLD_SIZE, which is not set"),
@@ -144,7 +147,7 @@ def test_several_processes_are_read_from_the_environment() -> None:
         ({**OF_TORCHRUN, "LOCAL_RANK": "2"}, "LOCAL_RANK is 2 and must be below LOCAL_WORLD_SIZE, which is 2"),
         ({**OF_TORCHRUN, "MASTER_PORT": "http"}, "MASTER_PORT must be a whole number, as torchrun sets it, got 'http'"),
         ({**OF_TORCHRUN, "MASTER_PORT": "70000"}, "MASTER_PORT must be from 1 to 65535, got 70000"),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is 2, but processes that an MPI started cannot train together"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is 2, but processes that an MPI started cannot"),
     ],
     ids=str,
 )
