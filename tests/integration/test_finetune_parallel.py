@@ -244,7 +244,8 @@ def test_a_signal_to_all_saves_once(case: Case) -> None:
     processes.signal(signal.SIGINT)
     ended = processes.end()
     assert [each.status for each in ended] == [128 + signal.SIGINT] * 2, ended
-    assert_refused(ended, "interrupted by SIGINT", "go on with: moe-fused finetune --resume")
+    words = "go on, again in 2 processes, with: moe-fused finetune --resume --output interrupted"
+    assert_refused(ended, "interrupted by SIGINT", words)
     assert len(checkpoints(output)) == 1
     assert not leftovers(output)
 
