@@ -117,6 +117,18 @@ def test_a_number_that_does_not_divide_a_step_is_refused(case: Case, tmp_path: P
     assert_refused(
         together(3, "--resume", "--output", "out", cwd=tmp_path), "2 batches in a step, which 3 processes cannot share"
     )
+    # With --gpus, before torchrun starts.
+    options = ("--resume", "--gpus", "3", "--device", "cuda", "--output", "out")
+    ended = finetune(*options, cwd=tmp_path, before=_claim_three_gpus)
+    assert ended.status == 1
+    assert ended.stderr.startswith("error: the run in out has 2 batches in a step, which 3 processes cannot share")
+
+
+def _claim_three_gpus() -> None:
+    """This runs in the process of a command."""
+    from moe_fused.finetune import launch
+
+    launch.count_gpus = lambda: 3
 
 
 def test_random_states_that_are_missing_are_told(case: Case, tmp_path: Path) -> None:
