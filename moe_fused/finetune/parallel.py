@@ -107,24 +107,35 @@ class Peers:
 
         Args:
             seconds: How long to wait.
+
+        Raises:
+            ConnectionError: A process does not come, or was told another number of processes.
         """
-        here, begin, is_told = _place(), time.monotonic(), False
-        self._store.set(f"here-{self.process.rank}", json.dumps((here, os.getpid())))
-        missing = list(range(self.process.world_size))
-        while missing := [rank for rank in missing if not self._store.check([f"here-{rank}"])]:
+        place, ours = _place(), self.process
+        self._store.set(f"here-{ours.rank}", json.dumps([place, os.getpid(), ours.world_size]))
+        missing, begin, is_told = set(range(ours.world_size)), time.monotonic(), False
+        while True:
+            for rank in [each for each in missing if self._store.check([f"here-{each}"])]:
+                missing.remove(rank)
+                its_place, number, world_size = json.loads(self._store.get(f"here-{rank}"))
+                if world_size != ours.world_size:
+                    raise ConnectionError(
+                        f"the variable WORLD_SIZE is {ours.world_size} for rank {ours.rank} and {world_size} for rank "
+                        f"{rank}: it must be the number of all processes"
+                    )
+                if rank != ours.rank and tuple(its_place) == place and _lives(number):
+                    self._others[rank] = number
+            if not missing:
+                return
             waited = time.monotonic() - begin
-            names = f"rank {', '.join(map(str, missing))} of {self.process.world_size} processes"
+            names = f"rank {', '.join(map(str, sorted(missing)))} of {ours.world_size} processes"
             if waited > seconds:
                 raise ConnectionError(f"{names} did not come within {seconds:g} s")
-            if waited > _SOON and self.is_main and not is_told:
+            if waited > _SOON and ours.is_main and not is_told:
                 is_told = True
                 print(f"note: waiting for {names}", file=sys.stderr, flush=True)
             with _says_what(f"waiting for {names}"):
                 time.sleep(0.1)
-        for rank in range(self.process.world_size):
-            place, number = json.loads(self._store.get(f"here-{rank}"))
-            if rank != self.process.rank and tuple(place) == here and _lives(number):
-                self._others[rank] = number
 
     def leave(self) -> None:
         """Ends the connection once all processes are at their end."""

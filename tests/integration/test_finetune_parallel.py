@@ -7,6 +7,7 @@ which they find each other, and ends the others with SIGTERM when one fails. Slo
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -215,6 +216,20 @@ def test_a_process_that_does_not_come_is_named(case: Case) -> None:
         1,
         "note: waiting for rank 1 of 2 processes\nerror: rank 1 of 2 processes did not come within 1 s\n",
     )
+    assert not (case.directory / "missing").exists()
+
+
+def test_another_number_of_processes_is_told(case: Case) -> None:
+    """One of three finds one of two."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    arguments = (*case.arguments, "1", "--output", "missing")
+    ended = [
+        Command("finetune", *arguments, cwd=case.directory, before=partial(as_torchrun, rank, number, store.port, None))
+        for rank, number in ((0, 2), (1, 3))
+    ]
+    lines = [line for each in ended for line in each.end().stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, lines
+    assert re.search("WORLD_SIZE is [23] for rank [01] and [23] for rank [01]: it must be the number of all", lines[0])
     assert not (case.directory / "missing").exists()
 
 
