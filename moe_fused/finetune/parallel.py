@@ -54,7 +54,7 @@ class Peers:
         self.process = process or Process()
         self._host: Any = None
         self._store: Any = None
-        self._others: dict[int, int] = {}  # the number of each other process on this machine, by its rank
+        self._others: dict[int, int] = {}  # the ids of the other processes on this machine, by their rank
         self._watch: _Watch | None = None
 
     @property
@@ -154,10 +154,13 @@ class Peers:
         return bool(self._store.check([_ENDED]))
 
     def ended(self, wait: float = 0.0) -> str | None:
-        """Says which process has ended; the text is empty if it has said why. It is None if all others live.
+        """Says which process has ended.
 
         Args:
             wait: The seconds to wait for the end of one.
+
+        Returns:
+            A text that names the process, an empty text if that process has said why it ended, or None if all others live.
         """
         if self._store is None:
             return None
@@ -308,7 +311,7 @@ class Peers:
     def average(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replaces the gradients of ``parameters`` by their means over all processes.
 
-        A gradient that only some processes have counts as zero in the others. One that none has stays away.
+        A gradient that only some processes have counts as zero in the others. One that no process has stays None.
         """
         if self.is_alone:
             return
@@ -342,7 +345,10 @@ class Peers:
 
 
 def buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yields gradients that are averaged together: of one dtype, and at most ``BUCKET`` bytes unless it is a single one."""
+    """Yields groups of gradients that are averaged together.
+
+    A group has one dtype, and at most ``BUCKET`` bytes unless it is a single gradient.
+    """
     found: dict[torch.dtype, list[Tensor]] = {}
     sizes: dict[torch.dtype, int] = {}
     for gradient in gradients:
@@ -406,7 +412,7 @@ def _says_what(doing: str) -> Iterator[None]:
 class _Watch(threading.Thread):
     """Ends this process soon after another has ended, if it does not end by itself.
 
-    A process may wait for ever in a collective of NCCL that another does not come to, and cannot handle signals meanwhile.
+    A process may wait for ever in a collective of NCCL that another never joins, and cannot handle signals meanwhile.
     """
 
     def __init__(self, peers: Peers) -> None:
