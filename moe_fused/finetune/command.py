@@ -147,6 +147,7 @@ def finetune(
             ("overwrite", overwrite),
             ("dry-run", dry_run),
             ("show-rows", show_rows),
+            ("gpus", gpus),
         ):
             if is_set:
                 raise ValueError(f"--init and --{name} exclude each other")
@@ -162,7 +163,9 @@ def finetune(
         _check_switches(resume, overwrite, show_rows, {ALLOW_OTHER_BASE: allow_other_base})
     options.require(output=show_rows is None)
     process = Process.of_environment(os.environ)
-    if options.shard and process.is_alone and (gpus or 1) < 2:
+    if show_rows is not None and not (process.is_alone and gpus in (None, 1)):
+        raise ValueError("--show-rows is for one process: start it without torchrun, accelerate launch and --gpus")
+    if options.shard and process.is_alone and gpus in (None, 1) and show_rows is None:
         raise ValueError(
             "--shard divides a model among several GPUs: add --gpus with their number, or --no-shard to train on one"
         )
@@ -170,12 +173,10 @@ def finetune(
     if gpus is not None:
         with interrupted_afterwards():
             check_gpus(gpus, options, process, only_plans=only_plans)
-    planned = process
-    if only_plans and gpus is not None and process.is_alone:
+    planned = process  # or, before --gpus starts them, the first of the processes to come
+    if gpus is not None and process.is_alone:
         planned = dataclasses.replace(process, world_size=gpus, local_world_size=gpus)
     if show_rows is not None:
-        if not process.is_alone:
-            raise ValueError("--show-rows is for one process: start it without torchrun, accelerate launch and --gpus")
         process = _precheck(options)
         check_adapter(options)
         with interrupted_afterwards():
@@ -196,8 +197,8 @@ def finetune(
         check_upload("--push-to-hub", options.repository, private=options.private)
     with interrupted_afterwards():
         check_automatic_device(options)
-    if gpus is not None and gpus > 1 and planned.is_alone:
-        launch(gpus, sys.argv[1:])
+    if process.is_alone and not planned.is_alone and not only_plans:
+        launch(planned.world_size, sys.argv[1:])
     with contextlib.ExitStack() as stack:
         if not dry_run:
             check_weights("--model", options.model)
@@ -269,7 +270,7 @@ def _said(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     """The options from the command line and from ``--config``."""
     if config is not None and not config.is_file():
         raise FileNotFoundError(f"--config {config} {'is not a file' if config.exists() else 'is missing'}")
-    said: dict[str, Any] = {} if config is None else read_yaml(config)
+    said: dict[str, Any] = {} if config is None else read_yaml(config, [switch.name for switch in _SWITCHES])
     said |= {name: value for name, value in given.items() if name != "set" and value not in (None, [])}
     fields: dict[str, dict[str, Any]] = {}
     for text in given["set"] or []:

@@ -1,8 +1,10 @@
-"""An embedding whose rows several processes share, for ``--shard``: each looks up the rows it has, for the tokens of all.
+"""An embedding whose rows are divided among several processes, for ``--shard``.
 
-FSDP2 would gather the whole embedding in every pass, of which a batch uses a few thousand rows. That takes the memory of the
-embedding three times (a buffer, the whole weight, and this process' rows), and nothing can be computed meanwhile. Here the
-processes exchange the ids of their tokens, and then the rows that were asked for.
+Each process looks up the rows that it has, for the tokens of all processes.
+
+FSDP2 would gather the whole embedding in every pass, although a batch uses only a few thousand of its rows. That takes more
+than twice the memory of the embedding (a buffer, the whole weight, and the rows of this process), and nothing can be
+computed meanwhile. Here the processes exchange the ids of their tokens, and then the rows of these ids.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ from torch.nn import functional
 
 
 def is_divisible(embedding: object) -> bool:
-    """Whether the rows of an embedding can be shared: it is a frozen lookup table and nothing more."""
+    """Whether the rows of an embedding can be divided: it must be frozen, and do nothing but look up rows."""
     return type(embedding) is nn.Embedding and not embedding.weight.requires_grad and embedding.max_norm is None
 
 
 def divide(embedding: nn.Embedding, mesh: DeviceMesh) -> None:
-    """Leaves an embedding (V, H) the ⌈V/N⌉ rows of this process, and lets it look up those of others there.
+    """Keeps only this process' ⌈V/N⌉ rows of an embedding (V, H). From then on it gets other rows from the other processes.
 
     All processes must call the embedding equally often. They may have different numbers of tokens.
 
@@ -58,7 +60,7 @@ class _Lookup:
         """Returns the rows of token ids of any shape, (…, H).
 
         Raises:
-            RuntimeError: An id is not that of a row; on a GPU, as an assertion of the device.
+            RuntimeError: An id is below 0 or not below V. On a GPU, this is an assertion of the device.
         """
         longest = self._longest(tokens)
         mine = tokens.new_zeros(longest)
@@ -68,7 +70,7 @@ class _Lookup:
         ids = tokens.new_empty(self._processes, longest)
         distributed.all_gather_into_tensor(ids.view(-1), mine, group=self._group)
         found = self._rows.new_empty(longest, self._rows.shape[1])
-        # What is found for all processes has the size of what is found for one.
+        # One piece at a time, so that the rows of a piece for all processes take no more memory than ``found`` does.
         size = -(-longest // self._processes)
         for start in range(0, longest, size):
             piece = found[start : start + size]
@@ -76,7 +78,7 @@ class _Lookup:
         return found[: tokens.numel()].view(*tokens.shape, found.shape[1])
 
     def _find(self, ids: Tensor) -> Tensor:
-        """Returns the rows of ids (N, T) as (N·T, H), zero where other processes have them."""
+        """Returns the rows of ids (N, T) as (N·T, H). Rows that other processes have are zero."""
         places = ids.reshape(-1) - self._first
         here = (places >= 0) & (places < len(self._rows))
         if not len(self._rows):

@@ -30,6 +30,7 @@ from .words import said_by
 if TYPE_CHECKING:
     from .parallel import Peers
     from .plan import MemoryPlan
+    from .resolve import ResolvedRun
     from .trainer import Finetuning
 
 
@@ -110,14 +111,14 @@ def explained(trainer: Finetuning, plan: MemoryPlan, peers: Peers) -> Iterator[N
     its traceback in both cases. If another process has ended, which leads to errors of many kinds, it raises Silent, or
     Stopped if that process could not say why.
     """
-    output, graphs = plan.run.output, trainer.shape is not None
+    run, output, graphs = plan.run, plan.run.output, trainer.shape is not None
     try:
         yield
     except (Stopped, CannotResume):
         raise
     except Interrupted:  # by the user, or by the launcher because another process has ended
         with signals_ignored():
-            _explain_lost(trainer, output, peers)
+            _explain_lost(trainer, run, peers)
         raise
     except NotFinite as error:
         # Not --resume, which would come to the same end.
@@ -125,12 +126,12 @@ def explained(trainer: Finetuning, plan: MemoryPlan, peers: Peers) -> Iterator[N
         raise Stopped(f"{said_by(error)}: {advice}; {_where(last_checkpoint(output))}") from error
     except torch.OutOfMemoryError as error:
         advice = f"predicted were {plan.prediction.total / GIB:.2f} GiB; {_again(output)} a lower --sequence-length"
-        where = _way_on(output, " --no-cuda-graphs") if graphs else _where(last_checkpoint(output))
+        where = _way_on(run, " --no-cuda-graphs") if graphs else _where(last_checkpoint(output))
         raise Stopped(f"out of memory after step {trainer.state.global_step}: {advice}; {where}") from error
     except Exception as error:
         if _may_be_of_others(error):
             with signals_ignored():  # of the launcher, which has noticed it, too
-                _explain_lost(trainer, output, peers)
+                _explain_lost(trainer, run, peers)
         is_bug, step = not isinstance(error, Expected), trainer.state.global_step
         if not step and (fields := names_given(plan.run.options, "trainer")) and _is_of_trl(error):
             raise ValueError(f"{fields}: {said_by(error)}") from error
@@ -139,7 +140,7 @@ def explained(trainer: Finetuning, plan: MemoryPlan, peers: Peers) -> Iterator[N
         if not step:
             raise
         reason = f"{type(error).__name__}: {said_by(error)}" if is_bug else said_by(error)
-        raise Stopped(f"stopped after step {step}: {reason}; {_way_on(output)}") from error
+        raise Stopped(f"stopped after step {step}: {reason}; {_way_on(run)}") from error
 
 
 def _is_of_trl(error: Exception) -> bool:
@@ -152,11 +153,11 @@ def _is_of_trl(error: Exception) -> bool:
     return module.partition(".")[0] == "trl"
 
 
-def _explain_lost(trainer: Finetuning, output: Path, peers: Peers) -> None:
+def _explain_lost(trainer: Finetuning, run: ResolvedRun, peers: Peers) -> None:
     """Raises Silent or Stopped if another process has ended, the former if it has said why."""
     lost = peers.ended(wait=0.0 if peers.is_alone else _NOTICE)
     if lost is not None:
-        raise Stopped(f"stopped after step {trainer.state.global_step}: {lost}; {_way_on(output)}") if lost else Silent
+        raise Stopped(f"stopped after step {trainer.state.global_step}: {lost}; {_way_on(run)}") if lost else Silent
 
 
 def _may_be_of_others(error: Exception) -> bool:
@@ -164,9 +165,9 @@ def _may_be_of_others(error: Exception) -> bool:
     return isinstance(error, RuntimeError | Lost) or isinstance(error.__cause__, RuntimeError)
 
 
-def stopped_by(signum: int, output: Path) -> Stopped:
+def stopped_by(signum: int, run: ResolvedRun) -> Stopped:
     """The end of a run that a signal ended."""
-    return Stopped(f"interrupted by {signal.Signals(signum).name}; {_way_on(output)}", 128 + signum)
+    return Stopped(f"interrupted by {signal.Signals(signum).name}; {_way_on(run)}", 128 + signum)
 
 
 def _where(checkpoint: Path | None) -> str:
@@ -177,7 +178,16 @@ def _again(output: Path) -> str:
     return "start again with --overwrite and" if has_begun(output) else "start again with"
 
 
-def _way_on(output: Path, options: str = "") -> str:
-    checkpoint = last_checkpoint(output)
-    how = f", go on with: moe-fused finetune --resume --output {shlex.quote(str(output))}{options}"
-    return _where(checkpoint) + ("" if checkpoint is None else how)
+def _way_on(run: ResolvedRun, options: str = "") -> str:
+    """Names the last checkpoint and the command that goes on from it, with as many processes as the run has."""
+    checkpoint = last_checkpoint(run.output)
+    if checkpoint is None:
+        return _where(checkpoint)
+    process, again = run.process, ""
+    if not process.is_alone:
+        if run.device.type != "cpu" and process.local_world_size == process.world_size:
+            options += f" --gpus {process.world_size}"
+        else:  # --gpus does not start these
+            again = f", again in {process.world_size} processes,"
+    command = f"moe-fused finetune --resume --output {shlex.quote(str(run.output))}{options}"
+    return f"{_where(checkpoint)}, go on{again} with: {command}"

@@ -13,7 +13,7 @@ import math
 import re
 import textwrap
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -589,8 +589,12 @@ def _convert(value: object, kind: Any) -> Any:
     return value
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, switches: Collection[str] = ()) -> dict[str, Any]:
     """Reads options from a YAML file. The keys may have dashes or underscores; the result has underscores.
+
+    Args:
+        path: The file.
+        switches: The names of what only the command line can give, for the error that names it.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -614,6 +618,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     values = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
+        if name in switches:
+            raise ValueError(f"{path}: {key} cannot be in a file of options, give {flag(name)} on the command line")
         if name not in DEFAULTS:
             near = difflib.get_close_matches(name, DEFAULTS, n=1, cutoff=0.4)
             raise ValueError(

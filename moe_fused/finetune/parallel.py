@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import socket
 import sys
@@ -27,6 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from moe_fused.launched import WORD
 from moe_fused.memory import BUCKET
+from moe_fused.signals import Interrupted
 
 from .endings import Diverged, Lost
 from .options import Options, flag
@@ -36,6 +38,8 @@ from .precheck import Process
 _LONG = timedelta(days=7)
 # How often a process looks for the end of others, and how long it then has to end by itself, in seconds.
 _INTERVAL, _GRACE = 0.5, 3.0
+# After how many seconds a process says that it waits for others to come.
+_SOON = 10.0
 _ENDED = "ended"
 
 
@@ -50,7 +54,7 @@ class Peers:
         self.process = process or Process()
         self._host: Any = None
         self._store: Any = None
-        self._others: dict[int, int] = {}  # the number of each other process on this machine, by its rank
+        self._others: dict[int, int] = {}  # the ids of the other processes on this machine, by their rank
         self._watch: _Watch | None = None
 
     @property
@@ -70,6 +74,7 @@ class Peers:
 
         Raises:
             ValueError: torch has no library for collectives of such devices.
+            ConnectionError: The others cannot be reached, or do not come.
         """
         process = self.process
         seconds = (options.trainer or {}).get("ddp_timeout", 1800)
@@ -79,9 +84,10 @@ class Peers:
         if options.shard:
             # NCCL would register buffers of recorded collectives, which fails for memory of expandable segments.
             os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+        self._store = PrefixStore("moe-fused", _shared_store(process, timedelta(seconds=seconds)))
+        WORD.claim, WORD.is_claimed = self._claim, self._is_claimed
         with self._talking():
-            store, _, _ = next(rendezvous("env://", process.rank, process.world_size))
-            self._store = PrefixStore("moe-fused", store)
+            self._meet(seconds)
             distributed.init_process_group(
                 backend,
                 store=PrefixStore("processes", self._store),
@@ -93,13 +99,43 @@ class Peers:
             self._host = distributed.new_group(backend="gloo", timeout=_LONG)
             if device.type != "cpu":  # so that what fails here fails now, and that the plan sees the memory it takes
                 distributed.all_reduce(torch.zeros(1, device=device))
-        WORD.claim, WORD.is_claimed = self._claim, self._is_claimed
-        here = _place()
-        for rank, (place, number) in enumerate(self.gather((here, os.getpid()))):
-            if rank != process.rank and place == here and _lives(number):
-                self._others[rank] = number
         self._watch = _Watch(self)
         self._watch.start()
+
+    def _meet(self, seconds: float) -> None:
+        """Waits until all processes are here, and notes which of them are on this machine.
+
+        Args:
+            seconds: How long to wait.
+
+        Raises:
+            ConnectionError: A process does not come, or was told another number of processes.
+        """
+        place, ours = _place(), self.process
+        self._store.set(f"here-{ours.rank}", json.dumps([place, os.getpid(), ours.world_size]))
+        missing, begin, is_told = set(range(ours.world_size)), time.monotonic(), False
+        while True:
+            for rank in [each for each in missing if self._store.check([f"here-{each}"])]:
+                missing.remove(rank)
+                its_place, number, world_size = json.loads(self._store.get(f"here-{rank}"))
+                if world_size != ours.world_size:
+                    raise ConnectionError(
+                        f"the variable WORLD_SIZE is {ours.world_size} for rank {ours.rank} and {world_size} for rank "
+                        f"{rank}: it must be the number of all processes"
+                    )
+                if rank != ours.rank and tuple(its_place) == place and _lives(number):
+                    self._others[rank] = number
+            if not missing:
+                return
+            waited = time.monotonic() - begin
+            names = f"rank {', '.join(map(str, sorted(missing)))} of {ours.world_size} processes"
+            if waited > seconds:
+                raise ConnectionError(f"{names} did not come within {seconds:g} s")
+            if waited > _SOON and ours.is_main and not is_told:
+                is_told = True
+                print(f"note: waiting for {names}", file=sys.stderr, flush=True)
+            with _says_what(f"waiting for {names}"):
+                time.sleep(0.1)
 
     def leave(self) -> None:
         """Ends the connection once all processes are at their end."""
@@ -118,10 +154,13 @@ class Peers:
         return bool(self._store.check([_ENDED]))
 
     def ended(self, wait: float = 0.0) -> str | None:
-        """Says which process has ended; the text is empty if it has said why. It is None if all others live.
+        """Says which process has ended.
 
         Args:
             wait: The seconds to wait for the end of one.
+
+        Returns:
+            A text that names the process, an empty text if that process has said why it ended, or None if all others live.
         """
         if self._store is None:
             return None
@@ -272,7 +311,7 @@ class Peers:
     def average(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replaces the gradients of ``parameters`` by their means over all processes.
 
-        A gradient that only some processes have counts as zero in the others. One that none has stays away.
+        A gradient that only some processes have counts as zero in the others. One that no process has stays None.
         """
         if self.is_alone:
             return
@@ -306,7 +345,10 @@ class Peers:
 
 
 def buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yields gradients that are averaged together: of one dtype, and at most ``BUCKET`` bytes unless it is a single one."""
+    """Yields groups of gradients that are averaged together.
+
+    A group has one dtype, and at most ``BUCKET`` bytes unless it is a single gradient.
+    """
     found: dict[torch.dtype, list[Tensor]] = {}
     sizes: dict[torch.dtype, int] = {}
     for gradient in gradients:
@@ -320,10 +362,57 @@ def buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     yield from filter(None, found.values())
 
 
+def _shared_store(process: Process, limit: timedelta) -> Any:
+    """Connects this process to the store that torchrun holds, or else the process with rank 0.
+
+    torch waits for it without handling signals, so another thread does that.
+
+    Args:
+        limit: How long to wait.
+
+    Raises:
+        ConnectionError: Nothing can be reached, or this process cannot hold the store.
+    """
+    found: list[Any] = []
+
+    def connect() -> None:
+        try:
+            found.append(next(rendezvous("env://", process.rank, process.world_size, timeout=limit))[0])
+        except (RuntimeError, ValueError, OSError) as error:
+            found.append(error)
+
+    thread = threading.Thread(target=connect, name="connect", daemon=True)
+    thread.start()
+    others = f"the other processes at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    with _says_what(f"waiting for {others}"):
+        thread.join(_SOON)
+        if thread.is_alive():
+            print(
+                f"note: rank {process.rank} of {process.world_size} processes waits for {others}",
+                file=sys.stderr,
+                flush=True,
+            )
+        thread.join()
+    if isinstance(found[0], Exception):
+        reason = str(found[0]).strip().partition("\n")[0]
+        raise ConnectionError(f"cannot connect to {others}: {reason}") from found[0]
+    return found[0]
+
+
+@contextlib.contextmanager
+def _says_what(doing: str) -> Iterator[None]:
+    """Lets an interruption within the block say what it interrupted."""
+    try:
+        yield
+    except Interrupted as error:
+        error.args = (f"{error} while {doing}",)
+        raise
+
+
 class _Watch(threading.Thread):
     """Ends this process soon after another has ended, if it does not end by itself.
 
-    A process may wait for ever in a collective of NCCL that another does not come to, and cannot handle signals meanwhile.
+    A process may wait for ever in a collective of NCCL that another never joins, and cannot handle signals meanwhile.
     """
 
     def __init__(self, peers: Peers) -> None:

@@ -57,19 +57,8 @@ class Process:
         Raises:
             ValueError: The variables are not those of a launcher.
         """
-        found = {name: environment.get(name, default) for name, default in _VARIABLES.items()}
-        for name, value in found.items():
-            if not value.isdecimal():
-                raise ValueError(f"the variable {name} must be a whole number, as torchrun sets it, got {value!r}")
-        process = cls(*map(int, found.values()))
-        if process.is_alone:
-            return process
-        needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        if missing := [name for name in needed if name not in environment]:
-            raise ValueError(
-                f"the variable WORLD_SIZE is {process.world_size}, but {', '.join(missing)} is not set: start several "
-                "processes with torchrun, accelerate launch or --gpus"
-            )
+        _check_variables(environment)
+        process = cls(*(int(environment.get(name, default)) for name, default in _VARIABLES.items()))
         if "LOCAL_WORLD_SIZE" not in environment:  # accelerate launch without torchrun
             return dataclasses.replace(process, local_world_size=process.local_rank + 1)
         return process
@@ -86,6 +75,60 @@ class Process:
 
 
 _VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+# What torch needs to connect processes, and accelerate wherever LOCAL_RANK is set.
+_CONNECTING = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# The variables in which an MPI says how many processes it has started. It does not say how they find each other.
+_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_LAUNCHERS = "start several processes with torchrun, accelerate launch or --gpus"
+
+
+def _check_variables(environment: Mapping[str, str]) -> None:
+    """Raises ValueError unless the variables of a launcher are absent, or are all there and fit together."""
+    for name in _VARIABLES:
+        if name in environment:
+            _check_number(name, environment[name], 1 if name.endswith("SIZE") else 0)
+    _check_below("RANK", "WORLD_SIZE", environment)
+    if "LOCAL_WORLD_SIZE" in environment:
+        _check_below("LOCAL_RANK", "LOCAL_WORLD_SIZE", environment)
+    several = int(environment.get("WORLD_SIZE", "1")) > 1
+    if several or "LOCAL_RANK" in environment:
+        _check_connecting("WORLD_SIZE" if several else "LOCAL_RANK", environment)
+        return
+    for name in _OF_MPI:
+        if (number := environment.get(name, "")).isdecimal() and int(number) > 1:
+            raise ValueError(
+                f"the variable {name} is {number}, but processes that an MPI started cannot train together: {_LAUNCHERS}, "
+                "or unset it to train in one process"
+            )
+
+
+def _check_below(name: str, limit: str, environment: Mapping[str, str]) -> None:
+    """Raises ValueError unless the number of a process is below the number of processes, which is 1 if it is not set."""
+    number, processes = (environment.get(each, _VARIABLES[each]) for each in (name, limit))
+    if int(number) >= int(processes):
+        raise ValueError(
+            f"the variable {name} is {number} and must be below {limit}, which is "
+            f"{processes if limit in environment else 'not set'}: {_LAUNCHERS}, or unset {name} to train in one process"
+        )
+
+
+def _check_connecting(first: str, environment: Mapping[str, str]) -> None:
+    """Raises ValueError unless the variables that connect processes are there. ``first`` is why they are needed."""
+    missing = [name for name in _CONNECTING if not environment.get(name)]
+    if missing:
+        raise ValueError(
+            f"the variable {first} is {environment[first]}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
+            f"not set: {_LAUNCHERS}, or unset {first} to train in one process"
+        )
+    _check_number("MASTER_PORT", environment["MASTER_PORT"], 1, 65535)
+
+
+def _check_number(name: str, value: str, least: int, most: int | None = None) -> None:
+    if not value.isdecimal():
+        raise ValueError(f"the variable {name} must be a whole number, as torchrun sets it, got {value!r}")
+    if int(value) < least or (most is not None and int(value) > most):
+        limits = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"the variable {name} must be {limits}, got {value}")
 
 
 def precheck(options: Options) -> Process:

@@ -373,14 +373,14 @@ def _train_and_write(
     if not peers.is_main:
         trainer.add_callback(Follower(peers, resolved.device, has_graphs))
         with explained(trainer, plan, peers):
-            _train(trainer, checkpoint, resolved.output, peers)
+            _train(trainer, checkpoint, resolved, peers)
             largest_memory(peers, resolved.device, has_graphs)
         return
     with _uploading(trainer, resolved, console):
         with contextlib.closing(log), explained(trainer, plan, peers):
             # First, because it adds to the numbers that the others get.
             trainer.callback_handler.callbacks.insert(0, log)
-            _train(trainer, checkpoint, resolved.output, peers)
+            _train(trainer, checkpoint, resolved, peers)
             memory = largest_memory(peers, resolved.device, has_graphs)
             log.end_after(trainer.state.global_step)  # a run that has nothing left to do has not begun its log anew
         _print(console, trainer.ending())
@@ -410,7 +410,7 @@ def _uploading(
 _APART = 5.0
 
 
-def _train(trainer: Finetuning, checkpoint: Path | None, output: Path, peers: Peers) -> None:
+def _train(trainer: Finetuning, checkpoint: Path | None, resolved: ResolvedRun, peers: Peers) -> None:
     """Trains to the end; raises Stopped if a signal ends the training before."""
     with first_signal_noted(0.0 if peers.is_alone else _APART) as received:
         stop = Stop(received, peers)
@@ -418,7 +418,7 @@ def _train(trainer: Finetuning, checkpoint: Path | None, output: Path, peers: Pe
         trainer.train_from(checkpoint)
     signum = received() if peers.is_alone else stop.signum
     if signum is not None and not trainer.has_ended:
-        raise stopped_by(signum, output)
+        raise stopped_by(signum, resolved)
 
 
 @contextlib.contextmanager

@@ -33,9 +33,13 @@ if TYPE_CHECKING:
 
 
 def shared(dataset: Any, share: int) -> tuple[Any, int]:
-    """Adds sequences to the end of a data set until batches of all processes, ``share`` sequences, divide it.
+    """Adds sequences to the end of a data set until their number is a multiple of ``share``.
 
     They are copies of the shortest sequence from which nothing is learned, so that no loss counts them.
+
+    Args:
+        dataset: The sequences.
+        share: The number of sequences that all processes together take at a time, a batch each.
 
     Returns:
         The data set, and the number of sequences that were added.
@@ -51,10 +55,10 @@ def shared(dataset: Any, share: int) -> tuple[Any, int]:
 
 
 class FillersLast(Sampler[int]):
-    """The order of ``sampler`` without the sequences that ``shared`` has added, which come last.
+    """Yields the sequences of the data in the order of ``sampler``, and then those that ``shared`` has added.
 
     Args:
-        sampler: A sampler of all sequences. It goes through the others only from now on.
+        sampler: A sampler of all sequences. From now on it leaves out those that were added.
         fillers: The number of sequences that were added.
     """
 
@@ -143,10 +147,10 @@ class OfSeveral(_Trainer):
         return optimizer
 
     def store_flos(self) -> None:
-        """Does nothing. Trainer would add up over all processes what ``floating_point_ops`` does not count."""
+        """Does nothing. Trainer would add up operations over all processes, and ``floating_point_ops`` counts none."""
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Lets the first process write the random states of all, its own under the name of a process that is alone."""
+        """Lets the first process write the random states of all. Its own is in the file that a single process would use."""
         if self._peers.is_alone:
             super()._save_rng_state(output_dir)
             return

@@ -6,9 +6,9 @@ alone. The rows of the embedding are divided without FSDP2, see ``divided_embedd
 process: attention in 4 bits, norms and routers. The head also stays whole: the loss reads its weight directly, so FSDP2's
 hooks would not run.
 
-A model is divided in three steps. ``moe_fused.checkpoints.share`` loads the experts of this process alone. ``Sharding``
-puts tensors of the whole shapes in their place, which have no memory. PEFT makes its layers around them, on their device,
-and Trainer loads adapters. ``Sharding.apply`` then hands all to FSDP2.
+A model is divided in three steps. First, ``moe_fused.checkpoints.share`` loads only the experts of this process. Second,
+``Sharding`` replaces them by tensors that have the whole shapes and no memory, so that PEFT can make its layers around
+them, on their device, and Trainer can load adapters. Third, ``Sharding.apply`` hands everything to FSDP2.
 
 Transformers 5.22 can shard a model itself (``DistributedConfig(fsdp_size=…)``). It is not used, because 5.17 lacks it, and
 because it shards the linear layers of bitsandbytes, whose state FSDP2 does not know.
@@ -103,12 +103,13 @@ class Sharding:
             _fill(stack, dtype)
         self._stacks = []
         if self._run.device.type == "cuda":
-            torch.cuda.empty_cache()  # what was whole has left holes
+            torch.cuda.empty_cache()  # the tensors that were whole have left holes in the memory
 
     def _is_divisible(self, parameter: nn.Parameter) -> bool:
         """Whether a trained parameter is divided. A division must not cut a block of the optimizer's 8-bit state.
 
-        Parameters that are trained in full have another dtype than adapters may have, with which FSDP2 cannot reduce them.
+        A module that is trained in full may have another dtype than the adapters. It stays whole, because FSDP2 reduces
+        only gradients of one dtype.
         """
         processes = self._run.process.world_size
         if not parameter.requires_grad or parameter.dtype is not self._run.adapter_dtype:
@@ -206,7 +207,7 @@ class Sharding:
         return {**state, "state": shares}
 
     def end(self, model: nn.Module) -> None:
-        """Makes the adapters whole parameters in all processes, into which others may be loaded. No pass may follow."""
+        """Makes the adapters whole in all processes, so that others can be loaded into them. No pass may follow."""
         self._parts.clear()
         for module, hooks in self._hooks.items():
             module._load_state_dict_post_hooks = hooks  # without FSDP2's hooks, which expect sharded values
@@ -234,8 +235,8 @@ def forget_gathered(decoder: Any) -> None:
 def gathering(decoder: Any) -> Iterator[None]:
     """Makes the streams on which FSDP2 gathers a decoder's layers part of what is recorded within the block.
 
-    The decoder's own hooks would do this. They have run before the recording has begun, and run again after its end.
-    A decoder that is not divided has no such streams.
+    The decoder's own hooks would do this, but they run before the recording begins and after it has ended. A decoder
+    that is not divided has no such streams.
     """
     if not isinstance(decoder, FSDPModule):
         yield
@@ -250,7 +251,7 @@ def gathering(decoder: Any) -> Iterator[None]:
 
 
 def storage_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which FSDP2 takes the bytes of packed experts. Before torch 2.13, it takes floating-point ones alone.
+    """The dtype in which FSDP2 takes the bytes of packed experts. Before torch 2.13, it takes only floating-point dtypes.
 
     Args:
         dtype: The dtype of activations, which mixed precision would leave as it is.
@@ -275,7 +276,7 @@ def _put_whole(model: nn.Module) -> Iterator[_Stack]:
 
 
 def _without_memory(like: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Returns tensors on a device whose memory has been freed. PEFT makes adapters on the device of what they adapt."""
+    """Returns tensors of the shapes of ``like`` and frees their memory. Their device tells PEFT where to make adapters."""
     made = {name: torch.empty_like(value, device=device) for name, value in like.items()}
     for value in made.values():
         value.untyped_storage().resize_(0)
@@ -294,7 +295,6 @@ def _layers_of(model: nn.Module, experts: Sequence[nn.Module]) -> list[Any]:
     """Returns the decoder layers: the list of modules that holds the most experts."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     wanted = set(experts)
-
     counts = [sum(module in wanted for module in found.modules()) for found in lists]
     return list(lists[counts.index(max(counts))])
 

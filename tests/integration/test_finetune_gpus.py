@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 pytest.importorskip("trl")
 
 from benchmarks.models import BY_NAME
+from moe_fused.finetune.endings import stopped_by
 from moe_fused.finetune.options import Options
 from moe_fused.finetune.plan import SLACK, plan_run, plans_of, suggest_gpus, workload_of
 from moe_fused.finetune.precheck import Process
@@ -99,6 +102,17 @@ def test_sharding_without_need_gets_a_hint() -> None:
     whole = needed("qwen3-30b-a3b", 2, sharded=False, cuda_graphs=True) / GIB
     assert note == f"note: without --shard the run needs {whole:.2f} GiB, which fits, too, and is faster"
     assert not plan_run(setup_of("qwen3-30b-a3b", memory_limit=15, **options), plain_text=False).notes
+
+
+def test_the_way_on_has_as_many_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "o" / "checkpoints" / "checkpoint-4").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    command = "moe-fused finetune --resume --output o"
+    run = run_of("qwen3-30b-a3b", processes=2)
+    assert str(stopped_by(signal.SIGINT, run)).endswith(f"checkpoint-4, go on with: {command} --gpus 2")
+    on_two_machines = dataclasses.replace(run, process=Process(world_size=4, local_world_size=2))
+    assert str(stopped_by(signal.SIGINT, on_two_machines)).endswith(f", go on, again in 4 processes, with: {command}")
+    assert str(stopped_by(signal.SIGINT, run_of("qwen3-30b-a3b"))).endswith(f", go on with: {command}")
 
 
 def test_dense_experts_are_not_to_be_sharded() -> None:

@@ -7,8 +7,10 @@ which they find each other, and ends the others with SIGTERM when one fails. Slo
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ import yaml
 from tests.support import REPOSITORY, python_path
 
 from .finetuning import (
+    Command,
     chats,
     checkpoints,
     evaluations,
@@ -31,7 +34,7 @@ from .finetuning import (
     save_model,
     write_jsonl,
 )
-from .together import Case, Together, assert_alike, assert_ended, assert_refused, signal_after, together
+from .together import Case, Together, as_torchrun, assert_alike, assert_ended, assert_refused, signal_after, together
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes on a CPU; GPUs have tests of their own")
 
@@ -115,6 +118,18 @@ def test_a_number_that_does_not_divide_a_step_is_refused(case: Case, tmp_path: P
     assert_refused(
         together(3, "--resume", "--output", "out", cwd=tmp_path), "2 batches in a step, which 3 processes cannot share"
     )
+    # With --gpus, before torchrun starts.
+    options = ("--resume", "--gpus", "3", "--device", "cuda", "--output", "out")
+    ended = finetune(*options, cwd=tmp_path, before=_claim_three_gpus)
+    assert ended.status == 1
+    assert ended.stderr.startswith("error: the run in out has 2 batches in a step, which 3 processes cannot share")
+
+
+def _claim_three_gpus() -> None:
+    """This runs in the process of a command."""
+    from moe_fused.finetune import launch
+
+    launch.count_gpus = lambda: 3
 
 
 def test_random_states_that_are_missing_are_told(case: Case, tmp_path: Path) -> None:
@@ -175,6 +190,75 @@ def test_a_process_that_is_stuck_ends_with_the_others(case: Case) -> None:
     assert_refused(ended, "rank 1: ", "a bug")
 
 
+def _impatient(*, alone: bool) -> None:
+    """Says at once that others are missing. This runs in the process of a command.
+
+    Args:
+        alone: Whether there is no launcher, so that the process with rank 0 holds the store.
+    """
+    from moe_fused.finetune import parallel
+
+    parallel._SOON = 0.2
+    if alone:
+        del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
+
+
+def _one_of_two(case: Case, rank: int, port: int, *options: str, alone: bool) -> Command:
+    prepare = partial(as_torchrun, rank, 2, port, partial(_impatient, alone=alone))
+    arguments = (*case.arguments, "1", "--output", "missing", *options)
+    return Command("finetune", *arguments, cwd=case.directory, before=prepare)
+
+
+def test_a_process_that_does_not_come_is_named(case: Case) -> None:
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ended = _one_of_two(case, 0, store.port, "--set", "trainer.ddp_timeout=1", alone=False).end()
+    assert (ended.status, ended.stderr) == (
+        1,
+        "note: waiting for rank 1 of 2 processes\nerror: rank 1 of 2 processes did not come within 1 s\n",
+    )
+    assert not (case.directory / "missing").exists()
+
+
+def test_another_number_of_processes_is_told(case: Case) -> None:
+    """One of three finds one of two."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    arguments = (*case.arguments, "1", "--output", "missing")
+    ended = [
+        Command("finetune", *arguments, cwd=case.directory, before=partial(as_torchrun, rank, number, store.port, None))
+        for rank, number in ((0, 2), (1, 3))
+    ]
+    lines = [line for each in ended for line in each.end().stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, lines
+    assert re.search("WORLD_SIZE is [23] for rank [01] and [23] for rank [01]: it must be the number of all", lines[0])
+    assert not (case.directory / "missing").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_waiting_can_be_interrupted(case: Case, rank: int) -> None:
+    """torch waits for the store half an hour, without handling signals."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = _one_of_two(case, rank, port, alone=True)
+    where = f"the other processes at 127.0.0.1:{port}"
+    while f"note: rank {rank} of 2 processes waits for {where}\n" not in command.stderr():
+        assert command.process.exitcode is None, command.end()
+        time.sleep(0.05)
+    command.signal(signal.SIGINT)
+    ended = command.end(timeout=20)
+    assert ended.status == 128 + signal.SIGINT
+    assert (f"error: interrupted by SIGINT while waiting for {where}\n" in ended.stderr) == (rank == 0)
+    assert not (case.directory / "missing").exists()
+
+
+def test_a_port_that_is_taken_is_told(case: Case) -> None:
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ended = _one_of_two(case, 0, store.port, alone=True).end()
+    assert ended.status == 1
+    (line,) = (line for line in ended.stderr.splitlines() if line.startswith("error: "))
+    assert line.startswith(f"error: cannot connect to the other processes at 127.0.0.1:{store.port}: The server socket")
+
+
 def test_a_signal_to_all_saves_once(case: Case) -> None:
     output = case.directory / "interrupted"
     processes = Together(
@@ -187,7 +271,8 @@ def test_a_signal_to_all_saves_once(case: Case) -> None:
     processes.signal(signal.SIGINT)
     ended = processes.end()
     assert [each.status for each in ended] == [128 + signal.SIGINT] * 2, ended
-    assert_refused(ended, "interrupted by SIGINT", "go on with: moe-fused finetune --resume")
+    words = "go on, again in 2 processes, with: moe-fused finetune --resume --output interrupted"
+    assert_refused(ended, "interrupted by SIGINT", words)
     assert len(checkpoints(output)) == 1
     assert not leftovers(output)
 

@@ -109,28 +109,47 @@ def test_a_plan_is_of_one_record() -> None:
 
 # Several processes.
 
+OF_TORCHRUN = {
+    "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "1",
+}  # fmt: skip
+
 
 def test_the_process_is_read_from_the_environment() -> None:
     assert Process.of_environment({}) == Process()
-    assert Process.of_environment({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}) == Process()
+    assert Process.of_environment({"RANK": "0", "WORLD_SIZE": "1", "PMI_SIZE": "1"}) == Process()
+    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "::1", "MASTER_PORT": "1"}
+    assert Process.of_environment(one) == Process()
 
 
 def test_several_processes_are_read_from_the_environment() -> None:
-    variables = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "1"}
-    process = Process.of_environment(variables | {"LOCAL_WORLD_SIZE": "2"})
+    process = Process.of_environment(OF_TORCHRUN)
     assert process == Process(rank=1, local_rank=1, world_size=2, local_world_size=2)
     assert not process.is_main
     assert not process.is_alone
-    assert Process.of_environment(variables).local_world_size == 2  # as accelerate may leave it out
+    without = {name: value for name, value in OF_TORCHRUN.items() if name != "LOCAL_WORLD_SIZE"}
+    assert Process.of_environment(without).local_world_size == 2  # as accelerate may leave it out
     assert set_up(Options(model="m"), QWEN3_MOE.build().config, CPU, process).process is process
 
 
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({"WORLD_SIZE": "2", "RANK": "1"}, "LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"),
-        ({"RANK": "x"}, "RANK must be"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE is 2, but LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set"),
+        ({**OF_TORCHRUN, "MASTER_ADDR": ""}, "WORLD_SIZE is 2, but MASTER_ADDR is not set"),
+        (
+            {"LOCAL_RANK": "0", "WORLD_SIZE": "1", "RANK": "0"},
+            "LOCAL_RANK is 0, but MASTER_ADDR, MASTER_PORT are not set",
+        ),
+        ({"RANK": "x"}, "RANK must be a whole number, as torchrun sets it, got 'x'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be at least 1, got 0"),
+        ({"RANK": "1"}, "RANK is 1 and must be below WORLD_SIZE, which is not set"),
+        ({**OF_TORCHRUN, "RANK": "2"}, "RANK is 2 and must be below WORLD_SIZE, which is 2"),
+        ({**OF_TORCHRUN, "LOCAL_RANK": "2"}, "LOCAL_RANK is 2 and must be below LOCAL_WORLD_SIZE, which is 2"),
+        ({**OF_TORCHRUN, "MASTER_PORT": "http"}, "MASTER_PORT must be a whole number, as torchrun sets it, got 'http'"),
+        ({**OF_TORCHRUN, "MASTER_PORT": "70000"}, "MASTER_PORT must be from 1 to 65535, got 70000"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is 2, but processes that an MPI started cannot"),
     ],
+    ids=str,
 )
 def test_variables_of_no_launcher_are_refused(variables: dict[str, str], words: str) -> None:
     with pytest.raises(ValueError, match=words):

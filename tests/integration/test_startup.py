@@ -56,6 +56,10 @@ MISTAKES = [
     mistake(*FINETUNE, "--dataset", "data/nowhere.parquet", says="--dataset data/nowhere.parquet is missing"),
     mistake(*FINETUNE, "--chat-template", "nowhere.jinja", says="--chat-template nowhere.jinja is missing"),
     mistake(*FINETUNE, "--config", "nowhere.yaml", says="--config nowhere.yaml is missing"),
+    mistake(*FINETUNE, "--config", "gpus.yaml", says="gpus.yaml: gpus cannot be in a file of options, give --gpus on"),
+    mistake(*FINETUNE, "--shard", says="--shard divides a model among several GPUs: add --gpus"),
+    mistake(*FINETUNE, "--gpus", "2", "--show-rows", "1", says="--show-rows is for one process"),
+    mistake("finetune", "--init", "new.yaml", "--gpus", "2", says="--init and --gpus exclude each other"),
     mistake(*FINETUNE, "--device", "gpu", says="--device gpu cannot be used here"),
     mistake(*FINETUNE, "--device", "cpu", "--cuda-graphs", says="--cuda-graphs: it needs a GPU"),
     mistake(*FINETUNE, "--device", "cpu", "--liger", says="--liger: Liger's kernels need a GPU"),
@@ -247,6 +251,7 @@ def _prepare(directory: Path) -> None:
     (directory / "other").mkdir()
     write("taken/thesis.txt", "years of work")
     write("chat.jsonl", {"text": "words"})
+    write("gpus.yaml", {"gpus": 2})
     write("run/finetune.yaml", {"model": "model", "dataset": "chat.jsonl", "output": "run"})
     write("run/checkpoints/checkpoint-4/trainer_state.json", {"global_step": 4})
 

@@ -24,7 +24,7 @@ OPTIONS = (
 )  # fmt: skip
 
 
-def _environment(rank: int, number: int, port: int, before: Callable[[], object] | None) -> None:
+def as_torchrun(rank: int, number: int, port: int, before: Callable[[], object] | None) -> None:
     """Sets what torchrun sets. This runs in the process of a command."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number),
@@ -51,7 +51,7 @@ class Together:
             where = cwd / f".rank-{rank}-{time.monotonic_ns()}"
             where.mkdir()
             said = arguments if others is None or not rank else others
-            prepare = partial(_environment, rank, number, self._store.port, (before or {}).get(rank))
+            prepare = partial(as_torchrun, rank, number, self._store.port, (before or {}).get(rank))
             self.commands.append(Command("finetune", *said, cwd=where, before=partial(_in_parent, prepare)))
 
     def signal(self, signum: int) -> None:
