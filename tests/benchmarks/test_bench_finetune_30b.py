@@ -479,7 +479,7 @@ def test_the_eager_run_records_no_graphs():
     """It is ours in everything else, so the two differ in who launches the kernels."""
     recipes = {}
     bench = finetune_30b.Bench(
-        finetune_30b.TINY, CPU, Ceilings(1e12, 1e12), Recipe(cuda_graphs=True), 0.0, 1, 0,
+        finetune_30b.TINY, CPU, Ceilings(1e12, 1e12), Recipe(cuda_graphs=True), "nf4", 0.0, 1, 0,
         lambda model, recipe: recipes.setdefault(len(recipes), recipe), Console(quiet=True),
     )  # fmt: skip
     for name in ("moe_fused", "moe_fused_eager"):
