@@ -15,7 +15,8 @@ moved, and one launch updates all parameters of a group. Compiled for sm_90 (Tri
 **What a step would take.** These are estimates, nobody has measured the kernel. At 1.75 GHz an H200 makes an instruction for
 each of 328 million elements in 11 µs, so 67 take 0.75 ms. Half of them go through a pipe that takes two clocks for a warp,
 which is 0.75 ms as well. Reading different words of shared memory takes a warp some 3.5 clocks, because of conflicts of
-banks, four times for each element: 0.6 ms. All this overlaps in part, also with the 0.8 ms of the bytes.
+banks, four times for each element: 0.6 ms. With the 0.8 ms of the bytes, a step takes 0.8 ms if all this overlaps, and 2.2
+ms if nothing does.
 
 **How numbers become codes, and codes numbers.** The numbers of instructions are for an element of one state on sm_90. Those
 of what the kernel does were counted in its compiled code, the others are estimates.
