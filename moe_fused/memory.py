@@ -31,7 +31,8 @@ from .sizes import Linear, Sizes, Stack, Whole, is_named, most_beside_mixers, si
 
 __all__ = [
     "BUCKET", "CONNECTIONS", "CONTEXT", "GIB", "LOSS_TILE", "LOSS_TILE_BESIDE_GRAPHS", "MIB", "Linear", "Prediction",
-    "Sizes", "Stack", "Whole", "Workload", "gathered_layer", "is_named", "loss_bytes", "predict", "sizes_of", "skeleton",
+    "Sizes", "Stack", "Whole", "Workload", "adapter_numels", "gathered_layer", "is_named", "loss_bytes", "predict",
+    "sizes_of", "skeleton",
 ]  # fmt: skip
 
 MIB, GIB = 2**20, 2**30
@@ -192,7 +193,7 @@ class Prediction:
 
 def predict(sizes: Sizes, work: Workload) -> Prediction:
     """Predicts the largest memory that a step needs."""
-    adapters = list(_adapters(sizes, work))
+    adapters = list(adapter_numels(sizes, work))
     tensors = [_Trained(_share(numel, work), work.adapter_itemsize) for numel in adapters]
     tensors += [_Trained(whole.numel, work.whole_itemsize, whole.embeds) for whole in work.whole]
     moments = _moments(sizes, work, tensors, sum(adapters) * work.adapter_itemsize)
@@ -315,7 +316,7 @@ def gathered_layer(sizes: Sizes, work: Workload) -> int:
     if work.shards == 1:
         return 0
     stacks = [work.shards * _stack_bytes(_local(stack, work), work) for stack in sizes.stacks]
-    adapters = sum(_adapters(sizes, work)) * work.adapter_itemsize // (len(stacks) // 2 or sizes.layers)
+    adapters = sum(adapter_numels(sizes, work)) * work.adapter_itemsize // (len(stacks) // 2 or sizes.layers)
     return max(map(sum, zip(stacks[::2], stacks[1::2], strict=True)), default=0) + adapters
 
 
@@ -337,7 +338,7 @@ def _linear_bytes(linear: Linear, work: Workload) -> int:
     return linear.numel // 2 + blocks + 4 * -(-blocks // GROUP) + 4 * (16 + 256 + 1)
 
 
-def _adapters(sizes: Sizes, work: Workload) -> Iterator[int]:
+def adapter_numels(sizes: Sizes, work: Workload) -> Iterator[int]:
     """Yields the number of elements of each tensor that is trained."""
     if work.factors is not None:
         yield from work.factors

@@ -36,6 +36,8 @@ The model and its training:
     batches       packed documents in batches of one shape
     graphs        the decoder's passes as CUDA graphs
     host          a training step without the work that costs the host most
+    adamw         steps of 8-bit AdamW over many parameters in one launch
+    adamw_device  the kernel for these
     arguments     the arguments of TRL's trainers for a run
     trainer       TRL's trainers with checkpoints that are whole or absent, which keep the best and end early
     evaluation    the loss of evaluations, and the end of a run whose loss does not get lower

@@ -9,11 +9,15 @@ of their launches overlaps with the backward pass.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# The environment variable that, if it is 0, leaves the steps of 8-bit AdamW to bitsandbytes.
+ADAMW_VARIABLE = "MOE_FUSED_ADAMW"
 
 
 @contextlib.contextmanager
@@ -48,10 +52,13 @@ def queued(optimizer_class: type[Any]) -> type[Any]:
 
     The work runs on the same stream as everything else. The host can access paged states as well, so ``state_dict``
     waits for the GPU before it reads them. The method ``allocate`` makes the states of all parameters that have none.
+    From then on, a kernel of our own updates parameters with 8-bit states of AdamW (``adamw``), and bitsandbytes all others.
+    With ``MOE_FUSED_ADAMW=0`` in the environment, bitsandbytes updates all.
     """
 
     class Queued(optimizer_class):
         initialized: bool
+        _together: Any = None
 
         def allocate(self) -> None:
             self._initialize()
@@ -59,6 +66,7 @@ def queued(optimizer_class: type[Any]) -> type[Any]:
                 for index, parameter in enumerate(group["params"]):
                     if not self.state[parameter]:
                         self.init_state(group, parameter, group_index, index)
+            self._together = _together(self)
 
         def _initialize(self) -> None:
             if not self.initialized:
@@ -73,9 +81,12 @@ def queued(optimizer_class: type[Any]) -> type[Any]:
                 with torch.enable_grad():
                     loss = closure()
             self._initialize()
+            if self._together is not None and not self._together.is_current(self):
+                self._together = _together(self)
+            updated = set() if self._together is None else self._together.step(self)
             for group_index, group in enumerate(self.param_groups):
                 for index, parameter in enumerate(group["params"]):
-                    if parameter.grad is None:
+                    if parameter.grad is None or id(parameter) in updated:
                         continue
                     if not self.state[parameter]:
                         self.init_state(group, parameter, group_index, index)
@@ -93,3 +104,15 @@ def queued(optimizer_class: type[Any]) -> type[Any]:
     # Trainer knows bitsandbytes' optimizers by this, and then keeps the state of embeddings in 32 bits.
     Queued.__module__ = optimizer_class.__module__
     return Queued
+
+
+def _together(optimizer: Any) -> Any:
+    """Returns the ``adamw.Together`` of an optimizer, or None where the kernel cannot run or must not."""
+    if os.environ.get(ADAMW_VARIABLE) == "0" or optimizer.optimizer_name != "adam":
+        return None
+    try:
+        from . import adamw
+    except ImportError:  # Triton is missing, as with torch for CPUs
+        return None
+    devices = {parameter.device for group in optimizer.param_groups for parameter in group["params"]}
+    return adamw.Together(optimizer) if any(map(adamw.runs_on, devices)) else None

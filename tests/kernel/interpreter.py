@@ -11,6 +11,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
@@ -98,9 +99,33 @@ def _masks_stay_masks() -> None:
     interpreter.InterpreterBuilder.create_splat = create_splat
 
 
+def _rounds_to_bf16() -> None:
+    """fp32 is rounded to bf16, which the interpreter cuts off."""
+    convert = interpreter._convert_float
+
+    def convert_float(value: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(value, source, target, rounding_mode)
+        return torch.from_numpy(np.ascontiguousarray(value)).to(torch.bfloat16).view(torch.uint16).numpy()
+
+    interpreter._convert_float = convert_float
+
+
+def _maxima_of_numbers() -> None:
+    """Up to 3.8 the larger of a number and NaN is NaN."""
+
+    def create_maxnumf(self: Any, left: Any, right: Any) -> Any:
+        return self.binary_op(left, right, np.fmax)
+
+    interpreter.InterpreterBuilder.create_maxnumf = create_maxnumf
+
+
 @functools.cache
 def mend() -> None:
     """To be called before the first launch; again it does nothing."""
+    _rounds_to_bf16()
+    if VERSION < (3, 9):
+        _maxima_of_numbers()
     if VERSION < (3, 6):
         _histograms_as_declared()
         _strides_in_bytes()
