@@ -8,7 +8,7 @@ itself is only looked at on meta. Each contender has an unpaged optimizer (``ada
 (``paged_adamw_8bit``):
 
 - ``bitsandbytes``: its own optimizer, which waits for the GPU after each parameter.
-- ``queued``: the same calls without the waits, as ``finetune`` makes them with ``MOE_FUSED_ADAMW=0``.
+- ``queued``: the same calls without the waits, as ``finetune`` makes them by default.
 - ``moe_fused``: what ``finetune`` does, which is one launch for all parameters (``moe_fused/finetune/adamw.py``). On a CPU
   it is the same as ``queued``.
 
@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,7 +47,7 @@ from torch import Tensor, nn
 from moe_fused.benchmark import harness
 from moe_fused.benchmark.harness import MIB, Environment, MismatchError, current_environment
 from moe_fused.devices import use_expandable_segments
-from moe_fused.finetune.host import queued
+from moe_fused.finetune.host import ADAMW_VARIABLE, queued
 from moe_fused.finetune.plan import plan_run, workload_of
 from moe_fused.finetune.resolve import set_up
 from moe_fused.memory import SMALLEST_8BIT, STATE_BLOCK, adapter_numels, sizes_of
@@ -128,6 +129,7 @@ class Contender:
         kind = stock if implementation == STOCK else queued(stock)
         self._inner: Any = kind(self.parameters, is_paged=optimizer.startswith("paged"), **SETTINGS)
         if implementation == OURS:
+            os.environ[ADAMW_VARIABLE] = "1"
             self._inner.allocate()
         self._inner.step()
         self.state_mib = harness.allocated_mib(device) - before

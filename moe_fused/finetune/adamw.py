@@ -299,8 +299,8 @@ def entries_of(values: Tensor, zero: int, shift: int, lowest: float, first: int,
     parts = (places >> shift) - first
     if len(parts.unique()) < len(parts) or parts.min() < 0 or parts.max() >= size:
         raise ValueError(
-            "this version of bitsandbytes has other code books than the kernel for its 8-bit AdamW can search: set "
-            "MOE_FUSED_ADAMW=0"
+            "this version of bitsandbytes has other code books than the kernel for its 8-bit AdamW can search: "
+            "leave MOE_FUSED_ADAMW=1 out"
         )
     numbers = torch.arange(size)
     entries = (zero + torch.searchsorted(parts, numbers) - numbers - first) << 24

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# The environment variable that, if it is 0, leaves the steps of 8-bit AdamW to bitsandbytes.
+# The environment variable that, if it is 1, lets a kernel of our own make the steps of 8-bit AdamW. No GPU has run the
+# kernel yet, so bitsandbytes makes them by default.
 ADAMW_VARIABLE = "MOE_FUSED_ADAMW"
 
 
@@ -52,8 +53,8 @@ def queued(optimizer_class: type[Any]) -> type[Any]:
 
     The work runs on the same stream as everything else. The host can access paged states as well, so ``state_dict``
     waits for the GPU before it reads them. The method ``allocate`` makes the states of all parameters that have none.
-    From then on, a kernel of our own updates parameters with 8-bit states of AdamW (``adamw``), and bitsandbytes all others.
-    With ``MOE_FUSED_ADAMW=0`` in the environment, bitsandbytes updates all.
+    With ``MOE_FUSED_ADAMW=1`` in the environment, a kernel of our own (``adamw``) updates parameters with 8-bit states of
+    AdamW from then on, and bitsandbytes all others.
     """
 
     class Queued(optimizer_class):
@@ -108,7 +109,7 @@ def queued(optimizer_class: type[Any]) -> type[Any]:
 
 def _together(optimizer: Any) -> Any:
     """Returns the ``adamw.Together`` of an optimizer, or None where the kernel cannot run or must not."""
-    if os.environ.get(ADAMW_VARIABLE) == "0" or optimizer.optimizer_name != "adam":
+    if os.environ.get(ADAMW_VARIABLE) != "1" or optimizer.optimizer_name != "adam":
         return None
     try:
         from . import adamw

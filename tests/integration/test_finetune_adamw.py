@@ -53,6 +53,7 @@ def test_the_kernel_compiles_without_spills(
     from tests.kernel.offline_compile import compiling_for
 
     monkeypatch.setattr(adamw, "runs_on", lambda device: True)
+    monkeypatch.setenv(ADAMW_VARIABLE, "1")
     optimizer = queued(bnb.optim.AdamW8bit)([nn.Parameter(torch.randn(80, 64, dtype=dtype))])
     optimizer.allocate()
     optimizer.param_groups[0]["params"][0].grad = torch.randn(80, 64, dtype=dtype)
@@ -70,7 +71,8 @@ def test_the_kernel_compiles_without_spills(
 
 
 def _note_launches() -> None:
-    """Notes the steps of all launches. This runs in the process of a command."""
+    """Switches the kernel on, and notes the steps of its launches. This runs in the process of a command."""
+    os.environ[ADAMW_VARIABLE] = "1"
     queue = adamw._Launch._queue
 
     def noting(self: Any, group: Any, step: int, gradients: list[int]) -> None:
@@ -82,8 +84,8 @@ def _note_launches() -> None:
 
 
 def _switch_off() -> None:
-    os.environ[ADAMW_VARIABLE] = "0"
     _note_launches()
+    del os.environ[ADAMW_VARIABLE]
 
 
 @pytest.mark.gpu
