@@ -9,8 +9,8 @@ itself is only looked at on meta. Each contender has an unpaged optimizer (``ada
 
 - ``bitsandbytes``: its own optimizer, which waits for the GPU after each parameter.
 - ``queued``: the same calls without the waits, as ``finetune`` makes them by default.
-- ``moe_fused``: what ``finetune`` does, which is one launch for all parameters (``moe_fused/finetune/adamw.py``). On a CPU
-  it is the same as ``queued``.
+- ``moe_fused``: one launch for all parameters (``moe_fused/finetune/adamw.py``), as ``finetune`` makes it with
+  ``MOE_FUSED_ADAMW=1``. On a CPU it is the same as ``queued``.
 
 First all make the same steps. After these, parameters and states of ``queued`` must be those of ``bitsandbytes`` bit for
 bit, and those of ``moe_fused`` but for roundings. What is measured then:
