@@ -59,6 +59,22 @@ def signals_ignored() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
+def ignore_next_signal() -> None:
+    """Lets the next SIGINT, SIGTERM or SIGHUP do nothing. The one after it does what the next one would have done.
+
+    It is for a process that is about to say why it ends, and whose launcher may send it a signal meanwhile.
+    """
+    handled = [signum for signum in _ENDING if signal.getsignal(signum) != signal.SIG_IGN]
+    previous = {signum: signal.getsignal(signum) for signum in handled}
+
+    def ignore(_signum: int, _frame: FrameType | None) -> None:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+    for signum in handled:
+        signal.signal(signum, ignore)
+
+
 # The number of an operation of Linux' prctl: the signal that a process gets when its parent ends.
 _SIGNAL_AT_END_OF_PARENT = 1
 # This list has an element for each ``workers_forked`` that is active.

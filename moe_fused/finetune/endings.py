@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from moe_fused.launched import Silent
 from moe_fused.memory import GIB
-from moe_fused.signals import Interrupted, signals_ignored
+from moe_fused.signals import Interrupted, ignore_next_signal, signals_ignored
 
 from .checkpoints import last_checkpoint
 from .handed_through import names_given
@@ -111,14 +111,21 @@ def explained(trainer: Finetuning, plan: MemoryPlan, peers: Peers) -> Iterator[N
     its traceback in both cases. If another process has ended, which leads to errors of many kinds, it raises Silent, or
     Stopped if that process could not say why.
     """
+    try:
+        with _errors_explained(trainer, plan, peers):
+            yield
+    except Interrupted:  # by the user, or by the launcher because another process has ended
+        _explain_lost(trainer, plan.run, peers)
+        raise
+
+
+@contextlib.contextmanager
+def _errors_explained(trainer: Finetuning, plan: MemoryPlan, peers: Peers) -> Iterator[None]:
+    """Does what ``explained`` says for all that is no signal. A signal may also come while an error is explained."""
     run, output, graphs = plan.run, plan.run.output, trainer.shape is not None
     try:
         yield
     except (Stopped, CannotResume):
-        raise
-    except Interrupted:  # by the user, or by the launcher because another process has ended
-        with signals_ignored():
-            _explain_lost(trainer, run, peers)
         raise
     except NotFinite as error:
         # Not --resume, which would come to the same end.
@@ -130,8 +137,7 @@ def explained(trainer: Finetuning, plan: MemoryPlan, peers: Peers) -> Iterator[N
         raise Stopped(f"out of memory after step {trainer.state.global_step}: {advice}; {where}") from error
     except Exception as error:
         if _may_be_of_others(error):
-            with signals_ignored():  # of the launcher, which has noticed it, too
-                _explain_lost(trainer, run, peers)
+            _explain_lost(trainer, run, peers)
         is_bug, step = not isinstance(error, Expected), trainer.state.global_step
         if not step and (fields := names_given(plan.run.options, "trainer")) and _is_of_trl(error):
             raise ValueError(f"{fields}: {said_by(error)}") from error
@@ -155,9 +161,12 @@ def _is_of_trl(error: Exception) -> bool:
 
 def _explain_lost(trainer: Finetuning, run: ResolvedRun, peers: Peers) -> None:
     """Raises Silent or Stopped if another process has ended, the former if it has said why."""
-    lost = peers.ended(wait=0.0 if peers.is_alone else _NOTICE)
-    if lost is not None:
-        raise Stopped(f"stopped after step {trainer.state.global_step}: {lost}; {_way_on(run)}") if lost else Silent
+    with signals_ignored():  # of the launcher, which notices it, too
+        lost = peers.ended(wait=0.0 if peers.is_alone else _NOTICE)
+    if lost is None:
+        return
+    ignore_next_signal()
+    raise Stopped(f"stopped after step {trainer.state.global_step}: {lost}; {_way_on(run)}") if lost else Silent
 
 
 def _may_be_of_others(error: Exception) -> bool:
