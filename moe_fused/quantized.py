@@ -163,7 +163,8 @@ def _known(content: Mapping[str, Any]) -> CheckpointQuantization | None:
         quant_type = compressed_quant_type(content)
         return None if quant_type is None else CheckpointQuantization(COMPRESSED_TENSORS, quant_type)
     if method.startswith(BITSANDBYTES) and not _in_8bit(content):
-        return CheckpointQuantization(BITSANDBYTES, "fp4" if content.get("bnb_4bit_quant_type") == "fp4" else "nf4")
+        # As BitsAndBytesConfig has it, a config that does not say is of fp4.
+        return CheckpointQuantization(BITSANDBYTES, "nf4" if content.get("bnb_4bit_quant_type") == "nf4" else "fp4")
     return None
 
 

@@ -529,6 +529,9 @@ def test_other_quantizations_are_named_before_loading(
     }
     ended = command(program, *arguments[program])
     assert ended.status == 1
+    if (program, name) == ("convert", "modelopt"):  # it makes another checkpoint of that one
+        assert "the checkpoint has no weight_scale_2" in ended.error
+        return
     kind = "bitsandbytes' 8 bits" if name == "8 bits" else name
     assert f"{model} is quantized to {kind}, which moe_fused does not read yet" in ended.error, ended
     assert advice in ended.error

@@ -304,7 +304,7 @@ def test_bad_rows_are_named_and_can_be_left_out(model: Path, tmp_path: Path) -> 
         (["--config", "list.yaml"], ["list.yaml must map options"]),
         (["--config", "unknown.yaml"], ["unknown option learnin_rate", "did you mean learning_rate?"]),
         (["--config", "type.yaml"], ["epochs must be a number", "'many'"]),
-        (["--config", "choice.yaml"], ["quantization must be one of nf4, fp4, none", "int4"]),
+        (["--config", "choice.yaml"], ["quantization must be one of auto, nf4, fp4, mxfp4, nvfp4, none", "int4"]),
         (["--learning-rate", "0"], ["--learning-rate must be above 0"]),
         (["--batch-size", "0"], ["--batch-size must be at least 1"]),
         (["--lora-dropout", "1"], ["--lora-dropout must be in [0, 1)"]),
