@@ -34,16 +34,15 @@ from rich.table import Table
 from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedTokenizerFast
 
 import moe_fused
-from moe_fused.benchmark.harness import Environment, current_environment
+from moe_fused.benchmark.harness import Environment
 from moe_fused.demo.data import reference_text
 from moe_fused.demo.model import Size, new_model
 from moe_fused.finetune.model import load_model
 from moe_fused.finetune.resolve import ModelSetup
 
 from . import loss_parity, plot, runner
-from .loading import quiet
 from .loss_parity import BF16, QWEN3, TOLERANCE, LossRow, Task, smoothed
-from .rows import OURS, slug, write_rows
+from .rows import OURS
 
 NAME = "format_parity"
 GPT_OSS = "gpt-oss"
@@ -191,31 +190,17 @@ def main(
     models = runner.choices("model", model, tuple(MODELS), tuple(MODELS))
     runner.check_device(device)
     chosen = runner.pick_device(device, "--device cpu --quick")
-    start = time.perf_counter()
-    environment = current_environment(chosen)
-    partial = quick or device == "cpu" or steps is not None or model is not None
-    shared = runner.ROOT / "results" / f"{NAME.replace('_', '-')}_{slug(environment.gpu)}.json"
-    path = output or (None if partial else shared)
-    console = runner.make_console()
-    console.print(f"{environment.gpu}, torch {environment.torch}, Triton {environment.triton}, {environment.date}")
-    quiet()
-    try:
-        rows = run(models, quick, steps or (QUICK_STEPS if quick else STEPS), chosen, environment, console)
-        console.print(results_table(rows))
-        if path is not None:
-            write_rows(path, rows)
-            plot.write(figure(rows), path.with_suffix(".png"))
-            console.print(f"Wrote {path} and {path.with_suffix('.png')}")
-    except (OSError, RuntimeError, ValueError, ArithmeticError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
-    finally:
-        moe_fused.disable()
-    console.print(f"Took {time.perf_counter() - start:.0f} s")
-    if problems := disagreements(rows):
-        for problem in problems:
-            typer.echo(f"Training made it worse: {problem}", err=True)
-        raise typer.Exit(1)
+    count = steps or (QUICK_STEPS if quick else STEPS)
+    loss_parity.report(
+        NAME,
+        chosen,
+        output,
+        quick or device == "cpu" or steps is not None or model is not None,
+        lambda environment, console: run(models, quick, count, chosen, environment, console),
+        lambda rows: (results_table(rows),),
+        figure,
+        lambda rows: [f"Training made it worse: {problem}" for problem in disagreements(rows)],
+    )
 
 
 if __name__ == "__main__":

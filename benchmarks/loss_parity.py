@@ -441,6 +441,55 @@ def figure(rows: Sequence[LossRow]) -> Figure:
     return drawing
 
 
+def report(
+    name: str,
+    device: torch.device,
+    output: Path | None,
+    partial: bool,
+    make: Callable[[Environment, Console], list[LossRow]],
+    shown: Callable[[Sequence[LossRow]], Sequence[Any]],
+    draw: Callable[[Sequence[LossRow]], Figure],
+    problems_of: Callable[[Sequence[LossRow]], Sequence[str]],
+) -> None:
+    """Makes rows, shows them, and writes them with their plot.
+
+    Args:
+        name: what the files in benchmarks/results are called.
+        output: the JSON to write.
+        partial: whether nothing is written without ``output``.
+        make, shown, draw: make the rows, what the terminal shows of them, and their plot.
+        problems_of: what is wrong with the rows, which is a failure.
+
+    Raises:
+        typer.Exit: with code 1 and lines on stderr, if something fails.
+    """
+    start = time.perf_counter()
+    environment = current_environment(device)
+    shared = runner.ROOT / "results" / f"{name.replace('_', '-')}_{slug(environment.gpu)}.json"
+    path = output or (None if partial else shared)
+    console = runner.make_console()
+    console.print(f"{environment.gpu}, torch {environment.torch}, Triton {environment.triton}, {environment.date}")
+    quiet()
+    try:
+        rows = make(environment, console)
+        for each in shown(rows):
+            console.print(each)
+        if path is not None:
+            write_rows(path, rows)
+            plot.write(draw(rows), path.with_suffix(".png"))
+            console.print(f"Wrote {path} and {path.with_suffix('.png')}")
+    except (OSError, RuntimeError, ValueError, ArithmeticError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+    finally:
+        moe_fused.disable()
+    console.print(f"Took {time.perf_counter() - start:.0f} s")
+    if problems := problems_of(rows):
+        for problem in problems:
+            typer.echo(problem, err=True)
+        raise typer.Exit(1)
+
+
 def main(
     steps: Annotated[int | None, typer.Option(help="Of each training. Writes only to --output.", min=1)] = None,
     base_steps: Annotated[
@@ -456,32 +505,17 @@ def main(
     if missing := [module for module in NEEDED if importlib.util.find_spec(module) is None]:
         typer.echo(f"Training in 4 bits needs {', '.join(missing)}, not installed here", err=True)
         raise typer.Exit(2)
-    start = time.perf_counter()
-    environment = current_environment(chosen)
     partial = quick or device == "cpu" or steps is not None or base_steps is not None
-    shared = runner.ROOT / "results" / f"{NAME.replace('_', '-')}_{slug(environment.gpu)}.json"
-    path = output or (None if partial else shared)
-    console = runner.make_console()
-    console.print(f"{environment.gpu}, torch {environment.torch}, Triton {environment.triton}, {environment.date}")
-    quiet()
-    try:
-        rows = run(quick, base_steps, steps, chosen, environment, console)
-        console.print(results_table(rows))
-        console.print(quantization_cost(rows))
-        if path is not None:
-            write_rows(path, rows)
-            plot.write(figure(rows), path.with_suffix(".png"))
-            console.print(f"Wrote {path} and {path.with_suffix('.png')}")
-    except (OSError, RuntimeError, ValueError, ArithmeticError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
-    finally:
-        moe_fused.disable()
-    console.print(f"Took {time.perf_counter() - start:.0f} s")
-    if problems := disagreements(rows):
-        for problem in problems:
-            typer.echo(f"Implementations disagree: {problem}", err=True)
-        raise typer.Exit(1)
+    report(
+        NAME,
+        chosen,
+        output,
+        partial,
+        lambda environment, console: run(quick, base_steps, steps, chosen, environment, console),
+        lambda rows: (results_table(rows), quantization_cost(rows)),
+        figure,
+        lambda rows: [f"Implementations disagree: {problem}" for problem in disagreements(rows)],
+    )
 
 
 if __name__ == "__main__":

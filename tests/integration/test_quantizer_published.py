@@ -291,7 +291,19 @@ def test_a_hundred_steps_are_those_of_transformers_experts(gpt_oss: Path, qwen3:
 # What is refused, and what is left to Transformers.
 
 
-def _gpt_oss_changes() -> dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]]:
+Edit = Callable[[dict[str, Tensor]], Any]
+
+
+def _assert_refused(source: Path, case: ModelCase, edit: Edit, message: str, target: Path) -> None:
+    """A copy of a checkpoint whose tensors were edited is refused with this message."""
+    tensors = tensors_of(source)
+    edit(tensors)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    with pytest.raises(ValueError, match=message):
+        load_here(rewrite(source, target, tensors, config), case)
+
+
+def _gpt_oss_changes() -> dict[str, tuple[Edit, str]]:
     down = "model.layers.1.mlp.experts.down_proj"
     return {
         "no scales": (lambda t: t.pop(f"{down}_scales"), rf"{down}_scales is missing"),
@@ -314,15 +326,10 @@ def _gpt_oss_changes() -> dict[str, tuple[Callable[[dict[str, Tensor]], Any], st
 
 @pytest.mark.parametrize("change", _gpt_oss_changes())
 def test_broken_stacks_are_refused(change: str, gpt_oss: Path, tmp_path: Path) -> None:
-    edit, message = _gpt_oss_changes()[change]
-    tensors = tensors_of(gpt_oss)
-    edit(tensors)
-    config = json.loads((gpt_oss / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    with pytest.raises(ValueError, match=message):
-        load_here(rewrite(gpt_oss, tmp_path, tensors, config), GPT_OSS)
+    _assert_refused(gpt_oss, GPT_OSS, *_gpt_oss_changes()[change], tmp_path)
 
 
-def _qwen3_changes() -> dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]]:
+def _qwen3_changes() -> dict[str, tuple[Edit, str]]:
     up = "model.layers.1.mlp.experts.4.up_proj"
     return {
         "no scale": (lambda t: t.pop(f"{up}.weight_scale"), rf"{up}\.weight_scale is missing"),
@@ -345,12 +352,7 @@ def _qwen3_changes() -> dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]
 
 @pytest.mark.parametrize("change", _qwen3_changes())
 def test_broken_matrices_are_refused(change: str, qwen3: Path, tmp_path: Path) -> None:
-    edit, message = _qwen3_changes()[change]
-    tensors = tensors_of(qwen3)
-    edit(tensors)
-    config = json.loads((qwen3 / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    with pytest.raises(ValueError, match=message):
-        load_here(rewrite(qwen3, tmp_path, tensors, config), QWEN3_MOE)
+    _assert_refused(qwen3, QWEN3_MOE, *_qwen3_changes()[change], tmp_path)
 
 
 def test_another_format_than_the_configs_is_refused(gpt_oss: Path, tmp_path: Path) -> None:
