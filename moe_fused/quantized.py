@@ -21,6 +21,8 @@ COMPRESSED_FORMATS: Mapping[str, tuple[QuantType, Mapping[str, Any]]] = {
     "nvfp4-pack-quantized": ("nvfp4", {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}),
     "mxfp4-pack-quantized": ("mxfp4", {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}),
 }
+# The file in which older versions of NVIDIA's ModelOpt write what newer ones write into config.json.
+MODELOPT_CONFIG = "hf_quant_config.json"
 # Methods that Transformers can undo while it loads, with its config class for each.
 _DEQUANTIZED_BY = {"fp8": "FineGrainedFP8Config"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -118,13 +118,7 @@ class Architecture:
         linear layers, by their names in checkpoints.
         """
         linears = {path for path, module in self.model.named_modules() if isinstance(module, nn.Linear)}
-        routers = set()
-        for target in self.names.targets:
-            block = target.rpartition(".")[0].rpartition(".")[0]
-            for name, module in self.model.get_submodule(block).named_children():
-                weight = getattr(module, "weight", None)
-                if isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Linear):
-                    routers.add(f"{block}.{name}")
+        routers = dict(routers_beside(self.model, (target.rpartition(".")[0] for target in self.names.targets))).keys()
         stored = {self.in_checkpoint(f"{name}.weight").removesuffix(".weight") for name in linears | routers}
         return sorted(linears | stored)
 
@@ -143,6 +137,20 @@ class Architecture:
         if not isinstance(ahead, int) or not isinstance(layers, int):
             return []
         return [rf"(^|\.)layers\.{layers + number}\." for number in range(ahead)]
+
+
+def routers_beside(model: nn.Module, experts: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yields the routers that are no linear layers: their names in the model, and their weights.
+
+    Args:
+        experts: the names of experts modules. A router is in the same block.
+    """
+    for path in experts:
+        block = path.rpartition(".")[0]
+        for name, module in model.get_submodule(block).named_children():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Linear):
+                yield f"{block}.{name}", weight
 
 
 def _renamed(name: str, renamings: list[WeightRenaming]) -> str:

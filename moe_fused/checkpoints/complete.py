@@ -15,6 +15,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from math import ceil, prod
 from typing import Any, NamedTuple
 
@@ -28,9 +29,18 @@ from moe_fused.hub import get_kernel
 from moe_fused.quantized import COMPRESSED_TENSORS, CheckpointQuantization
 
 from .architecture import Architecture
-from .entries import PUBLISHED, Entry, by_matrix, by_projection, check_published, layout_of, read_packed
+from .entries import (
+    PUBLISHED,
+    Entry,
+    by_matrix,
+    by_projection,
+    check_published,
+    check_published_matrix,
+    layout_of,
+    read_packed,
+)
 from .files import Header
-from .names import MATRIX_PARTS, Names, Target, TensorRole
+from .names import Target, TensorRole, part_of_matrix, published_matrices
 from .quant_state import check_fields, read_json
 from .safetensors_file import DTYPES
 
@@ -231,29 +241,19 @@ class _DenseView:
 
     def _without_published_matrices(self, others: dict[str, Header]) -> dict[str, Header]:
         """Puts the dense weights of linear layers that compressed-tensors quantized; returns the other tensors."""
-        matrices: dict[str, list[_Found]] = {}
-        rest: dict[str, Header] = {}
-        for key, header in others.items():
-            module, _, part = key.rpartition(".")
-            if part in MATRIX_PARTS:
-                matrices.setdefault(module, []).append(
-                    _Found(key, TensorRole(key, "published per expert", part=part), header)
-                )
-            else:
-                rest[key] = header
         state = self.architecture.model.state_dict()
-        for module, found in matrices.items():
+        matrices = published_matrices(others)
+        for module, keys in matrices.items():
             name = f"{module}.weight"
             weight = state.get(self.architecture.in_model(name))
             if weight is None:  # it has no place in the model, which the comparison with the model will say
-                self._put(found[0].key, found[0].header.shape)
+                self._put(keys[0], others[keys[0]].shape)
                 continue
-            target = Target(name, (1, *weight.shape), 1)
-            check_published(
-                Names(()), target, "published per expert", [one.entry() for one in found], self._format(target)
-            )
+            entries = [_Found(key, part_of_matrix(key), others[key]).entry() for key in keys]
+            check_published_matrix(module, entries, self._format(Target(name, (1, *weight.shape), 1)))
             self._put(name, weight.shape)
-        return rest
+        beside = set(chain.from_iterable(matrices.values()))
+        return {key: header for key, header in others.items() if key not in beside}
 
     def _shape_of(self, name: str, parts: Mapping[str, Header]) -> tuple[int, ...]:
         """Returns the shape of a linear layer's 4-bit weight, which its state holds."""

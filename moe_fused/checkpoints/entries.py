@@ -120,6 +120,12 @@ def by_matrix(names: Names, target: Target, entries: list[Entry], main: str = ""
     return [table[matrix] for matrix in matrices]
 
 
+def by_published_matrix(names: Names, target: Target, entries: list[Entry]) -> list[dict[str, Entry]]:
+    """As ``by_matrix``, for the matrices of compressed-tensors, without the scales of activations."""
+    weights = [entry for entry in entries if entry.role.part != ACTIVATION_SCALE]
+    return by_matrix(names, target, weights, MATRIX_PARTS[0])
+
+
 def by_projection(names: Names, target: Target, entries: list[Entry]) -> list[Entry]:
     """Returns the packed or dense stack of each projection, in the original project's layout.
 
@@ -245,7 +251,7 @@ def read_published(
         target, entries = share_of_matrices(names, share, target, entries, main)
         form = replace(form, shape=target.shape)
     scales = [entry for entry in entries if entry.role.part == ACTIVATION_SCALE]
-    table = by_matrix(names, target, [entry for entry in entries if entry.role.part != ACTIVATION_SCALE], main)
+    table = by_published_matrix(names, target, entries)
     weights = interchange.stack_of_published_matrices((_load_parts(parts, wanted, form) for parts in table), form)
     if not scales:
         return weights, None
@@ -261,15 +267,25 @@ def check_published(names: Names, target: Target, layout: str, entries: list[Ent
     Raises:
         ValueError: a tensor is missing, superfluous or does not fit. The message names it.
     """
-    main, wanted = _published_layout(layout, entries, form)
+    _, wanted = _published_layout(layout, entries, form)
     if layout == "published":
         _load_parts({entry.role.part: entry for entry in entries}, wanted, form, stacked=True)
         return
-    for parts in by_matrix(names, target, [entry for entry in entries if entry.role.part != ACTIVATION_SCALE], main):
+    for parts in by_published_matrix(names, target, entries):
         _load_parts(parts, wanted, form)
     for entry in entries:
         if entry.role.part == ACTIVATION_SCALE:
             _load(entry, torch.float32, (1,))
+
+
+def check_published_matrix(module: str, entries: list[Entry], form: Format4bit) -> None:
+    """As ``check_published``, for a matrix of compressed-tensors that stands alone.
+
+    Args:
+        module: the name of the layer that it belongs to.
+        form: that of a stack of this matrix alone.
+    """
+    check_published(Names(()), Target(f"{module}.weight", form.shape, 1), "published per expert", entries, form)
 
 
 # The dtype and the shape of each tensor of a matrix, by the part of its name.

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moe_fused.quantized import (
     COMPRESSED_TENSORS,
+    MODELOPT_CONFIG,
     CheckpointQuantization,
     compressed_content,
     content_of,
@@ -30,8 +30,6 @@ from .places import read_object
 from .safetensors_file import as_bytes
 from .tensor_files import Stored
 
-# The file that older versions of ModelOpt write, instead of an entry in config.json.
-_OWN_CONFIG = "hf_quant_config.json"
 _PACKED, _SCALE, _GLOBAL = MATRIX_PARTS[:3]
 _NAMES = {"weight": _PACKED, "weight_scale": _SCALE, "weight_scale_2": _GLOBAL, "input_scale": ACTIVATION_SCALE}
 _CACHE_SCALES = ("k_scale", "v_scale")
@@ -45,22 +43,18 @@ class Reciprocal(Stored):
         (data,) = super().chunks(4)
         yield as_bytes(torch.frombuffer(data, dtype=torch.float32).reciprocal())
 
-    def load(self, key: str) -> Tensor:
-        (data,) = super().chunks(4)
-        return torch.frombuffer(data, dtype=torch.float32).reciprocal().view(self.shape)
 
-
-def quantization_in(directory: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Returns what says that a checkpoint is in NVFP4 of ModelOpt, or None if it is not.
+def is_nvfp4(directory: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is in NVFP4 of ModelOpt.
 
     Args:
         config: the content of ``config.json`` in the directory.
     """
     content = content_of(config)
-    path = directory / _OWN_CONFIG
+    path = directory / MODELOPT_CONFIG
     if content is None and path.is_file():
         content = {"quant_method": "modelopt", **(read_object(path).get("quantization") or {})}
-    return content if content is not None and is_modelopt_nvfp4(content) else None
+    return content is not None and is_modelopt_nvfp4(content)
 
 
 def as_compressed(

@@ -194,7 +194,7 @@ def plan_model(
     config = read_config(source)
     notes: tuple[str, ...] = ()
     quantization: CheckpointQuantization | None
-    if modelopt.quantization_in(source, config) is not None:
+    if modelopt.is_nvfp4(source, config):
         tensors = read_checkpoint(source)
         try:
             config, tensors, quantization, notes = modelopt.as_compressed(config, tensors)

@@ -155,6 +155,21 @@ class Names:
         return None
 
 
+def published_matrices(keys: Iterable[str]) -> dict[str, list[str]]:
+    """Returns the tensors of compressed-tensors among the names ``keys``, by the names of their modules."""
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        module, _, part = key.rpartition(".")
+        if part in MATRIX_PARTS:
+            found.setdefault(module, []).append(key)
+    return found
+
+
+def part_of_matrix(key: str) -> TensorRole:
+    """Returns the role of a tensor that ``published_matrices`` has found, for a matrix that stands alone."""
+    return TensorRole(key, "published per expert", part=key.rpartition(".")[2])
+
+
 def stacked_names(target: Target) -> list[str] | None:
     """Returns the names of the target's stacks in the original project's layout, one for each projection, or None."""
     block, experts, stack = target.name.rpartition(".experts.")

@@ -19,8 +19,23 @@ from torch import Tensor
 
 from moe_fused.hub import get_kernel
 
-from .entries import PublishedTensors, by_matrix, check_published, layout_of, published_as
-from .names import ACTIVATION_SCALE, MATRIX_PARTS, STACK_PARTS, Names, Target, TensorRole
+from .entries import (
+    PublishedTensors,
+    by_published_matrix,
+    check_published,
+    check_published_matrix,
+    layout_of,
+    published_as,
+)
+from .names import (
+    ACTIVATION_SCALE,
+    MATRIX_PARTS,
+    STACK_PARTS,
+    Names,
+    Target,
+    part_of_matrix,
+    published_matrices,
+)
 from .safetensors_file import as_bytes, dtype_name
 from .stacks import Found, dense_outputs, matrix_names, named
 from .tensor_files import Output, Stored
@@ -158,9 +173,7 @@ def find_published_stack(
             for index in range(count)
         ]
     else:
-        table = by_matrix(
-            names, target, [entry for entry in entries if entry.role.part != ACTIVATION_SCALE], MATRIX_PARTS[0]
-        )
+        table = by_published_matrix(names, target, entries)
         matrices = [tuple(stored[parts[part].key] for part in _of_matrix(form)) for parts in table]
     return PublishedCheckpointStack(target, layout, names, form, tuple(matrices), scales)
 
@@ -195,12 +208,10 @@ def find_matrices(tensors: Mapping[str, Stored], quant_type: str) -> dict[str, P
     Raises:
         ValueError: a tensor is missing or does not fit. The message names it.
     """
-    found: dict[str, list[Found]] = {}
-    for key, stored in tensors.items():
-        module, _, part = key.rpartition(".")
-        if part in MATRIX_PARTS:
-            found.setdefault(module, []).append(Found(key, TensorRole(key, "published per expert", part=part), stored))
-    return {module: _find_matrix(module, parts, quant_type) for module, parts in found.items()}
+    return {
+        module: _find_matrix(module, [Found(key, part_of_matrix(key), tensors[key]) for key in keys], quant_type)
+        for module, keys in published_matrices(tensors).items()
+    }
 
 
 def _find_matrix(module: str, found: list[Found], quant_type: str) -> PublishedMatrix:
@@ -213,6 +224,5 @@ def _find_matrix(module: str, found: list[Found], quant_type: str) -> PublishedM
         form = get_kernel().Format4bit(shape, quant_type)
     except ValueError as error:
         raise ValueError(f"{found[0].key} must be of {quant_type} weights: {error}") from None
-    entries = [one.entry(real=False) for one in found]
-    check_published(Names(()), Target(f"{module}.weight", shape, 1), "published per expert", entries, form)
+    check_published_matrix(module, [one.entry(real=False) for one in found], form)
     return PublishedMatrix(form, tuple(stored[part] for part in _of_matrix(form)), ACTIVATION_SCALE in stored)

@@ -111,13 +111,21 @@ class PublishedQuantizer(ExpertsQuantizer):
     dtype: torch.dtype
     quantization_config: Any
 
+    @property
+    def quant_type(self) -> str:
+        """The kernel's name of the format."""
+        raise NotImplementedError
+
+    def quantization(self) -> Quantization:
+        return Quantization(self.pre_quantized, self.quant_type, blocksize_of(self.quant_type), None, self.dtype)
+
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         # Transformers asks once more when it has made a device_map of a string; the experts are known then.
         refuse_offloaded(self.names.targets, kwargs.get("device_map"), _GPUS_ALONE)
 
     def warn_dense(self, what: str, reason: str) -> None:
         raise NotImplementedError(
-            f"{what} cannot be loaded in {self.quantization().quant_type}: {reason}. Load the model with "
+            f"{what} cannot be loaded in {self.quant_type}: {reason}. Load the model with "
             "quantization_config.dequantize = True, or its dense checkpoint"
         )
 
@@ -125,9 +133,7 @@ class PublishedQuantizer(ExpertsQuantizer):
         self.dtype = model.dtype
         self.find_experts(model, device_map, kwargs.get("checkpoint_files"))
         if not self.names.targets and not self.pre_quantized:
-            raise ValueError(
-                f"{type(model).__name__} has no experts that could be held in {self.quantization().quant_type}"
-            )
+            raise ValueError(f"{type(model).__name__} has no experts that could be held in {self.quant_type}")
         refuse_offloaded(self.names.targets, device_map, _GPUS_ALONE)
 
     def get_weight_conversions(self) -> list[Any]:
@@ -174,8 +180,7 @@ class Mxfp4ExpertsQuantizer(PublishedQuantizer):
     skip_option = "modules_to_not_convert"
     save_formats = ("published",)
 
-    def quantization(self) -> Quantization:
-        return _quantization(self, MXFP4)
+    quant_type = MXFP4
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **kwargs: Any) -> None:
         skipped = self.quantization_config.modules_to_not_convert
@@ -196,22 +201,17 @@ class CompressedExpertsQuantizer(PublishedQuantizer):
     names_matrices = True  # as the library expands regular expressions
     save_formats = ("published_per_expert",)
 
-    def quantization(self) -> Quantization:
-        return _quantization(self, self.quantization_config.quant_type)
+    @property
+    def quant_type(self) -> str:
+        return str(self.quantization_config.quant_type)
 
     def get_weight_conversions(self) -> list[Any]:
         if not self.pre_quantized:
             return []
-        return [
-            WeightConverter(list(MATRIX_PARTS), "weight", [DequantizeLinear(self, self.quantization_config.quant_type)])
-        ]
+        return [WeightConverter(list(MATRIX_PARTS), "weight", [DequantizeLinear(self, self.quant_type)])]
 
     def record_dense_modules(self, model: Any) -> None:
         self.quantization_config.fields["ignore"] = modules_not_quantized(model, self.quantization_config.ignore)
-
-
-def _quantization(quantizer: PublishedQuantizer, quant_type: str) -> Quantization:
-    return Quantization(quantizer.pre_quantized, quant_type, blocksize_of(quant_type), None, quantizer.dtype)
 
 
 def _mxfp4_quantizer(quantization_config: Any, **kwargs: Any) -> HfQuantizer:

@@ -9,6 +9,7 @@ from torch import Tensor, distributed, nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from moe_fused.checkpoints.architecture import routers_beside
 from moe_fused.checkpoints.fused import write_fused
 from moe_fused.checkpoints.names import ACTIVATION_SCALE, MATRIX_PARTS, STACK_PARTS, Names, Target
 from moe_fused.checkpoints.quant_state import write_matrix
@@ -118,10 +119,6 @@ def modules_not_quantized(model: Any, skipped_by_name: Iterable[str]) -> list[st
         is_dense = isinstance(module, nn.Linear) and not in_4bit
         if is_dense and should_convert_module(path, patterns):
             skipped |= {path, in_checkpoint(path, module.weight)}
-    for path, _ in packed_modules(model):
-        block = path.rpartition(".")[0]
-        for name, module in model.get_submodule(block).named_children():
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Linear):
-                skipped.add(in_checkpoint(f"{block}.{name}", weight))
+    for path, weight in routers_beside(model, (path for path, _ in packed_modules(model))):
+        skipped.add(in_checkpoint(path, weight))
     return sorted(skipped)
