@@ -142,9 +142,14 @@ def assert_same_codes(left: Any, right: Any, share: float, steps: int = 1) -> No
 
 
 def assert_close(left: Any, right: Any, ulps: float = 1, steps: float = 0) -> None:
-    """Parameters differ by some roundings of their dtype, and by a part of a step."""
+    """Parameters differ by some roundings of their dtype, and by a part of a step.
+
+    On a GPU, bitsandbytes lets weights decay after the step, not before it, and rounds between them. That is as much as a
+    rounding of the step.
+    """
     for mine, other in zip(parameters_of(left), parameters_of(right), strict=True):
-        torch.testing.assert_close(mine, other, rtol=ulps * ULP[mine.dtype], atol=LR * (steps + 1e-5))
+        part = steps + 1e-5 + (max(ULP[mine.dtype], 2 * LR * 0.1) if ON_GPU else 0)
+        torch.testing.assert_close(mine, other, rtol=ulps * ULP[mine.dtype], atol=LR * part)
 
 
 @triton.jit
