@@ -68,8 +68,8 @@ CHECKED_STEPS, REPEATS = 3, 5
 # How far the states of ``moe_fused`` may be from those of bitsandbytes: the share of codes that differ, by how many codes,
 # and the relative difference of the maxima of blocks.
 MOST_DIFFERING, MOST_APART, MAXIMA_APART = 0.01, 2, 0.02
-# Where a code differs by one, a step differs by up to a part of it. So many parameters may differ by more than roundings, and
-# none by more than so many learning rates.
+# Where a code differs by one, a step differs by up to a part of it. So many parameters may differ by more than roundings,
+# and none by more than so many learning rates.
 MOST_FAR, FARTHEST = 1e-4, 1.0
 # How long the GPU is kept busy while a step is queued; a step of the slowest contender takes the host a third of it.
 BUSY_CYCLES = 10**8

@@ -266,19 +266,21 @@ class _CannotRecord(Exception):
 
 @contextlib.contextmanager
 def recording(graph: Any) -> Iterator[None]:
-    """Records what the block launches. If that fails, torch's random state is as before.
+    """Records what the block launches. If that fails, torch's random state and current stream are as before.
 
     Raises:
         _CannotRecord: Something waits for the GPU, for example.
         torch.OutOfMemoryError: The GPU has too little memory.
     """
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
-    before = generator.clone_state()
+    before, stream = generator.clone_state(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph):
             yield
     except RuntimeError as error:
         generator.graphsafe_set_state(before)
+        # torch.cuda.graph leaves the stream of a recording that fails current, and nothing there could be recorded again.
+        torch.cuda.set_stream(stream)
         cause = cause_of(error)
         if isinstance(cause, torch.OutOfMemoryError):
             raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -39,7 +40,7 @@ Change = Callable[[Tensor], Tensor]
 ULP = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-23}
 # A tensor of two programs, two whose last block is not full, and one whose elements are no multiple of 8.
 SHAPES = [(20, 256), (72, 72), (67, 73), (16, 264)]
-LR = 0.01
+LR, DECAY = 0.01, 0.1
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU"),
     pytest.mark.filterwarnings("ignore:(divide by zero|overflow|invalid value) encountered:RuntimeWarning"),
@@ -70,12 +71,17 @@ def _exact_quantizer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(
-    ours: bool, kind: Any = ADAMW, dtype: torch.dtype = torch.bfloat16, shapes: Any = SHAPES, **options: Any
+    ours: bool,
+    kind: Any = ADAMW,
+    dtype: torch.dtype = torch.bfloat16,
+    shapes: Any = SHAPES,
+    decay: float = DECAY,
+    **options: Any,
 ) -> Any:
     """An optimizer over parameters of two groups, of which one has weights that decay."""
     generator = torch.Generator().manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE, dtype)) for shape in shapes]
-    groups = [{"params": parameters[1:], "weight_decay": 0.1}, {"params": parameters[:1], "weight_decay": 0.0}]
+    groups = [{"params": parameters[1:], "weight_decay": decay}, {"params": parameters[:1], "weight_decay": 0.0}]
     optimizer = (queued(kind) if ours else kind)(groups, lr=LR, **options)
     if ours:
         optimizer.allocate()
@@ -144,12 +150,13 @@ def assert_same_codes(left: Any, right: Any, share: float, steps: int = 1) -> No
 def assert_close(left: Any, right: Any, ulps: float = 1, steps: float = 0) -> None:
     """Parameters differ by some roundings of their dtype, and by a part of a step.
 
-    On a GPU, bitsandbytes lets weights decay after the step, not before it, and rounds between them. That is as much as a
-    rounding of the step.
+    On a GPU, bitsandbytes lets weights decay after the step, not before it, and rounds between them. A step, of which few
+    are four times the learning rate, decays with the weights then.
     """
     for mine, other in zip(parameters_of(left), parameters_of(right), strict=True):
-        part = steps + 1e-5 + (max(ULP[mine.dtype], 2 * LR * 0.1) if ON_GPU else 0)
-        torch.testing.assert_close(mine, other, rtol=ulps * ULP[mine.dtype], atol=LR * part)
+        part = steps + 1e-5 + (max(ULP[mine.dtype], 4 * LR * DECAY) if ON_GPU else 0)
+        roundings = ulps + (1 if ON_GPU else 0)
+        torch.testing.assert_close(mine, other, rtol=roundings * ULP[mine.dtype], atol=LR * part)
 
 
 @triton.jit
@@ -261,7 +268,8 @@ def test_gradients_that_are_not_finite() -> None:
 
 def test_many_steps() -> None:
     """After 20 steps, few codes differ, by three of the largest distances of values at most, and parameters are close."""
-    mine, other = pair(shapes=[(16, 256), (64, 64)])
+    # In bf16, bitsandbytes' kernel for GPUs loses decays of less than 2⁻⁹ to rounding.
+    mine, other = pair(shapes=[(16, 256), (64, 64)], decay=0 if ON_GPU else DECAY)
     for number in range(20):
         step(mine, number)
         step(other, number)
@@ -326,7 +334,8 @@ def test_either_goes_on_from_the_others_file(kind: Any, second_is_ours: bool) ->
     noted = left_to_bitsandbytes(second)
     for optimizer in (first, second):
         step(optimizer, 1)
-    assert noted == ([15] if second_is_ours else [16 * 264, 15, shapes[0][0] * 256])
+    elements = [math.prod(shape) for shape in shapes]
+    assert noted == ([15] if second_is_ours else [*elements[1:], elements[0]])
     assert_close(first, second)
 
 

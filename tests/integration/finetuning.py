@@ -46,6 +46,8 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# The seconds that a command may take. On a GPU it starts afresh, and compiles what no cache has.
+TIMEOUT = 300.0 if torch.cuda.is_available() else 120.0
 STEPS = 8
 # Options of the runs that are compared: a checkpoint every other step, and dropout that a resumed run must repeat.
 OPTIONS = (
@@ -86,7 +88,7 @@ class Command:
         """What the command has said so far."""
         return self._streams[1].read_text(encoding="utf-8") if self._streams[1].exists() else ""
 
-    def end(self, timeout: float = 120) -> Ended:
+    def end(self, timeout: float = TIMEOUT) -> Ended:
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.process.kill()

@@ -88,6 +88,7 @@ def trained(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 @both
+@pytest.mark.skipif(torch.cuda.is_available(), reason="PEFT spreads the model anew over the GPUs that it finds")
 def test_hooks_change_no_bit(quantized: bool, dense: Path, calls: Calls, tmp_path: Path) -> None:
     """Logits, generation, and the training, saving and merging of an adapter."""
     alone = load(dense, **quantization(quantized))

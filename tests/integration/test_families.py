@@ -400,7 +400,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
         (BY_ID["qwen3_next"], ("--packing", "bfd"), ["--packing bfd", "linear_attention", "use --packing none"]),
         (BY_ID["qwen3_5_moe_linear"], ("--packing", "bfd_split"), ["--packing bfd_split", "use --packing none"]),
         (BY_ID["lfm2_moe"], ("--packing", "bfd"), ["--packing bfd", "conv", "use --packing none"]),
-        (GPT_OSS, ("--packing", "bfd"), ["--packing bfd", "eager", "use --packing none"]),
+        (GPT_OSS, ("--packing", "bfd", "--attn", "eager"), ["--packing bfd", "eager", "use --packing none"]),
         (GPT_OSS, ("--attn", "sdpa"), ["--attn sdpa is not possible for GptOssForCausalLM", "takes eager"]),
         (QWEN3_MOE, ("--attn", "flash"), ["--attn flash is not possible", "takes sdpa", "not supported"]),
         (BY_ID["deepseek_v3"], ("--attention-modules", "v_proj"), ["no linear layer v_proj", "kv_b_proj"]),

@@ -66,6 +66,9 @@ def test_families(case: ModelCase, replays: list[int], caplog: pytest.LogCapture
         with fast(model), caplog.at_level(logging.WARNING):
             for _ in range(2):
                 assert_same(model.generate(**inputs, **LOGITS), want)
+        if case.id == "phimoe":  # whose rotary embedding makes its frequencies on the CPU in each step
+            assert caplog.text.count("the model cannot be recorded: Cannot copy between CPU and CUDA tensors") == number
+            continue
         assert "CUDA graphs" not in caplog.text
         assert replays == [number, number * (2 * (GREEDY["max_new_tokens"] - 1) - 1)]
 
