@@ -43,6 +43,8 @@ _CHOICES = {
     "granitemoehybrid": Choice(packing="none"),
 }
 CHOICES = {case.id: _CHOICES.get(case.id, Choice()) for case in FOUR_BIT}
+# What differs on a GPU, whose flash attention needs no mask. It takes the place of what "auto" stands for.
+CHOICES_ON_GPU = CHOICES | {"gpt_oss": Choice(attn="auto"), "granitemoehybrid": Choice()}
 # What docs/models.md calls them.
 NAMES = {
     "Qwen3-MoE": ("qwen3_moe",),
