@@ -1,10 +1,11 @@
-"""What recordings of CUDA graphs share: which inputs a graph takes, and why a recording failed."""
+"""What recordings of CUDA graphs share: which inputs a graph takes, why a recording failed, and what it leaves behind."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -29,3 +30,20 @@ def cause_of(error: BaseException) -> BaseException:
 def reason_of(cause: BaseException) -> str:
     """Returns the first line of an error's text."""
     return str(cause).strip().partition("\n")[0]
+
+
+def close_pool(pool: Any) -> None:
+    """Ends a recording that failed for torch's allocator of GPU memory.
+
+    torch ends its own use of the pool only if CUDA has ended the recording without an error. Its allocator then believes that
+    a recording goes on: it returns no memory that several streams have used, and asks a graph that no longer exists which
+    memory belongs to it.
+
+    Args:
+        pool: The ``torch.cuda.graph_pool_handle`` that the recording was given.
+    """
+    device = torch.cuda.current_device()
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        end: Any = getattr(torch._C, name, None)
+        if end is not None:  # torch 2.9 to 2.13 have both
+            end(device, pool)

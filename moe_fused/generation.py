@@ -33,7 +33,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import DeferredStopCheck
 
 from . import decoding
-from .cuda_graphs import cause_of, reason_of, takes
+from .cuda_graphs import cause_of, close_pool, reason_of, takes
 
 __all__ = ["FastGeneration", "fast_generation"]
 
@@ -266,21 +266,21 @@ class _CannotRecord(Exception):
 
 @contextlib.contextmanager
 def recording(graph: Any) -> Iterator[None]:
-    """Records what the block launches. If that fails, torch's random state and current stream are as before.
+    """Records what the block launches. If that fails, torch's random state, stream and allocator are as before.
 
     Raises:
         _CannotRecord: Something waits for the GPU, for example.
         torch.OutOfMemoryError: The GPU has too little memory.
     """
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
-    before, stream = generator.clone_state(), torch.cuda.current_stream()
+    before, stream, pool = generator.clone_state(), torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             yield
     except RuntimeError as error:
         generator.graphsafe_set_state(before)
-        # torch.cuda.graph leaves the stream of a recording that fails current, and nothing there could be recorded again.
         torch.cuda.set_stream(stream)
+        close_pool(pool)
         cause = cause_of(error)
         if isinstance(cause, torch.OutOfMemoryError):
             raise
