@@ -35,8 +35,8 @@ def reason_of(cause: BaseException) -> str:
 def close_pool(pool: Any) -> None:
     """Ends a recording that failed for torch's allocator of GPU memory.
 
-    torch ends its own use of the pool only if CUDA has ended the recording without an error. Its allocator then believes that
-    a recording goes on: it returns no memory that several streams have used, and asks a graph that no longer exists which
+    torch ends its own use of the pool only if CUDA has ended the recording without an error. Otherwise its allocator goes on
+    as during a recording: it returns no memory that several streams have used, and asks a graph that no longer exists which
     memory belongs to it.
 
     Args:
