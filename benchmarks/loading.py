@@ -2,6 +2,7 @@
 
     python -m benchmarks.loading                         four layers of Qwen3-30B-A3B, 5 GB of temporary files
     python -m benchmarks.loading --processes 2           also in two processes, each with its part of the experts
+    python -m benchmarks.loading --layers 12 --cold      from the disk, 16 GB of temporary files
     python -m benchmarks.loading --quick --device cpu    smoke-tests the benchmark itself, writes nothing
 
 The checkpoint has random bf16 weights, in shards as on the Hub, and experts per expert. Each load has a process of its own,
@@ -12,7 +13,15 @@ with its imports and the device's context behind it before anything is measured:
 - ``moe_fused_shared_by_N``: as ``moe_fused``, in N processes at once, each on a GPU of its own and with its part of the
   experts, as ``finetune --shard`` loads them. A row has the largest value of any process.
 
-The files were just written, so they are read from the page cache: seconds are those of everything but the disk. Host memory
+The files were just written, so they are read from the page cache: seconds are those of everything but the disk. With
+``--cold``, the page cache forgets them before each load, and there is one more implementation:
+
+- ``moe_fused_without_readahead``: as ``moe_fused``, without the thread of ``moe_fused/checkpoints/readahead.py``.
+
+``gb_per_second`` then is the checkpoint's bytes by the seconds of a load. ``disk_gb_per_second`` is the same for reading the
+files and doing nothing else, in one thread or in several, whichever is faster.
+
+Host memory
 is the growth of what is anonymous (``RssAnon``), sampled every few milliseconds: mapped files are not in it, for the kernel
 takes their pages back whenever it likes.
 """
@@ -20,7 +29,11 @@ takes their pages back whenever it likes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import importlib
 import importlib.util
+import mmap
+import os
 import tempfile
 import threading
 import time
@@ -38,6 +51,7 @@ from rich.table import Table
 
 from moe_fused.benchmark.harness import MIB, Environment, current_environment
 from moe_fused.benchmark.layers import LAYERS, Layer
+from moe_fused.checkpoints import readahead
 from moe_fused.checkpoints.loading import share_of
 from moe_fused.checkpoints.share import taking
 
@@ -49,6 +63,11 @@ NEEDED = ("moe_fused", "transformers", "accelerate", "bitsandbytes")
 # By implementation, how its weights are stored.
 WEIGHTS = {OURS: "nf4", "transformers": "bf16"}
 SHARED = "moe_fused_shared_by"
+WITHOUT_READAHEAD = "moe_fused_without_readahead"
+# The threads that read the files at once where the disk itself is measured, and the bytes of a read.
+DISK_THREADS, DISK_READ = (1, 4), 8 * 2**20
+# The part of a file that the page cache may still have when it was told to forget it.
+REMEMBERED = 0.01
 # A fifth of the real one: with so few layers, embeddings would be most of the model.
 VOCABULARY = 32000
 HEAD_DIM = 128
@@ -81,6 +100,8 @@ class LoadingRow:
     device_mib: float | None
     device_peak_mib: float | None
     host_peak_mib: float | None
+    gb_per_second: float | None = None
+    disk_gb_per_second: float | None = None
 
 
 class Load(NamedTuple):
@@ -183,7 +204,11 @@ def load_model(
     taken: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if implementation == OURS:
+    if implementation == WITHOUT_READAHEAD:
+        quantizers: Any = importlib.import_module("moe_fused.integrations.quantizer.experts_quantizer")
+        quantizers.is_possible = lambda: False
+    packs = implementation in (OURS, WITHOUT_READAHEAD)
+    if packs:
         import bitsandbytes  # noqa: F401  imported here, it is not part of what is measured
 
         import moe_fused
@@ -207,7 +232,7 @@ def load_model(
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
     experts = model.model.layers[-1].mlp.experts
-    if (experts.down_proj.dtype == torch.uint8) != (implementation == OURS):
+    if (experts.down_proj.dtype == torch.uint8) != packs:
         raise RuntimeError(
             f"{implementation} must load experts in {WEIGHTS[implementation]}, got {experts.down_proj.dtype}"
         )
@@ -234,6 +259,57 @@ def load_shared(directory: Path, processes: int, device: torch.device) -> Load:
     return Load(*largest)  # type: ignore[arg-type]
 
 
+def forget(directory: Path) -> int:
+    """Lets the page cache forget the weights in ``directory``, and returns their bytes.
+
+    Raises:
+        RuntimeError: It still has more than a few of them.
+    """
+    total = 0
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if (share := _cached_share(file.fileno())) > REMEMBERED:
+                raise RuntimeError(f"the page cache still has {share:.0%} of {path}")
+        total += path.stat().st_size
+    return total
+
+
+def _cached_share(file: int) -> float:
+    """The part of a file that the page cache has."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with mmap.mmap(file, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as mapped:
+        pages = -(-len(mapped) // mmap.PAGESIZE)
+        resident = (ctypes.c_ubyte * pages)()
+        start = ctypes.c_char.from_buffer(mapped)
+        found = libc.mincore(ctypes.byref(start), ctypes.c_size_t(len(mapped)), resident)
+        del start  # which keeps the mapping open
+        if found != 0:
+            raise OSError(ctypes.get_errno(), "mincore failed")
+        return sum(page & 1 for page in resident) / pages
+
+
+def disk_gb_per_second(directory: Path) -> float:
+    """How fast the weights in ``directory`` can be read from the disk if nothing else is done."""
+    paths = sorted(directory.glob("*.safetensors"))
+
+    def read(path: Path) -> None:
+        buffer = bytearray(DISK_READ)
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+    fastest = 0.0
+    for threads in DISK_THREADS:
+        total = forget(directory)
+        start = time.perf_counter()
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(read, paths))
+        fastest = max(fastest, total / 1e9 / (time.perf_counter() - start))
+    return fastest
+
+
 def in_new_process(function: Callable[..., T], *arguments: Any) -> T:
     """What ``function`` returns or raises in a process that has not done anything before.
 
@@ -250,14 +326,22 @@ def in_new_process(function: Callable[..., T], *arguments: Any) -> T:
 
 
 def measure(
-    layer: Layer, layers: int, device: torch.device, environment: Environment, processes: int = 1
+    layer: Layer,
+    layers: int,
+    device: torch.device,
+    environment: Environment,
+    processes: int = 1,
+    cold: bool = False,
 ) -> Iterator[LoadingRow]:
     """A row for each implementation; the checkpoint is gone once the last was taken."""
     with tempfile.TemporaryDirectory(prefix="loading-") as path:
         directory = Path(path)
         in_new_process(save_model, directory, layer, layers, device)
+        disk = round(disk_gb_per_second(directory), 3) if cold else None
         shared = {f"{SHARED}_{processes}": WEIGHTS[OURS]} if processes > 1 else {}
-        for implementation, weights in (WEIGHTS | shared).items():
+        without = {WITHOUT_READAHEAD: WEIGHTS[OURS]} if cold else {}
+        for implementation, weights in (WEIGHTS | without | shared).items():
+            total = forget(directory) if cold else 0
             if implementation in shared:
                 load = load_shared(directory, processes, device)
             else:
@@ -271,18 +355,25 @@ def measure(
                 implementation=implementation,
                 weights=weights,
                 **rounded,  # type: ignore[arg-type]
+                gb_per_second=round(total / 1e9 / load.seconds, 3) if cold else None,
+                disk_gb_per_second=disk,
             )
 
 
 def results_table(rows: list[LoadingRow]) -> Table:
     """``rows``, which are of one run, for the terminal."""
     table = Table(title=f"{rows[0].layers} layers of {rows[0].layer}; MiB", title_justify="left")
-    for column in ("implementation", "weights", "seconds", "footprint", "device", "device peak", "host peak"):
+    names = ("implementation", "weights", "seconds", "footprint", "device", "device peak", "host peak")
+    cold = rows[0].disk_gb_per_second is not None
+    for column in (*names, "GB/s", "of the disk's") if cold else names:
         table.add_column(column, justify="left" if column == "implementation" else "right", no_wrap=True)
     for row in rows:
         sizes = (row.footprint_mib, row.device_mib, row.device_peak_mib, row.host_peak_mib)
         mib = ("–" if size is None else f"{size:.0f}" for size in sizes)
-        table.add_row(row.implementation, row.weights, f"{row.seconds:.1f}", *mib)
+        speeds = []
+        if row.gb_per_second is not None and row.disk_gb_per_second is not None:
+            speeds = [f"{row.gb_per_second:.2f}", f"{row.gb_per_second / row.disk_gb_per_second:.0%}"]
+        table.add_row(row.implementation, row.weights, f"{row.seconds:.1f}", *mib, *speeds)
     return table
 
 
@@ -293,6 +384,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="A tiny model. Writes only to --output.")] = False,
     device: Annotated[str, typer.Option(help="cuda, or cpu to smoke-test the benchmark.")] = "cuda",
     processes: Annotated[int, typer.Option(help="Processes that share the experts, on as many GPUs.", min=1)] = 1,
+    cold: Annotated[bool, typer.Option("--cold", help="From the disk: without the page cache. Linux alone.")] = False,
 ) -> None:
     """Measures loading a model into 4 bits and writes rows under benchmarks/results, in place of those of the same GPU."""
     runner.check_device(device)
@@ -306,13 +398,16 @@ def main(
         typer.echo(f"Loading in 4 bits needs {', '.join(missing)}, not installed here", err=True)
         raise typer.Exit(2)
     runner.check_gpus(device, processes, "--processes")
+    if cold and not readahead.is_possible():
+        raise typer.BadParameter("only Linux lets a program empty the page cache of its files", param_hint="--cold")
     environment = current_environment(chosen)
-    shared = None if quick or chosen.type == "cpu" else runner.ROOT / "results" / f"{NAME}_{slug(environment.gpu)}.json"
+    file = f"{NAME}{'-cold' if cold else ''}_{slug(environment.gpu)}.json"
+    shared = None if quick or chosen.type == "cpu" else runner.ROOT / "results" / file
     path = output or shared
     console = runner.make_console()
     console.print(f"{environment.gpu}, torch {environment.torch}, Triton {environment.triton}, {environment.date}")
     try:
-        rows = list(measure(LAYERS[name], layers, chosen, environment, processes))
+        rows = list(measure(LAYERS[name], layers, chosen, environment, processes, cold))
         console.print(results_table(rows))
         if path is not None:
             write_rows(path, rows)

@@ -36,22 +36,26 @@ def run(*options):
 
 
 @pytest.mark.slow
-def test_whole_run(tmp_path, libraries):
+@pytest.mark.parametrize("options", [[], ["--cold"]], ids=["page cache", "disk"])
+def test_whole_run(options, tmp_path, libraries):
     output = tmp_path / "rows.json"
-    command = [sys.executable, "-m", "benchmarks.loading", "--quick", "--device", "cpu", "--layers", "2"]
+    command = [sys.executable, "-m", "benchmarks.loading", "--quick", "--device", "cpu", "--layers", "2", *options]
     root = loading.runner.ROOT.parent
     result = subprocess.run([*command, "--output", str(output)], cwd=root, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     rows = json.loads(output.read_text(encoding="utf-8"))
-    assert [(row["implementation"], row["weights"]) for row in rows] == [("moe_fused", "nf4"), ("transformers", "bf16")]
+    wanted = [("moe_fused", "nf4"), ("transformers", "bf16"), (loading.WITHOUT_READAHEAD, "nf4")]
+    assert [(row["implementation"], row["weights"]) for row in rows] == wanted[: 3 if options else 2]
     for row in rows:
         assert row.keys() == {field.name for field in fields(loading.LoadingRow)}
         assert (row["benchmark"], row["gpu"], row["layer"], row["layers"]) == ("loading", "cpu", "tiny", 2)
         assert row["device_mib"] is row["device_peak_mib"] is None
         assert row["seconds"] > 0
+        speeds = (row["gb_per_second"], row["disk_gb_per_second"])
+        assert all(speed > 0 for speed in speeds) if options else speeds == (None, None)
         line = next(line for line in result.stdout.splitlines() if row["implementation"] in line)
         assert re.search(rf"{row['weights']} .* {row['seconds']:.1f} .* {row['footprint_mib']:.0f} ", line)
-    packed, dense = (row["footprint_mib"] for row in rows)
+    packed, dense = (row["footprint_mib"] for row in rows[:2])
     parameters = 2 * LAYERS["tiny"].parameters
     assert (dense - packed) * 2**20 > 1.4 * parameters, "of 2 bytes a parameter some 0.56 are left"
 
@@ -66,6 +70,22 @@ def test_what_stays_dense_is_no_result(tmp_path, libraries):
             loading.load_model(tmp_path, "moe_fused", CPU)
     finally:
         moe_fused.disable()
+
+
+@pytest.mark.skipif(not loading.readahead.is_possible(), reason="only Linux lets a program do that")
+def test_files_are_forgotten(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(os.urandom(2**22))
+    with path.open("rb") as file:
+        assert loading._cached_share(file.fileno()) == 1
+    assert loading.forget(tmp_path) == 2**22
+    with path.open("rb") as file:
+        assert loading._cached_share(file.fileno()) <= loading.REMEMBERED
+        file.read()
+        assert loading._cached_share(file.fileno()) == 1
+    monkeypatch.setattr(os, "posix_fadvise", lambda *_: None)
+    with pytest.raises(RuntimeError, match="the page cache still has 100% of"):
+        loading.forget(tmp_path)
 
 
 @pytest.mark.skipif(loading.anonymous_mib() is None, reason="this system does not tell")

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +21,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from moe_fused.checkpoints.converter import ExpertsConverter, Quantization
 from moe_fused.checkpoints.names import Names, Target
+from moe_fused.checkpoints.readahead import Readahead, is_possible
 from moe_fused.checkpoints.share import Share
+from moe_fused.checkpoints.share import current as current_share
 from moe_fused.integrations.transformers.experts_module import projections_of
 from moe_fused.integrations.transformers.originals import restore_experts
 
@@ -57,6 +60,21 @@ def refuse_offloaded(names: Iterable[str], device_map: Any, advice: str) -> None
             )
 
 
+def _progress_of(quantizer: ExpertsQuantizer) -> Callable[[], float | None]:
+    """Returns what says which part of the experts was loaded. It says None if the quantizer is gone, as after an error."""
+    found = weakref.ref(quantizer)
+
+    def progress() -> float | None:
+        alive = found()
+        if alive is None:
+            return None
+        return (
+            len(alive.converter.loaded) / len(alive.names.targets) if alive.converter and alive.names.targets else 0.0
+        )
+
+    return progress
+
+
 class ExpertsQuantizer(HfQuantizer):
     """The part of a quantizer that concerns packed experts, to be mixed into one of Transformers.
 
@@ -83,6 +101,7 @@ class ExpertsQuantizer(HfQuantizer):
         self.shares: dict[str, Share] = {}
         self.modules_to_not_convert: list[str] = []
         self._hooks: list[RemovableHandle] = []
+        self._readahead: Readahead | None = None
 
     def quantization(self) -> Quantization:
         """Returns how the experts are to be loaded."""
@@ -108,6 +127,8 @@ class ExpertsQuantizer(HfQuantizer):
             check_division(model)
             device = next(iter(device_map.values())) if isinstance(device_map, dict) else "cpu"
             self._hooks = hide_division(model, self.names.targets, self.shares, torch.device(device), paths or ())
+        elif self.names.targets and current_share() is None and is_possible():
+            self._readahead = Readahead(paths or (), _progress_of(self)).start()
 
     def _targets(self, model: nn.Module) -> list[Target]:
         """Finds the parameters of experts that are to be packed, and warns of those that stay dense."""
@@ -190,6 +211,9 @@ class ExpertsQuantizer(HfQuantizer):
         """
         while self._hooks:
             self._hooks.pop().remove()
+        if self._readahead is not None:
+            self._readahead.stop()
+            self._readahead = None
         if self.converter is None:
             return
         for name in self.names.targets:
