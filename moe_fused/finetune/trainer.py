@@ -87,7 +87,7 @@ def make_trainer(
     if run.liger:
         apply_liger(base)
     if run.maskless:
-        attention.use(base)
+        attention.use(base, run.kernel)
     arguments = {"train_dataset": dataset, "eval_dataset": evaluation, "processing_class": tokenizer}
     if run.options.has_preferences:
         # TRL then takes the model without its adapters as the reference. Of a model that has adapters, it would keep a copy
