@@ -105,6 +105,7 @@ def _cudnn_function() -> Callable[..., Any] | str:
     try:
         package = importlib.import_module("cudnn")
         function: Callable[..., Any] = package.sdpa_torch
+        version = package.backend_version()  # raises if cuDNN itself is missing
     except AttributeError:
         return "this nvidia-cudnn-frontend has no sdpa_torch, update it"
     except (ImportError, OSError, RuntimeError) as error:
@@ -112,7 +113,6 @@ def _cudnn_function() -> Callable[..., Any] | str:
     parameters = inspect.signature(function).parameters
     if not {"is_causal", "cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_seqlen_kv"} <= parameters.keys():
         return "this nvidia-cudnn-frontend computes no attention over several lengths, update it"
-    version = getattr(package, "backend_version", lambda: 0)()
     if version < _CUDNN_VERSION:
         return f"it needs cuDNN 9.18, and this is {version // 10000}.{version // 100 % 100}"
     return function

@@ -255,11 +255,16 @@ def test_a_kernel_of_the_hub_has_no_sinks(hub: str) -> None:
     assert attention.kernel_refusal(hub, model) == "its attention has sinks"
 
 
+def without_cudnn() -> int:
+    raise RuntimeError("Unable to find symbol cudnnGetVersion")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"sdpa_torch": None}, "has no sdpa_torch, update it"),
         ({"sdpa_torch": lambda query, key, value: None}, "computes no attention over several lengths"),
+        ({"backend_version": without_cudnn}, "nvidia-cudnn-frontend does not load: Unable to find symbol"),
         ({"backend_version": lambda: 90501}, r"it needs cuDNN 9\.18, and this is 9\.5"),
     ],
 )
