@@ -7,8 +7,9 @@
 
 The model, its adapters, the tokens and everything else are those of the benchmark ``finetune_30b``, of Qwen3-30B-A3B with
 CUDA graphs in 24 GiB. ``whole`` is a step over one sequence that is one document, and ``packed_torch``, ``packed_cudnn`` and
-so on are steps over sequences with the mix of documents that ``documents`` has, by the kernel that ``--attn`` names. All are
-measured in turns, so that the clocks of the GPU are the same. The median over the turns counts.
+so on are steps over sequences with the mix of documents that ``documents`` has, by the kernel that ``--attn`` names.
+``whole_joined`` is ``whole`` with ``MOE_FUSED_QKV=1``, and the others are without it. All are measured in turns, each time
+from the same adapters, so that the clocks of the GPU are the same. The median over the turns counts.
 
 ``details``: the time over that of ``whole`` (``over_whole``), which is to be at most 1.05, the part of attention in a step
 with its projections (``attention_ms``), and the other parts that ``finetune_30b`` explains.
@@ -36,19 +37,19 @@ from . import full_model, runner
 from .experts_4bit import QUANT_TYPE
 from .finetune_30b import CAP_GIB, PHASE, QWEN3_30B, SEED, limit_memory, model_flops
 from .rows import Row, merge, new_row, read_rows, slug, write_rows
-from .training import Measurement, Recipe, measure
+from .training import Measurement, Recipe, measure, trained
 
 NAME = "finetune_packed"
 TOKENS, QUICK_TOKENS = (4096, 8192, 16384), (64,)
-WHOLE = "whole"
+WHOLE, JOINED = "whole", "whole_joined"
 MOST_OVER_WHOLE = 1.05
 
 
 def recipes_of(kernels: Sequence[str], *, graphs: bool) -> dict[str, Recipe]:
     """The recipe of each contender, by its name."""
-    whole = Recipe(cuda_graphs=graphs)
+    whole = Recipe(cuda_graphs=graphs, joined=False)
     packed = {f"packed_{name}": dataclasses.replace(whole, documents=True, attn=name) for name in kernels}
-    return {WHOLE: whole, **packed}
+    return {WHOLE: whole, JOINED: dataclasses.replace(whole, joined=True), **packed}
 
 
 def kernels_here(device: torch.device) -> list[str]:
@@ -59,11 +60,15 @@ def kernels_here(device: torch.device) -> list[str]:
 def measure_all(
     training: Any, recipes: dict[str, Recipe], length: int, vocabulary: int, weights: int, *, steps: int, turns: int
 ) -> dict[str, list[Measurement]]:
-    """Measures the contenders in turns, each with a trainer and graphs of its own."""
+    """Measures the contenders in turns, each with a trainer and graphs of its own, and from the same adapters."""
+    begin = [(parameter, parameter.detach().cpu().clone()) for parameter in trained(training.model)]
     found: dict[str, list[Measurement]] = {name: [] for name in recipes}
     for turn in range(turns):
         for name in list(recipes)[:: 1 if turn % 2 == 0 else -1]:
             training.recipe = recipes[name]
+            with torch.no_grad():
+                for parameter, value in begin:
+                    parameter.copy_(value)
             with contextlib.suppress(torch.OutOfMemoryError):
                 found[name].append(measure(training, length, vocabulary, weights, steps=steps, seed=SEED))
             release_memory(training.model.device)

@@ -49,6 +49,8 @@ class Recipe:
         paged: the optimizer's state may leave the GPU.
         documents: each sequence has documents of the mix of ``documents`` side by side.
         attn: what computes attention, a value of ``finetune --attn``.
+        joined: linear layers with adapters compute as ``moe_fused.finetune.projections`` has it; None for what the
+            environment says.
     """
 
     attention_rank: int = 16
@@ -60,6 +62,7 @@ class Recipe:
     paged: bool = False
     documents: bool = False
     attn: str = "auto"
+    joined: bool | None = None
 
 
 class Training(Protocol):

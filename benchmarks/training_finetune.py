@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+from moe_fused.finetune import projections
 from moe_fused.finetune.adapters import adapt
 from moe_fused.finetune.data import fit
 from moe_fused.finetune.options import Options
@@ -39,6 +43,21 @@ class _Steps(TrainerCallback):
         self._meter.end()
 
 
+@contextlib.contextmanager
+def _environment(variable: str, on: bool | None) -> Iterator[None]:
+    """Sets a variable of the environment to 1 or to nothing within the block. None leaves it as it is."""
+    before = os.environ.get(variable)
+    if on is not None:
+        os.environ[variable] = "1" if on else ""
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(variable, None)
+        else:
+            os.environ[variable] = before
+
+
 class Finetune:
     """See ``Training``. A length has a trainer, and with it an optimizer, of its own."""
 
@@ -61,7 +80,8 @@ class Finetune:
             trainer.args.save_strategy = SaveStrategy.NO
             trainer.add_callback(_Steps(trainer, self.model, meter))
             try:
-                trainer.train_from(None)
+                with _environment(projections.VARIABLE, self.recipe.joined):
+                    trainer.train_from(None)
             finally:  # a step that ran out of memory leaves gradients behind
                 for parameter in trained(self.model):
                     parameter.grad = None

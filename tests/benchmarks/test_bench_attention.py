@@ -94,11 +94,12 @@ def test_packed_steps(tmp_path: Path) -> None:
     from benchmarks import finetune_packed
 
     path = tmp_path / "rows.json"
-    options = ("--device", "cpu", "--quick", "--steps", "1", "--turns", "1", "--tokens", "512", "--output", str(path))
+    options = ("--device", "cpu", "--quick", "--steps", "1", "--turns", "1", "--tokens", "2048", "--output", str(path))
     result = run(finetune_packed.main, *options)
     assert result.exit_code == 0, result.output
-    whole, packed = read_rows(path)
-    assert (whole.implementation, packed.implementation) == ("whole", "packed_torch")
+    whole, joined, packed = read_rows(path)
+    assert [row.implementation for row in (whole, joined, packed)] == ["whole", "whole_joined", "packed_torch"]
+    assert joined.details["loss"] == pytest.approx(whole.details["loss"], rel=1e-3)
     assert packed.details["over_whole"] == pytest.approx(packed.ms / whole.ms, rel=1e-4)  # type: ignore[operator]
     assert whole.details["attention_ms"] > 0
     assert packed.details["loss"] != whole.details["loss"]  # the documents do not see each other
