@@ -167,17 +167,9 @@ def takes_flash(model: Any, *, packed: bool) -> bool:
     return packed or has_sinks(model) or has_windows(model.config)
 
 
-@functools.cache
 def _sinks_run() -> bool:
-    """Whether torch has the operators of flash attention that sinks need, with the arguments that they need.
-
-    Those of ROCm come from another library, which was not tested with the log-sum-exp of sinks.
-    """
-    if torch.version.hip is not None:
-        return False
-    names = ("_flash_attention_forward", "_flash_attention_backward")
-    schemas = [str(getattr(torch.ops.aten, name).default._schema) for name in names if hasattr(torch.ops.aten, name)]
-    return len(schemas) == 2 and all("window_size_left" in schema for schema in schemas)
+    """Whether torch has the operators of flash attention that sinks need."""
+    return varlen.operators_run()
 
 
 def _features(text: Any) -> list[tuple[int, int]]:

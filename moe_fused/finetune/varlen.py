@@ -67,6 +67,53 @@ class Kernel:
 
 
 @functools.cache
+def operators_run() -> bool:
+    """Whether torch has the operators of flash attention, with the arguments that windows and sinks need.
+
+    Those of ROCm come from another library, which was not tested.
+    """
+    if torch.version.hip is not None:
+        return False
+    names = ("_flash_attention_forward", "_flash_attention_backward")
+    schemas = [str(getattr(torch.ops.aten, name).default._schema) for name in names if hasattr(torch.ops.aten, name)]
+    return len(schemas) == 2 and all("window_size_left" in schema for schema in schemas)
+
+
+class _Flash(torch.autograd.Function):
+    """Computes torch's flash attention by its operators. The arguments are those of ``Attend``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        boundaries: Tensor,
+        length: int,
+        scale: float | None,
+        window: int | None,
+    ) -> Tensor:
+        ctx.length, ctx.options = length, {"scale": scale}
+        if window is not None:
+            ctx.options |= {"window_size_left": window - 1, "window_size_right": 0}
+        found = torch.ops.aten._flash_attention_forward(
+            query, key, value, boundaries, boundaries, length, length, 0.0, True, False, **ctx.options
+        )
+        out: Tensor = found[0]
+        ctx.save_for_backward(query, key, value, boundaries, *found[:4])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, boundaries, out, lse, state, unused = ctx.saved_tensors
+        grads = torch.ops.aten._flash_attention_backward(
+            grad.contiguous(), query, key, value, out, lse, boundaries, boundaries, ctx.length, ctx.length, 0.0, True,
+            state, unused, **ctx.options,
+        )  # fmt: skip
+        return *grads, None, None, None, None
+
+
+@functools.cache
 def torch_kernel() -> Kernel | None:
     """Returns torch's flash attention, or None if this torch has none over several lengths."""
     try:
@@ -78,6 +125,9 @@ def torch_kernel() -> Kernel | None:
     if not {"scale", "window_size"} <= known.keys():  # torch 2.10
         return None
     grouped = {"enable_gqa": True} if "enable_gqa" in known else {}
+    if not grouped and operators_run():
+        # The function wants keys and values for each head, but its operators do not.
+        return Kernel(TORCH, _Flash.apply)
 
     def attend(
         query: Tensor,

@@ -26,6 +26,7 @@ from moe_fused.finetune.resolve import candidates, set_up
 from moe_fused.memory import skeleton
 
 from .models import GPT_OSS, QWEN3_MOE
+from .test_finetune_attention import reference_backward, reference_forward
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SIZES: dict[str, Any] = {
@@ -89,7 +90,13 @@ def flash_attn_func(*_, **__):
 
 
 def forget() -> None:
-    for function in (varlen._cudnn_function, varlen.cudnn_kernel, varlen.hub_kernel, varlen.speeds):
+    for function in (
+        varlen._cudnn_function,
+        varlen.torch_kernel,
+        varlen.cudnn_kernel,
+        varlen.hub_kernel,
+        varlen.speeds,
+    ):
         function.cache_clear()
 
 
@@ -206,6 +213,40 @@ def test_a_model_with_a_kernel(name: str, checkpointing: bool, hub: str) -> None
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     got.square().sum().backward()
     torch.testing.assert_close(weight.grad, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_flash_attention_whose_function_repeats_keys(
+    window: int | None, scale: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's function that takes no groups is gone around, by its operators."""
+    from torch.nn.attention import varlen as of_torch
+
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        raise AssertionError
+
+    monkeypatch.setattr(of_torch, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", reference_forward)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", reference_backward)
+    for runs, groups in ((True, True), (False, False)):
+        varlen.torch_kernel.cache_clear()
+        monkeypatch.setattr(varlen, "operators_run", lambda runs=runs: runs)
+        kernel = varlen.torch_kernel()
+        assert kernel is not None
+        assert kernel.groups == groups
+        if not runs:
+            break
+        leaves, boundaries, gradient = inputs()
+        rows = [leaf[0].transpose(0, 1) for leaf in leaves]
+        out = kernel.attend(rows[0], rows[1], rows[2], boundaries, 11, scale, window)
+        want = each_alone(rows[0], rows[1], rows[2], boundaries, scale, window)
+        for one, other in zip(
+            [out, *torch.autograd.grad(out, leaves, gradient[0])],
+            [want, *torch.autograd.grad(want, leaves, gradient[0])],
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)  # the log-sum-exp is in fp32
 
 
 def test_two_models_keep_their_kernels(kernels_run: None, cudnn: ModuleType) -> None:
@@ -368,6 +409,9 @@ def test_kernels_on_a_gpu(name: str, features: int) -> None:
         for ends in ([0, 1, 1, 130, 389, 700, 700, 700], [0, 300, 517, 700, 700, 700, 700, 700])
     ]
     boundaries = mixes[0].clone()
+
+    if not kernel.groups:
+        inputs[1:] = [tensor.repeat_interleave(4, dim=1) for tensor in inputs[1:]]
 
     def run() -> list[Tensor]:
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
