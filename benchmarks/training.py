@@ -47,6 +47,10 @@ class Recipe:
         compile_layers: ``torch.compile`` for the decoder layers around their experts.
         cuda_graphs: the decoder's forward and its backward are one CUDA graph each, on a GPU.
         paged: the optimizer's state may leave the GPU.
+        documents: each sequence has documents of the mix of ``documents`` side by side.
+        attn: what computes attention, a value of ``finetune --attn``.
+        joined: linear layers with adapters compute as ``moe_fused.finetune.projections`` has it; None for what the
+            environment says.
     """
 
     attention_rank: int = 16
@@ -56,6 +60,9 @@ class Recipe:
     compile_layers: bool = False
     cuda_graphs: bool = False
     paged: bool = False
+    documents: bool = False
+    attn: str = "auto"
+    joined: bool | None = None
 
 
 class Training(Protocol):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,13 +15,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+from moe_fused.finetune import projections
 from moe_fused.finetune.adapters import adapt
 from moe_fused.finetune.data import fit
 from moe_fused.finetune.options import Options
 from moe_fused.finetune.plan import plan_run
-from moe_fused.finetune.resolve import ModelSetup, set_up
+from moe_fused.finetune.resolve import Batching, ModelSetup, set_up
 from moe_fused.finetune.trainer import Finetuning, make_trainer
 
+from .documents import packed_lengths
 from .training import Meter, Recipe, compile_layers, trained
 
 NO_LIMIT_GIB = 1e6
@@ -38,6 +43,21 @@ class _Steps(TrainerCallback):
         self._meter.end()
 
 
+@contextlib.contextmanager
+def _environment(variable: str, on: bool | None) -> Iterator[None]:
+    """Sets a variable of the environment to 1 or to nothing within the block. None leaves it as it is."""
+    before = os.environ.get(variable)
+    if on is not None:
+        os.environ[variable] = "1" if on else ""
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(variable, None)
+        else:
+            os.environ[variable] = before
+
+
 class Finetune:
     """See ``Training``. A length has a trainer, and with it an optimizer, of its own."""
 
@@ -45,7 +65,8 @@ class Finetune:
 
     def __init__(self, model: Any, recipe: Recipe) -> None:
         self.model, self.has_parts, self.has_graphs = model, not recipe.compile_layers, recipe.cuda_graphs
-        self._recipe, self._device = recipe, model.device
+        # What of it concerns documents and attention may be changed between two calls of ``train``.
+        self.recipe, self._device = recipe, model.device
         self._adapted = adapt(model, self._set_up())
         if recipe.compile_layers:
             compile_layers(model)
@@ -54,20 +75,28 @@ class Finetune:
         with tempfile.TemporaryDirectory() as output:
             plan = plan_run(self._set_up(output, tokens.shape[1], len(tokens)), plain_text=True)
             self.predicted = plan.prediction.allocated
-            rows = Dataset.from_dict({"input_ids": tokens.tolist(), "labels": tokens.tolist()})
-            dataset = fit(rows, plan.run.batching)
+            dataset = self._dataset(tokens, plan.run.batching)
             trainer = make_trainer(self._adapted, tokenizer(), dataset, plan.run)
             trainer.args.save_strategy = SaveStrategy.NO
             trainer.add_callback(_Steps(trainer, self.model, meter))
             try:
-                trainer.train_from(None)
+                with _environment(projections.VARIABLE, self.recipe.joined):
+                    trainer.train_from(None)
             finally:  # a step that ran out of memory leaves gradients behind
                 for parameter in trained(self.model):
                     parameter.grad = None
             return [record["loss"] for record in trainer.state.log_history if "loss" in record]
 
+    def _dataset(self, tokens: Tensor, batching: Batching) -> Dataset:
+        """The sequences of the run."""
+        columns = {"input_ids": tokens.tolist(), "labels": tokens.tolist()}
+        if not self.recipe.documents:
+            return fit(Dataset.from_dict(columns), batching)
+        # As ``fit`` packs documents, but with the same tokens in each sequence as without documents.
+        return Dataset.from_dict({**columns, "seq_lengths": packed_lengths(tokens.shape[1], len(tokens))})
+
     def _set_up(self, output: str = "", length: int | None = None, steps: int | None = None) -> ModelSetup:
-        return _resolved(self.model.config, self._recipe, self._device, output, length, steps)
+        return _resolved(self.model.config, self.recipe, self._device, output, length, steps)
 
 
 def random_options(device: torch.device, output: str, length: int | None, steps: int | None, **options: Any) -> Options:
@@ -101,6 +130,8 @@ def _resolved(
         attention_rank=recipe.attention_rank,
         expert_rank=recipe.expert_rank,
         learning_rate=recipe.learning_rate,
+        attn=recipe.attn,
+        packing="bfd" if recipe.documents else "auto",
         **({"optimizer": "auto"} if recipe.paged else {}),
     )
     return set_up(options, config, device)

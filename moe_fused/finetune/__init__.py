@@ -33,6 +33,8 @@ The model and its training:
     start         the adapter that a run goes on from
     adapters      PEFT's config for the adapters, and the model with them
     attention     causal attention over packed documents, without masks
+    varlen        the kernels that compute it, and which of them was measured to be the fastest
+    projections   linear layers with LoRA in fewer passes, those that share an input together
     batches       packed documents in batches of one shape
     graphs        the decoder's passes as CUDA graphs
     host          a training step without the work that costs the host most

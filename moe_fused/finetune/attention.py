@@ -1,10 +1,10 @@
-"""Computes causal attention over sequences that TRL has packed, with torch's kernels and without a mask.
+"""Computes causal attention over sequences that TRL has packed, without a mask.
 
 Transformers' ``"sdpa"`` checks on the GPU whether a batch needs a mask, and waits for the answer. For documents side by
 side, and for layers with a sliding window, it makes a mask of all pairs of tokens. Neither is needed here. Padding comes
-after the tokens, so a causal pass never attends to it. TRL gives the boundaries of documents (``cu_seq_lens_q``). Torch's
-flash attention over sequences of several lengths takes such boundaries and windows. If torch does not have that attention,
-a mask is made from the boundaries.
+after the tokens, so a causal pass never attends to it. TRL gives the boundaries of documents (``cu_seq_lens_q``). The
+kernels of ``varlen`` take such boundaries, and some of them windows. Where none can be had, a mask is made from the
+boundaries.
 
 Models with attention sinks, such as gpt-oss, have no SDPA in Transformers. Their eager attention makes numbers for each
 pair of tokens and head. A sink is a logit of each head that takes part in the softmax and has no value. With the
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,9 +27,11 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 
 from moe_fused import recurrent
 
+from . import varlen
+
 NAME = "packed_causal"
-# The largest number of features of a head that flash attention supports.
-_MOST_FEATURES = 256
+# What --attn takes beside Transformers' names: kernels for documents, for models that otherwise have what "auto" means.
+KERNELS = (varlen.TORCH, varlen.CUDNN)
 # Transformers' names for the types of layers in which masks keep documents apart.
 APART = recurrent.STATELESS
 # The types of layers whose attention this module computes.
@@ -40,8 +41,8 @@ _SINKS = "sinks"
 
 
 def chosen(attn: str, config: Any) -> str:
-    """Returns ``attn``, or for "auto" the attention that Transformers chooses for a causal model of this config."""
-    if attn != "auto":
+    """Returns Transformers' name for ``attn``: for "auto" and our kernels what it chooses for a model of this config."""
+    if attn not in ("auto", *KERNELS):
         return attn
     model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return "sdpa" if model is None or model._supports_sdpa else "eager"
@@ -50,24 +51,6 @@ def chosen(attn: str, config: Any) -> str:
 def layer_types(config: Any) -> frozenset[str]:
     """Returns the types of a model's layers, by Transformers' names for them."""
     return frozenset(recurrent.layer_types(config.get_text_config()) or ("full_attention",))
-
-
-@functools.cache
-def _flash() -> tuple[Callable[..., Any], bool] | None:
-    """Returns torch's causal flash attention over sequences of several lengths, or None if this torch has none.
-
-    The second value is whether the function takes fewer heads for keys and values than for queries.
-    """
-    try:
-        from torch.nn.attention import varlen
-    except ImportError:  # torch 2.9
-        return None
-    function: Any = varlen.varlen_attn
-    known = inspect.signature(function).parameters
-    if not {"scale", "window_size"} <= known.keys():  # torch 2.10
-        return None
-    grouped = {"enable_gqa": True} if "enable_gqa" in known else {}
-    return functools.partial(function, **grouped), bool(grouped)
 
 
 def has_sinks(model: nn.Module) -> bool:
@@ -96,17 +79,18 @@ def serves(attn: str, model: Any, device: torch.device, dtype: torch.dtype, *, p
     """Whether the attention of this module computes the same as ``attn`` in a model, and is better.
 
     Args:
-        attn: Transformers' name for an implementation of attention, or "auto".
+        attn: A value of ``--attn``.
         model: The causal language model, on any device, meta included.
         device: The device of the run.
         dtype: The data type of the computation.
-        packed: Whether documents lie side by side. Only flash attention is better than a mask for these.
+        packed: Whether documents lie side by side. Only a kernel for documents is better than a mask for these.
     """
     config, sinks = model.config, has_sinks(model)
-    known = chosen(attn, config) == "sdpa" or (attn == "auto" and sinks)
+    is_hub = varlen.is_hub_id(attn)
+    known = is_hub or chosen(attn, config) == "sdpa" or (attn in ("auto", *KERNELS) and sinks)
     if not known or device.type != "cuda" or not layer_types(config) <= _SERVED or not _is_causal(model):
         return False
-    if not takes_flash(model, packed=packed):
+    if not is_hub and not takes_flash(model, packed=packed):
         return True
     windows, text = has_windows(config), config.get_text_config()
     # Transformers' own flash attention needs windows and sinks to be handed over, too.
@@ -114,7 +98,63 @@ def serves(attn: str, model: Any, device: torch.device, dtype: torch.dtype, *, p
         return False
     if (windows and not _hands_over_windows(model)) or getattr(text, "attention_dropout", None):
         return False
-    return dtype.itemsize == 2 and _flash_takes(text) and (_sinks_run() if sinks else bool(_flash()))
+    return dtype.itemsize == 2 and kernel_refusal(attn, model) is None
+
+
+def kernel_refusal(attn: str, model: Any) -> str | None:
+    """Why the kernel that ``attn`` means cannot compute a model's documents, windows and sinks, or None if it can.
+
+    Args:
+        attn: A value of ``--attn``.
+        model: The causal language model, on any device, meta included.
+    """
+    text, named = model.config.get_text_config(), attn in KERNELS or varlen.is_hub_id(attn)
+    name = attn if named else varlen.TORCH
+    if has_sinks(model):
+        if name != varlen.TORCH:
+            return "its attention has sinks"
+        # The operators below are those of torch's flash attention.
+        return (
+            None if _sinks_run() and all(_fits(*pair) for pair in _features(text)) else "torch has no operators for it"
+        )
+    if (kernel := varlen.kernel_of(name)) is None:
+        return "there is no such kernel"
+    if not kernel.windows and has_windows(model.config):
+        return "layers of it have a sliding window"
+    if not all(kernel.fits(*pair) for pair in _features(text)):
+        return f"its heads are larger than {kernel.most_features} features, or no multiple of 8"
+    return None
+
+
+def kernel_for(attn: str, model: Any, device: torch.device, tokens: int, *, packed: bool) -> str | None:
+    """Returns the name of the kernel with which a run computes attention that ``serves`` says is served.
+
+    Args:
+        attn: A value of ``--attn``.
+        model: The causal language model, on any device, meta included.
+        device: The device of the run.
+        tokens: The number of tokens of a batch.
+        packed: Whether documents lie side by side.
+
+    Returns:
+        The name of a kernel of ``varlen``. None if causal attention over whole sequences is all that is needed.
+    """
+    if varlen.is_hub_id(attn):
+        return attn
+    if not takes_flash(model, packed=packed):
+        return None
+    if attn in KERNELS:
+        return attn
+
+    def runs(name: str) -> bool:
+        return (
+            name in KERNELS
+            and (name != varlen.CUDNN or varlen.cudnn_refusal(device) is None)
+            and kernel_refusal(name, model) is None
+        )
+
+    features = _features(model.config.get_text_config())
+    return varlen.fastest(device, tokens, max(pair[0] for pair in features), runs)
 
 
 def _is_causal(model: nn.Module) -> bool:
@@ -127,39 +167,44 @@ def takes_flash(model: Any, *, packed: bool) -> bool:
     return packed or has_sinks(model) or has_windows(model.config)
 
 
-@functools.cache
 def _sinks_run() -> bool:
-    """Whether torch has the operators of flash attention that sinks need, with the arguments that they need.
-
-    Those of ROCm come from another library, which was not tested with the log-sum-exp of sinks.
-    """
-    if torch.version.hip is not None:
-        return False
-    names = ("_flash_attention_forward", "_flash_attention_backward")
-    schemas = [str(getattr(torch.ops.aten, name).default._schema) for name in names if hasattr(torch.ops.aten, name)]
-    return len(schemas) == 2 and all("window_size_left" in schema for schema in schemas)
+    """Whether torch has the operators of flash attention that sinks need."""
+    return varlen.operators_run()
 
 
-def _flash_takes(text: Any) -> bool:
-    """Whether flash attention supports heads of the model's size, in every layer if these differ."""
+def _features(text: Any) -> list[tuple[int, int]]:
+    """Returns the numbers of features of a head's queries and of its values, of every layer if layers differ."""
     if getattr(text, "is_heterogeneous", False):
-        return all(_flash_takes(layer) for layer in text.per_layer_config)
+        return [pair for layer in text.per_layer_config for pair in _features(layer)]
     features = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     if (latent := getattr(text, "qk_nope_head_dim", None)) is not None:  # multi-head latent attention
         features = latent + text.qk_rope_head_dim
-    values = getattr(text, "v_head_dim", None) or features
-    return _fits(features, values)
+    return [(features, getattr(text, "v_head_dim", None) or features)]
 
 
 def _fits(features: int, values: int) -> bool:
-    """Whether flash attention takes queries and keys of so many features. Values are filled up to the same number."""
-    return values <= features <= _MOST_FEATURES and features % 8 == 0
+    """Whether torch's flash attention with sinks takes queries of so many features. Values are filled up."""
+    return values <= features <= 256 and features % 8 == 0
 
 
-def use(model: Any) -> None:
-    """Makes ``model`` use the attention of this module. Transformers makes no masks for implementations of others."""
-    AttentionInterface.register(NAME, attention)
-    model.config.get_text_config()._attn_implementation = NAME
+def use(model: Any, kernel: str | None = None) -> None:
+    """Makes ``model`` use the attention of this module. Transformers makes no masks for implementations of others.
+
+    Args:
+        model: The causal language model.
+        kernel: The kernel for documents and windows, by its name in ``varlen``. None for torch's.
+    """
+    name = NAME if kernel in (None, varlen.TORCH) else f"{NAME}_{_number_of(kernel)}"
+    AttentionInterface.register(name, functools.partial(attention, kernel=kernel or varlen.TORCH))
+    model.config.get_text_config()._attn_implementation = name
+
+
+_numbers: dict[str | None, int] = {}
+
+
+def _number_of(kernel: str | None) -> int:
+    """Numbers the kernels, because Transformers reads the names of implementations, and takes some for its own."""
+    return _numbers.setdefault(kernel, len(_numbers) + 1)
 
 
 def attention(
@@ -174,6 +219,7 @@ def attention(
     max_length_q: int | None = None,
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
+    kernel: str = varlen.TORCH,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Computes causal attention, with Transformers' interface for implementations of attention.
@@ -190,19 +236,22 @@ def attention(
         max_length_q: The number of tokens of the longest document, or more.
         sliding_window: The number of tokens that a token attends to, itself included. None for all before it.
         s_aux: (heads,) the sinks of the heads, logits that take part in the softmax. None for no sinks.
+        kernel: The kernel for documents and windows, by its name in ``varlen``.
 
     Returns:
         The output, (B, T, heads, V), and None for the attention weights.
     """
     batch, tokens = query.shape[0], query.shape[2]
     window = None if sliding_window is None or sliding_window >= tokens else sliding_window
-    if cu_seq_lens_q is None and window is None and s_aux is None:
+    if cu_seq_lens_q is None and window is None and s_aux is None and kernel in KERNELS:
         return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, **kwargs)
-    flash = _flash() if s_aux is None else None
-    runs = flash is not None or (s_aux is not None and _sinks_run())
+    found = varlen.kernel_of(kernel) if s_aux is None else None
     features, values = query.shape[-1], value.shape[-1]
-    fits = query.device.type == "cuda" and query.itemsize == 2 and _fits(features, values)
-    if not runs or not fits or dropout:
+    if found is not None:
+        fits = found.fits(features, values) and (found.windows or window is None)
+    else:
+        fits = s_aux is not None and _sinks_run() and _fits(features, values)
+    if not fits or dropout or not _is_on_gpu(query):
         mask = causal_mask(cu_seq_lens_q, tokens, window, query.device)
         return _with_mask(module, query, key, value, mask, s_aux, dropout, scaling, **kwargs)
     if cu_seq_lens_q is None:
@@ -210,19 +259,23 @@ def attention(
         length = tokens
     else:
         boundaries, length = cu_seq_lens_q, tokens if max_length_q is None else max_length_q
-    if flash is not None and not flash[1]:  # needs keys and values for each head
+    if found is not None and not found.groups:  # needs keys and values for each head
         key, value = (repeat_kv(tensor, query.shape[1] // tensor.shape[1]) for tensor in (key, value))
     if values < features:  # multi-head latent attention
         value = nn.functional.pad(value, (0, features - values))
-    rows = tuple(tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
-    if flash is not None:
-        last = -1 if window is None else window - 1
-        out = flash[0](*rows, boundaries, boundaries, length, length, scale=scaling, window_size=(last, 0))
+    query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+    if found is not None:
+        out = found.attend(query, key, value, boundaries, length, scaling, window)
     else:
-        out = _FlashWithSinks.apply(*rows, s_aux, boundaries, length, scaling, window)
+        out = _FlashWithSinks.apply(query, key, value, s_aux, boundaries, length, scaling, window)
     if values < features:
         out = out[..., :values]
     return out.unflatten(0, (batch, tokens)), None
+
+
+def _is_on_gpu(query: Tensor) -> bool:
+    """Whether kernels for documents take such a tensor."""
+    return query.device.type == "cuda" and query.itemsize == 2
 
 
 def _with_mask(

@@ -41,9 +41,10 @@ class GraphedDecoder:
     preferences, such passes have a graph of their own, whose memory comes on top.
 
     A batch of fewer rows is filled up, and so are boundaries of fewer documents. A batch of the training with boundaries of
-    more documents is recorded anew. Where the collator does not know how many there will be, it rounds up to powers of two,
-    so that this is rare. Other batches run eagerly, and so does a decoder that returns more than hidden states. A forward
-    pass raises CannotRecord if something in the decoder cannot be recorded, for example because it waits for the GPU.
+    more documents runs eagerly, like the first, and the one after it is recorded. Where the collator does not know how many
+    there will be, it rounds up to powers of two, so that this is rare. Other batches run eagerly, and so does a decoder that
+    returns more than hidden states. A forward pass raises CannotRecord if something in the decoder cannot be recorded, for
+    example because it waits for the GPU.
 
     Args:
         decoder: A model of Transformers from token ids to hidden states. No part of it may be random, and it must
@@ -109,8 +110,8 @@ class GraphedDecoder:
         if entries_of(kwargs) > self._room:
             self._room = entries_of(kwargs)
             if self._recording is not None:
+                # This batch then runs eagerly, because a kernel may have to be built for this number of boundaries.
                 self.forget()
-                self._is_warm = True
         if not self._is_warm:
             self._is_warm = True
             output = self._eager(**kwargs)

@@ -16,7 +16,6 @@ from rich.table import Table
 
 from moe_fused.memory import CONNECTIONS, CONTEXT, GIB, MIB, Prediction, Sizes, Workload, predict, sizes_of
 
-from . import attention
 from .options import flag
 from .precheck import check_shared
 from .resolve import LENGTHS, ModelSetup, ResolvedRun, candidates, shard_refusal, with_options
@@ -181,7 +180,7 @@ def workload_of(run: ResolvedRun) -> Workload:
         checkpointing=options.gradient_checkpointing,
         masked=batching.has_documents and run.attention == "sdpa" and not run.maskless,
         eager=run.attention == "eager" and not run.maskless,
-        flash=run.maskless and attention.takes_flash(run.skeleton, packed=batching.has_documents),
+        flash=run.kernel is not None,
         documents=batching.has_documents,
         fused_norms=run.liger,
         gpu=run.device.type != "cpu",

@@ -30,7 +30,7 @@ from moe_fused.memory import is_named, skeleton
 from moe_fused.quantized import PUBLISHED, QuantType, quantization_of
 from moe_fused.recurrent import packages
 
-from . import attention
+from . import attention, varlen
 from .adapters import lora_config
 from .architecture import (
     WholeModules,
@@ -215,12 +215,14 @@ class ResolvedRun(ModelSetup):
     Attributes:
         batching: How rows become sequences, batches and steps.
         maskless: Whether ``attention`` of this package takes the place of the model's, which needs no masks.
+        kernel: The kernel with which it computes documents and windows, by its name in ``varlen``. None if it needs none.
         graphs: Whether the decoder runs as CUDA graphs, if the sequences are full enough.
         graphs_asked_for: Whether it does so however much padding that takes.
     """
 
     batching: Batching
     maskless: bool
+    kernel: str | None
     graphs: bool
     graphs_asked_for: bool
 
@@ -234,6 +236,8 @@ class ResolvedRun(ModelSetup):
             modules = list(self.attention_modules)
         # Only "auto" stands for flash attention in place of eager attention. By name, eager attention means Transformers'.
         attn = "auto" if self.maskless and self.attention == "eager" else self.attention
+        if self.options.attn in attention.KERNELS:
+            attn = self.options.attn
         return dataclasses.replace(
             self.options,
             quantization=self.quant_type or "none",
@@ -301,6 +305,7 @@ def set_up(
     """
     check_device_type(options, device.type)
     model = _skeleton(options, config)
+    _check_kernel(options, model, device)
     setup = _set_up(options, process or Process(), config, model, device, start)
     if start is not None:
         check_start(start, options, _skeleton(options, config), config, allow_other_base=allow_other_base)
@@ -433,11 +438,16 @@ def _resolved(setup: ModelSetup, packing: str, length: int) -> ResolvedRun:
     processes = setup.process.world_size
     accumulation = options.gradient_accumulation or max(1, STEP_TOKENS // (size * answers * length * processes))
     batching = Batching(packing, length, size, accumulation, answers, processes)
-    maskless = _is_maskless(setup, packed=batching.has_documents)
+    packed = batching.has_documents
+    maskless, tokens = _is_maskless(setup, packed=packed), batching.sequences * length
+    kernel = (
+        attention.kernel_for(options.attn, setup.skeleton, setup.device, tokens, packed=packed) if maskless else None
+    )
     return ResolvedRun(
         **{field.name: getattr(setup, field.name) for field in dataclasses.fields(ModelSetup)},
         batching=batching,
         maskless=maskless,
+        kernel=kernel,
         graphs=_graphs(setup, batching, maskless),
         graphs_asked_for=bool(options.cuda_graphs),
     )
@@ -483,7 +493,7 @@ def _alpha(alpha: float | None, rank: int) -> float:
 
 def _skeleton(options: Options, config: Any) -> Any:
     model = skeleton(config)
-    if options.attn == "auto":
+    if options.attn in ("auto", *attention.KERNELS):
         return model
     try:
         return skeleton(config, options.attn)
@@ -493,6 +503,17 @@ def _skeleton(options: Options, config: Any) -> Any:
             f"--attn {options.attn} is not possible for {type(model).__name__} here, without it the run takes "
             f"{attention.chosen('auto', config)}: {reason}"
         ) from error
+
+
+def _check_kernel(options: Options, model: Any, device: torch.device) -> None:
+    """Raises ValueError if ``--attn`` names cuDNN's kernel and the device or the model cannot have it."""
+    if options.attn != varlen.CUDNN:
+        return
+    reason = varlen.cudnn_refusal(device)
+    if reason is None and torch.cuda.is_available():
+        reason = attention.kernel_refusal(options.attn, model)
+    if reason is not None:
+        raise ValueError(f"--attn cudnn is not possible for {type(model).__name__} here, leave it out: {reason}")
 
 
 def _attention_modules(options: Options, model: Any) -> tuple[str, ...]:

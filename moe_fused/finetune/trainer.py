@@ -33,7 +33,7 @@ from moe_fused.checkpoints.share import local
 from moe_fused.memory import LOSS_TILE_BESIDE_GRAPHS
 from moe_fused.staging import staged_directory
 
-from . import attention, preferences
+from . import attention, preferences, projections
 from .adapters import adapting, check_adapted, lora_config
 from .arguments import LOSS, trl_config
 from .batches import Answers, Documents, Sequences, is_full, lengths_of
@@ -87,7 +87,7 @@ def make_trainer(
     if run.liger:
         apply_liger(base)
     if run.maskless:
-        attention.use(base)
+        attention.use(base, run.kernel)
     arguments = {"train_dataset": dataset, "eval_dataset": evaluation, "processing_class": tokenizer}
     if run.options.has_preferences:
         # TRL then takes the model without its adapters as the reference. Of a model that has adapters, it would keep a copy
@@ -312,8 +312,15 @@ class Finetuning(OfSeveral):
             # TRL's loss calls this module to get hidden states.
             self.graphs = GraphedDecoder(self._base_model().base_model, self.shape)
             tiles = narrow_tiles()
+        # FSDP2 gathers and frees the weights of adapters around a layer, which was not tried with these functions.
+        together = projections.wanted() and self.sharding is None
         try:
-            with tiles, without_walks(model, self._trained), _without_expected_warnings():
+            with (
+                tiles,
+                projections.joined(model) if together else contextlib.nullcontext(),
+                without_walks(model, self._trained),
+                _without_expected_warnings(),
+            ):
                 self._train_to_the_end(checkpoint)
             self.check_finite()
             self.check_adapters()

@@ -223,16 +223,18 @@ def test_flash_attention_of_torch_without_a_scale_is_not_used(monkeypatch: pytes
     """torch 2.10's ``varlen_attn``, which takes no scale, is not used."""
     from torch.nn.attention import varlen
 
+    from moe_fused.finetune import varlen as ours
+
     def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
         raise AssertionError
 
-    attention._flash.cache_clear()
+    ours.torch_kernel.cache_clear()
     try:
         with monkeypatch.context() as patch:
             patch.setattr(varlen, "varlen_attn", varlen_attn)
-            assert attention._flash() is None
+            assert ours.torch_kernel() is None
     finally:
-        attention._flash.cache_clear()
+        ours.torch_kernel.cache_clear()
 
 
 # Which runs have graphs.
@@ -420,7 +422,8 @@ def test_batches_with_more_documents_are_recorded_anew(model: Any, recorded: lis
     assert [(made.runs, made.evaluations) for made in recorded] == [(2, 0)]  # an evaluation records nothing
     for name, inputs in (("some", some), ("few", few), ("many", many), ("some", some), ("many", many), ("few", few)):
         assert torch.equal(decoder(**inputs).last_hidden_state, want[name]), name
-    assert [made.runs for made in recorded] == [2, 2, 4]
+    # The first batch with more documents runs eagerly.
+    assert [made.runs for made in recorded] == [2, 1, 3]
     evaluate(decoder, few["input_ids"], **{name: few[name] for name in few if name != "input_ids"})
     assert recorded[-1].evaluations == 1
 
