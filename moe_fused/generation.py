@@ -246,9 +246,9 @@ class _Step:
         gc.collect()  # a tensor of another stream that is freed meanwhile would be waited for
         graph = torch.cuda.CUDAGraph()
         layers: list[Any] = [layer for layer in self.cache.layers if isinstance(layer, _Layer)]
-        # Liger's kernels compile when they first run, which no recording may do, and the state of a recurrent layer would be
+        # Kernels compile when they first run, which no recording may do, and the state of a recurrent layer would be
         # that of one step more.
-        can_rehearse = decoding.is_available() and len(layers) == len(self.cache.layers)
+        can_rehearse = decoding.runs_on(self._model.device) and len(layers) == len(self.cache.layers)
         with decoding.fewer_launches(self._model) if can_rehearse else contextlib.nullcontext():
             if can_rehearse:
                 lengths = [layer.cumulative_length.clone() for layer in layers]

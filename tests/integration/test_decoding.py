@@ -1,7 +1,10 @@
-"""Norms and rotary embeddings are replaced where the others compute the same, and only within the block."""
+"""What is replaced while a step is recorded: where ours computes the same, and only within the block."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +14,55 @@ import torch
 from torch import Tensor, nn
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
+pytest.importorskip("triton")
+
 from moe_fused import decoding
+from moe_fused.decoding import attention
+from tests.support import REPOSITORY, accelerator
 
 from .models import MODELS, QWEN3_MOE, tokens
+
+
+def test_the_cases_of_the_kernels() -> None:
+    """Runs ``decoding_cases.py`` in a process of its own, on a CPU in Triton's interpreter."""
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", *options, "tests/integration/decoding_cases.py"]
+    environment = {**os.environ, "TRITON_INTERPRET": "0" if accelerator() else "1"}
+    run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+
+
+ARCHITECTURES = [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 89, 100, 120, "gfx942"))]
+ONE, MANY = 1, 32
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_attention_compiles_without_spills(
+    arch: int | str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the heads of Qwen3-30B-A3B, in few and many keys, and for those of Qwen3-Next and DeepSeek."""
+    from tests.kernel.offline_compile import compiling_for
+
+    monkeypatch.setattr(attention, "_multiprocessors", lambda _: 132)
+    for batch, heads, kv_heads, count, size, value_size in (
+        (ONE, 32, 4, 512, 128, 128),
+        (ONE, 32, 4, 16384, 128, 128),
+        (MANY, 32, 4, 512, 128, 128),
+        (ONE, 16, 2, 512, 256, 256),
+        (ONE, 16, 16, 512, 192, 128),
+    ):
+        keys, values = (meta(batch, kv_heads, count, each, dtype=dtype) for each in (size, value_size))
+        mask = meta(batch, 1, 1, count, dtype=torch.bool)
+        with compiling_for(arch) as found:
+            attention.attend(meta(batch, heads, 1, size, dtype=dtype), keys, values, mask, 0.1, sinks=meta(heads))
+        assert [resources.kernel for resources in found] == ["attention_kernel", "combine_kernel"]
+        assert not any(resources.spills for resources in found)
+        assert found[0].programs >= (2 if dtype is torch.bfloat16 else 1)
 
 
 def rms_norm(values: Tensor, weight: Tensor, eps: float, in_place: bool) -> Tensor:

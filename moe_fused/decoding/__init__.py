@@ -20,20 +20,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# How far results may be apart, relative to the largest: some roundings of the dtype.
-ROUNDINGS = 4
+from .alike import alike, random_values
+
 ROTARY = "apply_rotary_pos_emb"
 
 
-def is_available() -> bool:
-    """Whether Liger is installed."""
-    return importlib.util.find_spec("liger_kernel") is not None
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernels run on a device: on a GPU of NVIDIA or AMD, and on a CPU in Triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return device.type == "cuda" or (device.type == "cpu" and bool(triton.knobs.runtime.interpret))
 
 
 @contextlib.contextmanager
 def fewer_launches(model: nn.Module) -> Iterator[None]:
     """Lets a model, within the block, compute norms and rotary embeddings in one launch each, where they are known."""
     undo: list[Callable[[], object]] = []
+    attention = _attention(model)
     try:
         for norm, function in _norms(model):
             norm.forward = function
@@ -41,10 +46,19 @@ def fewer_launches(model: nn.Module) -> Iterator[None]:
         for module, before, function in _rotations(model):
             setattr(module, ROTARY, function)
             undo.append(functools.partial(setattr, module, ROTARY, before))
-        yield
+        with attention:
+            yield
     finally:
         for each in undo:
             each()
+
+
+def _attention(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    if not runs_on(next(model.parameters()).device):
+        return contextlib.nullcontext()
+    from .attention import Attention
+
+    return Attention(model).replaced()
 
 
 def _norms(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
@@ -57,7 +71,7 @@ def _norms(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[Tensor], Ten
         function = functools.partial(_norm, weight=weight, eps=eps)
         kind = type(module), weight.dtype, weight.device
         if kind not in same:
-            same[kind] = _alike(module, function, _random((3, len(weight)), weight))
+            same[kind] = alike(module, function, random_values((3, len(weight)), weight))
         if same[kind]:
             yield module, function
 
@@ -87,10 +101,17 @@ def _rotations(model: nn.Module) -> Iterator[tuple[Any, Any, Any]]:
         before = getattr(module, ROTARY, None)
         if not callable(before):
             continue
-        angles = _random((2, 1, 32), like)
+        angles = random_values((2, 1, 32), like)
         cos, sin = (torch.cat([half, half], dim=-1) for half in (angles.cos(), angles.sin()))
         rotate = functools.partial(_rotate, before)
-        if _alike(_both(before), _both(rotate), _random((2, 4, 1, 64), like), _random((2, 2, 1, 64), like), cos, sin):
+        if alike(
+            _both(before),
+            _both(rotate),
+            random_values((2, 4, 1, 64), like),
+            random_values((2, 2, 1, 64), like),
+            cos,
+            sin,
+        ):
             yield module, before, rotate
 
 
@@ -99,30 +120,11 @@ def _both(rotate: Callable[..., Any]) -> Callable[..., Tensor]:
     return lambda q, k, cos, sin: torch.cat(rotate(q.clone(), k.clone(), cos, sin), dim=1)
 
 
-def _random(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Random values that leave torch's random state as it is."""
-    generator = torch.Generator(like.device).manual_seed(0)
-    return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
-
-
 def _rotate(before: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Rotates queries and keys (B, heads, T, head size); those of which a part is rotated as the model does."""
     if args or kwargs or not q.shape[-1] == k.shape[-1] == cos.shape[-1] or q.dim() != 4:
         return before(q, k, cos, sin, *args, **kwargs)
     return _liger().liger_rope(q, k, cos, sin)
-
-
-def _alike(one: Callable[..., Tensor], other: Callable[..., Tensor], *values: Tensor) -> bool:
-    """Whether two functions give the same up to rounding. One that fails does not."""
-    with torch.no_grad():
-        try:
-            a, b = one(*values), other(*values)
-        except Exception:  # noqa: BLE001  another function than it looked like
-            return False
-    if a.shape != b.shape or a.dtype is not b.dtype:
-        return False
-    apart = (a.float() - b.float()).abs().max()
-    return bool(apart <= ROUNDINGS * torch.finfo(a.dtype).eps * a.float().abs().max())
 
 
 @functools.cache

@@ -1,0 +1,38 @@
+"""Whether two functions compute the same: on random values, up to rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# How far results may be apart, relative to the largest: some roundings of the dtype.
+ROUNDINGS = 4
+
+
+def random_values(shape: tuple[int, ...], like: Tensor, seed: int = 0) -> Tensor:
+    """Returns random values of a tensor's dtype and device, and leaves torch's random state as it is."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
+
+
+def alike(one: Callable[..., Any], other: Callable[..., Any], *values: Tensor) -> bool:
+    """Whether two functions give the same up to rounding: a tensor, or a tuple of them. One that fails does not."""
+    with torch.no_grad():
+        try:
+            pair = one(*values), other(*values)
+        except Exception:  # noqa: BLE001  another function than it looked like
+            return False
+    a, b = (found if isinstance(found, tuple) else (found,) for found in pair)
+    return len(a) == len(b) and all(map(_close, a, b))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype is not b.dtype:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    apart = (a.float() - b.float()).abs().max()
+    return bool(apart <= ROUNDINGS * torch.finfo(a.dtype).eps * a.float().abs().max())
