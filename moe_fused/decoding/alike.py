@@ -6,10 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # How far results may be apart, relative to the largest: some roundings of the dtype.
 ROUNDINGS = 4
+
+
+def kind_of(module: nn.Module) -> tuple[object, ...]:
+    """Returns what two modules have in common that compute the same but for the numbers in their tensors."""
+    plain = {
+        name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str, type(None)))
+    }
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    shapes = tuple((name, each.shape, each.dtype, each.device) for name, each in tensors)
+    return type(module), shapes, tuple(sorted(plain.items()))
 
 
 def random_values(shape: tuple[int, ...], like: Tensor, seed: int = 0) -> Tensor:
@@ -18,21 +28,27 @@ def random_values(shape: tuple[int, ...], like: Tensor, seed: int = 0) -> Tensor
     return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
 
 
-def alike(one: Callable[..., Any], other: Callable[..., Any], *values: Tensor) -> bool:
-    """Whether two functions give the same up to rounding: a tensor, or a tuple of them. One that fails does not."""
+def alike(one: Callable[..., Any], other: Callable[..., Any], *values: Tensor, roundings: float | None = None) -> bool:
+    """Whether two functions give the same up to rounding: a tensor, or a tuple of them. One that fails does not.
+
+    Args:
+        one, other: The functions.
+        values: Their arguments.
+        roundings: How many roundings of the results' dtype are allowed, relative to the largest; ``ROUNDINGS`` by default.
+    """
     with torch.no_grad():
         try:
             pair = one(*values), other(*values)
         except Exception:  # noqa: BLE001  another function than it looked like
             return False
     a, b = (found if isinstance(found, tuple) else (found,) for found in pair)
-    return len(a) == len(b) and all(map(_close, a, b))
+    return len(a) == len(b) and all(_close(*each, roundings or ROUNDINGS) for each in zip(a, b, strict=True))
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def _close(a: Tensor, b: Tensor, roundings: float) -> bool:
     if a.shape != b.shape or a.dtype is not b.dtype:
         return False
     if not a.is_floating_point():
         return torch.equal(a, b)
     apart = (a.float() - b.float()).abs().max()
-    return bool(apart <= ROUNDINGS * torch.finfo(a.dtype).eps * a.float().abs().max())
+    return bool(apart <= roundings * torch.finfo(a.dtype).eps * a.float().abs().max())

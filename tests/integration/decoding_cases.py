@@ -12,16 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from moe_fused import decoding, generation
-from moe_fused.decoding import attention
+from moe_fused.decoding import attention, heads, norms, router
 from tests.kernel import interpreter
 from tests.support import accelerator
 
-from .models import GPT_OSS, MODELS, QWEN3_MOE, ModelCase
+from .models import GPT_OSS, MODELS, QWEN3_MOE, ModelCase, tokens
 from .test_generation import GREEDY, _states, _tensors, fast, padded
 
 DEVICE = accelerator() or torch.device("cpu")
@@ -274,7 +275,286 @@ def test_another_attention_stays(attended: list[Any]) -> None:
     assert registry["sdpa"] is doubled
 
 
+# Routers.
+
+
+def logits_without_ties(rows: int, experts: int) -> Tensor:
+    """Distinct multiples of 1/16, in another order for each row."""
+    orders = [torch.randperm(experts, generator=torch.Generator().manual_seed(row)) for row in range(rows)]
+    return ((torch.stack(orders) - experts // 2) / 16).to(DEVICE)
+
+
+def assert_same_routes(got: tuple[Tensor, ...], want: tuple[Tensor, ...], eps: float = 2e-6) -> None:
+    for one, other in zip(got, want, strict=True):
+        assert one.dtype is other.dtype
+        torch.testing.assert_close(one, other, rtol=eps, atol=eps)
+
+
+@pytest.mark.parametrize(
+    ("rows", "experts", "size", "top_k"), [(1, 128, 256, 8), (3, 6, 40, 3), (20, 70, 300, 11), (2, 2, 8, 2)]
+)
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("corrects", [False, True])
+def test_routes(rows: int, experts: int, size: int, top_k: int, scores: str, corrects: bool) -> None:
+    weight, bias = randn(experts, size, seed=1), randn(experts, seed=2)
+    correction = randn(experts, seed=3) if corrects else None
+    wanted = logits_without_ties(rows, experts)
+    # Tokens whose logits these are.
+    hidden = (torch.linalg.pinv(weight.double()) @ (wanted - bias).t().double()).t().float()
+    if experts > size:
+        return
+    for is_normalized, factor in ((True, 1.0), (False, 2.5)):
+        rule = router.Rule(scores, top_k, is_normalized, factor, torch.float32, torch.float32, torch.float32)
+        got = router.route(rule, hidden, weight, bias, correction)
+        assert_same_routes(got, router.plain(rule, wanted, correction), 1e-3)
+        assert_same_routes(got, router.plain(rule, got[0], correction))
+
+
+def test_logits_are_rounded_as_the_model_does() -> None:
+    """Products of fp16 are summed in fp32 and rounded once, and weights have a dtype of their own."""
+    hidden, weight = randn(5, 300, dtype=torch.float16), randn(16, 300, seed=1, dtype=torch.float16)
+    exact = hidden.double() @ weight.double().t()
+    for logits, weights in (
+        (torch.float16, torch.float16),
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float32),
+    ):
+        rule = router.Rule("softmax", 4, True, 1.0, torch.float16, logits, weights)
+        got = router.route(rule, hidden, weight)
+        torch.testing.assert_close(got[0].double(), exact, rtol=2**-11, atol=1e-4)
+        assert torch.equal(got[0], got[0].half().to(logits))
+        assert_same_routes(got, router.plain(rule, got[0]), 2**-10)
+    mixed = router.Rule("softmax", 4, True, 1.0, torch.float32, torch.float32, torch.float16)
+    got = router.route(mixed, hidden, weight.float())
+    torch.testing.assert_close(got[0].double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_of_equal_experts_the_first_ones_are_chosen() -> None:
+    rule = router.Rule("softmax", 3, True, 1.0, torch.float32, torch.float32, torch.float32)
+    weight = torch.zeros(7, 16, device=DEVICE)
+    weight[5, 0], weight[2, 1], weight[4, 1] = 1.0, -1.0, -2.0
+    _, weights, indices = router.route(rule, torch.eye(3, 16, device=DEVICE), weight)
+    assert indices.tolist() == [[5, 0, 1], [0, 1, 3], [0, 1, 2]]
+    assert torch.allclose(weights[2], torch.full((3,), 1 / 3, device=DEVICE))
+
+
+# How many routers of each model have a rule that is served. The others choose among groups, take more than tokens, or are no
+# modules with a weight and a number of experts to a token.
+ROUTERS = {"deepseek_v3": 0, "dots1": 0, "minimax_m2": 0, "phimoe": 0, "lfm2_moe": 0}
+
+
+@pytest.mark.parametrize("case", MODELS, ids=lambda case: case.id)
+def test_routers_of_families(case: ModelCase) -> None:
+    model: Any = case.build().to(DEVICE)
+    found = list(router.routers(model))
+    assert len(found) == ROUTERS.get(case.id, case.moe_layers)
+    hidden = randn(4, 40, seed=7)
+    for module, function in found:
+        with torch.no_grad():
+            want, got = module(hidden), function(hidden)
+        assert_same_routes(router._in_order(got), router._in_order(want), 1e-5)
+
+
+def test_routers_that_change_are_followed() -> None:
+    """A weight is read when the router runs, and another dtype than the model's goes the old way."""
+    model: Any = QWEN3_MOE.build().to(DEVICE)
+    (module, function), *_ = router.routers(model)
+    with torch.no_grad():
+        module.weight = nn.Parameter(randn(*module.weight.shape, seed=9))
+        hidden = randn(3, 40, seed=7)
+        assert_same_routes(function(hidden), module(hidden), 1e-5)
+        module.half()
+        assert function(hidden.half())[0].dtype is torch.float16
+
+
+class Twice(nn.Module):
+    """A router that gives each token its experts with twice their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.top_k, self.weight = 2, nn.Parameter(torch.randn(6, 40))
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = hidden @ self.weight.t()
+        weights, indices = logits.softmax(-1).topk(2)
+        return logits, 2 * weights, indices
+
+
+class Largest(Twice):
+    """A router whose second expert is the least likely one."""
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, weights, indices = super().forward(hidden)
+        return logits, weights / 2, torch.stack([indices[:, 0], logits.argmin(-1)], dim=-1)
+
+
+class Rounded(Twice):
+    """A router whose logits are coarser than its dtype."""
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = (hidden @ self.weight.t() * 16).round() / 16
+        weights, indices = logits.softmax(-1).topk(2)
+        return logits, weights, indices
+
+
+@pytest.mark.parametrize("kind", [Twice, Largest, Rounded])
+def test_other_rules_stay(kind: type[nn.Module]) -> None:
+    assert not list(router.routers(kind().to(DEVICE)))
+
+
+# Norms, rotary embeddings and the cache.
+
+
+def plain_norm(values: Tensor, weight: Tensor, norm: norms.Norm) -> Tensor:
+    x = values.float() * torch.rsqrt(values.float().square().mean(-1, keepdim=True) + norm.eps)
+    return (x * (1 + weight.float())).to(values.dtype) if norm.is_offset else weight * x.to(values.dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2048), (2, 1, 7, 24), (3, 300), (1, 16384), (5, 1)], ids=str)
+@pytest.mark.parametrize("is_offset", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_norms(shape: tuple[int, ...], is_offset: bool, dtype: torch.dtype) -> None:
+    values, weight = 3 * randn(*shape, dtype=dtype), randn(shape[-1], seed=1, dtype=dtype)
+    norm = norms.Norm(1e-5, is_offset)
+    eps = 2 * torch.finfo(dtype).eps
+    for each in (
+        values,
+        torch.cat([values, values], dim=-1)[..., : shape[-1]],
+        values.transpose(0, 1).contiguous().transpose(0, 1),
+    ):
+        torch.testing.assert_close(
+            norms.rms_norm(each, weight, norm), plain_norm(values, weight, norm), rtol=eps, atol=eps
+        )
+
+
+def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor, is_half: bool) -> Tensor:
+    cos, sin = (torch.cat([each, each], dim=-1) if is_half else each for each in (cos, sin))
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    turning, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turning.chunk(2, dim=-1)
+    return torch.cat([turning * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
+
+
+@pytest.mark.parametrize(("heads_", "kv_heads", "size", "width", "is_half"), [
+    (8, 2, 128, 128, False), (5, 1, 24, 24, False), (3, 3, 20, 10, True), (4, 2, 24, 10, False), (1, 6, 8, 2, False),
+])  # fmt: skip
+@pytest.mark.parametrize("shared", [False, True])
+def test_rotations(heads_: int, kv_heads: int, size: int, width: int, is_half: bool, shared: bool) -> None:
+    q, k = randn(3, 1, heads_, size).transpose(1, 2), randn(3, kv_heads, 1, size, seed=1)
+    cos, sin = (randn(1 if shared else 3, 1, width, seed=seed) for seed in (2, 3))
+    assert heads.can_rotate(q, k, cos, sin)
+    for got, each in zip(heads.rotate(q, k, cos, sin, is_half=is_half), (q, k), strict=True):
+        assert got.is_contiguous()
+        torch.testing.assert_close(got, plain_rotate(each, cos, sin, is_half), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", [None, norms.Norm(1e-6, is_offset=False), norms.Norm(1e-6, is_offset=True)], ids=str)
+@pytest.mark.parametrize("width", [0, 16, 24])
+def test_heads_go_into_the_cache(norm: norms.Norm | None, width: int) -> None:
+    """At the place that a tensor says, and nowhere else."""
+    q, k, value = randn(2, 6, 1, 24), randn(2, 5, 1, 24, seed=1), randn(2, 5, 1, 10, seed=2)
+    angles = (randn(2, 1, width, seed=3), randn(2, 1, width, seed=4)) if width else None
+    weights = (randn(24, seed=5), randn(24, seed=6)) if norm is not None else None
+    place, before = made_place(), made_place()
+    got = heads.norm_and_rotate(q, k, value, angles, place, weights=weights, norm=norm)
+    wants = []
+    for each, number in ((q, 0), (k, 1)):
+        want = each if norm is None or weights is None else plain_norm(each, weights[number], norm)
+        wants.append(want if angles is None else plain_rotate(want, *angles, is_half=False))
+    torch.testing.assert_close(got, wants[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(place.keys[:, :, 4:5], wants[1], rtol=1e-5, atol=1e-5)
+    assert_written(place, before, place.keys[:, :, 4:5].clone(), value)
+
+
+def made_place() -> heads.Place:
+    position, length = (torch.tensor(number, device=DEVICE) for number in (4, 4))
+    return heads.Place(randn(2, 5, 9, 24, seed=8), randn(2, 5, 9, 10, seed=9), position, length)
+
+
+def assert_written(place: heads.Place, before: heads.Place, key: Tensor, value: Tensor) -> None:
+    for held, old, new in ((place.keys, before.keys, key), (place.values, before.values, value)):
+        assert torch.equal(held[:, :, 4:5], new)
+        assert torch.equal(held[:, :, :4], old[:, :, :4])
+        assert torch.equal(held[:, :, 5:], old[:, :, 5:])
+    assert (int(place.position), int(place.length)) == (4, 5)
+
+
+def test_the_write_into_the_cache() -> None:
+    place, before = made_place(), made_place()
+    key, value = randn(2, 1, 5, 24).transpose(1, 2), randn(2, 5, 1, 20, seed=1)[..., :10]
+    assert heads.can_write(key, value, place)
+    heads.write(key, value, place)
+    assert_written(place, before, key, value)
+    assert not heads.can_write(key.half(), value, place)
+    assert not heads.can_write(key.expand(2, 5, 2, 24), value.expand(2, 5, 2, 10), place)
+
+
 # Whole models.
+
+
+def decoder_parts(model: Any) -> tuple[int, set[str]]:
+    """How many norms are replaced, and how rotary embeddings turn."""
+    turns = {f"{'whole ' if each.whole else ''}{each.narrow}".strip() for _, each in heads.rotations(model)}
+    return len(list(norms.norms(model))), turns
+
+
+def test_what_is_replaced() -> None:
+    """Qwen3-MoE has two norms in a layer, those of queries and keys, and a last one. Other families differ in details."""
+    found = {case.id: decoder_parts(case.build().to(DEVICE)) for case in MODELS}
+    assert found["qwen3_moe"] == (2 * 4 + 1, {"whole"})
+    assert found["gpt_oss"] == (2 * 2 + 1, {"half"})
+    assert found["glm4_moe"] == (2 * 2 + 1, {"whole part"})
+    assert (
+        found["qwen3_next"][0] == 2 * 2 + 2 + 1
+    )  # and one in the gate of linear attention, which takes two inputs, stays
+    assert not [name for name, (count, _) in found.items() if count == 0 and name not in WITHOUT_NORMS]
+
+
+WITHOUT_NORMS = ("phimoe",)  # which has layer norms
+
+
+class PlusOneRMSNorm(nn.Module):
+    def __init__(self, offset: float) -> None:
+        super().__init__()
+        self.weight, self.eps, self.offset = nn.Parameter(torch.randn(8)), 1e-6, offset
+
+    def forward(self, values: Tensor) -> Tensor:
+        norm = norms.Norm(self.eps, is_offset=self.offset == 1)
+        return plain_norm(values, self.weight + (self.offset if self.offset == 2 else 0), norm)
+
+
+def test_other_norms_stay() -> None:
+    model = nn.Sequential(PlusOneRMSNorm(0), PlusOneRMSNorm(1), nn.LayerNorm(8), nn.RMSNorm(8)).to(DEVICE)
+    # torch's RMSNorm has no eps of its own by default.
+    assert [(module, norm.is_offset) for module, norm, _ in norms.norms(model)] == [(model[0], False), (model[1], True)]
+    assert not list(norms.norms(nn.Sequential(PlusOneRMSNorm(2)).to(DEVICE)))
+
+
+@pytest.mark.parametrize("case", MODELS, ids=lambda case: case.id)
+def test_prompts_of_families_compute_the_same(case: ModelCase) -> None:
+    """Also without a cache, and everything is as before afterwards."""
+    model: Any = case.build().to(DEVICE)
+    functions = dict(ALL_ATTENTION_FUNCTIONS.items())
+    state = torch.get_rng_state()
+    inputs = tokens().to(DEVICE)
+    with torch.no_grad():
+        want = model(inputs).logits
+        with decoding.fewer_launches(model):
+            got = model(inputs).logits
+        assert torch.equal(model(inputs).logits, want)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert dict(ALL_ATTENTION_FUNCTIONS.items()) == functions
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_an_interruption_undoes_all() -> None:
+    model: Any = QWEN3_MOE.build().to(DEVICE)
+    rotate = modeling_qwen3_moe.apply_rotary_pos_emb
+    with pytest.raises(KeyboardInterrupt), decoding.fewer_launches(model):
+        raise KeyboardInterrupt
+    assert modeling_qwen3_moe.apply_rotary_pos_emb is rotate
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 class Again:
