@@ -6,6 +6,7 @@ A layer of Qwen3-MoE launches some 75 kernels for one token, most of which do ve
 - ``router``: the product, the softmax and the choice of a router.
 - ``norms``: RMS norms.
 - ``heads``: rotary embeddings, and the write of a token into the cache.
+- ``layers``: the norms of heads and both of these in one launch, in attention modules that do nothing else.
 
 Nothing is changed for good: a graph keeps what it was recorded with. A model's function is replaced only if ours gives the
 same on random values, up to rounding. Norms of some families add one to their weight, for example, and some rotary
@@ -18,6 +19,7 @@ import contextlib
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,18 +43,21 @@ def fewer_launches(model: nn.Module) -> Iterator[None]:
     """
     from .attention import Attention
     from .heads import ROTARY, rotations
+    from .layers import layers
     from .norms import norms
     from .router import routers
 
     attention = Attention(model)
-    modules = [*routers(model), *((norm, function) for norm, _, function in norms(model))]
-    functions = list(rotations(model))
+    found, turns = list(norms(model)), list(rotations(model))
+    modules: list[tuple[Any, Any]] = [*routers(model), *((module, function) for module, _, function in found)]
+    by_file = {file.__name__: rotation for file, rotation in turns}
+    modules += layers(model, {module: norm for module, norm, _ in found}, by_file)
     undo: list[Callable[[], object]] = []
     try:
         for module, function in modules:
             module.forward = function
             undo.append(functools.partial(delattr, module, "forward"))
-        for file, rotation in functions:
+        for file, rotation in turns:
             setattr(file, ROTARY, rotation)
             undo.append(functools.partial(setattr, file, ROTARY, rotation.before))
         with attention.replaced():

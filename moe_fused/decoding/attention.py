@@ -134,6 +134,12 @@ def is_served(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) 
     )
 
 
+def are_without_effect(options: Mapping[str, Any]) -> bool:
+    """Whether options that a model gives its attention do not change what it computes for one token."""
+    others = [value for name, value in options.items() if name not in WITHOUT_EFFECT]
+    return all(value is None or (isinstance(value, (bool, float)) and not value) for value in others)
+
+
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
@@ -203,9 +209,7 @@ class Attention:
         """Returns the options of ``attend`` for a call, or None if it does not serve it."""
         if id(module) not in self._modules or not is_served(query, key, value, mask):
             return None
-        known = {"scaling", "softcap", "s_aux"}
-        others = [value for name, value in kwargs.items() if name not in known | WITHOUT_EFFECT]
-        if not all(value is None or (isinstance(value, (bool, float)) and not value) for value in others):
+        if not are_without_effect({name: kwargs[name] for name in kwargs.keys() - {"scaling", "softcap", "s_aux"}}):
             return None
         scaling = kwargs.get("scaling")
         return {
@@ -238,7 +242,7 @@ class Attention:
                 random_values((count, *each.shape[1:2], length, each.shape[-1]), each, seed)
                 for seed, (each, length) in enumerate(((query, 1), (key, tokens), (value, tokens)))
             ]
-            some = None if mask is None else _some(mask, count, tokens)
+            some = None if mask is None else part_of(mask, count, tokens)
 
             def theirs(*values: Tensor) -> Tensor:
                 found: Tensor = before(module, *values, some, **kwargs)[0]
@@ -251,7 +255,7 @@ class Attention:
         return self._same[kind]
 
 
-def _some(mask: Tensor, count: int, tokens: int) -> Tensor:
+def part_of(mask: Tensor, count: int, tokens: int) -> Tensor:
     """Returns a mask of the same dtype that leaves out the first tokens of the last row, and the last ones of all."""
     keeps = torch.arange(tokens, device=mask.device).expand(count, 1, 1, tokens) < tokens - tokens // 4
     keeps = keeps.clone()

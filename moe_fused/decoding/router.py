@@ -38,8 +38,6 @@ TESTED, FRACTION = 16, 16
 # Over how many features programs multiply at a time, and among how many parts of them the product is divided.
 BLOCK, PARTS = 128, 8
 BLOCK_ROWS, BLOCK_EXPERTS = 16, 16
-# A product in fp32 has more roundings than one: its terms may come in another order.
-PRODUCT_ROUNDINGS = {torch.float32: 64}
 
 
 @dataclass(frozen=True)
@@ -213,8 +211,7 @@ def _found(module: nn.Module, names: _Names, dtype: torch.dtype) -> _Found | Non
             found = _Found(rule, names, dtype, flattens)
             ours = functools.partial(_routed, rule, exact, correction)
             mine = functools.partial(_forward, module, type(module).forward, found)
-            many = PRODUCT_ROUNDINGS.get(product)
-            if alike(theirs, ours, hidden) and alike(_logits(module), _logits(mine), values, roundings=many):
+            if alike(theirs, ours, hidden) and alike(_logits(module), _logits(mine), values):
                 return found
     return None
 

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from moe_fused import decoding, generation
-from moe_fused.decoding import attention, heads, norms, router
+from moe_fused.decoding import attention, heads, layers, norms, router
 from tests.kernel import interpreter
 from tests.support import accelerator
 
@@ -31,6 +31,11 @@ if not ON_GPU:
     interpreter.mend()
     interpreter.make_faster()
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+
+
+# Those that differ most in what is replaced. The others are slow beside them.
+OFTEN = ("qwen3_moe", "olmoe", "deepseek_v2", "glm4_moe", "qwen3_next", "gpt_oss")
+FAMILIES = [case if case.id in OFTEN else pytest.param(case, marks=pytest.mark.slow) for case in MODELS]
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -530,7 +535,7 @@ def test_other_norms_stay() -> None:
     assert not list(norms.norms(nn.Sequential(PlusOneRMSNorm(2)).to(DEVICE)))
 
 
-@pytest.mark.parametrize("case", MODELS, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.id)
 def test_prompts_of_families_compute_the_same(case: ModelCase) -> None:
     """Also without a cache, and everything is as before afterwards."""
     model: Any = case.build().to(DEVICE)
@@ -562,11 +567,10 @@ class Again:
 
     def __init__(self, step: Any, forward: Any) -> None:
         self._step, self._forward = step, forward
-        self.calls: list[int] = []
 
     def replay(self) -> None:
         self._step.cache.in_step = True
-        with torch.no_grad(), decoding.fewer_launches(self._step._model):
+        with torch.no_grad(), decoding.fewer_launches(self._step._model), self._step.cache.writing():
             for name, value in self._forward(**self._step._inputs).items():
                 if isinstance(value, Tensor):
                     self._step._output[name].copy_(value)
@@ -586,8 +590,8 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         ]
         states = [_states(layer) for layer in step.cache.layers]
         yield
-        layers = [layer for layer in step.cache.layers if isinstance(layer, generation._Layer)]
-        for layer, length in zip(layers, lengths, strict=True):
+        found = [layer for layer in step.cache.layers if isinstance(layer, generation._Layer)]
+        for layer, length in zip(found, lengths, strict=True):
             layer.cumulative_length.copy_(length)
         for layer, state in zip(step.cache.layers, states, strict=True):
             for held, value in zip(_tensors(layer), state, strict=True):
@@ -608,15 +612,45 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether attention modules that look as if they could be replaced are."""
+    results: list[bool] = []
+    known: dict[Any, bool] = {}
+    compare = layers.Layer._compare
+
+    def noting(self: Any, *args: Any) -> bool:
+        if self._module not in known:  # a replay here makes new objects, and would compare again
+            known[self._module] = compare(self, *args)
+            results.append(known[self._module])
+        return known[self._module]
+
+    monkeypatch.setattr(layers.Layer, "_compare", noting)
+    return results
+
+
+# The families whose attention modules are replaced. The others have norms over all heads or behind the rotary embedding,
+# gates of outputs, latents of keys and values, or embeddings that turn neighbours.
+WHOLE_LAYERS = {
+    "qwen3_moe", "qwen2_moe", "mixtral", "glm4_moe", "dots1", "phimoe", "granitemoe", "granitemoeshared", "gpt_oss",
+}  # fmt: skip
+
+
 @pytest.mark.skipif(ON_GPU, reason="test_generation_gpu.py does this with graphs")
-@pytest.mark.parametrize("case", MODELS, ids=lambda case: case.id)
-def test_families(case: ModelCase, recordings: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.id)
+def test_families(
+    case: ModelCase,
+    recordings: list[Any],
+    compared: list[bool],
+    attended: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(generation, "SHORTEST", 16)
     model: Any = case.build()
     inputs: dict[str, Any] = padded()
     if case.id == "nemotron_h":  # which takes no mask
         del inputs["attention_mask"]
-    options = {**GREEDY, "max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
+    options = {**GREEDY, "max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
     want = model.generate(**inputs, **options)
     with fast(model):
         got = model.generate(**inputs, **options)
@@ -624,6 +658,37 @@ def test_families(case: ModelCase, recordings: list[Any], monkeypatch: pytest.Mo
     for one, other in zip(got.logits, want.logits, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     assert len(recordings) == 1
+    assert len(attended) >= 4
+    assert (case.id in WHOLE_LAYERS) == (bool(compared) and all(compared))
+
+
+@pytest.mark.skipif(ON_GPU, reason="test_generation_gpu.py does this with graphs")
+def test_a_layer_that_computes_something_else_stays(
+    recordings: list[Any], compared: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "SHORTEST", 16)
+
+    class Doubled(modeling_qwen3_moe.Qwen3MoeAttention):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output, weights = super().forward(*args, **kwargs)
+            return 2 * output, weights
+
+    class Forgetful(modeling_qwen3_moe.Qwen3MoeAttention):
+        def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+            found = super().forward(*args, past_key_values=past_key_values, **kwargs)
+            if hasattr(past_key_values, "place"):
+                past_key_values.place.values[:, :, 0] = 0
+            return found
+
+    model: Any = QWEN3_MOE.build()
+    for layer, kind in zip(model.model.layers, (Doubled, Forgetful), strict=True):
+        kind.__module__ = modeling_qwen3_moe.__name__
+        layer.self_attn.__class__ = kind
+    options = {**GREEDY, "max_new_tokens": 4}
+    want = model.generate(**padded(), **options)
+    with fast(model):
+        assert torch.equal(model.generate(**padded(), **options), want)
+    assert compared == [False, False]
 
 
 @pytest.mark.skipif(ON_GPU, reason="test_generation_gpu.py does this with graphs")

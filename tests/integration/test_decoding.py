@@ -16,11 +16,18 @@ from moe_fused.decoding import attention, heads, norms, router
 from tests.support import REPOSITORY, accelerator
 
 
-@pytest.mark.parametrize("which", ["families", "not families"])
-def test_the_cases_of_the_kernels(which: str) -> None:
+@pytest.mark.parametrize(
+    ("which", "mark"),
+    [
+        ("families", "not slow"),
+        ("not families", "not slow"),
+        pytest.param("families", "slow", marks=pytest.mark.slow),
+    ],
+)
+def test_the_cases_of_the_kernels(which: str, mark: str) -> None:
     """Runs ``decoding_cases.py`` in a process of its own, on a CPU in Triton's interpreter."""
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command = [sys.executable, "-m", "pytest", *options, "tests/integration/decoding_cases.py", "-k", which]
+    command = [sys.executable, "-m", "pytest", *options, "tests/integration/decoding_cases.py", "-k", which, "-m", mark]
     environment = {**os.environ, "TRITON_INTERPRET": "0" if accelerator() else "1"}
     run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
@@ -43,7 +50,7 @@ def test_attention_compiles_without_spills(
     from tests.kernel.offline_compile import compiling_for
 
     monkeypatch.setattr(attention, "_multiprocessors", lambda _: 132)
-    for batch, heads, kv_heads, count, size, value_size in (
+    for batch, q_heads, kv_heads, count, size, value_size in (
         (ONE, 32, 4, 512, 128, 128),
         (ONE, 32, 4, 16384, 128, 128),
         (MANY, 32, 4, 512, 128, 128),
@@ -53,7 +60,7 @@ def test_attention_compiles_without_spills(
         keys, values = (meta(batch, kv_heads, count, each, dtype=dtype) for each in (size, value_size))
         mask = meta(batch, 1, 1, count, dtype=torch.bool)
         with compiling_for(arch) as found:
-            attention.attend(meta(batch, heads, 1, size, dtype=dtype), keys, values, mask, 0.1, sinks=meta(heads))
+            attention.attend(meta(batch, q_heads, 1, size, dtype=dtype), keys, values, mask, 0.1, sinks=meta(q_heads))
         assert [resources.kernel for resources in found] == ["attention_kernel", "combine_kernel"]
         assert not any(resources.spills for resources in found)
         assert found[0].programs >= (2 if dtype is torch.bfloat16 else 1)
