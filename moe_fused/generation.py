@@ -276,9 +276,13 @@ class _Step:
     def _record(self, forward: Callable[..., Any]) -> None:
         gc.collect()  # a tensor of another stream that is freed meanwhile would be waited for
         graph = torch.cuda.CUDAGraph()
-        with_kernels = decoding.runs_on(self._model.device)
-        with decoding.fewer_launches(self._model) if with_kernels else contextlib.nullcontext():
+        device = self._model.device
+        with_kernels = decoding.runs_on(device)
+        with contextlib.ExitStack() as stack:
+            if device.type == "cuda":
+                stack.enter_context(torch.cuda.device(device))  # what is recorded, and where Triton launches
             if with_kernels:
+                stack.enter_context(decoding.fewer_launches(self._model))
                 self._rehearse(forward)
             with recording(graph), self.cache.writing() if with_kernels else contextlib.nullcontext():
                 self._output = forward(**self._inputs)
@@ -287,10 +291,12 @@ class _Step:
     def _rehearse(self, forward: Callable[..., Any]) -> None:
         """Runs a step, and leaves the cache as it was. Kernels compile when they first run, which no recording may do."""
         before = [(each, each.clone()) for each in self.cache.state]
-        with self.cache.writing():
-            forward(**self._inputs)
-        for held, value in before:
-            held.copy_(value)
+        try:
+            with self.cache.writing():
+                forward(**self._inputs)
+        finally:
+            for held, value in before:
+                held.copy_(value)
 
 
 class _CannotRecord(Exception):
