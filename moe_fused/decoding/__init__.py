@@ -1,6 +1,6 @@
 """What takes the place of parts of a model while a decoding step is recorded, so that the step launches fewer kernels.
 
-A layer of Qwen3-MoE launches some 75 kernels for one token, most of which do very little. These have kernels here:
+A layer of Qwen3-MoE launches some 60 kernels for one token, most of which do very little. These have kernels here:
 
 - ``attention``: the attention of one token a sequence over a static cache.
 - ``router``: the product, the softmax and the choice of a router.

@@ -1,6 +1,6 @@
 """Rotary embeddings and the write into the cache in one launch each, or both and the norms of heads in one.
 
-Transformers launches ten kernels for a rotary embedding, and six to write a token into a static cache.
+Transformers launches ten kernels for a rotary embedding, and five to write a token into a static cache.
 """
 
 from __future__ import annotations

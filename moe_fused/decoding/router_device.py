@@ -86,26 +86,24 @@ def choose_kernel(
     key = score
     if HAS_CORRECTION:
         key = score + tl.load(correction + expert, mask=exists, other=0.0).to(tl.float32)
-    # One maximum finds the score and its index: numbers of 64 bits have the same order, and lower indices are larger.
+    # As integers, numbers have the same order, and a warp has one instruction for the largest or the smallest of them.
     bits = tl.where(exists, key, float("-inf")).to(tl.int32, bitcast=True)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    ordered = (bits.to(tl.int64) << 32) | (BLOCK_EXPERTS - 1 - expert).to(tl.int64)
-    index = tl.zeros((BLOCK_TOP_K,), tl.int64)
+    index = tl.zeros((BLOCK_TOP_K,), tl.int32)
     weight = tl.zeros((BLOCK_TOP_K,), tl.float32)
     for number in tl.static_range(TOP_K):
-        best = tl.max(ordered, 0)
-        of_best = BLOCK_EXPERTS - 1 - (best & 0xFFFFFFFF)
+        best = tl.max(bits, 0)
+        of_best = tl.min(tl.where(bits == best, expert, BLOCK_EXPERTS), 0)
         if HAS_CORRECTION:
             value = tl.sum(tl.where(expert == of_best, score, 0.0), 0)
         else:
-            high = (best >> 32).to(tl.int32)
-            value = (high ^ ((high >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+            value = (best ^ ((best >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
         index = tl.where(slot == number, of_best, index)
         weight = tl.where(slot == number, value, weight)
-        ordered = tl.where(ordered == best, -0x7FFFFFFFFFFFFFFF, ordered)
+        bits = tl.where(expert == of_best, -0x80000000, bits)
     if IS_NORMALIZED:
         # What is added is lost in any sum but that of scores which all are 0.
         weight = weight / (tl.sum(weight, 0) + 1e-20)
     weight *= factor
     tl.store(weights + row * TOP_K + slot, weight.to(weights.dtype.element_ty), mask=slot < TOP_K)
-    tl.store(indices + row * TOP_K + slot, index, mask=slot < TOP_K)
+    tl.store(indices + row * TOP_K + slot, index.to(tl.int64), mask=slot < TOP_K)
