@@ -87,6 +87,8 @@ class _Layer(StaticLayer):
         super().__init__(max_cache_len)
         self.is_sliding = is_sliding
         self.has_prompt = False
+        # The place of the next token, while a step is recorded whose kernels can run on the device.
+        self.position: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # Memory of an inference mode cannot be written outside of one, and the cache outlives the call.
@@ -95,6 +97,11 @@ class _Layer(StaticLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         is_prompt, self.has_prompt = not self.has_prompt, True
+        if self.position is not None:
+            from .decoding.heads import wrote  # which imports triton
+
+            if wrote(self, key_states, value_states):
+                return self.keys, self.values  # type: ignore[return-value]  # a prompt has made them
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         return (key_states, value_states) if is_prompt else (keys, values)
 
@@ -112,6 +119,11 @@ class _Layer(StaticLayer):
 
 class _Recurrent(LinearAttentionLayer):
     """The state of a recurrent layer, in memory that outlives an inference mode."""
+
+    @property
+    def held(self) -> list[Tensor]:
+        """The tensors of the state."""
+        return [each for each in (*self.conv_states.values(), *self.recurrent_states.values()) if each is not None]
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         with torch.inference_mode(False):
@@ -147,6 +159,25 @@ class StepCache(StaticCache):
     def has_prompt(self) -> bool:
         """Whether a prompt has gone through the model."""
         return all(layer.has_prompt for layer in self.layers if isinstance(layer, _Layer))
+
+    @property
+    def state(self) -> list[Tensor]:
+        """What another step would find otherwise, beside keys and values, which it writes again."""
+        lengths: list[Any] = [layer.cumulative_length for layer in self.layers if isinstance(layer, _Layer)]
+        return lengths + [each for layer in self.layers if isinstance(layer, _Recurrent) for each in layer.held]
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Lets layers write a token in one launch within the block, which is a step. They have as many tokens."""
+        layers: list[Any] = [layer for layer in self.layers if isinstance(layer, _Layer) and layer.is_initialized]
+        position = layers[0].cumulative_length.clone() if layers else None
+        for layer in layers:
+            layer.position = position
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.position = None
 
     def copied(self, config: Any) -> DynamicCache:
         """Returns a cache with the same tokens that grows, as ``generate`` makes it by default."""
@@ -245,19 +276,27 @@ class _Step:
     def _record(self, forward: Callable[..., Any]) -> None:
         gc.collect()  # a tensor of another stream that is freed meanwhile would be waited for
         graph = torch.cuda.CUDAGraph()
-        layers: list[Any] = [layer for layer in self.cache.layers if isinstance(layer, _Layer)]
-        # Liger's kernels compile when they first run, which no recording may do, and the state of a recurrent layer would be
-        # that of one step more.
-        can_rehearse = decoding.is_available() and len(layers) == len(self.cache.layers)
-        with decoding.fewer_launches(self._model) if can_rehearse else contextlib.nullcontext():
-            if can_rehearse:
-                lengths = [layer.cumulative_length.clone() for layer in layers]
-                forward(**self._inputs)
-                for layer, length in zip(layers, lengths, strict=True):
-                    layer.cumulative_length.copy_(length)
-            with recording(graph):
+        device = self._model.device
+        with_kernels = decoding.runs_on(device)
+        with contextlib.ExitStack() as stack:
+            if device.type == "cuda":
+                stack.enter_context(torch.cuda.device(device))  # what is recorded, and where Triton launches
+            if with_kernels:
+                stack.enter_context(decoding.fewer_launches(self._model))
+                self._rehearse(forward)
+            with recording(graph), self.cache.writing() if with_kernels else contextlib.nullcontext():
                 self._output = forward(**self._inputs)
         self._graph = graph
+
+    def _rehearse(self, forward: Callable[..., Any]) -> None:
+        """Runs a step, and leaves the cache as it was. Kernels compile when they first run, which no recording may do."""
+        before = [(each, each.clone()) for each in self.cache.state]
+        try:
+            with self.cache.writing():
+                forward(**self._inputs)
+        finally:
+            for held, value in before:
+                held.copy_(value)
 
 
 class _CannotRecord(Exception):

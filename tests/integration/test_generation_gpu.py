@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList
 
 import moe_fused
 from moe_fused import generation
@@ -71,6 +72,66 @@ def test_families(case: ModelCase, replays: list[int], caplog: pytest.LogCapture
             continue
         assert "CUDA graphs" not in caplog.text
         assert replays == [number, number * (2 * (GREEDY["max_new_tokens"] - 1) - 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_kernels_are_recorded(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU they compile, and are found to compute what the model does in its dtype."""
+    from moe_fused.decoding import attention, heads, layers, norms, router
+
+    counted: dict[str, int] = {}
+
+    def count(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            if torch.cuda.is_current_stream_capturing():
+                counted[name] = counted.get(name, 0) + 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counting)
+
+    for module, name in (
+        (attention, "attend"), (router, "route"), (norms, "rms_norm"), (heads, "rotate"), (heads, "write"),
+        (layers, "norm_and_rotate"),
+    ):  # fmt: skip
+        count(module, name)
+    for case, expected in (
+        ("qwen3_moe", {"attend": 2, "route": 2, "rms_norm": 5, "norm_and_rotate": 2}),
+        ("gpt_oss", {"attend": 2, "route": 2, "rms_norm": 5, "norm_and_rotate": 2}),
+        ("olmoe", {"attend": 2, "route": 2, "rms_norm": 9, "rotate": 2, "write": 2}),
+    ):
+        (found,) = (each for each in MODELS if each.id == case)
+        model: Any = found.build().to("cuda", dtype)
+        model.set_experts_implementation("moe_fused")
+        with fast(model):
+            model.generate(**on_gpu(padded()), **GREEDY)
+        assert counted == expected
+        counted.clear()
+
+
+@pytest.mark.parametrize("heads", [(32, 4), (16, 16)])
+def test_bf16_is_as_near_to_fp32_as_without_graphs(heads: tuple[int, int]) -> None:
+    """Logits of heads of 128 numbers and prompts longer than a block, when all answer with the same tokens."""
+    sizes = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "head_dim": 128, "num_experts": 64}
+    exact: Any = QWEN3_MOE.build(hidden_size=256, max_position_embeddings=1024, **sizes).cuda()
+    model: Any = QWEN3_MOE.build(hidden_size=256, max_position_embeddings=1024, **sizes).to("cuda", torch.bfloat16)
+    inputs = on_gpu(prompt(2, 300))
+
+    class Fifth(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([5], device=scores.device), 0.0)
+
+    def logits(model: Any) -> Tensor:
+        model.set_experts_implementation("moe_fused")
+        return torch.stack(
+            model.generate(**inputs, **LOGITS, logits_processor=LogitsProcessorList([Fifth()])).logits
+        ).float()
+
+    want, plain = logits(exact), logits(model)
+    with fast(model):
+        got = logits(model)
+    assert float((got - want).norm()) <= 1.5 * float((plain - want).norm())
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8, 20, 64])
