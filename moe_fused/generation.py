@@ -282,8 +282,9 @@ class _Step:
             if device.type == "cuda":
                 stack.enter_context(torch.cuda.device(device))  # what is recorded, and where Triton launches
             if with_kernels:
-                stack.enter_context(decoding.fewer_launches(self._model))
-                self._rehearse(forward)
+                with trying():
+                    stack.enter_context(decoding.fewer_launches(self._model))
+                    self._rehearse(forward)
             with recording(graph), self.cache.writing() if with_kernels else contextlib.nullcontext():
                 self._output = forward(**self._inputs)
         self._graph = graph
@@ -301,6 +302,24 @@ class _Step:
 
 class _CannotRecord(Exception):
     """A step cannot be recorded."""
+
+
+@contextlib.contextmanager
+def trying() -> Iterator[None]:
+    """Turns an error within the block into the reason why a step is not recorded.
+
+    An error of the model itself comes again when the step runs as before.
+
+    Raises:
+        _CannotRecord: Something failed, such as a kernel that cannot be compiled for this GPU.
+        torch.OutOfMemoryError: The GPU has too little memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise _CannotRecord(f"{type(error).__name__}: {reason_of(error)}") from error
 
 
 @contextlib.contextmanager

@@ -702,3 +702,23 @@ def test_windows_and_sinks(recordings: list[Any], monkeypatch: pytest.MonkeyPatc
     with fast(model):
         assert torch.equal(model.generate(**padded(), **GREEDY), want)
     assert len(attended) >= 2 * (GREEDY["max_new_tokens"] - 2)
+
+
+@pytest.mark.skipif(ON_GPU, reason="test_generation_gpu.py does this with graphs")
+def test_a_kernel_that_fails_is_a_reason(
+    recordings: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The step runs as before then, from the same cache, and the reason is said once."""
+    monkeypatch.setattr(generation, "SHORTEST", 16)
+    monkeypatch.setattr(attention.Attention, "_is_same", lambda *_: True)
+
+    def failing(*_: Any, **__: Any) -> Tensor:
+        raise ValueError("out of resources\nshared memory")
+
+    monkeypatch.setattr(attention, "attend", failing)
+    model: Any = QWEN3_MOE.build()
+    want = model.generate(**padded(), **GREEDY)
+    with fast(model), caplog.at_level("WARNING"):
+        for _ in range(2):
+            assert torch.equal(model.generate(**padded(), **GREEDY), want)
+    assert caplog.text.count("because the model cannot be recorded: ValueError: out of resources\n") == 1
