@@ -32,7 +32,7 @@ from transformers.cache_utils import LinearAttentionLayer, StaticLayer, StaticSl
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import DeferredStopCheck
 
-from . import decoding
+from . import decoding, decoding_linear
 from .cuda_graphs import cause_of, reason_of, takes
 
 __all__ = ["FastGeneration", "fast_generation"]
@@ -246,11 +246,16 @@ class _Step:
         gc.collect()  # a tensor of another stream that is freed meanwhile would be waited for
         graph = torch.cuda.CUDAGraph()
         layers: list[Any] = [layer for layer in self.cache.layers if isinstance(layer, _Layer)]
-        # Liger's kernels compile when they first run, which no recording may do, and the state of a recurrent layer would be
-        # that of one step more.
-        can_rehearse = decoding.is_available() and len(layers) == len(self.cache.layers)
-        with decoding.fewer_launches(self._model) if can_rehearse else contextlib.nullcontext():
+        # Kernels compile when they first run, which no recording may do, and after one step more the state of a recurrent
+        # layer would be another.
+        can_rehearse = len(layers) == len(self.cache.layers)
+        with contextlib.ExitStack() as block:
+            is_rehearsed = can_rehearse and decoding.is_available()
+            if is_rehearsed:
+                block.enter_context(decoding.fewer_launches(self._model))
             if can_rehearse:
+                is_rehearsed |= block.enter_context(decoding_linear.fewer_launches(self._model)) > 0
+            if is_rehearsed:
                 lengths = [layer.cumulative_length.clone() for layer in layers]
                 forward(**self._inputs)
                 for layer, length in zip(layers, lengths, strict=True):

@@ -243,7 +243,7 @@ class LinearCase:
 LINEAR = [
     *(LinearCase(f"rows-{rows}", "numbers of rows", rows=rows) for rows in (0, 1, 2, 8, 9, 16, 17, 40, 70)),
     *(LinearCase(f"format-{name}", "each format", formats=(name,), out=(32, 64)) for name in FORMATS if "4096" not in name),
-    LinearCase("long-blocks", "blocks that run over the ends of rows", formats=("nf4-4096",), out=(64, 128), in_features=192),
+    LinearCase("long-blocks", "blocks of more than a row", formats=("nf4-4096",), out=(64, 128), in_features=192),
     LinearCase("formats", "a format of its own for each", formats=("nf4", "fp4", "mxfp4"), bias=(True, False, True)),
     LinearCase("odd-out", "out features that fill no tile", out=(37, 1, 70), bias=(True,), formats=("nf4-32",)),
     LinearCase("one", "a matrix alone", out=(48,), bias=(True,)),

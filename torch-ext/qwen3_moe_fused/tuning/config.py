@@ -198,7 +198,7 @@ def check_bucket(kernel: str, block_m: int, config: LaunchConfig, itemsize: int)
 def default_config(kernel: str, block_m: int, target: Target, itemsize: int) -> LaunchConfig:
     """The analytic default: the tile of the bucket, cut down until it fits the target."""
     if kernel in KERNELS_FEW:
-        config = _few_rows_tile(kernel, block_m, itemsize)
+        config = _few_rows_tile(kernel, block_m, target, itemsize)
     elif kernel in KERNELS_4BIT:
         config = _packed_tile(kernel, block_m, target, itemsize)
     elif itemsize == 4:
@@ -252,17 +252,18 @@ def _packed_tile(kernel: str, block_m: int, target: Target, itemsize: int) -> La
     return LaunchConfig(height, 64 if kernel == "up_4bit" else 128, 64, 8 if height == 128 else 4, 3)
 
 
-def _few_rows_tile(kernel: str, bucket: int, itemsize: int) -> LaunchConfig:
+def _few_rows_tile(kernel: str, bucket: int, target: Target, itemsize: int) -> LaunchConfig:
     """The default of few rows over packed weights: 128 weights a thread and step, which is what it has registers for.
 
     Experts give programs enough for all multiprocessors. A single matrix does not, so warps divide its inner dimension.
     """
     if kernel != "few_linear_4bit":
         return LaunchConfig(8, 64, 256, 4, 3, registers=168)
-    height = min(bucket, 64)
+    height = min(bucket, 64 if target.shared_memory > _ROOMY else 32)
     if itemsize == 4:
         return LaunchConfig(min(height, 16), 16, 64, 4, 2, split_k=4)
-    return LaunchConfig(height, 16, 256 if height == 16 else 128, 4, 3, split_k=4)
+    # The rows of a step lie in registers, too.
+    return LaunchConfig(height, 16, {16: 256, 32: 128}.get(height, 64), 4, 3, split_k=4)
 
 
 def _single_precision_tile(kernel: str, block_m: int) -> LaunchConfig:

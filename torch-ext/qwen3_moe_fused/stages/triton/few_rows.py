@@ -30,6 +30,9 @@ BLOCK_SUM = 256
 LEAST_ROWS = 8
 # Matrices that a launch multiplies.
 MATRICES = 3
+# A launch of fewer warps leaves multiprocessors idle, as of a single matrix of few features: then more of them divide the in
+# features, up to so many of a program.
+LEAST_WARPS, MOST_OF_PROGRAM = 1024, 8
 
 
 def _tile(config: LaunchConfig, k: int, precision: str) -> FewRowsTile:
@@ -159,6 +162,16 @@ def _rows_kernel(
     return kernel, sum(cdiv(layout.N, config.block_n) for layout in layouts)
 
 
+def _filling(config: LaunchConfig, features: int, k: int) -> LaunchConfig:
+    """``config`` with more warps along the K = k in features, where a launch over so many out features has too few."""
+    programs = cdiv(features, config.block_n)
+    while programs * config.num_warps < LEAST_WARPS and config.num_warps < MOST_OF_PROGRAM:
+        if 2 * config.split_k * config.block_k > k:
+            break
+        config = replace(config, num_warps=2 * config.num_warps, split_k=2 * config.split_k)
+    return config
+
+
 def few_rows_linear(
     x: Tensor, stacks: Sequence[PackedStack], biases: Sequence[Tensor | None], outs: Sequence[Tensor]
 ) -> None:
@@ -176,12 +189,13 @@ def few_rows_linear(
         return
     x = x.contiguous()
     config = tuning.few_config("few_linear_4bit", num_rows, tuning.target_of(x.device), x.itemsize)
-    config = replace(config, block_m=min(config.block_m, max(LEAST_ROWS, power_of_2(num_rows))))
+    height = min(config.block_m, max(LEAST_ROWS, power_of_2(num_rows)))
     dtype = x.dtype if in_ptx(x) else None
     for start in range(0, len(products), MATRICES):
         together = products[start : start + MATRICES]
+        features = sum(stack.shape[1] for stack, _, _ in together)
         kernel, programs = _rows_kernel(
-            config,
+            _filling(replace(config, block_m=height), features, x.shape[1]),
             tuple(stack.format for stack, _, _ in together),
             tuple(bias is not None for _, bias, _ in together),
             dtype,
