@@ -144,6 +144,27 @@ def test_linear(packed: bool) -> None:
 
 
 @CI
+def test_linear_of_a_few_rows() -> None:
+    """A matrix in the memory that bitsandbytes would have it in, and one with a bias beside it."""
+    torch.manual_seed(0)
+    stacks = [torch.randn(1, features, 128, device=DEVICE, dtype=DTYPE) / 8 for features in (48, 20)]
+    weights = [kernel.Packed4bitWeights.quantize(stacks[0]), kernel.Packed4bitWeights.quantize(stacks[1], blocksize=32)]
+    piece = kernel.interchange.piece_of(weights[0], 0)
+    weights[0] = kernel.interchange.matrix_of_piece(piece, weights[0].format)
+    x = torch.randn(5, 128, device=DEVICE, dtype=DTYPE)
+    biases = [None, torch.randn(20, device=DEVICE, dtype=DTYPE)]
+
+    def plain(dtype: torch.dtype) -> list[torch.Tensor]:
+        dense = [dequantized(weight)[0].to(dtype) for weight in weights]
+        products = [x.to(dtype) @ matrix.T for matrix in dense]
+        return [products[0], products[1] + biases[1].to(dtype)]
+
+    ours, truth, torchs = kernel.linear_4bit(x, weights, biases), plain(torch.float64), plain(DTYPE)
+    for index, y in enumerate(ours):
+        assert_accurate(f"y[{index}]", y, truth[index], torchs[index])
+
+
+@CI
 def test_route() -> None:
     index = torch.tensor([[2, 0], [9, 2], [1, 2]], device=DEVICE)  # 9 is held elsewhere
     routing = kernel.route(index, 3)
