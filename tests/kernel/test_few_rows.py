@@ -198,7 +198,7 @@ def test_a_token_has_the_same_bits_beside_others() -> None:
 
 @pytest.mark.skipif(not ON_KERNELS, reason="needs a GPU or Triton's interpreter")
 def test_which_calls_take_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = SlotsCase("limit", "")
+    case = SlotsCase("limit", "", experts=20)
     inputs = make_slots(case, torch.float16)
     up, down = inputs.up, inputs.down
     target = tuning.TARGETS[80]
@@ -208,6 +208,9 @@ def test_which_calls_take_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch.use_gemv(most, 1, up, down)
     assert not paths.multiplies_few_slots(most + 1, up, down)
     assert not launch.use_gemv(most + 1, 1, up, down)
+    few = make_slots(replace(case, experts=4), torch.float16)
+    assert paths.multiplies_few_slots(32, few.up, few.down)
+    assert not paths.multiplies_few_slots(33, few.up, few.down), "each expert has more rows than a tile"
     exact = make_slots(case, torch.float32)
     assert not paths.multiplies_few_slots(1, exact.up, exact.down), "tensor cores would round fp32"
     assert launch.use_gemv(1, 1, exact.up, exact.down)

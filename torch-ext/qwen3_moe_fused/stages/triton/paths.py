@@ -57,6 +57,10 @@ _PACKED_FAMILIES: dict[str, tuple[str | None, str | None]] = {
 }
 
 
+# Rows that an expert may have on average where rows are not sorted. Its tiles have as many, and each dequantizes again.
+ROWS_OF_FEW = 8
+
+
 def product_path(
     family: str, stack: Stack, num_rows: int, routing: Routing, like: Tensor, plain: bool = True
 ) -> tuple[Path, LaunchConfig]:
@@ -121,7 +125,8 @@ def multiplies_few_slots(num_slots: int, up: Stack, down: Stack) -> bool:
     if not isinstance(up, PackedStack) or not isinstance(down, PackedStack) or up.format.dtype.itemsize != 2:
         return False
     target = tuning.target_of(down.device)
-    if target.backend != "cuda" or num_slots > tuning.few_slots(target):
+    most = min(tuning.few_slots(target), ROWS_OF_FEW * down.shape[0])
+    if target.backend != "cuda" or num_slots > most:
         return False
     return _is_readable_by_slots(num_slots, up, down)
 
