@@ -164,11 +164,11 @@ class Bench:
             def call_up(i: int, sets: list[Inputs] = sets, h: Tensor = h) -> dict[str, Tensor]:
                 x = sets[i]
                 ids = x.top_k_index
-                self.few._slots("few_up_4bit", x.hidden_states, ids, up, None, gate, LAYER.top_k, h)
+                self.few.few_slots("few_up_4bit", x.hidden_states, ids, up, None, gate, LAYER.top_k, h)
                 return {"h": h}
 
             def call_down(i: int, sets: list[Inputs] = sets, hs: list[Tensor] = hs, z: Tensor = z) -> dict[str, Tensor]:
-                self.few._slots("few_down_4bit", hs[i], sets[i].top_k_index, down, None, None, 1, z)
+                self.few.few_slots("few_down_4bit", hs[i], sets[i].top_k_index, down, None, None, 1, z)
                 return {"z": z}
 
             for kernel, call in (("few_up_4bit", call_up), ("few_down_4bit", call_down)):

@@ -75,7 +75,7 @@ def test_a_sweep_shows_the_fastest_first(
         assert tuning.few_config(kernel, ids.numel(), H200, 2).split_k >= 1
         asked.append(kernel)
 
-    monkeypatch.setattr(bench.few, "_slots", slots)
+    monkeypatch.setattr(bench.few, "few_slots", slots)
     monkeypatch.setattr(few_rows, "SHAPES", few_rows.SHAPES[:2])
     bench.sweep_experts([1])
     bench.compare_linear([2], sweep=True)

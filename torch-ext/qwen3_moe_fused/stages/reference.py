@@ -314,6 +314,35 @@ def dequantize(stack: PackedStack, first: int, count: int, out: Tensor) -> None:
         out[expert].view(blocks.shape).copy_(blocks.mul_(weight_format.scales(one, parts).view(-1, 1)))
 
 
+def few_slots(
+    family: str,
+    a: Tensor,
+    ids: Tensor,
+    stack: PackedStack,
+    bias: Tensor | None,
+    gate: Gate | None,
+    top_k: int,
+    out: Tensor,
+) -> None:
+    """A product of the rows of a few slots, whose experts need not be sorted.
+
+    out[slot] = gate(a[slot // top_k] · stack[expert of slot]ᵀ + bias[expert]). Slots of other experts are left as they are.
+
+    Args:
+        family: "few_up_4bit" or "few_down_4bit", as which a launch is configured.
+        a: (S // top_k, K). ids: S expert ids.
+        stack: (E, 2·N or N, K). bias: (E, 2·N or N) or None.
+        gate: None for a plain product.
+        out: (S, N), overwritten.
+    """
+    for slot, expert in enumerate(ids.flatten().tolist()):
+        if 0 <= expert < stack.shape[0]:
+            row = a[slot // top_k : slot // top_k + 1] @ _matrix(stack, expert, a.dtype).mT
+            if bias is not None:
+                row = row + bias[expert]
+            out[slot] = row[0] if gate is None else apply_gate(row, gate)[0]
+
+
 def few_rows_linear(
     x: Tensor, stacks: Sequence[PackedStack], biases: Sequence[Tensor | None], outs: Sequence[Tensor]
 ) -> None:

@@ -87,8 +87,8 @@ def _sum_kernel(num_experts: int, top_k: int, n: int) -> BoundKernel:
     return BoundKernel(sum_slots_kernel, constants)
 
 
-def _slots(
-    kernel: str,
+def few_slots(
+    family: str,
     a: Tensor,
     ids: Tensor,
     stack: PackedStack,
@@ -97,9 +97,9 @@ def _slots(
     top_k: int,
     out: Tensor,
 ) -> None:
-    """out[slot] = gate(a[slot // top_k] · stack[expert of slot]ᵀ + bias[expert])."""
+    """``reference.few_slots``; ``family`` is that of the launch configuration."""
     num_slots = ids.numel()
-    config = tuning.few_config(kernel, num_slots, tuning.target_of(a.device), a.itemsize)
+    config = tuning.few_config(family, num_slots, tuning.target_of(a.device), a.itemsize)
     dtype = a.dtype if in_ptx(a) else None
     bound, programs = _slots_kernel(
         config, stack.format, gate, top_k, bias is not None, power_of_2(num_slots), dtype, precision(a.dtype)
@@ -133,8 +133,8 @@ def few_slots_experts(
     h = x.new_empty((num_tokens * top_k, intermediate))
     z = x.new_empty((num_tokens * top_k, hidden), dtype=torch.float32)
     y = x.new_empty((num_tokens, hidden))
-    _slots("few_up_4bit", x, ids, up, up_bias, gate, top_k, h)
-    _slots("few_down_4bit", h, ids, down, down_bias, None, 1, z)
+    few_slots("few_up_4bit", x, ids, up, up_bias, gate, top_k, h)
+    few_slots("few_down_4bit", h, ids, down, down_bias, None, 1, z)
     _sum_kernel(num_experts, top_k, hidden)(
         x.device, (num_tokens, cdiv(hidden, BLOCK_SUM), 1), z, ids, top_k_weights.contiguous(), y
     )
