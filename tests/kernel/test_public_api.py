@@ -17,7 +17,7 @@ import torch
 from tests.kernel.accuracy import assert_accurate
 from tests.kernel.cases import ExpertsCase, gradients, make_inputs, plain_experts, plain_gate, run_experts
 from tests.kernel.lora_cases import Factors, LoraCase, assert_equals_merged, lora_gradients, make_lora_inputs
-from tests.kernel.machine import DEVICE, INTERPRETED, ON_GPU, kernel
+from tests.kernel.machine import DEVICE, INTERPRETED, ON_GPU, kernel, module
 from tests.kernel.packed_cases import PackedCase, dequantized, make_packed_inputs, packed_gradients, run_packed
 
 CI = pytest.mark.kernels_ci
@@ -162,6 +162,23 @@ def test_linear_of_a_few_rows() -> None:
     ours, truth, torchs = kernel.linear_4bit(x, weights, biases), plain(torch.float64), plain(DTYPE)
     for index, y in enumerate(ours):
         assert_accurate(f"y[{index}]", y, truth[index], torchs[index])
+
+
+@CI
+def test_the_reference_of_few_slots() -> None:
+    """Rows of slots of any order; those of no expert here stay as they are."""
+    torch.manual_seed(0)
+    weights = kernel.Packed4bitWeights.quantize(torch.randn(3, 16, 64, device=DEVICE), blocksize=32)
+    stack = module("weights").stack_of(*module("weights").operands(weights))
+    ids, a, bias = torch.tensor([2, 9, 0, 2], device=DEVICE), torch.randn(2, 64, device=DEVICE), torch.randn(3, 16)
+    out = torch.full((4, 16), -1.0, device=DEVICE)
+    kernel.reference.few_slots("few_up_4bit", a, ids, stack, bias.to(DEVICE), None, 2, out)
+    dense = dequantized(weights)
+    for slot, expert in enumerate(ids.tolist()):
+        expected = (
+            dense[expert] @ a[slot // 2] + bias[expert].to(DEVICE) if expert < 3 else torch.full_like(out[0], -1.0)
+        )
+        torch.testing.assert_close(out[slot], expected, rtol=1e-3, atol=1e-3)
 
 
 @CI
