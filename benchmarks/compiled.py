@@ -305,7 +305,7 @@ def provide_kernel() -> None:
 
 
 # Fields of a configuration that kernels of row tiles do not have.
-_OF_FEW_ROWS = ("split_k", "registers")
+_OF_FEW_ROWS = ("split_k", "registers", "prefetch")
 
 
 def fields_of(config: Any) -> dict[str, Any]:

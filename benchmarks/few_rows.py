@@ -57,13 +57,15 @@ SHAPES = [
     if split <= warps
 ]  # fmt: skip
 STEPS = (128, 256)
-STAGES, REGISTERS = (2, 3, 4, 5), (0, 128, 168)
+STAGES, REGISTERS = (2, 3, 4), (0, 128, 168)
 
 
 def candidates(tuning: Any, kernel: str, height: int, target: Any) -> list[Any]:
     """The shapes of tiles that a sweep of ``kernel`` starts with."""
     found = [
-        tuning.LaunchConfig(height, columns * warps // split, step, warps, 3, split_k=split, registers=168)
+        tuning.LaunchConfig(
+            height, columns * warps // split, step, warps, 3, split_k=split, registers=168, prefetch=True
+        )
         for warps, split, columns in SHAPES
         for step in STEPS
     ]
@@ -72,7 +74,12 @@ def candidates(tuning: Any, kernel: str, height: int, target: Any) -> list[Any]:
 
 def variants(tuning: Any, kernel: str, config: Any, target: Any) -> list[Any]:
     """``config`` with other stages and registers."""
-    found = [replace(config, num_stages=stages, registers=registers) for stages in STAGES for registers in REGISTERS]
+    found = [
+        replace(config, num_stages=stages, registers=registers, prefetch=prefetch)
+        for stages in STAGES
+        for registers in REGISTERS
+        for prefetch in (False, True)
+    ]
     return [each for each in found if is_valid(tuning, kernel, each, target)]
 
 

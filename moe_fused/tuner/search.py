@@ -46,6 +46,7 @@ def neighbours(tuning: Any, kernel: str, block_m: int, config: Any, target: Any,
         steps += [{field: 2 * value}, {field: value // 2}]
     if kernel in tuning.KERNELS_FEW:
         steps += [{"split_k": 2 * config.split_k}, {"split_k": config.split_k // 2}]
+        steps += [{"prefetch": not config.prefetch}]
         steps += [{"registers": registers} for registers in _REGISTERS if registers != config.registers]
     steps += [{"num_stages": config.num_stages + step} for step in (1, -1)]
     steps += [{field: not getattr(config, field)} for field in ("descriptor", "half_tiles")]

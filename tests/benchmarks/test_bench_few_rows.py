@@ -27,7 +27,7 @@ def test_what_a_sweep_tries(kernel: str) -> None:
         tuning.check(kernel, config, H200, 2)
     around = few_rows.variants(tuning, kernel, tried[0], H200)
     assert {config.registers for config in around} == set(few_rows.REGISTERS)
-    assert all(replace(config, num_stages=3, registers=168) == tried[0] for config in around)
+    assert all(replace(config, num_stages=3, registers=168, prefetch=True) == tried[0] for config in around)
 
 
 @pytest.fixture

@@ -239,6 +239,7 @@ class FewRowsTile(NamedTuple):
         PARTS: parts of the columns.
         SPLIT: parts of the inner dimension, whose products are summed.
         PRECISION: of tl.dot in fp32.
+        PREFETCH: a program asks for all of its weights at once, where words are dequantized in PTX.
     """
 
     M: int
@@ -247,6 +248,7 @@ class FewRowsTile(NamedTuple):
     PARTS: int
     SPLIT: int
     PRECISION: str
+    PREFETCH: bool
 
 
 class MatrixLayout(NamedTuple):

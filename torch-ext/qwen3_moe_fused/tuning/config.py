@@ -52,6 +52,7 @@ class LaunchConfig:
             columns has a warp.
         registers: of ``KERNELS_FEW`` on NVIDIA GPUs: the most that a thread may have, or 0. The compiler takes more than it
             needs, which leaves room for fewer programs.
+        prefetch: of ``KERNELS_FEW`` on NVIDIA GPUs: a program first asks for all of its weights to be brought into the L2.
         slices: number of column slices in which the epilogue of ``DOWN_BACKWARDS`` works on its tile, one after the other,
             to save registers.
     """
@@ -66,6 +67,7 @@ class LaunchConfig:
     half_tiles: bool = False
     split_k: int = 1
     registers: int = 0
+    prefetch: bool = False
 
     def __hash__(self) -> int:  # every launch asks; the hash of all fields takes five times as long
         return 1024 * self.block_m + self.block_n
@@ -154,8 +156,8 @@ def check(kernel: str, config: LaunchConfig, target: Target, itemsize: int) -> N
         raise ValueError(f"num_stages must be 1 to 8 and num_warps at most 16, got {config}")
     if config.descriptor and not target.has_descriptors:
         raise ValueError(f"descriptors need compute capability 9.0, got {target.arch}")
-    if kernel not in KERNELS_FEW and (config.split_k, config.registers) != (1, 0):
-        raise ValueError(f"split_k and registers are for {', '.join(KERNELS_FEW)} alone, got {config}")
+    if kernel not in KERNELS_FEW and (config.split_k, config.registers, config.prefetch) != (1, 0, False):
+        raise ValueError(f"split_k, registers and prefetch are for {', '.join(KERNELS_FEW)} alone, got {config}")
     need = shared_memory(kernel, config, itemsize)
     if need > target.shared_memory:
         raise ValueError(f"{config} needs {need} bytes of shared memory, {target.arch} has {target.shared_memory}")
@@ -258,12 +260,12 @@ def _few_rows_tile(kernel: str, bucket: int, target: Target, itemsize: int) -> L
     Experts give programs enough for all multiprocessors. A single matrix does not, so warps divide its inner dimension.
     """
     if kernel != "few_linear_4bit":
-        return LaunchConfig(8, 64, 256, 4, 3, registers=168)
+        return LaunchConfig(8, 64, 256, 4, 3, registers=168, prefetch=bucket == BUCKETS[0])
     height = min(bucket, 64 if target.shared_memory > _ROOMY else 32)
     if itemsize == 4:
-        return LaunchConfig(min(height, 16), 16, 64, 4, 2, split_k=4)
+        return LaunchConfig(min(height, 16), 16, 64, 4, 2, split_k=4, prefetch=True)
     # The rows of a step lie in registers, too.
-    return LaunchConfig(height, 16, {16: 256, 32: 128}.get(height, 64), 4, 3, split_k=4)
+    return LaunchConfig(height, 16, {16: 256, 32: 128}.get(height, 64), 4, 3, split_k=4, prefetch=True)
 
 
 def _single_precision_tile(kernel: str, block_m: int) -> LaunchConfig:

@@ -45,6 +45,7 @@ def _tile(config: LaunchConfig, k: int, precision: str) -> FewRowsTile:
         parts,
         config.split_k,
         precision,
+        config.prefetch,
     )
 
 
