@@ -220,6 +220,60 @@ def test_which_calls_take_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not paths.multiplies_few_slots(1, up, down)
 
 
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    look_up = module("kernels.dequantize")._look_up
+
+    @triton.jit
+    def words_in_order(code, packed, scale, dtype: tl.constexpr, FORMAT: tl.constexpr, TRANSPOSED: tl.constexpr):
+        """What the PTX of nf4 makes of words, without PTX."""
+        ROWS: tl.constexpr = packed.shape[0]
+        COLUMNS: tl.constexpr = packed.shape[1]
+        place = tl.arange(0, 8)
+        shift = 8 * (place // 2) + 4 * (1 - place % 2)  # the high nibble of a byte first
+        nibbles = (packed[:, :, None] >> shift[None, None, :].to(tl.uint32)) & 15
+        wide = tl.reshape(tl.broadcast_to(scale[:, :, None], (ROWS, COLUMNS, 8)), (ROWS, 8 * COLUMNS))
+        values = look_up(code, tl.reshape(nibbles, (ROWS, 8 * COLUMNS)))
+        return (values * wide).to(dtype)
+
+
+@pytest.fixture
+def in_words(monkeypatch: pytest.MonkeyPatch, configured: Any) -> Iterator[Any]:
+    """Weights are read in words of eight, as on NVIDIA GPUs."""
+    usual = few_rows.format_code
+    cached = [value for value in vars(few_rows).values() if hasattr(value, "cache_clear")]
+
+    def format_code(*arguments: Any) -> Any:
+        return usual(*arguments)._replace(PER_ELEMENT=8, in_order=words_in_order)
+
+    monkeypatch.setattr(few_rows, "format_code", format_code)
+    for function in cached:
+        function.cache_clear()
+    without = (("prefetch", False),)  # which is PTX, too
+    yield lambda *changes: configured(
+        few_up_4bit=without + changes, few_down_4bit=without + changes, few_linear_4bit=without + changes
+    )
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU reads words anyway")
+@pytest.mark.parametrize("step", [64, 128, 256])
+@pytest.mark.parametrize("name", ["nf4", "nf4-32", "nf4-128"])
+def test_words_are_in_the_order_of_rows(name: str, step: int, in_words: Any) -> None:
+    in_words(("block_k", step))
+    case = SlotsCase("words", "", hidden=320, intermediate=192, ids=2, format=name, bias=True)
+    inputs = make_slots(case, torch.float16)
+    truth, torchs = (routed(case, inputs, dtype) for dtype in (torch.float64, torch.float16))
+    assert_accurate("y", inputs.call(case.gate), truth, torchs)
+    _, weights, _ = make_linear(LinearCase("words", "", in_features=320, out=(64,), formats=(name,)), torch.float16)
+    rows = torch.eye(320, dtype=torch.float16, device=DEVICE).split(16)
+    columns = torch.cat([kernel.linear_4bit(part, weights)[0] for part in rows])
+    assert torch.equal(columns.T, dequantized(weights[0])[0])
+
+
 # ---------------------------------------------------------------------------------------------------------- linear layers
 
 

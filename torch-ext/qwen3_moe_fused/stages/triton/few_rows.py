@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 BLOCK_SUM = 256
 # The fewest rows of a tile: tensor cores take no fewer on their right side.
 LEAST_ROWS = 8
+# One kernel serves up to so many slots.
+LEAST_SLOTS = 16
 # Matrices that a launch multiplies.
 MATRICES = 3
 # A launch of fewer warps leaves multiprocessors idle, as of a single matrix of few features: then more of them divide the in
@@ -102,8 +104,9 @@ def few_slots(
     num_slots = ids.numel()
     config = tuning.few_config(family, num_slots, tuning.target_of(a.device), a.itemsize)
     dtype = a.dtype if in_ptx(a) else None
+    slots = max(LEAST_SLOTS, power_of_2(num_slots))
     bound, programs = _slots_kernel(
-        config, stack.format, gate, top_k, bias is not None, power_of_2(num_slots), dtype, precision(a.dtype)
+        config, stack.format, gate, top_k, bias is not None, slots, dtype, precision(a.dtype)
     )
     bound(
         a.device,
