@@ -196,6 +196,15 @@ def test_a_token_has_the_same_bits_beside_others() -> None:
     assert torch.equal(together, alone)
 
 
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+@pytest.mark.parametrize("family", ["few_up_4bit", "few_down_4bit"])
+def test_buckets_sum_in_the_same_order(family: str, arch: int) -> None:
+    """By default, so that bits do not depend on the number of slots either."""
+    target = tuning.TARGETS[arch]
+    found = [tuning.default_config(family, bucket, target, 2) for bucket in tuning.BUCKETS]
+    assert len({(config.block_k, config.split_k) for config in found}) == 1
+
+
 @pytest.mark.skipif(not ON_KERNELS, reason="needs a GPU or Triton's interpreter")
 def test_which_calls_take_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     case = SlotsCase("limit", "", experts=20)
