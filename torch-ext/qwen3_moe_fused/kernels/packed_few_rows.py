@@ -6,15 +6,15 @@ are dequantized once. ``few_rows_kernel`` multiplies rows with up to three matri
 
 Looking nibbles up is what such a product takes its time for: byte permutations, shifts and conversions run at half the rate
 of other instructions, 64 lanes a cycle and multiprocessor on sm_90. Of the up projection of a Qwen3-30B-A3B layer,
-``packed_gemm`` in tiles of 16 rows issues 4.0 instructions a weight to that pipe, and this product 3.1, where 2.6 look up. All
-of its instructions are 4.2 a weight; those of ``packed_gemv`` are 9.7, for it unpacks what it looked up and multiplies on the
-FMA units. All this is counted in code that was compiled with Triton 3.6. At 1.75 GHz on 132 multiprocessors, the pipe would
-take 109 µs for the up projection by ``packed_gemm`` at 32 tokens, where 105 were measured on an H200.
+``packed_gemm`` in tiles of 16 rows issues 4.0 instructions a weight to that pipe, and this product 3.1, where 2.6 look up.
+All of its instructions are 4.2 a weight; those of ``packed_gemv`` are 9.7, for it unpacks what it looked up and multiplies
+on the FMA units. All this is counted in code that was compiled with Triton 3.6. At 1.75 GHz on 132 multiprocessors, the pipe
+would take 109 µs for the up projection by ``packed_gemm`` at 32 tokens, where 105 were measured on an H200.
 
 Estimates for this product by the same count, which nobody has measured, in µs, beside what the bytes would take: at one
 token 5.3 for the up projection (3) and 2.6 for the down projection (1.5), at 8 tokens, with some 50 experts, 49 for both
-(30), at 32 tokens 127 (64). Launches and the first latencies come on top. At one token 192 and 256 programs of 4 warps have 64
-rows of weights each, and ask for all of them at once: 95 and 48 KB a multiprocessor.
+(30), at 32 tokens 127 (64). Launches and the first latencies come on top. At one token 192 and 256 programs of 4 warps have
+64 rows of weights each, and ask for all of them at once: 95 and 48 KB a multiprocessor.
 
 Three things save instructions:
 
