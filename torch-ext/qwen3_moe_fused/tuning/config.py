@@ -258,8 +258,8 @@ def _few_rows_tile(kernel: str, bucket: int, target: Target, itemsize: int) -> L
     """The default of few rows over packed weights: 128 weights a thread and step, which is what it has registers for.
 
     Experts give programs enough for all multiprocessors. A single matrix does not, so warps divide its inner dimension. The
-    bits of a slot's result depend on block_k and split_k. These are the same in every bucket of the experts' kernels, so that
-    the bits do not depend on how many slots there are.
+    bits of a slot's result depend on block_k and split_k. These are the same in every bucket of the experts' kernels, so
+    that the bits do not depend on how many slots there are.
     """
     if kernel != "few_linear_4bit":
         return LaunchConfig(8, 64, 256, 4, 3, registers=168, prefetch=bucket == BUCKETS[0])
