@@ -286,7 +286,7 @@ def compiled(
                 if not loop.products:
                     raise RuntimeError(f"{stage} has no loop that uses the tensor cores of {arch}")
                 yield Facts(
-                    arch, family, height, adapted, asdict(config), took.shared, took.registers, took.spills,
+                    arch, family, height, adapted, fields_of(config), took.shared, took.registers, took.spills,
                     took.warps, took.programs, None if adapted and family in PLAIN else loop,
                 )  # fmt: skip
 
@@ -302,6 +302,15 @@ def provide_kernel() -> None:
     from tests import conftest
 
     assert conftest.KERNEL
+
+
+# Fields of a configuration that kernels of row tiles do not have.
+_OF_FEW_ROWS = ("split_k", "registers", "prefetch")
+
+
+def fields_of(config: Any) -> dict[str, Any]:
+    """The fields of a configuration of row tiles."""
+    return {name: value for name, value in asdict(config).items() if name not in _OF_FEW_ROWS}
 
 
 def key_of(facts: Facts) -> tuple[str, str, int, bool, str]:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .choose import TOKENS, judged_launch
-from .compiled import PLAIN, Facts, compiled, key_of
+from .compiled import PLAIN, Facts, compiled, fields_of, key_of
 from .gpus import BY_NAME
 from .predict import Constants, constants, demand, seconds_of
 
@@ -107,7 +107,7 @@ def predicted_ratio(order: Order, facts: dict[Any, Facts], fitted: Constants | N
 
     def seconds(config: Any) -> float:
         adapted = order.family not in PLAIN
-        empty = Facts(ARCH, order.family, order.height, adapted, asdict(config), 0, 0, 0, 0, 0, None)
+        empty = Facts(ARCH, order.family, order.height, adapted, fields_of(config), 0, 0, 0, 0, 0, None)
         found = facts[key_of(empty)]
         return seconds_of(demand(launch, found), BY_NAME[CARD], fitted or constants())[0]
 

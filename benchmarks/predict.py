@@ -31,7 +31,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +39,7 @@ import typer
 
 from moe_fused.benchmark.layers import FORWARD, FORWARD_BACKWARD, LAYERS, RECOMPUTE, Layer
 
-from .compiled import Facts, key_of, read_facts
+from .compiled import Facts, fields_of, key_of, read_facts
 from .gpus import BY_NAME, Card
 from .rows import OURS, read_rows
 
@@ -452,7 +452,7 @@ class Predictor:
             return None
         tuning, family = self.tuning, launch.family
         height = tuning.bucket(launch.rows, launch.experts, launch.packed, self._target)
-        config = asdict(tuning.launch_config(family, height, self._target, ACTIVATION))
+        config = fields_of(tuning.launch_config(family, height, self._target, ACTIVATION))
         keys = [
             (str(self.card.arch), family, height, adapted, json.dumps(config, sort_keys=True))
             for adapted in (launch.adapted and family != "wgrad", False)

@@ -97,7 +97,7 @@ def programs_table() -> str:
     """Programs a multiprocessor and bytes of spills of every configuration in use, without and with an adapter."""
     import json
 
-    from benchmarks.compiled import ADAPTED, HEIGHTS, PLAIN, key_of, read_facts
+    from benchmarks.compiled import ADAPTED, HEIGHTS, PLAIN, fields_of, key_of, read_facts
     from benchmarks.gpus import CARDS
     from benchmarks.predict import Predictor
 
@@ -106,7 +106,7 @@ def programs_table() -> str:
     tuning = Predictor(CARDS[0]).tuning
 
     def cell(arch: Any, family: str, height: int) -> str:
-        config = json.dumps(tuning.launch_config(family, height, tuning.TARGETS[arch], 2).__dict__, sort_keys=True)
+        config = json.dumps(fields_of(tuning.launch_config(family, height, tuning.TARGETS[arch], 2)), sort_keys=True)
         forms = [adapted for adapted, stages in ((False, PLAIN), (True, ADAPTED)) if family in stages]
         found = [facts[str(arch), family, height, adapted, config] for adapted in forms]
         programs = "/".join(dict.fromkeys(str(each.programs) for each in found))

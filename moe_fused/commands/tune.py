@@ -41,7 +41,8 @@ def tune(
     thresholds: Annotated[
         str | None,
         typer.Option(
-            help="Thresholds to measure: some of buckets,dequantize_rows,gemv_slots.  [default: all; none with --kernels]"
+            help="Thresholds to measure: some of buckets,dequantize_rows,gemv_slots,few_slots.  "
+            "[default: all; none with --kernels]"
         ),
     ] = None,
     output: Annotated[
@@ -69,7 +70,7 @@ def tune(
 
     Four heights of tiles, for few to many tokens, are tuned for each kernel. With what was found, the thresholds between
     ways of computing are measured: from how many rows on taller tiles are faster, up to how many rows 4-bit weights are
-    dequantized inside the products, and up to how many tokens the path for few rows is faster.
+    dequantized inside the products, and up to how many tokens the paths for few rows are faster.
 
     Each improvement is written as soon as it is found, so Ctrl-C loses nothing. Set MOE_FUSED_CONFIGS=DIRECTORY to use the
     table.
@@ -160,7 +161,7 @@ def _tune(workload: Workload, layer: Layer, chosen: _Chosen, seconds: float, tab
         with contextlib.ExitStack() as found, Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task("", total=steps)
             for kernel, block_m in heights:
-                progress.update(task, description=f"{kernel}, tiles of {block_m} rows")
+                progress.update(task, description=f"{kernel}, {_bucket(workload, kernel, block_m)}")
                 _tune_one(workload, kernel, block_m, seconds, results, found, progress.console.print)
                 progress.advance(task)
             for place in thresholds:
@@ -190,6 +191,13 @@ def _summarize(table: Any) -> None:
     print(f"{' and '.join(found)} in {table.path}: export MOE_FUSED_CONFIGS={table.path.parent.resolve()}")
 
 
+def _bucket(workload: Workload, kernel: str, block_m: int) -> str:
+    """What a bucket of ``kernel`` is."""
+    if kernel not in workload.tuning.KERNELS_FEW:
+        return f"tiles of {block_m} rows"
+    return f"up to {block_m} {'rows' if kernel == 'few_linear_4bit' else 'slots'}"
+
+
 def _tune_one(
     workload: Workload,
     kernel: str,
@@ -213,7 +221,7 @@ def _tune_one(
     ):
         results.add(kernel, itemsize, block_m, config, gain)
         found.enter_context(tuning.trying(kernel, block_m, itemsize, config))
-        report(f"{kernel}, tiles of {block_m} rows: {gain:.2f} times as fast")
+        report(f"{kernel}, {_bucket(workload, kernel, block_m)}: {gain:.2f} times as fast")
 
 
 def _move_one(

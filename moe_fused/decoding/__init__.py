@@ -4,6 +4,7 @@ A layer of Qwen3-MoE launches some 60 kernels for one token, most of which do ve
 
 - ``attention``: the attention of one token a sequence over a static cache.
 - ``router``: the product, the softmax and the choice of a router.
+- ``linear``: linear layers of bitsandbytes in 4 bits, those that share an input together.
 - ``norms``: RMS norms.
 - ``heads``: rotary embeddings, and the write of a token into the cache.
 - ``layers``: the norms of heads and both of these in one launch, in attention modules that do nothing else.
@@ -48,6 +49,7 @@ def fewer_launches(model: nn.Module) -> Iterator[None]:
     from .attention import Attention
     from .heads import ROTARY, rotations
     from .layers import layers
+    from .linear import fewer_launches as fewer_products
     from .norms import norms
     from .router import routers
 
@@ -64,7 +66,7 @@ def fewer_launches(model: nn.Module) -> Iterator[None]:
         for file, rotation in turns:
             setattr(file, ROTARY, rotation)
             undo.append(functools.partial(setattr, file, ROTARY, rotation.before))
-        with attention.replaced():
+        with attention.replaced(), fewer_products(model):
             yield
     finally:
         for each in undo:

@@ -18,6 +18,8 @@ from typing import Any, Protocol
 # How much faster a neighbour must be. Two timings of the same configuration differ by less than this.
 MARGIN = 0.02
 
+# Limits of registers with which two, three and four programs of four warps fit a multiprocessor.
+_REGISTERS = (0, 168, 128)
 # The kernel families that read ``half_tiles``.
 _HALVES = ("up", "gemm", "gemm_short", "down_backward", "shrink")
 
@@ -42,6 +44,10 @@ def neighbours(tuning: Any, kernel: str, block_m: int, config: Any, target: Any,
     for field in ("block_m", "block_n", "block_k", "num_warps", "slices"):
         value = getattr(config, field)
         steps += [{field: 2 * value}, {field: value // 2}]
+    if kernel in tuning.KERNELS_FEW:
+        steps += [{"split_k": 2 * config.split_k}, {"split_k": config.split_k // 2}]
+        steps += [{"prefetch": not config.prefetch}]
+        steps += [{"registers": registers} for registers in _REGISTERS if registers != config.registers]
     steps += [{"num_stages": config.num_stages + step} for step in (1, -1)]
     steps += [{field: not getattr(config, field)} for field in ("descriptor", "half_tiles")]
     found = []
@@ -50,8 +56,8 @@ def neighbours(tuning: Any, kernel: str, block_m: int, config: Any, target: Any,
         if (
             (field == "slices" and kernel not in tuning.DOWN_BACKWARDS)
             or (field == "half_tiles" and kernel not in _HALVES)
-            or (field == "descriptor" and kernel in tuning.KERNELS_4BIT)
-            or (field == "num_warps" and not 2 <= step[field] <= 8)
+            or (field == "descriptor" and kernel in (*tuning.KERNELS_4BIT, *tuning.KERNELS_FEW))
+            or (field == "num_warps" and not (1 if kernel in tuning.KERNELS_FEW else 2) <= step[field] <= 8)
         ):
             continue
         candidate = replace(config, **step)

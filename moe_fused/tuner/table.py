@@ -45,7 +45,7 @@ class TableFile:
         self._added: set[tuple[str, int, int]] = set()
         self._moved: set[tuple[str, ...]] = set()
         self._sections: tuple[str, ...] = tuning.SECTIONS
-        self._kernels: tuple[str, ...] = tuning.KERNELS
+        self._kernels: tuple[str, ...] = (*tuning.KERNELS, *tuning.KERNELS_FEW)
 
     def add(self, kernel: str, itemsize: int, block_m: int, config: Any) -> None:
         """Writes the file with ``config`` in it."""
@@ -63,8 +63,8 @@ class TableFile:
                 because a height's limit is only valid beside those of the others.
         """
         section = place[0]
-        if section == "gemv_slots":
-            self._table[section] = thresholds.gemv_slots
+        if section in ("gemv_slots", "few_slots"):
+            self._table[section] = getattr(thresholds, section)
         elif section == "dequantize_rows":
             self._table.setdefault(section, {})[place[1]] = thresholds.dequantize_rows[place[1]]
         else:

@@ -6,7 +6,9 @@
   timed that way and by way of the workspace.
 - ``gemv_slots``: the slots up to which the few-row path serves. The whole of ``moe_experts``, without gradients, is timed
   over dense and over packed weights. It runs eagerly, not as a CUDA graph: the few-row path is there because it takes
-  fewer launches, and a call must not depend on being captured.
+  fewer launches, and a call must not depend on being captured. Packed weights are multiplied on the FMA units here.
+- ``few_slots``: the slots up to which tensor cores multiply packed weights without sorting rows. ``moe_experts`` is timed as
+  a CUDA graph, which is how a decoding step runs, against the way that would serve it otherwise.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from moe_fused.benchmark import harness
 
-from .workload import INPUT_SETS, Workload, time_in_turns
+from .workload import INPUT_SETS, ROWS_OF_FEW, Workload, time_in_turns
 
 # The most that is timed: rows per expert for the borders of buckets and for dequantizing, and tokens for the few-row path.
 MOST_BUCKET_ROWS = 256
@@ -29,7 +31,7 @@ MOST_GEMV_TOKENS = 64
 # A limit that no call comes near, and one that no call is below.
 ALWAYS, NEVER = 2**31, 0
 
-SECTIONS = ("buckets", "dequantize_rows", "gemv_slots")
+SECTIONS = ("buckets", "dequantize_rows", "gemv_slots", "few_slots")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Threshold:
         section, *keys = self.place
         if section == "gemv_slots":
             return replace(thresholds, gemv_slots=size * self.factor)
+        if section == "few_slots":
+            return replace(thresholds, few_slots=size * self.factor)
         if section == "dequantize_rows":
             return replace(thresholds, dequantize_rows={**thresholds.dequantize_rows, keys[0]: size})
         kind, height = keys
@@ -75,6 +79,7 @@ def places(workload: Workload, sections: tuple[str, ...] = SECTIONS) -> list[tup
         "buckets": [("buckets", kind, str(height)) for kind in kinds for height in tuning.BUCKETS[:-1]],
         "dequantize_rows": [("dequantize_rows", kernel) for kernel in packed],
         "gemv_slots": [("gemv_slots",)],
+        "few_slots": [("few_slots",)] if "few_up_4bit" in workload.kernels() else [],
     }
     return [place for section in SECTIONS if section in sections for place in found[section]]
 
@@ -84,6 +89,8 @@ def threshold_at(workload: Workload, place: tuple[str, ...]) -> Threshold:
     section, *keys = place
     if section == "gemv_slots":
         return _gemv(workload)
+    if section == "few_slots":
+        return _few(workload)
     if section == "dequantize_rows":
         return _dequantizing(workload, keys[0])
     return _border(workload, keys[0], int(keys[1]))
@@ -148,10 +155,27 @@ def _gemv(workload: Workload) -> Threshold:
     return Threshold(("gemv_slots",), "tokens", start, 1, most, _unless_full(speedup), factor=layer.top_k)
 
 
+def _few(workload: Workload) -> Threshold:
+    """Where tensor cores stop to multiply packed weights without sorting rows, in tokens."""
+    tuning, layer = workload.tuning, workload.layer
+    start = tuning.few_slots(workload.target) // layer.top_k
+
+    def trying(limit: int) -> Any:
+        return tuning.trying_thresholds(replace(_in_use(workload), few_slots=limit))
+
+    def speedup(tokens: int) -> float | None:
+        call = _experts_call(workload, tokens, ("packed",))
+        calls = [lambda i=i: call(i) for i in range(INPUT_SETS)]
+        return workload.measure_calls(calls, trying).speedup(ALWAYS, NEVER)
+
+    most = max(start, ROWS_OF_FEW * layer.experts // layer.top_k)
+    return Threshold(("few_slots",), "tokens", start, 1, most, _unless_full(speedup), factor=layer.top_k)
+
+
 def _under(workload: Workload, limit: int, call: harness.Call) -> harness.Call:
     """``call`` with the few-row path up to ``limit`` slots. What changes the limit costs both ways the same."""
     tuning = workload.tuning
-    thresholds = replace(_in_use(workload), gemv_slots=limit)
+    thresholds = replace(_in_use(workload), gemv_slots=limit, few_slots=0)
 
     def run(i: int) -> dict[str, Tensor]:
         with tuning.trying_thresholds(thresholds):
@@ -161,12 +185,17 @@ def _under(workload: Workload, limit: int, call: harness.Call) -> harness.Call:
     return run
 
 
-def _experts_call(workload: Workload, tokens: int) -> harness.Call:
-    """The experts of a layer without gradients, over dense and, where the layer can be packed, over packed weights."""
+def _experts_call(workload: Workload, tokens: int, kinds: tuple[str, ...] = ("dense", "packed")) -> harness.Call:
+    """The experts of a layer without gradients, over dense and, where the layer can be packed, over packed weights.
+
+    Args:
+        kinds: those of both that are computed.
+    """
     unit, layer = workload.tuning.ROW_UNIT, workload.layer
     weights = {"dense": (workload.up, workload.down)}
     if layer.hidden % unit == 0 and layer.intermediate % unit == 0:
         weights["packed"] = workload.packed_weights()
+    weights = {kind: of_layer for kind, of_layer in weights.items() if kind in kinds}
     inputs = [workload.inputs(tokens) for _ in range(INPUT_SETS)]
 
     def call(i: int) -> dict[str, Tensor]:

@@ -24,6 +24,8 @@ from moe_fused.benchmark.layers import Layer
 # Rows per expert for the last bucket, which has no upper end.
 MANY_ROWS = 256
 RANK = 16  # rank of the adapters
+# The most rows of linear layers of few rows, and those that an expert may have on average in products of few slots.
+LINEAR_ROWS, ROWS_OF_FEW = 64, 8
 INPUT_SETS = 4
 SECONDS = 0.05  # duration of one timing
 
@@ -52,6 +54,7 @@ class Workload:
         self._generator = torch.Generator(device).manual_seed(0)
         self.up, self.down = random_weights(layer, self._generator)
         self._packed: tuple[Any, Any] | None = None
+        self._attention: list[Any] = []
 
     def kernels(self) -> list[str]:
         """The kernel families that this layer uses."""
@@ -64,10 +67,18 @@ class Workload:
         if inner % tuning.ROW_UNIT == 0:
             used |= {"gemm_4bit", "down_backward_4bit"}
         optional = ("gemm", "gemm_short", *tuning.KERNELS_4BIT)
-        return [name for name in tuning.KERNELS if name in used or name not in optional]
+        found = [name for name in tuning.KERNELS if name in used or name not in optional]
+        if {"up_4bit", "gemm_4bit"} <= used and self.target.backend == "cuda":
+            found += tuning.KERNELS_FEW
+        return found
 
     def heights(self, kernel: str) -> list[int]:
-        """The tile heights whose bucket has rows for ``kernel``, under the thresholds in use."""
+        """The tile heights whose bucket has rows for ``kernel``, under the thresholds in use.
+
+        Those of few rows are numbers of slots, or of rows for "few_linear_4bit".
+        """
+        if kernel in self.tuning.KERNELS_FEW:
+            return list(self._few_tokens(kernel))
         thresholds = self.tuning.thresholds_of(self.target)
         packed = kernel in self.tuning.KERNELS_4BIT
         limits = thresholds.packed if packed else thresholds.dense
@@ -82,6 +93,8 @@ class Workload:
 
     def tokens(self, kernel: str, block_m: int) -> int:
         """How many tokens give experts as many rows as the bucket ends at."""
+        if kernel in self.tuning.KERNELS_FEW:
+            return self._few_tokens(kernel)[block_m]
         thresholds = self.tuning.thresholds_of(self.target)
         if kernel in self.tuning.KERNELS_4BIT:
             end = thresholds.dequantize_rows[kernel]
@@ -89,6 +102,20 @@ class Workload:
         else:
             rows = thresholds.dense.get(block_m, max(MANY_ROWS, 2 * max(thresholds.dense.values())))
         return self.tokens_of_rows(rows)
+
+    def _few_tokens(self, kernel: str) -> dict[int, int]:
+        """The most tokens of each bucket of a kernel of few rows that is used at all."""
+        tuning, layer = self.tuning, self.layer
+        most, of_token = LINEAR_ROWS, 1
+        if kernel != "few_linear_4bit":
+            most, of_token = min(tuning.few_slots(self.target), ROWS_OF_FEW * layer.experts), layer.top_k
+        found, served = {}, 0
+        for bucket in tuning.BUCKETS:
+            last = most if bucket == tuning.BUCKETS[-1] else min(bucket, most)
+            if last // of_token > served // of_token:
+                found[bucket] = last // of_token
+            served = last
+        return found
 
     def tokens_of_rows(self, rows: int) -> int:
         """The number of tokens that give experts ``rows`` rows each, or a little fewer."""
@@ -111,6 +138,8 @@ class Workload:
     def calls(self, kernel: str, tokens: int) -> list[Callable[[], Results]]:
         """The products that ``kernel`` computes in a layer's step, for each input set; each routes its rows beforehand."""
         packed = kernel in self.tuning.KERNELS_4BIT
+        if kernel in self.tuning.KERNELS_FEW:
+            return [self._few_call(kernel, self.inputs(tokens)) for _ in range(INPUT_SETS)]
 
         def call(inputs: Inputs) -> Callable[[], Results]:
             products, routing = self._products(kernel, inputs, packed), self._route(inputs, packed)
@@ -121,7 +150,8 @@ class Workload:
     def steps(self, packed: bool, tokens: int) -> list[Callable[[], Results]]:
         """All products of a layer's step that share the map of row tiles, and making that map, for each input set."""
         kernels = [name for name in self.kernels() if (name in self.tuning.KERNELS_4BIT) == packed]
-        row_tiled = [name for name in kernels if name not in (*self.tuning.WGRADS, "shrink")]
+        others = (*self.tuning.WGRADS, "shrink", *self.tuning.KERNELS_FEW)
+        row_tiled = [name for name in kernels if name not in others]
 
         def step(inputs: Inputs) -> Callable[[], Results]:
             products = [self._products(kernel, inputs, packed) for kernel in row_tiled]
@@ -157,6 +187,44 @@ class Workload:
         routing = self.kernel.Routing.from_buffer(buffer, index.numel(), experts, top_k, packed=packed)
         self._launch.route(index, routing, DTYPE)
         return routing
+
+    def _few_call(self, kernel: str, inputs: Inputs) -> Callable[[], Results]:
+        """The product that a kernel of few rows computes."""
+        layer, launch = self.layer, self._launch
+        x, ids = inputs.hidden_states.detach(), inputs.top_k_index
+        slots, hidden, inner = ids.numel(), layer.hidden, layer.intermediate
+        if kernel == "few_linear_4bit":
+            stacks = self._projections()
+            return lambda: self._linear(x, stacks)
+        up, down = self.stacks()
+        h = torch.randn(slots, inner, generator=self._generator, device=self.device, dtype=DTYPE)
+
+        def call_up() -> Results:
+            out = h.new_zeros((slots, inner))
+            launch.few_slots(kernel, x, ids, up, None, self._gate, layer.top_k, out)
+            return {"h": out}
+
+        def call_down() -> Results:
+            out = h.new_zeros((slots, hidden), dtype=torch.float32)
+            launch.few_slots(kernel, h, ids, down, None, None, 1, out)
+            return {"z": out}
+
+        return call_up if kernel == "few_up_4bit" else call_down
+
+    def _linear(self, x: Tensor, stacks: Sequence[Any]) -> Results:
+        outs = [x.new_empty((x.shape[0], stack.shape[1])) for stack in stacks]
+        self._launch.few_rows_linear(x, stacks, [None] * len(stacks), outs)
+        return {f"out {index}": out for index, out in enumerate(outs)}
+
+    def _projections(self) -> list[Any]:
+        """Projections to queries, keys and values as wide as in Qwen3-30B-A3B relative to the hidden size."""
+        if not self._attention:
+            hidden, operands = self.layer.hidden, self._weights.operands
+            for features in (2 * hidden, hidden // 4, hidden // 4):
+                weight = torch.randn(1, features, hidden, generator=self._generator, device=self.device, dtype=DTYPE)
+                packed = self.kernel.Packed4bitWeights.quantize(weight.mul_(hidden**-0.5))
+                self._attention.append(self._weights.stack_of(*operands(packed)))
+        return self._attention
 
     def _products(self, kernel: str, inputs: Inputs, packed: bool) -> Products:
         """The products that ``kernel`` computes in a layer's step, on inputs of their own."""

@@ -55,9 +55,11 @@ def test_time_is_where_it_is_spent() -> None:
     watch.close()
     slow = watch.phases[1]
     assert slow.seconds == pytest.approx(0.5, rel=0.5)
-    assert next(iter(slow.functions)).endswith("test_bench_first_step.py:slow_on_purpose")
-    assert max(slow.functions.values()) >= 0.5 * slow.seconds
-    assert not any(name.endswith(":wait") for name in slow.functions)
+    # A process of pytest-xdist has a thread that reads.
+    functions = {name: seconds for name, seconds in slow.functions.items() if "execnet" not in name}
+    assert next(iter(functions)).endswith("test_bench_first_step.py:slow_on_purpose")
+    assert max(functions.values()) >= 0.5 * slow.seconds
+    assert not any(name.endswith(":wait") for name in functions)
 
 
 def test_kernels_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,7 +68,7 @@ class FakeMeasure:
 
 @pytest.mark.parametrize("target", [A100, H100], ids=["sm_80", "sm_90"])
 @pytest.mark.parametrize("block_m", tuning.BUCKETS)
-@pytest.mark.parametrize("kernel", tuning.KERNELS)
+@pytest.mark.parametrize("kernel", [*tuning.KERNELS, *tuning.KERNELS_FEW])
 def test_neighbours_are_a_step_away_and_valid(kernel: str, block_m: int, target: Any) -> None:
     start = tuning.launch_config(kernel, block_m, target, 2)
     found = neighbours(tuning, kernel, block_m, start, target, 2)
@@ -287,8 +287,9 @@ def workload(monkeypatch: pytest.MonkeyPatch) -> Workload:
 
 def test_every_kernel_has_calls_that_compute(workload: Workload) -> None:
     """Two configurations of these are compared."""
-    assert workload.kernels() == [name for name in tuning.KERNELS if name != "gemm"]
-    for name in workload.kernels():
+    tiled = [name for name in tuning.KERNELS if name != "gemm"]
+    assert workload.kernels() == [*tiled, *tuning.KERNELS_FEW]
+    for name in tiled:
         packed = name in tuning.KERNELS_4BIT
         assert tuple(workload.heights(name)) == tuning.BUCKETS
         for block_m in tuning.BUCKETS:
@@ -299,6 +300,32 @@ def test_every_kernel_has_calls_that_compute(workload: Workload) -> None:
         harness.compare(name, one, again, tolerance=0)
         with pytest.raises(harness.MismatchError):
             harness.compare(name, one, other)
+
+
+@pytest.mark.parametrize("name", tuning.KERNELS_FEW)
+def test_few_rows_have_calls_that_compute(name: str, workload: Workload) -> None:
+    """Buckets are numbers of slots, two for a token, or of rows. The four experts have 8 rows each at 32 slots."""
+    tokens = {bucket: workload.tokens(name, bucket) for bucket in workload.heights(name)}
+    assert tokens == ({16: 16, 32: 32, 64: 64} if name == "few_linear_4bit" else {16: 8, 32: 16})
+    measure = workload.measure(name, 16)
+    one, again, other = measure._call(0), measure._call(4), measure._call(1)
+    harness.compare(name, one, again, tolerance=0)
+    with pytest.raises(harness.MismatchError):
+        harness.compare(name, one, other)
+
+
+def test_more_tokens_of_few_rows(workload: Workload) -> None:
+    workload.layer = replace(workload.layer, experts=128, top_k=8)
+    usual = tuning.thresholds_of(workload.target)
+    for limit, tokens in (
+        (256, {16: 2, 32: 4, 64: 8, 128: 32}),
+        (128, {16: 2, 32: 4, 64: 8, 128: 16}),
+        (40, {16: 2, 32: 4, 64: 5}),
+        (0, {}),
+    ):
+        with tuning.trying_thresholds(replace(usual, few_slots=limit)):
+            found = {bucket: workload.tokens("few_up_4bit", bucket) for bucket in workload.heights("few_up_4bit")}
+            assert found == tokens
 
 
 def test_heights_without_rows_are_not_tuned(workload: Workload) -> None:
@@ -324,10 +351,10 @@ def test_heights_without_rows_are_not_tuned(workload: Workload) -> None:
 def test_a_wider_layer_has_long_products_only() -> None:
     kernel = moe_fused.get_kernel()
     workload = object.__new__(Workload)
-    workload.tuning, workload.layer = tuning, Layer("wide", 64, 1408, 2, 1)
+    workload.tuning, workload.target, workload.layer = tuning, A100, Layer("wide", 64, 1408, 2, 1)
     assert "gemm_short" not in workload.kernels()
     workload.layer = Layer("odd", 40, 12, 2, 1)
-    assert not set(tuning.KERNELS_4BIT) & set(workload.kernels())
+    assert not {*tuning.KERNELS_4BIT, *tuning.KERNELS_FEW} & set(workload.kernels())
     workload.layer = Layer("thin", 64, 32, 2, 1)  # whose down projection has no rows of whole 64s
     assert set(tuning.KERNELS_4BIT) & set(workload.kernels()) == {"up_4bit", "transposed_4bit"}
     assert kernel.moe_experts
@@ -340,7 +367,8 @@ class Thresholds:
     """
 
     def __init__(self, workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.at, self.size = 0, 0
+        self.at, self.size, self.tokens = 0, 0, 0
+        self.count: Callable[[], int] = lambda: self.size
         self.few: Any = None
         self.results: list[dict[str, torch.Tensor]] = []
         self.ways: list[bool] = []
@@ -360,6 +388,10 @@ class Thresholds:
         monkeypatch.setattr(harness, "graph_of", self.graph_of)
         monkeypatch.setattr(harness, "time_interleaved", self.time_interleaved)
 
+    def size_of_tokens(self) -> None:
+        """Calls are as large as they have tokens."""
+        self.count = lambda: self.tokens
+
     def way(self) -> bool:
         return bool(self.few(tuning.thresholds_of(self._workload.target)))
 
@@ -370,7 +402,7 @@ class Thresholds:
         return (lambda _: few), results
 
     def time_interleaved(self, calls: dict[str, Any], clock: object, seconds: float) -> dict[str, Any]:
-        times = {True: float(self.size), False: float(self.at)}
+        times = {True: float(self.count()), False: float(self.at)}
         return {name: harness.Timing(times[call(0)], 0.0) for name, call in calls.items()}
 
 
@@ -391,6 +423,7 @@ def test_which_thresholds_a_layer_has(workload: Workload) -> None:
         *(("buckets", kind, height) for kind in ("dense", "packed") for height in heights),
         *(("dequantize_rows", kernel) for kernel in tuning.KERNELS_4BIT),
         ("gemv_slots",),
+        ("few_slots",),
     ]
     assert places(workload, ("gemv_slots",)) == [("gemv_slots",)]
     workload.layer = replace(workload.layer, hidden=40, intermediate=12)
@@ -472,6 +505,23 @@ def test_the_few_row_path_is_timed_both_ways(
     assert found == pytest.approx(at, rel=0.15, abs=1)
     assert set(packed_ones) == set(ways.ways) == {True, False}
     assert threshold.laid_over(tuning.thresholds_of(workload.target), found).gemv_slots == 2 * found
+
+
+@pytest.mark.parametrize("at", [5, 12])
+def test_few_slots_are_timed_both_ways(at: int, workload: Workload, ways: Thresholds) -> None:
+    threshold = threshold_at(workload, ("few_slots",))
+    assert (threshold.start, threshold.most, threshold.factor) == (64, 64, 2)
+
+    def few(thresholds: Any) -> bool:
+        return bool(thresholds.few_slots >= 2 * ways.tokens)
+
+    ways.few, ways.at = few, at
+    ways.size_of_tokens()
+    assert search(threshold) == pytest.approx(at, rel=0.15, abs=1)
+    assert set(ways.ways) == {True, False}
+    assert all(set(results) == {"packed"} for results in ways.results)
+    usual = tuning.thresholds_of(workload.target)
+    assert threshold.laid_over(usual, 5) == replace(usual, few_slots=10)
 
 
 def test_a_size_that_does_not_fit_is_not_timed(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:

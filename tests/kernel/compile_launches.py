@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -201,17 +201,56 @@ def _packed_untiled(dtype: torch.dtype, **options: Any) -> Iterator[tuple[str, s
     def meta(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    ids = torch.empty((1, TOP_K), dtype=torch.int64, device="meta")
-    few = (meta(1, HIDDEN), ids, torch.empty((1, TOP_K), device="meta"), up, down)
-    yield "gemv 4bit", "", _call(launch.gemv_experts, *few, None, None, gate)
     biases = (meta(EXPERTS, 2 * INTERMEDIATE), meta(EXPERTS, HIDDEN))
-    yield "gemv 4bit, bias", "", _call(launch.gemv_experts, *few, *biases, gate)
+    # With up to 64 slots on any GPU, and on tensor cores where these serve few slots.
+    for few_slots in (0, 128):
+        label = "few slots 4bit" if few_slots else "gemv 4bit"
+        for few, of in ((1, (None, None)), (8, biases)):
+            inputs = (meta(few, HIDDEN), *_choices(few), up, down, *of, gate)
+            yield f"{label}, {few} tokens", "", _with_few_slots(few_slots, _call(launch.gemv_experts, *inputs))
+    for rows, out, has_bias in ((1, (4096, 512, 512), False), (16, (4096,), True), (64, (4096,), False)):
+        yield f"few rows 4bit, {rows}", "", _linear(launch, dtype, rows, out, has_bias, **options)
     yield "dequantize", "", _call(launch.dequantize, up, 0, EXPERTS, meta(*up.shape))
     # A third of the features, with their gate and up rows.
     third = INTERMEDIATE // 3
     _, runs = dequantize._runs(third, third, 2 * INTERMEDIATE, HIDDEN, gate, False)
     part = (up, runs, 0, EXPERTS, meta(EXPERTS, 2 * third, HIDDEN), routing.offsets)
     yield "dequantize a part", "", _call(dequantize.dequantize_runs, *part)
+
+
+def _choices(tokens: int) -> tuple[Tensor, Tensor]:
+    """Expert ids and routing weights."""
+    ids = torch.empty((tokens, TOP_K), dtype=torch.int64, device="meta")
+    return ids, torch.empty((tokens, TOP_K), device="meta")
+
+
+def _with_few_slots(slots: int, call: Callable[[], object]) -> Callable[[], object]:
+    """``call`` where tensor cores serve up to so many slots."""
+    tuning = module("tuning")
+
+    def calling() -> None:
+        with tuning.trying_thresholds(replace(_thresholds(), few_slots=slots)):
+            call()
+
+    return calling
+
+
+def _linear(
+    launch: Any, dtype: torch.dtype, rows: int, out: tuple[int, ...], has_bias: bool, **options: Any
+) -> Callable[[], object]:
+    """Linear layers of a few rows, one for each number of out features."""
+
+    def meta(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    stacks = []
+    for features in out:
+        form = kernel.Format4bit((1, features, HIDDEN), dtype=dtype, **options)
+        storage = (meta(*shape, of=torch.uint8) for shape in form.storage().values())
+        stacks.append(module("stages.stacks").PackedStack(form, tuple(storage)))
+    biases = [meta(features) if has_bias else None for features in out]
+    outs = [meta(rows, features) for features in out]
+    return _call(launch.few_rows_linear, meta(rows, HIDDEN), stacks, biases, outs)
 
 
 def _gemm(launch: object, a: Tensor, w: Any, routing: object, rows: int) -> Callable[[], object]:

@@ -64,6 +64,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         for name in (
             "dequantize",
             "down_backward",
+            "few_rows",
             "gemv",
             "grouped_gemm",
             "grouped_wgrad",
@@ -168,6 +169,17 @@ STAGES: dict[str, Callable[[Tensor, Tensor], object]] = {
         meta(8, 64), ids, weights, meta(4, 64, 64), meta(4, 64, 32), None, None, GATE
     ),
 }
+
+
+def packed(experts: int, out_features: int, in_features: int) -> object:
+    form = kernel.Format4bit((experts, out_features, in_features), dtype=torch.bfloat16)
+    storage = (meta(*shape, dtype=torch.uint8) for shape in form.storage().values())
+    return module("stages.stacks").PackedStack(form, tuple(storage))
+
+
+STAGES["few_slots"] = lambda weights, ids: launch.gemv_experts(
+    meta(8, 64), ids, weights, packed(4, 128, 64), packed(4, 64, 64), None, None, GATE
+)
 
 
 @pytest.mark.parametrize("stage", STAGES)

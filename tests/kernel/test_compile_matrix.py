@@ -26,6 +26,9 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="nothing to compile witho
 MAX_SPILLS = 96
 # The limit for products over packed weights in fp32, which few ask for: there, registers hold both halves of an operand.
 MAX_SPILLS_PACKED_FP32 = 256
+# The limit for products of few slots. Their registers are limited so that three programs fit a multiprocessor, and what does
+# not fit is stored before the loop over in features and read after it.
+MAX_SPILLS_FEW_SLOTS = 160
 
 # The families that stages with adapters and without launch between them.
 FAMILIES_ADAPTED = (
@@ -135,6 +138,8 @@ def test_every_launch_fits_its_target(case: MatrixCase) -> None:
     assert too_large == [], f"more shared memory than the {target.shared_memory} bytes of {case.id}"
 
     def allowed(launch: Launch) -> int:
+        if launch.kernel == "few_slots_kernel":
+            return MAX_SPILLS_FEW_SLOTS
         packed = launch.kernel.startswith("packed_")
         return MAX_SPILLS_PACKED_FP32 if packed and case.dtype == "float32" else MAX_SPILLS
 

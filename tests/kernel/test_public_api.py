@@ -17,7 +17,7 @@ import torch
 from tests.kernel.accuracy import assert_accurate
 from tests.kernel.cases import ExpertsCase, gradients, make_inputs, plain_experts, plain_gate, run_experts
 from tests.kernel.lora_cases import Factors, LoraCase, assert_equals_merged, lora_gradients, make_lora_inputs
-from tests.kernel.machine import DEVICE, INTERPRETED, ON_GPU, kernel
+from tests.kernel.machine import DEVICE, INTERPRETED, ON_GPU, kernel, module
 from tests.kernel.packed_cases import PackedCase, dequantized, make_packed_inputs, packed_gradients, run_packed
 
 CI = pytest.mark.kernels_ci
@@ -141,6 +141,44 @@ def test_linear(packed: bool) -> None:
     truth, torchs = results(torch.float64), results(DTYPE)
     for name, value in results(None).items():
         assert_accurate(name, value, truth[name], torchs[name], slack=3.0)
+
+
+@CI
+def test_linear_of_a_few_rows() -> None:
+    """A matrix in the memory that bitsandbytes would have it in, and one with a bias beside it."""
+    torch.manual_seed(0)
+    stacks = [torch.randn(1, features, 128, device=DEVICE, dtype=DTYPE) / 8 for features in (48, 20)]
+    weights = [kernel.Packed4bitWeights.quantize(stacks[0]), kernel.Packed4bitWeights.quantize(stacks[1], blocksize=32)]
+    piece = kernel.interchange.piece_of(weights[0], 0)
+    weights[0] = kernel.interchange.matrix_of_piece(piece, weights[0].format)
+    x = torch.randn(5, 128, device=DEVICE, dtype=DTYPE)
+    biases = [None, torch.randn(20, device=DEVICE, dtype=DTYPE)]
+
+    def plain(dtype: torch.dtype) -> list[torch.Tensor]:
+        dense = [dequantized(weight)[0].to(dtype) for weight in weights]
+        products = [x.to(dtype) @ matrix.T for matrix in dense]
+        return [products[0], products[1] + biases[1].to(dtype)]
+
+    ours, truth, torchs = kernel.linear_4bit(x, weights, biases), plain(torch.float64), plain(DTYPE)
+    for index, y in enumerate(ours):
+        assert_accurate(f"y[{index}]", y, truth[index], torchs[index])
+
+
+@CI
+def test_the_reference_of_few_slots() -> None:
+    """Rows of slots of any order; those of no expert here stay as they are."""
+    torch.manual_seed(0)
+    weights = kernel.Packed4bitWeights.quantize(torch.randn(3, 16, 64, device=DEVICE), blocksize=32)
+    stack = module("weights").stack_of(*module("weights").operands(weights))
+    ids, a, bias = torch.tensor([2, 9, 0, 2], device=DEVICE), torch.randn(2, 64, device=DEVICE), torch.randn(3, 16)
+    out = torch.full((4, 16), -1.0, device=DEVICE)
+    kernel.reference.few_slots("few_up_4bit", a, ids, stack, bias.to(DEVICE), None, 2, out)
+    dense = dequantized(weights)
+    for slot, expert in enumerate(ids.tolist()):
+        expected = (
+            dense[expert] @ a[slot // 2] + bias[expert].to(DEVICE) if expert < 3 else torch.full_like(out[0], -1.0)
+        )
+        torch.testing.assert_close(out[slot], expected, rtol=1e-3, atol=1e-3)
 
 
 @CI

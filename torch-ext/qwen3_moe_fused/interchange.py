@@ -123,6 +123,25 @@ def stack_of_pieces(
     return Packed4bitWeights.of_parts(parts(), format, device)
 
 
+def matrix_of_piece(piece: Piece, format: Format4bit) -> Packed4bitWeights:
+    """A stack of one matrix, in the memory of a piece whose tensors are contiguous.
+
+    Args:
+        piece: the matrix.
+        format: of the stack, with one expert and one projection.
+
+    Raises:
+        TypeError, ValueError: the piece does not fit the format: why. Or a format of more than one matrix, or one that
+            bitsandbytes does not have.
+    """
+    _check_format(format)
+    num_experts, out_features, in_features = format.shape
+    if num_experts * format.projections != 1:
+        raise ValueError(f"format must be of one matrix, got {num_experts} experts of {format.projections} projections")
+    tensors = _checked("piece", piece).tensors("piece", out_features * in_features, format)
+    return Packed4bitWeights(format, **{part: value.view(torch.uint8)[None] for part, value in tensors.items()})
+
+
 def stack_of_fused_pieces(
     pieces: Sequence[Piece], format: Format4bit, device: torch.device | str | int | None = None
 ) -> Packed4bitWeights:

@@ -1,6 +1,10 @@
-"""``moe_fused_linear``: one grouped linear layer over rows sorted by expert, with adapters."""
+"""``moe_fused_linear``: one grouped linear layer over rows sorted by expert, with adapters. And ``linear_4bit``: ordinary
+linear layers of a few rows, several in one launch.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +13,7 @@ from . import checks
 from .lora import Loras, LoraWeights, fused, is_separate
 from .lora import check as check_loras
 from .ops.arguments import NO_LORA, StackArguments
+from .ops.few_rows import SEPARATOR, FewRowsArguments, few_rows_linear, parts_of
 from .ops.linear import Linear, LinearForward, Rows, grouped_linear
 from .ops.permute import RouteSortedArguments, sorted_routing_buffer
 from .packed import Packed4bitWeights
@@ -118,3 +123,70 @@ def moe_fused_linear(
 
 
 moe_fused_linear_4bit = moe_fused_linear
+
+
+def linear_4bit(
+    input: Tensor, weights: Sequence[Packed4bitWeights], biases: Sequence[Tensor | None] | None = None
+) -> list[Tensor]:
+    """Linear layers over the same few rows: ``output[m][t, o] = Σ_i weights[m][0, o, i] · input[t, i] + biases[m][o]``.
+
+    This is for generation. Up to three matrices share a launch, as the projections to queries, keys and values do. More than
+    64 rows are computed 64 at a time, each time with all weights. Weights are rounded to the dtype that it computes in
+    before they are multiplied, and sums are fp32. It computes in the dtype of the weights (of autocast, where it is on).
+    It has no gradient; ``moe_fused_linear`` has one.
+
+    Args:
+        input: (T, in); any strides.
+        weights: for each layer one matrix, a stack (1, out, in); their out features and formats may differ.
+        biases: (out,) or None for each layer; None if there are none.
+
+    Returns:
+        (T, out) for each layer, in the dtype it computed in.
+
+    Raises:
+        TypeError: not a tensor or not packed, or of a dtype that does not fit.
+        ValueError: a shape or device that does not fit, or a number of biases.
+        NotImplementedError: a gradient of the input or of a bias is asked for.
+        RuntimeError: a GPU or Triton version that is not supported.
+    """
+    weights = tuple(weights)
+    if not weights:
+        raise ValueError("weights must be at least one matrix, got none")
+    biases = (None,) * len(weights) if biases is None else tuple(biases)
+    if len(biases) != len(weights):
+        raise ValueError(f"biases must be {len(weights)}, as many as weights, got {len(biases)}")
+    checks.tensor("input", input, ("T", "in"))
+    autocast = autocast_dtype(input.device)
+    operands_of: list[tuple[Tensor, list[Tensor], str]] = []
+    tensors: list[Tensor] = []
+    for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        name = f"weights[{index}]"
+        if not isinstance(weight, Packed4bitWeights):
+            raise TypeError(f"{name} must be Packed4bitWeights, got {type(weight).__name__}")
+        check(name, weight, (1, "out", input.shape[1]))
+        checks.device(name, weight, "input", input)
+        if autocast is None:
+            checks.dtype(name, weight, (input.dtype,), " like input")
+        operands_of.append(operands(weight if autocast is None else weight.to(dtype=autocast)))
+        if bias is None:
+            tensors.append(input.new_empty(0))
+            continue
+        checks.tensor(f"biases[{index}]", bias, (weight.shape[1],))
+        checks.device(f"biases[{index}]", bias, "input", input)
+        if autocast is None:
+            checks.dtype(f"biases[{index}]", bias, (input.dtype,), " like input")
+        tensors.append(bias.to(input.dtype if autocast is None else autocast))
+    checks.dtype("input", input, checks.FLOAT_DTYPES)
+    if torch.is_grad_enabled() and any(value.requires_grad for value in (input, *tensors)):
+        raise NotImplementedError(
+            "input and biases must not require a gradient: linear_4bit has none, moe_fused_linear has"
+        )
+    packed, scales, formats = zip(*operands_of, strict=True)
+    arguments = FewRowsArguments(
+        input if autocast is None else input.to(autocast),
+        list(packed),
+        [scale for each in scales for scale in each],
+        SEPARATOR.join(formats),
+        tensors,
+    )
+    return parts_of(few_rows_linear(arguments), input.shape[0], [weight.shape[1] for weight in weights])

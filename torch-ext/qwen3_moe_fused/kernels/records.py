@@ -56,6 +56,20 @@ class PackedTensors(NamedTuple):
     code: Any
 
 
+class MatrixTensors(NamedTuple):
+    """One 4-bit matrix of a product of few rows.
+
+    Attributes:
+        weight: ``PackedTensors`` of a stack of one matrix (1, N, K).
+        bias: (N,).
+        out: (T, N) out.
+    """
+
+    weight: Any
+    bias: Any
+    out: Any
+
+
 class Outputs(NamedTuple):
     """What an up projection writes; a plain product writes ``h`` alone.
 
@@ -213,6 +227,42 @@ class Tile(NamedTuple):
     PRECISION: str
     HALF: bool = False
     SLICES: int = 1
+
+
+class FewRowsTile(NamedTuple):
+    """The tile of a program of few rows. It has a warp for each part of the columns and each part of the inner dimension.
+
+    Attributes:
+        M: rows, from 8 on.
+        N: columns of a part.
+        K: elements of the inner dimension a step, in each of its parts.
+        PARTS: parts of the columns.
+        SPLIT: parts of the inner dimension, whose products are summed.
+        PRECISION: of tl.dot in fp32.
+        PREFETCH: a program asks for all of its weights at once, where words are dequantized in PTX.
+    """
+
+    M: int
+    N: int
+    K: int
+    PARTS: int
+    SPLIT: int
+    PRECISION: str
+    PREFETCH: bool
+
+
+class MatrixLayout(NamedTuple):
+    """One matrix of ``few_rows_kernel``.
+
+    Attributes:
+        N: out features; 0 where there is no such matrix.
+        FORMAT: ``FormatCode``.
+        HAS_BIAS: a bias is added.
+    """
+
+    N: int
+    FORMAT: Any
+    HAS_BIAS: bool
 
 
 class ByteRuns(NamedTuple):

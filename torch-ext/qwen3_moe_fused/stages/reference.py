@@ -7,7 +7,7 @@ over the experts that have rows, which needs their counts on the host: free on a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -312,6 +312,50 @@ def dequantize(stack: PackedStack, first: int, count: int, out: Tensor) -> None:
         parts = {name: value.narrow(0, first + expert, 1) for name, value in tensors.items()}
         blocks = pairs.index_select(0, parts["packed"].flatten().int()).view(-1, one.blocksize)
         out[expert].view(blocks.shape).copy_(blocks.mul_(weight_format.scales(one, parts).view(-1, 1)))
+
+
+def few_slots(
+    family: str,
+    a: Tensor,
+    ids: Tensor,
+    stack: PackedStack,
+    bias: Tensor | None,
+    gate: Gate | None,
+    top_k: int,
+    out: Tensor,
+) -> None:
+    """A product of the rows of a few slots, whose experts need not be sorted.
+
+    out[slot] = gate(a[slot // top_k] · stack[expert of slot]ᵀ + bias[expert]). Slots of other experts are left as they are.
+
+    Args:
+        family: "few_up_4bit" or "few_down_4bit", as which a launch is configured.
+        a: (S // top_k, K). ids: S expert ids.
+        stack: (E, 2·N or N, K). bias: (E, 2·N or N) or None.
+        gate: None for a plain product.
+        out: (S, N), overwritten.
+    """
+    for slot, expert in enumerate(ids.flatten().tolist()):
+        if 0 <= expert < stack.shape[0]:
+            row = a[slot // top_k : slot // top_k + 1] @ _matrix(stack, expert, a.dtype).mT
+            if bias is not None:
+                row = row + bias[expert]
+            out[slot] = row[0] if gate is None else apply_gate(row, gate)[0]
+
+
+def few_rows_linear(
+    x: Tensor, stacks: Sequence[PackedStack], biases: Sequence[Tensor | None], outs: Sequence[Tensor]
+) -> None:
+    """Products of a few rows with several 4-bit matrices.
+
+    Args:
+        x: (T, K).
+        stacks: of one matrix each, (1, N, K); N may differ.
+        biases: (N,) or None, of each.
+        outs: (T, N) of each, contiguous, overwritten.
+    """
+    for stack, bias, out in zip(stacks, biases, outs, strict=True):
+        out.copy_(torch.nn.functional.linear(x, _matrix(stack, 0, x.dtype), bias))
 
 
 def use_gemv(num_tokens: int, top_k: int, up: Stack, down: Stack) -> bool:

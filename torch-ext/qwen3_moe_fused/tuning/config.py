@@ -26,6 +26,9 @@ KERNELS_4BIT = ("up_4bit", "gemm_4bit", "transposed_4bit", "down_backward_4bit")
 DOWN_BACKWARDS = ("down_backward", "down_backward_4bit")
 KERNELS = ("up", "gemm", "gemm_short", "down_backward", "wgrad", "shrink", "wgrad_thin", *KERNELS_4BIT)
 WGRADS = ("wgrad", "wgrad_thin")
+# The families of few rows over packed weights. Their buckets are not heights of tiles: they count slots, or rows for
+# "few_linear_4bit", up to which a configuration serves. The last bucket has no end.
+KERNELS_FEW = ("few_up_4bit", "few_down_4bit", "few_linear_4bit")
 SHORT_K = 1024
 
 # The heights of row tiles, by which configurations are looked up.
@@ -45,6 +48,11 @@ class LaunchConfig:
         descriptor: load weights (and rows, where they are not gathered) through a tensor descriptor (TMA) if the layout
             allows it.
         half_tiles: the last row tile of an expert is computed at half the height where its rows fit in that.
+        split_k: of ``KERNELS_FEW``: into how many parts a program divides the inner dimension. Each part of it and of the
+            columns has a warp.
+        registers: of ``KERNELS_FEW`` on NVIDIA GPUs: the most that a thread may have, or 0. The compiler takes more than it
+            needs, which leaves room for fewer programs.
+        prefetch: of ``KERNELS_FEW`` on NVIDIA GPUs: a program first asks for all of its weights to be brought into the L2.
         slices: number of column slices in which the epilogue of ``DOWN_BACKWARDS`` works on its tile, one after the other,
             to save registers.
     """
@@ -57,6 +65,9 @@ class LaunchConfig:
     descriptor: bool = False
     slices: int = 1
     half_tiles: bool = False
+    split_k: int = 1
+    registers: int = 0
+    prefetch: bool = False
 
     def __hash__(self) -> int:  # every launch asks; the hash of all fields takes five times as long
         return 1024 * self.block_m + self.block_n
@@ -75,12 +86,15 @@ class Thresholds:
         dequantize_rows: rows per expert up to which a kernel of ``KERNELS_4BIT`` dequantizes the weights that it multiplies.
             Above it the weights are dequantized into a workspace first.
         gemv_slots: slots (tokens times top_k) up to which the few-row path serves a call without gradients.
+        few_slots: the same for packed weights that tensor cores multiply, in 16 bits on NVIDIA GPUs. It is 0 until a GPU was
+            measured, because estimates alone speak for it.
     """
 
     dense: Mapping[int, int]
     packed: Mapping[int, int]
     dequantize_rows: Mapping[str, int]
     gemv_slots: int
+    few_slots: int = 0
 
     def check(self) -> None:
         """Raises ValueError if a shorter tile would serve more rows than a taller one."""
@@ -110,6 +124,9 @@ def tile_height(block_m: int, itemsize: int) -> int:
 
 def shared_memory(kernel: str, config: LaunchConfig, itemsize: int) -> int:
     """Bytes of shared memory that the pipelined operand tiles of ``config`` take, without the compiler's own scratch."""
+    if kernel in KERNELS_FEW:
+        rows = config.split_k * config.block_m * config.block_k * itemsize
+        return config.num_stages * (rows + config.split_k * config.block_n * config.block_k // 2)
     if kernel in KERNELS_4BIT:
         rows = config.block_k * config.block_m * itemsize
         weights = config.block_k * config.block_n * (2 if kernel == "up_4bit" else 1)
@@ -132,12 +149,16 @@ def check(kernel: str, config: LaunchConfig, target: Target, itemsize: int) -> N
         value = getattr(config, field)
         if value < 1 or value & (value - 1):
             raise ValueError(f"{field} must be a power of two, got {value}")
-    if min(config.block_m, config.block_n, config.block_k) < 16:
+    if kernel in KERNELS_FEW:
+        _check_few(config)
+    elif min(config.block_m, config.block_n, config.block_k) < 16:
         raise ValueError(f"blocks must be at least 16 for tl.dot, got {config}")
     if not 1 <= config.num_stages <= 8 or config.num_warps > 16:
         raise ValueError(f"num_stages must be 1 to 8 and num_warps at most 16, got {config}")
     if config.descriptor and not target.has_descriptors:
         raise ValueError(f"descriptors need compute capability 9.0, got {target.arch}")
+    if kernel not in KERNELS_FEW and (config.split_k, config.registers, config.prefetch) != (1, 0, False):
+        raise ValueError(f"split_k, registers and prefetch are for {', '.join(KERNELS_FEW)} alone, got {config}")
     need = shared_memory(kernel, config, itemsize)
     if need > target.shared_memory:
         raise ValueError(f"{config} needs {need} bytes of shared memory, {target.arch} has {target.shared_memory}")
@@ -151,9 +172,27 @@ def check(kernel: str, config: LaunchConfig, target: Target, itemsize: int) -> N
         raise ValueError(f"slices must be 1, 2, 4 or 8 of at least 16 columns, got {config}")
 
 
+def _check_few(config: LaunchConfig) -> None:
+    """The part of ``check`` that is about tiles of few rows."""
+    if config.block_m < 8 or config.block_k % ROW_UNIT:
+        raise ValueError(f"tiles of few rows need block_m from 8 on and block_k a multiple of {ROW_UNIT}, got {config}")
+    parts = config.num_warps // config.split_k if config.split_k in (1, 2, 4, 8, 16) else 0
+    if parts < 1 or config.block_n < 16 * parts:
+        raise ValueError(
+            f"split_k must be a power of two up to num_warps, and leave each warp 16 columns of block_n, got {config}"
+        )
+    if config.registers and not 64 <= config.registers <= 255:
+        raise ValueError(f"registers must be 0, or 64 to 255, got {config.registers}")
+
+
+def bucket_of_few(count: int) -> int:
+    """The bucket of so many slots or rows."""
+    return next((limit for limit in BUCKETS if count <= limit), BUCKETS[-1])
+
+
 def check_bucket(kernel: str, block_m: int, config: LaunchConfig, itemsize: int) -> None:
     """Raises ValueError unless ``config`` has the row tiles of its bucket, which all kernels of a call share."""
-    if kernel not in WGRADS and config.block_m != tile_height(block_m, itemsize):
+    if kernel not in (*WGRADS, *KERNELS_FEW) and config.block_m != tile_height(block_m, itemsize):
         raise ValueError(
             f"{kernel}: block_m must be the {tile_height(block_m, itemsize)} of its bucket, got {config.block_m}"
         )
@@ -161,7 +200,9 @@ def check_bucket(kernel: str, block_m: int, config: LaunchConfig, itemsize: int)
 
 def default_config(kernel: str, block_m: int, target: Target, itemsize: int) -> LaunchConfig:
     """The analytic default: the tile of the bucket, cut down until it fits the target."""
-    if kernel in KERNELS_4BIT:
+    if kernel in KERNELS_FEW:
+        config = _few_rows_tile(kernel, block_m, target, itemsize)
+    elif kernel in KERNELS_4BIT:
         config = _packed_tile(kernel, block_m, target, itemsize)
     elif itemsize == 4:
         config = _single_precision_tile(kernel, block_m)
@@ -178,7 +219,7 @@ def fitted(kernel: str, config: LaunchConfig, target: Target, itemsize: int) -> 
     """``config`` with fewer stages, then a shorter block_k, until its tiles fit the shared memory of ``target``."""
     while config.num_stages > 2 and shared_memory(kernel, config, itemsize) > target.shared_memory:
         config = replace(config, num_stages=config.num_stages - 1)
-    least = ROW_UNIT if kernel in KERNELS_4BIT else 16
+    least = ROW_UNIT if kernel in (*KERNELS_4BIT, *KERNELS_FEW) else 16
     while config.block_k > least and shared_memory(kernel, config, itemsize) > target.shared_memory:
         config = replace(config, block_k=config.block_k // 2)
     return config
@@ -212,6 +253,22 @@ def _packed_tile(kernel: str, block_m: int, target: Target, itemsize: int) -> La
             return LaunchConfig(128, 64, 64, 8, 3, slices=2)
         return LaunchConfig(128, 64 if kernel == "up_4bit" else 128, 64, 4, 3)
     return LaunchConfig(height, 64 if kernel == "up_4bit" else 128, 64, 8 if height == 128 else 4, 3)
+
+
+def _few_rows_tile(kernel: str, bucket: int, target: Target, itemsize: int) -> LaunchConfig:
+    """The default of few rows over packed weights: 128 weights a thread and step, which is what it has registers for.
+
+    Experts give programs enough for all multiprocessors. A single matrix does not, so warps divide its inner dimension. The
+    bits of a slot's result depend on block_k and split_k. These are the same in every bucket of the experts' kernels, so
+    that the bits do not depend on how many slots there are.
+    """
+    if kernel != "few_linear_4bit":
+        return LaunchConfig(8, 64, 256, 4, 3, registers=168, prefetch=bucket == BUCKETS[0])
+    height = min(bucket, 64 if target.shared_memory > _ROOMY else 32)
+    if itemsize == 4:
+        return LaunchConfig(min(height, 16), 16, 64, 4, 2, split_k=4, prefetch=True)
+    # The rows of a step lie in registers, too.
+    return LaunchConfig(height, 16, {16: 256, 32: 128}.get(height, 64), 4, 3, split_k=4, prefetch=True)
 
 
 def _single_precision_tile(kernel: str, block_m: int) -> LaunchConfig:

@@ -3,7 +3,8 @@
 A table is a JSON file named for a GPU (``sm_90.json``, ``gfx942.json``) or for a family (``hopper.json``). It holds only
 what was measured, in sections that may each be missing:
 
-    {"why": {...}, "gemv_slots": 64, "dequantize_rows": {kernel: rows}, "buckets": {"dense": {height: rows}, "packed": ...},
+    {"why": {...}, "gemv_slots": 64, "few_slots": 128, "dequantize_rows": {kernel: rows},
+     "buckets": {"dense": {height: rows}, "packed": ...},
      kernel: {bytes per element: {height: fields of a LaunchConfig}}}
 
 "why" is text for people: a string, or a list of strings, for each section. Tables are laid one over the other, entry by
@@ -31,8 +32,10 @@ from .config import (
     DEFAULT_THRESHOLDS,
     KERNELS,
     KERNELS_4BIT,
+    KERNELS_FEW,
     LaunchConfig,
     Thresholds,
+    bucket_of_few,
     check,
     check_bucket,
     default_config,
@@ -44,7 +47,7 @@ CONFIGS = Path(__file__).parent / "configs"
 CONFIGS_VARIABLE = "MOE_FUSED_CONFIGS"
 
 # The sections of a table that are not kernels, in the order in which they are written.
-THRESHOLD_SECTIONS = ("gemv_slots", "dequantize_rows", "buckets")
+THRESHOLD_SECTIONS = ("gemv_slots", "few_slots", "dequantize_rows", "buckets")
 SECTIONS = ("why", *THRESHOLD_SECTIONS)
 
 Table = dict[str, Any]
@@ -107,7 +110,7 @@ class _Reader:
         for section, value in self.level(table).items():
             if section == "why":
                 self._why(value)
-            elif section == "gemv_slots":
+            elif section in ("gemv_slots", "few_slots"):
                 self.count(value, section)
             elif section == "dequantize_rows":
                 for kernel, rows in self.level(value, section).items():
@@ -137,7 +140,7 @@ class _Reader:
         for size, by_bucket in self.level(by_size, kernel).items():
             for block_m, values in self.level(by_bucket, kernel, size).items():
                 place = (kernel, size, block_m)
-                known = kernel in KERNELS and size in ("2", "4") and block_m in map(str, BUCKETS)
+                known = kernel in (*KERNELS, *KERNELS_FEW) and size in ("2", "4") and block_m in map(str, BUCKETS)
                 if not known or not set(self.level(values, *place)) <= self._fields:
                     raise ValueError(f"{self._path}: {self.at(*place)} does not describe a LaunchConfig: {values}")
                 if not all(isinstance(value, int) for value in values.values()):
@@ -205,6 +208,7 @@ def _measured_thresholds(arch: int | str) -> Thresholds:
             packed={**thresholds.packed, **_by_height(buckets.get("packed", {}))},
             dequantize_rows={**thresholds.dequantize_rows, **table.get("dequantize_rows", {})},
             gemv_slots=table.get("gemv_slots", thresholds.gemv_slots),
+            few_slots=table.get("few_slots", thresholds.few_slots),
         )
         try:
             thresholds.check()
@@ -261,6 +265,16 @@ def dequantizes_in_product(kernel: str, num_rows: int, num_experts: int, target:
 def gemv_slots(target: Target) -> int:
     """Slots (tokens times top_k) up to which the few-row path serves a call without gradients."""
     return thresholds_of(target).gemv_slots
+
+
+def few_slots(target: Target) -> int:
+    """Slots up to which tensor cores multiply packed weights without sorting, in a call without gradients."""
+    return thresholds_of(target).few_slots
+
+
+def few_config(kernel: str, count: int, target: Target, itemsize: int) -> LaunchConfig:
+    """The configuration of a kernel of ``KERNELS_FEW`` for so many slots, or rows of "few_linear_4bit"."""
+    return launch_config(kernel, bucket_of_few(count), target, itemsize)
 
 
 @functools.cache

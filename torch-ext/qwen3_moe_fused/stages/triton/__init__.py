@@ -6,6 +6,7 @@ What depends on the layer alone, not on the number of tokens, is worked out once
 
 from .dequantize import dequantize
 from .down_backward import down_backward
+from .few_rows import few_rows_linear, few_slots
 from .gemv import gemv_experts
 from .grouped_gemm import grouped_gemm, grouped_up, shrink
 from .grouped_wgrad import grouped_row_sum, grouped_wgrad
@@ -19,6 +20,8 @@ __all__ = [
     "dequantize",
     "dispatch",
     "down_backward",
+    "few_rows_linear",
+    "few_slots",
     "gemv_experts",
     "grouped_gemm",
     "grouped_row_sum",

@@ -206,6 +206,7 @@ class BoundKernel:
         constants: values of the kernel's ``tl.constexpr`` parameters, by name.
         num_warps, num_stages: of Triton.
         fp_fusion: additions may take products unrounded.
+        registers: the most that a thread may have, on NVIDIA GPUs; 0 leaves it to the compiler.
     """
 
     __slots__ = ("_launchers", "_ordinary", "constants", "kernel", "options")
@@ -217,6 +218,7 @@ class BoundKernel:
         num_warps: int = 4,
         num_stages: int = 3,
         fp_fusion: bool = True,
+        registers: int = 0,
     ) -> None:
         names = kernel.arg_names[-len(constants) :]
         if set(constants) != set(names):
@@ -226,6 +228,8 @@ class BoundKernel:
         self.options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
         if not fp_fusion:
             self.options["enable_fp_fusion"] = False
+        if registers:
+            self.options["maxnreg"] = registers
         self._launchers: dict[tuple[Any, ...], Launcher] = {}
         # Keys of the kernels that only Triton's front door launches.
         self._ordinary: set[tuple[Any, ...]] = set()

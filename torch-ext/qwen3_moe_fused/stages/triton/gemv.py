@@ -1,4 +1,7 @@
-"""Launches of ``kernels.gemv`` and, for packed weights, of ``kernels.packed_gemv``: the expert MLP of a few slots."""
+"""Launches of ``kernels.gemv`` and, for packed weights, of ``kernels.packed_gemv``: the expert MLP of a few slots.
+
+Packed weights that tensor cores multiply go to ``few_rows``.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ from ...activations import Gate
 from ...kernels.gemv import gemv_down_kernel, gemv_up_kernel
 from ...kernels.records import DenseLayout
 from ..stacks import PackedStack, Stack
-from . import packed_gemv
+from . import packed_gemv, paths
 from .bound_kernel import BoundKernel
+from .few_rows import few_slots_experts
 from .operands import cdiv, gate_layout, in_ptx, packed_tensors, power_of_2
 
 # Output features a program computes.
@@ -79,6 +83,10 @@ def gemv_experts(
         (T, H) in the dtype of x.
     """
     num_tokens, top_k = top_k_index.shape
+    if paths.multiplies_few_slots(num_tokens * top_k, up, down):
+        assert isinstance(up, PackedStack)
+        assert isinstance(down, PackedStack)
+        return few_slots_experts(x, top_k_index, top_k_weights, up, down, up_bias, down_bias, gate)
     sizes = down.shape
     _, hidden, intermediate = sizes
     x, ids = x.contiguous(), top_k_index.contiguous()

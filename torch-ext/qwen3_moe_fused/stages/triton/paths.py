@@ -2,7 +2,8 @@
 
 A dense stack is read as it is. Packed weights have three ways:
 
-- Few slots and no gradient to come: matrix-vector products, slot by slot, which dequantize what they read (``use_gemv``).
+- Few slots and no gradient to come: products slot by slot, which dequantize what they read (``use_gemv``), on tensor cores
+  where these do not round (``multiplies_few_slots``).
 - Few rows to an expert: grouped GEMMs dequantize what they multiply, if the layout allows it.
 - Many rows: every row tile would dequantize its expert again, so the dense kernels run over a workspace into which some
   features of all experts with rows are dequantized at a time (``dequantize.dense_parts``).
@@ -56,6 +57,10 @@ _PACKED_FAMILIES: dict[str, tuple[str | None, str | None]] = {
 }
 
 
+# Rows that an expert may have on average where rows are not sorted. Its tiles have as many, and each dequantizes again.
+ROWS_OF_FEW = 8
+
+
 def product_path(
     family: str, stack: Stack, num_rows: int, routing: Routing, like: Tensor, plain: bool = True
 ) -> tuple[Path, LaunchConfig]:
@@ -96,14 +101,37 @@ def is_readable(stack: PackedStack) -> bool:
 def use_gemv(num_tokens: int, top_k: int, up: Stack, down: Stack) -> bool:
     """``reference.use_gemv``: with few slots sorting costs more launches than sharing weights saves bytes.
 
-    In a CUDA graph, where launches cost nothing, products over packed weights are faster from 4 tokens on: on an H100,
-    of a Qwen3-30B-A3B layer, 73 against 82 µs, with 8 tokens 112 against 149. But a call must not depend on being
-    captured: nobody has compiled what it takes then.
+    In a CUDA graph, where launches cost nothing, products over packed weights that are sorted are faster from 4 tokens on
+    than matrix-vector products: on an H100, of a Qwen3-30B-A3B layer, 73 against 82 µs, with 8 tokens 112 against 149. But a
+    call must not depend on being captured: nobody has compiled what it takes then.
     """
     num_slots = num_tokens * top_k
-    if not 0 < num_slots <= tuning.gemv_slots(tuning.target_of(down.device)) or down.numel() == 0:
+    if num_slots == 0 or down.numel() == 0:
+        return False
+    if multiplies_few_slots(num_slots, up, down):
+        return True
+    if num_slots > tuning.gemv_slots(tuning.target_of(down.device)):
         return False
     if not isinstance(up, PackedStack) or not isinstance(down, PackedStack):
         return isinstance(up, Tensor) and isinstance(down, Tensor)
+    return _is_readable_by_slots(num_slots, up, down)
+
+
+def multiplies_few_slots(num_slots: int, up: Stack, down: Stack) -> bool:
+    """Whether tensor cores multiply the rows of so many slots with packed weights, without sorting them.
+
+    In fp32 they would round, and elsewhere than on NVIDIA GPUs nobody has compiled it.
+    """
+    if not isinstance(up, PackedStack) or not isinstance(down, PackedStack) or up.format.dtype.itemsize != 2:
+        return False
+    target = tuning.target_of(down.device)
+    most = min(tuning.few_slots(target), ROWS_OF_FEW * down.shape[0])
+    if target.backend != "cuda" or num_slots > most:
+        return False
+    return _is_readable_by_slots(num_slots, up, down)
+
+
+def _is_readable_by_slots(num_slots: int, up: PackedStack, down: PackedStack) -> bool:
+    """Whether the kernels that do not sort rows take both stacks as they are, and are faster than the workspace."""
     readable = not up.transposed and not down.transposed and is_readable(up)
     return readable and dequantizes("gemm_4bit", down, num_slots, down.packed)
