@@ -158,7 +158,7 @@ def _gemv(workload: Workload) -> Threshold:
 def _few(workload: Workload) -> Threshold:
     """Where tensor cores stop to multiply packed weights without sorting rows, in tokens."""
     tuning, layer = workload.tuning, workload.layer
-    start = tuning.few_slots(workload.target) // layer.top_k
+    start = (tuning.few_slots(workload.target) or tuning.FEW_SLOTS) // layer.top_k
 
     def trying(limit: int) -> Any:
         return tuning.trying_thresholds(replace(_in_use(workload), few_slots=limit))

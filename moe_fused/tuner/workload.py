@@ -108,7 +108,8 @@ class Workload:
         tuning, layer = self.tuning, self.layer
         most, of_token = LINEAR_ROWS, 1
         if kernel != "few_linear_4bit":
-            most, of_token = min(tuning.few_slots(self.target), ROWS_OF_FEW * layer.experts), layer.top_k
+            slots = tuning.few_slots(self.target) or tuning.FEW_SLOTS
+            most, of_token = min(slots, ROWS_OF_FEW * layer.experts), layer.top_k
         found, served = {}, 0
         for bucket in tuning.BUCKETS:
             last = most if bucket == tuning.BUCKETS[-1] else min(bucket, most)

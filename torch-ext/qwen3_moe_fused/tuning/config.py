@@ -29,6 +29,8 @@ WGRADS = ("wgrad", "wgrad_thin")
 # The families of few rows over packed weights. Their buckets are not heights of tiles: they count slots, or rows for
 # "few_linear_4bit", up to which a configuration serves. The last bucket has no end.
 KERNELS_FEW = ("few_up_4bit", "few_down_4bit", "few_linear_4bit")
+# Slots up to which estimates say that tensor cores are faster. ``moe-fused tune`` measures that far.
+FEW_SLOTS = 128
 SHORT_K = 1024
 
 # The heights of row tiles, by which configurations are looked up.
