@@ -233,10 +233,30 @@ def permute_cases() -> dict[str, OperatorCase]:
     }
 
 
+def few_rows_cases() -> dict[str, OperatorCase]:
+    """Linear layers over two 4-bit matrices, one of which has a bias."""
+    ops, weights = module("ops.few_rows"), module("weights")
+    matrices = [
+        weights.operands(
+            kernel.Packed4bitWeights.quantize(torch.randn(1, out, 64, device=DEVICE), quant_type=quant_type)
+        )
+        for out, quant_type in ((6, "nf4"), (3, "fp4"))
+    ]
+    bytes_of, scales, formats = zip(*matrices, strict=True)
+    arguments = ops.FewRowsArguments(
+        input=torch.randn(5, 64, device=DEVICE),
+        packed=list(bytes_of),
+        scales=[scale for each in scales for scale in each],
+        formats=ops.SEPARATOR.join(formats),
+        biases=[torch.randn(6, device=DEVICE), torch.empty(0, device=DEVICE)],
+    )
+    return {"few rows": OperatorCase(ops.few_rows_operator, arguments)}
+
+
 @functools.cache
 def operators() -> dict[str, OperatorCase]:
     """All cases. Making them runs kernels, and a GPU compiles these, so it is not done while tests are collected."""
-    return {**experts_cases(), **linear_cases(), **permute_cases()}
+    return {**experts_cases(), **linear_cases(), **permute_cases(), **few_rows_cases()}
 
 
 OPERATORS = [
@@ -244,7 +264,7 @@ OPERATORS = [
     "experts backward", "experts backward, some", "experts backward, adapted", "experts backward, factors",
     "experts, packed", "experts backward, packed", "route sorted", "linear", "linear, no bias", "linear, adapted",
     "linear backward", "linear backward, input", "linear backward, adapted", "route", "dispatch", "combine",
-    "combine, no weights", "combine backward",
+    "combine, no weights", "combine backward", "few rows",
 ]  # fmt: skip
 
 
