@@ -119,11 +119,14 @@ def quantization_config(quant_type: Literal["mxfp4", "nvfp4"]) -> QuantizationCo
 
     Raises:
         ValueError: there is no such format.
+        RuntimeError: ``enable`` has not been called, without which Transformers cannot read the config.
     """
     if quant_type not in ("mxfp4", "nvfp4"):
         raise ValueError(f"quant_type must be mxfp4 or nvfp4, got {quant_type!r}")
-    from .integrations.quantizer.published import compressed_config
+    from .integrations.quantizer.published import compressed_config, is_registered
 
+    if not is_registered():
+        raise RuntimeError("call moe_fused.enable() first, without which Transformers cannot read this config")
     return compressed_config(quant_type)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 QuantType: TypeAlias = Literal["nf4", "fp4", "mxfp4", "nvfp4"]
@@ -16,6 +17,7 @@ QUANT_TYPES: tuple[QuantType, ...] = get_args(QuantType)
 PUBLISHED: tuple[QuantType, ...] = ("mxfp4", "nvfp4")
 
 BITSANDBYTES, MXFP4, COMPRESSED_TENSORS = "bitsandbytes", "mxfp4", "compressed-tensors"
+_METHODS = (BITSANDBYTES, MXFP4, COMPRESSED_TENSORS)
 # For each format of compressed-tensors that is read, the kernel's name, and what its config says of the weights.
 COMPRESSED_FORMATS: Mapping[str, tuple[QuantType, Mapping[str, Any]]] = {
     "nvfp4-pack-quantized": ("nvfp4", {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}),
@@ -65,9 +67,18 @@ def check_quantization(name: str, model: str, config: Any) -> None:
 
     Raises:
         NotImplementedError: the checkpoint is quantized in another way. The message says what to do.
+        ValueError: as for ``check_config``.
     """
+    check_config(name, model, config)
     content = content_of(config)
-    if content is None or _known(content) is not None:
+    if content is None:
+        if (Path(model) / MODELOPT_CONFIG).is_file():
+            raise NotImplementedError(
+                f"{name} {model} is quantized by ModelOpt, as its {MODELOPT_CONFIG} says, and moe_fused does not read that "
+                f"yet: {_from_modelopt(model)}"
+            )
+        return
+    if _known(content) is not None:
         return
     method = _method(content)
     kind = "bitsandbytes' 8 bits" if _in_8bit(content) else method
@@ -81,11 +92,33 @@ def check_quantization(name: str, model: str, config: Any) -> None:
             "save_original_format=False), and save its tokenizer there"
         )
     if is_modelopt_nvfp4(content):
-        raise NotImplementedError(
-            f"{begin}: make a checkpoint of compressed-tensors of it first, by `moe-fused convert model {model} NEW --to "
-            "per-expert`"
-        )
+        raise NotImplementedError(f"{begin}: {_from_modelopt(model)}")
     raise NotImplementedError(f"{begin}: give the bf16 or fp16 checkpoint that it was made from")
+
+
+def check_config(name: str, model: str, config: Any) -> None:
+    """Raises ValueError if what a config says of quantization lacks something or contradicts itself.
+
+    Args:
+        name: the option or argument that names the model, for the error.
+        model: its value.
+        config: the model's configuration, an object of Transformers or the content of its file.
+
+    Raises:
+        ValueError: it does. The message says what is needed.
+    """
+    try:
+        content = content_of(config)
+    except ValueError as error:
+        raise ValueError(f"{name} {model}: {error}") from None
+    if content is not None and (fault := _fault(content)) is not None:
+        raise ValueError(f"{name} {model}: the quantization_config in its config.json {fault}")
+
+
+def _from_modelopt(model: str) -> str:
+    return (
+        f"make a checkpoint of compressed-tensors of it first, by `moe-fused convert model {model} NEW --to per-expert`"
+    )
 
 
 def is_modelopt_nvfp4(content: Mapping[str, Any]) -> bool:
@@ -99,7 +132,9 @@ def compressed_quant_type(content: Mapping[str, Any]) -> QuantType | None:
     Args:
         content: the ``quantization_config`` as ``config.json`` has it.
     """
-    groups = content.get("config_groups") or {}
+    groups = content.get("config_groups")
+    if not isinstance(groups, Mapping):
+        return None
     found = {_of_group(content, group) for group in groups.values()}
     return found.pop() if len(found) == 1 else None
 
@@ -152,9 +187,45 @@ def with_content(config: Mapping[str, Any], content: Mapping[str, Any] | None) -
 def _of_group(content: Mapping[str, Any], group: Any) -> QuantType | None:
     if not isinstance(group, Mapping):
         return None
-    name, weights = group.get("format") or content.get("format"), group.get("weights") or {}
-    quant_type, wanted = COMPRESSED_FORMATS.get(str(name), (None, {}))
+    weights = group.get("weights")
+    quant_type, wanted = COMPRESSED_FORMATS.get(_format_of(content, group), (None, {}))
+    if not isinstance(weights, Mapping):
+        return None
     return quant_type if all(weights.get(key) == value for key, value in wanted.items()) else None
+
+
+def _format_of(content: Mapping[str, Any], group: Mapping[str, Any]) -> str:
+    return str(group.get("format") or content.get("format"))
+
+
+def _fault(content: Mapping[str, Any]) -> str | None:
+    """Says what a ``quantization_config`` lacks or contradicts itself in; None if it can be, read or not."""
+    if not content.get("quant_method"):
+        if any(content.get(f"{prefix}load_in_{bits}bit") for prefix in ("", "_") for bits in (4, 8)):
+            return None  # of an old bitsandbytes, as Transformers has it
+        return f"has no quant_method, which says how the weights are quantized, such as {', '.join(_METHODS)}"
+    if _method(content) != COMPRESSED_TENSORS:
+        return None
+    groups = content.get("config_groups")
+    if not groups and content.get("format") not in COMPRESSED_FORMATS:
+        return None
+    if not isinstance(groups, Mapping) or not groups:
+        instead = "none" if not groups else f"a {type(groups).__name__}"
+        return f"must have config_groups, an object with a group of weights in it, got {instead}"
+    for key, group in groups.items():
+        if not isinstance(group, Mapping):
+            return f"must have objects in config_groups, got a {type(group).__name__} as {key}"
+        name = _format_of(content, group)
+        if name not in COMPRESSED_FORMATS:
+            return None
+        weights = group.get("weights")
+        if not isinstance(weights, Mapping):
+            return f"must have weights in config_groups.{key}, an object that describes them, got {weights!r}"
+        for field, value in COMPRESSED_FORMATS[name][1].items():
+            if (got := weights.get(field)) != value:
+                return f"is of format {name}: {field} must be {value} in config_groups.{key}.weights, got {got}"
+    formats = sorted({_format_of(content, group) for group in groups.values()})
+    return None if len(formats) == 1 else f"must have groups of one format, got {' and '.join(formats)}"
 
 
 def _known(content: Mapping[str, Any]) -> CheckpointQuantization | None:
@@ -186,6 +257,9 @@ def content_of(config: Any) -> Mapping[str, Any] | None:
 
     Args:
         config: the model's configuration, an object of Transformers or the content of its file.
+
+    Raises:
+        ValueError: the ``quantization_config`` is neither an object of JSON nor one of Transformers.
     """
     if isinstance(config, Mapping):
         parts = [config, config.get("text_config") or {}]
@@ -196,6 +270,10 @@ def content_of(config: Any) -> Mapping[str, Any] | None:
     for part in parts:
         quantization = part.get("quantization_config")
         if quantization is not None:
+            if not isinstance(quantization, Mapping) and not hasattr(quantization, "to_dict"):
+                raise ValueError(
+                    f"quantization_config in config.json must be an object, got a {type(quantization).__name__}"
+                )
             content: Mapping[str, Any] = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
             return content
     return None

@@ -17,7 +17,13 @@ from typing import Any, get_args
 
 import torch
 
-from moe_fused.quantized import CheckpointQuantization, check_quantization, quantization_of, with_content
+from moe_fused.quantized import (
+    MODELOPT_CONFIG,
+    CheckpointQuantization,
+    check_quantization,
+    quantization_of,
+    with_content,
+)
 from moe_fused.staging import check_writable, staged_directory
 
 from . import modelopt
@@ -272,9 +278,17 @@ def _adjusted(
 
 
 def other_files(source: Path) -> Iterator[str]:
-    """Yields the files that are copied as they are, such as a tokenizer: no weights and no hidden files."""
+    """Yields the files that are copied as they are, such as a tokenizer: no weights and no hidden files.
+
+    What ModelOpt says of its weights is no longer true of the copy.
+    """
     for path in sorted(source.rglob("*")):
         name = path.relative_to(source)
         hidden = any(part.startswith(".") for part in name.parts)
-        if path.is_file() and not hidden and name.as_posix() != CONFIG and not name.name.endswith(_WEIGHTS):
+        if (
+            path.is_file()
+            and not hidden
+            and name.as_posix() not in (CONFIG, MODELOPT_CONFIG)
+            and not name.name.endswith(_WEIGHTS)
+        ):
             yield name.as_posix()

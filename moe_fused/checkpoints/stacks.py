@@ -342,7 +342,10 @@ def matrix_names(names: Names, target: Target) -> Iterator[tuple[int, int, str]]
     """Yields expert, projection and name of each matrix."""
     patterns = names.per_expert(target)
     if patterns is None:
-        raise ValueError(f"{target.name} cannot be written per expert: Transformers knows no such layout of this model")
+        raise ValueError(
+            f"{target.name} cannot be written per expert: Transformers knows no such layout of this "
+            "model; give --to fused"
+        )
     for expert in range(target.shape[0]):
         for projection, pattern in enumerate(patterns):
             yield expert, projection, pattern.replace("*", str(expert))

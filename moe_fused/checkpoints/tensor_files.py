@@ -75,7 +75,8 @@ class Stored:
 
     def torch_dtype(self, key: str) -> torch.dtype:
         # These are the dtypes of weights and of the tensors beside packed weights. Other tensors are copied but never read.
-        if self.dtype not in (*FLOATS, "U8", "F8_E4M3"):
+        # What such a tensor must be is said where it is read.
+        if self.dtype not in (*FLOATS, "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0"):
             raise ValueError(f"{key} must be bfloat16, float16, float32 or uint8, got safetensors' {self.dtype}")
         return DTYPES[self.dtype]
 

@@ -136,6 +136,14 @@ def has_weights(name: str) -> bool:
     return not path.is_dir() or any(found for pattern in ("*.safetensors", "*.bin") for found in path.glob(pattern))
 
 
+def from_4bit(model: str) -> str:
+    """Says for errors how a model in 4 bits comes into another format."""
+    return (
+        f"for another format, make it dense by `moe-fused convert model {model} DENSE --to fused --dequantize`, and "
+        "quantize that"
+    )
+
+
 def check_weights(
     argument: str, name: str, patterns: tuple[str, ...] = ("*.safetensors", "*.bin", "*.index.json")
 ) -> None:

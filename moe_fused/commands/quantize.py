@@ -20,6 +20,7 @@ from .options import (
     check_device,
     check_output,
     check_weights,
+    from_4bit,
     read_source,
     require_4bit,
     writing,
@@ -99,13 +100,17 @@ def quantize(
     if quant_type.is_published:
         for option, given in (("--double-quant", double_quant), ("--layout", layout)):
             if given is not None:
-                raise ValueError(f"{option} has no effect on {quant_type.value}: leave it out")
+                stacks = "; stacks are made by `moe-fused convert model OUTPUT NEW --to fused`"
+                more = (
+                    stacks if layout is Layout.FUSED and option == "--layout" and quant_type is QuantType.MXFP4 else ""
+                )
+                raise ValueError(f"{option} has no effect on {quant_type.value}: leave it out{more}")
     else:
         require_4bit("quantize")
     config = read_source("MODEL", model, "config.json")
     check_output(model, output, overwrite)
     if config is not None and config.get("quantization_config"):
-        raise ValueError(f"MODEL {model} is quantized already; `moe-fused convert model` changes its layout")
+        raise ValueError(_is_quantized(model))
     check_device(device)
     if not dry_run:
         check_weights("MODEL", model)
@@ -122,6 +127,10 @@ def quantize(
             overwrite,
             dry_run,
         )
+
+
+def _is_quantized(model: str) -> str:
+    return f"MODEL {model} is quantized already; `moe-fused convert model` changes its layout; {from_4bit(model)}"
 
 
 def _chosen(formats: Sequence[Format], layout: Layout | None) -> tuple[QuantType, Layout | None]:
@@ -172,7 +181,7 @@ def _quantize(
 
     chosen, config = choose_device(device), read_config(model)
     if is_quantized(config):
-        raise ValueError(f"MODEL {model} is quantized already; `moe-fused convert model` changes its layout")
+        raise ValueError(_is_quantized(model))
     compute: torch.dtype = getattr(torch, dtype.value)
     skeleton = make(config)
     _check_experts(skeleton, quant_type)

@@ -19,7 +19,7 @@ from typing import Any
 
 from moe_fused.checkpoints.adapters.names import names_gpt_oss
 from moe_fused.checkpoints.places import ADAPTER_CONFIG, CONFIG, read_config
-from moe_fused.commands.options import check_device, check_source, check_weights, read_source
+from moe_fused.commands.options import check_device, check_source, check_weights, from_4bit, read_source
 from moe_fused.quantized import check_quantization, quantization_of
 
 from .handed_through import check_handed_through
@@ -410,7 +410,10 @@ def _why_unused(options: Options) -> Iterator[tuple[str, str]]:
         yield "revision", f"--model {options.model} is a directory"
         held = _four_bit_format(Path(options.model))
         if held is not None and options.quantization not in ("auto", held):
-            yield "quantization", f"--model {options.model} is in 4 bits already, as {held}"
+            yield (
+                "quantization",
+                f"--model {options.model} is in 4 bits already, as {held} ({from_4bit(options.model)})",
+            )
     if options.repository is None:
         yield "private", "there is no --push-to-hub"
     if options.scheduler == "constant":

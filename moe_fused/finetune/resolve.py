@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_fused.commands.options import from_4bit
 from moe_fused.devices import choose_device
 from moe_fused.memory import is_named, skeleton
 from moe_fused.quantized import PUBLISHED, QuantType, quantization_of
@@ -325,8 +326,8 @@ def _set_up(
     quantize_to: QuantType | None = None
     if held is not None and wanted not in ("auto", held.quant_type):
         raise ValueError(
-            f"--quantization {wanted} is not possible: --model {options.model} is in 4 bits already, as {held.quant_type}; "
-            "leave it out"
+            f"--quantization {wanted} is not possible: --model {options.model} is in 4 bits already, as {held.quant_type} "
+            f"({from_4bit(options.model)}); leave it out"
         )
     if held is None and wanted != "none":
         quantize_to = "nf4" if wanted == "auto" else wanted

@@ -90,6 +90,18 @@ def test_becomes_a_checkpoint_of_compressed_tensors(
     assert 0.02 < float((weights - theirs.down_proj.float()).norm() / theirs.down_proj.float().norm()) < 0.15
 
 
+def test_a_config_in_a_file_of_its_own(modelopt: Path, command: Command, tmp_path: Path) -> None:
+    """Other commands say how, and the file does not stay beside a result of which it is not true."""
+    _save(modelopt, modelopt, tensors_of(modelopt), None)
+    (modelopt / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    ended = command("generate", modelopt, "--prompt", "w7")
+    assert "is quantized by ModelOpt, as its hf_quant_config.json says" in ended.error
+    assert f"`moe-fused convert model {modelopt} NEW --to per-expert`" in ended.error
+    dense = tmp_path / "dense"
+    assert command("convert", "model", modelopt, dense, "--to", "per-expert", "--dequantize").status == 0
+    assert command("convert", "model", dense, tmp_path / "fused", "--to", "fused").status == 0
+
+
 def test_becomes_a_dense_checkpoint(modelopt: Path, command: Command, tmp_path: Path) -> None:
     assert command("convert", "model", modelopt, tmp_path / "made-again", "--to", "per-expert").status == 0
     ended = command("convert", "model", modelopt, tmp_path / "dense", "--to", "per-expert", "--dequantize")

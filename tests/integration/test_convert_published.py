@@ -255,7 +255,11 @@ def test_layouts_that_nobody_publishes(nvfp4: Path, mxfp4: Path, gpt_oss: Path, 
         one,
     )
     refuse(r"is in mxfp4, which nobody publishes in the layout 'original': give --to per-expert or", two, "original")
-    refuse(r"cannot be written per expert: Transformers knows no such layout of this model", three, "per-expert")
+    refuse(
+        r"cannot be written per expert: Transformers knows no such layout of this model; give --to fused$",
+        three,
+        "per-expert",
+    )
     refuse(r"cannot be written per expert", three, "per-expert", dequantize=True)
     refuse(
         r"dtype=torch\.float16 is for dense models: those in 4 bits, .* must be dequantized", one, dtype=torch.float16
@@ -271,6 +275,9 @@ def test_what_is_wrong_with_a_tensor(mxfp4: Path, nvfp4: Path, gpt_oss: Path, tm
     refuse(r"6\.up_proj\.weight_packed belongs to expert 6", wrong, "per-expert", dequantize=True)
     wrong = copied(gpt_oss, tmp_path / "dtype", **{stack: tensors_of(gpt_oss)[stack].float()})
     refuse(rf"{stack} must be uint8 of shape .*, got float32", wrong, dequantize=True)
+    scale = f"{EXPERTS}.4.up_proj.weight_scale"
+    wrong = copied(mxfp4, tmp_path / "e8m0", **{scale: tensors_of(mxfp4)[scale].view(torch.float8_e8m0fnu)})
+    refuse(rf"{scale} must be uint8 of shape .*, got float8_e8m0fnu", wrong)
     linear = "model.layers.0.self_attn.q_proj.weight_scale"
     wrong = copied(nvfp4, tmp_path / "linear", **{linear: tensors_of(nvfp4)[linear].float()})
     refuse(rf"{linear} must be float8_e4m3fn of shape .*, got float32", wrong, "per-expert", dequantize=True)

@@ -25,6 +25,7 @@ from .models import QWEN3_MOE
 from .published import GPT_OSS, compressed_checkpoint, gpt_oss_checkpoint, tensors_of
 
 STEPS = ("--max-steps", "2", "--learning-rate", "0.01", "--dtype", "float32", "--packing", "none")
+E8M0 = torch.float8_e8m0fnu
 WORDS = {"vocab_size": 64, "max_position_embeddings": 64}
 
 
@@ -167,13 +168,23 @@ def test_another_format_than_the_checkpoints_is_refused(
 ) -> None:
     ended = command("finetune", "--model", gpt_oss, "--dataset", rows, "--output", tmp_path / "new", *options)
     assert says.format(gpt_oss) in ended.error
+    assert f"`moe-fused convert model {gpt_oss} DENSE --to fused --dequantize`, and quantize that" in ended.error
     assert not (tmp_path / "new").exists()
+
+
+def test_quantize_names_what_changes_the_format(command: Command, gpt_oss: Path, tmp_path: Path) -> None:
+    ended = command("quantize", gpt_oss, tmp_path / "new", "--format", "nf4")
+    assert "is quantized already; `moe-fused convert model` changes its layout; for another format" in ended.error
+    assert f"`moe-fused convert model {gpt_oss} DENSE --to fused --dequantize`, and quantize that" in ended.error
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--format", "mxfp4", "--layout", "fused"), "--layout has no effect on mxfp4: leave it out"),
+        (
+            ("--format", "mxfp4", "--layout", "fused"),
+            "--layout has no effect on mxfp4: leave it out; stacks are made by",
+        ),
         (("--format", "nvfp4", "--no-double-quant"), "--double-quant has no effect on nvfp4: leave it out"),
         (("--format", "nf4", "--quant-type", "fp4"), "--format must be given once, got nf4 and fp4"),
         (("--format", "fused", "--layout", "per-expert"), "--layout must be given once, got fused and per-expert"),
@@ -204,6 +215,7 @@ def test_a_broken_checkpoint_is_refused_before_it_is_loaded(
         ("model.layers.0.self_attn.k_proj.weight_global_scale", None),
         ("model.layers.0.mlp.experts.0.down_proj.weight_packed", lambda value: value[:, 1:].clone()),
         ("model.layers.0.self_attn.q_proj.weight_scale", lambda value: value.float()),
+        ("model.layers.0.mlp.experts.1.up_proj.weight_scale", lambda value: value.view(torch.uint8).view(E8M0)),
     ):
         tensors = tensors_of(nvfp4)
         value = tensors.pop(key)

@@ -404,6 +404,15 @@ def test_a_config_that_dequantizes_gets_transformers_own_quantizer(qwen3: Path) 
     assert type(AUTO_QUANTIZER_MAPPING["compressed-tensors"](config)).__module__.startswith("transformers.")
 
 
+def test_a_dense_checkpoint_that_cannot_be_held_is_not_called_quantized(tmp_path: Path) -> None:
+    from .four_bit import build
+
+    build(QWEN3_MOE, hidden_size=48).save_pretrained(tmp_path)
+    with pytest.raises(NotImplementedError, match="Load the model without this quantization_config") as caught:
+        load_here(tmp_path, QWEN3_MOE, quantization_config=moe_fused.quantization_config("mxfp4"))
+    assert "its dense checkpoint" not in str(caught.value)
+
+
 def test_disable_gives_transformers_quantizers_back() -> None:
     assert AUTO_QUANTIZER_MAPPING["mxfp4"].__module__ == published.__name__
     moe_fused.disable()

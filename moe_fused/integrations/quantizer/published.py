@@ -124,10 +124,10 @@ class PublishedQuantizer(ExpertsQuantizer):
         refuse_offloaded(self.names.targets, kwargs.get("device_map"), _GPUS_ALONE)
 
     def warn_dense(self, what: str, reason: str) -> None:
-        raise NotImplementedError(
-            f"{what} cannot be loaded in {self.quant_type}: {reason}. Load the model with "
-            "quantization_config.dequantize = True, or its dense checkpoint"
-        )
+        instead = "Load the model without this quantization_config, or with one of bitsandbytes"
+        if self.pre_quantized:
+            instead = "Load the model with quantization_config.dequantize = True, or its dense checkpoint"
+        raise NotImplementedError(f"{what} cannot be loaded in {self.quant_type}: {reason}. {instead}")
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **kwargs: Any) -> None:
         self.dtype = model.dtype
@@ -244,6 +244,11 @@ def register() -> None:
         _stock.update({method: _QUANTIZERS[method] for method in (MXFP4, COMPRESSED_TENSORS)})
         _QUANTIZERS.update({MXFP4: _mxfp4_quantizer, COMPRESSED_TENSORS: _compressed_quantizer})
         _CONFIGS[COMPRESSED_TENSORS] = _Configs
+
+
+def is_registered() -> bool:
+    """Whether these quantizers are in the place of Transformers' own."""
+    return bool(_stock)
 
 
 def unregister() -> None:

@@ -1,0 +1,81 @@
+"""What the ``quantization_config`` of a checkpoint must say, and what the errors name if it does not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import moe_fused
+from moe_fused.quantized import check_quantization, compressed_content, mxfp4_content, quantization_of
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+def _weights(content: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = content["config_groups"]["group_0"]["weights"]
+    return found
+
+
+def _second_group(content: dict[str, Any]) -> None:
+    content["config_groups"]["group_1"] = copy.deepcopy(compressed_content("nvfp4")["config_groups"]["group_0"])
+
+
+CHANGES: dict[str, tuple[Edit, str]] = {
+    "list": (lambda c: c.update(config_groups=[1]), "must have config_groups, an object .*, got a list"),
+    "no groups": (lambda c: c.update(config_groups={}), "must have config_groups, an object .*, got none"),
+    "group": (lambda c: c["config_groups"].update(group_0=[]), "objects in config_groups, got a list as group_0"),
+    "weights": (
+        lambda c: c["config_groups"]["group_0"].update(weights=None),
+        "must have weights in config_groups.group_0, .*, got None",
+    ),
+    "group size": (
+        lambda c: _weights(c).update(group_size=16),
+        "is of format mxfp4-pack-quantized: group_size must be 32 in config_groups.group_0.weights, got 16",
+    ),
+    "bits": (lambda c: _weights(c).update(num_bits=8), "num_bits must be 4 in .*, got 8"),
+    "two formats": (_second_group, "groups of one format, got mxfp4-pack-quantized and nvfp4-pack-quantized"),
+    "no method": (lambda c: c.pop("quant_method"), "has no quant_method, which says .*, such as bitsandbytes, mxfp4, "),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_faults_of_a_config_are_named(name: str) -> None:
+    change, says = CHANGES[name]
+    content = compressed_content("mxfp4")
+    check_quantization("MODEL", "there", {"quantization_config": content})
+    change(content)
+    with pytest.raises(ValueError, match=f"MODEL there: the quantization_config in its config.json .*{says}"):
+        check_quantization("MODEL", "there", {"quantization_config": content})
+
+
+@pytest.mark.parametrize("value", ["mxfp4", ["mxfp4"], 4])
+def test_a_config_that_is_no_object(value: object) -> None:
+    with pytest.raises(ValueError, match=f"must be an object, got a {type(value).__name__}"):
+        check_quantization("MODEL", "there", {"quantization_config": value})
+
+
+def test_configs_that_are_read() -> None:
+    for content, quant_type in (
+        (compressed_content("nvfp4"), "nvfp4"),
+        (mxfp4_content(), "mxfp4"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4"),
+    ):
+        config = {"quantization_config": content}
+        check_quantization("MODEL", "there", config)
+        found = quantization_of(config)
+        assert found is not None
+        assert found.quant_type == quant_type
+
+
+def test_quantization_config_needs_enable() -> None:
+    moe_fused.disable()
+    with pytest.raises(RuntimeError, match=r"call moe_fused.enable\(\) first"):
+        moe_fused.quantization_config("mxfp4")
+    moe_fused.enable()
+    try:
+        assert moe_fused.quantization_config("mxfp4").quant_type == "mxfp4"
+    finally:
+        moe_fused.disable()
