@@ -532,7 +532,7 @@ def _experts(sizes: Sizes, work: Workload) -> tuple[int, int, int]:
         hidden, inner = up.in_features, down.in_features
         kept += rows * ((hidden + inner) * (item + work.mask_itemsize) + (inner + hidden) * item)
         made += rows * hidden * item
-    packed = work.packs(up) and work.gpu
+    packed = any(map(work.packs, sizes.stacks)) and work.gpu  # those of some layers may stay dense
     transposed = (up.transposed or down.transposed) and work.quant_type not in PUBLISHED
     decoded = not transposed and _decoded(up, down, rows)
     workspace = 0 if not packed or decoded else min(EXPERT_WORKSPACE, max(up.numel, down.numel) * item)

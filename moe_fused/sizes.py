@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -132,8 +132,11 @@ def is_named(path: str, names: Iterable[str]) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
-def sizes_of(model: Any) -> Sizes:
+def sizes_of(model: Any, dense_experts: Collection[str] = ()) -> Sizes:
     """Reads the sizes of a causal language model of Transformers with dense weights, on any device, including meta.
+
+    Args:
+        dense_experts: the names of parameters of experts that stay dense, whatever they could be held in.
 
     Raises:
         ValueError: the config lacks the sizes of a decoder.
@@ -148,9 +151,9 @@ def sizes_of(model: Any) -> Sizes:
     experts = 0
     stacks: list[Stack] = []
     inside = set()
-    for module in model.modules():
+    for path, module in model.named_modules():
         if hasattr(type(module), "_apply_gate"):
-            found = list(_stacks(module))
+            found = list(_stacks(path, module, dense_experts))
             experts, stacks = found[0].experts, [*stacks, *found]
             inside |= {id(getattr(module, name)) for name in _projections(module)}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -206,7 +209,7 @@ def _projections(module: nn.Module) -> tuple[str, ...]:
     return projections_of(module)
 
 
-def _stacks(module: nn.Module) -> Iterator[Stack]:
+def _stacks(path: str, module: nn.Module, dense: Collection[str]) -> Iterator[Stack]:
     from .integrations.quantizer.packed_experts import packing_refusal
 
     packable = packing_refusal(module) is None
@@ -216,7 +219,8 @@ def _stacks(module: nn.Module) -> Iterator[Stack]:
         transposed = bool(getattr(module, "is_transposed", False))
         if transposed:
             rows, columns = columns, rows
-        yield Stack(experts, rows, columns, 2 if name == "gate_up_proj" else 1, packable, transposed, in_rows)
+        stack = Stack(experts, rows, columns, 2 if name == "gate_up_proj" else 1, packable, transposed, in_rows)
+        yield replace(stack, packable=False, in_rows=()) if f"{path}.{name}" in dense else stack
 
 
 def most_beside_mixers(

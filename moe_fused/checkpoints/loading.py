@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from moe_fused.memory import skeleton
 from moe_fused.quantized import content_of, quantization_of
 
+from .architecture import Architecture
 from .complete import check_complete, check_problems, problems_of
 from .files import Pickled, find_weights, read_tensors
 from .finite import check_finite, weights_of
@@ -55,6 +56,32 @@ def check_checkpoint(
     if content_of(config) is None or quantization is not None:
         check_complete(skeleton(config), tensors, name, quantization=quantization, packs=packs)
     _complete.add(key)
+
+
+def dense_experts(source: str, config: Any, *, revision: str = "main") -> frozenset[str]:
+    """Returns the names of the experts' parameters that are dense in a checkpoint whose config says that it is in 4 bits.
+
+    Only headers of files on this machine are read. Without them, or if the checkpoint is dense, the result is empty.
+
+    Args:
+        source: a directory, or a name on the Hub.
+        config: the configuration of the model.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or damaged.
+    """
+    quantization = quantization_of(config)
+    path = find_weights(source, revision, download=False) if quantization is not None else None
+    if quantization is None or path is None:
+        return frozenset()
+    architecture = Architecture.of(skeleton(config), in_rows=quantization.is_published)
+    names = architecture.names
+    packed: set[str] = set()
+    for key in read_tensors(path):
+        role = names.locate(architecture.in_model(key))
+        if role is not None and role.part:
+            packed.update(names.spellings(role.target))
+    return frozenset(names.targets.keys() - packed)
 
 
 def _state_of(directory: Path) -> Iterator[tuple[str, int, int]]:

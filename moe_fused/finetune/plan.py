@@ -128,7 +128,7 @@ def plan_run(
     for plan in plans_of(setup, plain_text=plain_text, rows=rows, agreed=agreed):
         if plan.fits:
             return plan
-    raise ValueError(_advice(plan, sizes_of(setup.skeleton)))
+    raise ValueError(_advice(plan, sizes_of(setup.skeleton, setup.dense_experts)))
 
 
 def plans_of(
@@ -138,7 +138,7 @@ def plans_of(
 
     The arguments are those of ``plan_run``.
     """
-    sizes, limit = sizes_of(setup.skeleton), agreed(_limit(setup))
+    sizes, limit = sizes_of(setup.skeleton, setup.dense_experts), agreed(_limit(setup))
     for run in candidates(setup, plain_text=plain_text, rows=rows):
         yield _plan(run, sizes, limit)
 

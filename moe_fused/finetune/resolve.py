@@ -151,6 +151,8 @@ class ModelSetup:
             already, or stay as they are.
         quant_type: The 4-bit format of the experts, from the checkpoint or because of ``quantize_to``. None if they are
             dense.
+        dense_experts: The parameters of experts that are dense in a checkpoint in 4 bits, and stay so. None are known
+            without its files.
         liger: Whether Liger's rotary embeddings and norms are used.
         packages: The packages that compute recurrent layers, of those that Transformers takes. There are none on a CPU.
         is_random: Whether two passes over the same batch differ, because something is dropped or jittered.
@@ -178,6 +180,7 @@ class ModelSetup:
     start: StartingAdapter | None
     quantize_to: QuantType | None
     quant_type: QuantType | None
+    dense_experts: frozenset[str]
     liger: bool
     packages: frozenset[str]
     is_random: bool
@@ -307,7 +310,7 @@ def set_up(
     check_device_type(options, device.type)
     model = _skeleton(options, config)
     _check_kernel(options, model, device)
-    setup = _set_up(options, process or Process(), config, model, device, start)
+    setup = _set_up(options, process or Process(), config, model, device, start, _dense_experts(options, config))
     if start is not None:
         check_start(start, options, _skeleton(options, config), config, allow_other_base=allow_other_base)
     return setup
@@ -320,6 +323,7 @@ def _set_up(
     model: Any,
     device: torch.device,
     start: StartingAdapter | None,
+    dense_experts: frozenset[str],
 ) -> ModelSetup:
     dtype = _dtype(options, device)
     held, wanted = quantization_of(config), options.quantization
@@ -354,6 +358,7 @@ def _set_up(
         start=start,
         quantize_to=quantize_to,
         quant_type=quant_type,
+        dense_experts=dense_experts,
         liger=_liger(options, config, device),
         packages=packages() if device.type == "cuda" else frozenset(),
         is_random=bool(options.lora_dropout) or has_random_layers(config) or _has_noise(options),
@@ -370,6 +375,16 @@ def _set_up(
     return setup
 
 
+def _dense_experts(options: Options, config: Any) -> frozenset[str]:
+    """The parameters of experts that are dense in a checkpoint in 4 bits. What is wrong with its files is said later."""
+    from moe_fused.checkpoints.loading import dense_experts
+
+    try:
+        return dense_experts(options.model, config, revision=options.revision)
+    except (OSError, ValueError):
+        return frozenset()
+
+
 def shard_refusal(setup: ModelSetup, processes: int) -> str | None:
     """Why a model cannot be divided among so many processes, or None if it can."""
     experts = [int(module.num_experts) for module in setup.skeleton.modules() if hasattr(type(module), "_apply_gate")]
@@ -379,6 +394,8 @@ def shard_refusal(setup: ModelSetup, processes: int) -> str | None:
         return "experts must be in 4 bits, use --quantization nf4"
     if (dense := _experts_that_stay_dense(setup.skeleton, setup.quant_type)) is not None:
         return f"experts must be in 4 bits, and those of {dense}"
+    if setup.dense_experts:
+        return f"experts must be in 4 bits, and {min(setup.dense_experts)} is dense in --model {setup.options.model}"
     if setup.options.router_aux_loss > 0:
         return "FSDP2 hides from --router-aux-loss what the routers give, leave one of the two out"
     if setup.dtype is torch.float16:
@@ -429,7 +446,7 @@ def candidates(setup: ModelSetup, *, plain_text: bool, rows: int = 0) -> Iterato
 def with_options(run: ResolvedRun, **changes: Any) -> ResolvedRun:
     """The record that ``run`` would have with some other options, for the same data and on the same device."""
     options = dataclasses.replace(run.options, **changes)
-    setup = _set_up(options, run.process, run.config, run.skeleton, run.device, run.start)
+    setup = _set_up(options, run.process, run.config, run.skeleton, run.device, run.start, run.dense_experts)
     return _resolved(setup, run.batching.packing, changes.get("sequence_length", run.batching.length))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Mxfp4Config
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Mxfp4Config
 
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
@@ -276,3 +276,38 @@ def test_stock_transformers_dequantizes_what_quantize_writes(command: Command, g
     expected: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     state = expected.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("quant_type", ["nvfp4", "nf4"])
+def test_the_plan_counts_experts_that_the_checkpoint_has_dense(quant_type: str, tmp_path: Path) -> None:
+    """As they are loaded: those of one layer are in 4 bits, and those of the other are dense."""
+    from moe_fused.finetune.options import Options
+    from moe_fused.finetune.plan import plan_run
+    from moe_fused.finetune.precheck import Process
+    from moe_fused.finetune.resolve import set_up
+
+    moe_fused.enable()
+    path = tmp_path / "model"
+    if quant_type == "nvfp4":
+        compressed_checkpoint(path, quant_type, QWEN3_MOE, only=lambda key: "layers.0.mlp.experts" in key)
+    else:
+        build(QWEN3_MOE).save_pretrained(tmp_path / "dense")
+        skipped = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            llm_int8_skip_modules=["lm_head", "model.layers.1.mlp.experts"],
+        )
+        options: Any = {"quantization_config": skipped, "device_map": {"": "cpu"}}
+        AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **options).save_pretrained(path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map={"": "cpu"})
+    assert len(packed(loaded)) == 2
+    tensors = [value for name, value in loaded.state_dict(keep_vars=True).items() if ".mlp.experts." in name]
+    options = Options(model=str(path), dtype="float32")
+    setup = set_up(options, loaded.config, torch.device("cpu"))
+    assert setup.dense_experts == {f"model.layers.1.mlp.experts.{name}_proj" for name in ("gate_up", "down")}
+    experts = plan_run(setup, plain_text=False).prediction.parts["experts"]
+    # The table of 16 values and the like are not counted.
+    assert experts == pytest.approx(sum(value.nbytes for value in tensors), rel=5e-3)
+    with pytest.raises(ValueError, match=r"--shard: .* model\.layers\.1\.mlp\.experts\.down_proj is dense in --model"):
+        set_up(replace(options, shard=True), loaded.config, torch.device("cpu"), Process(0, 0, 2, 2))
