@@ -171,6 +171,8 @@ class _DenseView:
                 self._put(one.key, one.header.shape)
             return
         if any(one.role.part for one in found):
+            if layout not in PUBLISHED and layout != "other":
+                self._check_method(next(one.key for one in found if one.role.part))
             if layout in PUBLISHED:
                 check_published(self.architecture.names, target, layout, entries, self._format(target))
             elif layout == "per expert":
@@ -180,6 +182,15 @@ class _DenseView:
         else:
             self._check_dense(target, layout, found, entries)
         self._put(role.target, target.dense_shape)
+
+    def _check_method(self, key: str) -> None:
+        """Raises ValueError if the config names another method than bitsandbytes, whose tensor ``key`` is."""
+        assert self.quantization is not None
+        if self.quantization.is_published:
+            raise ValueError(
+                f"{key} belongs to 4-bit weights of bitsandbytes, but config.json has the quantization_config of "
+                f"{self.quantization.method} in {self.quantization.quant_type}"
+            )
 
     def _format(self, target: Target) -> Any:
         """Returns the ``Format4bit`` of a stack that the checkpoint has as its config says."""
@@ -226,6 +237,7 @@ class _DenseView:
             if (part in _SCALES or part.startswith("quant_state.")) and (name in others or name.endswith(".weight")):
                 if self.quantization is None:
                     raise ValueError(f"{key} belongs to 4-bit weights, but config.json has no quantization_config")
+                self._check_method(key)
                 matrices.setdefault(name, {})[part] = header
         for name, parts in matrices.items():
             if name in others:

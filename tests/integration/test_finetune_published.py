@@ -311,3 +311,33 @@ def test_the_plan_counts_experts_that_the_checkpoint_has_dense(quant_type: str, 
     assert experts == pytest.approx(sum(value.nbytes for value in tensors), rel=5e-3)
     with pytest.raises(ValueError, match=r"--shard: .* model\.layers\.1\.mlp\.experts\.down_proj is dense in --model"):
         set_up(replace(options, shard=True), loaded.config, torch.device("cpu"), Process(0, 0, 2, 2))
+
+
+@pytest.mark.parametrize("layout", ["per_expert", "fused", "linear layers alone"])
+def test_tensors_of_bitsandbytes_under_another_config_are_refused_in_a_dry_run(
+    layout: str, command: Command, nvfp4: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from .broken import refuse_loading
+
+    moe_fused.enable()
+    path, model = tmp_path / "model", build(QWEN3_MOE, **WORDS)
+    model.save_pretrained(tmp_path / "dense")
+    skipped = ["lm_head", "model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, llm_int8_skip_modules=skipped if layout == "linear layers alone" else ["lm_head"]
+    )
+    options: Any = {"quantization_config": quantization, "device_map": {"": "cpu"}}
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **options)
+    if layout != "linear layers alone":
+        moe_fused.save_format(made, "fused" if layout == "fused" else "per_expert")
+    made.save_pretrained(path)
+    save_tokenizer(path)
+    (path / "config.json").write_bytes((nvfp4 / "config.json").read_bytes())
+    refuse_loading(monkeypatch)
+    says = (
+        "belongs to 4-bit weights of bitsandbytes, but config.json has the quantization_config of compressed-tensors in"
+    )
+    arguments = ("--dataset", rows, "--output", tmp_path / "new", "--dry-run")
+    ended = command("finetune", "--model", path, *arguments)
+    assert f"{says} nvfp4" in ended.error, ended
+    assert f"{says} nvfp4" in command("generate", path, "--prompt", "w7").error
