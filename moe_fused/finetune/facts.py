@@ -144,8 +144,10 @@ def _step(batching: Batching) -> str:
 
 def _weights(run: ResolvedRun) -> str:
     """Names the format of the weights."""
+    if run.quant_type is None:
+        return "dense"
     if run.quantize_to is None:
-        return "as in the checkpoint"
+        return f"{run.quant_type if run.linears_in_4bit else f'experts in {run.quant_type}'}, as in the checkpoint"
     return f"{run.quantize_to}, double quantization" if run.linears_in_4bit else f"experts in {run.quantize_to}"
 
 

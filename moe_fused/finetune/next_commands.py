@@ -45,7 +45,10 @@ def _next_commands(setup: ModelSetup) -> Iterator[str]:
     yield f'moe-fused generate {_word(base)} --adapter {_word(output)}{in_4bit} --prompt "..."'
     if options.export != "per-expert" and refusal(setup) is None and not is_read_as_it_is(setup):
         yield conversion(setup, output, _free(f"{output}-per-expert"))
-    yield f"moe-fused merge {_word(source)} {_word(output)} {_word(_free(f'{output}-merged'))}"
+    merge = f"moe-fused merge {_word(source)} {_word(output)}"
+    yield f"{merge} {_word(_free(f'{output}-merged'))}"
+    if setup.is_4bit and setup.quantize_to is None:
+        yield f"{merge} {_word(_free(f'{output}-merged-{setup.quant_type}'))} --keep-format"
 
 
 def _free(path: str) -> str:

@@ -78,7 +78,7 @@ def served(setup: ModelSetup, directory: str) -> str:
     if reason is not None:
         merged = f"{directory}-merged"
         commands = {
-            "": f"moe-fused merge {_word(base)} {_word(directory)} {_word(merged)}",
+            "": f"moe-fused merge {_word(options.model)} {_word(directory)} {_word(merged)}",
             "vLLM": f"vllm serve {_word(merged)}",
             "SGLang": f"python -m sglang.launch_server --model-path {_word(merged)}",
             "llama.cpp": f"python convert_hf_to_gguf.py {_word(merged)} --outfile merged.gguf\n"
@@ -86,7 +86,7 @@ def served(setup: ModelSetup, directory: str) -> str:
         }
         intro = (
             f"These tools cannot load this adapter beside a model, because {reason}. They load a model into which it is "
-            f"merged.{note}"
+            "merged."
         )
         return _sections(intro, commands)
     adapter, convert = f"{directory}-per-expert", ""
@@ -115,7 +115,7 @@ def served(setup: ModelSetup, directory: str) -> str:
         "llama.cpp": f"python convert_lora_to_gguf.py {_word(adapter)} {of_base} --outfile adapter.gguf\n"
         "llama-server --model model.gguf --lora adapter.gguf",
     }
-    return _sections(intro + note, commands)
+    return _sections(note + intro, commands)
 
 
 def is_read_as_it_is(setup: ModelSetup) -> bool:
@@ -159,10 +159,15 @@ def refusal(setup: ModelSetup) -> str | None:
 
 
 def _dense(setup: ModelSetup) -> tuple[str, str]:
-    """The model that the tools load, and a sentence about it if it is not the one that the run had."""
+    """The model that the tools load beside an adapter, and sentences about it if it is not the one that the run had."""
     if setup.is_4bit and setup.quantize_to is None:
         name = setup.options.model.rstrip("/").rpartition("/")[2]
-        return "DENSE-MODEL", f" `DENSE-MODEL` stands for the dense model from which {code(name)} was quantized."
+        layout = "per-expert" if setup.layout_refusals["per-expert"] is None else "fused"
+        made = f"moe-fused convert model {_word(name)} DENSE-MODEL --to {layout} --dequantize"
+        return "DENSE-MODEL", (
+            f"`DENSE-MODEL` stands for the dense model from which {code(name)} was quantized. {code(made)} makes one with "
+            f"the weights that this adapter was trained on, of a directory {code(name)}. "
+        )
     return setup.options.model, ""
 
 

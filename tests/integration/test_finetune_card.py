@@ -23,6 +23,7 @@ from moe_fused.finetune.options import Options
 from moe_fused.finetune.resolve import ModelSetup, ResolvedRun, candidates, set_up
 from moe_fused.finetune.start import read_start
 from moe_fused.finetune.usage import export_note
+from moe_fused.quantized import compressed_content
 
 from .adapters import peft_adapter
 from .finetuning import chats, finetune, save_model, write_jsonl
@@ -37,7 +38,7 @@ HOSTILE = [
 
 
 def setup_of(quantization_config: object = None, **options: Any) -> ModelSetup:
-    config = QWEN3_MOE.build().config
+    config = QWEN3_MOE.build(hidden_size=64, moe_intermediate_size=64).config
     if quantization_config is not None:
         config.quantization_config = quantization_config
     given = {"model": "org/m", "dataset": "org/d", "output": "out", **options}
@@ -226,8 +227,33 @@ def test_every_kind_of_rows_has_words() -> None:
 def test_a_base_in_4_bits_is_not_what_the_tools_load() -> None:
     text = card(setup_of({"load_in_4bit": True}), NOTHING)
     assert "`DENSE-MODEL` stands for the dense model from which `m` was quantized" in text
+    assert "`moe-fused convert model m DENSE-MODEL --to per-expert --dequantize` makes one" in text
+    assert "This command converts it:\n\n```" in text
     assert command(text, "vllm", "serve")[2] == "DENSE-MODEL"
     assert command(text, "python", "convert_lora_to_gguf.py")[3:5] == ["--base", "DENSE-MODEL"]
+
+
+def test_merge_takes_the_checkpoint_in_4_bits_itself() -> None:
+    text = card(setup_of({"load_in_4bit": True}, router_rank=2), NOTHING)
+    assert command(text, "moe-fused", "merge")[2] == "org/m"
+    assert "DENSE-MODEL" not in text
+
+
+@pytest.mark.parametrize(
+    ("quantization_config", "options", "words"),
+    [
+        (compressed_content("mxfp4"), {}, "experts in mxfp4, as in the checkpoint"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {}, "nf4, as in the checkpoint"),
+        (None, {"quantization": "none"}, "dense"),
+        (None, {"quantization": "nvfp4"}, "experts in nvfp4"),
+        (None, {"quantization": "nf4"}, "nf4, double quantization"),
+    ],
+)
+def test_the_card_names_the_format_of_the_weights(
+    quantization_config: object, options: dict[str, Any], words: str
+) -> None:
+    (run,) = candidates_of(setup_of(quantization_config, **options))
+    assert choices(run, ["chat"])["weights"] == words
 
 
 def test_a_revision_is_that_of_the_run() -> None:

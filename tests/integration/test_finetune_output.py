@@ -28,6 +28,7 @@ from moe_fused.finetune.options import Options
 from moe_fused.finetune.output import has_begun
 from moe_fused.finetune.resolve import set_up
 from moe_fused.finetune.results import draw_loss, smoothed, window
+from moe_fused.quantized import compressed_content
 
 from .finetuning import (
     OPTIONS,
@@ -435,6 +436,18 @@ def test_next_of_what_generate_does_not_quantize_to(
     assert "--load-in-4bit" not in generate
     (generate, *_) = next_commands(capsys, Options(model="org/m", output="o", quantization="none"))
     assert "--load-in-4bit" not in generate
+
+
+def test_next_keeps_the_format_of_a_checkpoint_in_4_bits(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = QWEN3_MOE.build(hidden_size=64, moe_intermediate_size=64).config
+    config.quantization_config = compressed_content("nvfp4")
+    print_next(set_up(Options(model="org/m", output="o"), config, torch.device("cpu")))
+    printed = capsys.readouterr().out
+    assert "  moe-fused merge org/m o o-merged\n  moe-fused merge org/m o o-merged-nvfp4 --keep-format\n" in printed
+    assert all("--keep-format" not in words for words in next_commands(capsys, Options(model="org/m", output="o")))
 
 
 def test_next_of_a_revision(
