@@ -90,8 +90,8 @@ def as_compressed(
         for part in ("weight", "weight_scale"):
             if f"{module}.{part}" not in tensors:
                 raise ValueError(f"{module}.{part} is missing, without which nvfp4 weights cannot be read")
-    notes = ["the scales of matrices become their reciprocals, rounded to fp32"]
+    notes = ["weight_scale_2 becomes weight_global_scale = 1/weight_scale_2, rounded to fp32"]
     if left_out:
-        notes.append(f"{left_out[0]} and {len(left_out) - 1} more scales of the cache are left out")
+        notes.append(f"{left_out[0]} and {len(left_out) - 1} more scales of the FP8 KV cache are left out")
     changed = with_content(config, compressed_content("nvfp4", sorted(dense)))
     return changed, result, CheckpointQuantization(COMPRESSED_TENSORS, "nvfp4"), tuple(notes)

@@ -48,8 +48,8 @@ def model(
 ) -> None:
     """Convert a model to another layout of its experts, bit for bit, with little memory.
 
-    SOURCE may be dense, or in nf4, fp4, mxfp4 or nvfp4. A dense model of one in 4 bits, as of the published gpt-oss, is made
-    by --dequantize. NVFP4 of NVIDIA's ModelOpt becomes that of compressed-tensors.
+    SOURCE may be dense, or in nf4, fp4, mxfp4 or nvfp4. --dequantize makes a 4-bit model dense, such as the published
+    gpt-oss. ModelOpt NVFP4 checkpoints are rewritten as compressed-tensors ones.
 
     To make a GGUF file, write a dense model with separate experts: --to per-expert, and for a model in 4 bits also
     --dequantize --dtype bfloat16. Then run llama.cpp's convert_hf_to_gguf.py on TARGET.

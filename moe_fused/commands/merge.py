@@ -48,7 +48,7 @@ def merge(
         typer.Option(
             "--keep-format",
             help="Merge a model in 4 bits back into its format. This loses precision, because merged weights are rounded to "
-            "4 bits again; a table says how much. A dense result loses nothing.",
+            "4 bits again; a table says how much.",
         ),
     ] = False,
     device: Annotated[str, typer.Option(help="Device to merge on: auto, cpu, cuda ...")] = "cpu",
@@ -60,7 +60,8 @@ def merge(
 ) -> None:
     """Merge an adapter into its model. The result is a dense model that needs neither PEFT nor moe-fused.
 
-    A model in 4 bits is dequantized first. This loses nothing, because the adapter was trained on the dequantized values.
+    A model in 4 bits is dequantized first, to the values that the adapter was trained on, rounded to the dtype of the
+    result. --dtype float32 keeps them exactly.
     With --keep-format the merged weights are quantized again instead, as the model was, which loses precision.
     """
     del traceback  # read by console.run, which prints errors
@@ -257,7 +258,7 @@ def _merge_in_format(adapted: Any, what: str) -> Any:
         print("what quantizing again loses: the Frobenius norm of the error, as a share of that of the merged weights")
         print("\n".join(error_table({result.name: result.error for result in results})))
     if dense:
-        print(f"{dense} adapted layers are dense, and nothing of them is quantized")
+        print(f"{dense} adapted linear layers stay dense and are not in this table")
     return merged
 
 

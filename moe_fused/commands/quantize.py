@@ -64,8 +64,9 @@ def quantize(
         typer.Option(
             "--format",
             "--quant-type",
-            help="4-bit format: nf4 and fp4 as bitsandbytes has them, for linear layers and experts; mxfp4 and nvfp4 as "
-            "gpt-oss and compressed-tensors have them, for experts alone. A layout is taken for --layout.  [default: nf4]",
+            metavar="[nf4|fp4|mxfp4|nvfp4]",  # without the layouts of older versions
+            help="4-bit format: nf4 and fp4 as bitsandbytes has them, for linear layers and experts; mxfp4 and nvfp4: for "
+            "experts only; written as compressed-tensors files, for gpt-oss as mxfp4 stacks.  [default: nf4]",
         ),
     ] = None,
     double_quant: Annotated[
@@ -166,7 +167,7 @@ def _quantize(
 
     import moe_fused
     from moe_fused.devices import choose_device
-    from moe_fused.integrations.quantizer.configs import config_for
+    from moe_fused.integrations.quantizer.configs import config_for, has_stacks_alone
     from moe_fused.memory import skeleton as make
 
     from .loading import (
@@ -186,7 +187,11 @@ def _quantize(
     skeleton = make(config)
     _check_experts(skeleton, quant_type)
     dense, packed = _sizes(skeleton, compute, quant_type, double_quant)
-    kind = "experts as published" if quant_type.is_published else f"experts {layout.value}"
+    kind = f"experts {layout.value}"
+    if quant_type.is_published:
+        kind = (
+            "experts as mxfp4 stacks (gpt-oss)" if has_stacks_alone(skeleton) else "experts as compressed-tensors files"
+        )
     print(f"model   {model}: {dense / 1e9:.3g} GB in {dtype.value}")
     print(f"output  {output}: {packed / 1e9:.3g} GB in {quant_type.value}, {kind}")
     check_target(model, output, packed, max_shard_size)

@@ -111,8 +111,8 @@ class Options:
         Quantization,
         Help(
             "4-bit format of the experts. nf4 and fp4, as bitsandbytes has them with double quantization, are for linear "
-            "layers, too; mxfp4 and nvfp4 leave these in --dtype, and none leaves all weights in it. Experts that are in 4 "
-            "bits in the checkpoint stay as they are.",
+            "layers, too. With mxfp4 and nvfp4, linear layers stay dense. none quantizes nothing. A checkpoint already in 4 "
+            "bits keeps its format; naming another is an error.",
             shown="what the checkpoint has; nf4 if it is dense",
             shapes_run=True,
         ),

@@ -76,8 +76,8 @@ def test_becomes_a_checkpoint_of_compressed_tensors(
     target = tmp_path / "converted"
     ended = command("convert", "model", modelopt, target, "--to", "per-expert")
     assert ended.status == 0, ended
-    assert "note: the scales of matrices become their reciprocals" in ended.stdout
-    assert "k_proj.k_scale and 0 more scales of the cache are left out" in ended.stdout
+    assert "note: weight_scale_2 becomes weight_global_scale = 1/weight_scale_2" in ended.stdout
+    assert "k_proj.k_scale and 0 more scales of the FP8 KV cache are left out" in ended.stdout
     saved, expected = tensors_of(target), _expected(modelopt)
     assert saved.keys() == expected.keys()
     assert all(same_bits(saved[key], expected[key].reshape(saved[key].shape)) for key in saved)

@@ -341,3 +341,10 @@ def test_tensors_of_bitsandbytes_under_another_config_are_refused_in_a_dry_run(
     ended = command("finetune", "--model", path, *arguments)
     assert f"{says} nvfp4" in ended.error, ended
     assert f"{says} nvfp4" in command("generate", path, "--prompt", "w7").error
+
+
+def test_quantize_says_as_what_it_writes_the_experts(command: Command, dense: Path, tmp_path: Path) -> None:
+    build(GPT_OSS, **WORDS).save_pretrained(tmp_path / "gpt-oss")
+    for source, says in ((dense, "compressed-tensors files"), (tmp_path / "gpt-oss", "mxfp4 stacks (gpt-oss)")):
+        ended = command("quantize", source, tmp_path / "new", "--format", "mxfp4", "--dry-run")
+        assert f"in mxfp4, experts as {says}\n" in ended.stdout, ended
