@@ -261,6 +261,45 @@ def test_an_adapter_is_merged_into_the_format(qwen3: Path) -> None:
     assert torch.equal(merged[name].packed, expected.packed)
 
 
+def _adapted_gpt_oss(path: Path, parameter: str, **options: Any) -> Any:
+    """gpt-oss with LoRA on one parameter of its experts, whose hidden and intermediate sizes are equal."""
+    model = load_here(path, GPT_OSS, dtype=torch.float32, **options)
+    assert packed(model)["model.layers.0.mlp.experts.down_proj"].shape[1:] == (64, 64)
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_parameters=[f"mlp.experts.{parameter}"], init_lora_weights=False)
+    return get_peft_model(model, config).eval()
+
+
+@pytest.mark.parametrize("merged_before", [False, True])
+@pytest.mark.parametrize("parameter", ["gate_up_proj", "down_proj"])
+@pytest.mark.parametrize("kind", ["published", *FORMATS])
+def test_merging_into_dense_experts_of_gpt_oss(kind: str, parameter: str, merged_before: bool, tmp_path: Path) -> None:
+    """The experts are (E, out, in) in 4 bits and (E, in, out) when they are dense, and the adapter follows them."""
+    path = gpt_oss_checkpoint(tmp_path, intermediate_size=64)
+    options: dict[str, Any] = {}
+    if kind != "published":
+        path = tmp_path / "dense"
+        options["quantization_config"] = Mxfp4Config() if kind == "mxfp4" else published.compressed_config(kind)
+    model = _adapted_gpt_oss(path, parameter, **options)
+    expected = logits(model)
+    if merged_before:
+        model.merge_adapter()
+    merged = model.merge_and_unload(dtype=torch.float32)
+    assert not packed(merged)
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_of_gpt_oss_follow_experts_that_are_dequantized(tmp_path: Path) -> None:
+    path = gpt_oss_checkpoint(tmp_path, intermediate_size=64)
+    model = _adapted_gpt_oss(path, "down_proj")
+    expected = logits(model)
+    model.get_base_model().dequantize()
+    assert not packed(model)
+    for implementation in ("eager", "moe_fused"):
+        model.get_base_model().set_experts_implementation(implementation)
+        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+
+
 def _losses(model: PreTrainedModel, steps: int) -> list[float]:
     """Trains an adapter of the experts on one batch, and returns the loss of each step."""
     torch.manual_seed(0)
