@@ -38,7 +38,7 @@ from .entries import (
     read_published,
     share_of_matrices,
 )
-from .finite import is_finite
+from .finite import broken_scales, is_finite
 from .names import Names, Target, TensorRole
 from .quant_state import quantize_matrix
 from .share import Share, current, is_divided, local
@@ -224,6 +224,8 @@ class ExpertsConverter(WeightConverter):
                 setattr(module, activation_scales_name(name), scales)
             else:
                 dtype, weights = read_packed(self.names, target, layout, entries, share)
+                if (broken := broken_scales(weights)) is not None:
+                    raise ValueError(f"{layer_name}_{broken[0]} holds NaN or infinite values")
         elif self.quantization.pre_quantized:
             if share is not None and not is_divided(placeholder):
                 raise ValueError(

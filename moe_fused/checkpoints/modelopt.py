@@ -25,6 +25,7 @@ from moe_fused.quantized import (
     with_content,
 )
 
+from .finite import are_global_scales
 from .names import ACTIVATION_SCALE, MATRIX_PARTS
 from .places import read_object
 from .safetensors_file import as_bytes
@@ -37,11 +38,20 @@ _CACHE_SCALES = ("k_scale", "v_scale")
 
 @dataclass(frozen=True)
 class Reciprocal(Stored):
-    """A scale of ModelOpt, read as the reciprocal of it that compressed-tensors has."""
+    """A scale of ModelOpt, read as the reciprocal of it that compressed-tensors has.
+
+    Attributes:
+        key: the name of the scale in the checkpoint of ModelOpt.
+    """
+
+    key: str
 
     def chunks(self, size: int = 4) -> Iterator[Any]:
         (data,) = super().chunks(4)
-        yield as_bytes(torch.frombuffer(data, dtype=torch.float32).reciprocal())
+        scale = torch.frombuffer(data, dtype=torch.float32)
+        if not (scale.isfinite() & (scale > 0)).all() or not are_global_scales(scale.reciprocal()):
+            raise ValueError(f"{self.key} must be a positive finite number, got {scale.item()}")
+        yield as_bytes(scale.reciprocal())
 
 
 def is_nvfp4(directory: Path, config: Mapping[str, Any]) -> bool:
@@ -83,7 +93,7 @@ def as_compressed(
         elif part in ("weight_scale_2", "input_scale"):
             if stored.dtype != "F32" or stored.nbytes != 4:
                 raise ValueError(f"{key} must be a number in float32, got {stored.dtype} of shape {stored.shape}")
-            result[f"{module}.{_NAMES[part]}"] = Reciprocal(stored.path, "F32", (1,), stored.start, 4)
+            result[f"{module}.{_NAMES[part]}"] = Reciprocal(stored.path, "F32", (1,), stored.start, 4, key)
         else:
             result[f"{module}.{_NAMES[part]}"] = stored
     for module in sorted(modules):

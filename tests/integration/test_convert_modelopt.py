@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import moe_fused
 
+from .broken import changed, refused
 from .cli import Command, save_tokenizer
 from .four_bit import packed, same_bits
 from .models import QWEN3_MOE
@@ -134,3 +135,15 @@ def test_broken_checkpoints_are_refused(
     assert says in ended.error, ended
     assert key.rpartition(".")[0] in ended.error
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("part", ["weight_scale_2", "input_scale"])
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), -1.0])
+def test_scales_that_are_no_positive_numbers(
+    value: float, part: str, modelopt: Path, tmp_path: Path, command: Command
+) -> None:
+    key = f"model.layers.1.mlp.experts.2.up_proj.{part}"
+    broken = changed(modelopt, tmp_path / "broken", lambda tensors: tensors[key].fill_(value))
+    convert = ("convert", "model", broken, tmp_path / "out", "--to", "per-expert")
+    refused(command, convert, key, f"must be a positive finite number, got {value}")
+    assert not (tmp_path / "out").exists()
