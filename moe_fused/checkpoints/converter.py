@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from copy import copy, deepcopy
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
@@ -309,7 +309,8 @@ class ExpertsConverter(WeightConverter):
         kernel = get_kernel()
         weights: Packed4bitWeights
         if form.weight_format.published(form):
-            parts = (form.weight_format.quantize(matrix, form) for matrix in matrices)
+            experts = iter(lambda: tuple(islice(matrices, form.projections)), ())
+            parts = (part for expert in experts for part in form.weight_format.quantize_expert(expert, form))
             weights = kernel.Packed4bitWeights.of_parts(parts, form)
         else:
             wanted = self.quantization

@@ -300,6 +300,32 @@ def test_adapters_of_gpt_oss_follow_experts_that_are_dequantized(tmp_path: Path)
         torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
 
 
+def _global_scales(path: Path) -> dict[str, Tensor]:
+    """The global scales of gate and up of every expert, by the names of experts."""
+    tensors = tensors_of(path)
+    gates = [key for key in tensors if key.endswith("gate_proj.weight_global_scale")]
+    assert gates
+    return {key: torch.stack([tensors[key], tensors[key.replace("gate_proj", "up_proj")]]) for key in gates}
+
+
+def test_gate_and_up_get_one_global_scale(tmp_path: Path) -> None:
+    """It holds for what is quantized and for what is merged. What others published so that they differ stays as it is."""
+    source = compressed_checkpoint(tmp_path / "source", "nvfp4", QWEN3_MOE)
+    published_scales = _global_scales(source)
+    assert any(not torch.equal(*pair) for pair in published_scales.values())
+    model = load_here(source, QWEN3_MOE)
+    model.save_pretrained(tmp_path / "saved")
+    saved = _global_scales(tmp_path / "saved")
+    assert all(torch.equal(pair, saved[key]) for key, pair in published_scales.items())
+
+    config = LoraConfig(r=2, target_parameters=["mlp.experts.gate_up_proj"], init_lora_weights=False)
+    get_peft_model(model, config).merge_and_unload().save_pretrained(tmp_path / "merged")
+    dense = load_here(source / "dense", QWEN3_MOE, quantization_config=published.compressed_config("nvfp4"))
+    dense.save_pretrained(tmp_path / "quantized")
+    for name in ("merged", "quantized"):
+        assert all(torch.equal(*pair) for pair in _global_scales(tmp_path / name).values()), name
+
+
 def _losses(model: PreTrainedModel, steps: int) -> list[float]:
     """Trains an adapter of the experts on one batch, and returns the loss of each step."""
     torch.manual_seed(0)
@@ -462,7 +488,10 @@ def test_a_dense_model_without_experts_is_refused(tmp_path: Path) -> None:
 
 
 def test_our_bytes_are_those_of_the_library(tmp_path: Path) -> None:
-    """A dense checkpoint that is quantized while it is loaded is saved as compressed-tensors would have saved it."""
+    """A dense checkpoint that is quantized while it is loaded is saved as compressed-tensors would have saved it.
+
+    Gate and up have one global scale, as llm-compressor gives them and as vLLM needs.
+    """
     from compressed_tensors.quantization import preset_name_to_scheme
 
     from .four_bit import build
@@ -474,11 +503,13 @@ def test_our_bytes_are_those_of_the_library(tmp_path: Path) -> None:
             tmp_path / quant_type
         )
         saved = tensors_of(tmp_path / quant_type)
-        for key, weight in tensors_of(tmp_path / "dense").items():
+        dense = tensors_of(tmp_path / "dense")
+        for key, weight in dense.items():
             if ".experts." not in key:
                 assert same_bits(saved[key], weight)
                 continue
-            for part, value in compressed(weight, preset_name_to_scheme(scheme, ["Linear"])).items():
+            partner = key.replace(".up_", ".gate_") if ".up_" in key else key.replace(".gate_", ".up_")
+            for part, value in compressed(weight, preset_name_to_scheme(scheme, ["Linear"]), dense[partner]).items():
                 assert same_bits(saved[key.removesuffix("weight") + part], value), f"{key} {part}"
         values = json.loads((tmp_path / quant_type / "config.json").read_text(encoding="utf-8"))["quantization_config"]
         assert compressed_quant_type(values) == quant_type
