@@ -101,6 +101,12 @@ def as_compressed(
             if f"{module}.{part}" not in tensors:
                 raise ValueError(f"{module}.{part} is missing, without which nvfp4 weights cannot be read")
     notes = ["the scales of matrices become their reciprocals, rounded to fp32"]
+    activations = [key for key in result if key.endswith(f".{ACTIVATION_SCALE}")]
+    if activations:
+        notes.append(
+            f"{len(activations)} scales of activations, as {activations[0]}, are kept, but the config of the result says "
+            "that activations are not quantized (input_activations is null)"
+        )
     if left_out:
         notes.append(f"{left_out[0]} and {len(left_out) - 1} more scales of the cache are left out")
     changed = with_content(config, compressed_content("nvfp4", sorted(dense)))

@@ -147,3 +147,12 @@ def test_scales_that_are_no_positive_numbers(
     convert = ("convert", "model", broken, tmp_path / "out", "--to", "per-expert")
     refused(command, convert, key, f"must be a positive finite number, got {value}")
     assert not (tmp_path / "out").exists()
+
+
+def test_kept_scales_of_activations_are_noted(modelopt: Path, tmp_path: Path, command: Command) -> None:
+    ended = command("convert", "model", modelopt, tmp_path / "out", "--to", "per-expert")
+    assert ended.status == 0, ended
+    scales = [key for key in tensors_of(tmp_path / "out") if key.endswith("input_global_scale")]
+    assert scales
+    assert f"{len(scales)} scales of activations" in ended.stdout
+    assert "input_activations is null" in ended.stdout

@@ -30,6 +30,7 @@ from .published import (
     compressed,
     compressed_checkpoint,
     gpt_oss_checkpoint,
+    is_linear,
     on_the_fly,
     quantized,
     rewrite,
@@ -298,6 +299,25 @@ def test_adapters_of_gpt_oss_follow_experts_that_are_dequantized(tmp_path: Path)
     for implementation in ("eager", "moe_fused"):
         model.get_base_model().set_experts_implementation(implementation)
         torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_config_of_dense_experts_names_no_format(tmp_path: Path) -> None:
+    """Experts that became dense, or always were, are saved without a format, and are loaded again as they were."""
+    attention = compressed_checkpoint(
+        tmp_path / "attention", "nvfp4", QWEN3_MOE, only=lambda key: is_linear(key) and ".experts." not in key
+    )
+    experts = compressed_checkpoint(tmp_path / "experts", "nvfp4", QWEN3_MOE)
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_parameters=["mlp.experts.down_proj"], init_lora_weights=False)
+    merged: Any = get_peft_model(load_here(experts, QWEN3_MOE), config).merge_and_unload(dtype=torch.bfloat16)
+    for name, model in (("loaded", load_here(attention, QWEN3_MOE)), ("merged", merged)):
+        assert not packed(model)
+        model.save_pretrained(tmp_path / name)
+        assert "quantization_config" not in json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8"))
+        assert not [key for key in tensors_of(tmp_path / name) if key.endswith("weight_packed")]
+        again = load_here(tmp_path / name, QWEN3_MOE)
+        for key, value in model.state_dict().items():
+            assert same_bits(again.state_dict()[key], value), key
 
 
 def _global_scales(path: Path) -> dict[str, Tensor]:

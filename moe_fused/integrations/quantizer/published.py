@@ -35,7 +35,7 @@ from moe_fused.quantized import (
 
 from .conversions import DequantizeLinear
 from .experts_quantizer import ExpertsQuantizer, refuse_offloaded
-from .packed_experts import blocksize_of
+from .packed_experts import blocksize_of, packed_modules
 from .saving import modules_not_quantized
 
 _GPUS_ALONE = "give a device_map of GPUs alone"
@@ -151,7 +151,7 @@ class PublishedQuantizer(ExpertsQuantizer):
         self.finish_experts(model)
         if self.faults:
             raise self.faults[0]
-        if not self.names.targets:  # a model without experts is dense now
+        if next(packed_modules(model), None) is None:  # linear layers are dense, and so is the whole model
             self.keep_conversions(model)
             self.remove_quantization_config(model)
         return model
