@@ -320,6 +320,15 @@ def test_the_config_of_dense_experts_names_no_format(tmp_path: Path) -> None:
             assert same_bits(again.state_dict()[key], value), key
 
 
+def test_gpt_oss_is_not_saved_with_a_matrix_for_each_expert(gpt_oss: Path, tmp_path: Path) -> None:
+    for quant_type in FORMATS:
+        config = published.compressed_config(quant_type)
+        model = load_here(gpt_oss / "dense", GPT_OSS, quantization_config=config)
+        with pytest.raises(ValueError, match=rf"cannot be saved in {quant_type}.*Mxfp4Config\(\)"):
+            model.save_pretrained(tmp_path / "saved")
+        assert not (tmp_path / "saved").exists()
+
+
 def _global_scales(path: Path) -> dict[str, Tensor]:
     """The global scales of gate and up of every expert, by the names of experts."""
     tensors = tensors_of(path)

@@ -36,7 +36,7 @@ from moe_fused.quantized import (
 from .conversions import DequantizeLinear
 from .experts_quantizer import ExpertsQuantizer, refuse_offloaded
 from .packed_experts import blocksize_of, packed_modules
-from .saving import modules_not_quantized
+from .saving import modules_not_quantized, no_matrices
 
 _GPUS_ALONE = "give a device_map of GPUs alone"
 
@@ -219,6 +219,13 @@ class CompressedExpertsQuantizer(PublishedQuantizer):
         if not self.pre_quantized:
             return []
         return [WeightConverter(list(MATRIX_PARTS), "weight", [DequantizeLinear(self, self.quant_type)])]
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        # save_pretrained asks before it makes a directory.
+        for target in self.names.targets.values():
+            if self.names.per_expert(target) is None:
+                raise ValueError(no_matrices(target, self.quant_type))
+        return True
 
     def record_dense_modules(self, model: Any) -> None:
         self.quantization_config.fields["ignore"] = modules_not_quantized(model, self.quantization_config.ignore)
