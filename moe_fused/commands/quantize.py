@@ -157,7 +157,7 @@ def _quantize(
 
     import moe_fused
     from moe_fused.devices import choose_device
-    from moe_fused.integrations.quantizer.configs import config_for
+    from moe_fused.integrations.quantizer.configs import config_for, has_stacks_alone
     from moe_fused.memory import skeleton as make
 
     from .loading import (
@@ -177,6 +177,8 @@ def _quantize(
     skeleton = make(config)
     _check_experts(skeleton, quant_type)
     dense, packed = _sizes(skeleton, compute, quant_type, double_quant)
+    if has_stacks_alone(skeleton):
+        layout = Layout.FUSED  # there are no names for another one
     kind = "experts as published" if quant_type.is_published else f"experts {layout.value}"
     print(f"model   {model}: {dense / 1e9:.3g} GB in {dtype.value}")
     print(f"output  {output}: {packed / 1e9:.3g} GB in {quant_type.value}, {kind}")
