@@ -469,9 +469,22 @@ def test_the_experts_cannot_be_offloaded(gpt_oss: Path, qwen3: Path) -> None:
             load(path, case, device_map=places)
 
 
-def test_one_layout_is_saved(gpt_oss: Path) -> None:
-    with pytest.raises(ValueError, match="layout must be one of published, got 'fused'"):
-        moe_fused.save_format(load_here(gpt_oss, GPT_OSS), "fused")
+def test_one_layout_is_saved(gpt_oss: Path, qwen3: Path, tmp_path: Path) -> None:
+    for path, case, only, other in (
+        (gpt_oss, GPT_OSS, "fused", "per_expert"),
+        (qwen3, QWEN3_MOE, "per_expert", "fused"),
+    ):
+        model: Any = load_here(path, case)
+        with pytest.raises(ValueError, match=f"layout must be '{only}', got '{other}': .* moe-fused convert model"):
+            moe_fused.save_format(model, other)
+        for unknown in ("published", "published_per_expert", "gguf"):
+            with pytest.raises(ValueError, match=f"layout must be one of per_expert, fused, got '{unknown}'"):
+                moe_fused.save_format(model, unknown)
+        moe_fused.save_format(model, only)
+        model.save_pretrained(tmp_path / only)
+        saved = tensors_of(tmp_path / only)
+        experts = {key: value for key, value in tensors_of(path).items() if ".experts." in key}
+        assert all(same_bits(saved[key], value) for key, value in experts.items())
 
 
 def test_other_schemes_are_left_to_transformers() -> None:
