@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from copy import copy, deepcopy
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
@@ -38,7 +38,7 @@ from .entries import (
     read_published,
     share_of_matrices,
 )
-from .finite import is_finite
+from .finite import broken_scales, is_finite
 from .names import Names, Target, TensorRole
 from .quant_state import quantize_matrix
 from .share import Share, current, is_divided, local
@@ -224,6 +224,8 @@ class ExpertsConverter(WeightConverter):
                 setattr(module, activation_scales_name(name), scales)
             else:
                 dtype, weights = read_packed(self.names, target, layout, entries, share)
+                if (broken := broken_scales(weights)) is not None:
+                    raise ValueError(f"{layer_name}_{broken[0]} holds NaN or infinite values")
         elif self.quantization.pre_quantized:
             if share is not None and not is_divided(placeholder):
                 raise ValueError(
@@ -307,7 +309,8 @@ class ExpertsConverter(WeightConverter):
         kernel = get_kernel()
         weights: Packed4bitWeights
         if form.weight_format.published(form):
-            parts = (form.weight_format.quantize(matrix, form) for matrix in matrices)
+            experts = iter(lambda: tuple(islice(matrices, form.projections)), ())
+            parts = (part for expert in experts for part in form.weight_format.quantize_expert(expert, form))
             weights = kernel.Packed4bitWeights.of_parts(parts, form)
         else:
             wanted = self.quantization

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe_fused.hub import get_kernel
 
+from .finite import broken_scales, fault_of
 from .fused import read_fused
 from .names import ACTIVATION_SCALE, MATRIX_PARTS, STACK_PARTS, Names, Target, TensorRole, rename_expert
 from .quant_state import MatrixFormat, read_matrix
@@ -246,6 +247,8 @@ def read_published(
             form = replace(form, shape=(count, *target.shape[1:]))
         tensors = _load_parts({entry.role.part: entry for entry in entries}, wanted, form, load, stacked=True)
         weights = interchange.stack_of_published(tensors, form)
+        keys = {entry.role.part: entry.key for entry in entries}
+        check_scales(weights, wanted, lambda part, *_: keys[part])
         return weights, None
     if share is not None:
         target, entries = share_of_matrices(names, share, target, entries, main)
@@ -253,6 +256,11 @@ def read_published(
     scales = [entry for entry in entries if entry.role.part == ACTIVATION_SCALE]
     table = by_published_matrix(names, target, entries)
     weights = interchange.stack_of_published_matrices((_load_parts(parts, wanted, form) for parts in table), form)
+    check_scales(
+        weights,
+        wanted,
+        lambda part, expert, projection: table[expert * target.projections + projection][part].key,
+    )
     if not scales:
         return weights, None
     activations = torch.full((target.shape[0], target.projections), torch.nan)
@@ -296,6 +304,23 @@ def published_as(form: Format4bit, main: str) -> PublishedTensors | None:
     """Returns the tensors of a matrix in the way of publishing that has one called ``main``, or None if there is none."""
     layouts: Iterable[PublishedTensors] = form.weight_format.published(form)
     return next((layout for layout in layouts if main in layout), None)
+
+
+def check_scales(weights: Packed4bitWeights, published: Iterable[str], key_of: Callable[[str, int, int], str]) -> None:
+    """Checks the scales of weights that were read.
+
+    Args:
+        published: the names of the tensors of a matrix in the checkpoint, in the order of the format's storage.
+        key_of: from one of them, an expert and a projection to its name in the checkpoint.
+
+    Raises:
+        ValueError: a scale makes weights NaN or infinite. The message names the tensor that holds it.
+    """
+    if (broken := broken_scales(weights)) is not None:
+        stored, expert, projection = broken
+        part = dict(zip(weights.tensors(), published, strict=True))[stored]
+        key = key_of(part, expert, projection)
+        raise ValueError(f"{key} {fault_of(key)}")
 
 
 def _published_layout(layout: str, entries: list[Entry], form: Format4bit) -> tuple[str, PublishedTensors]:

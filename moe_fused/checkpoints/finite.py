@@ -8,7 +8,7 @@ infinite sum, too.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,15 @@ from moe_fused.hub import get_kernel
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from qwen3_moe_fused import Packed4bitWeights
+
 _SUMMED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# For each dtype of a byte, the bits that are all set in what is not finite. E4M3 has no infinite values.
+_SPECIAL = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
+# Scales of mxfp4 in E8M0: from the first one on, the largest values of 4 bits become infinite, and the second one is NaN.
+_OVERFLOWS, _NAN = 253, 255
+# The smallest global scale of nvfp4 whose largest weights are finite.
+_LOWEST = 2688 / torch.finfo(torch.float32).max
 # How many sums are read at once. Until then, each is a small tensor.
 _AT_ONCE = 512
 # How many pieces of a file may wait to be checked while it is copied, and the size in bytes of the largest such piece.
@@ -28,10 +36,66 @@ _WAITING, _PIECE = 4, 1 << 20
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all elements of ``tensor`` are finite. A dtype that is not a plain floating-point one counts as finite."""
+    """Whether all elements of ``tensor`` are finite. A dtype that is not a floating-point one counts as finite."""
+    if (special := _SPECIAL.get(tensor.dtype)) is not None and not tensor.is_meta:
+        return not bool(((tensor.view(torch.uint8) & special) == special).any())
     if tensor.dtype not in _SUMMED or tensor.is_meta or math.isfinite(tensor.sum()):
         return True
     return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(1 << 24))
+
+
+def fault_of(name: str) -> str:
+    """Says what is wrong with a tensor called ``name`` that is not sound."""
+    if name.endswith("global_scale"):
+        return "must hold positive finite numbers, because other scales make weights NaN or infinite"
+    return "holds NaN or infinite values"
+
+
+def is_finite_e8m0(scales: Tensor) -> bool:
+    """Whether no scale of mxfp4, uint8, is NaN."""
+    return not bool((scales == _NAN).any())
+
+
+def are_global_scales(scales: Tensor) -> bool:
+    """Whether global scales of nvfp4, fp32, divide the scales of blocks to finite ones. They have to be positive."""
+    return not bool(_not_global(scales).any())
+
+
+def _not_global(scales: Tensor) -> Tensor:
+    return ~(scales.isfinite() & (scales >= _LOWEST))
+
+
+def broken_scales(weights: Packed4bitWeights) -> tuple[str, int, int] | None:
+    """Finds a scale with which 4-bit weights are NaN or infinite, or a global scale that is not a positive finite number.
+
+    Returns:
+        The name of the stored tensor, the expert and the projection of the first one; None if all weights are finite.
+    """
+    stored = weights.tensors()
+    for part, value in stored.items():
+        found = _broken_experts(weights, part, value, "nested_absmax" in stored)
+        if found is not None and bool(found.any()):
+            expert, place = found.nonzero()[0].tolist()
+            return part, expert, place * weights.format.projections // found.shape[1]
+    return None
+
+
+def _broken_experts(weights: Packed4bitWeights, part: str, value: Tensor, double_quant: bool) -> Tensor | None:
+    """Returns which elements of a stored tensor are broken, (E, any), or None if none can be."""
+    if part == "global_scale":
+        return _not_global(value.contiguous().view(torch.float32))
+    if part == "block_scale" and weights.format.quant_type == "nvfp4":
+        special = _SPECIAL[torch.float8_e4m3fn]
+        return (value & special) == special
+    if part == "block_scale" and weights.format.quant_type == "mxfp4":
+        large = value >= _OVERFLOWS
+        for expert in large.any(1).nonzero().flatten().tolist():  # few if any, so these are computed
+            blocks = weights.narrow(expert, 1).dequantize(torch.float32).view(value.shape[1], -1)
+            large[expert] &= ~blocks.isfinite().all(1)
+        return large
+    if part in ("nested_absmax", "nested_offset") or (part == "absmax" and not double_quant):
+        return ~value.contiguous().view(torch.float32).isfinite()
+    return None
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
@@ -133,11 +197,21 @@ class Watch:
         finally:
             self._pool.shutdown(cancel_futures=True)
 
-    def see(self, name: str, data: bytearray | memoryview, dtype: torch.dtype) -> None:
-        """Checks ``data``, whole values of the tensor ``name``. It must not change any more."""
-        if dtype not in _SUMMED or not len(data):
+    def see(
+        self,
+        name: str,
+        data: bytearray | memoryview,
+        dtype: torch.dtype,
+        check: Callable[[Tensor], bool] = is_finite,
+    ) -> None:
+        """Checks ``data``, whole values of the tensor ``name``. It must not change any more.
+
+        Args:
+            check: whether values are sound.
+        """
+        if not len(data) or (check is is_finite and dtype not in (*_SUMMED, *_SPECIAL)):
             return
-        future = self._pool.submit(lambda: is_finite(torch.frombuffer(data, dtype=dtype)))
+        future = self._pool.submit(lambda: check(torch.frombuffer(data, dtype=dtype)))
         self._pending.append((name, future))
         # Data that waits stays in memory. A few small pieces of a file may wait, but no large tensor.
         self._settle(_WAITING if len(data) <= _PIECE else 0)
@@ -146,4 +220,4 @@ class Watch:
         while len(self._pending) > left:
             name, future = self._pending.pop(0)
             if not future.result():
-                raise ValueError(f"{name} holds NaN or infinite values")
+                raise ValueError(f"{name} {fault_of(name)}")

@@ -25,6 +25,7 @@ from moe_fused.quantized import (
     with_content,
 )
 
+from .finite import are_global_scales
 from .names import ACTIVATION_SCALE, MATRIX_PARTS
 from .places import read_object
 from .safetensors_file import as_bytes
@@ -37,11 +38,20 @@ _CACHE_SCALES = ("k_scale", "v_scale")
 
 @dataclass(frozen=True)
 class Reciprocal(Stored):
-    """A scale of ModelOpt, read as the reciprocal of it that compressed-tensors has."""
+    """A scale of ModelOpt, read as the reciprocal of it that compressed-tensors has.
+
+    Attributes:
+        key: the name of the scale in the checkpoint of ModelOpt.
+    """
+
+    key: str
 
     def chunks(self, size: int = 4) -> Iterator[Any]:
         (data,) = super().chunks(4)
-        yield as_bytes(torch.frombuffer(data, dtype=torch.float32).reciprocal())
+        scale = torch.frombuffer(data, dtype=torch.float32)
+        if not (scale.isfinite() & (scale > 0)).all() or not are_global_scales(scale.reciprocal()):
+            raise ValueError(f"{self.key} must be a positive finite number, got {scale.item()}")
+        yield as_bytes(scale.reciprocal())
 
 
 def is_nvfp4(directory: Path, config: Mapping[str, Any]) -> bool:
@@ -83,7 +93,7 @@ def as_compressed(
         elif part in ("weight_scale_2", "input_scale"):
             if stored.dtype != "F32" or stored.nbytes != 4:
                 raise ValueError(f"{key} must be a number in float32, got {stored.dtype} of shape {stored.shape}")
-            result[f"{module}.{_NAMES[part]}"] = Reciprocal(stored.path, "F32", (1,), stored.start, 4)
+            result[f"{module}.{_NAMES[part]}"] = Reciprocal(stored.path, "F32", (1,), stored.start, 4, key)
         else:
             result[f"{module}.{_NAMES[part]}"] = stored
     for module in sorted(modules):
@@ -91,6 +101,12 @@ def as_compressed(
             if f"{module}.{part}" not in tensors:
                 raise ValueError(f"{module}.{part} is missing, without which nvfp4 weights cannot be read")
     notes = ["weight_scale_2 becomes weight_global_scale = 1/weight_scale_2, rounded to fp32"]
+    activations = [key for key in result if key.endswith(f".{ACTIVATION_SCALE}")]
+    if activations:
+        notes.append(
+            f"{len(activations)} scales of activations, as {activations[0]}, are kept, but the config of the result says "
+            "that activations are not quantized (input_activations is null)"
+        )
     if left_out:
         notes.append(f"{left_out[0]} and {len(left_out) - 1} more scales of the FP8 KV cache are left out")
     changed = with_content(config, compressed_content("nvfp4", sorted(dense)))

@@ -24,6 +24,7 @@ from .entries import (
     by_published_matrix,
     check_published,
     check_published_matrix,
+    check_scales,
     layout_of,
     published_as,
 )
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 # The tensors of a matrix, in the order of the format's storage. Their bytes are the same in every layout.
 Parts = tuple[Stored, ...]
+Keys = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class PublishedCheckpointStack:
         target, layout, names: as in ``PackedCheckpointStack``.
         format: how the weights are packed. Its dtype is that of the dequantized weights, unless another is asked for.
         matrices: the tensors of each matrix, the projections of expert 0 first.
+        keys: their names in the checkpoint, in the same order.
         activation_scales: how many matrices have a scale of activations beside them.
     """
 
@@ -63,6 +66,7 @@ class PublishedCheckpointStack:
     names: Names
     format: Format4bit
     matrices: tuple[Parts, ...]
+    keys: tuple[Keys, ...]
     activation_scales: int
 
     @property
@@ -86,7 +90,8 @@ class PublishedCheckpointStack:
         one = replace(self.format, shape=(1, *self.target.matrix_shape), projections=1)
 
         def chunks(expert: int, part: int) -> list[memoryview]:
-            dense = dequantize(self.matrices[expert * self.target.projections + part], one, wanted)
+            index = expert * self.target.projections + part
+            dense = dequantize(self.keys[index], self.matrices[index], one, wanted)
             return [as_bytes(dense.mT if self.target.transposed else dense)]
 
         return dense_outputs(self.target, self.names, layout, dtype_name(wanted), chunks)
@@ -133,13 +138,23 @@ def _of_matrix(form: Format4bit) -> PublishedTensors:
     return tensors
 
 
-def dequantize(parts: Parts, form: Format4bit, dtype: torch.dtype) -> Tensor:
-    """Reads and dequantizes one matrix. ``form`` is that of a stack of this matrix alone."""
+def dequantize(keys: Keys, parts: Parts, form: Format4bit, dtype: torch.dtype) -> Tensor:
+    """Reads and dequantizes one matrix.
+
+    Args:
+        keys: the names of the tensors in the checkpoint.
+        parts: the tensors.
+        form: that of a stack of this matrix alone.
+
+    Raises:
+        ValueError: a scale makes weights NaN or infinite. The message names the tensor.
+    """
     tensors = {
         part: replace(stored, dtype=dtype_name(wanted), shape=shape).load(part)
         for (part, (wanted, shape)), stored in zip(_of_matrix(form).items(), parts, strict=True)
     }
     stack = get_kernel().interchange.stack_of_published_matrices([tensors], form)
+    check_scales(stack, keys, lambda key, *_: key)
     dense: Tensor = stack.dequantize(dtype)[0]
     return dense
 
@@ -172,10 +187,13 @@ def find_published_stack(
             tuple(stacks[part].part(index, count, shape) for part, (_, shape) in wanted.items())
             for index in range(count)
         ]
+        whole = {one.role.part: one.key for one in found}
+        keys = [tuple(whole[part] for part in wanted)] * count
     else:
         table = by_published_matrix(names, target, entries)
-        matrices = [tuple(stored[parts[part].key] for part in _of_matrix(form)) for parts in table]
-    return PublishedCheckpointStack(target, layout, names, form, tuple(matrices), scales)
+        keys = [tuple(parts[part].key for part in _of_matrix(form)) for parts in table]
+        matrices = [tuple(stored[key] for key in of_matrix) for of_matrix in keys]
+    return PublishedCheckpointStack(target, layout, names, form, tuple(matrices), tuple(keys), scales)
 
 
 @dataclass(frozen=True)
@@ -184,18 +202,20 @@ class PublishedMatrix:
 
     Attributes:
         form: that of a stack of this matrix alone.
+        keys: the names of its tensors in the checkpoint.
         parts: its tensors.
         has_activation_scale: whether there is a scale of activations beside them.
     """
 
     form: Format4bit
+    keys: Keys
     parts: Parts
     has_activation_scale: bool
 
     def dequantized(self, dtype: torch.dtype) -> Output:
         """Returns the dense weight (out, in) of ``dtype``."""
         example = torch.empty(self.form.shape[1:], dtype=dtype, device="meta")
-        return Output.of_tensor(example, partial(dequantize, self.parts, self.form, dtype))
+        return Output.of_tensor(example, partial(dequantize, self.keys, self.parts, self.form, dtype))
 
 
 def find_matrices(tensors: Mapping[str, Stored], quant_type: str) -> dict[str, PublishedMatrix]:
@@ -225,4 +245,6 @@ def _find_matrix(module: str, found: list[Found], quant_type: str) -> PublishedM
     except ValueError as error:
         raise ValueError(f"{found[0].key} must be of {quant_type} weights: {error}") from None
     check_published_matrix(module, [one.entry(real=False) for one in found], form)
-    return PublishedMatrix(form, tuple(stored[part] for part in _of_matrix(form)), ACTIVATION_SCALE in stored)
+    wanted = tuple(_of_matrix(form))
+    keys = tuple(f"{module}.{part}" for part in wanted)
+    return PublishedMatrix(form, keys, tuple(stored[part] for part in wanted), ACTIVATION_SCALE in stored)

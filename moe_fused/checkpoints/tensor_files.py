@@ -17,11 +17,14 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .finite import Watch
+from .finite import Watch, are_global_scales, is_finite, is_finite_e8m0
+from .names import MATRIX_PARTS, STACK_PARTS
 from .safetensors_file import DTYPES, Chunks, TensorSpec, as_bytes, dtype_name, safetensors_writer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _CHUNK = 1 << 20
+_PACKED, _BLOCK_SCALE, _GLOBAL_SCALE, _ = MATRIX_PARTS
+_BLOCKS, _SCALES = STACK_PARTS
 FLOATS = ("BF16", "F16", "F32")
 
 
@@ -243,12 +246,22 @@ def split(outputs: Mapping[str, Output], max_shard_size: int | str) -> dict[str,
     return shards
 
 
-def _values(key: str, outputs: Mapping[str, Output]) -> torch.dtype:
-    """Returns the dtype of a tensor's values. The scales of packed experts are fp32 in bytes, unless they are in 8 bits."""
+def _values(key: str, outputs: Mapping[str, Output]) -> tuple[torch.dtype, Callable[[Tensor], bool]]:
+    """Returns the dtype of a tensor's values, and what says whether they are sound.
+
+    The scales of packed experts are fp32 in bytes, unless they are in 8 bits.
+    """
+    module, _, part = key.rpartition(".")
+    if f"{module}.{_PACKED}" in outputs and part == _GLOBAL_SCALE:
+        return torch.float32, are_global_scales
+    of_matrix = part == _BLOCK_SCALE and f"{module}.{_PACKED}" in outputs
+    of_stack = key.endswith(f"_{_SCALES}") and f"{key.removesuffix(_SCALES)}{_BLOCKS}" in outputs
+    if (of_matrix or of_stack) and outputs[key].dtype == "U8":
+        return torch.uint8, is_finite_e8m0
     fp32 = key.endswith(("_nested_absmax", "_nested_offset")) or (
         key.endswith("_absmax") and f"{key.removesuffix('_absmax')}_nested_absmax" not in outputs
     )
-    return torch.float32 if fp32 else DTYPES.get(outputs[key].dtype, torch.uint8)
+    return torch.float32 if fp32 else DTYPES.get(outputs[key].dtype, torch.uint8), is_finite
 
 
 def write_checkpoint(
@@ -264,9 +277,9 @@ def write_checkpoint(
     """
 
     def seen(key: str, chunks: Chunks) -> Chunks:
-        dtype = _values(key, outputs)
+        dtype, check = _values(key, outputs)
         for chunk in chunks:
-            watch.see(key, chunk, dtype)
+            watch.see(key, chunk, dtype, check)
             yield chunk
             progress(len(chunk))
 

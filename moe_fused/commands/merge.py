@@ -141,7 +141,8 @@ def _merge(
     if keep_format and quantization is not None:
         kept = _Stored.read(model, config, quantization, result, download=False)
         nbytes = 0 if kept is None else kept.nbytes
-        kind = f"in {quantization.quant_type}, quantized again"
+        if kept is None or kept.is_4bit:
+            kind = f"in {quantization.quant_type}, quantized again"
     elif quantization is not None:
         begin += ": will be dequantized"
     print(begin)
@@ -192,11 +193,13 @@ class _Stored:
     Attributes:
         nbytes: the size of the result.
         is_fused: whether the experts are in the fused layout of nf4 and fp4.
+        is_4bit: whether any weight is in 4 bits.
         notes: what is not kept.
     """
 
     nbytes: int
     is_fused: bool
+    is_4bit: bool
     notes: tuple[str, ...]
 
     @classmethod
@@ -240,7 +243,8 @@ class _Stored:
             )
         if "stacked" in layouts:
             notes.append("the experts are written per-expert, because the original project's layout is only read")
-        return cls(nbytes, "fused" in layouts, tuple(notes))
+        is_4bit = bool(layouts) or not quantization.is_published
+        return cls(nbytes, "fused" in layouts, is_4bit, tuple(notes))
 
 
 def _merge_in_format(adapted: Any, what: str) -> Any:

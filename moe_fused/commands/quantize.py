@@ -187,6 +187,8 @@ def _quantize(
     skeleton = make(config)
     _check_experts(skeleton, quant_type)
     dense, packed = _sizes(skeleton, compute, quant_type, double_quant)
+    if has_stacks_alone(skeleton):
+        layout = Layout.FUSED  # there are no names for another one
     kind = f"experts {layout.value}"
     if quant_type.is_published:
         kind = (

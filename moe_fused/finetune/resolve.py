@@ -325,6 +325,8 @@ def _set_up(
     start: StartingAdapter | None,
     dense_experts: frozenset[str],
 ) -> ModelSetup:
+    from moe_fused.integrations.quantizer.configs import has_stacks_alone
+
     dtype = _dtype(options, device)
     held, wanted = quantization_of(config), options.quantization
     quantize_to: QuantType | None = None
@@ -366,6 +368,11 @@ def _set_up(
     )
     if quant_type in PUBLISHED and (dense := _experts_that_stay_dense(model, quant_type)) is not None:
         raise ValueError(f"--model {options.model} cannot be held in {quant_type}: the experts of {dense}")
+    if quantize_to == "nvfp4" and has_stacks_alone(model):  # the base of the adapter could not be written
+        raise ValueError(
+            f"--quantization nvfp4 is not possible: a {type(model).__name__} cannot be saved in nvfp4, because its "
+            "checkpoints have no matrix for each expert; use --quantization mxfp4"
+        )
     check_export(options, setup.layout_refusals.get(options.export))
     if start is not None and options.export != "none" and not setup.ranks.expert:
         raise ValueError(f"--export {options.export} is a layout of adapters on experts, but {start.name} has none")

@@ -58,8 +58,12 @@ def gpt_oss_checkpoint(path: Path, case: ModelCase = GPT_OSS, **options: Any) ->
     return rewrite(path / "dense", path, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": skipped})
 
 
-def compressed(weight: Tensor, scheme: Any) -> dict[str, Tensor]:
-    """What compressed-tensors makes of a matrix, by the part of the name after that of its module."""
+def compressed(weight: Tensor, scheme: Any, beside: Tensor | None = None) -> dict[str, Tensor]:
+    """What compressed-tensors makes of a matrix, by the part of the name after that of its module.
+
+    Args:
+        beside: the matrix with which it has one global scale, if it has.
+    """
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
@@ -67,6 +71,9 @@ def compressed(weight: Tensor, scheme: Any) -> dict[str, Tensor]:
     parts = {"weight": weight}
     if args.strategy == "tensor_group":
         parts["weight_global_scale"] = generate_gparam(weight.min(), weight.max()).reshape(1)
+        if beside is not None:
+            other = generate_gparam(beside.min(), beside.max()).reshape(1)
+            parts["weight_global_scale"] = torch.minimum(parts["weight_global_scale"], other)
     blocks = weight.view(len(weight), -1, args.group_size)
     extremes = blocks.amin(-1), blocks.amax(-1)
     parts["weight_scale"], _ = calculate_qparams(*extremes, args, global_scale=parts.get("weight_global_scale"))

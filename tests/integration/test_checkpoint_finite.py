@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from moe_fused.integrations.quantizer.packed_experts import four_bit_config
 
 from .adapters import per_expert_adapter
 from .broken import changed, commands, poison, refused, save
-from .cli import Command
+from .cli import Command, save_tokenizer
+from .four_bit import load, packed
+from .models import QWEN3_MOE
+from .published import GPT_OSS, compressed_checkpoint, gpt_oss_checkpoint
 from .test_cli_models import ATTENTION, EXPERTS, make_adapter
 
 LAYER = "model.layers.1"
@@ -141,6 +145,110 @@ def test_from_python(model: Path, tmp_path: Path, enabled: None) -> None:
         broken = changed(model, tmp_path / key, lambda tensors, key=key: poison(tensors, key, NAN))
         with pytest.raises(ValueError, match=key.replace(".", r"\.")):
             AutoModelForCausalLM.from_pretrained(broken, quantization_config=four_bit_config(torch.float32))
+
+
+# For each fault: the format of the checkpoint, the tensor of a matrix, and what breaks one of its values.
+FAULTS: dict[str, tuple[str, str, Callable[[torch.Tensor], object]]] = {
+    "mxfp4, NaN": ("mxfp4", "weight_scale", lambda scale: scale[3].fill_(255)),
+    "nvfp4, NaN": ("nvfp4", "weight_scale", lambda scale: scale.view(torch.uint8)[3].fill_(0x7F)),
+    "nvfp4, -NaN": ("nvfp4", "weight_scale", lambda scale: scale.view(torch.uint8)[3].fill_(0xFF)),
+    **{
+        f"nvfp4, global {value}": ("nvfp4", "weight_global_scale", lambda scale, value=value: scale.fill_(value))
+        for value in (0.0, NAN, INF, -3.0, 1e-38)
+    },
+}
+
+
+@pytest.mark.parametrize("module", [f"{LAYER}.mlp.experts.2.up_proj", f"{LAYER}.self_attn.q_proj"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_scales_of_published_formats(fault: str, module: str, tmp_path: Path, command: Command) -> None:
+    """They are found while a model is loaded, copied, merged or made dense, and nothing is written."""
+    quant_type, part, damage = FAULTS[fault]
+    source = compressed_checkpoint(tmp_path / "source", quant_type, QWEN3_MOE, vocab_size=64)
+    save_tokenizer(source)
+    adapter = make_adapter(tmp_path / "source/dense", tmp_path / "adapter", **ATTENTION)
+    key = f"{module}.{part}"
+    broken = changed(source, tmp_path / "broken", lambda tensors: damage(tensors[key]))
+    lines = commands(broken, adapter, tmp_path / "out")
+    lines["keep"] = (*lines["merge"], "--keep-format", "--allow-other-base")
+    lines["merge"] = (*lines["merge"], "--allow-other-base")
+    lines["copy"] = ("convert", "model", broken, tmp_path / "out", "--to", "per-expert")
+    lines["dense"] = (*lines["copy"], "--dequantize")
+    del lines["quantize"]
+    if quant_type == "nvfp4":
+        del lines["convert"]  # it has no stacks
+    said = "positive finite numbers" if "global" in part else "NaN or infinite"
+    for name, arguments in lines.items():
+        # In a stack of all experts, the tensor is named as it would have been written.
+        word = f"{LAYER}.mlp.experts.gate_up_proj_scales" if name == "convert" and "experts" in key else key
+        refused(command, arguments, word, said)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "broken", "source"]
+
+
+@pytest.mark.parametrize("module", [f"{LAYER}.mlp.experts.2.up_proj", f"{LAYER}.self_attn.q_proj"])
+@pytest.mark.parametrize("fault", ["mxfp4, NaN", "nvfp4, NaN", "nvfp4, global 0.0", f"nvfp4, global {INF}"])
+def test_scales_of_published_formats_from_python(fault: str, module: str, tmp_path: Path, enabled: None) -> None:
+    from transformers import AutoModelForCausalLM
+
+    quant_type, part, damage = FAULTS[fault]
+    source = compressed_checkpoint(tmp_path / "source", quant_type, QWEN3_MOE)
+    key = f"{module}.{part}"
+    broken = changed(source, tmp_path / "broken", lambda tensors: damage(tensors[key]))
+    assert AutoModelForCausalLM.from_pretrained(source) is not None
+    with pytest.raises(ValueError, match=key.replace(".", r"\.")):
+        AutoModelForCausalLM.from_pretrained(broken)
+
+
+@pytest.mark.parametrize("damage", [255, 254], ids=["NaN", "infinite"])
+def test_scales_of_stacks(damage: int, tmp_path: Path, command: Command) -> None:
+    """A scale of 2^127 is finite, but not all of its weights are."""
+    source = gpt_oss_checkpoint(tmp_path / "source", vocab_size=64)
+    save_tokenizer(source)
+    key = f"{LAYER}.mlp.experts.down_proj_scales"
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[key][2, 3] = damage
+
+    broken = changed(source, tmp_path / "broken", change)
+    generate = commands(broken, source, tmp_path / "out")["generate"]
+    refused(command, generate, key, "NaN or infinite")
+    for options in ((), ("--dequantize",)):
+        if damage == 255 or options:
+            refused(command, ("convert", "model", broken, tmp_path / "out", "--to", "fused", *options), key, "NaN")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_large_scale_of_small_values_is_no_fault(tmp_path: Path, enabled: None) -> None:
+    """Weights of 2^127 are finite."""
+    source = gpt_oss_checkpoint(tmp_path / "source")
+    key = f"{LAYER}.mlp.experts.down_proj"
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{key}_scales"][2, 3] = 254
+        tensors[f"{key}_blocks"][2, 3] = 0x22
+
+    large = changed(source, tmp_path / "large", change)
+    model = load(large, GPT_OSS, dtype=torch.float32)
+    dense = packed(model)[key].dequantize(torch.float32)
+    assert dense[2, 3].unique().tolist() == [2.0**127]
+
+
+def test_4_bits_from_python(model: Path, tmp_path: Path, command: Command) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for options in ((), ("--no-double-quant",)):
+        packed_model = tmp_path / f"packed{len(options)}"
+        assert command("quantize", model, packed_model, "--device", "cpu", "--layout", "fused", *options).status == 0
+        key = f"{LAYER}.mlp.experts.down_proj_{'absmax' if options else 'nested_absmax'}"
+
+        def change(tensors: dict[str, torch.Tensor], key: str = key) -> None:
+            tensors[key].view(torch.float32)[2, 0] = NAN
+
+        broken = changed(packed_model, tmp_path / f"broken{len(options)}", change)
+        moe_fused.enable()
+        with pytest.raises(ValueError, match=f"{key.replace('.', '[.]')} holds NaN"):
+            AutoModelForCausalLM.from_pretrained(broken)
+        moe_fused.disable()
 
 
 @pytest.mark.parametrize("options", [ATTENTION, EXPERTS], ids=["attention", "experts"])

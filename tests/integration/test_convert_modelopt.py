@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import moe_fused
 
+from .broken import changed, refused
 from .cli import Command, save_tokenizer
 from .four_bit import packed, same_bits
 from .models import QWEN3_MOE
@@ -146,3 +147,24 @@ def test_broken_checkpoints_are_refused(
     assert says in ended.error, ended
     assert key.rpartition(".")[0] in ended.error
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("part", ["weight_scale_2", "input_scale"])
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), -1.0])
+def test_scales_that_are_no_positive_numbers(
+    value: float, part: str, modelopt: Path, tmp_path: Path, command: Command
+) -> None:
+    key = f"model.layers.1.mlp.experts.2.up_proj.{part}"
+    broken = changed(modelopt, tmp_path / "broken", lambda tensors: tensors[key].fill_(value))
+    convert = ("convert", "model", broken, tmp_path / "out", "--to", "per-expert")
+    refused(command, convert, key, f"must be a positive finite number, got {value}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_kept_scales_of_activations_are_noted(modelopt: Path, tmp_path: Path, command: Command) -> None:
+    ended = command("convert", "model", modelopt, tmp_path / "out", "--to", "per-expert")
+    assert ended.status == 0, ended
+    scales = [key for key in tensors_of(tmp_path / "out") if key.endswith("input_global_scale")]
+    assert scales
+    assert f"{len(scales)} scales of activations" in ended.stdout
+    assert "input_activations is null" in ended.stdout

@@ -148,6 +148,32 @@ def test_quantize_writes_gpt_oss_as_it_is_published(command: Command, gpt_oss: P
     )
 
 
+def test_what_gpt_oss_has_no_names_for(command: Command, gpt_oss: Path, rows: Path, tmp_path: Path) -> None:
+    """finetune refuses a format in which the base could not be written, and quantize names the layout that it writes."""
+    base = dequantized(gpt_oss, tmp_path / "base")
+    arguments = (
+        "finetune",
+        "--model",
+        base,
+        "--dataset",
+        rows,
+        "--output",
+        tmp_path / "new",
+        "--quantization",
+        "nvfp4",
+    )
+    for options in ((), ("--dry-run",)):
+        ended = command(*arguments, *options)
+        assert ended.status != 0
+        assert "--quantization nvfp4 is not possible" in ended.error
+        assert ended.error.endswith("no matrix for each expert; use --quantization mxfp4")
+    assert not (tmp_path / "new").exists()
+    for options in ((), ("--layout", "per-expert")):
+        ended = command("quantize", base, tmp_path / "nf4", "--device", "cpu", "--dry-run", *options)
+        assert ended.status == 0, ended
+        assert "in nf4, experts fused" in ended.stdout
+
+
 def _dense(tensors: dict[str, torch.Tensor], key: str) -> torch.Tensor:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 

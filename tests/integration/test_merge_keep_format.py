@@ -20,7 +20,7 @@ from moe_fused.integrations.quantizer.packed_experts import four_bit_config
 from .cli import Command, Ended
 from .four_bit import build, load, logits, packed, same_state, stacked_checkpoint
 from .models import QWEN3_MOE, ModelCase
-from .published import GPT_OSS, compressed_checkpoint, gpt_oss_checkpoint
+from .published import GPT_OSS, compressed_checkpoint, gpt_oss_checkpoint, is_linear
 from .saved import config_of, tensors_of
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -173,6 +173,21 @@ def test_what_becomes_of_the_rest(command: Command, tmp_path: Path) -> None:
     before, after = load(source, **options), load(tmp_path / "out", **options)
     for name, value in before.state_dict().items():
         assert ".experts." in name or torch.equal(value, after.state_dict()[name]), name
+
+
+def test_a_model_with_dense_experts_becomes_dense(command: Command, tmp_path: Path) -> None:
+    """Linear layers of compressed-tensors are dequantized, so that nothing is left that could keep its format."""
+    moe_fused.enable()
+    source = compressed_checkpoint(
+        tmp_path / "source", "nvfp4", QWEN3_MOE, only=lambda key: is_linear(key) and ".experts." not in key
+    )
+    adapter = make_adapter(source, tmp_path / "adapter", QWEN3_MOE, target_modules=["q_proj"])
+    ended = command("merge", source, adapter, tmp_path / "out", "--keep-format")
+    assert ended.status == 0, ended
+    assert "out: dense, bfloat16" in ended.stdout
+    assert "quantized again" not in ended.stdout
+    assert "quantization_config" not in config_of(tmp_path / "out")
+    assert not [key for key in tensors_of(tmp_path / "out") if "weight_" in key]
 
 
 def test_the_original_layout_is_not_written(command: Command, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from .published import (
     compressed,
     compressed_checkpoint,
     gpt_oss_checkpoint,
+    is_linear,
     on_the_fly,
     quantized,
     rewrite,
@@ -261,6 +262,99 @@ def test_an_adapter_is_merged_into_the_format(qwen3: Path) -> None:
     assert torch.equal(merged[name].packed, expected.packed)
 
 
+def _adapted_gpt_oss(path: Path, parameter: str, **options: Any) -> Any:
+    """gpt-oss with LoRA on one parameter of its experts, whose hidden and intermediate sizes are equal."""
+    model = load_here(path, GPT_OSS, dtype=torch.float32, **options)
+    assert packed(model)["model.layers.0.mlp.experts.down_proj"].shape[1:] == (64, 64)
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_parameters=[f"mlp.experts.{parameter}"], init_lora_weights=False)
+    return get_peft_model(model, config).eval()
+
+
+@pytest.mark.parametrize("merged_before", [False, True])
+@pytest.mark.parametrize("parameter", ["gate_up_proj", "down_proj"])
+@pytest.mark.parametrize("kind", ["published", *FORMATS])
+def test_merging_into_dense_experts_of_gpt_oss(kind: str, parameter: str, merged_before: bool, tmp_path: Path) -> None:
+    """The experts are (E, out, in) in 4 bits and (E, in, out) when they are dense, and the adapter follows them."""
+    path = gpt_oss_checkpoint(tmp_path, intermediate_size=64)
+    options: dict[str, Any] = {}
+    if kind != "published":
+        path = tmp_path / "dense"
+        options["quantization_config"] = Mxfp4Config() if kind == "mxfp4" else published.compressed_config(kind)
+    model = _adapted_gpt_oss(path, parameter, **options)
+    expected = logits(model)
+    if merged_before:
+        model.merge_adapter()
+    merged = model.merge_and_unload(dtype=torch.float32)
+    assert not packed(merged)
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_of_gpt_oss_follow_experts_that_are_dequantized(tmp_path: Path) -> None:
+    path = gpt_oss_checkpoint(tmp_path, intermediate_size=64)
+    model = _adapted_gpt_oss(path, "down_proj")
+    expected = logits(model)
+    model.get_base_model().dequantize()
+    assert not packed(model)
+    for implementation in ("eager", "moe_fused"):
+        model.get_base_model().set_experts_implementation(implementation)
+        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_config_of_dense_experts_names_no_format(tmp_path: Path) -> None:
+    """Experts that became dense, or always were, are saved without a format, and are loaded again as they were."""
+    attention = compressed_checkpoint(
+        tmp_path / "attention", "nvfp4", QWEN3_MOE, only=lambda key: is_linear(key) and ".experts." not in key
+    )
+    experts = compressed_checkpoint(tmp_path / "experts", "nvfp4", QWEN3_MOE)
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_parameters=["mlp.experts.down_proj"], init_lora_weights=False)
+    merged: Any = get_peft_model(load_here(experts, QWEN3_MOE), config).merge_and_unload(dtype=torch.bfloat16)
+    for name, model in (("loaded", load_here(attention, QWEN3_MOE)), ("merged", merged)):
+        assert not packed(model)
+        model.save_pretrained(tmp_path / name)
+        assert "quantization_config" not in json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8"))
+        assert not [key for key in tensors_of(tmp_path / name) if key.endswith("weight_packed")]
+        again = load_here(tmp_path / name, QWEN3_MOE)
+        for key, value in model.state_dict().items():
+            assert same_bits(again.state_dict()[key], value), key
+
+
+def test_gpt_oss_is_not_saved_with_a_matrix_for_each_expert(gpt_oss: Path, tmp_path: Path) -> None:
+    for quant_type in FORMATS:
+        config = published.compressed_config(quant_type)
+        model = load_here(gpt_oss / "dense", GPT_OSS, quantization_config=config)
+        with pytest.raises(ValueError, match=rf"cannot be saved in {quant_type}.*Mxfp4Config\(\)"):
+            model.save_pretrained(tmp_path / "saved")
+        assert not (tmp_path / "saved").exists()
+
+
+def _global_scales(path: Path) -> dict[str, Tensor]:
+    """The global scales of gate and up of every expert, by the names of experts."""
+    tensors = tensors_of(path)
+    gates = [key for key in tensors if key.endswith("gate_proj.weight_global_scale")]
+    assert gates
+    return {key: torch.stack([tensors[key], tensors[key.replace("gate_proj", "up_proj")]]) for key in gates}
+
+
+def test_gate_and_up_get_one_global_scale(tmp_path: Path) -> None:
+    """It holds for what is quantized and for what is merged. What others published so that they differ stays as it is."""
+    source = compressed_checkpoint(tmp_path / "source", "nvfp4", QWEN3_MOE)
+    published_scales = _global_scales(source)
+    assert any(not torch.equal(*pair) for pair in published_scales.values())
+    model = load_here(source, QWEN3_MOE)
+    model.save_pretrained(tmp_path / "saved")
+    saved = _global_scales(tmp_path / "saved")
+    assert all(torch.equal(pair, saved[key]) for key, pair in published_scales.items())
+
+    config = LoraConfig(r=2, target_parameters=["mlp.experts.gate_up_proj"], init_lora_weights=False)
+    get_peft_model(model, config).merge_and_unload().save_pretrained(tmp_path / "merged")
+    dense = load_here(source / "dense", QWEN3_MOE, quantization_config=published.compressed_config("nvfp4"))
+    dense.save_pretrained(tmp_path / "quantized")
+    for name in ("merged", "quantized"):
+        assert all(torch.equal(*pair) for pair in _global_scales(tmp_path / name).values()), name
+
+
 def _losses(model: PreTrainedModel, steps: int) -> list[float]:
     """Trains an adapter of the experts on one batch, and returns the loss of each step."""
     torch.manual_seed(0)
@@ -375,9 +469,22 @@ def test_the_experts_cannot_be_offloaded(gpt_oss: Path, qwen3: Path) -> None:
             load(path, case, device_map=places)
 
 
-def test_one_layout_is_saved(gpt_oss: Path) -> None:
-    with pytest.raises(ValueError, match="layout must be one of published, got 'fused'"):
-        moe_fused.save_format(load_here(gpt_oss, GPT_OSS), "fused")
+def test_one_layout_is_saved(gpt_oss: Path, qwen3: Path, tmp_path: Path) -> None:
+    for path, case, only, other in (
+        (gpt_oss, GPT_OSS, "fused", "per_expert"),
+        (qwen3, QWEN3_MOE, "per_expert", "fused"),
+    ):
+        model: Any = load_here(path, case)
+        with pytest.raises(ValueError, match=f"layout must be '{only}', got '{other}': .* moe-fused convert model"):
+            moe_fused.save_format(model, other)
+        for unknown in ("published", "published_per_expert", "gguf"):
+            with pytest.raises(ValueError, match=f"layout must be one of per_expert, fused, got '{unknown}'"):
+                moe_fused.save_format(model, unknown)
+        moe_fused.save_format(model, only)
+        model.save_pretrained(tmp_path / only)
+        saved = tensors_of(tmp_path / only)
+        experts = {key: value for key, value in tensors_of(path).items() if ".experts." in key}
+        assert all(same_bits(saved[key], value) for key, value in experts.items())
 
 
 def test_other_schemes_are_left_to_transformers() -> None:
@@ -432,7 +539,10 @@ def test_a_dense_model_without_experts_is_refused(tmp_path: Path) -> None:
 
 
 def test_our_bytes_are_those_of_the_library(tmp_path: Path) -> None:
-    """A dense checkpoint that is quantized while it is loaded is saved as compressed-tensors would have saved it."""
+    """A dense checkpoint that is quantized while it is loaded is saved as compressed-tensors would have saved it.
+
+    Gate and up have one global scale, as llm-compressor gives them and as vLLM needs.
+    """
     from compressed_tensors.quantization import preset_name_to_scheme
 
     from .four_bit import build
@@ -444,11 +554,13 @@ def test_our_bytes_are_those_of_the_library(tmp_path: Path) -> None:
             tmp_path / quant_type
         )
         saved = tensors_of(tmp_path / quant_type)
-        for key, weight in tensors_of(tmp_path / "dense").items():
+        dense = tensors_of(tmp_path / "dense")
+        for key, weight in dense.items():
             if ".experts." not in key:
                 assert same_bits(saved[key], weight)
                 continue
-            for part, value in compressed(weight, preset_name_to_scheme(scheme, ["Linear"])).items():
+            partner = key.replace(".up_", ".gate_") if ".up_" in key else key.replace(".gate_", ".up_")
+            for part, value in compressed(weight, preset_name_to_scheme(scheme, ["Linear"]), dense[partner]).items():
                 assert same_bits(saved[key.removesuffix("weight") + part], value), f"{key} {part}"
         values = json.loads((tmp_path / quant_type / "config.json").read_text(encoding="utf-8"))["quantization_config"]
         assert compressed_quant_type(values) == quant_type

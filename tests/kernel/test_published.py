@@ -163,6 +163,26 @@ def test_nvfp4_rounds_as_compressed_tensors(size: float, dtype: torch.dtype) -> 
     assert unpacked(weights) == [[nearest(value) for value in block] for block in quotients.tolist()]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_nvfp4_has_one_global_scale_for_the_projections_of_an_expert(dtype: torch.dtype) -> None:
+    """It is that of the projection with the larger magnitude, whose bits are those of the projection alone."""
+    weight = torch.randn(3, 8, 64, generator=torch.Generator().manual_seed(5)).to(DEVICE, dtype)
+    weight[0, 4:] *= 7
+    weight[1, 4:] /= 7
+    weight[2, :4] = 0
+    ours = Packed4bitWeights.quantize(weight, quant_type="nvfp4", projections=2)
+    scales = ours.global_scale.view(torch.float32)
+    assert torch.equal(scales[:, 0], scales[:, 1])
+    for expert, larger in enumerate((1, 0, 1)):
+        half = weight[expert].view(2, 1, 4, 64)[larger]
+        alone = Packed4bitWeights.quantize(half, quant_type="nvfp4")
+        assert alone.global_scale.view(torch.float32).item() == scales[expert, 0].item()
+        assert torch.equal(ours.packed[expert].view(2, -1)[larger], alone.packed[0])
+        assert torch.equal(ours.block_scale[expert].view(2, -1)[larger], alone.block_scale[0])
+    error = (ours.dequantize(torch.float32) - weight.float()).norm() / weight.float().norm()
+    assert error < 0.12
+
+
 def test_nvfp4_takes_fp16_for_fp32() -> None:
     """In fp16 itself 2688 over a small largest magnitude is Inf, and the blocks would lose their scales."""
     weight = (torch.randn((2, 8, 64), device=DEVICE) * 0.01).half()

@@ -157,7 +157,8 @@ class Packed4bitWeights:
         The bits are those of bitsandbytes on the weights' device, as it differs between CPU and GPU (``formats.absmax``).
         mxfp4 and nvfp4 are rounded as compressed-tensors 0.20 rounds them, except that fp16 is taken for fp32, that -0 stays
         -0, and that a block of mxfp4 with Inf or NaN becomes NaN. What was dequantized then gets the same 4 bits again,
-        unless a block's scale in nvfp4 was below 2^-6, the smallest normal number of E4M3.
+        unless a block's scale in nvfp4 was below 2^-6, the smallest normal number of E4M3, or projections of an expert had
+        different global scales. All projections of an expert get the same one, which vLLM needs.
 
         This takes memory for the result and a few times one expert's projection in fp32.
 
@@ -174,8 +175,9 @@ class Packed4bitWeights:
         checks.dtype("weight", weight, DTYPES)
         shape = (weight.shape[0], weight.shape[1], weight.shape[2])
         format = Format4bit(shape, quant_type, blocksize, double_quant, projections, dtype or weight.dtype)
-        matrices = (matrix for expert in weight.detach() for matrix in expert.unflatten(0, (projections, -1)))
-        return cls.of_parts((format.weight_format.quantize(matrix, format) for matrix in matrices), format)
+        experts = (expert.unflatten(0, (projections, -1)) for expert in weight.detach())
+        quantize = format.weight_format.quantize_expert
+        return cls.of_parts((part for expert in experts for part in quantize(expert, format)), format)
 
     @classmethod
     def of_parts(

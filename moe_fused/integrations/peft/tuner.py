@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from moe_fused.integrations.quantizer.packed_experts import unpack_experts
+from moe_fused.integrations.quantizer.published import PublishedQuantizer
 from moe_fused.integrations.transformers.experts_module import Experts
 from moe_fused.integrations.transformers.originals import replaced_experts
 
@@ -196,7 +197,13 @@ class LoraModel(lora.LoraModel):
             merged = [(layer, layer.merged_adapters[:]) for _, layer in wrappers(self.model) if layer.unmerged]
             for wrapper, _ in merged:
                 wrapper.unmerge()
-            unpack_experts(self.model, dtype)
+            quantizer = getattr(self.model, "hf_quantizer", None)
+            if isinstance(
+                quantizer, PublishedQuantizer
+            ):  # nothing but experts is in 4 bits, and the config must not say so
+                quantizer.unpack(self.model, dtype)
+            else:
+                unpack_experts(self.model, dtype)
             for wrapper, names in merged:
                 wrapper.merge(safe_merge, names)
         model: nn.Module = super().merge_and_unload(progressbar, safe_merge, adapter_names)

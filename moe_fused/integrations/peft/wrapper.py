@@ -120,11 +120,9 @@ class ParamWrapper(stock.ParamWrapper):
         self.linears: dict[str, tuple[Linear, ...]] = {}
         self.unmerged: Packed4bitWeights | None = None
         self.fan_in_fan_out = False
-        self._did_swap_in_out_features = False
         stock.LoraLayer.__init__(self, base_layer, **kwargs)
-        if not getattr(self.get_base_layer(), "is_transposed", False):
+        if self._did_swap_in_out_features:
             self.in_features, self.out_features = self.out_features, self.in_features
-            self._did_swap_in_out_features = True
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha, config)
 
@@ -155,6 +153,15 @@ class ParamWrapper(stock.ParamWrapper):
             self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @property
+    def _did_swap_in_out_features(self) -> bool:  # type: ignore[override]  # PEFT sets it once
+        """Whether the parameter is (E, out, in). PEFT's methods ask for it under this name.
+
+        It is asked anew each time, because dense weights of gpt-oss are (E, in, out), and its weights in mxfp4 and nvfp4 are
+        not. They become dense while adapters are there.
+        """
+        return not getattr(self.get_base_layer(), "is_transposed", False)
 
     def get_base_layer(self) -> nn.Module:
         # PEFT's version asks every layer for an attribute that the innermost one lacks, and nn.Module is slow to say so.

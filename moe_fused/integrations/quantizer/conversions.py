@@ -9,6 +9,7 @@ import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
+from moe_fused.checkpoints.entries import check_scales
 from moe_fused.checkpoints.finite import is_finite
 from moe_fused.checkpoints.names import ACTIVATION_SCALE, MATRIX_PARTS
 from moe_fused.hub import get_kernel
@@ -115,7 +116,12 @@ class DequantizeLinear(ConversionOps):
         parts = {part: tensors[part][None] for part in MATRIX_PARTS if part in tensors and part != ACTIVATION_SCALE}
         shape = (1, *model.get_parameter_or_buffer(name).shape)
         form = kernel.Format4bit(shape, self.quant_type, dtype=_dtype_for(model, name))
-        return {name: kernel.interchange.stack_of_published(parts, form).dequantize()[0]}
+        weights = kernel.interchange.stack_of_published(parts, form)
+        try:
+            check_scales(weights, parts, lambda part, *_: f"{name.removesuffix('weight')}{part}")
+        except ValueError as error:  # which Transformers would only log
+            self.hf_quantizer.faults.append(error)
+        return {name: weights.dequantize()[0]}
 
 
 # Conversions with these operations load what saving writes in another way.

@@ -10,7 +10,7 @@ Neither bitsandbytes nor accelerate is imported before a model is loaded.
 from __future__ import annotations
 
 import warnings
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,12 +163,20 @@ class Experts4bitQuantizer(ExpertsQuantizer, Bnb4BitHfQuantizer):
 def save_format(model: Any, layout: SaveFormat) -> None:
     """Implements ``moe_fused.save_format``."""
     quantizer = getattr(model, "hf_quantizer", None)
-    layouts = quantizer.save_formats if isinstance(quantizer, ExpertsQuantizer) else get_args(SaveFormat)
-    if layout not in layouts:
-        raise ValueError(f"layout must be one of {', '.join(layouts)}, got {layout!r}")
+    if layout not in ExpertsQuantizer.save_formats:
+        raise ValueError(f"layout must be one of {', '.join(ExpertsQuantizer.save_formats)}, got {layout!r}")
     if not isinstance(quantizer, ExpertsQuantizer) or next(packed_modules(model), None) is None:
         raise ValueError(f"model must have 4-bit experts, got a {type(model).__name__} without 4-bit experts")
-    quantizer.save_format = layout
+    if layout in quantizer.save_formats:
+        quantizer.save_format = layout
+        return
+    (published,) = quantizer.save_formats  # formats that are kept as they are published have one layout
+    only = "fused" if published == "published" else "per_expert"
+    if layout != only:
+        raise ValueError(
+            f"layout must be {only!r}, got {layout!r}: this model is saved as it is published. To change its layout, use "
+            "moe-fused convert model on a saved model"
+        )
 
 
 # Transformers' quantizer while ours is in its place.

@@ -35,8 +35,8 @@ from moe_fused.quantized import (
 
 from .conversions import DequantizeLinear
 from .experts_quantizer import ExpertsQuantizer, refuse_offloaded
-from .packed_experts import blocksize_of
-from .saving import modules_not_quantized
+from .packed_experts import blocksize_of, packed_modules
+from .saving import modules_not_quantized, no_matrices
 
 _GPUS_ALONE = "give a device_map of GPUs alone"
 
@@ -106,10 +106,18 @@ class _NoOperation(ConversionOps):
 
 
 class PublishedQuantizer(ExpertsQuantizer):
-    """What the quantizers of published formats share. They leave all layers but experts alone."""
+    """What the quantizers of published formats share. They leave all layers but experts alone.
+
+    Attributes:
+        faults: what is wrong with the tensors of linear layers.
+    """
 
     dtype: torch.dtype
     quantization_config: Any
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.faults: list[ValueError] = []
 
     @property
     def quant_type(self) -> str:
@@ -141,7 +149,9 @@ class PublishedQuantizer(ExpertsQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.finish_experts(model)
-        if not self.names.targets:  # a model without experts is dense now
+        if self.faults:
+            raise self.faults[0]
+        if next(packed_modules(model), None) is None:  # linear layers are dense, and so is the whole model
             self.keep_conversions(model)
             self.remove_quantization_config(model)
         return model
@@ -209,6 +219,13 @@ class CompressedExpertsQuantizer(PublishedQuantizer):
         if not self.pre_quantized:
             return []
         return [WeightConverter(list(MATRIX_PARTS), "weight", [DequantizeLinear(self, self.quant_type)])]
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        # save_pretrained asks before it makes a directory.
+        for target in self.names.targets.values():
+            if self.names.per_expert(target) is None:
+                raise ValueError(no_matrices(target, self.quant_type))
+        return True
 
     def record_dense_modules(self, model: Any) -> None:
         self.quantization_config.fields["ignore"] = modules_not_quantized(model, self.quantization_config.ignore)

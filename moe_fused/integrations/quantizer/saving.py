@@ -73,6 +73,14 @@ def _write_stack(
             state_dict |= {f"{key}.{part}" if part else key: value for part, value in parts.items()}
 
 
+def no_matrices(target: Target, quant_type: str) -> str:
+    """Says that experts cannot be saved as compressed-tensors has them."""
+    return (
+        f"{target.name} cannot be saved in {quant_type}: checkpoints of its model have no matrix for each expert. Load the "
+        "dense model with quantization_config=transformers.Mxfp4Config() instead"
+    )
+
+
 def _published_matrices(
     weights: Packed4bitWeights, target: Target, scales: Tensor | None, names: Names
 ) -> dict[str, Tensor]:
@@ -83,10 +91,7 @@ def _published_matrices(
     """
     matrices = names.per_expert(target)
     if matrices is None:
-        raise ValueError(
-            f"{target.name} cannot be saved in {weights.format.quant_type}: checkpoints of its model have no matrix for "
-            "each expert"
-        )
+        raise ValueError(no_matrices(target, weights.format.quant_type))
     parts = get_kernel().interchange.published_of(weights, MATRIX_PARTS[0])
     tensors: dict[str, Tensor] = {}
     for expert in range(weights.shape[0]):

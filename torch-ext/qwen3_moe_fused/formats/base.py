@@ -7,7 +7,7 @@ takes the format by its name in a ``Format4bit``: kernels get its device functio
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -94,6 +94,15 @@ class WeightFormat:
             stack: what it is to be a part of.
         """
         raise NotImplementedError
+
+    def quantize_expert(self, matrices: Iterable[Tensor], stack: Format4bit) -> Iterator[dict[str, Tensor]]:
+        """The projections of one expert, each as ``quantize`` returns it. A format may give them scales in common.
+
+        Args:
+            matrices: (out/projections, in) each, as many as ``stack`` has projections.
+            stack: what they are to be a part of.
+        """
+        return (self.quantize(matrix, stack) for matrix in matrices)
 
     def published(self, stack: Format4bit) -> tuple[dict[str, PublishedTensor], ...]:
         """How checkpoints that others publish hold one projection of one expert, if they hold the bytes of the storage.

@@ -6,15 +6,17 @@ compressed-tensors dequantizes what it calls nvfp4-pack-quantized: ``weight_pack
 scale.
 
 Quantizing gives the bytes of compressed-tensors 0.20, whose operations run in the dtype of the weights. The global scale is
-2688 = 448 · 6 over the matrix's largest magnitude, whose block then gets the largest scale and the largest value. It is 1
-where that is no finite number. A block's scale is a sixth of its largest magnitude times the global scale, rounded to E4M3,
-and 0.125 where that is 0. Weights in fp16 are quantized as if they were fp32: in fp16 most global scales would overflow, and
-compressed-tensors would take 1 for them. This was verified against the library (0.20.1) on a CPU.
+2688 = 448 · 6 over the largest magnitude, whose block then gets the largest scale and the largest value. It is 1 where that
+is no finite number. Gate and up of an expert get one global scale, that of the larger magnitude: vLLM multiplies both in one
+product and takes the gate's for both, and llm-compressor quantizes them so. Published weights keep what they have. A block's
+scale is a sixth of its largest magnitude times the global scale, rounded to E4M3, and 0.125 where that is 0. Weights in fp16
+are quantized as if they were fp32: in fp16 most global scales would overflow, and compressed-tensors would take 1 for them.
+This was verified against the library (0.20.1) on a CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -102,9 +104,19 @@ class Nvfp4(E2m1Format):
         return blocks.div_(as_floats(storage["global_scale"])[..., None]).flatten(1)
 
     def quantize(self, matrix: Tensor, stack: Format4bit) -> dict[str, Tensor]:
+        (parts,) = self.quantize_expert([matrix], stack)
+        return parts
+
+    def quantize_expert(self, matrices: Iterable[Tensor], stack: Format4bit) -> Iterator[dict[str, Tensor]]:
+        together = list(matrices)
+        of_all = torch.stack([computed_in(matrix).abs().amax() for matrix in together]).amax()
+        return (self._quantize(matrix, of_all, stack) for matrix in together)
+
+    def _quantize(self, matrix: Tensor, of_all: Tensor, stack: Format4bit) -> dict[str, Tensor]:
+        """As ``quantize``; ``of_all`` is the largest magnitude of all matrices with the same global scale."""
         blocks = computed_in(matrix).reshape(-1, stack.blocksize)
         largest = blocks.abs().amax(1)
-        of_all = largest.amax().clamp(min=torch.finfo(largest.dtype).tiny)
+        of_all = of_all.clamp(min=torch.finfo(of_all.dtype).tiny)
         global_scale = (LARGEST_SCALE * LARGEST / of_all).nan_to_num(nan=1.0, posinf=1.0).float()
         wanted = global_scale * (largest / LARGEST).float()
         block_scale = wanted.clamp(max=LARGEST_SCALE).to(E4M3)
