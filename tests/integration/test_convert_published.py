@@ -292,11 +292,11 @@ def test_what_is_wrong_with_a_tensor(mxfp4: Path, nvfp4: Path, gpt_oss: Path, tm
 
 
 def test_weights_that_are_not_finite(gpt_oss: Path, tmp_path: Path) -> None:
-    """A block of mxfp4 whose scale is 255 is NaN. That is seen when the values are made, and nothing is left behind."""
+    """A block of mxfp4 whose scale is 255 is NaN. The tensor with the scale is named, and nothing is left behind."""
     scales = tensors_of(gpt_oss)[f"{EXPERTS}.down_proj_scales"]
     scales[2, 3, 1] = 255
     wrong = copied(gpt_oss, tmp_path / "nan", **{f"{EXPERTS}.down_proj_scales": scales})
-    refuse(rf"{EXPERTS}\.down_proj holds NaN or infinite values", wrong, dequantize=True)
+    refuse(rf"{EXPERTS}\.down_proj_scales holds NaN or infinite values", wrong, dequantize=True)
 
 
 def test_the_dtype_of_the_config(gpt_oss: Path, tmp_path: Path) -> None:
