@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-# The bytes that are asked of the system at a time. The disk works on two of these chunks at once.
-CHUNK = 32 * 2**20
+# The bytes that are asked of the system at a time, and those of a read. The disk works on two of these chunks at once.
+CHUNK, READ = 32 * 2**20, 2**20
 # The part of the free memory that may hold what the loader has not used yet.
 SHARE = 0.25
 # The seconds between two looks at how far the loader is, and those after which it has surely given up.
@@ -79,14 +79,15 @@ class Readahead:
 
     def _read(self, file: int, size: int, before: int, total: int) -> bool:
         """Reads one file of ``size`` bytes, the first of which is number ``before`` of all. False ends the thread."""
-        buffer = bytearray(min(CHUNK, size))
+        buffer = bytearray(min(READ, size))
         for offset in range(0, size, CHUNK):
             if not self._may_read(before + offset + CHUNK, total):
                 return False
             count = min(CHUNK, size - offset)
             if not _is_cached(file, offset + count // 2):
                 os.posix_fadvise(file, offset, 2 * CHUNK, os.POSIX_FADV_WILLNEED)
-                os.preadv(file, [memoryview(buffer)[:count]], offset)
+                for start in range(offset, offset + count, READ):
+                    os.preadv(file, [memoryview(buffer)[: offset + count - start]], start)
         return True
 
     def _may_read(self, end: int, total: int) -> bool:

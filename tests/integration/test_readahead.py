@@ -30,6 +30,7 @@ NAME = "moe_fused readahead"
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Three files of 2, 1 and 3 chunks, one of which is not full; none is in the page cache."""
     monkeypatch.setattr(readahead, "CHUNK", CHUNK)
+    monkeypatch.setattr(readahead, "READ", CHUNK)
     monkeypatch.setattr(readahead, "_is_cached", lambda *_: False)
     paths = [tmp_path / name for name in "abc"]
     for path, size in zip(paths, (2 * CHUNK, CHUNK // 2, 3 * CHUNK), strict=True):
@@ -83,6 +84,14 @@ def test_stays_within_its_window(files: list[Path], reads: list[tuple[int, int]]
     used[0] = 1.0
     assert ended(thread)
     assert reads == ALL
+
+
+def test_a_chunk_is_read_in_parts(
+    files: list[Path], reads: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readahead, "READ", 400)
+    assert ended(Readahead(files[:2], lambda: 0.0, window=10**6).start())
+    assert reads == [(0, 400), (400, 400), (800, 200), (1000, 400), (1400, 400), (1800, 200), (0, 400), (400, 100)]
 
 
 def test_what_is_cached_is_not_read(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
