@@ -114,9 +114,8 @@ def kernel_refusal(attn: str, model: Any) -> str | None:
         if name != varlen.TORCH:
             return "its attention has sinks"
         # The operators below are those of torch's flash attention.
-        return (
-            None if _sinks_run() and all(_fits(*pair) for pair in _features(text)) else "torch has no operators for it"
-        )
+        runs = _sinks_run() and all(varlen.takes(*pair) for pair in _features(text))
+        return None if runs else "torch has no operators for it"
     if (kernel := varlen.kernel_of(name)) is None:
         return "there is no such kernel"
     if not kernel.windows and has_windows(model.config):
@@ -182,11 +181,6 @@ def _features(text: Any) -> list[tuple[int, int]]:
     return [(features, getattr(text, "v_head_dim", None) or features)]
 
 
-def _fits(features: int, values: int) -> bool:
-    """Whether torch's flash attention with sinks takes queries of so many features. Values are filled up."""
-    return values <= features <= 256 and features % 8 == 0
-
-
 def use(model: Any, kernel: str | None = None) -> None:
     """Makes ``model`` use the attention of this module. Transformers makes no masks for implementations of others.
 
@@ -250,7 +244,7 @@ def attention(
     if found is not None:
         fits = found.fits(features, values) and (found.windows or window is None)
     else:
-        fits = s_aux is not None and _sinks_run() and _fits(features, values)
+        fits = s_aux is not None and _sinks_run() and varlen.takes(features, values)
     if not fits or dropout or not _is_on_gpu(query):
         mask = causal_mask(cu_seq_lens_q, tokens, window, query.device)
         return _with_mask(module, query, key, value, mask, s_aux, dropout, scaling, **kwargs)
@@ -314,13 +308,7 @@ class _FlashWithSinks(torch.autograd.Function):
         scale: float | None,
         window: int | None,
     ) -> Tensor:
-        ctx.options = {"scale": scale}
-        if window is not None:
-            ctx.options |= {"window_size_left": window - 1, "window_size_right": 0}
-        ctx.length = length
-        out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
-            query, key, value, boundaries, boundaries, length, length, 0.0, True, False, **ctx.options
-        )
+        out, lse, state, unused = varlen.flash_forward(ctx, query, key, value, boundaries, length, scale, window)
         # (heads, S) in fp32, like the log-sum-exp that flash attention returns.
         with_sinks = torch.logaddexp(lse, sinks.float()[:, None])
         out.mul_((lse - with_sinks).exp_().T[..., None])
@@ -330,10 +318,7 @@ class _FlashWithSinks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, boundaries, out, lse, state, unused = ctx.saved_tensors
-        grads = torch.ops.aten._flash_attention_backward(
-            grad.contiguous(), query, key, value, out, lse, boundaries, boundaries, ctx.length, ctx.length, 0.0, True,
-            state, unused, **ctx.options,
-        )  # fmt: skip
+        grads = varlen.flash_backward(ctx, grad, query, key, value, boundaries, out, lse, state, unused)
         of_sinks = None
         if ctx.needs_input_grad[3]:
             # The gradient of a score is its probability times (gradient of the probability - mean of these gradients). The

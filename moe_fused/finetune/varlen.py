@@ -38,9 +38,17 @@ _CUDNN_VERSION = 91800
 # What another kernel than torch's must gain to be taken: below that, two measurements differ by as much.
 WORTH_IT = 0.97
 
+# The largest number of features of a head that torch's flash attention takes.
+_FLASH_FEATURES = 256
+
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int, "float | None", "int | None"], Tensor]
 """Takes query (S, heads, D), key and value (S, groups, D), boundaries (N + 1,) int32, the number of tokens of the longest
 document or more, the factor of the scores, and the window or None. Returns (S, heads, D)."""
+
+
+def takes(features: int, values: int, most: int = _FLASH_FEATURES) -> bool:
+    """Whether a flash attention takes queries and keys of so many features. Values are filled up to the same number."""
+    return values <= features <= most and features % 8 == 0
 
 
 @dataclass(frozen=True)
@@ -59,11 +67,11 @@ class Kernel:
     attend: Attend
     groups: bool = True
     windows: bool = True
-    most_features: int = 256
+    most_features: int = _FLASH_FEATURES
 
     def fits(self, features: int, values: int) -> bool:
         """Whether it takes queries and keys of so many features. Values are filled up to the same number."""
-        return values <= features <= self.most_features and features % 8 == 0
+        return takes(features, values, self.most_features)
 
 
 @functools.cache
@@ -77,6 +85,50 @@ def operators_run() -> bool:
     names = ("_flash_attention_forward", "_flash_attention_backward")
     schemas = [str(getattr(torch.ops.aten, name).default._schema) for name in names if hasattr(torch.ops.aten, name)]
     return len(schemas) == 2 and all("window_size_left" in schema for schema in schemas)
+
+
+def flash_forward(
+    ctx: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: Tensor,
+    length: int,
+    scale: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Runs torch's operator and notes in ``ctx`` what ``flash_backward`` needs beside tensors.
+
+    Returns:
+        The output (S, heads, D), the log-sum-exp (heads, S) fp32, the random state, and a tensor without use.
+    """
+    ctx.length, ctx.options = length, {"scale": scale}
+    if window is not None:
+        ctx.options |= {"window_size_left": window - 1, "window_size_right": 0}
+    out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
+        query, key, value, boundaries, boundaries, length, length, 0.0, True, False, **ctx.options
+    )
+    return out, lse, state, unused
+
+
+def flash_backward(
+    ctx: Any,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    state: Tensor,
+    unused: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of query, key and value, from what ``flash_forward`` returned."""
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+        grad.contiguous(), query, key, value, out, lse, boundaries, boundaries, ctx.length, ctx.length, 0.0, True, state,
+        unused, **ctx.options,
+    )  # fmt: skip
+    return grads
 
 
 class _Flash(torch.autograd.Function):
@@ -93,24 +145,13 @@ class _Flash(torch.autograd.Function):
         scale: float | None,
         window: int | None,
     ) -> Tensor:
-        ctx.length, ctx.options = length, {"scale": scale}
-        if window is not None:
-            ctx.options |= {"window_size_left": window - 1, "window_size_right": 0}
-        found = torch.ops.aten._flash_attention_forward(
-            query, key, value, boundaries, boundaries, length, length, 0.0, True, False, **ctx.options
-        )
-        out: Tensor = found[0]
-        ctx.save_for_backward(query, key, value, boundaries, *found[:4])
-        return out
+        found = flash_forward(ctx, query, key, value, boundaries, length, scale, window)
+        ctx.save_for_backward(query, key, value, boundaries, *found)
+        return found[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, boundaries, out, lse, state, unused = ctx.saved_tensors
-        grads = torch.ops.aten._flash_attention_backward(
-            grad.contiguous(), query, key, value, out, lse, boundaries, boundaries, ctx.length, ctx.length, 0.0, True,
-            state, unused, **ctx.options,
-        )  # fmt: skip
-        return *grads, None, None, None, None
+        return *flash_backward(ctx, grad, *ctx.saved_tensors), None, None, None, None
 
 
 @functools.cache
