@@ -1,4 +1,4 @@
-"""Whether two functions compute the same: on random values, up to rounding."""
+"""Whether two functions compute the same: on random values, up to rounding, and what the kernels share beside that."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# The dtypes that the kernels compute in.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # How far results may be apart, relative to the largest: some roundings of the dtype. Those of fp32 are small beside any
 # other difference, and sums in another order have many.
 ROUNDINGS = 4
@@ -22,6 +24,11 @@ def kind_of(module: nn.Module) -> tuple[object, ...]:
     tensors = [*module.named_parameters(), *module.named_buffers()]
     shapes = tuple((name, each.shape, each.dtype, each.device) for name, each in tensors)
     return type(module), shapes, tuple(sorted(plain.items()))
+
+
+def is_recording(like: Tensor) -> bool:
+    """Whether a recording is under way on the GPU of a tensor. Nothing can be compared then."""
+    return like.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def random_values(shape: tuple[int, ...], like: Tensor, seed: int = 0) -> Tensor:

@@ -20,18 +20,17 @@ import torch
 import triton
 from torch import Tensor, nn
 
-from .alike import alike, random_values
+from .alike import DTYPES, alike, is_recording, random_values
 
 __all__ = ["Attention", "attend"]
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The largest head size that is served, and the most query heads of a KV head.
 LARGEST_HEAD, LARGEST_GROUP = 256, 64
 # The fewest rows of a matrix product.
 ROWS = 16
 # How many programs a multiprocessor gets, and the most for the keys of a KV head.
 PROGRAMS, MOST_SPLITS = 4, 64
-# Of what a model gives its attention function beside tensors, what does not change a single token's result. A window is in
+# The arguments of a model's attention function, beside tensors, that do not change a single token's result. A window is in
 # the mask as well.
 WITHOUT_EFFECT = frozenset(
     {
@@ -235,7 +234,7 @@ class Attention:
         shapes = (query.shape, key.shape[1:], value.shape[1:], None if mask is None else mask.dtype)
         kind = name, type(module), shapes, options["scaling"], options["softcap"], options["sinks"] is not None
         if kind not in self._same:
-            if query.is_cuda and torch.cuda.is_current_stream_capturing():
+            if is_recording(query):
                 return False
             count, tokens = min(len(query), 2), min(key.shape[2], 160)
             values = [

@@ -43,7 +43,7 @@ def attention_kernel(
     k += batch * k_batch + kv_head.to(tl.int64) * k_head
     v += batch * v_batch + kv_head.to(tl.int64) * v_head
 
-    # Of the split's blocks, those between the first and the last in which something is attended to.
+    # The split's first and last block in which something is attended to. Only blocks between them are read.
     blocks = split + SPLITS * tl.arange(0, BLOCKS)
     if HAS_MASK:
         mask += batch * mask_batch

@@ -11,17 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor, nn
 
-from .alike import alike, random_values
+from .alike import DTYPES, alike, random_values
 from .norms import Norm
 
 __all__ = ["Place", "Rotation", "norm_and_rotate", "rotate", "rotations", "write"]
 
 ROTARY = "apply_rotary_pos_emb"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_HEAD = 1024
 # How many heads a program takes.
 BLOCK_HEADS = 4

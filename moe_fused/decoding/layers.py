@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import attention
-from .alike import alike, random_values
+from .alike import alike, is_recording, random_values
 from .heads import Place, Rotation, can_rotate, can_write, norm_and_rotate
 from .norms import Norm
 
@@ -90,7 +90,7 @@ class Layer:
         if hidden_states.dim() == 3 and hidden_states.shape[1] == 1 and not self._module.training:
             place = _place(past_key_values, self._module.layer_idx)
             if place is not None and attention.are_without_effect(kwargs):
-                if self._is_same is None and not _is_capturing(hidden_states):
+                if self._is_same is None and not is_recording(hidden_states):
                     self._is_same = self._compare(hidden_states, place, inputs, kwargs)
                 if self._is_same:
                     found = self._compute(hidden_states, position_embeddings, attention_mask, place)
@@ -172,7 +172,3 @@ def _place(cache: Any, index: int) -> Place | None:
     layer: Any = held[index] if held is not None and index < len(held) else None
     position = getattr(layer, "position", None)
     return None if position is None else Place(layer.keys, layer.values, position, layer.cumulative_length)
-
-
-def _is_capturing(like: Tensor) -> bool:
-    return like.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from moe_fused.hub import get_kernel, submodule
 
-from .alike import alike, random_values
+from .alike import DTYPES, alike, random_values
 
 # Layers of one module that its forward calls with the same input, the first of them first.
 SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # The most rows that are multiplied so: the most sequences whose steps are recorded.
 MOST_ROWS = 64
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Scales that share a second-level scale; bitsandbytes has no other number.
 NESTED_BLOCK = 256
 
