@@ -49,9 +49,10 @@ class Reciprocal(Stored):
     def chunks(self, size: int = 4) -> Iterator[Any]:
         (data,) = super().chunks(4)
         scale = torch.frombuffer(data, dtype=torch.float32)
-        if not (scale.isfinite() & (scale > 0)).all() or not are_global_scales(scale.reciprocal()):
+        reciprocal = scale.reciprocal()
+        if not are_global_scales(reciprocal):  # nor are the reciprocals of 0, NaN and what is negative or infinite
             raise ValueError(f"{self.key} must be a positive finite number, got {scale.item()}")
-        yield as_bytes(scale.reciprocal())
+        yield as_bytes(reciprocal)
 
 
 def is_nvfp4(directory: Path, config: Mapping[str, Any]) -> bool:

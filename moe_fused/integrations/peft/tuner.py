@@ -198,9 +198,8 @@ class LoraModel(lora.LoraModel):
             for wrapper, _ in merged:
                 wrapper.unmerge()
             quantizer = getattr(self.model, "hf_quantizer", None)
-            if isinstance(
-                quantizer, PublishedQuantizer
-            ):  # nothing but experts is in 4 bits, and the config must not say so
+            # Then nothing but experts is in 4 bits, and the config must not say so any more.
+            if isinstance(quantizer, PublishedQuantizer):
                 quantizer.unpack(self.model, dtype)
             else:
                 unpack_experts(self.model, dtype)
