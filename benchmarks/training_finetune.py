@@ -131,6 +131,7 @@ def _resolved(
         expert_rank=recipe.expert_rank,
         learning_rate=recipe.learning_rate,
         attn=recipe.attn,
+        keep_attention=recipe.keep_attention,
         packing="bfd" if recipe.documents else "auto",
         **({"optimizer": "auto"} if recipe.paged else {}),
     )

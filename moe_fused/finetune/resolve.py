@@ -468,6 +468,7 @@ def _resolved(setup: ModelSetup, packing: str, length: int) -> ResolvedRun:
     kernel = (
         attention.kernel_for(options.attn, setup.skeleton, setup.device, tokens, packed=packed) if maskless else None
     )
+    _check_kept_attention(setup, maskless, kernel)
     return ResolvedRun(
         **{field.name: getattr(setup, field.name) for field in dataclasses.fields(ModelSetup)},
         batching=batching,
@@ -539,6 +540,25 @@ def _check_kernel(options: Options, model: Any, device: torch.device) -> None:
         reason = attention.kernel_refusal(options.attn, model)
     if reason is not None:
         raise ValueError(f"--attn cudnn is not possible for {type(model).__name__} here, leave it out: {reason}")
+
+
+def _check_kept_attention(setup: ModelSetup, maskless: bool, kernel: str | None) -> None:
+    """Raises ValueError if ``--keep-attention`` asks for results of attention that cannot be kept."""
+    where = setup.options.keep_attention
+    if where == "none":
+        return
+    name = setup.attention if kernel is None else kernel
+    of_torch = setup.attention == "sdpa" if kernel is None else kernel in attention.KERNELS
+    if not (of_torch or (maskless and kernel is None)):
+        raise ValueError(
+            f"--keep-attention {where} is not possible with --attn {name}: only results of torch's attention and of cuDNN's "
+            "are known, take --attn sdpa, torch or cudnn, or --keep-attention none"
+        )
+    if getattr(setup.config.get_text_config(), "attention_dropout", None):
+        raise ValueError(
+            f"--keep-attention {where} is not possible for this model, whose attention has dropout: random numbers would "
+            "differ when a layer is recomputed without it"
+        )
 
 
 def _attention_modules(options: Options, model: Any) -> tuple[str, ...]:
