@@ -8,9 +8,9 @@ computed again as before, the queries, keys and values included. The loss has th
 ``--keep-attention device`` keeps them on the GPU. ``--keep-attention host`` copies them to pinned memory of the host while
 the next layers compute, and copies those of one layer back while the layer after it runs backward.
 
-For Qwen3-30B-A3B, attention keeps 8.1 KiB for each token and layer: 1.5 GiB for 4,096 tokens and 6.1 GiB for 16,384. At the
-535 TFLOP/s that attention reached on an H200, its forward pass over all layers takes 12 ms of a step of 338 ms, and 197 ms of
-one of 1643 ms. These times are the most that can be saved. No GPU has run it.
+For Qwen3-30B-A3B, attention keeps 8.1 KiB for each token and layer: 1.5 GiB for 4,096 tokens and 6.1 GiB for 16,384. At
+the 535 TFLOP/s that attention reached on an H200, its forward pass over all layers takes 12 ms of a step of 338 ms, and
+197 ms of one of 1643 ms. These times are the most that can be saved. No GPU has run it.
 
 torch's own ``create_selective_checkpoint_contexts`` keeps outputs of operators on the GPU as well. It has no other place for
 them, and refuses an output that is changed in place.
@@ -18,6 +18,7 @@ them, and refuses an output that is changed in place.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import weakref
@@ -99,8 +100,8 @@ class OnDevice:
 class OnHost:
     """Keeps tensors in pinned memory of the host, which it copies them to and from beside the computation.
 
-    The memory on the host is used again by later passes of the same shape, so a pass that is recorded as a CUDA graph
-    allocates none if the same pass ran before. All copies run on one stream, one after the other.
+    The memory on the host is used again by later passes, those of other shapes included, so a pass that is recorded as a
+    CUDA graph allocates none if a pass of its shape ran before. All copies run on one stream, one after the other.
 
     Args:
         device: The device of the tensors. On a CPU, the copies are made at once.
@@ -108,8 +109,8 @@ class OnHost:
 
     def __init__(self, device: torch.device) -> None:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # Memory on the host by its number of bytes, and the memory that recorded graphs copy to and from.
-        self._unused: dict[int, list[Tensor]] = {}
+        # Memory on the host that nothing uses, by ascending size, and the memory that recorded graphs copy to and from.
+        self._unused: list[Tensor] = []
         self._recorded: list[Tensor] = []
         # Groups whose copy to the host has begun and whose tensors are still on the device, the oldest first.
         self._leaving: deque[_Away] = deque()
@@ -148,26 +149,27 @@ class OnHost:
         return [group for group in (kept() for kept in self._kept) if group is not None]
 
     def memory(self, size: int) -> Tensor:
-        """Returns ``size`` bytes of memory on the host.
+        """Returns memory on the host of at least ``size`` bytes.
 
         Raises:
             OutOfMemoryError: The host has too little memory, or does not let this process pin as much.
         """
-        if unused := self._unused.get(size):
-            return unused.pop()
-        if self._copies is None:
-            return _bytes(size)
-        if any(self._unused.values()):  # of a pass of another shape
+        place = bisect.bisect_left(self._unused, size, key=_size)
+        if place < len(self._unused):
+            return self._unused.pop(place)
+        if self._unused and self._copies is not None:
+            # It takes the place of memory that is too small, so that batches of many lengths do not take more and more.
             self._copies.synchronize()
-            self._unused.clear()
-        return _pinned(size)
+        if self._unused:
+            del self._unused[-1]
+        return _bytes(size) if self._copies is None else _pinned(size)
 
     def give_back(self, memory: Tensor) -> None:
         """Takes back what ``memory`` returned. Copies that use it may not have ended, but later ones come after them."""
         if self._copies is not None and torch.cuda.is_current_stream_capturing():
             self._recorded.append(memory)
         else:
-            self._unused.setdefault(memory.numel(), []).append(memory)
+            bisect.insort(self._unused, memory, key=_size)
 
     def beside(self, copy: Callable[[], None]) -> torch.cuda.Event | None:
         """Runs ``copy`` on the stream of copies, after what the current stream has been given so far.
@@ -208,11 +210,11 @@ class _Away:
 
     def _send(self) -> None:
         for memory, tensor in zip(self._memory, self._there, strict=True):
-            memory.copy_(_flat(tensor), non_blocking=True)
+            memory[: tensor.nbytes].copy_(_flat(tensor), non_blocking=True)
 
     def _fetch(self) -> None:
         for memory, tensor in zip(self._memory, self._there, strict=True):
-            _flat(tensor).copy_(memory, non_blocking=True)
+            _flat(tensor).copy_(memory[: tensor.nbytes], non_blocking=True)
 
     def wait(self) -> None:
         """Makes the current stream wait for the copy that has begun, if one has."""
@@ -241,6 +243,10 @@ class _Away:
         self._place.taken(self)
         tensors, self._there = self._there, []
         return tensors
+
+
+def _size(memory: Tensor) -> int:
+    return memory.numel()
 
 
 def _bytes(size: int) -> Tensor:

@@ -162,9 +162,7 @@ def test_host_gives_back_what_was_kept(number: int) -> None:
             assert sum(bool(other._there) for other in groups) <= COPIES
             assert not groups or groups[-1]._there, "what comes next is on its way"
             del group
-    assert {size: len(memory) for size, memory in place._unused.items()} == {
-        value.nbytes: number for value in values(0)
-    }
+    assert [memory.numel() for memory in place._unused] == sorted([value.nbytes for value in values(0)] * number)
 
 
 def test_groups_that_nobody_takes_give_their_memory_back() -> None:
@@ -174,7 +172,20 @@ def test_groups_that_nobody_takes_give_their_memory_back() -> None:
     last = place.keep(values(7))
     for value, expected in zip(last.take(), values(7), strict=True):
         assert torch.equal(value, expected)
-    assert sum(map(len, place._unused.values())) >= 6
+    # All of the first groups but the one that may be on its way, and the last one's, which is still referred to.
+    assert len(place._unused) == 6
+
+
+def test_batches_of_many_lengths_share_memory() -> None:
+    """Memory is never allocated while memory of that size is unused, and what is too small makes room for what is larger."""
+    place = OnHost(torch.device(DEVICE))
+    for length in (3000, 1000, 2000, 3000, 4000, 4001, 1000):
+        groups = [place.keep([torch.full((length,), float(i), device=DEVICE)]) for i in range(4)]
+        while groups:
+            (value,) = groups.pop().take()
+            assert torch.equal(value, torch.full_like(value, len(groups)))
+            assert len(value) == length
+    assert [memory.numel() for memory in place._unused] == [4 * 4001] * 4
 
 
 @pytest.mark.parametrize(
