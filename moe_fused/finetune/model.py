@@ -29,7 +29,7 @@ def load_config(options: Options) -> Any:
     from transformers import AutoConfig
 
     config = _load(AutoConfig, options)
-    check_quantization("--model", options.model, config)
+    check_quantization("--model", options.model, config, options.revision)
     return config
 
 

@@ -333,7 +333,7 @@ def _set_up(
     if held is not None and wanted not in ("auto", held.quant_type):
         raise ValueError(
             f"--quantization {wanted} is not possible: --model {options.model} is in 4 bits already, as {held.quant_type} "
-            f"({from_4bit(options.model)}); leave it out"
+            f"({from_4bit(options.model, options.revision)}); leave it out"
         )
     if held is None and wanted != "none":
         quantize_to = "nf4" if wanted == "auto" else wanted

@@ -19,6 +19,10 @@ def _weights(content: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _whole(name: str) -> Edit:
+    return lambda content: content.update(format=name)
+
+
 def _second_group(content: dict[str, Any]) -> None:
     content["config_groups"]["group_1"] = copy.deepcopy(compressed_content("nvfp4")["config_groups"]["group_0"])
 
@@ -37,6 +41,18 @@ CHANGES: dict[str, tuple[Edit, str]] = {
     ),
     "bits": (lambda c: _weights(c).update(num_bits=8), "num_bits must be 4 in .*, got 8"),
     "two formats": (_second_group, "groups of one format, got mxfp4-pack-quantized and nvfp4-pack-quantized"),
+    "another format for the whole": (
+        _whole("nvfp4-pack-quantized"),
+        "must have one format, got nvfp4-pack-quantized for the whole and mxfp4-pack-quantized in config_groups.group_0",
+    ),
+    "an unknown format for the whole": (
+        _whole("float-quantized"),
+        "must have one format, got float-quantized for the whole and mxfp4-pack-quantized in config_groups.group_0",
+    ),
+    "an unknown format of a group": (
+        lambda c: c["config_groups"]["group_0"].update(format="pack-quantized"),
+        "must have one format, got mxfp4-pack-quantized for the whole and pack-quantized in config_groups.group_0",
+    ),
     "no method": (lambda c: c.pop("quant_method"), "has no quant_method, which says .*, such as bitsandbytes, mxfp4, "),
 }
 
@@ -68,6 +84,34 @@ def test_configs_that_are_read() -> None:
         found = quantization_of(config)
         assert found is not None
         assert found.quant_type == quant_type
+
+
+@pytest.mark.parametrize("whole", [None, "mixed-precision"])
+def test_the_format_of_the_whole_may_say_nothing(whole: str | None) -> None:
+    """compressed-tensors reads the format of the group."""
+    content = compressed_content("nvfp4") | {"format": whole}
+    check_quantization("MODEL", "there", {"quantization_config": content})
+    found = quantization_of({"quantization_config": content})
+    assert found is not None
+    assert found.quant_type == "nvfp4"
+
+
+def test_formats_that_are_not_read_are_named() -> None:
+    content = compressed_content("nvfp4") | {"format": "mixed-precision"}
+    content["config_groups"]["group_1"] = {"format": "float-quantized", "weights": {"num_bits": 8}, "targets": []}
+    with pytest.raises(
+        NotImplementedError, match=r"compressed-tensors \(float-quantized and nvfp4-pack-quantized\), which"
+    ):
+        check_quantization("MODEL", "there", {"quantization_config": content})
+
+
+def test_groups_of_older_configs_name_no_format() -> None:
+    content = compressed_content("nvfp4")
+    content["config_groups"]["group_0"]["format"] = None
+    check_quantization("MODEL", "there", {"quantization_config": content})
+    found = quantization_of({"quantization_config": content})
+    assert found is not None
+    assert found.quant_type == "nvfp4"
 
 
 def test_quantization_config_needs_enable() -> None:
