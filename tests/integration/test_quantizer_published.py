@@ -492,7 +492,7 @@ def test_a_config_that_contradicts_itself_is_refused(qwen3: Path, tmp_path: Path
     rewrite(qwen3, tmp_path, tensors_of(qwen3), values)
     load_here(tmp_path, QWEN3_MOE)
     rewrite(qwen3, tmp_path, tensors_of(qwen3), values | {"format": "pack-quantized"})
-    with pytest.raises(ValueError, match="must have one format, got pack-quantized for the whole and ..fp4-pack"):
+    with pytest.raises(ValueError, match=r"must have one format, got pack-quantized for the whole and ..fp4-pack"):
         load_here(tmp_path, QWEN3_MOE)
 
 
