@@ -124,8 +124,23 @@ class Experts4bitQuantizer(ExpertsQuantizer, Bnb4BitHfQuantizer):
         if self.not_finite:
             # Raised here, because Transformers turns an error within a conversion into a report that lacks the name.
             raise ValueError(f"{self.not_finite[0]} holds NaN or infinite values, which cannot be quantized")
+        self._check_linears(model)
         self.finish_experts(model)
         return model
+
+    def _check_linears(self, model: Any) -> None:
+        """Raises ValueError for a linear layer that the config has in 4 bits and the checkpoint does not.
+
+        Transformers loads it, and its first product ends in an error without a message.
+        """
+        from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+        for name, module in model.named_modules():
+            if isinstance(module, Linear4bit) and not isinstance(module.weight, Params4bit):
+                raise ValueError(
+                    f"{name}.weight is dense in this 4-bit checkpoint: add {name} to {self.skip_option} in the "
+                    "quantization_config of its config.json"
+                )
 
     # Saving.
 
