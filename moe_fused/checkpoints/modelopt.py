@@ -26,7 +26,7 @@ from moe_fused.quantized import (
     with_content,
 )
 
-from .finite import are_global_scales
+from .finite import check_of_scales
 from .names import ACTIVATION_SCALE, MATRIX_PARTS
 from .safetensors_file import as_bytes
 from .tensor_files import Stored
@@ -50,7 +50,9 @@ class Reciprocal(Stored):
         (data,) = super().chunks(4)
         scale = torch.frombuffer(data, dtype=torch.float32)
         reciprocal = scale.reciprocal()
-        if not are_global_scales(reciprocal):  # nor are the reciprocals of 0, NaN and what is negative or infinite
+        is_scale = check_of_scales(_GLOBAL, torch.float32)
+        assert is_scale is not None
+        if not is_scale(reciprocal.view(torch.uint8)):  # nor are the reciprocals of 0, NaN, and what is negative or Inf
             raise ValueError(f"{self.key} must be a positive finite number, got {scale.item()}")
         yield as_bytes(reciprocal)
 

@@ -604,6 +604,19 @@ def test_our_bytes_are_those_of_the_library(tmp_path: Path) -> None:
         assert any(re.search(r"self_attn\.q_proj", name) for name in values["ignore"])
 
 
+def test_weights_that_are_too_large_are_refused(tmp_path: Path) -> None:
+    """bf16 has finite values from which mxfp4 makes 4 · 2^126, which is infinite."""
+    from .four_bit import build
+
+    build(QWEN3_MOE).save_pretrained(tmp_path)
+    tensors = tensors_of(tmp_path)
+    tensors["model.layers.1.mlp.experts.2.down_proj.weight"][3, 4] = torch.finfo(torch.bfloat16).max
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    says = r"layers\.1\.mlp\.experts\.down_proj holds values that become NaN or infinite in mxfp4"
+    with pytest.raises(ValueError, match=says):
+        load_here(tmp_path, QWEN3_MOE, quantization_config=Mxfp4Config(), dtype="auto")
+
+
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     from .four_bit import build
 
