@@ -18,6 +18,8 @@ from moe_fused.checkpoints.adapters.convert import convert_adapter
 from moe_fused.checkpoints.finite import Watch, check_finite, is_finite, not_finite, weights_of
 from moe_fused.checkpoints.loading import load_pretrained
 from moe_fused.checkpoints.models import convert_model
+from moe_fused.checkpoints.readahead import Readahead
+from moe_fused.integrations.quantizer import experts_quantizer
 from moe_fused.integrations.quantizer.packed_experts import four_bit_config
 
 from .adapters import per_expert_adapter
@@ -145,6 +147,26 @@ def test_from_python(model: Path, tmp_path: Path, enabled: None) -> None:
         broken = changed(model, tmp_path / key, lambda tensors, key=key: poison(tensors, key, NAN))
         with pytest.raises(ValueError, match=key.replace(".", r"\.")):
             AutoModelForCausalLM.from_pretrained(broken, quantization_config=four_bit_config(torch.float32))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nvfp4"])
+def test_a_fault_of_a_linear_layer_ends_the_loading(
+    kind: str, model: Path, tmp_path: Path, enabled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever conversion finds it. The thread that reads ahead ends as well."""
+    from transformers import AutoModelForCausalLM
+
+    stopped: list[Readahead] = []
+    monkeypatch.setattr(experts_quantizer, "is_possible", lambda: True)
+    monkeypatch.setattr(Readahead, "stop", lambda self, stop=Readahead.stop: (stopped.append(self), stop(self)))
+    source, key, options = model, Q, {"quantization_config": four_bit_config(torch.float32)}
+    if kind == "nvfp4":
+        source, options = compressed_checkpoint(tmp_path / "source", kind, QWEN3_MOE), {}
+        key = f"{LAYER}.self_attn.q_proj.weight_global_scale"
+    broken = changed(source, tmp_path / "broken", lambda tensors: poison(tensors, key, NAN))
+    with pytest.raises(ValueError, match=key.replace(".", r"\.")):
+        AutoModelForCausalLM.from_pretrained(broken, **options)
+    assert len(stopped) == 1
 
 
 # For each fault: the format of the checkpoint, the tensor of a matrix, and what breaks one of its values.

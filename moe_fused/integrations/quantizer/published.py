@@ -118,18 +118,10 @@ class _NoOperation(ConversionOps):
 
 
 class PublishedQuantizer(ExpertsQuantizer):
-    """What the quantizers of published formats share. They leave all layers but experts alone.
-
-    Attributes:
-        faults: what is wrong with the tensors of linear layers.
-    """
+    """What the quantizers of published formats share. They leave all layers but experts alone."""
 
     dtype: torch.dtype
     quantization_config: Any
-
-    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
-        self.faults: list[ValueError] = []
 
     @property
     def quant_type(self) -> str:
@@ -161,8 +153,6 @@ class PublishedQuantizer(ExpertsQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.finish_experts(model)
-        if self.faults:
-            raise self.faults[0]
         if next(packed_modules(model), None) is None:  # linear layers are dense, and so is the whole model
             self.keep_conversions(model)
             self.remove_quantization_config(model)
