@@ -44,8 +44,7 @@ def bench(
         str | None,
         typer.Option(
             "--format",
-            metavar=f"[{'|'.join(QUANT_TYPES)}]",
-            help="4-bit format to time.  [default: that of the checkpoint of --model, and nf4 if it is dense]",
+            help=f"4-bit format to time: {', '.join(QUANT_TYPES)}.  [default: that of the checkpoint of --model, else nf4]",
         ),
     ] = None,
     tokens: Annotated[
