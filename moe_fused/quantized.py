@@ -24,6 +24,10 @@ COMPRESSED_FORMATS: Mapping[str, tuple[QuantType, Mapping[str, Any]]] = {
     "nvfp4-pack-quantized": ("nvfp4", {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}),
     "mxfp4-pack-quantized": ("mxfp4", {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}),
 }
+# The fields in which the methods name modules that stay dense.
+_NAMES_OF_DENSE = ("ignore", "modules_to_not_convert", "llm_int8_skip_modules")
+# Where transforms of compressed-tensors change the weights that are saved, so that nothing has to be done later.
+_OFFLINE = ("weight_input", "weight_output")
 # What compressed-tensors has as the format of a whole checkpoint if its groups are in several.
 _MIXED = "mixed-precision"
 # The file in which older versions of NVIDIA's ModelOpt write what newer ones write into config.json.
@@ -77,7 +81,10 @@ def check_quantization(name: str, model: str, config: Any, revision: str = "main
     content, where = content_of(config), ""
     if content is None and (path := find_modelopt_config(model, revision)) is not None:
         content, where = modelopt_content(path), f", as its {MODELOPT_CONFIG} says"
-    if content is None or quantization_in(content) is not None:
+    if content is None:
+        return
+    if quantization_in(content) is not None:
+        check_transforms(f"{name} {model}", content)
         return
     method = _method(content)
     kind = "bitsandbytes' 8 bits" if _in_8bit(content) else method
@@ -126,7 +133,7 @@ def check_config(name: str, model: str, config: Any) -> None:
         content = content_of(config)
     except ValueError as error:
         raise ValueError(f"{name} {model}: {error}") from None
-    if content is not None and (fault := _fault(content)) is not None:
+    if content is not None and (fault := fault_in(content)) is not None:
         raise ValueError(f"{name} {model}: the quantization_config in its config.json {fault}")
 
 
@@ -239,6 +246,27 @@ def with_content(config: Mapping[str, Any], content: Mapping[str, Any] | None) -
     return result
 
 
+def check_transforms(name: str, content: Mapping[str, Any]) -> None:
+    """Raises NotImplementedError if a config of compressed-tensors transforms activations, which this package does not do.
+
+    Without the transforms, the weights would give wrong results.
+
+    Args:
+        name: what the checkpoint is called in the error.
+        content: the ``quantization_config`` as ``config.json`` has it.
+    """
+    transforms = content.get("transform_config")
+    groups = transforms.get("config_groups") if isinstance(transforms, Mapping) else None
+    for key, group in groups.items() if isinstance(groups, Mapping) else ():
+        for applied in group.get("apply") or () if isinstance(group, Mapping) else ():
+            place = applied.get("location") if isinstance(applied, Mapping) else applied
+            if place not in _OFFLINE:
+                raise NotImplementedError(
+                    f"{name} has weights for transformed activations ({key} in transform_config, at {place}), and moe_fused "
+                    "does not transform them: give a checkpoint without such transforms"
+                )
+
+
 def contradiction_of(content: Mapping[str, Any]) -> str | None:
     """Says where the format of a config of compressed-tensors is not that of one of its groups; None if it is.
 
@@ -281,12 +309,22 @@ def _formats_of(content: Mapping[str, Any]) -> list[str]:
     return sorted(found) or ([str(whole)] if whole else [])
 
 
-def _fault(content: Mapping[str, Any]) -> str | None:
-    """Says what a ``quantization_config`` lacks or contradicts itself in; None if it can be, read or not."""
+def fault_in(content: Mapping[str, Any]) -> str | None:
+    """Says what a ``quantization_config`` lacks or contradicts itself in; None if it can be, read or not.
+
+    Args:
+        content: the ``quantization_config`` as ``config.json`` has it.
+    """
     if not content.get("quant_method"):
         if any(content.get(f"{prefix}load_in_{bits}bit") for prefix in ("", "_") for bits in (4, 8)):
             return None  # of an old bitsandbytes, as Transformers has it
         return f"has no quant_method, which says how the weights are quantized, such as {', '.join(_METHODS)}"
+    for field in _NAMES_OF_DENSE:
+        names = content.get(field)
+        if names is not None and not (
+            isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+        ):
+            return f"must have the names of modules in {field}, a list, got {names!r}"
     if _method(content) != COMPRESSED_TENSORS:
         return None
     groups = content.get("config_groups")

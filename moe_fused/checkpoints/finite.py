@@ -43,7 +43,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 def fault_of(name: str) -> str:
     """Says what is wrong with a tensor called ``name`` that is not sound."""
-    if name.endswith("global_scale"):
+    if name.endswith("weight_global_scale"):
         return "must hold positive finite numbers, because other scales make weights NaN or infinite"
     return "holds NaN or infinite values"
 

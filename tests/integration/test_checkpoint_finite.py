@@ -207,6 +207,15 @@ def test_scales_of_published_formats(fault: str, module: str, tmp_path: Path, co
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "broken", "source"]
 
 
+def test_scales_of_activations(tmp_path: Path, command: Command) -> None:
+    """Nothing is multiplied with them, so that only what writes them says that they are not finite."""
+    source = compressed_checkpoint(tmp_path / "source", "nvfp4", QWEN3_MOE, activations=True)
+    key = f"{LAYER}.self_attn.q_proj.input_global_scale"
+    broken = changed(source, tmp_path / "broken", lambda tensors: poison(tensors, key, NAN))
+    ended = refused(command, ("convert", "model", broken, tmp_path / "out", "--to", "per-expert"), key)
+    assert ended.error.endswith(f"{key} holds NaN or infinite values")
+
+
 @pytest.mark.parametrize("module", [f"{LAYER}.mlp.experts.2.up_proj", f"{LAYER}.self_attn.q_proj"])
 @pytest.mark.parametrize("fault", ["mxfp4, NaN", "nvfp4, NaN", "nvfp4, global 0.0", f"nvfp4, global {INF}"])
 def test_scales_of_published_formats_from_python(fault: str, module: str, tmp_path: Path, enabled: None) -> None:

@@ -53,6 +53,11 @@ CHANGES: dict[str, tuple[Edit, str]] = {
         lambda c: c["config_groups"]["group_0"].update(format="pack-quantized"),
         "must have one format, got mxfp4-pack-quantized for the whole and pack-quantized in config_groups.group_0",
     ),
+    "ignored is a string": (
+        lambda c: c.update(ignore="lm_head"),
+        "must have the names of modules in ignore, a list, got 'lm_head'",
+    ),
+    "ignored is no name": (lambda c: c.update(ignore=[4]), r"names of modules in ignore, a list, got \[4\]"),
     "no method": (lambda c: c.pop("quant_method"), "has no quant_method, which says .*, such as bitsandbytes, mxfp4, "),
 }
 
@@ -94,6 +99,33 @@ def test_the_format_of_the_whole_may_say_nothing(whole: str | None) -> None:
     found = quantization_of({"quantization_config": content})
     assert found is not None
     assert found.quant_type == "nvfp4"
+
+
+@pytest.mark.parametrize(
+    ("content", "field"),
+    [
+        (mxfp4_content(), "modules_to_not_convert"),
+        ({"load_in_4bit": True, "quant_method": "bitsandbytes"}, "llm_int8_skip_modules"),
+    ],
+)
+def test_names_of_dense_modules_are_a_list(content: dict[str, Any], field: str) -> None:
+    for names in (None, [], ["lm_head"]):
+        check_quantization("MODEL", "there", {"quantization_config": content | {field: names}})
+    with pytest.raises(ValueError, match=f"must have the names of modules in {field}, a list, got 'lm_head'"):
+        check_quantization("MODEL", "there", {"quantization_config": content | {field: "lm_head"}})
+
+
+def test_transforms_of_activations_are_refused() -> None:
+    """Those of weights alone are in the weights. llm-compressor writes an empty config if there are none."""
+
+    def content(*locations: str) -> dict[str, Any]:
+        groups = {"u": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": each} for each in locations]}}
+        return compressed_content("nvfp4") | {"transform_config": {"config_groups": groups}}
+
+    for sound in (compressed_content("nvfp4") | {"transform_config": {}}, content(), content("weight_input")):
+        check_quantization("MODEL", "there", {"quantization_config": sound})
+    with pytest.raises(NotImplementedError, match=r"MODEL there has .* \(u in transform_config, at input\)"):
+        check_quantization("MODEL", "there", {"quantization_config": content("weight_input", "input")})
 
 
 def test_formats_that_are_not_read_are_named() -> None:

@@ -37,9 +37,11 @@ from moe_fused.quantized import (
     COMPRESSED_FORMATS,
     COMPRESSED_TENSORS,
     MXFP4,
+    check_transforms,
     compressed_content,
     compressed_quant_type,
     contradiction_of,
+    fault_in,
     quantization_in,
 )
 
@@ -94,10 +96,12 @@ class _Configs:
 
     @staticmethod
     def from_dict(config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        if (fault := contradiction_of(config_dict)) is not None:
+        is_read = compressed_quant_type(config_dict) is not None
+        if (fault := fault_in(config_dict) if is_read else contradiction_of(config_dict)) is not None:
             raise ValueError(f"the quantization_config of the checkpoint {fault}")
-        if compressed_quant_type(config_dict) is None:
+        if not is_read:
             return stock_configs.CompressedTensorsConfig.from_dict(config_dict, **kwargs)
+        check_transforms("the checkpoint", config_dict)
         return CompressedTensorsConfig(**config_dict)
 
 
