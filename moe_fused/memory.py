@@ -147,8 +147,12 @@ class Workload:
 
     @property
     def linears_in_4bit(self) -> bool:
-        """Whether linear layers are in 4 bits."""
+        """Whether linear layers are in 4 bits, but for those that stay dense."""
         return self.quantized and self.quant_type not in PUBLISHED
+
+    def packs_linear(self, linear: Linear) -> bool:
+        """Whether a linear layer is held in 4 bits."""
+        return self.linears_in_4bit and linear.packable
 
     def packs(self, stack: Stack) -> bool:
         """Whether a stack of experts is held in 4 bits."""
@@ -342,7 +346,7 @@ def _stack_bytes(stack: Stack, work: Workload) -> int:
 
 
 def _linear_bytes(linear: Linear, work: Workload) -> int:
-    if not work.linears_in_4bit:
+    if not work.packs_linear(linear):
         return linear.numel * work.itemsize
     blocks = -(-linear.numel // BLOCK)
     # The packed weights, one byte for each block, four for each group of blocks, the two code books, and the offset.
@@ -432,7 +436,7 @@ class _Layers:
 
 def _layers(sizes: Sizes, work: Workload) -> Iterator[_Layers]:
     """Yields the layers with attention, and those of each recurrent kind."""
-    copy = max((linear.numel for linear in sizes.linears), default=0) * work.itemsize if work.linears_in_4bit else 0
+    copy = max((linear.numel for linear in sizes.linears if work.packs_linear(linear)), default=0) * work.itemsize
     with_attention = attention_layers(sizes)
     if with_attention > 0 or not sizes.recurrent:
         # Beside attention's gradients, a dense copy of the 4-bit layer that is multiplied with.

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_fused.benchmark.layers import LAYERS, PHASES, Ceilings, Layer
+from moe_fused.quantized import QUANT_TYPES
 from moe_fused.staging import replace_file
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ _ROWS: dict[str, dict[str, _Check]] = {
     "bench": {
         "tokens": _is_count,
         "phase": _one_of(*PHASES),
-        "implementation": _one_of("moe_fused", "moe_fused, nf4", "grouped_mm"),
+        "implementation": _one_of("moe_fused", *(f"moe_fused, {form}" for form in QUANT_TYPES), "grouped_mm"),
         "ms": _is_number_or_none,
         "spread": _is_number_or_none,
         "peak_mib": _is_number_or_none,

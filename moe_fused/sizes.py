@@ -44,11 +44,18 @@ class Stack:
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer: its name in the model, and its shape."""
+    """A linear layer.
+
+    Attributes:
+        name: its name in the model.
+        out_features, in_features: its shape.
+        packable: whether it can be held in 4 bits as bitsandbytes has them.
+    """
 
     name: str
     out_features: int
     in_features: int
+    packable: bool = True
 
     @property
     def numel(self) -> int:
@@ -132,11 +139,11 @@ def is_named(path: str, names: Iterable[str]) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
-def sizes_of(model: Any, dense_experts: Collection[str] = ()) -> Sizes:
+def sizes_of(model: Any, dense: Collection[str] = ()) -> Sizes:
     """Reads the sizes of a causal language model of Transformers with dense weights, on any device, including meta.
 
     Args:
-        dense_experts: the names of parameters of experts that stay dense, whatever they could be held in.
+        dense: the names of parameters of experts and of linear layers that stay dense, whatever they could be held in.
 
     Raises:
         ValueError: the config lacks the sizes of a decoder.
@@ -153,16 +160,16 @@ def sizes_of(model: Any, dense_experts: Collection[str] = ()) -> Sizes:
     inside = set()
     for path, module in model.named_modules():
         if hasattr(type(module), "_apply_gate"):
-            found = list(_stacks(path, module, dense_experts))
+            found = list(_stacks(path, module, dense))
             experts, stacks = found[0].experts, [*stacks, *found]
             inside |= {id(getattr(module, name)) for name in _projections(module)}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    modules = linear_modules(model)
     linears = tuple(
-        Linear(name, module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        Linear(name, module.out_features, module.in_features, packable=name not in dense)
+        for name, module in modules.items()
     )
-    weights = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear) and module is not head}
+    weights = {id(module.weight) for module in modules.values()}
     others = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside | weights)
     recurrent = recurrent_layers(model)
     apart = type(embedding) is nn.Embedding and head is not None and head.weight is not embedding.weight
@@ -184,6 +191,14 @@ def sizes_of(model: Any, dense_experts: Collection[str] = ()) -> Sizes:
         uncounted=uncounted_types(text, recurrent),
         embedding=embedding.weight.numel() if apart else 0,
     )
+
+
+def linear_modules(model: Any) -> dict[str, nn.Linear]:
+    """Returns the linear layers of a model by name, without the head, which no format holds in 4 bits."""
+    head = model.get_output_embeddings()
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+    }
 
 
 def _setting(text: Any, name: str) -> int:

@@ -186,6 +186,8 @@ def _on_meta(directory: Path, config: dict[str, Any]) -> Any:
             f"{directory / CONFIG} describes a model that Transformers does not know: architectures {names}, model_type "
             f"{config['model_type']}"
         ) from error
+    except (AttributeError, KeyError, TypeError) as error:  # as for a dtype that torch does not have
+        raise ValueError(f"{directory / CONFIG} is not that of a model: {error!r}") from error
 
 
 def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:

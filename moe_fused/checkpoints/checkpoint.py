@@ -227,8 +227,8 @@ class Checkpoint:
             )
         if layout == "fused":
             yield (
-                "Transformers alone takes stacks in mxfp4 for those of gpt-oss, which are transposed: load this "
-                f"{type(self.architecture.model).__name__} after moe_fused.enable()"
+                "Transformers alone makes (E, in, out) of stacks in mxfp4, as gpt-oss has its dense experts, and not "
+                f"(E, out, in): load this {type(self.architecture.model).__name__} after moe_fused.enable()"
             )
 
     def _beside_experts(self, name: str) -> bool:

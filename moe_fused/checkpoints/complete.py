@@ -154,7 +154,20 @@ class _DenseView:
             experts.setdefault(role.target, []).append(_Found(key, role, header))
         for found in experts.values():
             self._add_experts(found)
+        self._check_modules({name: any(one.role.part for one in found) for name, found in experts.items()})
         self._add_others(others)
+
+    @staticmethod
+    def _check_modules(in_4bit: Mapping[str, bool]) -> None:
+        """Raises ValueError if the experts of a module are in 4 bits in part.
+
+        Args:
+            in_4bit: for the name of each parameter whether it is in 4 bits.
+        """
+        packed = {name.rpartition(".")[0] for name, is_packed in in_4bit.items() if is_packed}
+        for name, is_packed in in_4bit.items():
+            if not is_packed and name.rpartition(".")[0] in packed:
+                raise ValueError(f"{name} must be of 4-bit weights like the rest of its module, but is dense")
 
     def _put(self, key: str, shape: Iterable[int], dtype: torch.dtype = torch.float32) -> None:
         if key in self.tensors:

@@ -302,6 +302,11 @@ class ExpertsConverter(WeightConverter):
             for entry in sources:
                 if not is_finite(entry.load()):
                     raise ValueError(f"{entry.key} holds NaN or infinite values, which cannot be quantized")
+        if broken_scales(weights) is not None:
+            kind = self.quantization.quant_type
+            raise ValueError(
+                f"{target.name} holds values that become NaN or infinite in {kind}, because they are too large"
+            )
         return first.dtype, weights
 
     def _pack(self, matrices: Iterator[Tensor], form: Format4bit) -> Packed4bitWeights:

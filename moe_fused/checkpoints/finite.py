@@ -2,7 +2,7 @@
 
 A sum is not finite if one of its terms is not. It takes one pass without a temporary tensor, and on a GPU the host does not
 wait for it. The elements themselves are checked only where a sum is not finite, because large finite values can add up to an
-infinite sum, too.
+infinite sum, too. Which scales of 4-bit weights are sound is for their formats to say.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,15 +21,11 @@ from moe_fused.hub import get_kernel
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from qwen3_moe_fused import Packed4bitWeights
+    from qwen3_moe_fused import Format4bit, Packed4bitWeights
 
 _SUMMED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # For each dtype of a byte, the bits that are all set in what is not finite. E4M3 has no infinite values.
 _SPECIAL = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
-# Scales of mxfp4 in E8M0: from the first one on, the largest values of 4 bits become infinite, and the second one is NaN.
-_OVERFLOWS, _NAN = 253, 255
-# The smallest global scale of nvfp4 whose largest weights are finite.
-_LOWEST = 2688 / torch.finfo(torch.float32).max
 # How many sums are read at once. Until then, each is a small tensor.
 _AT_ONCE = 512
 # How many pieces of a file may wait to be checked while it is copied, and the size in bytes of the largest such piece.
@@ -46,55 +43,48 @@ def is_finite(tensor: Tensor) -> bool:
 
 def fault_of(name: str) -> str:
     """Says what is wrong with a tensor called ``name`` that is not sound."""
-    if name.endswith("global_scale"):
+    if name.endswith("weight_global_scale"):
         return "must hold positive finite numbers, because other scales make weights NaN or infinite"
     return "holds NaN or infinite values"
 
 
-def is_finite_e8m0(scales: Tensor) -> bool:
-    """Whether no scale of mxfp4, uint8, is NaN."""
-    return not bool((scales == _NAN).any())
+@cache
+def check_of_scales(part: str, dtype: torch.dtype) -> Callable[[Tensor], bool] | None:
+    """Returns what says of scales, by their bytes, whether weights are finite with them, whatever these are.
+
+    Args:
+        part: the name of the tensor in checkpoints that publish 4-bit weights, without that of the matrix or stack.
+        dtype: of the tensor.
+
+    Returns:
+        A function of whole scales as flat uint8, or None if no format publishes such scales.
+    """
+    kernel = get_kernel()
+    for name in kernel.formats.names():
+        form = kernel.Format4bit((1, 64, 64), name)  # the rules are the same for every shape
+        for tensors in form.weight_format.published(form):
+            stored = dict(zip(tensors, form.storage(), strict=True)).get(part, "packed")
+            if stored != "packed" and tensors[part].dtype == dtype:
+                return partial(_are_sound, form, stored)
+    return None
 
 
-def are_global_scales(scales: Tensor) -> bool:
-    """Whether global scales of nvfp4, fp32, divide the scales of blocks to finite ones. They have to be positive."""
-    return not bool(_not_global(scales).any())
-
-
-def _not_global(scales: Tensor) -> Tensor:
-    return ~(scales.isfinite() & (scales >= _LOWEST))
+def _are_sound(form: Format4bit, stored: str, values: Tensor) -> bool:
+    broken = form.weight_format.is_broken(form, stored, values)
+    return broken is None or not bool(broken.any())
 
 
 def broken_scales(weights: Packed4bitWeights) -> tuple[str, int, int] | None:
-    """Finds a scale with which 4-bit weights are NaN or infinite, or a global scale that is not a positive finite number.
+    """Finds a scale with which 4-bit weights are NaN or infinite, or that is no scale at all.
 
     Returns:
         The name of the stored tensor, the expert and the projection of the first one; None if all weights are finite.
     """
-    stored = weights.tensors()
-    for part, value in stored.items():
-        found = _broken_experts(weights, part, value, "nested_absmax" in stored)
-        if found is not None and bool(found.any()):
-            expert, place = found.nonzero()[0].tolist()
-            return part, expert, place * weights.format.projections // found.shape[1]
-    return None
-
-
-def _broken_experts(weights: Packed4bitWeights, part: str, value: Tensor, double_quant: bool) -> Tensor | None:
-    """Returns which elements of a stored tensor are broken, (E, any), or None if none can be."""
-    if part == "global_scale":
-        return _not_global(value.contiguous().view(torch.float32))
-    if part == "block_scale" and weights.format.quant_type == "nvfp4":
-        special = _SPECIAL[torch.float8_e4m3fn]
-        return (value & special) == special
-    if part == "block_scale" and weights.format.quant_type == "mxfp4":
-        large = value >= _OVERFLOWS
-        for expert in large.any(1).nonzero().flatten().tolist():  # few if any, so these are computed
-            blocks = weights.narrow(expert, 1).dequantize(torch.float32).view(value.shape[1], -1)
-            large[expert] &= ~blocks.isfinite().all(1)
-        return large
-    if part in ("nested_absmax", "nested_offset") or (part == "absmax" and not double_quant):
-        return ~value.contiguous().view(torch.float32).isfinite()
+    form = weights.format
+    for part, broken in form.weight_format.broken(form, weights.tensors()).items():
+        if bool(broken.any()):
+            expert, place = broken.nonzero()[0].tolist()
+            return part, expert, place * form.projections // broken.shape[1]
     return None
 
 
@@ -127,34 +117,33 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
 
 
 def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields the floating-point weights of ``model`` by name, and the scales of its 4-bit weights."""
+    """Yields the floating-point weights of ``model`` by name, and the scales of its linear layers in 4 bits.
+
+    Experts in 4 bits are left out, because they are checked when they are read or quantized.
+    """
     # Parameters and buffers are read directly, because reading an attribute of a parametrized module computes it.
     persistent: dict[str, Tensor] = dict(model.named_parameters())
-    persistent |= _bytes_of_stacks(model)
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 persistent[f"{path}.{name}" if path else name] = buffer
+    in_4bit = set(_names_of_stacks(model))
     for name, value in persistent.items():
         if (state := getattr(value, "quant_state", None)) is not None:
             yield from _scales(name, state)
-        elif value.is_floating_point():
+        elif value.is_floating_point() and name not in in_4bit:
             yield name, value
-        elif name.endswith(("_absmax", "_nested_absmax", "_nested_offset")) and value.dtype == torch.uint8:
-            yield from _as_floats(name, value, persistent)
 
 
-def _bytes_of_stacks(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the bytes of packed experts by the names of the parameters that hold them, in whatever dtype."""
+def _names_of_stacks(model: nn.Module) -> Iterator[str]:
+    """Yields the names of the parameters that hold the bytes of experts in 4 bits, in whatever dtype."""
     kernel = get_kernel()
-    found = {}
     for path, module in model.named_modules():
-        formats = [name for name, value in vars(module).items() if isinstance(value, kernel.Format4bit)]
-        for name in (attribute.removesuffix("_format") for attribute in formats):
-            for part, value in kernel.modules.weights_of(module, name).tensors().items():
-                parameter = kernel.modules.parameter_name(name, part)
-                found[f"{path}.{parameter}" if path else parameter] = value
-    return found
+        for attribute, form in vars(module).items():
+            if isinstance(form, kernel.Format4bit):
+                for part in form.storage():
+                    name = kernel.modules.parameter_name(attribute.removesuffix("_format"), part)
+                    yield f"{path}.{name}" if path else name
 
 
 def _scales(name: str, state: Any) -> Iterator[tuple[str, Tensor]]:
@@ -167,13 +156,6 @@ def _scales(name: str, state: Any) -> Iterator[tuple[str, Tensor]]:
     ):
         if isinstance(value, Tensor) and value.is_floating_point():
             yield f"{name}.{part}", value
-
-
-def _as_floats(name: str, value: Tensor, named: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yields a companion of packed experts as fp32, which its bytes are unless the absmaxes are in 8 bits."""
-    nested = name.endswith(("_nested_absmax", "_nested_offset"))
-    if nested or f"{name.removesuffix('_absmax')}_nested_absmax" not in named:
-        yield name, value.contiguous().view(torch.float32)
 
 
 class Watch:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoModelForCausalLM
 
-from moe_fused.memory import skeleton
 from moe_fused.quantized import content_of, quantization_of
+from moe_fused.sizes import linear_modules, skeleton
 
 from .architecture import Architecture
+from .checkpoint import STATE
 from .complete import check_complete, check_problems, problems_of
 from .files import Pickled, find_weights, read_tensors
 from .finite import check_finite, weights_of
@@ -58,8 +59,25 @@ def check_checkpoint(
     _complete.add(key)
 
 
-def dense_experts(source: str, config: Any, *, revision: str = "main") -> frozenset[str]:
-    """Returns the names of the experts' parameters that are dense in a checkpoint whose config says that it is in 4 bits.
+class DenseWeights(NamedTuple):
+    """What is dense in a checkpoint whose config says that it is in 4 bits.
+
+    Attributes:
+        experts: the names of the experts' parameters.
+        linears: the names of linear layers, without the head. In published formats all of them are dense anyway, and none
+            is named.
+    """
+
+    experts: frozenset[str] = frozenset()
+    linears: frozenset[str] = frozenset()
+
+    @property
+    def names(self) -> frozenset[str]:
+        return self.experts | self.linears
+
+
+def dense_weights(source: str, config: Any, *, revision: str = "main") -> DenseWeights:
+    """Finds what is dense in a checkpoint whose config says that it is in 4 bits.
 
     Only headers of files on this machine are read. Without them, or if the checkpoint is dense, the result is empty.
 
@@ -73,7 +91,7 @@ def dense_experts(source: str, config: Any, *, revision: str = "main") -> frozen
     quantization = quantization_of(config)
     path = find_weights(source, revision, download=False) if quantization is not None else None
     if quantization is None or path is None:
-        return frozenset()
+        return DenseWeights()
     architecture = Architecture.of(skeleton(config), in_rows=quantization.is_published)
     names = architecture.names
     packed: set[str] = set()
@@ -81,7 +99,10 @@ def dense_experts(source: str, config: Any, *, revision: str = "main") -> frozen
         role = names.locate(architecture.in_model(key))
         if role is not None and role.part:
             packed.update(names.spellings(role.target))
-    return frozenset(names.targets.keys() - packed)
+        elif STATE in key:
+            packed.add(architecture.in_model(key.partition(STATE)[0]).removesuffix(".weight"))
+    linears = set() if quantization.is_published else linear_modules(architecture.model).keys() - packed
+    return DenseWeights(frozenset(names.targets.keys() - packed), frozenset(linears))
 
 
 def _state_of(directory: Path) -> Iterator[tuple[str, int, int]]:

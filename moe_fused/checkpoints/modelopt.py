@@ -17,17 +17,17 @@ import torch
 
 from moe_fused.quantized import (
     COMPRESSED_TENSORS,
-    MODELOPT_CONFIG,
     CheckpointQuantization,
     compressed_content,
     content_of,
+    find_modelopt_config,
     is_modelopt_nvfp4,
+    modelopt_content,
     with_content,
 )
 
-from .finite import are_global_scales
+from .finite import check_of_scales
 from .names import ACTIVATION_SCALE, MATRIX_PARTS
-from .places import read_object
 from .safetensors_file import as_bytes
 from .tensor_files import Stored
 
@@ -50,7 +50,9 @@ class Reciprocal(Stored):
         (data,) = super().chunks(4)
         scale = torch.frombuffer(data, dtype=torch.float32)
         reciprocal = scale.reciprocal()
-        if not are_global_scales(reciprocal):  # nor are the reciprocals of 0, NaN and what is negative or infinite
+        is_scale = check_of_scales(_GLOBAL, torch.float32)
+        assert is_scale is not None
+        if not is_scale(reciprocal.view(torch.uint8)):  # nor are the reciprocals of 0, NaN, and what is negative or Inf
             raise ValueError(f"{self.key} must be a positive finite number, got {scale.item()}")
         yield as_bytes(reciprocal)
 
@@ -62,9 +64,8 @@ def is_nvfp4(directory: Path, config: Mapping[str, Any]) -> bool:
         config: the content of ``config.json`` in the directory.
     """
     content = content_of(config)
-    path = directory / MODELOPT_CONFIG
-    if content is None and path.is_file():
-        content = {"quant_method": "modelopt", **(read_object(path).get("quantization") or {})}
+    if content is None and (path := find_modelopt_config(str(directory))) is not None:
+        content = modelopt_content(path)
     return content is not None and is_modelopt_nvfp4(content)
 
 

@@ -17,14 +17,13 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .finite import Watch, are_global_scales, is_finite, is_finite_e8m0
+from .finite import Watch, check_of_scales, is_finite
 from .names import MATRIX_PARTS, STACK_PARTS
 from .safetensors_file import DTYPES, Chunks, TensorSpec, as_bytes, dtype_name, safetensors_writer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _CHUNK = 1 << 20
-_PACKED, _BLOCK_SCALE, _GLOBAL_SCALE, _ = MATRIX_PARTS
-_BLOCKS, _SCALES = STACK_PARTS
+_PACKED, _BLOCKS = MATRIX_PARTS[0], STACK_PARTS[0]
 FLOATS = ("BF16", "F16", "F32")
 
 
@@ -251,17 +250,15 @@ def _values(key: str, outputs: Mapping[str, Output]) -> tuple[torch.dtype, Calla
 
     The scales of packed experts are fp32 in bytes, unless they are in 8 bits.
     """
-    module, _, part = key.rpartition(".")
-    if f"{module}.{_PACKED}" in outputs and part == _GLOBAL_SCALE:
-        return torch.float32, are_global_scales
-    of_matrix = part == _BLOCK_SCALE and f"{module}.{_PACKED}" in outputs
-    of_stack = key.endswith(f"_{_SCALES}") and f"{key.removesuffix(_SCALES)}{_BLOCKS}" in outputs
-    if (of_matrix or of_stack) and outputs[key].dtype == "U8":
-        return torch.uint8, is_finite_e8m0
+    dtype = DTYPES.get(outputs[key].dtype, torch.uint8)
+    for main, separator in ((_PACKED, "."), (_BLOCKS, "_")):
+        name, _, part = key.rpartition(separator)
+        if f"{name}{separator}{main}" in outputs and (check := check_of_scales(part, dtype)) is not None:
+            return torch.uint8, check
     fp32 = key.endswith(("_nested_absmax", "_nested_offset")) or (
         key.endswith("_absmax") and f"{key.removesuffix('_absmax')}_nested_absmax" not in outputs
     )
-    return torch.float32 if fp32 else DTYPES.get(outputs[key].dtype, torch.uint8), is_finite
+    return torch.float32 if fp32 else dtype, is_finite
 
 
 def write_checkpoint(

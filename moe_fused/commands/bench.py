@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from moe_fused.benchmark.layers import FORWARD, FORWARD_BACKWARD, LAYERS, Layer, roofline_ms
+from moe_fused.quantized import QUANT_TYPES, QuantType, quantization_of
 
 from .options import Traceback, check_device, check_finite_options, check_report, read_source
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from moe_fused.benchmark.inputs import Inputs
     from moe_fused.benchmark.layers import Ceilings
 
-OURS, PACKED, THEIRS = "moe_fused", "moe_fused, nf4", "grouped_mm"
+OURS, THEIRS = "moe_fused", "grouped_mm"
 
 Experts = Callable[["Inputs", str], "dict[str, Tensor]"]
 """``run(inputs, phase)`` makes a pass through the experts and returns its results by name."""
@@ -37,6 +39,13 @@ def bench(
     layer: Annotated[str, typer.Option(help=f"Layer to time: {', '.join(LAYERS)}.")] = "qwen3-30b-a3b",
     model: Annotated[
         str | None, typer.Option(help="Model whose layer to time instead: a directory, or a name on the Hub.")
+    ] = None,
+    quant_type: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help=f"4-bit format to time: {', '.join(QUANT_TYPES)}.  [default: that of the checkpoint of --model, else nf4]",
+        ),
     ] = None,
     tokens: Annotated[
         list[int] | None,
@@ -57,10 +66,12 @@ def bench(
     check_finite_options(seconds=seconds)
     if layer not in LAYERS:
         raise ValueError(f"--layer must be one of {', '.join(LAYERS)}, got {layer}")
+    if quant_type not in (None, *QUANT_TYPES):
+        raise ValueError(f"--format must be one of {', '.join(QUANT_TYPES)}, got {quant_type}")
     check_device(device)
     check_report(report)
-    if model is not None:
-        read_source("--model", model, "config.json")
+    if model is not None and (content := read_source("--model", model, "config.json")) is not None:
+        _format_of(model, content, quant_type)
     _check_served(device.partition(":")[0], LAYERS[layer] if model is None else None)
 
     import torch
@@ -68,13 +79,18 @@ def bench(
     from moe_fused.benchmark import harness
     from moe_fused.devices import choose_device
 
-    chosen, shape = choose_device(device), LAYERS[layer]
+    chosen, shape, held = choose_device(device), LAYERS[layer], None
     if model is not None:
         from moe_fused.benchmark.shapes import layer_of
 
         from .loading import read_config
 
-        shape = layer_of(model, read_config(model, "--model"))
+        config = read_config(model, "--model")
+        shape, held = layer_of(model, config), _format_of(model, config, quant_type)
+    form: str = quant_type or held or "nf4"
+    unfit = _unfit(shape, form)
+    if unfit is not None and quant_type is not None:
+        raise ValueError(f"--format {form} cannot hold the experts of {shape.name}: {unfit}")
     _check_served(chosen.type, shape)
     console = Console()
     if not console.is_terminal:
@@ -98,14 +114,20 @@ def bench(
     sizes = list(dict.fromkeys(tokens or (1, 512, 4096)))
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=2 * len(sizes))
-        contenders = _contenders(shape, generator)
+        contenders = _contenders(shape, generator, form if unfit is None else None)
         for size in sizes:
             for phase in (FORWARD, FORWARD_BACKWARD):
                 progress.update(task, description=f"{size} tokens, {phase}")
                 _measure(results, shape, size, phase, contenders, ceilings, seconds, generator)
                 progress.advance(task)
     console.print(table)
-    console.print("4-bit weights are frozen: the backward computes no gradient for them")
+    if unfit is None:
+        console.print(
+            f"4-bit weights are in {form}{'' if held is None else ', as in the checkpoint'}, and frozen: the backward "
+            "computes no gradient for them"
+        )
+    else:
+        console.print(f"4-bit weights are left out, because {form} cannot hold these experts: {unfit}")
     console.print("roofline: what reading, writing and multiplying alone would take at the rates above")
     if report is not None:
         from moe_fused.reports import new_report, write_report
@@ -130,6 +152,39 @@ class _Results:
         self.rows.append({"tokens": tokens, "phase": phase, "implementation": name, **rounded})
 
 
+def _format_of(model: str, config: Any, wanted: str | None) -> QuantType | None:
+    """Returns the 4-bit format of a checkpoint, None for a dense one.
+
+    Args:
+        config: its configuration, an object of Transformers or the content of its file.
+        wanted: the value of ``--format``.
+
+    Raises:
+        ValueError: the checkpoint is in 4 bits, and another format is wanted.
+    """
+    found = quantization_of(config)
+    if found is not None and wanted not in (None, found.quant_type):
+        raise ValueError(
+            f"--format {wanted} is not possible: --model {model} is in 4 bits already, as {found.quant_type}; leave it "
+            "out, or give the sizes by --layer"
+        )
+    return None if found is None else found.quant_type
+
+
+def _unfit(layer: Layer, quant_type: str) -> str | None:
+    """Says why the experts of a layer cannot be held in a 4-bit format, or returns None."""
+    import moe_fused
+
+    format4bit = moe_fused.get_kernel().Format4bit
+    experts, hidden, intermediate = layer.experts, layer.hidden, layer.intermediate
+    try:
+        format4bit((experts, 2 * intermediate, hidden), quant_type, projections=2)
+        format4bit((experts, hidden, intermediate), quant_type)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _check_served(device: str, layer: Layer | None) -> None:
     """Raises ValueError if a kind of device cannot be timed, or not with this layer. ``layer`` is None if not known yet."""
     if device == "xpu":
@@ -138,8 +193,8 @@ def _check_served(device: str, layer: Layer | None) -> None:
         raise ValueError(f"--device cpu takes minutes for {layer.name}, in plain torch: give --layer tiny")
 
 
-def _contenders(layer: Layer, generator: torch.Generator) -> dict[str, Experts]:
-    """Returns the implementations by name. The packed one has a 4-bit copy of the weights."""
+def _contenders(layer: Layer, generator: torch.Generator, quant_type: str | None) -> dict[str, Experts]:
+    """Returns the implementations by name. One has a copy of the weights in ``quant_type``, unless that is None."""
     import torch
     from torch import nn
     from transformers import Qwen3MoeConfig
@@ -151,8 +206,8 @@ def _contenders(layer: Layer, generator: torch.Generator) -> dict[str, Experts]:
     kernel: Any = moe_fused.get_kernel()
     weights = [nn.Parameter(weight) for weight in random_weights(layer, generator)]
     packed = None
-    if layer.hidden * layer.intermediate % kernel.formats.named("nf4").blocksizes[0] == 0:
-        quantize = kernel.Packed4bitWeights.quantize
+    if quant_type is not None:
+        quantize = partial(kernel.Packed4bitWeights.quantize, quant_type=quant_type)
         packed = [quantize(weights[0].detach(), projections=2), quantize(weights[1].detach())]
     config = Qwen3MoeConfig(
         hidden_size=layer.hidden, moe_intermediate_size=layer.intermediate, num_experts=layer.experts, hidden_act="silu"
@@ -182,7 +237,7 @@ def _contenders(layer: Layer, generator: torch.Generator) -> dict[str, Experts]:
         THEIRS: passes(theirs, weights),
     }
     if packed is not None:
-        contenders[PACKED] = passes(lambda *arguments: kernel.moe_experts(*arguments, *packed), [])
+        contenders[f"{OURS}, {quant_type}"] = passes(lambda *arguments: kernel.moe_experts(*arguments, *packed), [])
     return contenders
 
 
@@ -239,7 +294,7 @@ def _measure(
     found = {name: result for name, call in calls.items() if (result := _attempt(name, call, problems)) is not None}
     for name, result in found.items():
         # Rounding weights to 4 bits changes the results, so these are only checked to be finite.
-        harness.compare(name, result, result if name == PACKED else found.get(THEIRS, result))
+        harness.compare(name, result, found.get(THEIRS, result) if name == OURS else result)
     calls = {name: calls[name] for name in found}
     found.clear()
     harness.release_memory(device)
@@ -263,7 +318,7 @@ def _measure(
             f"{timing.spread:.0%}",
             "–" if theirs is None else f"{theirs.ms / timing.ms:.2f}",
             # The roofline is that of dense weights. The packed implementation reads a quarter of the bytes.
-            "–" if name == PACKED else f"{roofline / timing.ms:.0%}",
+            "–" if name not in (OURS, THEIRS) else f"{roofline / timing.ms:.0%}",
             "–" if peak is None else f"{peak:.0f}",
         )
     results.table.add_section()

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from moe_fused.checkpoints.places import CONFIG, check_apart, check_replaceable, read_config
-from moe_fused.quantized import MODELOPT_CONFIG, check_config, content_of
+from moe_fused.quantized import check_config, content_of, find_modelopt_config
 
 from .options import DryRun, Dtype, ShardSize, Traceback, check_weights, writing
 
@@ -61,7 +61,7 @@ def model(
     check_replaceable(target, overwrite)
     config = read_config(source)
     check_config("SOURCE", str(source), config)
-    quantized = content_of(config) is not None or (source / MODELOPT_CONFIG).is_file()
+    quantized = content_of(config) is not None or find_modelopt_config(str(source)) is not None
     check_weights("SOURCE", str(source), ("*.safetensors",))
     if dtype is not None and quantized and not dequantize:
         raise ValueError(

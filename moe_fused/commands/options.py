@@ -27,7 +27,7 @@ from moe_fused.checkpoints.places import (
     read_config,
     read_object,
 )
-from moe_fused.quantized import check_quantization
+from moe_fused.quantized import check_quantization, converted
 from moe_fused.signals import interrupted_afterwards
 from moe_fused.staging import check_writable, claimed
 
@@ -136,12 +136,10 @@ def has_weights(name: str) -> bool:
     return not path.is_dir() or any(found for pattern in ("*.safetensors", "*.bin") for found in path.glob(pattern))
 
 
-def from_4bit(model: str) -> str:
+def from_4bit(model: str, revision: str = "main") -> str:
     """Says for errors how a model in 4 bits comes into another format."""
-    return (
-        f"for another format, make it dense by `moe-fused convert model {model} DENSE --to fused --dequantize`, and "
-        "quantize that"
-    )
+    made = converted(model, "DENSE --to fused --dequantize", revision)
+    return f"for another format, make it dense by {made}, and quantize that"
 
 
 def check_weights(

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moe_fused.benchmark.layers import LAYERS, Layer
 from moe_fused.locks import locked_file
+from moe_fused.quantized import quantization_of
 
 from .options import Traceback, check_finite_options, check_report, read_source
 
@@ -287,7 +288,14 @@ def _layer(
 
         from .loading import read_config
 
-        return layer_of(model, read_config(model, "--model"))
+        config = read_config(model, "--model")
+        found = quantization_of(config)
+        if found is not None and found.quant_type != "nf4":
+            print(
+                f"note: 4-bit weights are measured in nf4, not in {found.quant_type} as --model has them, because a table "
+                "serves all formats"
+            )
+        return layer_of(model, config)
     if not given:
         return _DEFAULT
     if hidden is None or intermediate is None or experts is None or top_k is None:

@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,21 +223,21 @@ class WholeModules:
     is_tied: bool = False
 
 
-def whole_modules(model: Any, names: Iterable[str], option: str, *, in_4bit: bool) -> WholeModules:
+def whole_modules(model: Any, names: Iterable[str], option: str, in_4bit: Collection[str]) -> WholeModules:
     """Finds the modules that are to be trained in full.
 
     Args:
         model: The model, on any device, meta included.
         names: The last parts of their paths, as many as tell them apart from others.
         option: What gave the names, for errors.
-        in_4bit: Whether linear layers are held in 4 bits.
+        in_4bit: The names of the linear layers that are held in 4 bits.
 
     Raises:
         ValueError: A name is that of no module, or that of one that cannot be trained in full.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     modules = dict(model.named_modules())
-    refusals = {path: _why_not_whole(model, path, in_4bit and modules[path] is not head) for path in modules}
+    refusals = {path: _why_not_whole(model, path, path in in_4bit) for path in modules}
     chosen: list[str] = []
     given: list[str] = []
     for name in names:
@@ -275,7 +275,7 @@ def _why_not_whole(model: nn.Module, path: str, in_4bit: bool) -> str | None:
         return "has no weights"
     if any(True for child in module.children() for _ in child.parameters()):
         return f"has parts, name those instead: {', '.join(name for name, _ in module.named_children())}"
-    if in_4bit and isinstance(module, nn.Linear):
+    if in_4bit:
         return (
             "is in 4 bits and cannot be trained in full: use --attention-modules for an adapter, or --quantization none"
         )

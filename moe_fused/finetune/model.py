@@ -29,8 +29,14 @@ def load_config(options: Options) -> Any:
     from transformers import AutoConfig
 
     config = _load(AutoConfig, options)
-    check_quantization("--model", options.model, config)
+    with _hub(options):
+        check_quantization("--model", options.model, config, options.revision)
     return config
+
+
+def _hub(options: Options) -> Any:
+    """The context in which files of a model are looked for: a model on the Hub may have some in the cache alone."""
+    return contextlib.nullcontext() if Path(options.model).is_dir() else reached_once()
 
 
 def load_tokenizer(options: Options) -> Any:
@@ -79,9 +85,8 @@ def _load(auto: Any, options: Options) -> Any:
         # Transformers takes some of these files for absent if they are damaged.
         names = (file.name for file in sorted(path.glob("*.json")) if (file.name == CONFIG) == (what == "config"))
         check_json(path, (name for name in names if not name.endswith(".index.json")))
-    hub: Any = contextlib.nullcontext() if path.is_dir() else reached_once()
     try:
-        with hub as unreachable:
+        with _hub(options) as unreachable:
             return auto.from_pretrained(options.model, revision=options.revision)
     except Exception as error:  # tokenizers raises nothing narrower for a damaged file
         reason = str(error).strip().partition("\n")[0].rstrip(".")

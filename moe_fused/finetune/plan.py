@@ -141,7 +141,7 @@ def plan_run(
     for plan in plans_of(setup, plain_text=plain_text, rows=rows, agreed=agreed):
         if plan.fits:
             return plan
-    raise ValueError(_advice(plan, sizes_of(setup.skeleton, setup.dense_experts)))
+    raise ValueError(_advice(plan, sizes_of(setup.skeleton, setup.dense.names)))
 
 
 def plans_of(
@@ -151,7 +151,7 @@ def plans_of(
 
     The arguments are those of ``plan_run``.
     """
-    sizes, limit = sizes_of(setup.skeleton, setup.dense_experts), agreed(_limit(setup))
+    sizes, limit = sizes_of(setup.skeleton, setup.dense.names), agreed(_limit(setup))
     for run in candidates(setup, plain_text=plain_text, rows=rows):
         yield _plan(run, sizes, limit)
 
@@ -214,8 +214,9 @@ def _notes(sizes: Sizes, work: Workload) -> Iterator[str]:
     """
     for kind in sizes.recurrent:
         mixer, count = kind.mixer, f"{kind.layers} layer{'s' if kind.layers > 1 else ''} of {kind.mixer.title}"
+        in_4bit = any(kind.has(linear.name) and work.packs_linear(linear) for linear in sizes.linears)
         if mixer.package in work.packages:
-            if mixer.needs_dense and work.linears_in_4bit:
+            if mixer.needs_dense and in_4bit:
                 raise ValueError(
                     f"{mixer.distribution} computes {count} and cannot read their weights in 4 bits: uninstall it, or use "
                     "--quantization none"
@@ -225,7 +226,7 @@ def _notes(sizes: Sizes, work: Workload) -> Iterator[str]:
         plain = (
             f"Transformers computes {count} in plain torch, and each keeps {_gib(mixer.kept(work))} for its backward"
         )
-        if work.gpu and not (mixer.needs_dense and work.linears_in_4bit):
+        if work.gpu and not (mixer.needs_dense and in_4bit):
             yield f"note: {plain}; the kernels of `pip install {mixer.distribution}` keep less and are faster"
         else:
             yield plain

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from moe_fused.devices import choose_device
 from moe_fused.memory import is_named, skeleton
 from moe_fused.quantized import PUBLISHED, QuantType, quantization_of
 from moe_fused.recurrent import packages
+from moe_fused.sizes import linear_modules
 
 from . import attention, varlen
 from .adapters import lora_config
@@ -48,6 +49,9 @@ from .architecture import (
 from .options import ALL_LINEAR, Optimizer, Options
 from .precheck import Process, check_device_type, check_export, check_sequence_length
 from .start import StartingAdapter, check_start
+
+if TYPE_CHECKING:
+    from moe_fused.checkpoints.loading import DenseWeights
 
 # The options whose values later steps must take from a record.
 ANSWERED = frozenset(
@@ -151,8 +155,7 @@ class ModelSetup:
             already, or stay as they are.
         quant_type: The 4-bit format of the experts, from the checkpoint or because of ``quantize_to``. None if they are
             dense.
-        dense_experts: The parameters of experts that are dense in a checkpoint in 4 bits, and stay so. None are known
-            without its files.
+        dense: What is dense in a checkpoint in 4 bits, and stays so. Nothing is known without its files.
         liger: Whether Liger's rotary embeddings and norms are used.
         packages: The packages that compute recurrent layers, of those that Transformers takes. There are none on a CPU.
         is_random: Whether two passes over the same batch differ, because something is dropped or jittered.
@@ -180,7 +183,7 @@ class ModelSetup:
     start: StartingAdapter | None
     quantize_to: QuantType | None
     quant_type: QuantType | None
-    dense_experts: frozenset[str]
+    dense: DenseWeights
     liger: bool
     packages: frozenset[str]
     is_random: bool
@@ -310,7 +313,7 @@ def set_up(
     check_device_type(options, device.type)
     model = _skeleton(options, config)
     _check_kernel(options, model, device)
-    setup = _set_up(options, process or Process(), config, model, device, start, _dense_experts(options, config))
+    setup = _set_up(options, process or Process(), config, model, device, start, _dense_weights(options, config))
     if start is not None:
         check_start(start, options, _skeleton(options, config), config, allow_other_base=allow_other_base)
     return setup
@@ -323,7 +326,7 @@ def _set_up(
     model: Any,
     device: torch.device,
     start: StartingAdapter | None,
-    dense_experts: frozenset[str],
+    dense: DenseWeights,
 ) -> ModelSetup:
     from moe_fused.integrations.quantizer.configs import has_stacks_alone
 
@@ -333,11 +336,14 @@ def _set_up(
     if held is not None and wanted not in ("auto", held.quant_type):
         raise ValueError(
             f"--quantization {wanted} is not possible: --model {options.model} is in 4 bits already, as {held.quant_type} "
-            f"({from_4bit(options.model)}); leave it out"
+            f"({from_4bit(options.model, options.revision)}); leave it out"
         )
     if held is None and wanted != "none":
         quantize_to = "nf4" if wanted == "auto" else wanted
     quant_type = held.quant_type if held is not None else quantize_to
+    linears_in_4bit: frozenset[str] = frozenset()
+    if quant_type is not None and quant_type not in PUBLISHED:
+        linears_in_4bit = frozenset(linear_modules(model)) - dense.linears
     setup = ModelSetup(
         options=options,
         process=process,
@@ -356,18 +362,18 @@ def _set_up(
         attention_alpha=_alpha(options.attention_alpha, options.attention_rank or 1),
         expert_alpha=_alpha(options.expert_alpha, options.expert_rank),
         shared_expert_alpha=_alpha(options.shared_expert_alpha, options.shared_expert_rank),
-        whole=_whole(options, model, dtype, start, in_4bit=quant_type is not None and quant_type not in PUBLISHED),
+        whole=_whole(options, model, dtype, start, linears_in_4bit),
         start=start,
         quantize_to=quantize_to,
         quant_type=quant_type,
-        dense_experts=dense_experts,
+        dense=dense,
         liger=_liger(options, config, device),
         packages=packages() if device.type == "cuda" else frozenset(),
         is_random=bool(options.lora_dropout) or has_random_layers(config) or _has_noise(options),
         layout_refusals={layout: apart_refusal(options.model, config, model, layout) for layout in _LAYOUTS},
     )
-    if quant_type in PUBLISHED and (dense := _experts_that_stay_dense(model, quant_type)) is not None:
-        raise ValueError(f"--model {options.model} cannot be held in {quant_type}: the experts of {dense}")
+    if quant_type in PUBLISHED and (reason := _experts_that_stay_dense(model, quant_type)) is not None:
+        raise ValueError(f"--model {options.model} cannot be held in {quant_type}: the experts of {reason}")
     if quantize_to == "nvfp4" and has_stacks_alone(model):  # the base of the adapter could not be written
         raise ValueError(
             f"--quantization nvfp4 is not possible: a {type(model).__name__} cannot be saved in nvfp4, because its "
@@ -382,14 +388,14 @@ def _set_up(
     return setup
 
 
-def _dense_experts(options: Options, config: Any) -> frozenset[str]:
-    """The parameters of experts that are dense in a checkpoint in 4 bits. What is wrong with its files is said later."""
-    from moe_fused.checkpoints.loading import dense_experts
+def _dense_weights(options: Options, config: Any) -> DenseWeights:
+    """What is dense in a checkpoint in 4 bits. What is wrong with its files is said later."""
+    from moe_fused.checkpoints.loading import DenseWeights, dense_weights
 
     try:
-        return dense_experts(options.model, config, revision=options.revision)
+        return dense_weights(options.model, config, revision=options.revision)
     except (OSError, ValueError):
-        return frozenset()
+        return DenseWeights()
 
 
 def shard_refusal(setup: ModelSetup, processes: int) -> str | None:
@@ -401,8 +407,8 @@ def shard_refusal(setup: ModelSetup, processes: int) -> str | None:
         return "experts must be in 4 bits, use --quantization nf4"
     if (dense := _experts_that_stay_dense(setup.skeleton, setup.quant_type)) is not None:
         return f"experts must be in 4 bits, and those of {dense}"
-    if setup.dense_experts:
-        return f"experts must be in 4 bits, and {min(setup.dense_experts)} is dense in --model {setup.options.model}"
+    if setup.dense.experts:
+        return f"experts must be in 4 bits, and {min(setup.dense.experts)} is dense in --model {setup.options.model}"
     if setup.options.router_aux_loss > 0:
         return "FSDP2 hides from --router-aux-loss what the routers give, leave one of the two out"
     if setup.dtype is torch.float16:
@@ -453,7 +459,7 @@ def candidates(setup: ModelSetup, *, plain_text: bool, rows: int = 0) -> Iterato
 def with_options(run: ResolvedRun, **changes: Any) -> ResolvedRun:
     """The record that ``run`` would have with some other options, for the same data and on the same device."""
     options = dataclasses.replace(run.options, **changes)
-    setup = _set_up(options, run.process, run.config, run.skeleton, run.device, run.start, run.dense_experts)
+    setup = _set_up(options, run.process, run.config, run.skeleton, run.device, run.start, run.dense)
     return _resolved(setup, run.batching.packing, changes.get("sequence_length", run.batching.length))
 
 
@@ -605,7 +611,7 @@ def _ranks(options: Options, model: Any, start: StartingAdapter | None) -> Ranks
 
 
 def _whole(
-    options: Options, model: Any, dtype: torch.dtype, start: StartingAdapter | None, *, in_4bit: bool
+    options: Options, model: Any, dtype: torch.dtype, start: StartingAdapter | None, in_4bit: Collection[str]
 ) -> WholeModules:
     option, names = "--modules-to-save", options.modules_to_save
     if start is not None:
@@ -614,7 +620,7 @@ def _whole(
         return WholeModules()
     if dtype is torch.float16:
         raise ValueError(f"{option} is not possible with --dtype float16, whose gradients need scaling: use bfloat16")
-    whole = whole_modules(model, names, option, in_4bit=in_4bit)
+    whole = whole_modules(model, names, option, in_4bit)
     if start is not None and whole.is_tied and not start.config.get("ensure_weight_tying"):
         raise ValueError(f"{option} has head or embedding untied, which {type(model).__name__} ties")
     return whole

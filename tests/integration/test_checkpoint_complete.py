@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from moe_fused.integrations.quantizer.packed_experts import four_bit_config
 from moe_fused.memory import skeleton
 
 from .broken import Change, changed, commands, edit_json, refuse_loading, refused, save
-from .cli import Command
+from .cli import Command, save_tokenizer
 from .four_bit import BY_ID, build, stacked_checkpoint, v4_checkpoint
-from .models import MODELS, ModelCase
+from .models import MODELS, QWEN3_MOE, ModelCase
 from .test_cli_models import ATTENTION, make_adapter
 
 LAYER = "model.layers.1"
@@ -258,6 +259,31 @@ def test_4_bits(
         for arguments in (command_lines["merge"], command_lines["generate"], (*command_lines["convert"][:-1], to)):
             refused(command, arguments, word)
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nvfp4"])
+def test_a_module_in_4_bits_in_part(
+    kind: str, adapter: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "nf4":
+        packed, dense = _packed(save(tmp_path / "model"), "per_expert"), tmp_path / "model"
+    else:
+        from .published import compressed_checkpoint
+
+        packed = compressed_checkpoint(tmp_path / "nvfp4", kind, QWEN3_MOE, vocab_size=64)
+        save_tokenizer(packed)
+        dense = packed / "dense"
+    refuse_loading(monkeypatch)
+    of_stack = re.compile(rf"{re.escape(LAYER)}\.mlp\.experts\.\d+\.down_proj\.")
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for key in [key for key in tensors if of_stack.match(key)]:
+            del tensors[key]
+        tensors |= {key: value for key, value in load_file(dense / "model.safetensors").items() if of_stack.match(key)}
+
+    broken = changed(packed, tmp_path / "broken", change)
+    says = f"{LAYER}.mlp.experts.down_proj must be of 4-bit weights like the rest of its module, but is dense"
+    refused(command, commands(broken, adapter, tmp_path / "out")["generate"], f"MODEL {broken}: {says}")
 
 
 def test_4_bits_of_others(dense: Path, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from moe_fused.checkpoints.adapters.convert import convert_adapter
 from moe_fused.checkpoints.finite import Watch, check_finite, is_finite, not_finite, weights_of
 from moe_fused.checkpoints.loading import load_pretrained
 from moe_fused.checkpoints.models import convert_model
+from moe_fused.checkpoints.readahead import Readahead
+from moe_fused.integrations.quantizer import experts_quantizer
 from moe_fused.integrations.quantizer.packed_experts import four_bit_config
 
 from .adapters import per_expert_adapter
@@ -147,6 +149,26 @@ def test_from_python(model: Path, tmp_path: Path, enabled: None) -> None:
             AutoModelForCausalLM.from_pretrained(broken, quantization_config=four_bit_config(torch.float32))
 
 
+@pytest.mark.parametrize("kind", ["nf4", "nvfp4"])
+def test_a_fault_of_a_linear_layer_ends_the_loading(
+    kind: str, model: Path, tmp_path: Path, enabled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever conversion finds it. The thread that reads ahead ends as well."""
+    from transformers import AutoModelForCausalLM
+
+    stopped: list[Readahead] = []
+    monkeypatch.setattr(experts_quantizer, "is_possible", lambda: True)
+    monkeypatch.setattr(Readahead, "stop", lambda self, stop=Readahead.stop: (stopped.append(self), stop(self)))
+    source, key, options = model, Q, {"quantization_config": four_bit_config(torch.float32)}
+    if kind == "nvfp4":
+        source, options = compressed_checkpoint(tmp_path / "source", kind, QWEN3_MOE), {}
+        key = f"{LAYER}.self_attn.q_proj.weight_global_scale"
+    broken = changed(source, tmp_path / "broken", lambda tensors: poison(tensors, key, NAN))
+    with pytest.raises(ValueError, match=key.replace(".", r"\.")):
+        AutoModelForCausalLM.from_pretrained(broken, **options)
+    assert len(stopped) == 1
+
+
 # For each fault: the format of the checkpoint, the tensor of a matrix, and what breaks one of its values.
 FAULTS: dict[str, tuple[str, str, Callable[[torch.Tensor], object]]] = {
     "mxfp4, NaN": ("mxfp4", "weight_scale", lambda scale: scale[3].fill_(255)),
@@ -183,6 +205,15 @@ def test_scales_of_published_formats(fault: str, module: str, tmp_path: Path, co
         word = f"{LAYER}.mlp.experts.gate_up_proj_scales" if name == "convert" and "experts" in key else key
         refused(command, arguments, word, said)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "broken", "source"]
+
+
+def test_scales_of_activations(tmp_path: Path, command: Command) -> None:
+    """Nothing is multiplied with them, so that only what writes them says that they are not finite."""
+    source = compressed_checkpoint(tmp_path / "source", "nvfp4", QWEN3_MOE, activations=True)
+    key = f"{LAYER}.self_attn.q_proj.input_global_scale"
+    broken = changed(source, tmp_path / "broken", lambda tensors: poison(tensors, key, NAN))
+    ended = refused(command, ("convert", "model", broken, tmp_path / "out", "--to", "per-expert"), key)
+    assert ended.error.endswith(f"{key} holds NaN or infinite values")
 
 
 @pytest.mark.parametrize("module", [f"{LAYER}.mlp.experts.2.up_proj", f"{LAYER}.self_attn.q_proj"])

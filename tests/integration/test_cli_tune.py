@@ -22,6 +22,7 @@ from moe_fused.benchmark.layers import LAYERS, Layer
 from moe_fused.benchmark.shapes import layer_of
 from moe_fused.commands import tune as command_module
 from moe_fused.locks import locked_file
+from moe_fused.quantized import compressed_content
 from moe_fused.reports import read_report
 from moe_fused.signals import Interrupted
 from moe_fused.tuner import thresholds as thresholds_module
@@ -748,6 +749,19 @@ def test_sizes_of_the_layer(gpu: dict[str, Any], tmp_path: Path, command: Comman
     assert ended.status == 0, ended
     assert (gpu["layer"].hidden, gpu["layer"].experts) == (HIDDEN, EXPERTS)
     assert list(json.loads((tmp_path / "b" / "sm_80.json").read_text())) == ["up"]
+
+
+def test_another_format_of_the_model_is_noted(gpu: dict[str, Any], tmp_path: Path, command: Command) -> None:
+    config = QWEN3_MOE.build().config
+    for content, says in (
+        (compressed_content("mxfp4"), "note: 4-bit weights are measured in nf4, not in mxfp4 as --model has them"),
+        ({"load_in_4bit": True, "quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}, None),
+    ):
+        config.quantization_config = content
+        config.save_pretrained(tmp_path / "model")
+        ended = command("tune", "--model", tmp_path / "model", "--kernels", "up", "--output", tmp_path, "--overwrite")
+        assert ended.status == 0, ended
+        assert says in ended.stdout if says else "note" not in ended.stdout
 
 
 @pytest.mark.parametrize(

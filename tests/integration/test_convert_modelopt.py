@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import moe_fused
+from moe_fused.quantized import check_quantization
+from tests.packaging.hub import Hub, Repository
 
-from .broken import changed, refused
+from .broken import changed, refused, save
 from .cli import Command, save_tokenizer
 from .four_bit import packed, same_bits
 from .models import QWEN3_MOE
@@ -96,7 +99,7 @@ def test_a_config_in_a_file_of_its_own(modelopt: Path, command: Command, tmp_pat
     _save(modelopt, modelopt, tensors_of(modelopt), None)
     (modelopt / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
     ended = command("generate", modelopt, "--prompt", "w7")
-    assert "is quantized by ModelOpt, as its hf_quant_config.json says" in ended.error
+    assert "is quantized to modelopt (NVFP4), as its hf_quant_config.json says" in ended.error
     assert f"`moe-fused convert model {modelopt} NEW --to per-expert`" in ended.error
     dense = tmp_path / "dense"
     assert command("convert", "model", modelopt, dense, "--to", "per-expert", "--dequantize").status == 0
@@ -117,8 +120,97 @@ def test_becomes_a_dense_checkpoint(modelopt: Path, command: Command, tmp_path: 
 def test_other_commands_say_how(modelopt: Path, command: Command, tmp_path: Path) -> None:
     for arguments in (("generate", modelopt, "--prompt", "w7"), ("quantize", modelopt, tmp_path / "new")):
         ended = command(*arguments)
-        assert "is quantized to modelopt, which moe_fused does not read yet: make a checkpoint of" in ended.error
+        assert (
+            "is quantized to modelopt (NVFP4), which moe_fused does not read yet: make a checkpoint of" in ended.error
+        )
         assert f"`moe-fused convert model {modelopt} NEW --to per-expert`" in ended.error
+
+
+@pytest.mark.parametrize(
+    ("quantization", "says"),
+    [
+        (
+            {"quant_algo": "FP8"},
+            "is quantized to modelopt (FP8), as its hf_quant_config.json says, which moe_fused does not",
+        ),
+        (["NVFP4"], "hf_quant_config.json must hold an object called quantization, got ['NVFP4']"),
+        (None, "hf_quant_config.json must hold an object called quantization, got None"),
+    ],
+)
+def test_other_content_of_the_file(
+    quantization: object, says: str, modelopt: Path, command: Command, tmp_path: Path
+) -> None:
+    """The conversion, which would not help, is not advised."""
+    _save(modelopt, modelopt, tensors_of(modelopt), None)
+    (modelopt / "hf_quant_config.json").write_text(json.dumps({"quantization": quantization}))
+    for arguments in (
+        ("generate", modelopt, "--prompt", "w7"),
+        ("convert", "model", modelopt, tmp_path / "new", "--to", "per-expert"),
+    ):
+        ended = refused(command, arguments, says)
+        assert "convert model" not in ended.error
+
+
+def test_a_file_that_quantizes_no_weights(command: Command, tmp_path: Path) -> None:
+    """ModelOpt writes it for a model of which the cache of keys and values alone is quantized."""
+    dense = save(tmp_path / "dense")
+    content = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
+    (dense / "hf_quant_config.json").write_text(json.dumps(content))
+    ended = command("generate", dense, "--prompt", "w7", "--max-new-tokens", 1, "--device", "cpu")
+    assert ended.status == 0, ended
+
+
+# What the Hub has in config.json, and in ModelOpt's file.
+HUB_FILES: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]] = {
+    "in config.json": (NVFP4, None),
+    "in a file of its own": (None, {"quantization": {"quant_algo": "NVFP4"}}),
+}
+
+
+@pytest.mark.parametrize("place", HUB_FILES)
+def test_names_on_the_hub(place: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is found on the Hub and then in its cache, and the message says how to get a directory to convert."""
+    content, own = HUB_FILES[place]
+    config = QWEN3_MOE.build().config.to_dict() | ({} if content is None else {"quantization_config": content})
+    files = {"config.json": config, **({} if own is None else {"hf_quant_config.json": own})}
+    # Transformers remembers the commit of a name as long as the process runs.
+    hub, name = Hub(), f"org/{place.replace(' ', '-')}"
+    hub.repositories[name] = Repository.new()
+    hub.repositories[name].commit("main", {path: json.dumps(values).encode() for path, values in files.items()}, "it")
+    says = (
+        f"--model {name} is quantized to modelopt (NVFP4)",
+        f"`hf download {name} --local-dir DIRECTORY` and `moe-fused convert model DIRECTORY NEW --to per-expert`",
+    )
+    arguments = ("bench", "--model", name, "--device", "cpu")
+    with hub.serving():
+        point_to(hub, tmp_path, monkeypatch)
+        refused(command, arguments, *says)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refused(command, arguments, *says)
+
+
+def test_a_dense_model_on_the_hub_is_asked_for_the_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub()
+    hub.repositories["org/dense"] = Repository.new()
+    hub.repositories["org/dense"].commit("main", {"config.json": b"{}"}, "files")
+    with hub.serving():
+        point_to(hub, tmp_path, monkeypatch)
+        for _ in range(2):
+            check_quantization("MODEL", "org/dense", {})
+    assert [request for request in hub.requests if "hf_quant" in request] == [
+        "HEAD /org/dense/resolve/main/hf_quant_config.json"
+    ]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    check_quantization("MODEL", "org/dense", {})
+    check_quantization("MODEL", "org/not-here", {})
+
+
+def point_to(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets huggingface_hub, which is imported already, find the stand-in instead of the Hub."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
 @pytest.mark.parametrize(

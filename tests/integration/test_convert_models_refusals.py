@@ -212,6 +212,9 @@ def test_files_of_the_source(dense: Path, tmp_path: Path) -> None:
         r"config\.json describes a model that Transformers does not know: architectures \[\], model_type unheard_of",
         source,
     )
+    text = json.dumps({"model_type": "qwen3_moe", "dtype": "float4"})
+    (source / "config.json").write_text(text, encoding="utf-8")
+    refuse(r"config\.json is not that of a model: AttributeError", source)
     (source / "config.json").write_text("{", encoding="utf-8")
     refuse(r"config\.json must be JSON", source)
     (source / "config.json").unlink()

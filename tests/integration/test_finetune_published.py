@@ -331,12 +331,55 @@ def test_the_plan_counts_experts_that_the_checkpoint_has_dense(quant_type: str, 
     tensors = [value for name, value in loaded.state_dict(keep_vars=True).items() if ".mlp.experts." in name]
     options = Options(model=str(path), dtype="float32")
     setup = set_up(options, loaded.config, torch.device("cpu"))
-    assert setup.dense_experts == {f"model.layers.1.mlp.experts.{name}_proj" for name in ("gate_up", "down")}
+    assert setup.dense.experts == {f"model.layers.1.mlp.experts.{name}_proj" for name in ("gate_up", "down")}
     experts = plan_run(setup, plain_text=False).prediction.parts["experts"]
     # The table of 16 values and the like are not counted.
     assert experts == pytest.approx(sum(value.nbytes for value in tensors), rel=5e-3)
     with pytest.raises(ValueError, match=r"--shard: .* model\.layers\.1\.mlp\.experts\.down_proj is dense in --model"):
         set_up(replace(options, shard=True), loaded.config, torch.device("cpu"), Process(0, 0, 2, 2))
+
+
+@pytest.mark.parametrize("layout", ["per_expert", "fused"])
+def test_the_plan_counts_linear_layers_that_the_checkpoint_has_dense(layout: Any, tmp_path: Path) -> None:
+    """As they are loaded, and they may be trained in full, which those in 4 bits cannot be."""
+    from moe_fused.finetune.options import Options
+    from moe_fused.finetune.plan import plan_run
+    from moe_fused.finetune.resolve import set_up
+
+    moe_fused.enable()
+    path = tmp_path / "model"
+    build(QWEN3_MOE).save_pretrained(tmp_path / "dense")
+    skipped = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=["lm_head", "model.layers.1.self_attn"],
+    )
+    options: Any = {"quantization_config": skipped, "device_map": {"": "cpu"}}
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **options)
+    moe_fused.save_format(made, layout)
+    made.save_pretrained(path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map={"": "cpu"})
+    attention = [f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"]
+    assert all(type(loaded.get_submodule(name)) is torch.nn.Linear for name in attention)
+    run = Options(model=str(path), dtype="float32", modules_to_save=("layers.1.self_attn.q_proj",))
+    setup = set_up(run, loaded.config, torch.device("cpu"))
+    assert setup.dense.linears == {*attention}
+    assert not setup.dense.experts
+    parts = plan_run(replace(setup, whole=type(setup.whole)()), plain_text=False).prediction.parts
+    others = {id(value): value for name, value in loaded.named_parameters() if ".mlp.experts." not in name}
+    held = sum(value.nbytes for value in others.values())
+    # A 4-bit matrix has scales and tables beside it.
+    states = [value.quant_state for value in others.values() if hasattr(value, "quant_state")]
+    held += sum(
+        each.nbytes
+        for state in states
+        for each in (state.absmax, state.code, state.state2.absmax, state.state2.code, state.offset)
+    )
+    assert len(states) == 4
+    assert parts["other weights"] == pytest.approx(held, rel=1e-3)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj is in 4 bits and cannot be trained in full"):
+        set_up(replace(run, modules_to_save=("layers.0.self_attn.q_proj",)), loaded.config, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("layout", ["per_expert", "fused", "linear layers alone"])

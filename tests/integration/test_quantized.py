@@ -19,6 +19,10 @@ def _weights(content: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _whole(name: str) -> Edit:
+    return lambda content: content.update(format=name)
+
+
 def _second_group(content: dict[str, Any]) -> None:
     content["config_groups"]["group_1"] = copy.deepcopy(compressed_content("nvfp4")["config_groups"]["group_0"])
 
@@ -37,6 +41,23 @@ CHANGES: dict[str, tuple[Edit, str]] = {
     ),
     "bits": (lambda c: _weights(c).update(num_bits=8), "num_bits must be 4 in .*, got 8"),
     "two formats": (_second_group, "groups of one format, got mxfp4-pack-quantized and nvfp4-pack-quantized"),
+    "another format for the whole": (
+        _whole("nvfp4-pack-quantized"),
+        "must have one format, got nvfp4-pack-quantized for the whole and mxfp4-pack-quantized in config_groups.group_0",
+    ),
+    "an unknown format for the whole": (
+        _whole("float-quantized"),
+        "must have one format, got float-quantized for the whole and mxfp4-pack-quantized in config_groups.group_0",
+    ),
+    "an unknown format of a group": (
+        lambda c: c["config_groups"]["group_0"].update(format="pack-quantized"),
+        "must have one format, got mxfp4-pack-quantized for the whole and pack-quantized in config_groups.group_0",
+    ),
+    "ignored is a string": (
+        lambda c: c.update(ignore="lm_head"),
+        "must have the names of modules in ignore, a list, got 'lm_head'",
+    ),
+    "ignored is no name": (lambda c: c.update(ignore=[4]), r"names of modules in ignore, a list, got \[4\]"),
     "no method": (lambda c: c.pop("quant_method"), "has no quant_method, which says .*, such as bitsandbytes, mxfp4, "),
 }
 
@@ -68,6 +89,61 @@ def test_configs_that_are_read() -> None:
         found = quantization_of(config)
         assert found is not None
         assert found.quant_type == quant_type
+
+
+@pytest.mark.parametrize("whole", [None, "mixed-precision"])
+def test_the_format_of_the_whole_may_say_nothing(whole: str | None) -> None:
+    """compressed-tensors reads the format of the group."""
+    content = compressed_content("nvfp4") | {"format": whole}
+    check_quantization("MODEL", "there", {"quantization_config": content})
+    found = quantization_of({"quantization_config": content})
+    assert found is not None
+    assert found.quant_type == "nvfp4"
+
+
+@pytest.mark.parametrize(
+    ("content", "field"),
+    [
+        (mxfp4_content(), "modules_to_not_convert"),
+        ({"load_in_4bit": True, "quant_method": "bitsandbytes"}, "llm_int8_skip_modules"),
+    ],
+)
+def test_names_of_dense_modules_are_a_list(content: dict[str, Any], field: str) -> None:
+    for names in (None, [], ["lm_head"]):
+        check_quantization("MODEL", "there", {"quantization_config": content | {field: names}})
+    with pytest.raises(ValueError, match=f"must have the names of modules in {field}, a list, got 'lm_head'"):
+        check_quantization("MODEL", "there", {"quantization_config": content | {field: "lm_head"}})
+
+
+def test_transforms_of_activations_are_refused() -> None:
+    """Those of weights alone are in the weights. llm-compressor writes an empty config if there are none."""
+
+    def content(*locations: str) -> dict[str, Any]:
+        groups = {"u": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": each} for each in locations]}}
+        return compressed_content("nvfp4") | {"transform_config": {"config_groups": groups}}
+
+    for sound in (compressed_content("nvfp4") | {"transform_config": {}}, content(), content("weight_input")):
+        check_quantization("MODEL", "there", {"quantization_config": sound})
+    with pytest.raises(NotImplementedError, match=r"MODEL there has .* \(u in transform_config, at input\)"):
+        check_quantization("MODEL", "there", {"quantization_config": content("weight_input", "input")})
+
+
+def test_formats_that_are_not_read_are_named() -> None:
+    content = compressed_content("nvfp4") | {"format": "mixed-precision"}
+    content["config_groups"]["group_1"] = {"format": "float-quantized", "weights": {"num_bits": 8}, "targets": []}
+    with pytest.raises(
+        NotImplementedError, match=r"compressed-tensors \(float-quantized and nvfp4-pack-quantized\), which"
+    ):
+        check_quantization("MODEL", "there", {"quantization_config": content})
+
+
+def test_groups_of_older_configs_name_no_format() -> None:
+    content = compressed_content("nvfp4")
+    content["config_groups"]["group_0"]["format"] = None
+    check_quantization("MODEL", "there", {"quantization_config": content})
+    found = quantization_of({"quantization_config": content})
+    assert found is not None
+    assert found.quant_type == "nvfp4"
 
 
 def test_quantization_config_needs_enable() -> None:

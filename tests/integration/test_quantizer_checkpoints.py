@@ -176,6 +176,22 @@ def test_fused_dense_experts_of_a_quantized_checkpoint(dense: Path, tmp_path: Pa
     assert same_state(model, load(dense, dtype=torch.bfloat16))
 
 
+def test_linear_layers_that_are_dense_must_be_named(dense: Path, tmp_path: Path) -> None:
+    """Transformers loads them into modules for 4 bits, which then cannot compute."""
+    skipped = ["lm_head", "model.layers.1.self_attn"]
+    model = load(dense, quantization_config=config(llm_int8_skip_modules=skipped))
+    model.save_pretrained(tmp_path)
+    assert same_state(load(tmp_path), model)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["quantization_config"]["llm_int8_skip_modules"] = ["lm_head"]
+    path.write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.self_attn\.q_proj to llm_int8_skip_modules in the quantization_conf"
+    ):
+        load(tmp_path)
+
+
 # Broken checkpoints. Each row changes one tensor of a good one.
 
 Change = Callable[[dict[str, Tensor]], object]

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BitsAndBytesConfig, Mxfp4Config, PreTrainedModel
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 
 import moe_fused
 from moe_fused.checkpoints.share import taking
@@ -455,9 +455,45 @@ def test_another_format_than_the_configs_is_refused(gpt_oss: Path, tmp_path: Pat
         load_here(rewrite(gpt_oss, tmp_path, tensors_of(gpt_oss), config), GPT_OSS)
 
 
-def test_bitsandbytes_cannot_be_asked_of_a_published_format(gpt_oss: Path) -> None:
-    with pytest.raises(ValueError, match="quantized with Mxfp4Config but you are passing a BitsAndBytesConfig"):
-        load_here(gpt_oss, GPT_OSS, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+def test_a_format_that_the_checkpoint_does_not_have_is_refused(gpt_oss: Path, qwen3: Path, tmp_path: Path) -> None:
+    """Whichever class of config asks for it. Transformers would name the classes, or keep the checkpoint's format."""
+    held = json.loads((qwen3 / "config.json").read_text(encoding="utf-8"))["quantization_config"]["format"][:5]
+    other = {"nvfp4": "mxfp4", "mxfp4": "nvfp4"}[held]
+    bitsandbytes = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    in_nf4 = rewrite(qwen3 / "dense", tmp_path, tensors_of(qwen3 / "dense"), bitsandbytes.to_dict())
+    for path, case, config, wanted, has in (
+        (qwen3, QWEN3_MOE, moe_fused.quantization_config(other), other, held),  # type: ignore[arg-type]
+        (qwen3, QWEN3_MOE, bitsandbytes, "nf4", held),
+        (gpt_oss, GPT_OSS, moe_fused.quantization_config("nvfp4"), "nvfp4", "mxfp4"),
+        (gpt_oss, GPT_OSS, BitsAndBytesConfig(load_in_4bit=True), "fp4", "mxfp4"),
+        (in_nf4, QWEN3_MOE, moe_fused.quantization_config("nvfp4"), "nvfp4", "nf4"),
+        (in_nf4, QWEN3_MOE, Mxfp4Config(), "mxfp4", "nf4"),
+    ):
+        with pytest.raises(ValueError, match=f"asks for {wanted}, but the checkpoint is in {has}: leave quantization_"):
+            load_here(path, case, quantization_config=config)
+
+
+def test_the_format_of_the_checkpoint_may_be_asked_for(gpt_oss: Path, qwen3: Path) -> None:
+    """In whichever layout the config would write it, the checkpoint is read as it is."""
+    expected = load_here(gpt_oss, GPT_OSS)
+    model = load_here(gpt_oss, GPT_OSS, quantization_config=moe_fused.quantization_config("mxfp4"))
+    assert same_state(model, expected)
+    assert isinstance(model.hf_quantizer, published.Mxfp4ExpertsQuantizer)
+    held: Any = json.loads((qwen3 / "config.json").read_text(encoding="utf-8"))["quantization_config"]["format"][:5]
+    expected = load_here(qwen3, QWEN3_MOE)
+    configs = [moe_fused.quantization_config(held), *([Mxfp4Config()] if held == "mxfp4" else [])]
+    for config in configs:
+        assert same_state(load_here(qwen3, QWEN3_MOE, quantization_config=config), expected)
+
+
+def test_a_config_that_contradicts_itself_is_refused(qwen3: Path, tmp_path: Path) -> None:
+    values = json.loads((qwen3 / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    values["config_groups"]["group_0"]["format"] = values["format"]
+    rewrite(qwen3, tmp_path, tensors_of(qwen3), values)
+    load_here(tmp_path, QWEN3_MOE)
+    rewrite(qwen3, tmp_path, tensors_of(qwen3), values | {"format": "pack-quantized"})
+    with pytest.raises(ValueError, match=r"must have one format, got pack-quantized for the whole and ..fp4-pack"):
+        load_here(tmp_path, QWEN3_MOE)
 
 
 def test_the_experts_cannot_be_offloaded(gpt_oss: Path, qwen3: Path) -> None:
@@ -526,6 +562,7 @@ def test_disable_gives_transformers_quantizers_back() -> None:
     for method in ("mxfp4", "compressed-tensors"):
         assert AUTO_QUANTIZER_MAPPING[method].__module__.startswith("transformers.")
         assert AUTO_QUANTIZATION_CONFIG_MAPPING[method].__module__.startswith("transformers.")
+    assert AutoHfQuantizer.merge_quantization_configs.__module__.startswith("transformers.")
 
 
 def test_a_dense_model_without_experts_is_refused(tmp_path: Path) -> None:
@@ -565,6 +602,19 @@ def test_our_bytes_are_those_of_the_library(tmp_path: Path) -> None:
         values = json.loads((tmp_path / quant_type / "config.json").read_text(encoding="utf-8"))["quantization_config"]
         assert compressed_quant_type(values) == quant_type
         assert any(re.search(r"self_attn\.q_proj", name) for name in values["ignore"])
+
+
+def test_weights_that_are_too_large_are_refused(tmp_path: Path) -> None:
+    """bf16 has finite values from which mxfp4 makes 4 · 2^126, which is infinite."""
+    from .four_bit import build
+
+    build(QWEN3_MOE).save_pretrained(tmp_path)
+    tensors = tensors_of(tmp_path)
+    tensors["model.layers.1.mlp.experts.2.down_proj.weight"][3, 4] = torch.finfo(torch.bfloat16).max
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    says = r"layers\.1\.mlp\.experts\.down_proj holds values that become NaN or infinite in mxfp4"
+    with pytest.raises(ValueError, match=says):
+        load_here(tmp_path, QWEN3_MOE, quantization_config=Mxfp4Config(), dtype="auto")
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:

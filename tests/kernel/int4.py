@@ -54,6 +54,10 @@ class Int4(formats.WeightFormat):  # type: ignore[name-defined]
     def scales(self, stack: Any, storage: Mapping[str, Tensor]) -> Tensor:
         return storage["scales_fp16"].view(torch.float16).float()
 
+    def is_broken(self, stack: Any, name: str, values: Tensor) -> Tensor | None:
+        scales: Tensor = values.view(torch.float16)
+        return ~scales.isfinite()
+
     def quantize(self, matrix: Tensor, stack: Any) -> dict[str, Tensor]:
         blocks = matrix.float().reshape(-1, stack.blocksize)
         scales = (blocks.abs().amax(1) / 7.0).clamp(min=1e-4).half()

@@ -214,6 +214,18 @@ def test_factors_of_gate_and_up_may_be_apart() -> None:
 
 
 @CI
+def test_formats_say_which_scales_are_broken() -> None:
+    weights = kernel.Packed4bitWeights.quantize(torch.randn((2, 32, 64), device=DEVICE), quant_type="nvfp4")
+    form = weights.format
+    scales = weights.tensors()["block_scale"].clone()
+    for byte, expected in ((0x7E, []), (0x7F, [[1, 3]])):
+        scales[1, 3] = byte
+        found = form.weight_format.broken(form, {**weights.tensors(), "block_scale": scales})
+        assert found["block_scale"].nonzero().tolist() == expected
+        assert not found["global_scale"].any()
+
+
+@CI
 def test_formats_can_be_registered() -> None:
     class Renamed(type(kernel.formats.named("nf4"))):
         name = "ci-format"

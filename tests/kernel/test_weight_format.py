@@ -141,6 +141,67 @@ def test_every_nibble_in_every_place(name: str) -> None:
     assert exact[0, 0, 2] > 0
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+def as_bytes(value: float, dtype: torch.dtype) -> list[int]:
+    return torch.tensor([value], dtype=dtype).view(torch.uint8).tolist()
+
+
+# For each format and stored tensor: bytes with which weights of all nibbles are NaN or infinite.
+BROKEN: dict[str, dict[str, list[list[int]]]] = {
+    "int4": {"scales_fp16": [as_bytes(value, torch.float16) for value in (NAN, INF)]},
+    "mxfp4": {"block_scale": [[255], [254], [253]]},
+    "nvfp4": {
+        "block_scale": [[0x7F], [0xFF]],
+        "global_scale": [as_bytes(value, torch.float32) for value in (NAN, INF, 0.0, 1e-36)],
+    },
+    "nf4": {
+        "nested_absmax": [as_bytes(value, torch.float32) for value in (NAN, INF)],
+        "nested_offset": [as_bytes(-INF, torch.float32)],
+    },
+    "fp4": {"absmax": [as_bytes(value, torch.float32) for value in (NAN, INF)]},
+}
+
+
+@pytest.mark.parametrize(("name", "part"), [(name, part) for name, parts in BROKEN.items() for part in parts])
+def test_broken_scales(name: str, part: str) -> None:
+    """Those of the second expert's last projection are found, and none in sound weights."""
+    weights = Packed4bitWeights.quantize(
+        torch.randn((3, 32, 64), device=DEVICE), quant_type=name, projections=2, double_quant=name == "nf4"
+    )
+    every = torch.arange(256, dtype=torch.uint8, device=DEVICE).repeat(3, 4)
+    weights = weights.replaced(packed=every)
+    form = weights.format
+    found = form.weight_format.broken(form, weights.tensors())
+    assert found
+    assert not any(broken.any() for broken in found.values())
+    for bad in BROKEN[name][part]:
+        values = weights.tensors()[part].clone()
+        values[1, -len(bad) :] = torch.tensor(bad, dtype=torch.uint8, device=DEVICE)
+        changed = weights.replaced(**{part: values})
+        dense = changed.dequantize(torch.float32)
+        assert dense[0].isfinite().all()
+        if bad != as_bytes(INF, torch.float32) or name != "nvfp4":  # whose weights become 0
+            assert not dense[1].isfinite().all()
+        found = form.weight_format.broken(form, changed.tensors())
+        places = {each: broken.nonzero().tolist() for each, broken in found.items() if broken.any()}
+        assert places == {part: [[1, found[part].shape[1] - 1]]}
+        alone = form.weight_format.is_broken(form, part, values[1])
+        assert alone is not None
+        if bad not in ([254], [253]):  # with which smaller values are finite
+            assert alone.nonzero().tolist() == [[len(alone) - 1]]
+
+
+def test_a_large_scale_of_small_values_is_sound() -> None:
+    form = kernel.Format4bit((1, 1, 64), "mxfp4")
+    scales = torch.tensor([[254, 127]], dtype=torch.uint8, device=DEVICE)
+    for nibbles, is_broken in ((0x33, False), (0x34, True)):  # 1.5 and 2 times 2^127
+        packed = torch.full((1, 32), nibbles, dtype=torch.uint8, device=DEVICE)
+        found = form.weight_format.broken(form, {"packed": packed, "block_scale": scales})
+        assert found["block_scale"].tolist() == [[is_broken, False]]
+
+
 CASES = [
     PackedCase("plain", "nothing special", half=True),
     PackedCase("projections", "gate and up each with scales of their own", projections=2),

@@ -95,7 +95,8 @@ class Quantize(ConversionOps):
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         for name, value in input_dict.items():
             if not is_finite(value[0] if isinstance(value, list) else value):
-                self.hf_quantizer.not_finite.append(name)
+                fault = ValueError(f"{name} holds NaN or infinite values, which cannot be quantized")
+                self.hf_quantizer.faults.append(fault)
         result: dict[str, Any] = self.original.convert(input_dict, *args, **kwargs)
         return result
 
@@ -119,7 +120,7 @@ class DequantizeLinear(ConversionOps):
         weights = kernel.interchange.stack_of_published(parts, form)
         try:
             check_scales(weights, parts, lambda part, *_: f"{name.removesuffix('weight')}{part}")
-        except ValueError as error:  # which Transformers would only log
+        except ValueError as error:
             self.hf_quantizer.faults.append(error)
         return {name: weights.dequantize()[0]}
 

@@ -87,6 +87,8 @@ class ExpertsQuantizer(HfQuantizer):
         names: the names of the experts' tensors in checkpoints of the model.
         converter: the converter that reads those tensors, or None if the model has no experts to be packed.
         shares: what this process loads of the experts that a plan of Transformers has divided, by their parameters' names.
+        faults: what the conversions of other layers found wrong with tensors. ``finish_experts`` raises the first one,
+            because Transformers turns an error within a conversion into a report that lacks the name.
     """
 
     skip_option: ClassVar[str]
@@ -100,6 +102,7 @@ class ExpertsQuantizer(HfQuantizer):
         self.converter: ExpertsConverter | None = None
         self.shares: dict[str, Share] = {}
         self.modules_to_not_convert: list[str] = []
+        self.faults: list[ValueError] = []
         self._hooks: list[RemovableHandle] = []
         self._readahead: Readahead | None = None
 
@@ -204,16 +207,18 @@ class ExpertsQuantizer(HfQuantizer):
         return result
 
     def finish_experts(self, model: Any) -> None:
-        """Checks that all experts were loaded, and lets the kernel compute them.
+        """Checks that all weights were loaded without a fault, and lets the kernel compute the experts.
 
         Raises:
-            ValueError: weights are missing, or experts of a module are packed in part. The message names them.
+            ValueError: weights are missing or broken, or experts of a module are packed in part. The message names them.
         """
         while self._hooks:
             self._hooks.pop().remove()
         if self._readahead is not None:
             self._readahead.stop()
             self._readahead = None
+        if self.faults:
+            raise self.faults[0]
         if self.converter is None:
             return
         for name in self.names.targets:

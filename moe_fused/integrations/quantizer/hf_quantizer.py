@@ -36,17 +36,9 @@ _BY_NAME = (
 
 
 class Experts4bitQuantizer(ExpertsQuantizer, Bnb4BitHfQuantizer):
-    """Transformers' quantizer for bitsandbytes in 4 bits, extended to stacked experts.
-
-    Attributes:
-        not_finite: names of linear layers' weights that were to be quantized and hold NaN or infinite values.
-    """
+    """Transformers' quantizer for bitsandbytes in 4 bits, extended to stacked experts."""
 
     skip_option = "llm_int8_skip_modules"
-
-    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
-        self.not_finite: list[str] = []
 
     def quantization(self) -> Quantization:
         config = self.quantization_config
@@ -121,11 +113,23 @@ class Experts4bitQuantizer(ExpertsQuantizer, Bnb4BitHfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model = super()._process_model_after_weight_loading(model, **kwargs)
-        if self.not_finite:
-            # Raised here, because Transformers turns an error within a conversion into a report that lacks the name.
-            raise ValueError(f"{self.not_finite[0]} holds NaN or infinite values, which cannot be quantized")
         self.finish_experts(model)
+        self._check_linears(model)
         return model
+
+    def _check_linears(self, model: Any) -> None:
+        """Raises ValueError for a linear layer that the config has in 4 bits and the checkpoint does not.
+
+        Transformers loads it, and its first product ends in an error without a message.
+        """
+        from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+        for name, module in model.named_modules():
+            if isinstance(module, Linear4bit) and not isinstance(module.weight, Params4bit):
+                raise ValueError(
+                    f"{name}.weight is dense in this 4-bit checkpoint: add {name} to {self.skip_option} in the "
+                    "quantization_config of its config.json"
+                )
 
     # Saving.
 

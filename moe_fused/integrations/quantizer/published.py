@@ -7,6 +7,9 @@ While ``moe_fused`` is enabled, they take the place of Transformers' own for two
 - ``compressed-tensors``, if all its groups are ``nvfp4-pack-quantized`` or all are ``mxfp4-pack-quantized``. Transformers'
   quantizer makes dense experts of them.
 
+A ``quantization_config`` that is given to ``from_pretrained`` must be of the format that the checkpoint has, because
+Transformers would drop it with a warning, or name two classes that do not say the format.
+
 Experts keep the bytes of the checkpoint, and the kernel computes them. Linear layers that compressed-tensors quantized are
 dequantized while they are loaded. A config with ``dequantize=True`` gets Transformers' own quantizer.
 """
@@ -14,12 +17,17 @@ dequantized while they are loaded. A config with ``dequantize=True`` gets Transf
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import quantization_config as stock_configs
 
@@ -29,8 +37,12 @@ from moe_fused.quantized import (
     COMPRESSED_FORMATS,
     COMPRESSED_TENSORS,
     MXFP4,
+    check_transforms,
     compressed_content,
     compressed_quant_type,
+    contradiction_of,
+    fault_in,
+    quantization_in,
 )
 
 from .conversions import DequantizeLinear
@@ -84,8 +96,12 @@ class _Configs:
 
     @staticmethod
     def from_dict(config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        if compressed_quant_type(config_dict) is None:
+        is_read = compressed_quant_type(config_dict) is not None
+        if (fault := fault_in(config_dict) if is_read else contradiction_of(config_dict)) is not None:
+            raise ValueError(f"the quantization_config of the checkpoint {fault}")
+        if not is_read:
             return stock_configs.CompressedTensorsConfig.from_dict(config_dict, **kwargs)
+        check_transforms("the checkpoint", config_dict)
         return CompressedTensorsConfig(**config_dict)
 
 
@@ -106,18 +122,10 @@ class _NoOperation(ConversionOps):
 
 
 class PublishedQuantizer(ExpertsQuantizer):
-    """What the quantizers of published formats share. They leave all layers but experts alone.
-
-    Attributes:
-        faults: what is wrong with the tensors of linear layers.
-    """
+    """What the quantizers of published formats share. They leave all layers but experts alone."""
 
     dtype: torch.dtype
     quantization_config: Any
-
-    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
-        self.faults: list[ValueError] = []
 
     @property
     def quant_type(self) -> str:
@@ -149,8 +157,6 @@ class PublishedQuantizer(ExpertsQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.finish_experts(model)
-        if self.faults:
-            raise self.faults[0]
         if next(packed_modules(model), None) is None:  # linear layers are dense, and so is the whole model
             self.keep_conversions(model)
             self.remove_quantization_config(model)
@@ -249,7 +255,40 @@ def _compressed_quantizer(quantization_config: Any, **kwargs: Any) -> HfQuantize
     return quantizer
 
 
-# Transformers' quantizers while those here are in their place.
+def _merged(cls: Any, held: Any, wanted: Any, *args: Any, **kwargs: Any) -> Any:
+    """Returns the config to load a checkpoint with, in the place of ``AutoHfQuantizer.merge_quantization_configs``.
+
+    Args:
+        held: the config of the checkpoint, an object or a dictionary.
+        wanted: the config that was given to ``from_pretrained``, or None.
+
+    Raises:
+        ValueError: one of the two is of a published format, and the other one of another format.
+    """
+    merge = _stock[_MERGE].__get__(None, cls)
+    one, other = (None if each is None else quantization_in(_content(each)) for each in (held, wanted))
+    if one is None or other is None or not (one.is_published or other.is_published):
+        return merge(held, wanted, *args, **kwargs)
+    if one.quant_type != other.quant_type:
+        raise ValueError(
+            f"quantization_config asks for {other.quant_type}, but the checkpoint is in {one.quant_type}: leave "
+            "quantization_config out to load it as it is; for another format, make it dense by `moe-fused convert model "
+            "CHECKPOINT DENSE --to fused --dequantize`, and load that"
+        )
+    if one.method == other.method:
+        return merge(held, wanted, *args, **kwargs)
+    # The format is the same, in another layout, so what the config says of the tensors is the checkpoint's to say.
+    config = merge(held, None, *args, **kwargs)
+    config.dequantize = bool(getattr(wanted, "dequantize", False))
+    return config
+
+
+def _content(config: Any) -> Any:
+    return config if isinstance(config, Mapping) else config.to_dict()
+
+
+_MERGE = "merge_quantization_configs"
+# What Transformers has in the place of the quantizers and the function here, by the method or by the function's name.
 _stock: dict[str, Any] = {}
 _QUANTIZERS: dict[str, Any] = AUTO_QUANTIZER_MAPPING
 _CONFIGS: dict[str, Any] = AUTO_QUANTIZATION_CONFIG_MAPPING
@@ -261,6 +300,8 @@ def register() -> None:
         _stock.update({method: _QUANTIZERS[method] for method in (MXFP4, COMPRESSED_TENSORS)})
         _QUANTIZERS.update({MXFP4: _mxfp4_quantizer, COMPRESSED_TENSORS: _compressed_quantizer})
         _CONFIGS[COMPRESSED_TENSORS] = _Configs
+        _stock[_MERGE] = vars(AutoHfQuantizer)[_MERGE]
+        setattr(AutoHfQuantizer, _MERGE, classmethod(_merged))
 
 
 def is_registered() -> bool:
@@ -273,4 +314,5 @@ def unregister() -> None:
     if _stock:
         _QUANTIZERS.update(_stock)
         _CONFIGS[COMPRESSED_TENSORS] = stock_configs.CompressedTensorsConfig
+        setattr(AutoHfQuantizer, _MERGE, _stock[_MERGE])
         _stock.clear()

@@ -102,6 +102,11 @@ class AbsmaxFormat(WeightFormat):
         offsets = as_floats(storage["nested_offset"]).view(*parts, 1)
         return nested_values(storage["absmax"].view(*parts, stack.blocks), nested_absmax, offsets).flatten(1)
 
+    def is_broken(self, stack: Format4bit, name: str, values: Tensor) -> Tensor | None:
+        if name == "absmax" and stack.double_quant:
+            return None
+        return ~as_floats(values).isfinite()
+
     def tensors(self, stack: Format4bit, *scales: Tensor) -> AbsmaxTensors:
         absmax, *nested = scales
         code = nested_code(absmax.device)

@@ -86,6 +86,28 @@ class WeightFormat:
         """(E, blocks of all projections) fp32 scales of the stored tensors: what kernels must compute."""
         raise NotImplementedError
 
+    def is_broken(self, stack: Format4bit, name: str, values: Tensor) -> Tensor | None:
+        """Which scales of a stored tensor make weights NaN or infinite, whatever the weights are, or are no scales at all.
+
+        Args:
+            stack: how the weights are packed.
+            name: the stored tensor, one of ``scale_storage``.
+            values: its bytes or a part of them, uint8 of any shape, whole scales along the last dimension.
+
+        Returns:
+            Booleans, one for each scale; None if any bytes are right.
+        """
+        raise NotImplementedError
+
+    def broken(self, stack: Format4bit, storage: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Which scales of the stored tensors make weights NaN or infinite, or are no scales at all.
+
+        Returns:
+            (E, scales of an expert) booleans by the name of the stored tensor, without tensors in which any bytes are right.
+        """
+        found = {name: self.is_broken(stack, name, storage[name]) for name in self.scale_storage(stack)}
+        return {name: broken for name, broken in found.items() if broken is not None}
+
     def quantize(self, matrix: Tensor, stack: Format4bit) -> dict[str, Tensor]:
         """One projection of one expert as its part of each stored tensor, ``packed`` included; flat, of any dtype.
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .base import Format4bit
 
 NAN = 255
+# The first scale with which the largest weights are infinite: 6 · 2^126.
+OVERFLOWS = 253
 # The bits of 2^-127 in fp32, which is a subnormal number there.
 LOWEST = 0x00400000
 # Half of a step between mantissas of one bit, in fp32: what is at least 1.75 gets the next exponent by adding it.
@@ -59,6 +61,18 @@ class Mxfp4(E2m1Format):
         exponents = storage["block_scale"].int()
         bits = (exponents << 23).clamp_(min=LOWEST)
         return bits.view(torch.float32).masked_fill_(exponents == NAN, torch.nan)
+
+    def is_broken(self, stack: Format4bit, name: str, values: Tensor) -> Tensor | None:
+        return values == NAN
+
+    def broken(self, stack: Format4bit, storage: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        broken = storage["block_scale"] >= OVERFLOWS
+        for expert in broken.any(1).nonzero().flatten().tolist():  # few if any, so their weights are computed
+            row = {name: value[expert : expert + 1] for name, value in storage.items()}
+            nibbles = torch.stack((row["packed"] & 15, row["packed"] >> 4), dim=-1).view(-1, stack.blocksize)
+            weights = self.code(nibbles.device)[nibbles.int()] * self.scales(stack, row).view(-1, 1)
+            broken[expert] = ~weights.isfinite().all(1)
+        return {"block_scale": broken}
 
     def quantize(self, matrix: Tensor, stack: Format4bit) -> dict[str, Tensor]:
         blocks = computed_in(matrix).reshape(-1, stack.blocksize)

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 E4M3 = torch.float8_e4m3fn
 LARGEST_SCALE = torch.finfo(E4M3).max
+# The bits that are all set in the two bytes of E4M3 that are NaN. It has no infinite values.
+NAN = 0x7F
+# The smallest global scale with which the largest weights are finite.
+LOWEST = LARGEST_SCALE * LARGEST / torch.finfo(torch.float32).max
 # The scale of a block for which the rule gives 0.
 INSTEAD_OF_ZERO = 0.125
 
@@ -102,6 +106,12 @@ class Nvfp4(E2m1Format):
     def scales(self, stack: Format4bit, storage: Mapping[str, Tensor]) -> Tensor:
         blocks = storage["block_scale"].view(E4M3).float().view(stack.shape[0], stack.projections, stack.blocks)
         return blocks.div_(as_floats(storage["global_scale"])[..., None]).flatten(1)
+
+    def is_broken(self, stack: Format4bit, name: str, values: Tensor) -> Tensor | None:
+        if name == "block_scale":
+            return (values & NAN) == NAN
+        global_scale = as_floats(values)
+        return ~(global_scale.isfinite() & (global_scale >= LOWEST))
 
     def quantize(self, matrix: Tensor, stack: Format4bit) -> dict[str, Tensor]:
         (parts,) = self.quantize_expert([matrix], stack)
