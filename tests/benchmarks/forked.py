@@ -1,7 +1,7 @@
 """Processes of benchmarks without the seconds that importing Transformers and TRL takes each time.
 
-They are forked from the server of ``tests.integration.finetuning``. Each module keeps a test whose processes start as they do
-for a user.
+They are forked from the server of ``tests.integration.finetuning``. A test of each way to start processes still starts
+them as a user does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def run_benchmark(name: str) -> None:
 
 
 def in_processes(module: str, contender: str, job: Any, number: int) -> Any:
-    """Stands in for ``runner.in_processes``: the same command in as many processes, with the variables that torchrun sets."""
+    """Stands in for ``runner.in_processes``: runs the same command in as many processes, with torchrun's variables."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as directory:
         result = Path(directory) / "result.json"
