@@ -181,7 +181,10 @@ def test_an_adapter_of_a_run_that_has_not_ended(model: Path, tmp_path: Path, com
             "--cuda-graphs needs a GPU of CUDA or ROCm",
         ),
         (["{model}", "--prompt", "w7", "--max-new-tokens", "99"], "at most 61 after a prompt of 3 tokens"),
-        (["{model}", "--prompt", "w7 " * 70], "--prompt is too long: it makes 72 tokens, and the model has 64 positions"),
+        (
+            ["{model}", "--prompt", "w7 " * 70],
+            "--prompt is too long: it makes 72 tokens, and the model has 64 positions",
+        ),
         (["{model}", "--prompt", "w7\udcff"], "--prompt must be text in UTF-8"),
         (["{model}", "--prompt", "w7", "--temperature", "0", "--top-p", "0.5"], "--top-p has no effect with --temp"),
         (["{model}", "--prompt", "w7", "--max-new-tokens", "0"], "--max-new-tokens"),
