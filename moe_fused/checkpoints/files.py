@@ -179,9 +179,11 @@ def find_adapter(source: str) -> tuple[Path, Path]:
         from transformers.utils.hub import cached_files
 
         try:
-            config = Path(cached_files(source, [ADAPTER_CONFIG])[0])
+            paths = cached_files(source, [ADAPTER_CONFIG])
         except OSError as error:
             raise FileNotFoundError(f"it cannot be read: {str(error).splitlines()[0]}") from error
+        assert paths is not None, "it raises an error if a file is missing"
+        config = Path(paths[0])
         found = (cached_files(source, [name], _raise_exceptions_for_missing_entries=False) for name in ADAPTER_FILES)
         weights = next((Path(path[0]) for path in found if path), None)
     if not config.is_file():
