@@ -138,6 +138,11 @@ def _resolved(
     return set_up(options, config, device)
 
 
+def check(config: Any, recipe: Recipe, device: torch.device, length: int) -> None:
+    """Raises ValueError if a model of this config cannot run the recipe on ``device`` with sequences of that length."""
+    _resolved(config, recipe, device, "", length, None)
+
+
 def graphs_refusal(config: Any, recipe: Recipe, device: torch.device) -> str | None:
     """Why the decoder of a model of this config cannot run as CUDA graphs on ``device``; None if it can."""
     try:
