@@ -47,7 +47,8 @@ from torch import Tensor, nn
 from moe_fused.benchmark import harness
 from moe_fused.benchmark.harness import MIB, Environment, MismatchError, current_environment
 from moe_fused.devices import use_expandable_segments
-from moe_fused.finetune.host import ADAMW_VARIABLE, queued
+from moe_fused.finetune import variables
+from moe_fused.finetune.host import queued
 from moe_fused.finetune.plan import plan_run, workload_of
 from moe_fused.finetune.resolve import set_up
 from moe_fused.memory import SMALLEST_8BIT, STATE_BLOCK, adapter_numels, sizes_of
@@ -132,7 +133,7 @@ class Contender:
         kind = stock if implementation == STOCK else queued(stock)
         self._inner: Any = kind(self.parameters, is_paged=optimizer.startswith("paged"), **SETTINGS)
         if implementation == OURS:
-            os.environ[ADAMW_VARIABLE] = "1"
+            os.environ[variables.ADAMW] = "1"
             self._inner.allocate()
         self._inner.step()
         self.state_mib = harness.allocated_mib(device) - before

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from moe_fused.finetune import projections
+from moe_fused.finetune import variables
 from moe_fused.finetune.adapters import adapt
 from moe_fused.finetune.data import fit
 from moe_fused.finetune.options import Options
@@ -80,7 +80,7 @@ class Finetune:
             trainer.args.save_strategy = SaveStrategy.NO
             trainer.add_callback(_Steps(trainer, self.model, meter))
             try:
-                with _environment(projections.VARIABLE, self.recipe.joined):
+                with _environment(variables.QKV, self.recipe.joined):
                     trainer.train_from(None)
             finally:  # a step that ran out of memory leaves gradients behind
                 for parameter in trained(self.model):

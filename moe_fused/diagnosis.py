@@ -314,7 +314,7 @@ def _test(kernel: ModuleType) -> Iterator[Check]:
 def environment() -> dict[str, str]:
     """Returns the environment variables that change what runs, as far as they are set."""
     names = (
-        "LOCAL_KERNELS", "MOE_FUSED_ADAMW", "MOE_FUSED_CHECK", "MOE_FUSED_CONFIGS", "TRITON_INTERPRET",
+        "LOCAL_KERNELS", "MOE_FUSED_ADAMW", "MOE_FUSED_CHECK", "MOE_FUSED_CONFIGS", "MOE_FUSED_QKV", "TRITON_INTERPRET",
         "CUDA_VISIBLE_DEVICES",
     )  # fmt: skip
     return {name: os.environ[name] for name in names if name in os.environ}

@@ -176,16 +176,14 @@ def find_adapter(source: str) -> tuple[Path, Path]:
         config = directory / ADAPTER_CONFIG
         weights = next((directory / name for name in ADAPTER_FILES if (directory / name).is_file()), None)
     else:
-        from transformers.utils.hub import cached_files
+        from transformers.utils.hub import cached_file
 
         try:
-            paths = cached_files(source, [ADAPTER_CONFIG])
+            config = Path(str(cached_file(source, ADAPTER_CONFIG)))
         except OSError as error:
             raise FileNotFoundError(f"it cannot be read: {str(error).splitlines()[0]}") from error
-        assert paths is not None, "it raises an error if a file is missing"
-        config = Path(paths[0])
-        found = (cached_files(source, [name], _raise_exceptions_for_missing_entries=False) for name in ADAPTER_FILES)
-        weights = next((Path(path[0]) for path in found if path), None)
+        found = (cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in ADAPTER_FILES)
+        weights = next((Path(path) for path in found if path), None)
     if not config.is_file():
         raise FileNotFoundError(f"{source} has no {ADAPTER_CONFIG}")
     if weights is None:

@@ -43,6 +43,7 @@ The model and its training:
     host          a training step without the work that costs the host most
     adamw         steps of 8-bit AdamW over many parameters in one launch
     adamw_device  the kernel for these
+    variables     the environment variables that turn on what no GPU has run yet
     arguments     the arguments of TRL's trainers for a run
     trainer       TRL's trainers with checkpoints that are whole or absent, which keep the best and end early
     evaluation    the loss of evaluations, and the end of a run whose loss does not get lower

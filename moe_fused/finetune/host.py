@@ -9,16 +9,13 @@ of their launches overlaps with the backward pass.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# The environment variable that, if it is 1, lets a kernel of our own make the steps of 8-bit AdamW. No GPU has run the
-# kernel yet, so bitsandbytes makes them by default.
-ADAMW_VARIABLE = "MOE_FUSED_ADAMW"
+from . import variables
 
 
 @contextlib.contextmanager
@@ -109,7 +106,7 @@ def queued(optimizer_class: type[Any]) -> type[Any]:
 
 def _together(optimizer: Any) -> Any:
     """Returns the ``adamw.Together`` of an optimizer, or None where the kernel cannot run or must not."""
-    if os.environ.get(ADAMW_VARIABLE) != "1" or optimizer.optimizer_name != "adam":
+    if not variables.is_on(variables.ADAMW) or optimizer.optimizer_name != "adam":
         return None
     try:
         from . import adamw

@@ -27,6 +27,7 @@ from .options import DEFAULTS, MAPPINGS, OF_ADAPTERS, Options, flag
 from .rows import KNOWN
 from .text_files import endings_of
 from .trackers import check_tracker
+from .variables import check_variables
 
 # The reason why an adapter has no layout with a matrix for each expert, or with gate and up apart.
 INTERLEAVED = (
@@ -145,6 +146,7 @@ def precheck(options: Options) -> Process:
     check_device(options.device)
     check_device_type(options, options.device.partition(":")[0])
     process = Process.of_environment(os.environ)
+    check_variables(os.environ)
     if not process.is_alone:
         check_shared(options)
     for part in options.datasets:

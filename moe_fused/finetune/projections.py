@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,8 +34,6 @@ from peft.tuners.lora import layer as lora_layers
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# The environment variable that, if it is 1, turns this on.
-VARIABLE = "MOE_FUSED_QKV"
 # Layers that share their input: these names side by side in one module.
 _SHARING = ("q_proj", "k_proj", "v_proj")
 
@@ -220,11 +217,6 @@ def groups_of(model: nn.Module) -> list[list[nn.Module]]:
             taken.update(known)
     found += [[module] for module in model.modules() if module not in taken and _is_known(module)]
     return found
-
-
-def wanted() -> bool:
-    """Whether the environment asks for this."""
-    return os.environ.get(VARIABLE) == "1"
 
 
 @contextlib.contextmanager

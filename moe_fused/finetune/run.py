@@ -22,6 +22,7 @@ from moe_fused.launched import WORD
 from moe_fused.signals import Interrupted, first_signal_noted
 from moe_fused.staging import replace_file
 
+from . import variables
 from .adapters import adapt
 from .bad_rows import RefusedRows
 from .card import card
@@ -138,6 +139,14 @@ def run(
     begun_with, remarks = _adapter_record(resolved, resume)
     _print(console, remarks)
     plan.show(console)
+    turned_on = variables.lines(
+        device=resolved.device.type,
+        optimizer=resolved.optimizer,
+        linear_rank=resolved.ranks.attention or resolved.ranks.shared_expert,
+        dropout=options.lora_dropout,
+        sharded=options.shard,
+    )
+    _print(console, list(turned_on))
     with bars(console.is_terminal), peers.first(), _advising(resume):
         if peers.is_main:
             check_space(resolved, plan.prediction.trainable)
@@ -158,7 +167,8 @@ def run(
     if not peers.is_alone:
         settled = resolved.settled()
         options_now = {flag(name): repr(getattr(settled, name)) for name in vars(settled)}
-        peers.check_same({**options_now, "CUDA graphs": str(resolved.graphs), **data, **base})
+        on = {name: str(variables.is_on(name)) for name in variables.ALL}
+        peers.check_same({**options_now, "CUDA graphs": str(resolved.graphs), **on, **data, **base})
     if dry_run:
         if resolved.device.type == "cpu" and not torch.cuda.is_available():
             _print(

@@ -33,7 +33,7 @@ from moe_fused.checkpoints.share import local
 from moe_fused.memory import LOSS_TILE_BESIDE_GRAPHS
 from moe_fused.staging import staged_directory
 
-from . import attention, kept_attention, preferences, projections
+from . import attention, kept_attention, preferences, projections, variables
 from .adapters import adapting, check_adapted, lora_config
 from .arguments import LOSS, trl_config
 from .batches import Answers, Documents, Sequences, is_full, lengths_of
@@ -326,7 +326,7 @@ class Finetuning(OfSeveral):
             self.graphs = GraphedDecoder(self._base_model().base_model, self.shape, self._kept)
             tiles = narrow_tiles()
         # FSDP2 gathers and frees the weights of adapters around a layer, which was not tried with these functions.
-        together = projections.wanted() and self.sharding is None
+        together = variables.is_on(variables.QKV) and self.sharding is None
         try:
             with (
                 tiles,

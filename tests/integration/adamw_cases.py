@@ -22,12 +22,12 @@ import triton.language as tl
 from bitsandbytes.backends.cpu import ops as cpu_ops
 from torch import Tensor, nn
 
-from moe_fused.finetune import adamw, adamw_device
-from moe_fused.finetune.host import ADAMW_VARIABLE, queued
+from moe_fused.finetune import adamw, adamw_device, variables
+from moe_fused.finetune.host import queued
 from tests.kernel import interpreter
 from tests.support import accelerator
 
-os.environ[ADAMW_VARIABLE] = "1"
+os.environ[variables.ADAMW] = "1"
 DEVICE = accelerator() or torch.device("cpu")
 ON_GPU = DEVICE.type != "cpu"
 if not ON_GPU:
@@ -390,7 +390,7 @@ def test_what_is_left_to_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _all_left(made(True, eps=0.0, shapes=shapes))
     assert _all_left(made(True, shapes=[(63, 64), (5,)]))
     with monkeypatch.context() as changed:
-        changed.delenv(ADAMW_VARIABLE)
+        changed.delenv(variables.ADAMW)
         assert _all_left(made(True, shapes=shapes))
     optimizer = made(True, shapes=shapes)
     for parameter in parameters_of(optimizer):

@@ -18,7 +18,8 @@ pytest.importorskip("bitsandbytes")
 import bitsandbytes as bnb
 
 from moe_fused.finetune import adamw, adamw_device
-from moe_fused.finetune.host import ADAMW_VARIABLE, queued
+from moe_fused.finetune.host import queued
+from moe_fused.finetune.variables import ADAMW
 from tests.support import REPOSITORY, accelerator
 
 from .finetuning import OPTIONS, STEPS, chats, finetune, losses, save_model, write_jsonl
@@ -53,7 +54,7 @@ def test_the_kernel_compiles_without_spills(
     from tests.kernel.offline_compile import compiling_for
 
     monkeypatch.setattr(adamw, "runs_on", lambda device: True)
-    monkeypatch.setenv(ADAMW_VARIABLE, "1")
+    monkeypatch.setenv(ADAMW, "1")
     optimizer = queued(bnb.optim.AdamW8bit)([nn.Parameter(torch.randn(80, 64, dtype=dtype))])
     optimizer.allocate()
     optimizer.param_groups[0]["params"][0].grad = torch.randn(80, 64, dtype=dtype)
@@ -72,7 +73,7 @@ def test_the_kernel_compiles_without_spills(
 
 def _note_launches() -> None:
     """Switches the kernel on, and notes the steps of its launches. This runs in the process of a command."""
-    os.environ[ADAMW_VARIABLE] = "1"
+    os.environ[ADAMW] = "1"
     queue = adamw._Launch._queue
 
     def noting(self: Any, group: Any, step: int, gradients: list[int]) -> None:
@@ -85,7 +86,7 @@ def _note_launches() -> None:
 
 def _switch_off() -> None:
     _note_launches()
-    del os.environ[ADAMW_VARIABLE]
+    del os.environ[ADAMW]
 
 
 @pytest.mark.gpu

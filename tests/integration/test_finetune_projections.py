@@ -18,7 +18,7 @@ pytest.importorskip("bitsandbytes")
 
 from bitsandbytes.nn import Linear4bit, Params4bit
 
-from moe_fused.finetune import projections
+from moe_fused.finetune import projections, variables
 from moe_fused.finetune.projections import groups_of, joined
 
 from .conftest import DEVICE
@@ -279,7 +279,7 @@ def test_in_bf16_on_a_gpu(kind: str) -> None:
 
 def _note_calls() -> None:
     """Switches the functions on, and notes how many layers each call computes."""
-    os.environ[projections.VARIABLE] = "1"
+    os.environ[variables.QKV] = "1"
     apply = projections._Projections.apply
 
     def noting(x: Tensor, parts: Any, *weights: Tensor) -> Any:
@@ -292,7 +292,7 @@ def _note_calls() -> None:
 
 def _switch_off() -> None:
     _note_calls()
-    del os.environ[projections.VARIABLE]
+    del os.environ[variables.QKV]
 
 
 def test_a_run_has_the_losses_of_one_by_peft(tmp_path: Path) -> None:
