@@ -58,6 +58,7 @@ from moe_fused.benchmark import harness
 from moe_fused.benchmark.harness import current_environment, release_memory
 from moe_fused.benchmark.layers import Ceilings
 from moe_fused.devices import use_expandable_segments
+from moe_fused.finetune.options import KeepAttention
 from moe_fused.quantized import PUBLISHED
 
 from . import full_model, plot, runner
@@ -334,6 +335,10 @@ def main(
     ] = True,
     trainer: Annotated[str, typer.Option(help="finetune, that of the command, or loop, a plain one.")] = "finetune",
     paged: Annotated[bool, typer.Option("--paged", help="The paged variant of the optimizer.")] = False,
+    keep_attention: Annotated[
+        str,
+        typer.Option(help="none, device or host, as of moe-fused finetune, for moe_fused. Writes only to --output."),
+    ] = "none",
     kernels: Annotated[int, typer.Option(help="How many kernels of each step to list.", min=0)] = 0,
     expandable_segments: Annotated[
         bool, typer.Option(help="An option of torch's allocator, as finetune has it.")
@@ -347,12 +352,17 @@ def main(
     names: list[Any] = runner.choices("implementation", implementation, every, DEFAULT_IMPLEMENTATIONS)
     (chosen_recompute,) = runner.choices("recompute", [recompute], get_args(Recompute), ())
     (chosen_trainer,) = runner.choices("trainer", [trainer], TRAINERS, ())
+    (kept,) = runner.choices("keep-attention", [keep_attention], get_args(KeepAttention), ())
     runner.choices("model", [model_name], tuple(BY_NAME), ())
     runner.choices("weights", [weights], WEIGHTS, ())
     if chosen_trainer == "loop" and BY_NAME[model_name].config().model_type != QWEN3_30B.published.model_type:
         raise typer.BadParameter(f"loop trains Qwen3-MoE alone, {model_name} needs finetune", param_hint="--trainer")
     if chosen_trainer == "finetune" and chosen_recompute != "layers":
         raise typer.BadParameter("--recompute selective needs loop", param_hint="--trainer")
+    if kept != "none" and chosen_trainer != "finetune":
+        raise typer.BadParameter(f"--keep-attention {kept} needs finetune", param_hint="--trainer")
+    if kept == "host" and device == "cpu":
+        raise typer.BadParameter("host needs a GPU", param_hint="--keep-attention")
     runner.check_device(device, quick)
     if expandable_segments:
         use_expandable_segments()
@@ -369,6 +379,7 @@ def main(
         compile_layers=compile_layers,
         cuda_graphs=cuda_graphs and default.cuda_graphs,
         paged=paged,
+        keep_attention=kept,
     )
 
     start = time.perf_counter()

@@ -53,7 +53,9 @@ def recipes_of(kernels: Sequence[str], *, graphs: bool) -> dict[str, Recipe]:
 
 
 def kernels_here(device: torch.device) -> list[str]:
-    """The kernels for documents that can be had without naming one of the Hub."""
+    """The kernels for documents that can be had without naming one of the Hub. A CPU has a mask instead."""
+    if device.type == "cpu":
+        return ["sdpa"]
     return [varlen.TORCH, *([varlen.CUDNN] if varlen.cudnn_refusal(device) is None else [])]
 
 
@@ -127,7 +129,7 @@ def results_table(rows: Sequence[Row]) -> Table:
 
 
 def main(
-    tokens: Annotated[list[int] | None, typer.Option(help="Tokens of a step; may be given again.", min=2)] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Tokens of a step; may be given again.", min=8)] = None,
     kernel: Annotated[
         list[str] | None, typer.Option(help="A value of finetune --attn; may be given again. Writes only to --output.")
     ] = None,
@@ -142,7 +144,7 @@ def main(
     device: Annotated[str, typer.Option(help="cuda, or cpu to smoke-test the benchmark.")] = "cuda",
 ) -> None:
     """Measures steps over whole sequences and over documents, and writes rows under benchmarks/results."""
-    from .training_finetune import set_up_finetune
+    from .training_finetune import check, set_up_finetune
 
     runner.check_device(device, quick)
     use_expandable_segments()
@@ -156,17 +158,20 @@ def main(
     console = runner.make_console()
     console.print(f"{environment.gpu}, torch {environment.torch}, Triton {environment.triton}, {environment.date}")
     rows: list[Row] = []
+    lengths = sorted(tokens or (QUICK_TOKENS if quick else TOKENS))
+    recipes = recipes_of(kernel or kernels_here(chosen), graphs=chosen.type == "cuda")
     with runner.one_line_errors():
+        for recipe in recipes.values():
+            check(model.config(), recipe, chosen, lengths[0])
         kept = read_rows(path) if path is not None and path.exists() else []
     try:
         limit_memory(chosen, cap_gib)
-        recipes = recipes_of(kernel or kernels_here(chosen), graphs=chosen.type == "cuda")
         base = full_model.build(model, chosen, dense_experts=False, quant_type=QUANT_TYPE, seed=SEED)
         full_model.run_fused(recompute=False)
         weights = sum(value.nbytes for value in full_model.storage(base))
         torch.manual_seed(SEED)
         training = set_up_finetune(base, recipes[WHOLE])
-        for length in sorted(tokens or (QUICK_TOKENS if quick else TOKENS)):
+        for length in lengths:
             found = measure_all(training, recipes, length, model.vocabulary, weights, steps=steps, turns=turns)
             rows += rows_of(found, length, model, chosen)
             if path is not None:

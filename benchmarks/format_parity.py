@@ -83,7 +83,7 @@ def load(name: str, directory: Path, setup: ModelSetup) -> Any:
         return loss_parity.load(BF16, directory, setup)
     moe_fused.disable()  # whatever ran before
     # ``finetune`` refuses nvfp4 for gpt-oss, because no checkpoint of gpt-oss can be saved in it. The kernels take it.
-    quant_type = WEIGHTS[name]
+    quant_type: Any = WEIGHTS[name]
     decided = loss_parity.setup_of(directory, setup.device, "mxfp4" if quant_type == "nvfp4" else quant_type)
     return load_model(replace(decided, quantize_to=quant_type, quant_type=quant_type))
 

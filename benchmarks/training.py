@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_fused.benchmark.harness import MIB
 from moe_fused.finetune import attention
 from moe_fused.finetune.graphs import GraphedDecoder
+from moe_fused.finetune.options import KeepAttention
 
 from . import step_trace
 from .experts_lora import SCALING
@@ -51,6 +52,8 @@ class Recipe:
         attn: what computes attention, a value of ``finetune --attn``.
         joined: linear layers with adapters compute as ``moe_fused.finetune.projections`` has it; None for what the
             environment says.
+        keep_attention: where attention's output is kept instead of being computed again, a value of
+            ``finetune --keep-attention``.
     """
 
     attention_rank: int = 16
@@ -63,6 +66,7 @@ class Recipe:
     documents: bool = False
     attn: str = "auto"
     joined: bool | None = None
+    keep_attention: KeepAttention = "none"
 
 
 class Training(Protocol):

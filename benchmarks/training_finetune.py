@@ -131,10 +131,16 @@ def _resolved(
         expert_rank=recipe.expert_rank,
         learning_rate=recipe.learning_rate,
         attn=recipe.attn,
+        keep_attention=recipe.keep_attention,
         packing="bfd" if recipe.documents else "auto",
         **({"optimizer": "auto"} if recipe.paged else {}),
     )
     return set_up(options, config, device)
+
+
+def check(config: Any, recipe: Recipe, device: torch.device, length: int) -> None:
+    """Raises ValueError if a model of this config cannot run the recipe on ``device`` with sequences of that length."""
+    _resolved(config, recipe, device, "", length, None)
 
 
 def graphs_refusal(config: Any, recipe: Recipe, device: torch.device) -> str | None:

@@ -1,4 +1,4 @@
-"""Generates with one launch a step: a decoding step of a model as a CUDA graph, under Transformers' own ``generate``.
+"""Lets Transformers' own ``generate`` launch each decoding step of a model as one CUDA graph.
 
     moe_fused.fast_generation(model)
     model.generate(**inputs, max_new_tokens=200)
@@ -53,13 +53,15 @@ def fast_generation(model: Any) -> FastGeneration:
     """Lets ``model.generate`` launch each decoding step as one CUDA graph.
 
     It serves greedy search and sampling of up to 64 sequences, with streaming, stopping criteria, padded prompts and
-    adapters. What it does not serve runs as before. A second call for the same model returns what the first one did.
+    adapters. What it does not serve runs as before, and one line in the log says why. A second call for the same model
+    returns the same handle.
 
     Args:
         model: A model of Transformers, or PEFT's model around one.
 
     Returns:
-        What undoes it (``disable``), and frees the memory of caches and graphs (``forget``).
+        A handle, whose ``disable`` makes the model generate as before, and whose ``forget`` frees the memory of caches and
+        graphs.
 
     Raises:
         TypeError: The model cannot generate.
@@ -162,13 +164,15 @@ class StepCache(StaticCache):
 
     @property
     def state(self) -> list[Tensor]:
-        """What another step would find otherwise, beside keys and values, which it writes again."""
+        """The tensors that a step changes and the next one reads. Keys and values are not among them: a step that runs
+        again writes them again.
+        """
         lengths: list[Any] = [layer.cumulative_length for layer in self.layers if isinstance(layer, _Layer)]
         return lengths + [each for layer in self.layers if isinstance(layer, _Recurrent) for each in layer.held]
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Lets layers write a token in one launch within the block, which is a step. They have as many tokens."""
+        """Lets layers write the token of a step in one launch within the block. All hold the same number of tokens."""
         layers: list[Any] = [layer for layer in self.layers if isinstance(layer, _Layer) and layer.is_initialized]
         position = layers[0].cumulative_length.clone() if layers else None
         for layer in layers:
@@ -180,7 +184,7 @@ class StepCache(StaticCache):
                 layer.position = None
 
     def copied(self, config: Any) -> DynamicCache:
-        """Returns a cache with the same tokens that grows, as ``generate`` makes it by default."""
+        """Returns a cache with the same tokens that can grow, such as ``generate`` makes by default."""
         found = DynamicCache(config=config)
         for index, layer in enumerate(self.layers):
             if isinstance(layer, _Layer):
@@ -252,7 +256,7 @@ class _Step:
         return type(self._output)(**self._output)
 
     def _whole_mask(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Returns a mask of all that the cache can have, which neither moves nor grows. What is to come is not left out."""
+        """Returns a mask (B, length of the cache) in memory that does not move. Places of tokens to come are 1 already."""
         if self._mask is None:
             with torch.inference_mode(False):
                 device = inputs["input_ids"].device
@@ -346,7 +350,7 @@ def recording(graph: Any) -> Iterator[None]:
 
 
 class FastGeneration:
-    """What ``fast_generation`` has done to a model.
+    """The handle of a model whose ``generate`` launches steps as CUDA graphs. ``fast_generation`` makes it.
 
     Args:
         model: A model of Transformers.
@@ -413,13 +417,17 @@ class FastGeneration:
         max_cache_length: int,
     ) -> Any:
         batch = batch_size * (generation_config.num_return_sequences or 1)
-        asks_otherwise = (
-            model_kwargs.get("past_key_values") is not None
-            or generation_config.cache_implementation is not None
-            or generation_config.use_cache is False
-        )
-        reason = None if asks_otherwise else self._reason(generation_config, generation_mode, batch)
-        if asks_otherwise or reason is not None:
+        # The call may ask for another cache, or the model's own generation config.
+        asked = {
+            "past_key_values are given": model_kwargs.get("past_key_values") is not None,
+            f"cache_implementation is {generation_config.cache_implementation}": (
+                generation_config.cache_implementation is not None
+            ),
+            "use_cache is False": generation_config.use_cache is False,
+        }
+        reason = next((text for text, applies in asked.items() if applies), None)
+        reason = reason or self._reason(generation_config, generation_mode, batch)
+        if reason is not None:
             self._say(reason)
             return self._prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         key = batch, cache_length(max_cache_length)
@@ -451,8 +459,8 @@ class FastGeneration:
         finally:
             step.cache.in_step = False
 
-    def _say(self, reason: str | None) -> None:
-        if reason is not None and reason not in self._said:
+    def _say(self, reason: str) -> None:
+        if reason not in self._said:
             self._said.add(reason)
             logger.warning("moe_fused.fast_generation: generating without CUDA graphs, because %s", reason)
 
@@ -525,8 +533,8 @@ def is_gpu(device: torch.device) -> bool:
 class _LateChecks:
     """Lets ``generate`` ask one step late whether all sequences have ended, if the step is a graph.
 
-    It would otherwise wait for the GPU in each step, and the GPU for the host's part of the next one. Transformers can do
-    this, but does so on one kind of device alone.
+    Otherwise the host would wait for the GPU in each step, and the GPU would then wait for the host to prepare the next
+    one. Transformers has these late checks, but uses them on one kind of device only.
     """
 
     def __init__(self) -> None:

@@ -58,6 +58,9 @@ LOSS_TILE, LOSS_TILE_BESIDE_GRAPHS = (4096, 32768), (2048, 8192)
 # For flash attention over documents: the multiple of tokens to which each document is rounded up, and the mean number of
 # tokens of a document in the batch with the shortest documents.
 FLASH_ROWS, DOCUMENT_TOKENS = 128, 32
+# How many layers' outputs of attention may be on the GPU and on their way to the host before the computation waits for the
+# oldest, see ``finetune/kept_attention.py``.
+COPIES = 2
 # bitsandbytes' sizes: weights of a 4-bit block, blocks of a group, and elements of a block of optimizer state. Parameters
 # below SMALLEST_8BIT have a state of 32 bits, and only those from SMALLEST_PAGED on have a state in paged memory.
 BLOCK, GROUP, STATE_BLOCK = 64, 256, 256
@@ -86,6 +89,8 @@ class Workload:
         dropout: whether adapters drop some of their input.
         optimizer: Transformers' name for the optimizer.
         checkpointing: whether layers are computed again in backward.
+        kept_attention: where attention's output is kept for that: "none" if it is computed again as well, "device" or
+            "host".
         masked: whether attention takes a mask of all pairs of tokens, which SDPA needs for packed documents.
         eager: whether attention makes a number for each pair of tokens and head, as Transformers' "eager" does. It takes a
             mask, too.
@@ -122,6 +127,7 @@ class Workload:
     dropout: bool = False
     optimizer: str = "paged_adamw_8bit"
     checkpointing: bool = True
+    kept_attention: str = "none"
     masked: bool = False
     eager: bool = False
     flash: bool = False
@@ -272,6 +278,11 @@ def _moments(sizes: Sizes, work: Workload, tensors: list[_Trained], adapters: in
         last = {"gradients": late, "activations": each.kept + _mask_bytes(work), **each.backward}
         backwards += [first | gathered, last | gathered]
     moments["layer"] = max(backwards, key=lambda parts: sum(parts.values()))
+    if work.kept_attention == "host":
+        # At the end of the forward pass those of the last layers, and later those of two layers that are computed again.
+        under_way = min(COPIES, attention_layers(sizes)) * attention_results(sizes, work)
+        for parts in moments["loss"], moments["layer"]:
+            parts["copies of attention"] = under_way
     # A pass without gradients takes less than the backward of a layer does.
     largest = max(sum(each.backward.values()) for each in layers)
     reference = 2 * work.tokens * sizes.hidden * work.itemsize + largest if work.reference else 0
@@ -426,11 +437,14 @@ class _Layers:
 def _layers(sizes: Sizes, work: Workload) -> Iterator[_Layers]:
     """Yields the layers with attention, and those of each recurrent kind."""
     copy = max((linear.numel for linear in sizes.linears if work.packs_linear(linear)), default=0) * work.itemsize
-    with_attention = sizes.layers - sum(kind.layers for kind in sizes.recurrent)
+    with_attention = attention_layers(sizes)
     if with_attention > 0 or not sizes.recurrent:
         # Beside attention's gradients, a dense copy of the 4-bit layer that is multiplied with.
         made = {"attention": _attention_made(sizes, work) + copy}
-        yield _layer(sizes, work, with_attention, _attention_kept(sizes, work), made)
+        each = _layer(sizes, work, with_attention, _attention_kept(sizes, work), made)
+        yield (
+            replace(each, kept=each.kept + attention_results(sizes, work)) if work.kept_attention == "device" else each
+        )
     for kind in sizes.recurrent:
         # The copy is gone when the recurrence is computed.
         made = {"recurrence": max(kind.mixer.made(work), copy)}
@@ -461,6 +475,16 @@ def _layer(
         shared = hidden if work.fused_norms else 0
         return _Layers(number, hidden, {"layer": operators - shared + passing, **made})
     return _Layers(number, rest + experts, {"layer": passing, **made})
+
+
+def attention_results(sizes: Sizes, work: Workload) -> int:
+    """Returns the bytes of what attention computes in a layer and its backward pass needs: output and log-sum-exp."""
+    return work.tokens * (sizes.queries * work.itemsize + sizes.heads * 4)
+
+
+def attention_layers(sizes: Sizes) -> int:
+    """Returns the number of layers with attention."""
+    return sizes.layers - sum(kind.layers for kind in sizes.recurrent)
 
 
 def _inputs_of_adapters(sizes: Sizes, work: Workload, kind: Recurrent) -> int:

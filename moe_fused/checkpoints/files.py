@@ -169,7 +169,7 @@ def find_adapter(source: str) -> tuple[Path, Path]:
     """Returns an adapter's config and its file of weights. Both are downloaded if ``source`` is a name on the Hub.
 
     Raises:
-        FileNotFoundError: one of the two files is missing.
+        FileNotFoundError: one of the two files is missing, or the Hub has no such adapter or cannot be reached.
     """
     directory = Path(source)
     if directory.is_dir():
@@ -178,12 +178,14 @@ def find_adapter(source: str) -> tuple[Path, Path]:
     else:
         from transformers.utils.hub import cached_files
 
-        found = [
-            cached_files(source, [name], _raise_exceptions_for_missing_entries=False)
-            for name in (ADAPTER_CONFIG, *ADAPTER_FILES)
-        ]
-        paths = [Path(path[0]) if path else None for path in found]
-        config, weights = paths[0] or directory / ADAPTER_CONFIG, paths[1] or paths[2]
+        try:
+            paths = cached_files(source, [ADAPTER_CONFIG])
+        except OSError as error:
+            raise FileNotFoundError(f"it cannot be read: {str(error).splitlines()[0]}") from error
+        assert paths is not None, "it raises an error if a file is missing"
+        config = Path(paths[0])
+        found = (cached_files(source, [name], _raise_exceptions_for_missing_entries=False) for name in ADAPTER_FILES)
+        weights = next((Path(path[0]) for path in found if path), None)
     if not config.is_file():
         raise FileNotFoundError(f"{source} has no {ADAPTER_CONFIG}")
     if weights is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from pathlib import Path
@@ -73,6 +74,10 @@ def generate(
     """Generate text with fused experts, with or without an adapter. Everything but the text goes to standard error."""
     del traceback  # read by console.run, which prints errors
     check_finite_options(temperature=temperature, top_p=top_p)
+    if temperature == 0 and top_p is not None:
+        raise ValueError(
+            "--top-p has no effect with --temperature 0, which always takes the likeliest token: leave one out"
+        )
     if load_in_4bit:
         require_4bit("--load-in-4bit")
     if adapter is not None:
@@ -88,16 +93,10 @@ def generate(
     check_device(device)
     if cuda_graphs and device.partition(":")[0] not in ("auto", "cuda"):
         raise ValueError(f"--cuda-graphs needs a GPU of CUDA or ROCm, got --device {device}")
-    if prompt is None:
-        if sys.stdin.isatty():
-            raise ValueError("--prompt is missing: give it, or text on standard input")
-        prompt = sys.stdin.read()
-    if not prompt.strip():
-        raise ValueError("--prompt must not be empty")
     _generate(
         model,
         adapter,
-        prompt,
+        _prompt(prompt),
         max_new_tokens,
         _sampling(temperature, top_p),
         seed,
@@ -171,12 +170,41 @@ def _generate(
         options["pad_token_id"] = tokenizer.pad_token_id
     if chosen.type == "cuda" and cuda_graphs is not False:
         fast_generation(loaded)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model writes characters that a terminal need not have
+    # The model's settings may ask for beam search, which has no text before its end, or for more than one text.
+    in_beams = (options.get("num_beams") or loaded.generation_config.num_beams or 1) > 1
+    streamer = None if in_beams else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    options |= {"use_cache": True, "num_return_sequences": 1, "return_dict_in_generate": False}
     start = time.perf_counter()
     with torch.inference_mode():
-        tokens = loaded.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, use_cache=True, **options)
+        tokens = loaded.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **options)
     seconds, new = time.perf_counter() - start, tokens.shape[1] - length
+    if in_beams:
+        print(tokenizer.decode(tokens[0, length:], skip_special_tokens=True))
     print(f"{new} tokens in {seconds:.1f} s, {new / seconds:.1f} a second", file=sys.stderr)
+
+
+def _prompt(given: str | None) -> str:
+    """Returns the text to continue: that of ``--prompt``, or else standard input.
+
+    Raises:
+        ValueError: There is none, or it is not UTF-8.
+    """
+    what = "--prompt" if given is not None else "standard input, which is read without --prompt,"
+    if given is None:
+        if sys.stdin is None or sys.stdin.isatty():  # None if it is closed
+            raise ValueError("--prompt is missing: give it, or text on standard input")
+        try:
+            given = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{what} must be text in UTF-8: {error}") from error
+    # Python keeps bytes that are no text as halves of surrogate pairs, which no tokenizer reads.
+    if any("\ud800" <= character <= "\udfff" for character in given):
+        raise ValueError(f"{what} must be text in UTF-8")
+    if not given.strip():
+        raise ValueError(f"{what} must not be empty")
+    return given
 
 
 def _may_have_template(directory: Path) -> bool:
@@ -206,13 +234,23 @@ def _encode(tokenizer: Any, model: str, prompt: str, chat: bool | None) -> Any:
 
 
 def _new_tokens(config: Any, length: int, wanted: int | None) -> int:
-    """Returns how many tokens to generate at most after ``length`` tokens. Raises ValueError if ``wanted`` do not fit."""
+    """Returns how many tokens to generate at most after ``length`` tokens.
+
+    Raises:
+        ValueError: The tokenizer makes no token of the prompt, or the model has too few positions.
+    """
+    if not length:
+        raise ValueError("--prompt must have a token, and the tokenizer makes none of it")
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    room = _NEW_TOKENS if limit is None else limit - length
-    if room < (wanted or 1):
+    if limit is None:
+        return _NEW_TOKENS if wanted is None else wanted
+    room = limit - length
+    if room < 1:
+        raise ValueError(f"--prompt is too long: it makes {length} tokens, and the model has {limit} positions")
+    if wanted is not None and wanted > room:
         raise ValueError(
-            f"--max-new-tokens must be at most {max(room, 0)} after a prompt of {length} tokens, as the model has {limit} "
-            f"positions, got {_NEW_TOKENS if wanted is None else wanted}"
+            f"--max-new-tokens must be at most {room} after a prompt of {length} tokens, as the model has {limit} "
+            f"positions, got {wanted}"
         )
     return min(_NEW_TOKENS, room) if wanted is None else wanted
 
@@ -221,7 +259,7 @@ def _sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
     """Returns sampling arguments for ``generate``. What is not given is left to the model's defaults."""
     if temperature == 0:
         # The model's settings are unset, because Transformers would warn that they are ignored.
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     options: dict[str, Any] = {}
     if temperature is not None:
         options |= {"do_sample": True, "temperature": temperature}

@@ -7,15 +7,16 @@ A layer of Qwen3-MoE launches some 60 kernels for one token, most of which do ve
 - ``linear``: linear layers of bitsandbytes in 4 bits, those that share an input together.
 - ``norms``: RMS norms.
 - ``heads``: rotary embeddings, and the write of a token into the cache.
-- ``layers``: the norms of heads and both of these in one launch, in attention modules that do nothing else.
+- ``layers``: norms of heads, rotary embeddings and the write into the cache in one launch, in attention modules that do
+  nothing else between their projections and the attention.
 
-Not here is the addition of a layer's input to what its parts return. Adding in the kernel of the norm behind would save two
-launches of 1.1 µs a layer on an H200. But the addition is in the ``forward`` of a decoder layer, and the norm behind the
-second one is in the next layer, so that whole layers would have to be replaced. These differ more among families.
+A decoder layer also adds its input to what its two parts return. These two additions stay as they are. If the kernel of the
+next norm made them, each layer would save two launches of 1.1 µs on an H200. But the additions are in the ``forward`` of the
+whole layer, which would have to be replaced, and layers differ more among families than their parts do.
 
-Nothing is changed for good: a graph keeps what it was recorded with. A model's function is replaced only if ours gives the
-same on random values, up to rounding. Norms of some families add one to their weight, for example, and some rotary
-embeddings turn neighbours instead of halves.
+The model is changed only while a step is recorded, because the graph keeps the kernels that it was recorded with. A function
+of the model is replaced only if ours gives the same on random values, up to rounding. That it need not do: norms of some
+families add one to their weight, for example, and some rotary embeddings turn pairs of neighbours instead of halves.
 """
 
 from __future__ import annotations

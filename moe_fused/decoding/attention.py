@@ -61,7 +61,7 @@ def attend(
         mask: (B or 1, 1, 1, S), booleans of which True keeps, or numbers that are added to scores, where the lower half of
             the dtype's range leaves out. None keeps all.
         scaling: What products of queries and keys are multiplied with.
-        softcap: What scores c·tanh(s/c) stay within.
+        softcap: The number c, if scores s are to become c·tanh(s/c).
         sinks: (query heads,), scores that take part in the softmax and have no value.
 
     Raises:

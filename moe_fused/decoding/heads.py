@@ -1,4 +1,4 @@
-"""Rotary embeddings and the write into the cache in one launch each, or both and the norms of heads in one.
+"""Rotary embeddings and the write into the cache in one launch each, or in one launch together with the norms of heads.
 
 Transformers launches ten kernels for a rotary embedding, and five to write a token into a static cache.
 """
@@ -31,8 +31,8 @@ class Place:
 
     Attributes:
         keys, values: (B, heads, tokens, head size) and (B, heads, tokens, value size), the cache of a layer.
-        position: An int64 on the device, the place of the token.
-        length: Another one, which becomes one more than the position.
+        position: One int64 on the device: the place of the token, counted from 0.
+        length: One int64 on the device: the number of tokens in the cache, which the write sets to position + 1.
     """
 
     keys: Tensor
@@ -87,7 +87,8 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, is_half: bool = Fa
     Args:
         q, k: (B, heads, 1, head size), of one dtype, which cos and sin have as well.
         cos, sin: (B or 1, 1, R), contiguous. The first R numbers of a head turn, and others stay.
-        is_half: Whether R is half of the head size, all of which turns.
+        is_half: Whether R is half of the head size, and each number of cos and sin serves both halves, so that all of a
+            head turns.
     """
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     _launch(q, k, None, q_out, k_out, None, (cos, sin), is_half=is_half)
@@ -95,7 +96,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, is_half: bool = Fa
 
 
 def can_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether ``rotate`` serves these, but for the way in which a model's embedding turns."""
+    """Whether ``rotate`` takes these shapes, dtypes and strides. ``Rotation`` says whether it turns as a model does."""
     return (
         q.dim() == k.dim() == 4
         and (len(q), q.shape[2:]) == (len(k), k.shape[2:])
@@ -182,8 +183,9 @@ class Rotation:
 
     Attributes:
         before: The model's function.
-        whole: Whether ``rotate`` is that function where all numbers of a head turn.
-        narrow: What cos and sin mean if they are narrower than a head: "part", "half" as ``rotate`` says, or neither.
+        whole: Whether ``rotate`` gives the same as that function if cos and sin are as wide as a head.
+        narrow: What that function does if they are narrower. "part": it turns the first numbers of a head and leaves the
+            rest. "half": it turns the whole head, as ``is_half`` of ``rotate``. Empty: ``rotate`` cannot do it.
     """
 
     before: Any

@@ -3,7 +3,7 @@
 bitsandbytes launches a kernel for each layer, and for more than a few rows it may dequantize the whole matrix before torch
 multiplies it. ``linear_4bit`` of the kernel package reads the same bytes. The projections to queries, keys and values are
 one launch: that to queries computes all of them, and the others return their part if they get the very same input. Layers
-of PEFT call their base layer with their own input, so adapters need nothing else.
+of PEFT hand their input on to their base layer, so nothing more has to be done for adapters.
 """
 
 from __future__ import annotations

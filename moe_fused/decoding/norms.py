@@ -23,7 +23,8 @@ class Norm(NamedTuple):
 
     Attributes:
         eps: Is added to the mean square.
-        is_offset: Whether 1 is added to weights, which are then multiplied in fp32. Otherwise, rows are rounded before.
+        is_offset: Whether rows are multiplied with 1 + weight, in fp32. If not, they are rounded to their dtype and then
+            multiplied with the weight.
     """
 
     eps: float
@@ -55,7 +56,7 @@ def rms_norm(values: Tensor, weight: Tensor, norm: Norm) -> Tensor:
 
 
 def norms(model: nn.Module) -> Iterator[tuple[nn.Module, Norm, Callable[[Tensor], Tensor]]]:
-    """Yields the norms of a model that ``rms_norm`` has, what they do, and a function in the place of their ``forward``."""
+    """Yields the norms of a model that ``rms_norm`` computes: a module, what it does, and a function for its ``forward``."""
     same: dict[tuple[object, ...], Norm | None] = {}
     for module in model.modules():
         eps = _eps(module)

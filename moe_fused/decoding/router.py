@@ -5,9 +5,10 @@ Here one kernel multiplies and one chooses. The first has so many programs that 
 weight, and divides the features among them, too. A token's choice needs the logits of all experts, so it waits for all
 programs: a launch in a graph does this in the time that an atomic counter and the reads after it would take.
 
-Which rule a router has is found by what it computes, not by its name. It gets weights with which the logits are small
-distinct numbers that no dtype rounds. No two experts are then as likely, and all rules differ in what comes out. Routers
-that choose among groups of experts, or that take more than the tokens, stay as they are.
+Which rule a router has is found by what it computes, not by its name. For this test it gets other weights, with which all
+logits of a token are distinct multiples of 1/16, which no dtype rounds. No two experts are then equally likely, and any two
+rules give different results. Routers that choose among groups of experts, or whose ``forward`` takes more than the tokens,
+stay as they are.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 SCORES = ("softmax", "sigmoid")
 # The most experts, whose numbers no dtype rounds, and the most of them for a token.
 MOST_EXPERTS, MOST_CHOSEN = 512, 32
-# How many tokens a rule is tested with, and how many steps divide the logits of 1.
+# How many tokens a rule is tested with. Logits of the test are multiples of 1 / FRACTION.
 TESTED, FRACTION = 16, 16
-# Over how many features programs multiply at a time, and among how many parts of them the product is divided.
+# How many features a program multiplies at a time, and among how many programs the features are divided.
 BLOCK, PARTS = 128, 8
 BLOCK_ROWS, BLOCK_EXPERTS = 16, 16
 
@@ -47,9 +48,9 @@ class Rule:
     Attributes:
         scores: "softmax" over all experts, or "sigmoid".
         top_k: How many experts a token has.
-        is_normalized: Whether the weights of a token are divided by their sum. Of a softmax, this leaves the softmax over
-            those that are chosen.
-        factor: What they are multiplied with then.
+        is_normalized: Whether the weights of a token are divided by their sum. With a softmax, this is the softmax over the
+            chosen experts.
+        factor: The number by which the weights are multiplied at the end.
         product: The dtype that logits are rounded to.
         logits, weights: Their dtypes.
     """
@@ -76,7 +77,7 @@ def route(
         hidden: (T, features), in fp32, fp16 or bf16.
         weight: (experts, features), likewise. Its dtype may be another one.
         bias: (experts,), is added to the logits.
-        correction: (experts,), is added to scores where they are compared, and is not in the weights.
+        correction: (experts,), is added to the scores by which experts are chosen, and is not in the weights.
     """
     from . import router_device as device_code
 
@@ -103,7 +104,7 @@ def route(
 
 
 def routers(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
-    """Yields the routers of a model whose rule ``route`` has, each with a function in the place of its ``forward``."""
+    """Yields the routers of a model that ``route`` computes, each with a function to take the place of its ``forward``."""
     found: dict[tuple[Any, ...], _Found | None] = {}
     dtype = next(each.dtype for each in model.parameters() if each.is_floating_point())
     for module in model.modules():
@@ -170,7 +171,7 @@ def _tensor_names(module: nn.Module) -> _Names | None:
 
 
 def _found(module: nn.Module, names: _Names, dtype: torch.dtype) -> _Found | None:
-    """Finds the rule of a router of tokens in a dtype, or None if it has none that ``route`` has."""
+    """Finds the rule of a router whose tokens have a dtype, or returns None if ``route`` has no such rule."""
     weight = module.get_parameter(names.weight)
     experts, count = len(weight), min(TESTED, weight.shape[1])
     orders = [torch.randperm(experts, generator=torch.Generator().manual_seed(row)) for row in range(count)]

@@ -20,6 +20,8 @@ The data, before the model is loaded:
     text_files    files of text as rows, each with its line
     formats       the forms that rows may have, and the one form that each kind becomes
     render        a row as tokens and labels, by the chat template
+    tokenizing    all rows of a data set as tokens and labels
+    bad_rows      rows that cannot be trained on, and their names in errors
     mix           rows that are set aside for the evaluation, and rows of several data sets as one
     data          all rows as sequences: checked, cut, packed and counted
     preferences   rows with several answers, or with labels, in the columns of TRL's trainers
@@ -34,6 +36,7 @@ The model and its training:
     adapters      PEFT's config for the adapters, and the model with them
     attention     causal attention over packed documents, without masks
     varlen        the kernels that compute it, and which of them was measured to be the fastest
+    kept_attention  results of attention that are kept when layers are computed again
     projections   linear layers with LoRA in fewer passes, those that share an input together
     batches       packed documents in batches of one shape
     graphs        the decoder's passes as CUDA graphs

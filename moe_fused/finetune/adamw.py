@@ -10,7 +10,8 @@ memory. So fewer calls of it would save 2.0 ms at most.
 ``adamw_device.adamw_kernel`` computes the same on the same states: codes in uint8, the code books ``qmap1`` and ``qmap2``,
 and a maximum in fp32 for each block of 256 elements. A table holds the addresses of all tensors, so nothing is copied or
 moved, and one launch updates all parameters of a group. Compiled for sm_90 (Triton 3.6, bf16), a thread has 16 elements and
-67 instructions for each: 60, and 7 of what it does once. It has 74 registers and no spills.
+67 instructions for each: 60 for the element itself, and 7 as its share of what a thread does once. A thread has 74
+registers and no spills.
 
 **What a step would take.** These are estimates, nobody has measured the kernel. At 1.75 GHz an H200 makes an instruction for
 each of 328 million elements in 11 µs, so 67 take 0.75 ms. Half of them go through a pipe that takes two clocks for a warp,
@@ -22,13 +23,13 @@ ms if nothing does.
 of what the kernel does were counted in its compiled code, the others are estimates.
 
 - Decode by a table in shared memory: 3, and a load of shared memory. The kernel does this.
-- Decode by arithmetic, as a line for each of the 7 powers of ten: some 9, without a load. It lost because it does not give
-  the same bits. The values of the code books were rounded several times when they were made.
+- Decode by arithmetic, with a linear function for each of the 7 powers of ten: some 9, without a load. It was not taken
+  because it does not give the same bits: the values of the code books were rounded several times when they were made.
 - Encode by a table whose index is the number itself, that is its exponent and the highest bits of its fraction (``Book``):
   8, and a load of shared memory. It is exact for every number in fp32. The kernel does this. The tables are 12 KiB, which
   a program copies to shared memory for its 4096 elements.
-- Encode by arithmetic: the code is the smallest of 7 lines, which takes 13. The comparison with the exact border that must
-  follow takes 4, and a load.
+- Encode by arithmetic: the code is the smallest value of 7 linear functions, which takes 13. It must then be compared with
+  the exact border, which takes 4, and a load.
 - Encode by a binary search: 8 loads that wait for each other, and some 32.
 - All tables in global memory: nothing is copied, but the L1 cache serves one line at a time. A warp reads up to 8 lines of
   a code book, and more of the larger tables.
@@ -130,7 +131,8 @@ def _is_served(parameter: nn.Parameter, state: Mapping[str, Any], known: dict[in
     Args:
         parameter: The parameter.
         state: Its state.
-        known: Whether code books are those of the kernel, by their addresses. Those that are compared are added.
+        known: For the address of a code book, whether it is the kernel's. Code books that are not in it are compared and
+            added.
     """
     if not runs_on(parameter.device) or parameter.dtype not in _DTYPES or parameter.numel() % _ELEMENTS:
         return False
@@ -248,10 +250,10 @@ class Book(NamedTuple):
     """One of bitsandbytes' dynamic code books, and the table by which the nearest code of a number is found.
 
     A number x from 0 to 1 has the place ``bits(max(x, lowest)) + bits(max(x, 0.5))``, where ``bits`` are those of fp32 as an
-    integer. Places are in the order of numbers. They are dense where codes are, which is in the upper half: some 2⁵ or 2⁶
-    equal parts for each power of two, and twice as many above 0.5. Each such part, ``place >> shift``, holds one border
-    between two codes at most. Its entry is chosen such that the sum of the shifted place and the entry has the code in its
-    highest byte, where a carry adds one above the border.
+    integer. Places are in the order of numbers. They are dense where codes are dense, in the upper half: some 2⁵ or 2⁶ equal
+    parts for each power of two, and twice as many above 0.5. Each such part, ``place >> shift``, holds at most one border
+    between two codes. Its entry is added to ``place << (24 - shift)``, and the highest byte of the sum is the code.
+    Places above the border of their part carry one into that byte.
 
     Attributes:
         values: The values of the codes, (256,) fp32.

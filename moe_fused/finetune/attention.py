@@ -48,6 +48,22 @@ def chosen(attn: str, config: Any) -> str:
     return "sdpa" if model is None or model._supports_sdpa else "eager"
 
 
+def name_refusal(attn: str, device: torch.device) -> str | None:
+    """Why a run cannot have ``attn``, whatever its model is, or None if it depends on the model.
+
+    Args:
+        attn: A value of ``--attn``.
+        device: The device of the run.
+    """
+    names = {name for name in AttentionInterface() if "|" not in name and not name.startswith(NAME)}
+    known = (*KERNELS, *sorted({"eager", "sdpa", *names}))
+    if attn not in ("auto", *known) and ("|" in attn or not varlen.is_hub_id(attn)):
+        return f"it must be one of {', '.join(known)}, or a kernel of the Hub as org/name"
+    if attn == "flex_attention" and device.type == "cpu":
+        return "it has no backward pass on a CPU"
+    return None
+
+
 def layer_types(config: Any) -> frozenset[str]:
     """Returns the types of a model's layers, by Transformers' names for them."""
     return frozenset(recurrent.layer_types(config.get_text_config()) or ("full_attention",))
@@ -78,6 +94,14 @@ def _hands_over_windows(model: nn.Module) -> bool:
 def serves(attn: str, model: Any, device: torch.device, dtype: torch.dtype, *, packed: bool) -> bool:
     """Whether the attention of this module computes the same as ``attn`` in a model, and is better.
 
+    The arguments are those of ``refusal``.
+    """
+    return refusal(attn, model, device, dtype, packed=packed) is None
+
+
+def refusal(attn: str, model: Any, device: torch.device, dtype: torch.dtype, *, packed: bool) -> str | None:
+    """Why the attention of this module does not take the place of ``attn`` in a model, or None if it does.
+
     Args:
         attn: A value of ``--attn``.
         model: The causal language model, on any device, meta included.
@@ -87,18 +111,27 @@ def serves(attn: str, model: Any, device: torch.device, dtype: torch.dtype, *, p
     """
     config, sinks = model.config, has_sinks(model)
     is_hub = varlen.is_hub_id(attn)
-    known = is_hub or chosen(attn, config) == "sdpa" or (attn in ("auto", *KERNELS) and sinks)
-    if not known or device.type != "cuda" or not layer_types(config) <= _SERVED or not _is_causal(model):
-        return False
+    if not (is_hub or chosen(attn, config) == "sdpa" or (attn in ("auto", *KERNELS) and sinks)):
+        return f"its attention is {chosen(attn, config)}"
+    if device.type != "cuda":
+        return "it needs a GPU"
+    if others := sorted(layer_types(config) - _SERVED):
+        return f"its layers of type {' and '.join(others)} take no boundaries of rows"
+    if not _is_causal(model):
+        return "its attention looks at later tokens, too"
     if not is_hub and not takes_flash(model, packed=packed):
-        return True
+        return None
     windows, text = has_windows(config), config.get_text_config()
     # Transformers' own flash attention needs windows and sinks to be handed over, too.
     if (sinks or windows) and not getattr(model, "_supports_flash_attn", False):
-        return False
-    if (windows and not _hands_over_windows(model)) or getattr(text, "attention_dropout", None):
-        return False
-    return dtype.itemsize == 2 and kernel_refusal(attn, model) is None
+        return "its windows or sinks are not known to reach a kernel"
+    if windows and not _hands_over_windows(model):
+        return "its layers have a sliding window in their masks alone"
+    if getattr(text, "attention_dropout", None):
+        return "its attention has dropout"
+    if dtype.itemsize != 2:
+        return "it needs --dtype bfloat16 or float16"
+    return kernel_refusal(attn, model)
 
 
 def kernel_refusal(attn: str, model: Any) -> str | None:
@@ -115,13 +148,13 @@ def kernel_refusal(attn: str, model: Any) -> str | None:
             return "its attention has sinks"
         # The operators below are those of torch's flash attention.
         runs = _sinks_run() and all(varlen.takes(*pair) for pair in _features(text))
-        return None if runs else "torch has no operators for it"
+        return None if runs else "this torch has no flash attention for its sinks"
     if (kernel := varlen.kernel_of(name)) is None:
-        return "there is no such kernel"
+        return "it needs a torch newer than 2.10" if name == varlen.TORCH else "there is no such kernel"
     if not kernel.windows and has_windows(model.config):
         return "layers of it have a sliding window"
     if not all(kernel.fits(*pair) for pair in _features(text)):
-        return f"its heads are larger than {kernel.most_features} features, or no multiple of 8"
+        return f"its heads have more than {kernel.most_features} features, or a number that is no multiple of 8"
     return None
 
 
@@ -311,7 +344,8 @@ class _FlashWithSinks(torch.autograd.Function):
         out, lse, state, unused = varlen.flash_forward(ctx, query, key, value, boundaries, length, scale, window)
         # (heads, S) in fp32, like the log-sum-exp that flash attention returns.
         with_sinks = torch.logaddexp(lse, sinks.float()[:, None])
-        out.mul_((lse - with_sinks).exp_().T[..., None])
+        # Not in place, because ``kept_attention`` keeps what the operator returned.
+        out = out * (lse - with_sinks).exp_().T[..., None]
         ctx.save_for_backward(query, key, value, sinks, boundaries, out, with_sinks, state, unused)
         return out
 

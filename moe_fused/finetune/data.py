@@ -1,9 +1,11 @@
 """Prepares the data of a run before the model is loaded: renders, tokenizes, masks, cuts, packs and counts all rows.
 
-    rows      reads the rows of files and data sets, and names the place of each row
-    formats   parses rows
-    render    makes a row into tokens and labels
-    mix       sets rows aside for the evaluation, and mixes several data sets
+    rows        reads the rows of files and data sets, and names the place of each row
+    formats     parses rows
+    render      makes a row into tokens and labels
+    tokenizing  does so for all rows of a data set
+    bad_rows    names rows that cannot be trained on
+    mix         sets rows aside for the evaluation, and mixes several data sets
 
 ``prepare`` makes the sequences of a run, those for its evaluation included. TRL takes them as they are.
 """
@@ -12,11 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
-import itertools
 import math
-import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,15 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_fused.signals import workers_forked
-
 from . import preferences
+from .bad_rows import NAMED_LEFT_OUT, Bad, RefusedRows, counted, no_rows
 from .formats import BadRow, Kind, described
 from .mix import mix, set_aside
 from .mixture import Part
 from .options import DEFAULTS, Method, Options
 from .render import IGNORED, NOTES, Renderer, training_template
-from .rows import EVALUATION, TRAINING, Purpose, Rows, program, read_rows, stream_rows
+from .rows import EVALUATION, TRAINING, Purpose, Rows, read_rows, stream_rows
+from .tokenizing import BATCH, tokenize, tokenize_block
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,11 +38,6 @@ if TYPE_CHECKING:
 
     from .resolve import Batching
 
-# The number of bad rows that are named: in an error, and in the report of a run that leaves them out.
-NAMED, NAMED_LEFT_OUT = 5, 20
-# A further process pays off for this number of rows, or of bytes of rows.
-_ROWS_OF_A_PROCESS, _BYTES_OF_A_PROCESS = 1000, 2 << 20
-_BATCH = 250
 COLUMNS = ("input_ids", "labels")
 # The columns of a row's tokens, by the method of the run.
 _COLUMNS_OF: dict[Method, tuple[str, ...]] = {
@@ -55,37 +48,6 @@ _COLUMNS_OF: dict[Method, tuple[str, ...]] = {
 }
 # The number of rows that --streaming reads and packs together.
 BLOCK = 1000
-
-
-class Bad(str):
-    """A row that cannot be trained on: its place, and its problem as a predicate.
-
-    Attributes:
-        place: The place of the row.
-        problem: What is wrong with it.
-    """
-
-    place: str
-    problem: str
-
-    @staticmethod
-    def of(place: str, problem: str) -> Bad:
-        """Makes the text of both."""
-        made = Bad(f"{place} {problem}")
-        made.place, made.problem = place, problem
-        return made
-
-
-class RefusedRows(ValueError):
-    """Some rows cannot be trained on, and the options do not leave them out.
-
-    Attributes:
-        rows: What is wrong with them, without advice.
-    """
-
-    def __init__(self, named: Sequence[Bad]) -> None:
-        super().__init__(refusal(named))
-        self.rows = _several(named)
 
 
 @dataclass(frozen=True)
@@ -243,7 +205,7 @@ def _find(part: Part, purpose: Purpose, split: str, options: Options, tokenizer:
     plain = Renderer(tokenizer, None, options.assistant_only_loss, options.text_field, options.method)
     first = None
     bad: list[Bad] = []
-    for batch in rows.table.iter(batch_size=_BATCH):
+    for batch in rows.table.iter(batch_size=BATCH):
         for content in rows.contents(batch):
             try:
                 first = plain.parse(content())
@@ -336,10 +298,7 @@ def prepare_block(data: Data, options: Options, batching: Batching, vocabulary: 
         ValueError: Some rows cannot be used, and ``options`` do not leave them out, or the tokenizer has tokens that
             the model does not know.
     """
-    from datasets import Dataset
-
-    made = Dataset.from_dict(_Worker(data)(data.rows.table[:]), features=_features(data))
-    tokens, named = usable(data, made, batching)
+    tokens, named = usable(data, tokenize_block(data), batching)
     if named and not options.skip_bad_rows:
         raise RefusedRows(named)
     return tokens, named, _checked_totals(tokens, data, options, vocabulary)
@@ -507,101 +466,6 @@ def _cut(table: pa.Table, length: int) -> pa.Table:
     return pa.table({name: pc.list_slice(table[name], 0, length) for name in table.column_names})
 
 
-# --- rows to tokens
-
-
-def tokenize(data: Data) -> Dataset:
-    """Makes a data set with the tokens and labels of each row, and its problem if it has one."""
-    count = len(data.rows)
-    shares = max(count / _ROWS_OF_A_PROCESS, data.rows.table.data.nbytes / _BYTES_OF_A_PROCESS)
-    processes = min(_cores(), math.ceil(shares), count)
-    table = data.rows.table
-    with workers_forked():
-        tokens: Dataset = table.map(
-            _Worker(data),
-            batched=True,
-            batch_size=_BATCH,
-            writer_batch_size=_BATCH,
-            remove_columns=table.column_names,
-            features=_features(data),
-            num_proc=processes if processes > 1 else None,
-            new_fingerprint=_cache_key(data),
-            desc="Tokenizing",
-        )
-    return tokens
-
-
-def _features(data: Data) -> Any:
-    from datasets import Features, List, Value
-
-    return Features(
-        {name: Value("bool") if name == "wanted" else List(Value("int32")) for name in data.columns}
-        | {name: Value("int32") for name in ("length", "first")}
-        | {name: Value("string") for name in ("form", "problem", "notes")}
-    )
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _cache_key(data: Data) -> str:
-    """Names the cache of a data set's tokens by everything that the tokens depend on, this program included."""
-    renderer = data.renderer
-    tokenizer = renderer.tokenizer
-    digest = hashlib.sha256()
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    parts = [
-        data.rows.table._fingerprint,
-        *(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "tokenizers", "trl", "jinja2")),
-        program("data", "formats", "render", "rows", "text_files", "words"),
-        backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items())),
-        repr((type(tokenizer).__name__, tokenizer.chat_template, tokenizer.special_tokens_map)),
-        repr((renderer.template, renderer.assistant_only, renderer.text_field, renderer.method, data.rows.by_text)),
-    ]
-    for part in parts:
-        digest.update(hashlib.sha256(part.encode("utf-8", "surrogatepass")).digest())
-    return digest.hexdigest()[:32]
-
-
-@dataclass(frozen=True)
-class _Worker:
-    """Makes a batch of rows into tokens. It puts the problem of a bad row into the column ``problem``."""
-
-    data: Data
-
-    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        results = [self._row(content) for content in self.data.rows.contents(batch)]
-        return {name: [result[name] for result in results] for name in results[0]}
-
-    def _row(self, content: Any) -> dict[str, Any]:
-        renderer = self.data.renderer
-        form = ""
-        try:
-            row = renderer.parse(content())
-            form = row.form
-            tokens = renderer(row)
-        except BadRow as error:
-            empty: dict[str, Any] = {name: False if name == "wanted" else [] for name in self.data.columns}
-            return {**empty, "length": 0, "first": 0, "form": form, "problem": str(error), "notes": ""}
-        values = {
-            "input_ids": tokens.ids,
-            "labels": tokens.labels,
-            "rejected_ids": tokens.rejected,
-            "wanted": row.wanted,
-        }
-        return {
-            **{name: values[name] for name in self.data.columns},
-            "length": len(tokens.ids),
-            "first": tokens.first,
-            "form": form,
-            "problem": None,
-            "notes": " ".join(tokens.notes),
-        }
-
-
 # --- checks of all rows
 
 
@@ -720,52 +584,3 @@ def _notes_on_steps(options: Options | None, steps: int | None) -> Iterator[str]
             f"--eval-steps is {every}{source} and the run has {counted(steps, 'step')}: the only evaluation is that "
             "after the last step"
         )
-
-
-# --- words
-
-
-def counted(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def _several(named: Sequence[Bad]) -> str:
-    """Names rows and their problems, each problem once."""
-    places: dict[str, list[str]] = {}
-    for bad in named:
-        places.setdefault(bad.problem, []).append(bad.place)
-    said, left = [], len(named)
-    for problem, having in itertools.islice(places.items(), NAMED):
-        said.append(f"{having[0]} {problem}" if len(having) == 1 else f"each of {_places(having)} {problem}")
-        left -= len(having)
-    return "; ".join(said) + (f"; {left:,} more" if left else "")
-
-
-def _places(places: Sequence[str]) -> str:
-    """Names places, as ``rows.jsonl:1-80`` or ``rows.jsonl:1, 4, 9 and 77 more``."""
-    spans: list[tuple[str, int, int]] = []
-    for place in places:
-        name, number = re.fullmatch(r"(.*?)(\d*)", place, re.DOTALL).groups()  # type: ignore[union-attr]  # it matches all
-        last = spans[-1] if spans else None
-        if number and last is not None and last[0] == name and last[2] + 1 == int(number):
-            spans[-1] = (name, last[1], int(number))
-        else:
-            spans.append((name, int(number or 0), int(number or 0)))
-    said: list[str] = []
-    named, before = 0, None
-    for name, first, last_one in spans[:NAMED]:
-        number = "" if not first else str(first) if first == last_one else f"{first}-{last_one}"
-        said.append(number if name == before and number else f"{name}{number}")
-        named += last_one - first + 1
-        before = name
-    more = f" and {len(places) - named:,} more" if named < len(places) else ""
-    return ", ".join(said) + more
-
-
-def refusal(named: Sequence[Bad]) -> str:
-    """Makes the text of the error about bad rows that are not left out."""
-    return _several(named) + "; --skip-bad-rows leaves such rows out"
-
-
-def no_rows(part: Part, purpose: Purpose, named: Sequence[Bad]) -> str:
-    return purpose.lacks_rows(part.name) + (f": {_several(named)}" if named else "")

@@ -195,6 +195,8 @@ def _differences(run: ResolvedRun, found: Measured) -> Iterator[str]:
             yield name if name in MAPPINGS else flag(name)
     if not options.gradient_checkpointing:
         yield "--no-gradient-checkpointing"
+    if options.keep_attention != "none":
+        yield f"--keep-attention {options.keep_attention}"
     if run.optimizer not in _OPTIMIZERS:
         yield f"--optimizer {run.optimizer}"
     if not run.liger:

@@ -29,6 +29,7 @@ from moe_fused.cuda_graphs import cause_of, reason_of, takes
 
 from .batches import entries_of, with_room
 from .endings import CannotRecord
+from .kept_attention import Place
 from .sharding import forget_gathered, gathering
 
 
@@ -50,14 +51,15 @@ class GraphedDecoder:
         decoder: A model of Transformers from token ids to hidden states. No part of it may be random, and it must
             compute the same in training and in evaluation.
         shape: The shape of the token ids, (B, T).
+        kept: Where gradient checkpointing keeps what attention computed, if it keeps that.
 
     Attributes:
         enabled: Whether graphs are used. Without them, everything runs eagerly.
     """
 
-    def __init__(self, decoder: Any, shape: tuple[int, int]) -> None:
+    def __init__(self, decoder: Any, shape: tuple[int, int], kept: Place | None = None) -> None:
         self.enabled = True
-        self._decoder, self._shape = decoder, torch.Size(shape)
+        self._decoder, self._shape, self._kept = decoder, torch.Size(shape), kept
         self._forward_before = vars(decoder).get("forward")
         self._eager: Callable[..., Any] = decoder.forward
         self._is_warm = False
@@ -88,6 +90,8 @@ class GraphedDecoder:
             self._recording.move_gradients()
             self._recording = None
             self._references.clear()
+            if self._kept is not None:
+                self._kept.forget()
             gc.collect()
             torch.cuda.empty_cache()
 
@@ -153,10 +157,12 @@ class GraphedDecoder:
 
     def _recorded(self, kind: type[_Kind], inputs: Mapping[str, Any]) -> _Kind:
         gc.collect()  # the last pass may have left tensors in reference cycles
+        if self._kept is not None:
+            self._kept.join()  # a recording cannot wait for copies that began before it
         torch.cuda.empty_cache()
         try:
             with _no_collection():
-                return kind(self._decoder, self._eager, inputs)
+                return kind(self._decoder, self._eager, inputs, self._kept)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -249,7 +255,10 @@ class _Forward:
         RuntimeError: Something in the decoder cannot be recorded, for example because it waits for the GPU.
     """
 
-    def __init__(self, decoder: nn.Module, forward: Callable[..., Any], inputs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, decoder: nn.Module, forward: Callable[..., Any], inputs: Mapping[str, Any], kept: Place | None
+    ) -> None:
+        self._kept_attention = kept
         self._inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
         self._forward_graph = torch.cuda.CUDAGraph()
         self._record(decoder, forward)
@@ -297,6 +306,7 @@ class _Recording(_Forward):
         with _own_leaves(decoder) as leaves:
             with torch.cuda.graph(self._forward_graph, capture_error_mode=_errors_of()), gathering(decoder):
                 output = forward(**self._inputs)
+                self._join()
             hidden: Tensor = output.last_hidden_state
             # The backward pass may then use the memory that cuBLAS' workspaces had in the forward pass.
             torch._C._cuda_clearCublasWorkspaces()
@@ -304,7 +314,13 @@ class _Recording(_Forward):
             with torch.cuda.graph(graph, pool=pool, capture_error_mode=_errors_of()), gathering(decoder):
                 self._grad = torch.empty_like(hidden)
                 grads = _gradients(hidden, self._grad, list(leaves.values()))
+                self._join()
         self._keep(output, dict(zip(leaves, grads, strict=True)))
+
+    def _join(self) -> None:
+        """Makes the recording wait for copies beside it, because it must end with all that it began."""
+        if self._kept_attention is not None:
+            self._kept_attention.join()
 
     def _keep(self, output: Any, grads: Mapping[nn.Parameter, Tensor | None]) -> None:
         """Notes what the graphs write: the output, and the gradients of parameters."""

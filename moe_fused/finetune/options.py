@@ -27,6 +27,7 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Packing = Literal["auto", "bfd", "bfd_split", "wrapped", "none"]
 Export = Literal["none", "per-expert", "original"]
 Tracker = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
+KeepAttention = Literal["none", "device", "host"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
 Optimizer = Literal[
     "auto", "paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch", "adamw_torch_fused", "sgd"
@@ -284,6 +285,13 @@ class Options:
     gradient_checkpointing: Annotated[
         bool, Help("Recompute layers in the backward pass instead of keeping their activations.")
     ] = True
+    keep_attention: Annotated[
+        KeepAttention,
+        Help(
+            "Keep attention's output instead of recomputing it with the rest of a layer, which makes steps over long "
+            "sequences faster: on the device, or in memory of the host."
+        ),
+    ] = "none"
     router_aux_loss: Annotated[
         float, Help("Weight of the load-balancing loss, which helps if routers are trained.", shapes_run=True)
     ] = 0.0
@@ -400,6 +408,11 @@ class Options:
                 "leave one of the two options out"
             )
         self._check_method()
+        if self.keep_attention != "none" and not self.gradient_checkpointing:
+            raise ValueError(
+                f"--keep-attention {self.keep_attention} is not possible with --no-gradient-checkpointing, which keeps all "
+                "activations on the device: leave one of the two options out"
+            )
         if self.eval_share is not None and not 0 < self.eval_share < 1:
             raise ValueError(f"--eval-share must be above 0 and below 1, got {self.eval_share}")
         if self.eval_dataset is not None and not self.eval_dataset:
@@ -526,7 +539,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "save_steps", "keep_checkpoints", "log_steps", "report_to", "export", "push_to_hub", "private",
         "push_checkpoints",
     ),
-    "Machine": ("device", "shard", "memory_limit", "gradient_checkpointing", "cuda_graphs", "liger"),
+    "Machine": ("device", "shard", "memory_limit", "gradient_checkpointing", "keep_attention", "cuda_graphs", "liger"),
 }  # fmt: skip
 
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Options)}

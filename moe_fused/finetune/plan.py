@@ -14,7 +14,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moe_fused.memory import CONNECTIONS, CONTEXT, GIB, MIB, Prediction, Sizes, Workload, predict, sizes_of
+from moe_fused.memory import (
+    CONNECTIONS,
+    CONTEXT,
+    GIB,
+    MIB,
+    Prediction,
+    Sizes,
+    Workload,
+    attention_layers,
+    attention_results,
+    predict,
+    sizes_of,
+)
 
 from .options import flag
 from .precheck import check_shared
@@ -35,6 +47,7 @@ PARTS = {
     "gathered weights": "shared weights that are whole for a moment",
     "gradients": "of all that is trained",
     "activations": "what layers keep for the backward pass",
+    "copies of attention": "on their way to or from the host",
     "layer": "kept by a layer that is computed again",
     "expert rows": "made by the backward pass of the experts",
     "expert workspace": "experts that are dequantized for a moment",
@@ -178,6 +191,7 @@ def workload_of(run: ResolvedRun) -> Workload:
         dropout=options.lora_dropout > 0,
         optimizer=run.optimizer,
         checkpointing=options.gradient_checkpointing,
+        kept_attention=options.keep_attention,
         masked=batching.has_documents and run.attention == "sdpa" and not run.maskless,
         eager=run.attention == "eager" and not run.maskless,
         flash=run.kernel is not None,
@@ -216,6 +230,9 @@ def _notes(sizes: Sizes, work: Workload) -> Iterator[str]:
             yield f"note: {plain}; the kernels of `pip install {mixer.distribution}` keep less and are faster"
         else:
             yield plain
+    if work.kept_attention == "host":
+        size = attention_layers(sizes) * attention_results(sizes, work)
+        yield f"--keep-attention host takes {_gib(size)} of the host's memory"
     if sizes.uncounted:
         names = " and ".join(sizes.uncounted)
         yield f"note: the plan does not count what layers of type {names} keep, the run may need more memory than predicted"
@@ -236,6 +253,10 @@ def _changes(run: ResolvedRun) -> Iterator[dict[str, Any]]:
     options = run.options
     if not options.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
+    if options.keep_attention == "device":
+        if run.device.type == "cuda":
+            yield {"keep_attention": "host"}
+        yield {"keep_attention": "none"}
     if not run.is_4bit:
         yield {"quantization": "nf4"}
     if run.graphs_asked_for:

@@ -230,6 +230,8 @@ def check_device_type(options: Options, kind: str) -> None:
         raise ValueError("--cuda-graphs: it needs a GPU of NVIDIA or AMD")
     if options.liger and kind == "cpu":
         raise ValueError("--liger: Liger's kernels need a GPU")
+    if options.keep_attention == "host" and kind not in ("auto", "cuda"):
+        raise ValueError("--keep-attention host: it needs a GPU of NVIDIA or AMD")
 
 
 # Values of trainer.train_sampling_strategy, the order of the rows, that depend on the number of processes.
@@ -287,7 +289,7 @@ def check_automatic_device(options: Options) -> None:
     ``resolve`` would say the same some seconds later: this function imports torch, if it must, and nothing else. It
     does not initialize CUDA, because the settings of torch's allocator are not made yet.
     """
-    if options.device == "auto" and (options.cuda_graphs or options.liger):
+    if options.device == "auto" and (options.cuda_graphs or options.liger or options.keep_attention == "host"):
         import torch
 
         from moe_fused.devices import choose_device

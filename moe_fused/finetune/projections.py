@@ -12,9 +12,9 @@ up. Each weight in 4 bits is dequantized when it is needed, as bitsandbytes does
 only, of which there are fewer.
 
 The layers keep their classes and weights. Within ``joined``, each has a forward function of its own. The first of a group
-that is called computes the outputs of all, and the others return theirs if they are called with the same tensor. Where
-something is not as expected (dropout, variants of LoRA such as DoRA, merged or disabled adapters, another dtype, autocast),
-PEFT's forward runs.
+that is called computes the outputs of all, and the others return theirs if they are called with the same tensor. PEFT's own
+forward runs where these functions do not serve: with dropout, variants of LoRA such as DoRA, merged or disabled adapters,
+another dtype, or autocast.
 
 With ``MOE_FUSED_QKV=1`` in the environment, ``finetune`` trains within ``joined``. No GPU has run it yet, so it is off by
 default.

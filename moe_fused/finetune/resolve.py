@@ -311,11 +311,11 @@ def set_up(
             language model for the config.
     """
     check_device_type(options, device.type)
-    model = _skeleton(options, config)
+    model = _skeleton(options, config, device)
     _check_kernel(options, model, device)
     setup = _set_up(options, process or Process(), config, model, device, start, _dense_weights(options, config))
     if start is not None:
-        check_start(start, options, _skeleton(options, config), config, allow_other_base=allow_other_base)
+        check_start(start, options, _skeleton(options, config, device), config, allow_other_base=allow_other_base)
     return setup
 
 
@@ -474,6 +474,7 @@ def _resolved(setup: ModelSetup, packing: str, length: int) -> ResolvedRun:
     kernel = (
         attention.kernel_for(options.attn, setup.skeleton, setup.device, tokens, packed=packed) if maskless else None
     )
+    _check_kept_attention(setup, maskless, kernel)
     return ResolvedRun(
         **{field.name: getattr(setup, field.name) for field in dataclasses.fields(ModelSetup)},
         batching=batching,
@@ -522,29 +523,53 @@ def _alpha(alpha: float | None, rank: int) -> float:
     return 2.0 * rank if alpha is None else alpha
 
 
-def _skeleton(options: Options, config: Any) -> Any:
-    model = skeleton(config)
-    if options.attn in ("auto", *attention.KERNELS):
+def _skeleton(options: Options, config: Any, device: torch.device) -> Any:
+    model, cause = skeleton(config), None
+    reason = attention.name_refusal(options.attn, device)
+    if reason is None and options.attn in ("auto", *attention.KERNELS):
         return model
-    try:
-        return skeleton(config, options.attn)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        reason = re.split(r"\.\s", str(error).strip(), maxsplit=1)[0]
-        raise ValueError(
-            f"--attn {options.attn} is not possible for {type(model).__name__} here, without it the run takes "
-            f"{attention.chosen('auto', config)}: {reason}"
-        ) from error
+    if reason is None:
+        try:
+            return skeleton(config, options.attn)
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            reason, cause = re.split(r"\.\s", str(error).strip(), maxsplit=1)[0], error
+    raise ValueError(
+        f"--attn {options.attn} is not possible for {type(model).__name__} here, without it the run takes "
+        f"{attention.chosen('auto', config)}: {reason}"
+    ) from cause
 
 
 def _check_kernel(options: Options, model: Any, device: torch.device) -> None:
-    """Raises ValueError if ``--attn`` names cuDNN's kernel and the device or the model cannot have it."""
-    if options.attn != varlen.CUDNN:
+    """Raises ValueError if ``--attn`` names a kernel of ``varlen`` for rows side by side that the run cannot have."""
+    if options.attn not in attention.KERNELS:
         return
-    reason = varlen.cudnn_refusal(device)
-    if reason is None and torch.cuda.is_available():
-        reason = attention.kernel_refusal(options.attn, model)
+    reason = varlen.cudnn_refusal(device) if options.attn == varlen.CUDNN else None
+    reason = reason or attention.refusal(options.attn, model, device, _dtype(options, device), packed=True)
+    if reason is None and not boundaries_arrive(model):
+        reason = "its layers do not hand the boundaries of rows to their attention"
     if reason is not None:
-        raise ValueError(f"--attn cudnn is not possible for {type(model).__name__} here, leave it out: {reason}")
+        raise ValueError(
+            f"--attn {options.attn} is not possible for {type(model).__name__} here, leave it out: {reason}"
+        )
+
+
+def _check_kept_attention(setup: ModelSetup, maskless: bool, kernel: str | None) -> None:
+    """Raises ValueError if ``--keep-attention`` asks for results of attention that cannot be kept."""
+    where = setup.options.keep_attention
+    if where == "none":
+        return
+    name = setup.attention if kernel is None else kernel
+    of_torch = setup.attention == "sdpa" if kernel is None else kernel in attention.KERNELS
+    if not (of_torch or (maskless and kernel is None)):
+        raise ValueError(
+            f"--keep-attention {where} is not possible with --attn {name}: only results of torch's attention and of cuDNN's "
+            "are known, take --attn sdpa, torch or cudnn, or --keep-attention none"
+        )
+    if getattr(setup.config.get_text_config(), "attention_dropout", None):
+        raise ValueError(
+            f"--keep-attention {where} is not possible for this model, whose attention has dropout: random numbers would "
+            "differ when a layer is recomputed without it"
+        )
 
 
 def _attention_modules(options: Options, model: Any) -> tuple[str, ...]:

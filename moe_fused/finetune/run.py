@@ -23,10 +23,11 @@ from moe_fused.signals import Interrupted, first_signal_noted
 from moe_fused.staging import replace_file
 
 from .adapters import adapt
+from .bad_rows import RefusedRows
 from .card import card
 from .checkpoint_uploads import CheckpointUploads
 from .checkpoints import check_finite_adapter
-from .data import Data, Prepared, RefusedRows, find, find_evaluation, prepare
+from .data import Data, Prepared, find, find_evaluation, prepare
 from .duration import duration_line
 from .endings import Stopped, explained, stopped_by
 from .facts import facts

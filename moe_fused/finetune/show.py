@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .bad_rows import Bad, RefusedRows, no_rows, refusal
 from .data import COLUMNS as OF_TOKENS
-from .data import Bad, Data, RefusedRows, fit, mixed, no_rows, refusal, split_off, tokenize, unusable, usable
+from .data import Data, fit, mixed, split_off, unusable, usable
 from .formats import BadRow
 from .options import Method
 from .render import IGNORED, Tokens
+from .tokenizing import tokenize
 
 if TYPE_CHECKING:
     import pyarrow as pa

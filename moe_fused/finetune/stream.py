@@ -14,16 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .bad_rows import NAMED_LEFT_OUT, RefusedRows, counted
 from .batches import lengths_of
 from .data import (
     BLOCK,
     COLUMNS,
-    NAMED_LEFT_OUT,
     Data,
     Prepared,
-    RefusedRows,
     blocks,
-    counted,
     fit,
     joined_digest,
     prepare_block,

@@ -33,7 +33,7 @@ from moe_fused.checkpoints.share import local
 from moe_fused.memory import LOSS_TILE_BESIDE_GRAPHS
 from moe_fused.staging import staged_directory
 
-from . import attention, preferences, projections
+from . import attention, kept_attention, preferences, projections
 from .adapters import adapting, check_adapted, lora_config
 from .arguments import LOSS, trl_config
 from .batches import Answers, Documents, Sequences, is_full, lengths_of
@@ -218,6 +218,16 @@ class _AllocateStates(TrainerCallback):
             allocate()
 
 
+class _KeepAttention(TrainerCallback):
+    """Makes gradient checkpointing keep what attention computed. Trainer turns it on after the trainer is made."""
+
+    def __init__(self, place: kept_attention.Place) -> None:
+        self._place = place
+
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+        kept_attention.use(kwargs["model"], self._place)
+
+
 class Finetuning(OfSeveral):
     """Trains the adapters of a run. A subclass adds one of TRL's trainers.
 
@@ -250,6 +260,9 @@ class Finetuning(OfSeveral):
             optimizer_class, optimizer_options = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer_cls_and_kwargs = queued(optimizer_class), optimizer_options
         self.add_callback(_AllocateStates())
+        self._kept = kept_attention.place_for(run.options.keep_attention, run.device)
+        if self._kept is not None:
+            self.add_callback(_KeepAttention(self._kept))
         self._take_adapters()
 
     def _take_adapters(self) -> None:
@@ -310,7 +323,7 @@ class Finetuning(OfSeveral):
         tiles: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self.shape is not None:
             # TRL's loss calls this module to get hidden states.
-            self.graphs = GraphedDecoder(self._base_model().base_model, self.shape)
+            self.graphs = GraphedDecoder(self._base_model().base_model, self.shape, self._kept)
             tiles = narrow_tiles()
         # FSDP2 gathers and frees the weights of adapters around a layer, which was not tried with these functions.
         together = projections.wanted() and self.sharding is None

@@ -213,9 +213,8 @@ def cudnn_refusal(device: torch.device) -> str | None:
     """Why cuDNN's attention over documents cannot be had on a device, or None."""
     if device.type != "cuda" or torch.version.hip is not None:
         return "it needs an NVIDIA GPU"
-    if not torch.cuda.is_available():  # a plan for another machine
-        return None
-    if torch.cuda.get_device_capability(device)[0] not in _CUDNN_MAJORS:
+    # Without a GPU here, the run is a plan for another machine.
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] not in _CUDNN_MAJORS:
         return "it needs a GPU of compute capability 9 or 10, such as H100, H200 or B200"
     found = _cudnn_function()
     return found if isinstance(found, str) else None

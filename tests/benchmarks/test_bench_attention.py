@@ -98,7 +98,7 @@ def test_packed_steps(tmp_path: Path) -> None:
     result = run(finetune_packed.main, *options)
     assert result.exit_code == 0, result.output
     whole, joined, packed = read_rows(path)
-    assert [row.implementation for row in (whole, joined, packed)] == ["whole", "whole_joined", "packed_torch"]
+    assert [row.implementation for row in (whole, joined, packed)] == ["whole", "whole_joined", "packed_sdpa"]
     assert joined.details["loss"] == pytest.approx(whole.details["loss"], rel=1e-3)
     assert packed.details["over_whole"] == pytest.approx(packed.ms / whole.ms, rel=1e-4)  # type: ignore[operator]
     assert whole.details["attention_ms"] > 0

@@ -5,15 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 pytest.importorskip("peft")
+pytest.importorskip("trl")  # as for the server from which processes are forked
 
-from benchmarks import experts_apart
+from benchmarks import experts_apart, loading
 from benchmarks.experts_apart import APART, FORWARD, TRAIN
 from benchmarks.finetune_gpus import ONE, SHARDED
 from benchmarks.rows import read_rows
+from tests.benchmarks.forked import in_processes
+from tests.integration.finetuning import warm_context
 from tests.support import unboxed
 
 
@@ -24,7 +28,11 @@ def run(*options: str) -> object:
 
 
 @pytest.mark.slow
-def test_a_run_writes_rows_of_each(tmp_path: Path) -> None:
+def test_a_run_writes_rows_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its processes start as those of ``finetune_gpus``, whose test has torchrun start some."""
+    monkeypatch.setattr(loading, "get_context", lambda _: warm_context())
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(experts_apart.runner, "in_processes", in_processes)
     path = tmp_path / "rows.json"
     result = run("--device", "cpu", "--quick", "--layers", "1", "--repeats", "1", "--output", str(path))
     assert result.exit_code == 0, result.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from benchmarks import finetune_gpus
 from benchmarks.finetune_gpus import EAGER, ONE, REPLICATED, SHARDED, Job, job_of, row_of
 from benchmarks.rows import read_rows
 from benchmarks.table import render
+from tests.benchmarks.forked import in_processes
 from tests.support import unboxed
 
 
@@ -26,13 +28,23 @@ def run(*options: str) -> object:
 
 
 @pytest.mark.slow
-def test_a_run_writes_a_row_of_each(tmp_path: Path) -> None:
+def test_a_run_writes_a_row_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun starts the processes of one contender. Those of the others are forked where no GPU forbids it."""
+    torchrun, started = finetune_gpus.runner.in_processes, []
+
+    def start(module: str, contender: str, job: Job, number: int) -> Any:
+        started.append((contender, number))
+        with_torchrun = contender == SHARDED or torch.cuda.is_available()
+        return (torchrun if with_torchrun else in_processes)(module, contender, job, number)
+
+    monkeypatch.setattr(finetune_gpus.runner, "in_processes", start)
     path = tmp_path / "rows.json"
     options = ("--device", "cpu", "--quick", "--tokens", "16", "--steps", "2", "--accumulation", "1")
     result = run(*options, "--output", str(path))
     assert result.exit_code == 0, result.output
     rows = {row.implementation: row for row in read_rows(path)}
     assert list(rows) == [ONE, REPLICATED, SHARDED, EAGER]
+    assert started == [(ONE, 1), (REPLICATED, 2), (SHARDED, 2), (EAGER, 2)]
     assert {name: row.details["gpus"] for name, row in rows.items()} == {ONE: 1, REPLICATED: 2, SHARDED: 2, EAGER: 2}
     for name in (REPLICATED, SHARDED):
         ratio = rows[name].details["tokens_per_second"] / rows[ONE].details["tokens_per_second"]

@@ -35,14 +35,36 @@ def run(*options):
     return CliRunner().invoke(app, options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["--cold"]], ids=["page cache", "disk"])
-def test_whole_run(options, tmp_path, libraries):
-    output = tmp_path / "rows.json"
-    command = [sys.executable, "-m", "benchmarks.loading", "--quick", "--device", "cpu", "--layers", "2", *options]
+def run_in_new_processes(output, options):
+    """As a user runs it: what it prints."""
+    command = [sys.executable, "-m", "benchmarks.loading", *options, "--output", str(output)]
     root = loading.runner.ROOT.parent
-    result = subprocess.run([*command, "--output", str(output)], cwd=root, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def run_in_forked_processes(output, options):
+    """The same in this process, whose processes are forked from one that has imported all: what it prints."""
+    pytest.importorskip("trl")
+    from tests.integration.finetuning import warm_context
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "get_context", lambda _: warm_context())
+        result = run(*options, "--output", str(output))
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "start"),
+    [([], run_in_new_processes), (["--cold"], run_in_forked_processes)],
+    ids=["page cache", "disk"],
+)
+def test_whole_run(options, start, tmp_path, libraries):
+    output = tmp_path / "rows.json"
+    printed = start(output, ["--quick", "--device", "cpu", "--layers", "2", *options])
     rows = json.loads(output.read_text(encoding="utf-8"))
     wanted = [("moe_fused", "nf4"), ("transformers", "bf16"), (loading.WITHOUT_READAHEAD, "nf4")]
     assert [(row["implementation"], row["weights"]) for row in rows] == wanted[: 3 if options else 2]
@@ -53,7 +75,7 @@ def test_whole_run(options, tmp_path, libraries):
         assert row["seconds"] > 0
         speeds = (row["gb_per_second"], row["disk_gb_per_second"])
         assert all(speed > 0 for speed in speeds) if options else speeds == (None, None)
-        line = next(line for line in result.stdout.splitlines() if row["implementation"] in line)
+        line = next(line for line in printed.splitlines() if row["implementation"] in line)
         assert re.search(rf"{row['weights']} .* {row['seconds']:.1f} .* {row['footprint_mib']:.0f} ", line)
     packed, dense = (row["footprint_mib"] for row in rows[:2])
     parameters = 2 * LAYERS["tiny"].parameters

@@ -56,6 +56,13 @@ OPTIONS = (
 )  # fmt: skip
 
 
+def warm_context() -> Any:
+    """Multiprocessing whose processes have everything imported, but for those on a GPU."""
+    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
+
+
 @dataclass(frozen=True)
 class Ended:
     status: int
@@ -69,14 +76,20 @@ class Command:
     Args:
         arguments: of the command, as ``finetune`` and its options.
         before: called in the process before the command.
+        main: a function that runs another command. It reads the arguments from ``sys.argv``, and gives the exit status or
+            raises SystemExit.
     """
 
-    def __init__(self, *arguments: str | Path, cwd: Path, before: Callable[[], object] | None = None) -> None:
-        context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-        context.set_forkserver_preload(_PRELOADED)
+    def __init__(
+        self,
+        *arguments: str | Path,
+        cwd: Path,
+        before: Callable[[], object] | None = None,
+        main: Callable[[], object] | None = None,
+    ) -> None:
         self._streams = [cwd / f".{name}-{time.monotonic_ns()}" for name in ("stdout", "stderr")]
-        self.process = context.Process(
-            target=_run, args=([str(argument) for argument in arguments], cwd, self._streams, before)
+        self.process = warm_context().Process(
+            target=_run, args=([str(argument) for argument in arguments], cwd, self._streams, before, main)
         )
         self.process.start()
 
@@ -97,8 +110,14 @@ class Command:
         return Ended(self.process.exitcode, *texts)
 
 
-def _run(arguments: list[str], cwd: Path, streams: list[Path], before: Callable[[], object] | None) -> None:
-    from moe_fused.__main__ import main
+def _run(
+    arguments: list[str],
+    cwd: Path,
+    streams: list[Path],
+    before: Callable[[], object] | None,
+    main: Callable[[], object] | None,
+) -> None:
+    from moe_fused.__main__ import main as moe_fused
 
     gc.freeze()  # what the server imported is no garbage: looking through it takes a second each time
     os.chdir(cwd)
@@ -109,7 +128,7 @@ def _run(arguments: list[str], cwd: Path, streams: list[Path], before: Callable[
     sys.argv = ["moe-fused", *arguments]
     if before is not None:
         before()
-    status = main()
+    status: Any = (main or moe_fused)()
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(status)

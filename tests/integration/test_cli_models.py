@@ -5,18 +5,21 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, Qwen3MoeConfig
 
 import moe_fused
+from moe_fused.commands.generate import _new_tokens
 from moe_fused.integrations.quantizer.packed_experts import packed_modules
 from tests.support import REPOSITORY, python_path
 
@@ -178,7 +181,12 @@ def test_an_adapter_of_a_run_that_has_not_ended(model: Path, tmp_path: Path, com
             "--cuda-graphs needs a GPU of CUDA or ROCm",
         ),
         (["{model}", "--prompt", "w7", "--max-new-tokens", "99"], "at most 61 after a prompt of 3 tokens"),
-        (["{model}", "--prompt", "w7 " * 70], "at most 0 after a prompt of 72 tokens"),
+        (
+            ["{model}", "--prompt", "w7 " * 70],
+            "--prompt is too long: it makes 72 tokens, and the model has 64 positions",
+        ),
+        (["{model}", "--prompt", "w7\udcff"], "--prompt must be text in UTF-8"),
+        (["{model}", "--prompt", "w7", "--temperature", "0", "--top-p", "0.5"], "--top-p has no effect with --temp"),
         (["{model}", "--prompt", "w7", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["{model}", "--prompt", "w7", "--temperature", "-1"], "--temperature"),
         (["{model}", "--prompt", "w7", "--dtype", "int8"], "--dtype"),
@@ -214,13 +222,70 @@ def test_generate_needs_a_tokenizer(tmp_path: Path, command: Command) -> None:
 def test_no_prompt(model: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
-    monkeypatch.setattr(sys, "stdin", terminal)
-    assert "--prompt is missing" in command("generate", model).error
+    for closed_or_terminal in (terminal, None):
+        monkeypatch.setattr(sys, "stdin", closed_or_terminal)
+        assert "--prompt is missing" in command("generate", model).error
+
+
+@pytest.mark.parametrize(
+    "given, words", [(b" \n", "must not be empty"), (b"w7 \xff", "must be text in UTF-8")], ids=["empty", "bytes"]
+)
+def test_standard_input_must_be_text(
+    given: bytes, words: str, model: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python reads bytes that are no text either as an error or as halves of surrogate pairs."""
+    for errors in ("strict", "surrogateescape"):
+        stdin = io.TextIOWrapper(io.BytesIO(given), encoding="utf-8", errors=errors)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        error = command("generate", model, "--device", "cpu").error
+        assert error.startswith(f"error: standard input, which is read without --prompt, {words}")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}, {"return_dict_in_generate": True}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_settings_of_the_model_that_a_stream_does_not_know(
+    settings: dict[str, Any], model: Path, tmp_path: Path, command: Command
+) -> None:
+    """Beam search has no text before its end, and of several sequences one is printed."""
+    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    options = ("--prompt", "w7 w8", "--no-chat", "--max-new-tokens", 6, "--device", "cpu")
+    ended = command("generate", tmp_path, *options)
+    assert (ended.status, ended.stderr.splitlines()[-1][:11]) == (0, "6 tokens in"), ended
+    assert 0 < len(ended.stdout.split()) <= 6  # without special tokens, which may be sampled
+    if "num_beams" in settings:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        ids = tokenizer("w7 w8", return_tensors="pt")["input_ids"]
+        found = load(model).generate(ids, num_beams=3, max_new_tokens=6)
+        assert ended.stdout.strip() == tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+        greedy = command("generate", tmp_path, *options, "--temperature", 0)
+        assert greedy.stdout.strip() == expected_text(load(model), model, "w7 w8", 6)
+
+
+def test_a_prompt_without_a_token() -> None:
+    config = Qwen3MoeConfig(max_position_embeddings=8)
+    with pytest.raises(ValueError, match="--prompt must have a token, and the tokenizer makes none of it"):
+        _new_tokens(config, 0, None)
+
+
+def test_a_model_without_a_limit_of_positions() -> None:
+    config = PreTrainedConfig()
+    assert [_new_tokens(config, 9, wanted) for wanted in (None, 7, 5000)] == [512, 7, 5000]
 
 
 def test_a_name_that_the_hub_does_not_have(command: Command) -> None:
     """A name that the Hub does not have, or that is no valid name, is an error in one line, without a traceback."""
     assert "MODEL nobody/nothing cannot be read" in command("generate", "nobody/nothing", "--prompt", "w7").error
+
+
+def test_an_adapter_that_the_hub_does_not_have(model: Path, command: Command) -> None:
+    """What cannot be reached is not called incomplete."""
+    ended = command("generate", model, "--adapter", "nobody/nothing", "--prompt", "w7", "--device", "cpu")
+    assert ended.error.startswith("error: --adapter nobody/nothing: it cannot be read: ")
 
 
 @pytest.mark.parametrize(

@@ -27,16 +27,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def cache_in(directory: Path, processes: int = 1) -> None:
     """The cache of ``datasets`` is in a directory of the test. This runs in the process of a command."""
-    from moe_fused.finetune import data
+    from moe_fused.finetune import tokenizing
 
     datasets.config.HF_DATASETS_CACHE = directory
-    data._cores = lambda: processes  # type: ignore[assignment]
-    data._ROWS_OF_A_PROCESS = 1
+    tokenizing._cores = lambda: processes  # type: ignore[assignment]
+    tokenizing._ROWS_OF_A_PROCESS = 1
 
 
 # Files of rows and of their tokens are finished, and moved to their places.
 FINISHED, MOVED = "datasets.arrow_writer:ArrowWriter.finalize", "shutil:move"
-SOME = [Death(FINISHED, 2), Death("moe_fused.finetune.data:_Worker.__call__", 3), Death(MOVED, 2, done=True)]
+SOME = [Death(FINISHED, 2), Death("moe_fused.finetune.tokenizing:_Worker.__call__", 3), Death(MOVED, 2, done=True)]
 ALL = [Death(place, call, done) for place in (FINISHED, MOVED) for call in (1, 2, 3) for done in (False, True)]
 
 

@@ -15,7 +15,7 @@ import torch
 
 import moe_fused
 from moe_fused.devices import use_expandable_segments
-from moe_fused.finetune.options import Options
+from moe_fused.finetune.options import KeepAttention, Options
 
 from .finetuning import CHAT_TEMPLATE, write_jsonl
 
@@ -97,7 +97,9 @@ def make(model: Path, output: Path, rows: list[str], **options: Any) -> tuple[An
     return make_trainer(adapted, tokenizer, prepared.dataset, plan.run, held), plan
 
 
-def peak_of(directory: Path, length: int, packing: str, graphs: bool, evaluates: bool) -> tuple[int, int]:
+def peak_of(
+    directory: Path, length: int, packing: str, graphs: bool, evaluates: bool, keep_attention: KeepAttention
+) -> tuple[int, int]:
     """The predicted and the measured peak of a run's memory, in bytes. It needs a process that has done nothing yet.
 
     What graphs keep is not allocated between their replays, so a run with graphs is measured by what is reserved.
@@ -118,6 +120,7 @@ def peak_of(directory: Path, length: int, packing: str, graphs: bool, evaluates:
         max_steps=2,
         gradient_accumulation=2,
         cuda_graphs=graphs,
+        keep_attention=keep_attention,
     )
     assert {len(row["input_ids"]) for row in trainer.train_dataset} == {length}
     torch.cuda.empty_cache()
@@ -138,7 +141,16 @@ def test_peak_is_as_predicted(length: int, packing: str, graphs: bool, evaluates
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as executor:
-        predicted, measured = executor.submit(peak_of, tmp_path, length, packing, graphs, evaluates).result()
+        predicted, measured = executor.submit(peak_of, tmp_path, length, packing, graphs, evaluates, "none").result()
+    assert measured == pytest.approx(predicted, rel=0.1)
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_peak_of_kept_attention_is_as_predicted(where: KeepAttention, graphs: bool, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as executor:
+        predicted, measured = executor.submit(peak_of, tmp_path, 8192, "wrapped", graphs, False, where).result()
     assert measured == pytest.approx(predicted, rel=0.1)
 
 
@@ -187,6 +199,40 @@ def test_graphs_compute_what_layers_do(packing: str, tmp_path: Path, monkeypatch
     moved = {name: value for name, value in adapters[False].items() if "lora_B" in name}
     for name, value in moved.items():
         assert (adapters[True][name] - value).norm() < 0.1 * value.norm(), name
+
+
+@pytest.mark.parametrize("packing", ["wrapped", "bfd"])
+def test_kept_attention_trains_the_same(packing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without graphs, on the device and on the host, also after an evaluation and with several batches a step."""
+    replays = count_replays(monkeypatch)
+    model = save_model(tmp_path / "model", **TINY)
+    rows = [TEXT[i : i + 40 + 37 * i % 300] for i in range(60)]
+    found = {}
+    for where in ("none", "device", "host"):
+        for graphs in (False, True):
+            trainer, _ = make(
+                model,
+                tmp_path / f"{where}-{graphs}",
+                rows,
+                sequence_length=256,
+                packing=packing,
+                max_steps=6,
+                gradient_accumulation=2,
+                learning_rate=1e-3,
+                eval_share=0.2,
+                eval_steps=2,
+                cuda_graphs=graphs,
+                keep_attention=where,
+            )
+            before = len(replays)
+            trainer.train_from(None)
+            assert len(replays) - before == 11 * graphs
+            history = trainer.state.log_history
+            found[where, graphs] = [
+                record[name] for record in history for name in ("loss", "eval_loss") if name in record
+            ]
+    for values in found.values():
+        assert values == pytest.approx(found["none", False], rel=5e-3)
 
 
 @pytest.mark.parametrize(("packing", "batch_size"), [("bfd", 1), ("bfd", 2), ("none", 2)])

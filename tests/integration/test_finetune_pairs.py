@@ -53,6 +53,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "router_aux_loss": (0.01,),
     "lora_dropout": (0.1,),
     "gradient_checkpointing": (False,),
+    "keep_attention": ("device",),
     "attn": ("eager",),
     "batch_size": (2,),
     "skip_bad_rows": (True,),
@@ -73,6 +74,10 @@ EXCLUDED: dict[frozenset[str], str | None] = {
     frozenset({"expert_rank", "attention_rank"}): "there is nothing to train",
     frozenset({"attention_rank", "attention_modules"}): None,
     frozenset({"streaming", "eval_share"}): "--eval-share is not possible with --streaming",
+    frozenset(
+        {"keep_attention", "gradient_checkpointing"}
+    ): "--keep-attention device is not possible with --no-gradient",
+    frozenset({"keep_attention", "attn"}): "--keep-attention device is not possible with --attn eager",
     frozenset({"method", "assistant_only_loss"}): "--assistant-only-loss is not for --method",
     frozenset({"method", "lora_dropout"}): "--lora-dropout is not possible with --method",
     frozenset({"method", "modules_to_save"}): "--modules-to-save is not possible with --method",

@@ -19,7 +19,7 @@ import trl
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from moe_fused.finetune import data as module
+from moe_fused.finetune import tokenizing as module
 from moe_fused.finetune.data import Prepared, find, prepare
 from moe_fused.finetune.formats import BadRow
 from moe_fused.finetune.options import Options

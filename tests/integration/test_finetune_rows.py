@@ -274,12 +274,12 @@ def test_rows_a_second(tmp_path: Path) -> None:
 
 def _slow_workers() -> None:
     """Rows take long, in two processes, and the first to begin says so. All are a group, as on a terminal."""
-    from moe_fused.finetune import data
+    from moe_fused.finetune import tokenizing
     from moe_fused.finetune.render import Renderer
 
     os.setpgid(0, 0)
-    data._cores = lambda: 2  # type: ignore[assignment]
-    data._ROWS_OF_A_PROCESS = 1
+    tokenizing._cores = lambda: 2  # type: ignore[assignment]
+    tokenizing._ROWS_OF_A_PROCESS = 1
     render = Renderer.__call__
 
     def slow(self: Renderer, row: Any) -> Any:

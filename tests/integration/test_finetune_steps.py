@@ -298,7 +298,7 @@ class _Recorded:
     made: list[_Recorded]
     is_stale = is_waiting = False
 
-    def __init__(self, decoder: nn.Module, forward: Any, inputs: Any) -> None:
+    def __init__(self, decoder: nn.Module, forward: Any, inputs: Any, kept: Any) -> None:
         self.forward, self.shapes, self.runs, self.evaluations = forward, _shapes(inputs), 0, 0
         self.made.append(self)
 

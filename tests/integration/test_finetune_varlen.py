@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,10 +26,11 @@ from moe_fused.finetune.options import Options
 from moe_fused.finetune.resolve import candidates, set_up
 from moe_fused.memory import skeleton
 
-from .models import GPT_OSS, QWEN3_MOE
+from .models import GPT_OSS, MODELS, QWEN3_MOE
 from .test_finetune_attention import reference_backward, reference_forward
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+BY_ID = {case.id: case for case in MODELS}
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
@@ -334,11 +336,59 @@ def test_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
         set_up(Options(model="m", attn="cudnn", device="cpu"), QWEN3_MOE.build().config, CPU)
 
 
+def test_a_plan_for_another_machine_needs_the_package_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the plan would be one with masks, and without graphs."""
+    monkeypatch.setitem(sys.modules, "cudnn", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="needs the package nvidia-cudnn-frontend, which is not installed"):
+        run_of("cudnn")
+
+
+@pytest.mark.parametrize(
+    ("options", "config", "message"),
+    [
+        ({"dtype": "float32"}, None, "it needs --dtype bfloat16 or float16"),
+        ({}, Qwen3MoeConfig(**{**SIZES, "head_dim": 20}), "a number that is no multiple of 8"),
+        ({}, Qwen3MoeConfig(**SIZES, attention_dropout=0.1), "its attention has dropout"),
+        ({}, BY_ID["qwen3_next"].build().config, "layers of type linear_attention take no boundaries of rows"),
+        ({}, BY_ID["phimoe"].build(head_dim=8, sliding_window=8).config, "a sliding window in their masks alone"),
+    ],
+    ids=["dtype", "heads", "dropout", "recurrent", "windows"],
+)
+def test_a_named_kernel_is_taken_or_refused(options: dict[str, Any], config: Any, message: str) -> None:
+    """A mask of all pairs of tokens does not silently take its place."""
+    with pytest.raises(ValueError, match=f"--attn torch is not possible for .* here, leave it out: .*{message}"):
+        run_of("torch", config, **options)
+
+
+def test_a_torch_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "torch_kernel", lambda: None)
+    with pytest.raises(ValueError, match=r"leave it out: it needs a torch newer than 2\.10"):
+        run_of("torch")
+    assert run_of().kernel is None
+
+
+@pytest.mark.parametrize("attn", ["", "flash", "paged|sdpa", "paged|kernels-community/flash-attn3", "a/b/c", "Torch"])
+def test_names_of_no_attention(attn: str) -> None:
+    words = attention.name_refusal(attn, CUDA)
+    assert words is not None
+    assert re.fullmatch(r"it must be one of torch, cudnn, eager, .*sdpa, or a kernel of the Hub as org/name", words)
+    assert attention.NAME not in words
+
+
+@pytest.mark.parametrize(
+    "attn", ["auto", "torch", "cudnn", "sdpa", "eager", "flex_attention", "flash_attention_2", HUB_ID]
+)
+def test_names_of_an_attention(attn: str) -> None:
+    assert attention.name_refusal(attn, CUDA) is None
+    assert (attention.name_refusal(attn, CPU) is None) == (attn != "flex_attention")
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (Qwen3MoeConfig(**SIZES, **WINDOWS), "sliding window"),
-        (Qwen3MoeConfig(**{**SIZES, "head_dim": 256}), "larger than 128 features"),
+        (Qwen3MoeConfig(**{**SIZES, "head_dim": 256}), "more than 128 features"),
         (GPT_OSS.build().config, "sinks"),
     ],
 )

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import moe_fused
@@ -334,15 +334,34 @@ def test_what_cannot_be_recorded_says_so_once(
         assert len(steps) == 1
 
 
-@pytest.mark.parametrize("options", [{"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"use_cache": False}, "use_cache is False"),
+        ({"cache_implementation": "static"}, "cache_implementation is static"),
+        ({"past_key_values": DynamicCache()}, "past_key_values are given"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
 def test_another_cache_is_taken_as_asked(
-    model: Any, steps: list[_Again], caplog: pytest.LogCaptureFixture, options: dict[str, Any]
+    model: Any, steps: list[_Again], caplog: pytest.LogCaptureFixture, options: dict[str, Any], words: str
 ) -> None:
     want = model.generate(**prompt(), **GREEDY)
     with fast(model), caplog.at_level(logging.WARNING):
         assert torch.equal(model.generate(**prompt(), **GREEDY | options), want)
     assert not steps
-    assert "CUDA graphs" not in caplog.text
+    assert f"generating without CUDA graphs, because {words}" in caplog.text
+
+
+def test_a_model_whose_settings_have_no_cache(
+    model: Any, steps: list[_Again], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Configs of trained models often have ``use_cache`` off, and a call that does not say otherwise is slow."""
+    model.generation_config.use_cache = False
+    with fast(model), caplog.at_level(logging.WARNING):
+        model.generate(**prompt(), **{name: value for name, value in GREEDY.items() if name != "use_cache"})
+    assert not steps
+    assert "because use_cache is False" in caplog.text
 
 
 def test_a_failed_recording_goes_on_without(

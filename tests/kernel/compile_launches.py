@@ -4,14 +4,22 @@ A program of its own because Triton's interpreter, under which the other tests m
 are imported: ``python -m tests.kernel.compile_launches 90 bfloat16 plain:128 adapted:16 adapted:128 untiled short:16``
 (target, dtype, and what: the tiled stages of a bucket without and with adapters, those without a tile to choose, those over
 packed weights in blocks shorter than usual, and, as ``int4:64``, those over weights in the format of that name).
+
+Without arguments it reads them as JSON from lines of its input, and forks a process for each line. Tests ask such a server
+with ``compiled``, because importing everything again takes seconds for each target.
 """
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -20,8 +28,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from tests.kernel.machine import kernel, module
+from tests.kernel.machine import ON_GPU, kernel, module
 from tests.kernel.offline_compile import compiling_for
+from tests.support import REPOSITORY
 
 # One Qwen3-30B-A3B layer.
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 128, 2048, 768, 8
@@ -384,11 +393,77 @@ def compile_launches(arch: int | str, dtype: torch.dtype, what: list[str]) -> It
                 yield Launch(name, str(config or ""), **asdict(resources), seconds=seconds)
 
 
-def main() -> None:
-    arch, dtype, *what = sys.argv[1:]
-    launches = compile_launches(int(arch) if arch.isdigit() else arch, getattr(torch, dtype), what)
+def _print_launches(arch: str, dtype: str, *what: str) -> None:
+    launches = compile_launches(int(arch) if arch.isdigit() else arch, getattr(torch, dtype), list(what))
     print(json.dumps([asdict(launch) for launch in launches]))
 
 
+def _serve() -> None:
+    """Answers each line with the exit status of its process and what that wrote to stdout and stderr, as JSON."""
+    for line in sys.stdin:
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            child = os.fork()
+            if child == 0:
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                status = 1
+                try:
+                    _print_launches(*json.loads(line))
+                    status = 0
+                finally:
+                    if status:
+                        traceback.print_exc()
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                    os._exit(status)
+            _, status = os.waitpid(child, 0)
+            texts = [file.read() for file in (out, err) if file.seek(0) == 0]
+        print(json.dumps([os.waitstatus_to_exitcode(status), *texts]), flush=True)
+
+
+def _environment() -> dict[str, str]:
+    # Line numbers change nothing in what a kernel takes, and make the compiler slower by a tenth.
+    return {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DISABLE_LINE_INFO": "1"}
+
+
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.kernel.compile_launches"],
+        cwd=REPOSITORY, env=_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+    def end() -> None:
+        server.stdin.close()
+        server.wait()
+
+    atexit.register(end)
+    return server
+
+
+def compiled(arch: int | str, dtype: str, what: list[str]) -> list[Launch]:
+    """What each launch takes, compiled in a process of its own.
+
+    Raises:
+        AssertionError: A launch does not compile.
+    """
+    arguments = [str(arch), dtype, *what]
+    if ON_GPU:  # CUDA does not work in a process that was forked
+        command = [sys.executable, "-m", "tests.kernel.compile_launches", *arguments]
+        run = subprocess.run(command, cwd=REPOSITORY, env=_environment(), capture_output=True, text=True, check=False)
+        status, out, err = run.returncode, run.stdout, run.stderr
+    else:
+        server = _server()
+        print(json.dumps(arguments), file=server.stdin, flush=True)
+        answer = server.stdout.readline()
+        assert answer, f"the process that compiles ended with {server.wait()}"
+        status, out, err = json.loads(answer)
+    assert status == 0, f"{' '.join(arguments)} ended with {status}:\n{err[-4000:]}"
+    return [Launch(**row) for row in json.loads(out)]
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:]:
+        _print_launches(*sys.argv[1:])
+    else:
+        _serve()

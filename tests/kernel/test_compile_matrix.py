@@ -6,19 +6,14 @@ Each target is compiled by a process of its own, see ``compile_launches``.
 from __future__ import annotations
 
 import functools
-import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
 
 from tests.kernel.accepted import ACCEPTED, TWO_PROGRAMS
-from tests.kernel.compile_launches import Launch
+from tests.kernel.compile_launches import Launch, compiled
 from tests.kernel.machine import HAS_TRITON, ON_GPU, module
-from tests.support import REPOSITORY
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="nothing to compile without triton")
 
@@ -118,12 +113,7 @@ SAMPLE = ("sm_90-float16",)
 
 @functools.cache
 def compile_case(case: MatrixCase) -> list[Launch]:
-    command = [sys.executable, "-m", "tests.kernel.compile_launches", str(case.arch), case.dtype]
-    command += case.what
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, f"{case.id} does not compile:\n{run.stderr[-4000:]}"
-    return [Launch(**row) for row in json.loads(run.stdout)]
+    return compiled(case.arch, case.dtype, case.what)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,6 @@ compute comes from its definition here, in float64.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernel.compile_launches import compiled
 from tests.kernel.int4 import Int4
 from tests.kernel.lora_cases import Factors, LoraCase, lora_gradients, make_lora_inputs
 from tests.kernel.machine import DEVICE, HAS_TRITON, ON_GPU, kernel, module, name_of
@@ -33,7 +30,6 @@ from tests.kernel.packed_cases import (
 )
 from tests.kernel.test_compile_matrix import MAX_SPILLS_FEW_SLOTS
 from tests.kernel.test_packed import assert_equals_truth, assert_taken
-from tests.support import REPOSITORY
 
 formats, Packed4bitWeights = module("formats"), kernel.Packed4bitWeights
 
@@ -299,18 +295,13 @@ def test_names_are_words_and_are_taken_once() -> None:
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_every_stage_compiles(name: str, arch: int) -> None:
-    forms = (f"{name}:16", f"{name}:128")
-    command = [sys.executable, "-m", "tests.kernel.compile_launches", str(arch), "bfloat16", *forms]
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
-    launches = json.loads(run.stdout)
-    kernels = {launch["kernel"] for launch in launches}
+    launches = compiled(arch, "bfloat16", [f"{name}:16", f"{name}:128"])
+    kernels = {launch.kernel for launch in launches}
     assert kernels == {
         "packed_gemm_kernel", "packed_transposed_kernel", "packed_down_backward_kernel", "packed_gemv_up_kernel",
         "packed_gemv_down_kernel", "few_slots_kernel", "sum_slots_kernel", "few_rows_kernel", "dequantize_kernel",
         "sum_parts_kernel",
     }  # fmt: skip
-    few = [launch["spills"] for launch in launches if launch["kernel"] == "few_slots_kernel"]
+    few = [launch.spills for launch in launches if launch.kernel == "few_slots_kernel"]
     assert max(few) <= MAX_SPILLS_FEW_SLOTS
-    assert max(launch["spills"] for launch in launches if launch["kernel"] != "few_slots_kernel") <= 64
+    assert max(launch.spills for launch in launches if launch.kernel != "few_slots_kernel") <= 64
