@@ -114,7 +114,8 @@ def quantization_config(quant_type: Literal["mxfp4", "nvfp4"]) -> QuantizationCo
     """Makes the config with which ``from_pretrained`` holds the experts of a dense checkpoint in a published format.
 
     ``enable`` must have been called. All other layers stay dense. ``save_pretrained`` writes a checkpoint as
-    compressed-tensors would. Models without names for the matrices of single experts, as gpt-oss, cannot be saved so: for
+    compressed-tensors would. A checkpoint that is in 4 bits already must be in this format, or ``from_pretrained`` raises
+    ValueError. Models without names for the matrices of single experts, as gpt-oss, cannot be saved so: for
     these, give Transformers' ``Mxfp4Config()``. For nf4 and fp4, give ``BitsAndBytesConfig(load_in_4bit=True)``.
 
     Raises:

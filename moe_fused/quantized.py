@@ -315,9 +315,10 @@ def fault_in(content: Mapping[str, Any]) -> str | None:
     Args:
         content: the ``quantization_config`` as ``config.json`` has it.
     """
-    if not content.get("quant_method"):
-        if any(content.get(f"{prefix}load_in_{bits}bit") for prefix in ("", "_") for bits in (4, 8)):
-            return None  # of an old bitsandbytes, as Transformers has it
+    old = any(
+        content.get(f"{prefix}load_in_{bits}bit") for prefix in ("", "_") for bits in (4, 8)
+    )  # as Transformers has it
+    if not content.get("quant_method") and not old:
         return f"has no quant_method, which says how the weights are quantized, such as {', '.join(_METHODS)}"
     for field in _NAMES_OF_DENSE:
         names = content.get(field)
@@ -325,7 +326,10 @@ def fault_in(content: Mapping[str, Any]) -> str | None:
             isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
         ):
             return f"must have the names of modules in {field}, a list, got {names!r}"
-    if _method(content) != COMPRESSED_TENSORS:
+    method, kind = _method(content), content.get("bnb_4bit_quant_type")
+    if method.startswith(BITSANDBYTES) and not _in_8bit(content) and kind not in (None, "nf4", "fp4"):
+        return f"must have nf4 or fp4 as bnb_4bit_quant_type, got {kind!r}"
+    if method != COMPRESSED_TENSORS:
         return None
     groups = content.get("config_groups")
     if not groups and str(content.get("format")) not in COMPRESSED_FORMATS:

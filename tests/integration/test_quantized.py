@@ -115,6 +115,15 @@ def test_names_of_dense_modules_are_a_list(content: dict[str, Any], field: str) 
         check_quantization("MODEL", "there", {"quantization_config": content | {field: "lm_head"}})
 
 
+@pytest.mark.parametrize("kind", ["int4", "NF4", ["nf4"]])
+def test_formats_that_bitsandbytes_does_not_have(kind: object) -> None:
+    """They do not count as fp4, which is the format of a config that names none."""
+    for content in ({"load_in_4bit": True}, {"load_in_4bit": True, "quant_method": "bitsandbytes"}):
+        check_quantization("MODEL", "there", {"quantization_config": content})
+        with pytest.raises(ValueError, match="must have nf4 or fp4 as bnb_4bit_quant_type, got"):
+            check_quantization("MODEL", "there", {"quantization_config": content | {"bnb_4bit_quant_type": kind}})
+
+
 def test_transforms_of_activations_are_refused() -> None:
     """Those of weights alone are in the weights. llm-compressor writes an empty config if there are none."""
 
