@@ -281,8 +281,9 @@ def _moments(sizes: Sizes, work: Workload, tensors: list[_Trained], adapters: in
     if work.kept_attention == "host":
         # At the end of the forward pass those of the last layers, and later those of two layers that are computed again.
         under_way = min(COPIES, attention_layers(sizes)) * attention_results(sizes, work)
-        for parts in moments["loss"], moments["layer"]:
-            parts["copies of attention"] = under_way
+        copies = {"copies of attention": under_way}
+        moments["loss"] |= copies
+        moments["layer"] |= copies
     # A pass without gradients takes less than the backward of a layer does.
     largest = max(sum(each.backward.values()) for each in layers)
     reference = 2 * work.tokens * sizes.hidden * work.itemsize + largest if work.reference else 0
