@@ -354,6 +354,7 @@ def main(
     if chosen_trainer == "finetune" and chosen_recompute != "layers":
         raise typer.BadParameter("--recompute selective needs loop", param_hint="--trainer")
     runner.check_device(device, quick)
+    runner.check_output(output)
     if expandable_segments:
         use_expandable_segments()
     chosen = runner.pick_device(device, "--device cpu --quick")
