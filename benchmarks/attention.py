@@ -380,6 +380,7 @@ def main(
             known = ", ".join((*DEFAULTS, ATEN))
             raise typer.BadParameter(f"{name} is none of {known}, and no id of the Hub", param_hint="--kernel")
     runner.check_device(device, quick)
+    runner.check_output(output)
     chosen = runner.pick_device(device, "--device cpu --quick")
     environment = current_environment(chosen)
     shared = runner.ROOT / "results" / f"{NAME}_{slug(environment.gpu)}.json"

@@ -204,6 +204,7 @@ def main(
             output.write_text(json.dumps(found), encoding="utf-8")
         return
     runner.check_device(device, quick)
+    runner.check_output(output)
     chosen = runner.pick_device(device, "--device cpu --quick")
     runner.check_gpus(device, gpus, "--gpus")
     layer, environment, console = (

@@ -37,6 +37,8 @@ from moe_fused.benchmark.layers import LAYERS
 from moe_fused.hub import get_kernel
 from moe_fused.tuner.workload import GraphMeasure
 
+from . import runner
+
 LAYER = LAYERS["qwen3-30b-a3b"]
 TOKENS = (1, 2, 4, 8, 16, 32)
 # In and out features of the matrices that share a launch.
@@ -275,13 +277,30 @@ class Bench:
                 )
 
 
+def sizes_of(text: str) -> tuple[int, ...]:
+    """Reads ``--sizes``. Raises typer.BadParameter unless it is whole numbers above 0, or empty."""
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if not all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(
+            f"it must be numbers above 0 with commas, such as 1,8, got {text}", param_hint="--sizes"
+        )
+    return tuple(map(int, parts))
+
+
 def main(
     sweep: Annotated[bool, typer.Option("--sweep", help="Search launch configurations.")] = False,
     only: Annotated[str, typer.Option(help="experts or linear; both by default.")] = "",
-    sizes: Annotated[str, typer.Option(help="Numbers of tokens or rows, such as 1,8.")] = "",
+    sizes: Annotated[
+        str, typer.Option(help="Numbers of tokens or rows, such as 1,8.  [default: up to 32 tokens and 64 rows]")
+    ] = "",
 ) -> None:
-    """Times 4-bit products of a few rows in CUDA graphs."""
-    chosen = tuple(int(size) for size in sizes.split(",") if size)
+    """Times 4-bit products of a few rows in CUDA graphs. Needs a GPU, and writes nothing."""
+    if only:
+        runner.choices("only", [only], ("experts", "linear"), ())
+    chosen = sizes_of(sizes)
+    if not torch.cuda.is_available():
+        typer.echo(f"This benchmark needs a CUDA GPU, and torch {torch.__version__} sees none", err=True)
+        raise typer.Exit(2)
     bench = Bench()
     if only in ("", "experts"):
         (bench.sweep_experts if sweep else bench.compare_experts)(chosen or TOKENS)

@@ -364,6 +364,7 @@ def main(
     if kept == "host" and device == "cpu":
         raise typer.BadParameter("host needs a GPU", param_hint="--keep-attention")
     runner.check_device(device, quick)
+    runner.check_output(output)
     if expandable_segments:
         use_expandable_segments()
     chosen = runner.pick_device(device, "--device cpu --quick")

@@ -246,6 +246,7 @@ def main(
     runner.choices("model", [model_name], tuple(BY_NAME), ())
     contenders = runner.choices("contender", contender, CONTENDERS, CONTENDERS)
     runner.check_device(device, quick)
+    runner.check_output(output)
     chosen = runner.pick_device(device, "--device cpu --quick")
     runner.check_gpus(device, gpus, "--gpus")
     console, environment = runner.make_console(), current_environment(chosen)

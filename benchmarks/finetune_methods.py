@@ -237,6 +237,7 @@ def main(
     """Measures evaluations and preferences against a plain step, and writes rows under benchmarks/results."""
     runner.choices("model", [model_name], tuple(BY_NAME), ())
     runner.check_device(device, quick)
+    runner.check_output(output)
     use_expandable_segments()
     disable_progress_bars()
     chosen = runner.pick_device(device, "--device cpu --quick")

@@ -147,6 +147,7 @@ def main(
     from .training_finetune import check, set_up_finetune
 
     runner.check_device(device, quick)
+    runner.check_output(output)
     use_expandable_segments()
     chosen = runner.pick_device(device, "--device cpu --quick")
     model = QWEN3_30B.tiny() if quick else QWEN3_30B

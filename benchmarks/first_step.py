@@ -323,6 +323,7 @@ def main(
     from . import runner
 
     runner.check_device(device, quick)
+    runner.check_output(output)
     runner.pick_device(device, "--device cpu --quick")
     arguments = ["--device", device, "--tokens", str(count), *(["--quick"] if quick else [])]
     arguments += [] if layers is None else ["--layers", str(layers)]
@@ -339,6 +340,7 @@ def main(
     for table in tables(starts, functions):
         console.print(table)
     if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
         values = {name: [asdict(phase) for phase in phases] for name, phases in starts.items()}
         output.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     if again := compiled_again(starts):

@@ -192,6 +192,7 @@ def main(
     """Trains adapters over experts in nf4, mxfp4, nvfp4 and bf16, and writes losses under benchmarks/results."""
     models = runner.choices("model", model, tuple(MODELS), tuple(MODELS))
     runner.check_device(device)
+    runner.check_output(output)
     chosen = runner.pick_device(device, "--device cpu --quick")
     count = steps or (QUICK_STEPS if quick else STEPS)
     loss_parity.report(

@@ -9,11 +9,12 @@ Weights are random. All contenders run in one process over the same prompts, of 
 - ``generate``: Transformers' ``generate`` as it is, with its growing cache.
 - ``static``: the same over a static cache, without compiling.
 - ``compiled``: the same, compiled as ``generate`` compiles for a static cache.
-- ``batched``: Transformers' ``generate_batch``, with its CUDA graphs.
+- ``batched``: Transformers' ``generate_batch``, with its CUDA graphs. On a GPU only.
 - ``moe_fused``: ``generate`` after ``moe_fused.fast_generation``.
 
 A row's ``tokens`` are the sequences, and its ``ms`` are a step: the time of a long answer less that of a short one, by the
-steps between. What compiles, tunes or records does so before. Further numbers of a row, under ``details``:
+steps between, each the least of several. What compiles, tunes or records does so before. Further numbers of a row, under
+``details``:
 
 - ``tokens_per_second`` of all sequences.
 - ``same_tokens``: the share of the tokens that are those of ``generate``. Ties in bf16 may end a sequence's likeness.
@@ -35,7 +36,7 @@ import typer
 from torch import Tensor
 
 import moe_fused
-from moe_fused.benchmark.harness import MIB, current_environment, release_memory
+from moe_fused.benchmark.harness import MIB, UnavailableError, current_environment, release_memory
 
 from . import full_model, runner
 from .experts_4bit import QUANT_TYPE
@@ -48,8 +49,10 @@ NAME = "generate"
 PLAIN, STATIC, COMPILED, BATCHED = "generate", "static", "compiled", "batched"
 CONTENDERS = (PLAIN, STATIC, COMPILED, BATCHED, OURS)
 PHASE = "decode"
-PROMPT, SHORT, LONG = 128, 8, 104
-SEQUENCES = (1, 8, 32)
+PROMPT = 128
+# The tokens of a short answer and of a long one.
+ANSWERS, QUICK_ANSWERS = (8, 104), (4, 20)
+SEQUENCES, QUICK_SEQUENCES = (1, 8, 32), (1, 2)
 EXPERT_RANK, ATTENTION_RANK = 8, 16
 REPEATS = 3
 
@@ -98,6 +101,8 @@ def contending(name: str, model: Any) -> Iterator[Callable[[Tensor, int], Tensor
         rows = [[*answer.prompt_ids, *answer.generated_tokens] for answer in answers.values()]
         return torch.tensor(rows, device=prompts.device)
 
+    if name == BATCHED and model.device.type == "cpu":  # where each call prepares for half a minute
+        raise UnavailableError("needs a GPU")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     quantizer = type(base.hf_quantizer) if getattr(base, "hf_quantizer", None) is not None else None
     before = vars(quantizer).get("is_compileable") if quantizer is not None else None
@@ -135,9 +140,13 @@ class Measured:
     tokens: Tensor
 
 
-def measure(generate: Callable[[Tensor, int], Tensor], prompts: Tensor) -> Measured:
-    """Measures a contender for some prompts (B, T)."""
-    on_gpu = prompts.is_cuda
+def measure(generate: Callable[[Tensor, int], Tensor], prompts: Tensor, answers: tuple[int, int]) -> Measured:
+    """Measures a contender for some prompts (B, T), with short and long answers of so many tokens.
+
+    Raises:
+        ValueError: A long answer takes no longer than a short one.
+    """
+    on_gpu, (short, long) = prompts.is_cuda, answers
 
     def timed(count: int) -> tuple[float, Tensor]:
         if on_gpu:
@@ -152,18 +161,24 @@ def measure(generate: Callable[[Tensor, int], Tensor], prompts: Tensor) -> Measu
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated() / MIB
-    first, _ = timed(LONG)
-    timed(SHORT)
-    steps = [timed(LONG)[0] - timed(SHORT)[0] for _ in range(REPEATS)]
-    tokens = timed(LONG)[1]
+    first, _ = timed(long)
+    timed(short)
+    times = [(timed(long)[0], timed(short)[0]) for _ in range(REPEATS)]
+    tokens = timed(long)[1]
     peak = torch.cuda.max_memory_reserved() / MIB - held if on_gpu else 0.0
-    return Measured(1e3 * min(steps) / (LONG - SHORT), peak, first, tokens)
+    # The least of each: the difference of a pair would be too small if something else made its short answer slow.
+    of_long, of_short = (min(each) for each in zip(*times, strict=True))
+    if of_long <= of_short:
+        raise ValueError(
+            f"{long} tokens take {of_long:.3f} s and {short} take {of_short:.3f} s, which gives no time of a step"
+        )
+    return Measured(1e3 * (of_long - of_short) / (long - short), peak, first, tokens)
 
 
-def cache_mib(config: Any, batch: int) -> float:
-    """Returns the MiB of keys and values of the longest answers in bf16."""
+def cache_mib(config: Any, batch: int, longest: int) -> float:
+    """Returns the MiB of keys and values of the longest answers in bf16, each of so many tokens."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * 2 * batch * (PROMPT + LONG) * config.num_hidden_layers * config.num_key_value_heads * size / MIB
+    return 2 * 2 * batch * (PROMPT + longest) * config.num_hidden_layers * config.num_key_value_heads * size / MIB
 
 
 def main(
@@ -180,6 +195,7 @@ def main(
     runner.choices("model", [model_name], tuple(BY_NAME), ())
     contenders = runner.choices("contender", contender, CONTENDERS, CONTENDERS)
     runner.check_device(device, quick)
+    runner.check_output(output)
     chosen = runner.pick_device(device, "--device cpu --quick")
     console, environment = runner.make_console(), current_environment(chosen)
     console.print(f"{environment.gpu}, torch {environment.torch}, Triton {environment.triton}, {environment.date}")
@@ -189,19 +205,21 @@ def main(
     shared = runner.ROOT / "results" / f"{NAME}-{slug(model_name)}_{slug(environment.gpu)}.json"
     path = output or (None if quick or layers is not None or contender else shared)
     with runner.one_line_errors():
+        kept = read_rows(path) if path is not None and path.exists() else []
         model = full_model.build(sizes, chosen, seed=SEED).eval()
         full_model.run_fused()
         model.config.use_cache = True
         model = adapted(model) if adapter else model
+        answers = QUICK_ANSWERS if quick else ANSWERS
         rows: list[Row] = []
-        for batch in sequences or SEQUENCES:
+        for batch in sequences or (QUICK_SEQUENCES if quick else SEQUENCES):
             generator = torch.Generator().manual_seed(SEED)
             ids = torch.randint(sizes.config().vocab_size, (batch, PROMPT), generator=generator).to(chosen)
             plain: Tensor | None = None
             for name in contenders:
                 try:
                     with contending(name, model) as generate, torch.no_grad():
-                        found = measure(generate, ids)
+                        found = measure(generate, ids, answers)
                 except Exception as error:
                     if name in (PLAIN, OURS):
                         raise
@@ -217,7 +235,7 @@ def main(
                 )  # fmt: skip
                 details = {
                     "tokens_per_second": 1e3 * batch / found.ms,
-                    "cache_mib": cache_mib(sizes.config().get_text_config(), batch),
+                    "cache_mib": cache_mib(sizes.config().get_text_config(), batch, answers[1]),
                     "first_s": found.first,
                 }
                 if plain is not None and plain.shape == found.tokens.shape:
@@ -227,7 +245,7 @@ def main(
                 numbers = ", ".join(f"{key} {value:g}" for key, value in details.items())
                 console.print(f"{name}, {batch} sequences: {found.ms:.2f} ms, {found.peak:.0f} MiB; {numbers}")
                 if path is not None:
-                    write_rows(path, merge(read_rows(path) if path.exists() else [], rows))
+                    write_rows(path, merge(kept, rows))
     moe_fused.disable()
     if path is not None:
         console.print(f"Wrote {path}")

@@ -388,6 +388,7 @@ def main(
 ) -> None:
     """Measures loading a model into 4 bits and writes rows under benchmarks/results, in place of those of the same GPU."""
     runner.check_device(device)
+    runner.check_output(output)
     name = layer or ("tiny" if quick else "qwen3-30b-a3b")
     if name not in LAYERS:
         raise typer.BadParameter(f"{name!r} is none of {', '.join(LAYERS)}", param_hint="--layer")

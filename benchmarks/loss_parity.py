@@ -501,6 +501,7 @@ def main(
 ) -> None:
     """Trains adapters in 4 bits, in bf16 and over dequantized weights, and writes losses under benchmarks/results."""
     runner.check_device(device)
+    runner.check_output(output)
     chosen = runner.pick_device(device, "--device cpu --quick")
     if missing := [module for module in NEEDED if importlib.util.find_spec(module) is None]:
         typer.echo(f"Training in 4 bits needs {', '.join(missing)}, not installed here", err=True)

@@ -340,6 +340,7 @@ def main(
     runner.choices("model", [model_name], tuple(BY_NAME), ())
     kinds = runner.choices("optimizer", optimizer, OPTIMIZERS, OPTIMIZERS)
     runner.check_device(device, quick)
+    runner.check_output(output)
     chosen = runner.pick_device(device, "--device cpu --quick")
     if importlib.util.find_spec("bitsandbytes") is None:
         typer.echo("This benchmark needs bitsandbytes, which is not installed here", err=True)

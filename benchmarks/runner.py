@@ -393,6 +393,22 @@ def check_device(name: str, quick: bool = True) -> None:
         raise typer.BadParameter("a CPU is only for smoke tests: give --quick", param_hint="--device")
 
 
+def check_output(path: Path | None) -> None:
+    """Checks the option ``--output`` before anything is measured.
+
+    Raises:
+        typer.BadParameter: nothing can be written there.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a directory, and must be a file", param_hint="--output")
+    parent = next(each for each in path.absolute().parents if each.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        reason = "may not be written" if parent.is_dir() else "is no directory"
+        raise typer.BadParameter(f"{path} cannot be written, because {parent} {reason}", param_hint="--output")
+
+
 def check_gpus(device: str, number: int, option: str) -> None:
     """Checks that there are as many GPUs as ``option`` asks for; a CPU counts as any number.
 
@@ -529,6 +545,7 @@ def command(benchmark: Benchmark) -> Callable[..., None]:
         device: Annotated[str, typer.Option(help="cuda, or cpu to smoke-test the benchmark.")] = "cuda",
     ) -> None:
         check_device(device)
+        check_output(output)
         every = [competitor.name for competitor in benchmark.implementations]
         layers = choices("layer", layer, tuple(LAYERS), benchmark.layers[:1] if quick else benchmark.layers)
         names = choices("implementation", implementation, every, every)

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 from benchmarks import few_rows
 from moe_fused.benchmark import harness
 from moe_fused.benchmark.layers import Layer
 from moe_fused.hub import get_kernel, submodule
+from tests.support import unboxed
 
 tuning = submodule(get_kernel(), "tuning")
 H200 = tuning.TARGETS[90]
@@ -85,3 +88,23 @@ def test_a_sweep_shows_the_fastest_first(
     assert [title.partition(",")[0] for title in titles] == [*tuning.KERNELS_FEW, "few_linear_4bit"]
     first, second = (float(line.split()[0]) for line in lines[1:3])
     assert first <= second
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--only", "foo"), "'foo' is none of experts, linear"),
+        (("--sizes", "x"), "numbers above 0 with commas, such as 1,8, got x"),
+        (("--sizes", "1,,8"), "numbers above 0 with commas"),
+        (("--sizes", "0"), "numbers above 0 with commas"),
+        (("--sizes", "1, 8"), "needs a CUDA GPU"),
+        ((), "needs a CUDA GPU"),
+    ],
+)
+def test_wrong_options(options: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    app = typer.Typer()
+    app.command()(few_rows.main)
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 2
+    assert words in unboxed(result.output), result.output
