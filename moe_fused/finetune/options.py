@@ -129,8 +129,8 @@ class Options:
     attn: Annotated[
         str,
         Help(
-            "Transformers' attention, such as sdpa or kernels-community/flash-attn3; or torch or cudnn, whose kernel then "
-            "computes rows that lie side by side, and sdpa the rest.",
+            "Attention of Transformers, such as sdpa, eager or the Hub's kernels-community/flash-attn3; or torch or cudnn, "
+            "which are kernels for rows that lie side by side, with sdpa for the rest.",
             shown="sdpa, or eager for models without sdpa; on a GPU torch's flash attention where it can replace them",
         ),
     ] = "auto"

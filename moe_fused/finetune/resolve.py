@@ -533,10 +533,7 @@ def _skeleton(options: Options, config: Any, device: torch.device) -> Any:
             return skeleton(config, options.attn)
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             reason, cause = re.split(r"\.\s", str(error).strip(), maxsplit=1)[0], error
-    raise ValueError(
-        f"--attn {options.attn} is not possible for {type(model).__name__} here, without it the run takes "
-        f"{attention.chosen('auto', config)}: {reason}"
-    ) from cause
+    raise ValueError(_no_attention(options, model, reason)) from cause
 
 
 def _check_kernel(options: Options, model: Any, device: torch.device) -> None:
@@ -548,9 +545,16 @@ def _check_kernel(options: Options, model: Any, device: torch.device) -> None:
     if reason is None and not boundaries_arrive(model):
         reason = "its layers do not hand the boundaries of rows to their attention"
     if reason is not None:
-        raise ValueError(
-            f"--attn {options.attn} is not possible for {type(model).__name__} here, leave it out: {reason}"
-        )
+        raise ValueError(_no_attention(options, model, reason))
+
+
+def _no_attention(options: Options, model: Any, reason: str) -> str:
+    # A resumed run cannot leave out what its finetune.yaml has.
+    instead = attention.chosen("auto", model.config)
+    return (
+        f"--attn {options.attn} is not possible for {type(model).__name__} here, leave it out or use --attn {instead}: "
+        f"{reason}"
+    )
 
 
 def _check_kept_attention(setup: ModelSetup, maskless: bool, kernel: str | None) -> None:

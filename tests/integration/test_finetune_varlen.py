@@ -357,13 +357,15 @@ def test_a_plan_for_another_machine_needs_the_package_as_well(monkeypatch: pytes
 )
 def test_a_named_kernel_is_taken_or_refused(options: dict[str, Any], config: Any, message: str) -> None:
     """A mask of all pairs of tokens does not silently take its place."""
-    with pytest.raises(ValueError, match=f"--attn torch is not possible for .* here, leave it out: .*{message}"):
+    with pytest.raises(
+        ValueError, match=f"--attn torch is not possible for .* here, leave it out or use --attn .*: .*{message}"
+    ):
         run_of("torch", config, **options)
 
 
 def test_a_torch_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "torch_kernel", lambda: None)
-    with pytest.raises(ValueError, match=r"leave it out: it needs a torch newer than 2\.10"):
+    with pytest.raises(ValueError, match=r"leave it out or use --attn sdpa: it needs a torch newer than 2\.10"):
         run_of("torch")
     assert run_of().kernel is None
 
