@@ -52,9 +52,12 @@ PAGES = (
         """
         moe_fused.enable
         moe_fused.disable
+        moe_fused.quantization_config
         moe_fused.save_format
         moe_fused.kernelize
         moe_fused.register_layers
+        moe_fused.fast_generation
+        moe_fused.generation.FastGeneration
         moe_fused.KERNEL_MAPPING
         moe_fused.get_kernel
         """,
@@ -70,6 +73,7 @@ PAGES = (
         qwen3_moe_fused.moe_experts
         qwen3_moe_fused.experts_forward
         qwen3_moe_fused.moe_fused_linear
+        qwen3_moe_fused.linear_4bit
         qwen3_moe_fused.LoraWeights
         qwen3_moe_fused.Packed4bitWeights
         qwen3_moe_fused.Format4bit

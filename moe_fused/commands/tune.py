@@ -299,8 +299,9 @@ def _layer(
     if not given:
         return _DEFAULT
     if hidden is None or intermediate is None or experts is None or top_k is None:
-        missing = [name for name, value in sizes.items() if value is None]
-        raise ValueError(f"{', '.join(given)} alone do not make a layer: give {', '.join(missing)} too, or --model")
+        missing = ", ".join(name for name, value in sizes.items() if value is None)
+        verb = "do" if len(given) > 1 else "does"
+        raise ValueError(f"{', '.join(given)} {verb} not make a layer alone: give {missing} too, or --model")
     if top_k > experts:
         raise ValueError(f"--top-k must be at most --experts, got {top_k} of {experts}")
     return Layer("as given", hidden, intermediate, experts, top_k)

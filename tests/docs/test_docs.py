@@ -266,6 +266,24 @@ def test_generated_pages_are_current() -> None:
     assert not outdated(generated()), "run make docs"
 
 
+def test_the_reference_has_every_public_function_and_class() -> None:
+    pytest.importorskip("griffe")
+    import moe_fused
+    from scripts.docs import KERNEL, PACKAGE, PAGES
+
+    listed = {path for page in PAGES for path in page.objects.split()}
+    kernel = load_kernel()
+    documented = [
+        getattr(kernel, path.removeprefix(f"{KERNEL}.")) for path in listed if path.count(".") == 1 and KERNEL in path
+    ]
+    for package, module in ((KERNEL, kernel), (PACKAGE, moe_fused)):
+        for each in module.__all__:
+            value = getattr(module, each)
+            is_alias = any(value is one for one in documented)
+            if callable(value) and not is_alias:
+                assert f"{package}.{each}" in listed, "add it to PAGES in scripts/docs.py"
+
+
 @pytest.mark.slow
 def test_tables_of_models_are_current() -> None:
     for package in ("peft", "liger_kernel", "typer"):

@@ -767,7 +767,7 @@ def test_another_format_of_the_model_is_noted(gpu: dict[str, Any], tmp_path: Pat
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--hidden", "64"], "--hidden alone do not make a layer: give --intermediate, --experts, --top-k too"),
+        (["--hidden", "64"], "--hidden does not make a layer alone: give --intermediate, --experts, --top-k too"),
         (["--hidden", "64", "--model", "org/m"], "--model has sizes of its own: leave --hidden out"),
         (["--hidden", "64", "--intermediate", "32", "--experts", "2", "--top-k", "3"], "--top-k must be at most"),
         (["--hidden", "0"], "--hidden"),
