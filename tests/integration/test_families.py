@@ -540,7 +540,7 @@ def test_other_quantizations_are_named_before_loading(
     if (program, name) == ("convert", "modelopt"):  # it makes another checkpoint of that one
         assert "the checkpoint has no weight_scale_2" in ended.error
         return
-    kind = "bitsandbytes' 8 bits" if name == "8 bits" else name
+    kind = {"8 bits": "bitsandbytes' 8 bits", "modelopt": "modelopt (NVFP4)"}.get(name, name)
     assert f"{model} is quantized to {kind}, which moe_fused does not read yet" in ended.error, ended
     assert advice in ended.error
     assert not output.exists()
