@@ -229,8 +229,16 @@ def _encode(tokenizer: Any, model: str, prompt: str, chat: bool | None) -> Any:
         raise ValueError(_no_template(model))
     if not (has_template if chat is None else chat):
         return tokenizer(prompt, return_tensors="pt")
+    from jinja2 import TemplateError
+
     messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    options: dict[str, Any] = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except TemplateError as error:
+        raise ValueError(
+            f"the chat template of MODEL {model} does not take the prompt: {error}; --no-chat continues the prompt as it is"
+        ) from error
 
 
 def _new_tokens(config: Any, length: int, wanted: int | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import warnings
 from functools import partial
@@ -58,6 +59,9 @@ def read_config(model: str, argument: str = "MODEL") -> Any:
         config = AutoConfig.from_pretrained(model)
     except OSError as error:
         raise FileNotFoundError(f"{argument} {model} cannot be read: {str(error).splitlines()[0]}") from error
+    except ValueError as error:
+        reason = re.split(r"\.\s", str(error).strip(), maxsplit=1)[0]
+        raise ValueError(f"{argument} {model}: {CONFIG} is not one that can be read here: {reason}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{argument} {model}: {CONFIG} is not that of a model: {error!r}") from error
     check_quantization(argument, model, config)

@@ -524,7 +524,8 @@ def _alpha(alpha: float | None, rank: int) -> float:
 
 
 def _skeleton(options: Options, config: Any, device: torch.device) -> Any:
-    model, cause = skeleton(config), None
+    model = skeleton(config)
+    cause: Exception | None = None
     reason = attention.name_refusal(options.attn, device)
     if reason is None and options.attn in ("auto", *attention.KERNELS):
         return model
@@ -533,6 +534,10 @@ def _skeleton(options: Options, config: Any, device: torch.device) -> Any:
             return skeleton(config, options.attn)
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             reason, cause = re.split(r"\.\s", str(error).strip(), maxsplit=1)[0], error
+        except (AttributeError, NameError) as error:  # what Transformers does not find in a kernel of the Hub
+            if not varlen.is_hub_id(options.attn):
+                raise
+            reason, cause = "that kernel has no attention that Transformers can call", error
     raise ValueError(_no_attention(options, model, reason)) from cause
 
 

@@ -213,6 +213,29 @@ def test_chat_needs_a_template(model: Path, tmp_path: Path, command: Command) ->
     assert command(*options).status == 0
 
 
+def test_a_template_that_does_not_take_the_prompt(model: Path, tmp_path: Path, command: Command) -> None:
+    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
+    options = ("generate", tmp_path, "--prompt", "w7", "--max-new-tokens", 1, "--device", "cpu")
+    for template, reason in (
+        ("{{ raise_exception('no user') }}", "no user"),
+        ("{{ open", "unexpected end of template"),
+    ):
+        (tmp_path / "chat_template.jinja").write_text(template)
+        error = command(*options).error
+        assert f"the chat template of MODEL {tmp_path} does not take the prompt: {reason}" in error
+        assert error.endswith("--no-chat continues the prompt as it is")
+    assert command(*options, "--no-chat").status == 0
+
+
+def test_a_config_of_a_model_that_transformers_does_not_have(model: Path, tmp_path: Path, command: Command) -> None:
+    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text('{"model_type": "foo"}')
+    error = command("generate", tmp_path, "--prompt", "w7", "--device", "cpu").error
+    assert error.startswith(f"error: MODEL {tmp_path}: config.json is not one that can be read here: ")
+    assert "model type `foo`" in error
+    assert "pip install" not in error  # only the first sentence
+
+
 def test_generate_needs_a_tokenizer(tmp_path: Path, command: Command) -> None:
     build(dtype=torch.float32).save_pretrained(tmp_path)
     ended = command("generate", tmp_path, "--prompt", "w7", "--device", "cpu")

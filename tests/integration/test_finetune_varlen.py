@@ -292,6 +292,20 @@ def test_a_kernel_of_the_hub_by_name(hub: str) -> None:
     assert run_of(hub).settled().attn == hub
 
 
+@pytest.mark.parametrize("name", [HUB_ID, f"{HUB_ID}:another_function"])
+def test_a_kernel_of_the_hub_without_attention(name: str, hub: str, tmp_path: Path) -> None:
+    """Transformers takes any kernel for one of attention, and then looks for a function that is not there."""
+    for path in tmp_path.glob("build/*/__init__.py"):
+        path.write_text("nothing = None", encoding="utf-8")
+    for path in tmp_path.glob("build/*/metadata.json"):  # another module than that of other tests
+        path.write_text(path.read_text().replace('"_flash', '"_without_flash'), encoding="utf-8")
+    message = (
+        f"--attn {name} is not possible for .* use --attn sdpa: that kernel has no attention that Transformers can"
+    )
+    with pytest.raises(ValueError, match=message):
+        run_of(name)
+
+
 def test_a_kernel_of_the_hub_has_no_sinks(hub: str) -> None:
     model = skeleton(GPT_OSS.build().config)
     assert not attention.serves(hub, model, CUDA, torch.bfloat16, packed=True)
