@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -83,6 +82,8 @@ class _Shape:
 
 def _knows_shapes() -> None:
     """What is made of a shape is made once: an operation on blocks makes several types and tensors, of few shapes."""
+    from triton.language.semantic import TritonSemantic
+
     block_type, tensor, constexpr = tl.core.block_type, tl.core.tensor, tl.core.constexpr
     init_type, init_tensor = block_type.__init__, tensor.__init__
     broadcast = TritonSemantic.broadcast_impl_value
