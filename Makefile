@@ -64,7 +64,7 @@ test: build ## Run the tests, but for the slow ones
 # bitsandbytes computes differently on processors with avx512_bf16 and without. Tests that meet its linear layers on a CPU
 # run a second time as if the processor were of the other kind.
 CPU_TESTS := $(addsuffix .py,$(addprefix tests/integration/test_,quantizer quantizer_checkpoints lora_4bit cli_models \
-	convert_models finetune finetune_adapters finetune_preferences finetune_start finetune_steps demo examples) $(addprefix tests/benchmarks/test_bench_,experts_4bit experts_lora \
+	convert_models finetune finetune_adapters finetune_preferences finetune_start demo examples) $(addprefix tests/benchmarks/test_bench_,experts_4bit experts_lora \
 	loss_parity))
 
 define OTHER_PROCESSOR

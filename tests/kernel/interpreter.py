@@ -6,7 +6,9 @@ time with Triton 3.6, of which the functions that ``make_faster`` replaces are i
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -58,6 +60,66 @@ def _names_dtypes_once() -> None:
         return look_up(element) if isinstance(element, tl.pointer_type) else of_scalar(element)
 
     interpreter._get_np_dtype = of_type
+
+
+def _checks_no_overflow_in_vain() -> None:
+    """Sums are computed again in int64 to see whether they overflow, and without ``debug`` nobody looks at the result."""
+    options = interpreter.interpreter_builder.options
+    if not options.debug:
+        interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What is made of the shape of a block: for its type, and for the tensors of that type."""
+
+    shape: Any
+    numel: int
+    name: str
+    of_tensors: Any
+    numel_of_tensors: Any
+
+
+def _knows_shapes() -> None:
+    """What is made of a shape is made once: an operation on blocks makes several types and tensors, of few shapes."""
+    from triton.language.semantic import TritonSemantic
+
+    block_type, tensor, constexpr = tl.core.block_type, tl.core.tensor, tl.core.constexpr
+    init_type, init_tensor = block_type.__init__, tensor.__init__
+    broadcast = TritonSemantic.broadcast_impl_value
+    known: dict[tuple[int, ...], _Shape] = {}
+    of_scalars, one = tl.core.tuple([]), constexpr(1)
+
+    def init_block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        found = shape.__dict__.get("known") if type(shape) is tl.core.tuple else None
+        if found is None:
+            key = tuple([each.value if type(each) is constexpr else each for each in shape])
+            found = known.get(key)
+        if found is None:
+            init_type(self, element_ty, shape)  # which checks it
+            sizes = tl.core.tuple([constexpr(size) for size in key])
+            name = str(self.shape)
+            found = known[key] = _Shape(self.shape, self.numel, name, sizes, constexpr(self.numel))
+            self.shape.known = found
+        self.element_ty, self.shape, self.numel = element_ty, found.shape, found.numel
+        self.name = f"<{found.name}, {element_ty}>"
+
+    def init_of_tensor(self: Any, handle: Any, ty: Any) -> None:
+        self.shape, self.numel = of_scalars, one
+        if ty.is_block():
+            found = ty.shape.__dict__.get("known")
+            if found is None:
+                init_tensor(self, handle, ty)
+                return
+            self.shape, self.numel = found.of_tensors, found.numel_of_tensors
+        self.handle, self.type, self.dtype = handle, ty, ty.scalar
+
+    def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> Any:
+        alike = lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape is rhs.type.shape
+        return (lhs, rhs) if alike else broadcast(self, lhs, rhs)
+
+    block_type.__init__, tensor.__init__ = init_block_type, init_of_tensor
+    TritonSemantic.broadcast_impl_value = broadcast_impl_value
 
 
 def _histograms_as_declared() -> None:
@@ -138,3 +200,5 @@ def make_faster() -> None:
     if VERSION == (3, 6):
         _patches_once()
         _names_dtypes_once()
+        _checks_no_overflow_in_vain()
+        _knows_shapes()
