@@ -344,8 +344,8 @@ class _FlashWithSinks(torch.autograd.Function):
         out, lse, state, unused = varlen.flash_forward(ctx, query, key, value, boundaries, length, scale, window)
         # (heads, S) in fp32, like the log-sum-exp that flash attention returns.
         with_sinks = torch.logaddexp(lse, sinks.float()[:, None])
-        # Not in place, because ``kept_attention`` keeps what the operator returned.
-        out = out * (lse - with_sinks).exp_().T[..., None]
+        # Not in place, because ``kept_attention`` keeps what the operator returned. A product alone would be in fp32.
+        out = torch.mul(out, (lse - with_sinks).exp_().T[..., None], out=torch.empty_like(out))
         ctx.save_for_backward(query, key, value, sinks, boundaries, out, with_sinks, state, unused)
         return out
 

@@ -265,6 +265,28 @@ def test_sinks_by_the_operators_of_flash_attention(window: int | None, scale: fl
     assert (without[0] - want[0]).abs().max() > 0.05  # so that sinks count
 
 
+@pytest.mark.usefixtures("on_a_cpu")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sinks_keep_the_data_type(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log-sum-exp is in fp32. Flash attention's backward wants the output in the dtype of the queries."""
+    given: list[set[torch.dtype]] = []
+
+    def backward(grad, query, key, value, out, lse, *_: Any, **__: Any) -> tuple[Tensor, ...]:
+        given.extend([{tensor.dtype for tensor in (grad, query, key, value, out)}, {lse.dtype}])
+        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward)
+    inputs, gradient = sink_inputs(dtype, "cpu", 23)
+    boundaries = torch.tensor([0, 4, 23], dtype=torch.int32)
+    got = with_gradients(
+        inputs, gradient, lambda *leaves: attention._FlashWithSinks.apply(*leaves, boundaries, 19, None, None)
+    )
+    assert {tensor.dtype for tensor in got} == {dtype}
+    assert given == [{dtype}, {torch.float32}]
+    want = plainly(boundaries, None, None)(*(tensor.double() for tensor in inputs))
+    assert (got[0] - want).norm() <= 0.01 * want.norm()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA or AMD GPU")
 @pytest.mark.parametrize("window", [None, 128])
