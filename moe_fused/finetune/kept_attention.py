@@ -139,11 +139,11 @@ class OnHost:
         if group in self._leaving:
             self._leaving.remove(group)
         alive = self._alive()
-        # Groups that came after this one belong to a pass that has had no backward pass.
-        before = alive[: alive.index(group)]
-        self._kept = [weakref.ref(other) for other in before]
-        if before:
-            before[-1].come()
+        place = alive.index(group)
+        # Groups that came after this one may still be taken, as those of a layer that computes attention twice.
+        self._kept = [weakref.ref(other) for other in alive if other is not group]
+        if place:
+            alive[place - 1].come()
 
     def _alive(self) -> list[_Away]:
         return [group for group in (kept() for kept in self._kept) if group is not None]
@@ -200,11 +200,17 @@ class _Away:
 
     def __init__(self, place: OnHost, tensors: Sequence[Tensor]) -> None:
         self._place, self._there = place, list(tensors)
-        self._memory = [place.memory(tensor.nbytes) for tensor in tensors]
+        self._ended: torch.cuda.Event | None = None
+        self._memory: list[Tensor] = []
+        for tensor in tensors:
+            self._memory.append(place.memory(tensor.nbytes))
         self._shapes = [(tensor.dtype, tensor.shape, tensor.stride(), tensor.device) for tensor in tensors]
         self._ended = place.beside(self._send)
 
     def __del__(self) -> None:
+        # A copy back to memory that is freed now may be under way. Events of a recording that failed cannot be waited for.
+        with contextlib.suppress(RuntimeError):
+            self.wait()
         for memory in self._memory:
             self._place.give_back(memory)
 

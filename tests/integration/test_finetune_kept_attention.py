@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import sys
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -31,9 +33,10 @@ from .conftest import DEVICE
 from .finetuning import assert_error, chats, finetune, losses, nothing_loads, save_model, write_jsonl
 from .four_bit import BY_ID
 
+# As many heads for keys as for queries: in fp32, torch has no operator of attention on a GPU that takes fewer.
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
 }  # fmt: skip
 PLACES = {"none": lambda: None, "device": OnDevice, "host": lambda: OnHost(torch.device(DEVICE))}
 
@@ -163,6 +166,70 @@ def test_host_gives_back_what_was_kept(number: int) -> None:
             assert not groups or groups[-1]._there, "what comes next is on its way"
             del group
     assert [memory.numel() for memory in place._unused] == sorted([value.nbytes for value in values(0)] * number)
+
+
+def test_a_copy_back_that_nobody_takes_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the memory that it goes to would be used again before it has ended."""
+    place, events, waited = OnHost(torch.device("cpu")), iter(range(100)), []
+    monkeypatch.setattr(place, "beside", lambda copy: (copy(), next(events))[1])
+    monkeypatch.setattr(place, "wait", waited.append)
+    kept: list[Any] = [place.keep(values(i, "cpu")) for i in range(COPIES + 1)]
+    while len(kept) > 1:
+        kept.pop().take()
+    begun = kept[0]._ended
+    assert begun is not None
+    assert begun not in waited
+    kept.clear()
+    assert begun in waited
+
+
+def test_what_began_without_enough_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the error is the only one."""
+    place, given, unraisable = OnHost(torch.device("cpu")), [], []  # type: ignore[var-annotated]
+    memory = place.memory
+
+    def scarce(size: int) -> Tensor:
+        if given:
+            raise torch.OutOfMemoryError
+        given.append(size)
+        return memory(size)
+
+    monkeypatch.setattr(place, "memory", scarce)
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    with pytest.raises(torch.OutOfMemoryError):
+        place.keep(values(0, "cpu"))
+    gc.collect()
+    assert not unraisable
+    assert [each.numel() for each in place._unused] == given
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_layers_may_compute_attention_twice(where: str) -> None:
+    """As those of LongCat-Flash, whose results are taken in the order in which they came."""
+
+    def layer(x: Tensor) -> Tensor:
+        for _ in range(2):
+            heads = x.view(1, 40, 4, 16).transpose(1, 2)
+            x = x + scaled_dot_product_attention(heads, heads.sin(), heads, is_causal=True).transpose(1, 2).flatten(2)
+        return x
+
+    def gradient(context: Any) -> tuple[Tensor, int]:
+        x = torch.linspace(-1, 1, 40 * 64, device=DEVICE).view(1, 40, 64).requires_grad_()
+        out = x
+        with Count() as count:
+            for _ in range(3):
+                out = checkpoint(layer, out, use_reentrant=False, **context)
+            (found,) = torch.autograd.grad(out.square().sum(), x)
+        return found, sum(count.calls.values())
+
+    want, calls = gradient({})
+    assert calls == 12
+    place = PLACES[where]()
+    assert place is not None
+    for _ in range(2):
+        got, calls = gradient({"context_fn": functools.partial(kept_attention.contexts, place)})
+        assert calls == 6
+        assert_same([got], [want])
 
 
 def test_groups_that_nobody_takes_give_their_memory_back() -> None:
