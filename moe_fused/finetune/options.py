@@ -353,8 +353,8 @@ class Options:
         Export,
         Help(
             "Write a second copy of the adapter, in a directory of this name in --output, for other tools: per-expert is "
-            "the layout that vLLM, SGLang and llama.cpp read, original that of the original qwen3-moe-fused. moe-fused convert "
-            "adapter can do that later, too."
+            "the layout that vLLM, SGLang and llama.cpp read, original that of the original qwen3-moe-fused. moe-fused "
+            "convert adapter can do that later, too."
         ),
     ] = "none"
     push_to_hub: Annotated[
