@@ -179,8 +179,8 @@ def render(rows: Sequence[Row]) -> str:
     blocks: list[str] = []
     baseline = baselines_of(rows)[0]
     legend = (
-        f"Numbers in brackets are the speed relative to {baseline} and the share of its peak. A dash means that the "
-        "implementation ran out of memory or could not run."
+        f"Numbers in brackets are speed and peak relative to {baseline}. A dash means that the implementation ran out of "
+        "memory or could not run."
     )
     for gpu, layer, rank in dict.fromkeys((row.gpu, row.layer, row.lora_rank) for row in rows):
         group = [row for row in rows if (row.gpu, row.layer, row.lora_rank) == (gpu, layer, rank)]
