@@ -179,8 +179,8 @@ def render(rows: Sequence[Row]) -> str:
     blocks: list[str] = []
     baseline = baselines_of(rows)[0]
     legend = (
-        f"Brackets hold the speed over {baseline}'s and the share of {baseline}'s peak. A dash stands for an "
-        "implementation that ran out of memory or could not run."
+        f"Numbers in brackets are speed and peak relative to {baseline}. A dash means that the implementation ran out of "
+        "memory or could not run."
     )
     for gpu, layer, rank in dict.fromkeys((row.gpu, row.layer, row.lora_rank) for row in rows):
         group = [row for row in rows if (row.gpu, row.layer, row.lora_rank) == (gpu, layer, rank)]

@@ -44,4 +44,4 @@ def main(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Tools around fused mixture-of-experts models."""
+    """Fine-tune, run and convert mixture-of-experts models, with fused kernels."""

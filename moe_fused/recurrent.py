@@ -1,4 +1,4 @@
-"""What recurrent layers keep for their backward, by their kind, and which package computes them.
+"""What each kind of recurrent layer keeps for its backward, and which package computes it.
 
 ``KINDS`` has the kinds that the memory plan knows. Each is read from the mixer of a layer, on any device, and says what
 the mixer keeps from its forward until its backward, and what exists beside that at the worst moment of either. Both follow

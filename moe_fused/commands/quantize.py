@@ -65,8 +65,9 @@ def quantize(
             "--format",
             "--quant-type",
             metavar="[nf4|fp4|mxfp4|nvfp4]",  # without the layouts of older versions
-            help="4-bit format: nf4 and fp4 as bitsandbytes has them, for linear layers and experts; mxfp4 and nvfp4: for "
-            "experts only; written as compressed-tensors files, for gpt-oss as mxfp4 stacks.  [default: nf4]",
+            help="4-bit format. nf4 and fp4, as bitsandbytes has them, quantize linear layers and experts. mxfp4 and "
+            "nvfp4 quantize only experts, and are written as compressed-tensors files, or for gpt-oss as mxfp4 stacks.  "
+            "[default: nf4]",
         ),
     ] = None,
     double_quant: Annotated[
@@ -92,7 +93,7 @@ def quantize(
     dry_run: DryRun = False,
     traceback: Traceback = False,
 ) -> None:
-    """Quantize the experts of a model to 4 bits, and for bitsandbytes' formats its linear layers, too.
+    """Quantize the experts of a model to 4 bits, and with nf4 and fp4 its linear layers, too.
 
     The device needs memory for the result and one layer. The tokenizer and the generation config are copied.
     """

@@ -69,8 +69,8 @@ def tune(
 ) -> None:
     """Measure launch configurations on this GPU, by default for a layer of Qwen3-30B-A3B, and write the faster ones.
 
-    Four heights of tiles, for few to many tokens, are tuned for each kernel. With what was found, the thresholds between
-    ways of computing are measured: from how many rows on taller tiles are faster, up to how many rows 4-bit weights are
+    Four heights of tiles, for few to many tokens, are tuned for each kernel. Then the thresholds between ways
+    to compute are measured: from how many rows on taller tiles are faster, up to how many rows 4-bit weights are
     dequantized inside the products, and up to how many tokens the paths for few rows are faster.
 
     Each improvement is written as soon as it is found, so Ctrl-C loses nothing. Set MOE_FUSED_CONFIGS=DIRECTORY to use the

@@ -1,4 +1,4 @@
-"""What takes the place of parts of a model while a decoding step is recorded, so that the step launches fewer kernels.
+"""Replaces parts of a model while a decoding step is recorded, so that the step launches fewer kernels.
 
 A layer of Qwen3-MoE launches some 60 kernels for one token, most of which do very little. These have kernels here:
 

@@ -1,4 +1,4 @@
-"""Whether two functions compute the same: on random values, up to rounding, and what the kernels share beside that."""
+"""Checks on random values that two functions agree up to rounding, and has other code that the kernels share."""
 
 from __future__ import annotations
 

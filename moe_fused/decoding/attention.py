@@ -1,4 +1,4 @@
-"""Attention of one token a sequence over a static cache, in the place of Transformers' while a decoding step is recorded.
+"""Attention of one token per sequence over a static cache, instead of Transformers' while a decoding step is recorded.
 
 Transformers copies the keys and values of the whole cache for each query head where a mask is given, and the attention then
 reads the whole cache, also its empty part. ``attend`` reads what the mask keeps, once for all query heads of a KV head.

@@ -1,4 +1,4 @@
-"""The attention of a layer with one launch for all between its projections and the attention itself.
+"""The attention of a layer with one launch for everything between its projections and the attention itself.
 
 Norms of heads, the rotary embedding and the write into the cache are one kernel, in attention modules whose ``forward`` does
 just this. Whether it does is found by comparing, for each module, the output and what is written into a cache of random keys

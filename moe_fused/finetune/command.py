@@ -97,8 +97,8 @@ _SWITCHES = [
     _switch("allow_changed_data", "With --resume, go on although the rows or the chat template have changed."),
     _switch(
         "allow_other_base",
-        "With --resume, go on although the weights or the config of the model have changed. With --adapter, take one that "
-        "was made for another model of the same shapes.",
+        "With --resume, go on although the weights or the config of the model have changed. With --adapter, accept one "
+        "that was made for another model of the same shapes.",
     ),
     _switch(
         "drop_broken_checkpoints",
@@ -107,7 +107,7 @@ _SWITCHES = [
     _switch("dry_run", "Check options, data and memory, and print what would be done and how long it would take."),
     _switch(
         "show_rows",
-        "Print this many rows of each data set as they will be trained on, as many sequences of them, and end.",
+        "Print this many rows of each data set as they will be trained on, and as many sequences, and end.",
         Optional[int],  # noqa: UP045
         None,
     ),
@@ -136,7 +136,7 @@ def finetune(
     traceback: bool,
     **given: Any,
 ) -> None:
-    """Fine-tune a mixture-of-experts model: 4-bit weights, with adapters on attention and experts.
+    """Fine-tune a mixture-of-experts model in 4 bits, with adapters on attention and experts.
 
     Ctrl-C saves a checkpoint. The same command with --resume goes on from there.
     """

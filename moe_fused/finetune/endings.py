@@ -1,4 +1,4 @@
-"""How a run ends before its time, and what the user is told: after which step, why, and how to go on.
+"""How a run ends early, and what the user is told: after which step, why, and how to go on.
 
 Errors that need no bug to happen are raised as ``Expected`` at the places where they are expected: a full disk where a
 file is written, damage where a checkpoint is read. Every other error is a bug, here or in a library, and shows its

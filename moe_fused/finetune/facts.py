@@ -1,4 +1,4 @@
-"""The facts about a run and its course that its card tells, in words."""
+"""The facts about a run that its card states, in words."""
 
 from __future__ import annotations
 

@@ -129,8 +129,8 @@ class Options:
     attn: Annotated[
         str,
         Help(
-            "Attention of Transformers, such as sdpa, eager or the Hub's kernels-community/flash-attn3; or torch or cudnn, "
-            "which are kernels for rows that lie side by side, with sdpa for the rest.",
+            "Attention implementation of Transformers, such as sdpa, eager or the Hub's kernels-community/flash-attn3. "
+            "torch and cudnn are kernels for packed rows, with sdpa for everything else.",
             shown="sdpa, or eager for models without sdpa; on a GPU torch's flash attention where it can replace them",
         ),
     ] = "auto"
@@ -186,8 +186,8 @@ class Options:
     packing: Annotated[
         Packing,
         Help(
-            "How rows fill sequences. bfd puts whole rows side by side, each attends only to itself, and cuts off what "
-            "is too long. bfd_split continues long rows in another sequence. wrapped cuts one stream of all rows into "
+            "How rows fill sequences. bfd packs whole rows, each of which attends only to itself, and cuts off what is "
+            "too long. bfd_split continues long rows in another sequence. wrapped cuts one stream of all rows into "
             "sequences. none gives each row a sequence and pads it.",
             shown="bfd for chats, bfd_split for plain text; none for models with recurrent layers",
             shapes_run=True,
@@ -209,8 +209,8 @@ class Options:
     adapter: Annotated[
         str | None,
         Help(
-            "LoRA adapter to go on from: a directory or a Hub id. Its ranks, alphas and targets take the place of the "
-            "options for them.",
+            "LoRA adapter to train further: a directory or a Hub id. Its ranks, alphas and targets replace the options "
+            "for them.",
             shown="a new adapter",
             shapes_run=True,
         ),
@@ -239,7 +239,7 @@ class Options:
     ] = None
     shared_expert_rank: Annotated[
         int,
-        Help("Rank of the adapters on shared experts; with 0 only --attention-modules adapts them.", shapes_run=True),
+        Help("Rank of the adapters on shared experts; with 0, only --attention-modules adapts them.", shapes_run=True),
     ] = 0
     shared_expert_alpha: Annotated[
         float | None, Help("LoRA alpha of the adapters on shared experts.", shown="twice the rank", shapes_run=True)
@@ -288,8 +288,8 @@ class Options:
     keep_attention: Annotated[
         KeepAttention,
         Help(
-            "Keep attention's output instead of recomputing it with the rest of a layer, which makes steps over long "
-            "sequences faster: on the device, or in memory of the host."
+            "Keep attention's output, on the device or in host memory, instead of recomputing it with the rest of a "
+            "layer. Steps over long sequences become faster."
         ),
     ] = "none"
     router_aux_loss: Annotated[
@@ -353,8 +353,8 @@ class Options:
         Export,
         Help(
             "Write a second copy of the adapter, in a directory of this name in --output, for other tools: per-expert is "
-            "the layout that vLLM, SGLang and llama.cpp read, original that of the first qwen3-moe-fused. moe-fused convert "
-            "adapter can do that later, too."
+            "the layout that vLLM, SGLang and llama.cpp read, original that of the original qwen3-moe-fused. moe-fused "
+            "convert adapter can do that later, too."
         ),
     ] = "none"
     push_to_hub: Annotated[
@@ -365,8 +365,8 @@ class Options:
     push_checkpoints: Annotated[
         bool,
         Help(
-            "Upload each checkpoint as well, to the branch checkpoints of --push-to-hub, so that the run can go on on "
-            "another machine."
+            "Upload each checkpoint as well, to the branch checkpoints of --push-to-hub, so that another machine "
+            "can resume the run."
         ),
     ] = False
 

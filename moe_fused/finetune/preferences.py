@@ -1,4 +1,4 @@
-"""Makes rows of preferences into what TRL's DPOTrainer and KTOTrainer train on.
+"""Turns rows of preferences into the columns that TRL's DPOTrainer and KTOTrainer train on.
 
 Both trainers would tokenize the rows themselves, after the model is loaded, and drop rows silently whose prompt fills a
 sequence. Here the tokens come from ``render``, as for supervised training, and such rows have been refused.

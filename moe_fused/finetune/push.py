@@ -25,7 +25,7 @@ def push(
     ] = False,
     traceback: Traceback = False,
 ) -> None:
-    """Upload the adapter of a run to the Hub, or its checkpoints. What the Hub has already is not sent again."""
+    """Upload the adapter of a run to the Hub, or its checkpoints. Files that the Hub already has are not sent."""
     del traceback  # console.run, which prints errors, reads it from the command line
     require("push", "huggingface_hub", extra="train")
     if not directory.is_dir():

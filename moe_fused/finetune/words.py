@@ -1,4 +1,4 @@
-"""How messages write values, and what libraries say. This module imports nothing heavy."""
+"""How messages write values and the errors of libraries. This module imports nothing heavy."""
 
 from __future__ import annotations
 

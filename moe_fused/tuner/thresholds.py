@@ -1,4 +1,4 @@
-"""Where one way of computing a call ends and the next one begins: what is timed for each threshold of the kernel.
+"""What is timed for each threshold of the kernel, at which another way to compute a call becomes faster.
 
 - ``buckets``: the rows per expert up to which a height of row tiles serves. All products of a step that share the map of
   tiles are timed with it, at this height and at the next.

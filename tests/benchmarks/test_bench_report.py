@@ -143,7 +143,7 @@ class TestTable:
         ]
         markdown = table.render(rows)
         assert markdown.startswith("**qwen3-30b-a3b**, nf4 on NVIDIA H100 80GB HBM3")
-        assert "speed over composed's" in markdown.splitlines()[0]
+        assert "relative to composed." in markdown.splitlines()[0]
         assert cells(markdown, "moe_fused") == ["**0.100 (5.00×)**", "**1.00 (1.90×)**"]
         assert cells(markdown, "composed") == ["0.500", "1.90"]
         assert cells(markdown, "dequantize_first") == ["0.250 (2.00×)", "–"]

@@ -1,4 +1,4 @@
-"""Checks of arguments at the public functions' edge: every error names the argument, what it was and what it must be."""
+"""Checks of the public functions' arguments. Every error names the argument, what it was and what it must be."""
 
 from __future__ import annotations
 

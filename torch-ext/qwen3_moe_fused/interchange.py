@@ -1,4 +1,4 @@
-"""Stacks of 4-bit weights from and to the tensors that checkpoints hold, bit for bit.
+"""Converts stacks of 4-bit weights from and to the tensors of checkpoints, bit for bit.
 
 Single matrices that bitsandbytes makes are ``Piece``: those of nf4 and fp4, whose scales are blocks' absmaxes
 (``formats.absmax``). mxfp4 and nvfp4 are kept as they are published, in tensors with names: those of gpt-oss, ``blocks`` and

@@ -1,4 +1,4 @@
-"""``LoraWeights``: a low-rank adapter (LoRA, arXiv:2106.09685) of an expert stack, as callers give it, and its checks."""
+"""``LoraWeights``: a low-rank adapter (LoRA, arXiv:2106.09685) of an expert stack as callers pass it, and its checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What callers hand the public functions as weights, and how it reaches the stages.
+"""The weights that callers pass to the public functions, and how they reach the stages.
 
 Callers give a parameter in whatever layout their model keeps, or packed weights. An operator takes tensors and plain values,
 so weights travel as (tensor, scales, format): a dense parameter with no scales and no format, packed weights as their bytes,

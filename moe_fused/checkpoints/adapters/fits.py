@@ -1,4 +1,4 @@
-"""Checks that an adapter fits a model: that each of its tensors belongs to the model, and that it was made for it."""
+"""Checks that an adapter fits a model: that each tensor belongs to the model, and that the adapter was made for it."""
 
 from __future__ import annotations
 

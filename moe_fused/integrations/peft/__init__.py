@@ -34,7 +34,8 @@ def _patch(on_undo: Callable[[Undo], None]) -> None:
 
     if not is_supported():
         warnings.warn(
-            f"LoRA on experts needs peft>={MIN_PEFT}, found {peft.__version__}: PEFT does it its own way", stacklevel=2
+            f"LoRA on experts needs peft>={MIN_PEFT}, found {peft.__version__}: PEFT's own implementation is used",
+            stacklevel=2,
         )
         return
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING

@@ -1,4 +1,4 @@
-"""The ``quantization_config`` with which Transformers makes a dense checkpoint one in any of the 4-bit formats."""
+"""The ``quantization_config`` with which Transformers quantizes a dense checkpoint to one of the 4-bit formats."""
 
 from __future__ import annotations
 

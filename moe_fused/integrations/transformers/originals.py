@@ -1,4 +1,4 @@
-"""Experts whose class another library has put in the place of Transformers', and the way back to Transformers' class.
+"""Gives experts their class of Transformers back if another library has replaced it.
 
 When Unsloth loads a model, it writes a copy of the model's source and puts the classes of the copy into Transformers'
 module. The experts among them are not under Transformers' experts interface. It also gives Transformers' own classes of

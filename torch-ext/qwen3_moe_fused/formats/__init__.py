@@ -1,4 +1,4 @@
-"""4-bit weight formats, one class in a file each; ``base`` has what a format must offer."""
+"""4-bit weight formats, one class per file; ``base`` has the interface of a format."""
 
 from .base import (
     ROW_UNIT,

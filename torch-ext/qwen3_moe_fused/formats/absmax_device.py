@@ -1,4 +1,4 @@
-"""The Triton half of ``absmax``: from blocks to their scales, and the reciprocal that quantizing on an NVIDIA GPU takes."""
+"""The Triton half of ``absmax``: from blocks to their scales, and the reciprocal with which NVIDIA GPUs quantize."""
 
 import triton
 import triton.language as tl

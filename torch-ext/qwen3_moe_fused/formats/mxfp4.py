@@ -1,4 +1,4 @@
-"""mxfp4, a concrete format of the OCP Microscaling Formats specification (version 1.0): E2M1 values, 32 to a power of two.
+"""mxfp4, a concrete format of the OCP Microscaling Formats specification (version 1.0): 32 E2M1 values share a scale.
 
 A scale is a byte (E8M0): 0 to 254 mean 2^(byte - 127), and 255 means that the whole block is NaN. Dequantizing gives bit for
 bit what Transformers' ``convert_moe_packed_tensors`` gives, except that this function takes 255 for 2^128.

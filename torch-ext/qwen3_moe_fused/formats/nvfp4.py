@@ -1,4 +1,4 @@
-"""nvfp4: E2M1 values, 16 to a scale in E4M3 (torch's float8_e4m3fn), and a scale in fp32 for each matrix.
+"""nvfp4: 16 E2M1 values share a scale in E4M3 (torch's float8_e4m3fn), and each matrix has a scale in fp32.
 
 A weight is ``value · (block scale / global scale)``, the quotient and the product each rounded to fp32. That is how
 compressed-tensors dequantizes what it calls nvfp4-pack-quantized: ``weight_packed``, ``weight_scale`` and

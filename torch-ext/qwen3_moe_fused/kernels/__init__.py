@@ -1,1 +1,1 @@
-"""Triton device code, one kernel family a file; launched from ``launch``."""
+"""Triton device code, one kernel family per file. ``stages.triton`` launches it."""

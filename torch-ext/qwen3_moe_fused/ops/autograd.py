@@ -1,4 +1,4 @@
-"""From an operator to the function that is called in its place, eager or compiled, differentiable or not.
+"""Makes the function that is called in the place of an operator, eager or compiled, differentiable or not.
 
 Everything that torch.compile or autograd must know is a custom operator, opaque to the compiler. Calling one costs some
 40 µs, more than a small layer takes on the GPU, so eager calls go straight to the operator's implementation, through a

@@ -1,4 +1,4 @@
-"""How a compiled kernel is launched. No other module rests on what Triton keeps private about launches.
+"""How a compiled kernel is launched. Only this module uses what Triton keeps private about launches.
 
 A launch takes one of three ways, the first of them that the installed Triton allows:
 
