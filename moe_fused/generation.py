@@ -362,8 +362,7 @@ def _eager_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -
 def _stream(device: int) -> torch.cuda.Stream:
     """The stream on which graphs are recorded on a device.
 
-    torch's own belongs to the device on which the first graph of the process was recorded. There is one for each device,
-    because cuBLAS keeps memory for each stream that it was called on.
+    torch's own belongs to the device on which the first graph of the process was recorded.
     """
     return torch.cuda.Stream(device)
 
@@ -376,11 +375,13 @@ def recording(graph: Any) -> Iterator[None]:
         _CannotRecord: Something waits for the GPU, for example.
         torch.OutOfMemoryError: The GPU has too little memory.
     """
-    device = torch.cuda.current_device()
+    device, handled = torch.cuda.current_device(), sys.exc_info()[1]
     generator = torch.cuda.default_generators[device]
     before, stream, pool = generator.clone_state(), torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
     # Another call of ``generate`` may use the GPU in its own thread meanwhile.
     options: dict[str, Any] = {"stream": _stream(device), "capture_error_mode": "thread_local"}
+    # cuBLAS keeps memory that it has taken of a graph's pool, and the next graph would use it when the pool is gone.
+    torch._C._cuda_clearCublasWorkspaces()
     try:
         with torch.cuda.graph(graph, pool=pool, **options):
             yield
@@ -388,10 +389,12 @@ def recording(graph: Any) -> Iterator[None]:
         generator.graphsafe_set_state(before)
         torch.cuda.set_stream(stream)
         close_pool(pool)
-        cause = cause_of(error)
+        cause = cause_of(error, handled)
         if isinstance(cause, torch.OutOfMemoryError):
             raise
         raise _CannotRecord(reason_of(cause)) from error
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 class FastGeneration:

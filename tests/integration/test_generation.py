@@ -478,12 +478,18 @@ def test_masks_of_eager_attention_are_made_on_the_gpu(monkeypatch: pytest.Monkey
 
 
 def test_a_recording_has_a_stream_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's own stream belongs to the device of the first recording. And other threads may wait meanwhile."""
+    """torch's own stream belongs to the device of the first recording. Other threads may wait meanwhile, and no memory of
+    cuBLAS goes from one graph to another.
+    """
     given: list[dict[str, Any]] = []
+    events: list[str] = []
 
     def graph(_: Any, **options: Any) -> Any:
         given.append(options)
+        events.append("recorded")
         return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: events.append("cleared"), raising=False)
 
     generators = [SimpleNamespace(clone_state=lambda: None)] * 2
     for name, value in {
@@ -501,6 +507,33 @@ def test_a_recording_has_a_stream_of_its_device(monkeypatch: pytest.MonkeyPatch)
         generation._stream.cache_clear()
     assert [options["stream"] for options in given] == ["stream of 0", "stream of 1", "stream of 0"]
     assert {options["capture_error_mode"] for options in given} == {"thread_local"}
+    assert events == ["cleared", "recorded", "cleared"] * 3
+
+
+def test_the_reason_is_of_the_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what the caller handles meanwhile, such as that a larger batch had too little memory."""
+    generator = SimpleNamespace(clone_state=lambda: None, graphsafe_set_state=lambda _: None)
+    for name, value in {
+        "default_generators": [generator], "current_device": lambda: 0, "current_stream": lambda: None,
+        "graph_pool_handle": lambda: (0, 1), "set_stream": lambda _: None,
+        "graph": lambda *_, **__: contextlib.nullcontext(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(generation, "_stream", lambda _: None)
+    monkeypatch.setattr(generation, "close_pool", lambda _: None)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+
+    def fails() -> None:
+        with generation.recording(None):
+            raise RuntimeError("something waits for the GPU")
+
+    try:
+        raise torch.OutOfMemoryError("too large")
+    except torch.OutOfMemoryError:
+        with pytest.raises(generation._CannotRecord, match="something waits for the GPU"):
+            fails()
+    with pytest.raises(torch.OutOfMemoryError), generation.recording(None):
+        raise torch.OutOfMemoryError("too large")
 
 
 def test_one_model_is_recorded_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
