@@ -406,7 +406,7 @@ class FastGeneration:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._steps: OrderedDict[tuple[int, int], _Step] = OrderedDict()
+        self._steps: OrderedDict[tuple[Any, ...], _Step] = OrderedDict()
         self._said: set[str] = set()
         self._failed: str | None = None
         self._lock, self._busy = threading.Lock(), threading.local()
@@ -484,12 +484,13 @@ class FastGeneration:
         if reason is not None:
             self._say(reason)
             return self._prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-        key = batch, cache_length(max_cache_length)
+        length = cache_length(max_cache_length)
+        key = batch, length, self._model.device, self._model.dtype
         if key not in self._steps:
             while len(self._steps) >= KEPT:
                 self._steps.popitem(last=False)
             with torch.inference_mode(False):
-                self._steps[key] = _Step(self._model, StepCache(self._config, key[1]), batch)
+                self._steps[key] = _Step(self._model, StepCache(self._config, length), batch)
         self._steps.move_to_end(key)
         self._steps[key].begin(self._state())
         model_kwargs["past_key_values"] = self._steps[key].cache

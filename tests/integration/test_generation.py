@@ -202,11 +202,11 @@ def test_a_longer_answer_gets_a_longer_cache(model: Any, steps: list[_Again], mo
     with fast(model) as (handle,):
         for options, want in (*zip((short, long), wants, strict=True), (short, wants[0])):
             assert torch.equal(model.generate(**prompt(), **options), want)
-        assert [length for _, length in handle._steps] == [64, 16]  # the last one used is the last
+        assert [key[1] for key in handle._steps] == [64, 16]  # the last one used is the last
         assert len(steps) == 2
         # A third shape takes the place of the one that was used longest ago.
         model.generate(**prompt(1), **short)
-        assert list(handle._steps) == [(2, 16), (1, 16)]
+        assert [key[:2] for key in handle._steps] == [(2, 16), (1, 16)]
         handle.forget()
         assert not handle._steps
         assert torch.equal(model.generate(**prompt(), **short), wants[0])
@@ -324,6 +324,15 @@ def test_weights_elsewhere_are_noticed(model: Any, steps: list[_Again]) -> None:
     with fast(model):
         model.generate(**prompt(), **GREEDY)
         model.lm_head.weight.data = torch.randn_like(model.lm_head.weight)
+        got = model.generate(**prompt(), **GREEDY)
+        assert len(steps) == 2
+    assert torch.equal(got, model.generate(**prompt(), **GREEDY))
+
+
+def test_a_model_may_change_its_dtype(model: Any, steps: list[_Again]) -> None:
+    with fast(model):
+        model.generate(**prompt(), **GREEDY)
+        model.double()
         got = model.generate(**prompt(), **GREEDY)
         assert len(steps) == 2
     assert torch.equal(got, model.generate(**prompt(), **GREEDY))
