@@ -568,7 +568,13 @@ class FastGeneration:
             (layer.disable_adapters, layer.merged, tuple(layer.active_adapters), dict(getattr(layer, "scaling", {})))
             for layer in self._adapted
         ]
-        return adapters, self._model.training, tuple(value.data_ptr() for value in self._model.parameters())
+        tensors: list[Tensor] = [*self._model.parameters(), *self._model.buffers()]
+        for value in tuple(tensors):  # scales of bitsandbytes are no parameters
+            state = getattr(value, "quant_state", None)
+            found = [getattr(state, "absmax", None), getattr(state, "offset", None)]
+            found.append(getattr(getattr(state, "state2", None), "absmax", None))
+            tensors += [each for each in found if each is not None]
+        return adapters, self._model.training, tuple(value.data_ptr() for value in tensors)
 
 
 class _InPlaceOf:

@@ -329,6 +329,26 @@ def test_weights_elsewhere_are_noticed(model: Any, steps: list[_Again]) -> None:
     assert torch.equal(got, model.generate(**prompt(), **GREEDY))
 
 
+def test_buffers_and_scales_elsewhere_are_noticed(model: Any, steps: list[_Again]) -> None:
+    """A model that goes to the CPU and comes back may find the old places of its weights, and other ones for these."""
+    weight = model.lm_head.weight
+    with fast(model):
+        weight.quant_state = SimpleNamespace(absmax=torch.ones(3), state2=SimpleNamespace(absmax=torch.ones(1)))
+        changes = (
+            lambda: None,
+            lambda: setattr(model.model.rotary_emb, "inv_freq", model.model.rotary_emb.inv_freq.clone()),
+            lambda: setattr(weight.quant_state, "absmax", torch.ones(3)),
+            lambda: setattr(weight.quant_state.state2, "absmax", torch.ones(1)),
+        )
+        held = []
+        for count, change in enumerate(changes, 1):
+            held.append((model.model.rotary_emb.inv_freq, weight.quant_state.absmax, weight.quant_state.state2.absmax))
+            change()
+            for _ in range(2):
+                model.generate(**prompt(), **GREEDY)
+                assert len(steps) == count
+
+
 def test_a_model_may_change_its_dtype(model: Any, steps: list[_Again]) -> None:
     with fast(model):
         model.generate(**prompt(), **GREEDY)
