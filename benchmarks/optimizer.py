@@ -305,7 +305,7 @@ def _row(
         kernel_ms=round(kernel_ms, 4),
         launches=launches,
         host_ms=round(host_ms(contender.step, device), 4),
-        gb_per_second=round(bytes_of(numels) / 1e6 / (queued_ms or timing.ms), 1),
+        gb_per_second=round(bytes_of(numels) / 1e6 / (queued_ms or timing.ms), 4),
         state_mib=round(contender.state_mib, 2) if on_gpu else None,
         paged_mib=round(contender.paged_mib, 2) if on_gpu else None,
         step_mib=None if (peak := harness.peak_mib(contender.step, device)) is None else round(peak, 2),

@@ -20,9 +20,14 @@ def _alike(value: Any, recorded: Any) -> bool:
     return value is recorded or (type(value) is type(recorded) and bool(value == recorded))
 
 
-def cause_of(error: BaseException) -> BaseException:
-    """Returns the error that has the reason. A recording that failed raises once more when it ends."""
-    while error.__context__ is not None:
+def cause_of(error: BaseException, handled: BaseException | None = None) -> BaseException:
+    """Returns the error that has the reason. A recording that failed raises once more when it ends.
+
+    Args:
+        error: The error of a recording.
+        handled: The error that the caller was handling when the recording began, which is no reason.
+    """
+    while error.__context__ is not None and error.__context__ is not handled:
         error = error.__context__
     return error
 

@@ -31,6 +31,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import LinearAttentionLayer, StaticLayer, StaticSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import DeferredStopCheck
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from . import decoding
 from .cuda_graphs import cause_of, close_pool, reason_of, takes
@@ -47,6 +48,8 @@ SHORTEST, LONG = 512, 8192
 KEPT = 2
 ATTENTION = ("sdpa", "eager")
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+# torch records one graph at a time, and what a recording replaces belongs to all models.
+_one_recording = threading.Lock()
 
 
 def fast_generation(model: Any) -> FastGeneration:
@@ -116,7 +119,9 @@ class _Layer(StaticLayer):
     def reset(self) -> None:
         self.has_prompt = False
         if self.is_initialized:
-            self.cumulative_length.zero_()  # type: ignore[attr-defined]  # a tensor
+            # Masked tokens have a weight of 0, and 0 times a NaN that the last call left behind would be NaN.
+            for held in (self.cumulative_length, self.keys, self.values):
+                held.zero_()  # type: ignore[union-attr]  # tensors
 
 
 class _Recurrent(LinearAttentionLayer):
@@ -279,12 +284,14 @@ class _Step:
 
     def _record(self, forward: Callable[..., Any]) -> None:
         gc.collect()  # a tensor of another stream that is freed meanwhile would be waited for
-        graph = torch.cuda.CUDAGraph()
         device = self._model.device
         with_kernels = decoding.runs_on(device)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_one_recording)
+            graph = torch.cuda.CUDAGraph()
             if device.type == "cuda":
                 stack.enter_context(torch.cuda.device(device))  # what is recorded, and where Triton launches
+            stack.enter_context(masks_without_copies())
             if with_kernels:
                 with trying():
                     stack.enter_context(decoding.fewer_launches(self._model))
@@ -327,6 +334,40 @@ def trying() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def masks_without_copies() -> Iterator[None]:
+    """Lets masks of eager attention be made on their device within the block.
+
+    Transformers 5.17 copies a zero from the host for each of them, which a recording cannot contain.
+    """
+    before = ALL_MASK_ATTENTION_FUNCTIONS._local_mapping.get("eager")
+    ALL_MASK_ATTENTION_FUNCTIONS["eager"] = _eager_mask
+    try:
+        yield
+    finally:
+        if before is None:
+            del ALL_MASK_ATTENTION_FUNCTIONS["eager"]
+        else:
+            ALL_MASK_ATTENTION_FUNCTIONS["eager"] = before
+
+
+def _eager_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:
+    """What eager attention adds to scores: 0, or the lowest number where a token is left out."""
+    keeps = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    if keeps is None:
+        return None
+    return torch.zeros_like(keeps, dtype=dtype).masked_fill_(~keeps, torch.finfo(dtype).min)
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """The stream on which graphs are recorded on a device.
+
+    torch's own belongs to the device on which the first graph of the process was recorded.
+    """
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
 def recording(graph: Any) -> Iterator[None]:
     """Records what the block launches. If that fails, torch's random state, stream and allocator are as before.
 
@@ -334,19 +375,26 @@ def recording(graph: Any) -> Iterator[None]:
         _CannotRecord: Something waits for the GPU, for example.
         torch.OutOfMemoryError: The GPU has too little memory.
     """
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    device, handled = torch.cuda.current_device(), sys.exc_info()[1]
+    generator = torch.cuda.default_generators[device]
     before, stream, pool = generator.clone_state(), torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+    # Another call of ``generate`` may use the GPU in its own thread meanwhile.
+    options: dict[str, Any] = {"stream": _stream(device), "capture_error_mode": "thread_local"}
+    # cuBLAS keeps memory that it has taken of a graph's pool, and the next graph would use it when the pool is gone.
+    torch._C._cuda_clearCublasWorkspaces()
     try:
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, **options):
             yield
     except RuntimeError as error:
         generator.graphsafe_set_state(before)
         torch.cuda.set_stream(stream)
         close_pool(pool)
-        cause = cause_of(error)
+        cause = cause_of(error, handled)
         if isinstance(cause, torch.OutOfMemoryError):
             raise
         raise _CannotRecord(reason_of(cause)) from error
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 class FastGeneration:
@@ -358,7 +406,7 @@ class FastGeneration:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._steps: OrderedDict[tuple[int, int], _Step] = OrderedDict()
+        self._steps: OrderedDict[tuple[Any, ...], _Step] = OrderedDict()
         self._said: set[str] = set()
         self._failed: str | None = None
         self._lock, self._busy = threading.Lock(), threading.local()
@@ -424,18 +472,25 @@ class FastGeneration:
                 generation_config.cache_implementation is not None
             ),
             "use_cache is False": generation_config.use_cache is False,
+            "the model assists another one": bool(generation_config.is_assistant),
+            "prefill_chunk_size is 1": generation_config.prefill_chunk_size == 1,
+            # Their loss compares the mask with the tokens of the step.
+            "router logits are returned": bool(
+                model_kwargs.get("output_router_logits", getattr(self._config, "output_router_logits", False))
+            ),
         }
         reason = next((text for text, applies in asked.items() if applies), None)
         reason = reason or self._reason(generation_config, generation_mode, batch)
         if reason is not None:
             self._say(reason)
             return self._prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-        key = batch, cache_length(max_cache_length)
+        length = cache_length(max_cache_length)
+        key = batch, length, self._model.device, self._model.dtype
         if key not in self._steps:
             while len(self._steps) >= KEPT:
                 self._steps.popitem(last=False)
             with torch.inference_mode(False):
-                self._steps[key] = _Step(self._model, StepCache(self._config, key[1]), batch)
+                self._steps[key] = _Step(self._model, StepCache(self._config, length), batch)
         self._steps.move_to_end(key)
         self._steps[key].begin(self._state())
         model_kwargs["past_key_values"] = self._steps[key].cache
@@ -485,6 +540,7 @@ class FastGeneration:
                 generation_config.output_hidden_states or generation_config.output_attentions
             ),
             "autocast is on": torch.is_autocast_enabled(device.type),
+            "adapter_names or other hooks choose adapters": any(each._forward_pre_hooks for each in self._adapted),
             "another call of generate is under way": getattr(self._busy, "value", False),
         }
         found = next((text for text, applies in reasons.items() if applies), None)
@@ -500,12 +556,25 @@ class FastGeneration:
         others = sorted({type(layer).__name__ for layer in layers if type(layer) not in known})
         return f"its cache has {', '.join(others)}" if others else None
 
+    @property
+    def _adapted(self) -> list[Any]:
+        """The layers of PEFT."""
+        peft: Any = sys.modules.get("peft.tuners.tuners_utils")
+        return [each for each in self._model.modules() if peft is not None and isinstance(each, peft.BaseTunerLayer)]
+
     def _state(self) -> object:
         """What a graph depends on beside its inputs: the memory of the weights, and the adapters that are in use."""
-        peft: Any = sys.modules.get("peft.tuners.tuners_utils")
-        layers = [each for each in self._model.modules() if peft is not None and isinstance(each, peft.BaseTunerLayer)]
-        adapters = {(layer.disable_adapters, layer.merged, tuple(layer.active_adapters)) for layer in layers}
-        return adapters, self._model.training, tuple(value.data_ptr() for value in self._model.parameters())
+        adapters = [
+            (layer.disable_adapters, layer.merged, tuple(layer.active_adapters), dict(getattr(layer, "scaling", {})))
+            for layer in self._adapted
+        ]
+        tensors: list[Tensor] = [*self._model.parameters(), *self._model.buffers()]
+        for value in tuple(tensors):  # scales of bitsandbytes are no parameters
+            state = getattr(value, "quant_state", None)
+            found = [getattr(state, "absmax", None), getattr(state, "offset", None)]
+            found.append(getattr(getattr(state, "state2", None), "absmax", None))
+            tensors += [each for each in found if each is not None]
+        return adapters, self._model.training, tuple(value.data_ptr() for value in tensors)
 
 
 class _InPlaceOf:

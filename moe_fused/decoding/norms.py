@@ -91,4 +91,7 @@ def _found(module: nn.Module, weight: Tensor, eps: float) -> Norm | None:
 
 def _forward(module: nn.Module, norm: Norm, values: Tensor) -> Tensor:
     weight: Tensor = module.weight  # type: ignore[assignment]
+    if values.dtype is not weight.dtype:  # with which it was not compared
+        found: Tensor = type(module).forward(module, values)
+        return found
     return rms_norm(values, weight, norm)

@@ -538,6 +538,16 @@ def test_other_norms_stay() -> None:
     assert not list(norms.norms(nn.Sequential(PlusOneRMSNorm(2)).to(DEVICE)))
 
 
+def test_norms_of_another_dtype_go_the_old_way() -> None:
+    """A weight in fp32 makes its result fp32, also of values that are not."""
+    model = nn.Sequential(PlusOneRMSNorm(0)).to(DEVICE)
+    ((module, _, function),) = norms.norms(model)
+    values = randn(3, 8, dtype=torch.float16)
+    with torch.no_grad():
+        assert torch.equal(function(values), module(values))
+        assert function(values).dtype is torch.float32
+
+
 @pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.id)
 def test_prompts_of_families_compute_the_same(case: ModelCase) -> None:
     """Also without a cache, and everything is as before afterwards."""

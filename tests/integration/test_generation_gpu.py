@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
-import moe_fused
 from moe_fused import generation
 
 from .four_bit import build, config, load
@@ -156,11 +155,15 @@ def test_experts_in_4_bits(batch: int, replays: list[int], tmp_path: Any) -> Non
 def test_sampling_goes_on_with_torchs_random_numbers(replays: list[int]) -> None:
     model: Any = QWEN3_MOE.build().cuda()
     options = {**GREEDY, "do_sample": True, "temperature": 0.7}
-    results = []
-    for handle in (None, moe_fused.fast_generation(model)):
-        del handle
+
+    def sampled() -> list[Tensor]:
         torch.manual_seed(3)
-        results += [model.generate(**on_gpu(prompt()), **options) for _ in range(2)]
+        return [model.generate(**on_gpu(prompt()), **options) for _ in range(2)]
+
+    results = sampled()
+    assert replays == [0, 0]
+    with fast(model):
+        results += sampled()
     assert replays[0] == 1
     assert torch.equal(results[0], results[2])
     assert torch.equal(results[1], results[3])
