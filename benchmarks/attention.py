@@ -297,7 +297,9 @@ def measure(
         try:
             found[name] = contender(name, point.device)
             check(name, point, found[name])
-        except (UnavailableError, torch.OutOfMemoryError) as error:
+        except MismatchError:
+            raise
+        except RuntimeError as error:  # It is not available, or a kernel refuses the call, or memory is not enough.
             found.pop(name, None)
             note(f"  {name} is left out: {str(error) or 'no memory'}")
         harness.release_memory(point.device)

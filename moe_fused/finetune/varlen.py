@@ -237,10 +237,16 @@ def cudnn_kernel() -> Kernel | None:
         window: int | None,
     ) -> Tensor:
         # The backward pass needs the log-sum-exp, which the function then returns as well.
-        out: Tensor = function(
-            query, key, value, scale=scale, is_causal=True, cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries,
-            max_seqlen_q=length, max_seqlen_kv=length, return_lse=True,
-        )[0]  # fmt: skip
+        try:
+            out: Tensor = function(
+                query, key, value, scale=scale, is_causal=True, cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries,
+                max_seqlen_q=length, max_seqlen_kv=length, return_lse=True,
+            )[0]  # fmt: skip
+        except Exception as error:
+            if not type(error).__module__.startswith("cudnn"):
+                raise
+            # The package's own errors are no RuntimeErrors, and do not say where the call comes from.
+            raise RuntimeError(f"cuDNN does not compute this attention, use --attn torch: {error}") from error
         return out
 
     # cuDNN has windows, too. They were never run here.

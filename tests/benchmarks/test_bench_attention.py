@@ -88,6 +88,22 @@ def test_a_run_writes_rows(tmp_path: Path) -> None:
     assert "flash2 is none of torch, cudnn" in unknown.output
 
 
+def test_a_kernel_that_refuses_a_call_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of all others are kept."""
+
+    def refuses(*args: Any) -> Any:
+        raise RuntimeError("no plan for 64 features")
+
+    contender = attention.contender
+    monkeypatch.setattr(
+        attention, "contender", lambda name, device: refuses if name == MASKED else contender(name, device)
+    )
+    notes: list[str] = []
+    rows = attention.measure(Point(1024, SMALL, CPU, packed=True), (MASKED, EACH), (), 0.001, notes.append)
+    assert {row.implementation for row in rows} == {EACH}
+    assert notes == [f"  {MASKED} is left out: no plan for 64 features"]
+
+
 def test_packed_steps(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     pytest.importorskip("bitsandbytes")

@@ -7,6 +7,7 @@ by itself here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import sys
@@ -281,6 +282,29 @@ def test_cudnn_by_name(cudnn: ModuleType) -> None:
     assert (run.attention, run.kernel, run.graphs, run.maskless) == ("sdpa", "cudnn", True, True)
     assert run.settled().attn == "cudnn"
     assert run_of("cudnn", packing="none").kernel is None
+
+
+def test_cudnns_own_errors_name_the_option(cudnn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its package raises errors of its own, which derive from Exception alone. Other errors stay as they are."""
+    own = type("cudnnGraphNotSupportedError", (Exception,), {"__module__": "cudnn._compiled_module"})
+    leaves, boundaries, _ = inputs()
+    query, key, value = (leaf[0].transpose(0, 1) for leaf in leaves)
+    for raised, error, message in (
+        (own("no plan"), RuntimeError, "cuDNN does not compute this attention, use --attn torch: no plan"),
+        (KeyError("q"), KeyError, "q"),
+    ):
+
+        def fails(*args: Any, raised: Exception = raised, **kwargs: Any) -> Any:
+            raise raised
+
+        # The kernel is kept with the function that it found.
+        varlen.cudnn_kernel.cache_clear()
+        varlen._cudnn_function.cache_clear()
+        monkeypatch.setattr(cudnn, "sdpa_torch", functools.wraps(sdpa_torch)(fails))
+        kernel = varlen.cudnn_kernel()
+        assert kernel is not None
+        with pytest.raises(error, match=message):
+            kernel.attend(query, key, value, boundaries, 11, None, None)
 
 
 def test_a_kernel_of_the_hub_by_name(hub: str) -> None:
