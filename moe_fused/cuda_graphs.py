@@ -1,8 +1,13 @@
-"""What recordings of CUDA graphs share: which inputs a graph takes, why a recording failed, and what it leaves behind."""
+"""What recordings of CUDA graphs share.
+
+They ask which inputs a graph takes, replace functions of Transformers meanwhile, clean up behind a recording, and say why
+one failed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +40,32 @@ def cause_of(error: BaseException, handled: BaseException | None = None) -> Base
 def reason_of(cause: BaseException) -> str:
     """Returns the first line of an error's text."""
     return str(cause).strip().partition("\n")[0]
+
+
+@contextlib.contextmanager
+def registered(registry: Any, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Lets a registry of Transformers, such as that of attention functions, have other functions within the block.
+
+    Args:
+        registry: The registry.
+        functions: The functions by their names in it.
+    """
+    before = {name: registry._local_mapping.get(name) for name in functions}
+    try:
+        for name, function in functions.items():
+            registry[name] = function
+        yield
+    finally:
+        for name, earlier in before.items():
+            if earlier is None:
+                del registry[name]
+            else:
+                registry[name] = earlier
+
+
+def clear_workspaces() -> None:
+    """Frees the memory that cuBLAS keeps. During a recording it comes from the pool of the graph."""
+    torch._C._cuda_clearCublasWorkspaces()
 
 
 def close_pool(pool: Any) -> None:

@@ -34,7 +34,8 @@ from transformers.generation.utils import DeferredStopCheck
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from . import decoding
-from .cuda_graphs import cause_of, close_pool, reason_of, takes
+from .checkpoints.finite import scales_of
+from .cuda_graphs import cause_of, clear_workspaces, close_pool, reason_of, registered, takes
 
 __all__ = ["FastGeneration", "fast_generation"]
 
@@ -333,21 +334,12 @@ def trying() -> Iterator[None]:
         raise _CannotRecord(f"{type(error).__name__}: {reason_of(error)}") from error
 
 
-@contextlib.contextmanager
-def masks_without_copies() -> Iterator[None]:
+def masks_without_copies() -> contextlib.AbstractContextManager[None]:
     """Lets masks of eager attention be made on their device within the block.
 
     Transformers 5.17 copies a zero from the host for each of them, which a recording cannot contain.
     """
-    before = ALL_MASK_ATTENTION_FUNCTIONS._local_mapping.get("eager")
-    ALL_MASK_ATTENTION_FUNCTIONS["eager"] = _eager_mask
-    try:
-        yield
-    finally:
-        if before is None:
-            del ALL_MASK_ATTENTION_FUNCTIONS["eager"]
-        else:
-            ALL_MASK_ATTENTION_FUNCTIONS["eager"] = before
+    return registered(ALL_MASK_ATTENTION_FUNCTIONS, {"eager": _eager_mask})
 
 
 def _eager_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:
@@ -381,7 +373,7 @@ def recording(graph: Any) -> Iterator[None]:
     # Another call of ``generate`` may use the GPU in its own thread meanwhile.
     options: dict[str, Any] = {"stream": _stream(device), "capture_error_mode": "thread_local"}
     # cuBLAS keeps memory that it has taken of a graph's pool, and the next graph would use it when the pool is gone.
-    torch._C._cuda_clearCublasWorkspaces()
+    clear_workspaces()
     try:
         with torch.cuda.graph(graph, pool=pool, **options):
             yield
@@ -394,7 +386,7 @@ def recording(graph: Any) -> Iterator[None]:
             raise
         raise _CannotRecord(reason_of(cause)) from error
     finally:
-        torch._C._cuda_clearCublasWorkspaces()
+        clear_workspaces()
 
 
 class FastGeneration:
@@ -570,10 +562,7 @@ class FastGeneration:
         ]
         tensors: list[Tensor] = [*self._model.parameters(), *self._model.buffers()]
         for value in tuple(tensors):  # scales of bitsandbytes are no parameters
-            state = getattr(value, "quant_state", None)
-            found = [getattr(state, "absmax", None), getattr(state, "offset", None)]
-            found.append(getattr(getattr(state, "state2", None), "absmax", None))
-            tensors += [each for each in found if each is not None]
+            tensors += scales_of(getattr(value, "quant_state", None)).values()
         return adapters, self._model.training, tuple(value.data_ptr() for value in tensors)
 
 

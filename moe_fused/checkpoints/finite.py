@@ -130,7 +130,9 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     in_4bit = set(_names_of_stacks(model))
     for name, value in persistent.items():
         if (state := getattr(value, "quant_state", None)) is not None:
-            yield from _scales(name, state)
+            for part, scales in scales_of(state).items():
+                if scales.is_floating_point():  # those of 8 bits are finite
+                    yield f"{name}.{part}", scales
         elif value.is_floating_point() and name not in in_4bit:
             yield name, value
 
@@ -146,16 +148,18 @@ def _names_of_stacks(model: nn.Module) -> Iterator[str]:
                     yield f"{path}.{name}" if path else name
 
 
-def _scales(name: str, state: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yields the scales of a linear layer of bitsandbytes."""
-    second = getattr(state, "state2", None)
-    for part, value in (
-        ("absmax", state.absmax),
-        ("nested_absmax", getattr(second, "absmax", None)),
-        ("nested_offset", getattr(state, "offset", None)),
-    ):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            yield f"{name}.{part}", value
+def scales_of(state: Any) -> dict[str, Tensor]:
+    """Returns the scales in a ``QuantState`` of bitsandbytes, by the names that checkpoints have for them.
+
+    Args:
+        state: the state, or None for a weight without one, which has no scales.
+    """
+    found = {
+        "absmax": getattr(state, "absmax", None),
+        "nested_absmax": getattr(getattr(state, "state2", None), "absmax", None),
+        "nested_offset": getattr(state, "offset", None),
+    }
+    return {part: value for part, value in found.items() if isinstance(value, Tensor)}
 
 
 class Watch:

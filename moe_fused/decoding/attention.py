@@ -20,6 +20,8 @@ import torch
 import triton
 from torch import Tensor, nn
 
+from moe_fused.cuda_graphs import registered
+
 from .alike import DTYPES, alike, is_recording, random_values
 
 __all__ = ["Attention", "attend"]
@@ -161,19 +163,13 @@ class Attention:
     @contextlib.contextmanager
     def replaced(self) -> Iterator[None]:
         """Replaces the functions ``sdpa`` and ``eager`` within the block."""
-        before: list[tuple[Any, str, Any]] = []
-        try:
+        with contextlib.ExitStack() as stack:
             for registry in self._registries:
-                for name in ("sdpa", "eager"):
-                    before.append((registry, name, registry._local_mapping.get(name)))
-                    registry[name] = functools.partial(self._call, name, registry.get(name))
+                functions = {
+                    name: functools.partial(self._call, name, registry.get(name)) for name in ("sdpa", "eager")
+                }
+                stack.enter_context(registered(registry, functions))
             yield
-        finally:
-            for registry, name, function in before:
-                if function is None:
-                    del registry[name]
-                else:
-                    registry[name] = function
 
     def _call(
         self,

@@ -25,7 +25,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from moe_fused.checkpoints.share import is_divided, local
-from moe_fused.cuda_graphs import cause_of, reason_of, takes
+from moe_fused.cuda_graphs import cause_of, clear_workspaces, reason_of, takes
 
 from .batches import entries_of, with_room
 from .endings import CannotRecord
@@ -309,7 +309,7 @@ class _Recording(_Forward):
                 self._join()
             hidden: Tensor = output.last_hidden_state
             # The backward pass may then use the memory that cuBLAS' workspaces had in the forward pass.
-            torch._C._cuda_clearCublasWorkspaces()
+            clear_workspaces()
             graph, pool = self._backward_graph, self._forward_graph.pool()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode=_errors_of()), gathering(decoder):
                 self._grad = torch.empty_like(hidden)

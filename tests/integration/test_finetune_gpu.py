@@ -72,6 +72,11 @@ MEDIUM = {
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog looks at it. " * 8
 
 
+def texts(count: int) -> list[str]:
+    """Rows of many lengths."""
+    return [TEXT[i : i + 40 + 37 * i % 300] for i in range(count)]
+
+
 def make(model: Path, output: Path, rows: list[str], **options: Any) -> tuple[Any, Any]:
     """A trainer over ``rows`` of plain text, and its plan."""
     from transformers import AutoConfig
@@ -172,7 +177,7 @@ def test_graphs_compute_what_layers_do(packing: str, tmp_path: Path, monkeypatch
     """
     replays = count_replays(monkeypatch)
     model = save_model(tmp_path / "model", **TINY)
-    rows = [TEXT[i : i + 40 + 37 * i % 300] for i in range(60)]
+    rows = texts(60)
     losses, adapters = {}, {}
     for use_graphs in (False, True):
         trainer, plan = make(
@@ -206,7 +211,7 @@ def test_kept_attention_trains_the_same(packing: str, tmp_path: Path, monkeypatc
     """With and without graphs, on the device and on the host, also after an evaluation and with several batches a step."""
     replays = count_replays(monkeypatch)
     model = save_model(tmp_path / "model", **TINY)
-    rows = [TEXT[i : i + 40 + 37 * i % 300] for i in range(60)]
+    rows = texts(60)
     found = {}
     for where in ("none", "device", "host"):
         for graphs in (False, True):
@@ -248,7 +253,7 @@ def test_an_evaluation_replays_the_forward(
         graphs._Recording, "evaluate", lambda self, inputs: evaluations.append(1) or evaluate(self, inputs)
     )
     model = save_model(tmp_path / "model", **TINY)
-    rows = [TEXT[i : i + 40 + 37 * i % 300] for i in range(75)]
+    rows = texts(75)
     found, trained = {}, {}
     for name, options in {
         "eager": {"cuda_graphs": False, "eval_share": 0.2, "eval_steps": 2},

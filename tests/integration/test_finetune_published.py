@@ -304,6 +304,19 @@ def test_stock_transformers_dequantizes_what_quantize_writes(command: Command, g
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
+def in_nf4_but_for(module: str, dense: Path) -> Any:
+    """A Qwen3-MoE in nf4 with one module dense, loaded from the dense model that is saved in ``dense``."""
+    build(QWEN3_MOE).save_pretrained(dense)
+    skipped = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=["lm_head", module],
+    )
+    options: Any = {"quantization_config": skipped, "device_map": {"": "cpu"}}
+    return AutoModelForCausalLM.from_pretrained(dense, **options)
+
+
 @pytest.mark.parametrize("quant_type", ["nvfp4", "nf4"])
 def test_the_plan_counts_experts_that_the_checkpoint_has_dense(quant_type: str, tmp_path: Path) -> None:
     """As they are loaded: those of one layer are in 4 bits, and those of the other are dense."""
@@ -317,15 +330,7 @@ def test_the_plan_counts_experts_that_the_checkpoint_has_dense(quant_type: str, 
     if quant_type == "nvfp4":
         compressed_checkpoint(path, quant_type, QWEN3_MOE, only=lambda key: "layers.0.mlp.experts" in key)
     else:
-        build(QWEN3_MOE).save_pretrained(tmp_path / "dense")
-        skipped = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            llm_int8_skip_modules=["lm_head", "model.layers.1.mlp.experts"],
-        )
-        options: Any = {"quantization_config": skipped, "device_map": {"": "cpu"}}
-        AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **options).save_pretrained(path)
+        in_nf4_but_for("model.layers.1.mlp.experts", tmp_path / "dense").save_pretrained(path)
     loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map={"": "cpu"})
     assert len(packed(loaded)) == 2
     tensors = [value for name, value in loaded.state_dict(keep_vars=True).items() if ".mlp.experts." in name]
@@ -348,15 +353,7 @@ def test_the_plan_counts_linear_layers_that_the_checkpoint_has_dense(layout: Any
 
     moe_fused.enable()
     path = tmp_path / "model"
-    build(QWEN3_MOE).save_pretrained(tmp_path / "dense")
-    skipped = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        llm_int8_skip_modules=["lm_head", "model.layers.1.self_attn"],
-    )
-    options: Any = {"quantization_config": skipped, "device_map": {"": "cpu"}}
-    made = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **options)
+    made = in_nf4_but_for("model.layers.1.self_attn", tmp_path / "dense")
     moe_fused.save_format(made, layout)
     made.save_pretrained(path)
     loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map={"": "cpu"})
